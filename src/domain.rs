@@ -1,0 +1,18 @@
+//! The words of the gateway as plain values: keys, ids, runs, messages. No I/O, no async.
+
+mod content;
+mod id;
+mod key;
+mod metadata;
+mod records;
+mod run;
+
+pub use content::{ContentPart, ImageFile, ImageUrl, InvalidContent, UserContent};
+pub use id::{InvalidId, MessageId, ReplicaId, RunId, ThreadId, UpstreamRunId, UpstreamThreadId};
+pub use key::{ConversationKey, InvalidKey, KeyText, Scope, SessionKey, TenantKey, TopicKey, UserKey};
+pub use metadata::{InvalidMetadata, Metadata};
+pub use records::{Lifecycle, Message, Page, PageRequest, Role, Run, Thread, ThreadActivity, ThreadState};
+pub use run::{MultitaskStrategy, RequiredAction, RunError, RunErrorCode, RunStatus, ToolCall, Usage};
+
+/// A point in time, UTC. Always read from the database, never from this process's clock.
+pub type Timestamp = chrono::DateTime<chrono::Utc>;

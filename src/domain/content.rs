@@ -1,0 +1,95 @@
+//! What a message says: a list of parts, the same shape in requests, in the transcript and in answers.
+
+use serde::{Deserialize, Serialize};
+
+/// The most parts that one message may have.
+const MAX_PARTS: usize = 64;
+
+/// One part of a message.
+#[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize)]
+#[serde(tag = "type", rename_all = "snake_case", deny_unknown_fields)]
+pub enum ContentPart {
+    Text {
+        text: String,
+    },
+    ImageUrl {
+        image_url: ImageUrl,
+    },
+    /// A file that was uploaded to the upstream before.
+    ImageFile {
+        image_file: ImageFile,
+    },
+    /// The model declined to answer. Only in replies.
+    Refusal {
+        refusal: String,
+    },
+}
+
+#[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct ImageUrl {
+    pub url: String,
+    /// `auto`, `low` or `high`; the upstream's default where absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub detail: Option<String>,
+}
+
+#[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct ImageFile {
+    pub file_id: String,
+    /// `auto`, `low` or `high`; the upstream's default where absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub detail: Option<String>,
+}
+
+/// Why content cannot be a user's message.
+#[derive(Clone, Debug, Eq, PartialEq, thiserror::Error)]
+pub enum InvalidContent {
+    #[error("content must not be empty")]
+    Empty,
+    #[error("content has at most {MAX_PARTS} parts, this has {0}")]
+    TooManyParts(usize),
+    #[error("a part of type `refusal` cannot be sent, only received")]
+    Refusal,
+    #[error("content must not contain NUL characters")]
+    Nul,
+}
+
+/// The content of a user's message: 1 to 64 parts, none a refusal, some text or image in it.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub struct UserContent(Vec<ContentPart>);
+
+impl UserContent {
+    pub fn into_parts(self) -> Vec<ContentPart> {
+        self.0
+    }
+}
+
+impl TryFrom<Vec<ContentPart>> for UserContent {
+    type Error = InvalidContent;
+
+    fn try_from(parts: Vec<ContentPart>) -> Result<Self, InvalidContent> {
+        if parts.len() > MAX_PARTS {
+            return Err(InvalidContent::TooManyParts(parts.len()));
+        }
+        let mut empty = true;
+        for part in &parts {
+            let texts: [&str; 2] = match part {
+                ContentPart::Text { text } => [text, ""],
+                ContentPart::ImageUrl { image_url } => {
+                    [&image_url.url, image_url.detail.as_deref().unwrap_or("")]
+                }
+                ContentPart::ImageFile { image_file } => {
+                    [&image_file.file_id, image_file.detail.as_deref().unwrap_or("")]
+                }
+                ContentPart::Refusal { .. } => return Err(InvalidContent::Refusal),
+            };
+            if texts.iter().any(|text| text.contains('\0')) {
+                return Err(InvalidContent::Nul);
+            }
+            empty &= texts[0].is_empty();
+        }
+        if empty { Err(InvalidContent::Empty) } else { Ok(Self(parts)) }
+    }
+}

@@ -1,0 +1,222 @@
+//! Who talks on which conversation: tenant, user and scope, parsed once at the edge.
+
+use std::fmt;
+
+use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
+
+/// The longest key part, in bytes of UTF-8.
+const MAX_KEY_BYTES: usize = 256;
+
+/// Why a text is not a key.
+#[derive(Clone, Debug, Eq, PartialEq, thiserror::Error)]
+pub enum InvalidKey {
+    #[error("a key must not be empty")]
+    Empty,
+    #[error("a key is at most {MAX_KEY_BYTES} bytes of UTF-8, this one has {0}")]
+    TooLong(usize),
+    #[error("a key must not contain control characters (found U+{0:04X})")]
+    ControlCharacter(u32),
+}
+
+/// The text of one key part: 1 to 256 bytes of UTF-8 without control characters, compared byte for byte.
+///
+/// Nothing is trimmed, folded or normalised: `Alice` and `alice` are two keys.
+#[derive(Clone, Debug, Deserialize, Eq, Hash, Ord, PartialEq, PartialOrd, Serialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct KeyText(String);
+
+impl KeyText {
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+impl TryFrom<String> for KeyText {
+    type Error = InvalidKey;
+
+    fn try_from(raw: String) -> Result<Self, InvalidKey> {
+        if raw.is_empty() {
+            return Err(InvalidKey::Empty);
+        }
+        if raw.len() > MAX_KEY_BYTES {
+            return Err(InvalidKey::TooLong(raw.len()));
+        }
+        match raw.chars().find(|c| c.is_control()) {
+            Some(c) => Err(InvalidKey::ControlCharacter(u32::from(c))),
+            None => Ok(Self(raw)),
+        }
+    }
+}
+
+impl From<KeyText> for String {
+    fn from(key: KeyText) -> Self {
+        key.0
+    }
+}
+
+macro_rules! key_part {
+    ($(#[$doc:meta])* $name:ident) => {
+        $(#[$doc])*
+        #[derive(Clone, Debug, Deserialize, Eq, Hash, Ord, PartialEq, PartialOrd, Serialize)]
+        #[serde(transparent)]
+        pub struct $name(KeyText);
+
+        impl $name {
+            pub fn as_str(&self) -> &str {
+                self.0.as_str()
+            }
+        }
+
+        impl TryFrom<String> for $name {
+            type Error = InvalidKey;
+
+            fn try_from(raw: String) -> Result<Self, InvalidKey> {
+                KeyText::try_from(raw).map(Self)
+            }
+        }
+    };
+}
+
+key_part!(
+    /// One application that uses the gateway. Keys of two tenants never meet.
+    TenantKey
+);
+key_part!(
+    /// The caller's own id of a user.
+    UserKey
+);
+key_part!(
+    /// The caller's own id of a session of a user.
+    SessionKey
+);
+key_part!(
+    /// The caller's own name of a topic of a user.
+    TopicKey
+);
+
+impl Default for TenantKey {
+    /// The tenant of a deployment that has only one: `default`.
+    fn default() -> Self {
+        Self(KeyText("default".to_owned()))
+    }
+}
+
+/// Which of a user's conversations is meant.
+#[derive(Clone, Debug, Eq, Hash, Ord, PartialEq, PartialOrd)]
+pub enum Scope {
+    /// The user's one conversation.
+    User,
+    /// A conversation that expires.
+    Session(SessionKey),
+    /// A conversation about something.
+    Topic(TopicKey),
+}
+
+impl Scope {
+    /// The kind, as it is stored: `user`, `session` or `topic`.
+    pub fn kind(&self) -> &'static str {
+        match self {
+            Self::User => "user",
+            Self::Session(_) => "session",
+            Self::Topic(_) => "topic",
+        }
+    }
+
+    /// The session's or topic's name; empty for the user scope, which no session or topic name can be.
+    pub fn name(&self) -> &str {
+        match self {
+            Self::User => "",
+            Self::Session(key) => key.as_str(),
+            Self::Topic(key) => key.as_str(),
+        }
+    }
+
+    /// The inverse of [`kind`](Self::kind) and [`name`](Self::name); `None` for what they never return.
+    pub fn from_parts(kind: &str, name: String) -> Option<Self> {
+        match kind {
+            "user" if name.is_empty() => Some(Self::User),
+            "session" => SessionKey::try_from(name).ok().map(Self::Session),
+            "topic" => TopicKey::try_from(name).ok().map(Self::Topic),
+            _ => None,
+        }
+    }
+}
+
+impl fmt::Display for Scope {
+    /// As the API shows it: `user`, `session:<id>`, `topic:<name>`.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::User => f.write_str("user"),
+            other => write!(f, "{}:{}", other.kind(), other.name()),
+        }
+    }
+}
+
+/// The full key of a conversation. At most one current thread is bound to it.
+#[derive(Clone, Debug, Eq, Hash, Ord, PartialEq, PartialOrd)]
+pub struct ConversationKey {
+    pub tenant: TenantKey,
+    pub user: UserKey,
+    pub scope: Scope,
+}
+
+impl ConversationKey {
+    /// What logs show instead of the key: 16 hex digits of its SHA-256, each part preceded by its length, so
+    /// that two keys share one only if the hash collides.
+    pub fn fingerprint(&self) -> String {
+        let mut hash = Sha256::new();
+        for part in [self.tenant.as_str(), self.user.as_str(), self.scope.kind(), self.scope.name()] {
+            hash.update((part.len() as u64).to_be_bytes());
+            hash.update(part.as_bytes());
+        }
+        hash.finalize().iter().take(8).map(|byte| format!("{byte:02x}")).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    proptest! {
+        #[test]
+        fn a_scope_survives_its_stored_form(kind in 0..3_u8, name in "[^\\p{Cc}]{1,40}") {
+            let scope = match kind {
+                0 => Scope::User,
+                1 => Scope::Session(SessionKey::try_from(name).unwrap()),
+                _ => Scope::Topic(TopicKey::try_from(name).unwrap()),
+            };
+            prop_assert_eq!(Scope::from_parts(scope.kind(), scope.name().to_owned()), Some(scope));
+        }
+
+        #[test]
+        fn distinct_keys_have_distinct_fingerprints(
+            a in ("[ab:]{1,4}", "[ab:]{1,4}", 0..3_u8, "[ab:]{1,4}"),
+            b in ("[ab:]{1,4}", "[ab:]{1,4}", 0..3_u8, "[ab:]{1,4}"),
+        ) {
+            let key = |(tenant, user, kind, name): (String, String, u8, String)| ConversationKey {
+                tenant: TenantKey::try_from(tenant).unwrap(),
+                user: UserKey::try_from(user).unwrap(),
+                scope: match kind {
+                    0 => Scope::User,
+                    1 => Scope::Session(SessionKey::try_from(name).unwrap()),
+                    _ => Scope::Topic(TopicKey::try_from(name).unwrap()),
+                },
+            };
+            let (a, b) = (key(a), key(b));
+            prop_assert_eq!(a == b, a.fingerprint() == b.fingerprint());
+        }
+
+        #[test]
+        fn any_text_is_either_kept_as_it_is_or_refused_for_the_stated_reason(raw in "\\PC{0,300}|[\\x00-\\x7f]{0,20}") {
+            match KeyText::try_from(raw.clone()) {
+                Ok(key) => prop_assert_eq!(key.as_str(), raw),
+                Err(InvalidKey::Empty) => prop_assert!(raw.is_empty()),
+                Err(InvalidKey::TooLong(n)) => prop_assert!(n > MAX_KEY_BYTES && n == raw.len()),
+                Err(InvalidKey::ControlCharacter(_)) => prop_assert!(raw.chars().any(char::is_control)),
+            }
+        }
+    }
+}

@@ -1,0 +1,64 @@
+//! Free pairs that a caller attaches, within what the upstreams can carry beside our own.
+
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Serialize};
+
+/// The upstreams take 16 pairs; the gateway needs four of them for its own tags.
+const MAX_PAIRS: usize = 12;
+const MAX_KEY_CHARS: usize = 64;
+const MAX_VALUE_CHARS: usize = 512;
+/// Pairs whose key begins so are the gateway's own.
+const RESERVED_PREFIX: &str = "threadkeeper_";
+
+/// Why a map is not metadata.
+#[derive(Clone, Debug, Eq, PartialEq, thiserror::Error)]
+pub enum InvalidMetadata {
+    #[error("metadata has at most {MAX_PAIRS} pairs, this has {0}")]
+    TooManyPairs(usize),
+    #[error("a metadata key has 1 to {MAX_KEY_CHARS} characters; `{0}` does not")]
+    Key(String),
+    #[error("metadata keys that begin with `{RESERVED_PREFIX}` are reserved; `{0}` does")]
+    Reserved(String),
+    #[error("a metadata value has at most {MAX_VALUE_CHARS} characters; that of `{0}` has more")]
+    Value(String),
+}
+
+/// Text pairs: at most 12, keys of 1 to 64 characters, values of at most 512. No NUL characters.
+#[derive(Clone, Debug, Default, Deserialize, Eq, PartialEq, Serialize)]
+#[serde(try_from = "BTreeMap<String, String>", into = "BTreeMap<String, String>")]
+pub struct Metadata(BTreeMap<String, String>);
+
+impl Metadata {
+    pub fn iter(&self) -> impl Iterator<Item = (&str, &str)> {
+        self.0.iter().map(|(key, value)| (key.as_str(), value.as_str()))
+    }
+}
+
+impl TryFrom<BTreeMap<String, String>> for Metadata {
+    type Error = InvalidMetadata;
+
+    fn try_from(pairs: BTreeMap<String, String>) -> Result<Self, InvalidMetadata> {
+        if pairs.len() > MAX_PAIRS {
+            return Err(InvalidMetadata::TooManyPairs(pairs.len()));
+        }
+        for (key, value) in &pairs {
+            if key.is_empty() || key.chars().count() > MAX_KEY_CHARS || key.contains('\0') {
+                return Err(InvalidMetadata::Key(key.chars().take(MAX_KEY_CHARS).collect()));
+            }
+            if key.starts_with(RESERVED_PREFIX) {
+                return Err(InvalidMetadata::Reserved(key.clone()));
+            }
+            if value.chars().count() > MAX_VALUE_CHARS || value.contains('\0') {
+                return Err(InvalidMetadata::Value(key.clone()));
+            }
+        }
+        Ok(Self(pairs))
+    }
+}
+
+impl From<Metadata> for BTreeMap<String, String> {
+    fn from(metadata: Metadata) -> Self {
+        metadata.0
+    }
+}

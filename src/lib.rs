@@ -1,0 +1,11 @@
+//! Threadkeeper: an HTTP gateway between chatbot frontends and a hosted conversation API.
+//!
+//! `ARCHITECTURE.md` is the map. A module uses what stands below it in this list, never what stands above.
+
+pub mod upstream;
+
+pub mod store;
+
+pub mod config;
+
+pub mod domain;

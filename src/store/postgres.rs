@@ -1,0 +1,3 @@
+//! Written next.
+#[derive(Debug)]
+pub struct PostgresStore;
