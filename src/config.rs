@@ -243,8 +243,8 @@ impl Default for LogConfig {
 impl Default for RunsConfig {
     fn default() -> Self {
         Self {
-            timeout: Duration::from_secs(120),
-            max_timeout: Duration::from_secs(600),
+            timeout: Duration::from_mins(2),
+            max_timeout: Duration::from_mins(10),
             max_queue: 256,
             settle_timeout: Duration::from_secs(10),
             max_reply_bytes: 4 * 1024 * 1024,
@@ -254,7 +254,7 @@ impl Default for RunsConfig {
 
 impl Default for SessionsConfig {
     fn default() -> Self {
-        Self { ttl: Duration::from_secs(24 * 60 * 60) }
+        Self { ttl: Duration::from_hours(24) }
     }
 }
 
@@ -270,7 +270,7 @@ impl UpstreamConfig {
     }
 
     fn default_idle_timeout() -> Duration {
-        Duration::from_secs(60)
+        Duration::from_mins(1)
     }
 
     fn default_max_event_bytes() -> usize {
