@@ -2,6 +2,8 @@
 //!
 //! `ARCHITECTURE.md` is the map. A module uses what stands below it in this list, never what stands above.
 
+pub mod locks;
+
 pub mod upstream;
 
 pub mod store;
