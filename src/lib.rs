@@ -2,6 +2,12 @@
 //!
 //! `ARCHITECTURE.md` is the map. A module uses what stands below it in this list, never what stands above.
 
+pub mod api;
+
+pub mod runs;
+
+pub mod error;
+
 pub mod locks;
 
 pub mod upstream;

@@ -112,7 +112,10 @@ impl<K: Eq + Hash> Place<K> {
 
     /// Waits until this place is the first. May be dropped and called again.
     pub async fn turn(&mut self) {
-        poll_fn(|cx| self.poll(cx, |line, ticket| line.places.front().is_some_and(|slot| slot.ticket == ticket))).await;
+        poll_fn(|cx| {
+            self.poll(cx, |line, ticket| line.places.front().is_some_and(|slot| slot.ticket == ticket))
+        })
+        .await;
     }
 
     fn poll(&self, cx: &Context<'_>, may_go: impl Fn(&Line, u64) -> bool) -> Poll<()> {

@@ -137,7 +137,9 @@ impl World {
                 // Mutual exclusion and order: only the first has the turn.
                 Stage::HasTurn => assert_eq!(rank, 0, "{:?}", self.state()),
                 // Recording goes in order, one at a time.
-                Stage::MayRecord => assert!(before.iter().all(|&task| is_recorded(task)), "{:?}", self.state()),
+                Stage::MayRecord => {
+                    assert!(before.iter().all(|&task| is_recorded(task)), "{:?}", self.state())
+                }
                 // No lost wake-up: who may go is awake.
                 Stage::WantsTurn => assert!(rank > 0 || self.awake(task), "{:?}", self.state()),
                 Stage::WantsToRecord => {
