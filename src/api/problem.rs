@@ -80,7 +80,7 @@ fn log(error: &Error) {
     match error {
         Error::Internal(_) => tracing::error!(error = error as &dyn std::error::Error, "the request failed"),
         Error::StoreUnavailable(_) => {
-            tracing::warn!(error = error as &dyn std::error::Error, "the request failed")
+            tracing::warn!(error = error as &dyn std::error::Error, "the request failed");
         }
         _ => tracing::debug!(error = error as &dyn std::error::Error, "the request was refused"),
     }

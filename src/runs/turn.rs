@@ -31,6 +31,8 @@ const MIN_PIECE_COST: usize = 64;
 const DRAIN_TIMEOUT: Duration = Duration::from_millis(250);
 /// How often a waiting run asks the store again while other replicas hold its thread.
 const CLAIM_POLL: Duration = Duration::from_millis(100);
+/// How long to try to end what a run left upstream once the process is told to stop.
+const LAST_SETTLE_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// Records a message, waits for its turn and works on it. `answer` hears of the admission.
 pub(super) async fn conduct(
@@ -363,7 +365,9 @@ async fn drive(
 /// Ends what the run left upstream, within a bound; what cannot be ended is logged.
 async fn settle(runs: &Runs, upstream: &dyn Upstream, leftover: &Leftover) {
     let parts = &runs.parts.given;
-    match timeout(parts.runs.settle_timeout, upstream.settle(leftover)).await {
+    let whole = parts.runs.settle_timeout;
+    let limit = if parts.stop.is_cancelled() { whole.min(LAST_SETTLE_TIMEOUT) } else { whole };
+    match timeout(limit, upstream.settle(leftover)).await {
         Ok(Ok(())) => {}
         Ok(Err(error)) => {
             tracing::warn!(
