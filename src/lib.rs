@@ -2,6 +2,12 @@
 //!
 //! `ARCHITECTURE.md` is the map. A module uses what stands below it in this list, never what stands above.
 
+pub mod cli;
+
+pub mod server;
+
+pub mod telemetry;
+
 pub mod upstream;
 
 pub mod store;
