@@ -1,1 +1,5 @@
-fn main() {}
+//! The integration tests: one binary, so that there is one link and one cluster.
+
+#![expect(clippy::unwrap_used, reason = "a test fails by panicking, its helpers too")]
+
+mod server;
