@@ -137,8 +137,11 @@ impl ResponsesUpstream {
         loop {
             match self.client.json::<Value>(Method::POST, path, &[], Some(body)).await {
                 Ok(_) => return Ok(()),
-                Err(UpstreamError::Busy { .. } | UpstreamError::Connect) => {}
-                Err(UpstreamError::RateLimited { quota: false, .. }) => {}
+                Err(
+                    UpstreamError::Busy { .. }
+                    | UpstreamError::Connect
+                    | UpstreamError::RateLimited { quota: false, .. },
+                ) => {}
                 Err(error) => return Err(error),
             }
             tokio::time::sleep(wait).await;

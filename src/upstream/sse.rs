@@ -128,21 +128,14 @@ mod tests {
         chunks
     }
 
-    fn event(name: Option<&str>, data: &str) -> Result<SseEvent, String> {
-        Ok(SseEvent { name: name.map(str::to_owned), data: data.to_owned() })
-    }
-
     const TRANSCRIPT: &str = "\u{feff}: hello\n\nevent: a\ndata: {\"x\":\"é\"}\n\ndata:1\ndata: 2\n\n: ping\n\n\
                               event: lonely\n\nid: 7\nretry: 10\n\nunknown: 1\nevent: b\ndata\n\ndata: [DONE]\n\n\
                               data: cut off";
 
     fn expected() -> Vec<Result<SseEvent, String>> {
-        vec![
-            event(Some("a"), "{\"x\":\"é\"}"),
-            event(None, "1\n2"),
-            event(Some("b"), ""),
-            event(None, "[DONE]"),
-        ]
+        [(Some("a"), "{\"x\":\"é\"}"), (None, "1\n2"), (Some("b"), ""), (None, "[DONE]")]
+            .map(|(name, data)| Ok(SseEvent { name: name.map(str::to_owned), data: data.to_owned() }))
+            .to_vec()
     }
 
     #[test]
@@ -216,7 +209,7 @@ mod tests {
             cuts in proptest::collection::vec(0_usize..300, 0..20),
             limit in 1_usize..50,
         ) {
-            let text: String = lengths.iter().map(|n| format!("data: {}\n\n", "x".repeat(*n))).collect();
+            let text: String = lengths.iter().map(|n| ["data: ", &"x".repeat(*n), "\n\n"].concat()).collect();
             let events = decode(cut(text.as_bytes(), cuts), limit);
             let fitting = lengths.iter().take_while(|n| **n + 8 <= limit).count();
             prop_assert!(events.len() > fitting || fitting == lengths.len());

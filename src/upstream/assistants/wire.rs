@@ -5,7 +5,7 @@ use serde_json::{Map, Value, json};
 
 use crate::domain::{ContentPart, ImageFile, ImageUrl, RunStatus, ToolCall, Usage};
 use crate::upstream::classify::token;
-use crate::upstream::wire::lenient;
+use crate::upstream::wire::{lenient, usage};
 
 #[derive(Debug, Deserialize)]
 pub(super) struct RunList {
@@ -26,7 +26,7 @@ pub(super) struct RunObject {
     #[serde(default, deserialize_with = "lenient")]
     incomplete_details: Option<Map<String, Value>>,
     #[serde(default, deserialize_with = "lenient")]
-    usage: Option<WireUsage>,
+    usage: Option<Map<String, Value>>,
 }
 
 impl RunObject {
@@ -54,11 +54,7 @@ impl RunObject {
     }
 
     pub(super) fn usage(&self) -> Option<Usage> {
-        self.usage.as_ref().map(|usage| Usage {
-            input_tokens: usage.prompt_tokens,
-            output_tokens: usage.completion_tokens,
-            total_tokens: usage.total_tokens,
-        })
+        self.usage.as_ref().and_then(|counts| usage(counts, "prompt_tokens", "completion_tokens"))
     }
 
     pub(super) fn into_tool_calls(self) -> Vec<ToolCall> {
@@ -93,16 +89,6 @@ struct WireFunction {
     name: String,
     #[serde(default)]
     arguments: String,
-}
-
-#[derive(Debug, Deserialize)]
-struct WireUsage {
-    #[serde(default)]
-    prompt_tokens: u64,
-    #[serde(default)]
-    completion_tokens: u64,
-    #[serde(default)]
-    total_tokens: u64,
 }
 
 #[derive(Debug, Deserialize)]

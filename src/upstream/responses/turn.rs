@@ -53,7 +53,7 @@ impl Dialect for Turn {
             }
             ("response.refusal.delta", _, Some(delta)) => self.grow(place, &parse::<String>(delta)?, true),
             (kind, Some(response), _) if kind.starts_with("response.") => {
-                self.response(kind, response, out)?
+                self.response(kind, response, out)?;
             }
             ("error", ..) => self.error(&event.data, out)?,
             _ => {}
@@ -371,8 +371,7 @@ mod tests {
             raw(None, "{}"),
         ];
         assert_eq!(read(true, events).unwrap(), []);
-        for broken in [raw(None, "{"), raw(Some("response.completed"), r#"{"response":7}"#)]
-        {
+        for broken in [raw(None, "{"), raw(Some("response.completed"), r#"{"response":7}"#)] {
             assert!(matches!(read(true, [broken]), Err(UpstreamError::Protocol(_))));
         }
     }

@@ -7,7 +7,7 @@ use serde_json::{Map, Value, json};
 
 use crate::domain::{ContentPart, RunStatus, ToolCall, Usage};
 use crate::upstream::classify::token;
-use crate::upstream::wire::lenient;
+use crate::upstream::wire::{lenient, usage};
 
 #[derive(Debug, Deserialize)]
 pub(super) struct ItemList {
@@ -54,17 +54,7 @@ pub(super) struct ResponseObject {
     #[serde(default, deserialize_with = "lenient")]
     output: Option<Vec<Value>>,
     #[serde(default, deserialize_with = "lenient")]
-    usage: Option<WireUsage>,
-}
-
-#[derive(Debug, Deserialize)]
-struct WireUsage {
-    #[serde(default)]
-    input_tokens: u64,
-    #[serde(default)]
-    output_tokens: u64,
-    #[serde(default)]
-    total_tokens: u64,
+    usage: Option<Map<String, Value>>,
 }
 
 /// What a response holds.
@@ -89,11 +79,7 @@ impl ResponseObject {
     }
 
     pub(super) fn usage(&self) -> Option<Usage> {
-        self.usage.as_ref().map(|usage| Usage {
-            input_tokens: usage.input_tokens,
-            output_tokens: usage.output_tokens,
-            total_tokens: usage.total_tokens,
-        })
+        self.usage.as_ref().and_then(|counts| usage(counts, "input_tokens", "output_tokens"))
     }
 
     pub(super) fn into_output(self) -> Output {
