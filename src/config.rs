@@ -2,6 +2,14 @@
 //!
 //! `config/gateway.toml` lists every setting with its default.
 
+mod check;
+mod decode;
+mod env;
+mod load;
+mod problem;
+mod tree;
+mod upstreams;
+
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -9,7 +17,12 @@ use std::time::Duration;
 
 use secrecy::SecretString;
 use serde::Deserialize;
-use url::Url;
+use tracing_subscriber::EnvFilter;
+
+pub use check::reserved_parameters;
+pub use load::{ConfigFile, Sources, utf8_variables};
+pub use problem::{ConfigProblems, Origin, Problem};
+pub use upstreams::{AssistantConfig, AuthScheme, UpstreamConfig, UpstreamKind};
 
 /// All settings of the gateway.
 #[derive(Clone, Debug, Default, Deserialize)]
@@ -41,6 +54,9 @@ pub struct ServerConfig {
     /// Longest silence while a request's body arrives.
     #[serde(with = "humantime_serde")]
     pub body_read_timeout: Duration,
+    /// Longest time that a caller may leave an answer's bytes unread.
+    #[serde(with = "humantime_serde")]
+    pub write_timeout: Duration,
     /// Largest request body, bytes.
     pub max_body_bytes: usize,
     /// Largest request head, bytes.
@@ -59,6 +75,8 @@ pub struct ServerConfig {
 pub struct StoreConfig {
     /// `postgres://…` or `sqlite:<path>`. A secret: it may hold a password.
     pub url: Option<SecretString>,
+    /// A file that holds the URL. Read by [`Config::load`], which puts the URL where it belongs.
+    pub url_file: Option<PathBuf>,
     /// Connections of the pool (Postgres), or readers (SQLite).
     pub max_connections: u32,
     /// Longest wait for a free connection.
@@ -134,75 +152,26 @@ pub struct ReplicaConfig {
     pub session_ttl: Duration,
 }
 
-/// One upstream server.
-#[derive(Clone, Debug, Deserialize)]
-pub struct UpstreamConfig {
-    pub kind: UpstreamKind,
-    /// Without the trailing slash of a folder: `https://api.openai.com/v1`.
-    pub base_url: Url,
-    #[serde(default)]
-    pub api_key: Option<SecretString>,
-    #[serde(default)]
-    pub api_key_file: Option<PathBuf>,
-    /// How the key is sent.
-    #[serde(default)]
-    pub auth: AuthScheme,
-    /// Fixed headers of every request.
-    #[serde(default)]
-    pub headers: BTreeMap<String, SecretString>,
-    /// Fixed query parameters of every request, such as `api-version`.
-    #[serde(default)]
-    pub query: BTreeMap<String, String>,
-    /// The server has `/conversations` (kind `responses` only). Without, each thread is a chain of responses.
-    #[serde(default = "yes")]
-    pub conversations: bool,
-    #[serde(default = "UpstreamConfig::default_connect_timeout", with = "humantime_serde")]
-    pub connect_timeout: Duration,
-    /// Longest silence of the server, before its answer or between two events.
-    #[serde(default = "UpstreamConfig::default_idle_timeout", with = "humantime_serde")]
-    pub idle_timeout: Duration,
-    /// Largest single event of a stream, and largest JSON answer, bytes.
-    #[serde(default = "UpstreamConfig::default_max_event_bytes")]
-    pub max_event_bytes: usize,
+impl Config {
+    /// The assistant that answers where a message names none: the one called `default`, or the only one.
+    pub fn default_assistant(&self) -> Option<&str> {
+        match self.assistants.get_key_value("default") {
+            Some((name, _)) => Some(name),
+            None if self.assistants.len() == 1 => self.assistants.keys().next().map(String::as_str),
+            None => None,
+        }
+    }
 }
 
-#[derive(Clone, Copy, Debug, Deserialize, Eq, PartialEq)]
-#[serde(rename_all = "lowercase")]
-pub enum UpstreamKind {
-    /// Assistants v2: threads, messages, runs.
-    Assistants,
-    /// Conversations + Responses.
-    Responses,
-}
-
-#[derive(Clone, Copy, Debug, Default, Deserialize, Eq, PartialEq)]
-#[serde(rename_all = "kebab-case")]
-pub enum AuthScheme {
-    /// `Authorization: Bearer <key>`.
-    #[default]
-    Bearer,
-    /// `api-key: <key>`.
-    ApiKey,
-}
-
-/// A named profile that messages are answered with.
-#[derive(Clone, Debug, Default, Deserialize)]
-#[serde(default)]
-pub struct AssistantConfig {
-    /// Name of the upstream.
-    pub upstream: String,
-    /// The assistant's id there (kind `assistants`).
-    pub assistant_id: Option<String>,
-    /// The model (required for kind `responses`; replaces the assistant's own otherwise).
-    pub model: Option<String>,
-    pub instructions: Option<String>,
-    /// Tool definitions, sent as they are.
-    pub tools: Vec<serde_json::Value>,
-    /// Further fields of the request that starts a run, sent as they are: `temperature`, `max_output_tokens`, …
-    pub parameters: serde_json::Map<String, serde_json::Value>,
-    /// Replaces `runs.timeout`.
-    #[serde(with = "humantime_serde")]
-    pub timeout: Option<Duration>,
+impl LogConfig {
+    /// The filter in its usable form.
+    ///
+    /// # Errors
+    ///
+    /// The text is not a filter, such as `threadkeeper=loud`.
+    pub fn env_filter(&self) -> Result<EnvFilter, tracing_subscriber::filter::ParseError> {
+        EnvFilter::try_new(&self.filter)
+    }
 }
 
 impl Default for ServerConfig {
@@ -213,6 +182,7 @@ impl Default for ServerConfig {
             max_connections: 10_240,
             header_read_timeout: Duration::from_secs(75),
             body_read_timeout: Duration::from_secs(30),
+            write_timeout: Duration::from_secs(30),
             max_body_bytes: 1024 * 1024,
             max_header_bytes: 32 * 1024,
             keep_alive: Duration::from_secs(15),
@@ -225,6 +195,7 @@ impl Default for StoreConfig {
     fn default() -> Self {
         Self {
             url: None,
+            url_file: None,
             max_connections: 16,
             acquire_timeout: Duration::from_secs(5),
             startup_timeout: Duration::from_secs(30),
@@ -264,20 +235,68 @@ impl Default for ReplicaConfig {
     }
 }
 
-impl UpstreamConfig {
-    fn default_connect_timeout() -> Duration {
-        Duration::from_secs(5)
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const TEXT: &str = include_str!("../config/gateway.toml");
+
+    fn load(text: String) -> Result<Config, ConfigProblems> {
+        let file = Some(ConfigFile::Text { name: "gateway.toml".to_owned(), text });
+        Config::load(Sources { file, ..Sources::default() })
     }
 
-    fn default_idle_timeout() -> Duration {
-        Duration::from_mins(1)
+    /// The file with its examples switched on: `#` and no blank marks a setting.
+    fn with_examples() -> String {
+        let switch_on = |line: &str| match line.strip_prefix('#') {
+            Some(setting)
+                if setting.starts_with(|first: char| first == '[' || first.is_ascii_lowercase()) =>
+            {
+                format!("{setting}\n")
+            }
+            _ => format!("{line}\n"),
+        };
+        TEXT.lines().map(switch_on).collect()
     }
 
-    fn default_max_event_bytes() -> usize {
-        16 * 1024 * 1024
+    #[test]
+    fn the_example_file_holds_the_defaults() {
+        let config = load(TEXT.to_owned()).unwrap();
+        assert_eq!(format!("{config:?}"), format!("{:?}", Config::default()));
     }
-}
 
-fn yes() -> bool {
-    true
+    #[test]
+    fn the_example_file_mentions_every_setting() {
+        let (live, errors) = tree::Node::from_toml("gateway.toml", TEXT);
+        let (all, more_errors) = tree::Node::from_toml("gateway.toml", &with_examples());
+        assert!(errors.is_empty() && more_errors.is_empty(), "{errors:?} {more_errors:?}");
+        for setting in load::known_settings() {
+            let at = |name: &str| -> Vec<String> {
+                setting.iter().map(|key| if *key == "<name>" { name } else { key }.to_owned()).collect()
+            };
+            let is_mentioned =
+                ["openai", "azure", "default", "support"].iter().any(|name| all.get(&at(name)).is_some());
+            assert!(is_mentioned, "{setting:?} is not in config/gateway.toml");
+            // Settings with a default are live, so that the test above compares them.
+            let has_none = matches!(setting.as_slice(), ["store", "url" | "url_file"] | ["log", "format"]);
+            if setting.len() == 2 && !has_none {
+                assert!(live.get(&at("")).is_some(), "{setting:?} is switched off in config/gateway.toml");
+            }
+        }
+    }
+
+    #[test]
+    fn the_examples_hold_together_and_state_the_defaults_of_their_fields() {
+        // Of two settings that exclude each other the one is taken out, and a key in ASCII put in.
+        let text = with_examples().replace("\napi_key_file", "\n#").replace("\nurl_file", "\n#");
+        let config = load(text.replace("sk-…", "sk-1").replace("\"…\"", "\"key\"")).unwrap();
+        let openai = &config.upstreams["openai"];
+        assert_eq!(openai.auth, AuthScheme::default());
+        assert!(openai.conversations);
+        assert_eq!(openai.connect_timeout, UpstreamConfig::default_connect_timeout());
+        assert_eq!(openai.idle_timeout, UpstreamConfig::default_idle_timeout());
+        assert_eq!(openai.max_event_bytes, UpstreamConfig::default_max_event_bytes());
+        assert_eq!(config.upstreams["azure"].auth, AuthScheme::ApiKey);
+        assert_eq!(config.default_assistant(), Some("default"));
+    }
 }

@@ -2,6 +2,20 @@
 //!
 //! `ARCHITECTURE.md` is the map. A module uses what stands below it in this list, never what stands above.
 
+pub mod cli;
+
+pub mod api;
+
+pub mod server;
+
+pub mod telemetry;
+
+pub mod runs;
+
+pub mod error;
+
+pub mod locks;
+
 pub mod upstream;
 
 pub mod store;

@@ -1,6 +1,6 @@
-#![expect(
-    clippy::unwrap_used,
-    reason = "a test may panic, and the lint does not see that helpers belong to tests"
-)]
+//! The integration tests: one binary, so that there is one link and one cluster.
 
+#![expect(clippy::unwrap_used, reason = "a test fails by panicking, its helpers too")]
+
+mod server;
 mod upstream;

@@ -1,0 +1,19 @@
+# What CI runs, in the same order.
+check:
+    .ci/run
+
+# A gateway with an embedded database and a simulated upstream.
+dev:
+    cargo run -- dev
+
+# Everything: units, properties, and the binary against SQLite, Postgres and the simulator.
+test:
+    cargo test
+
+# One test by name, with its output.
+test-one name:
+    cargo test {{ name }} -- --nocapture
+
+# The container image.
+image:
+    docker build -t threadkeeper .

@@ -1,0 +1,59 @@
+//! The HTTP surface: routes, and the middleware that every answer passes.
+
+mod extract;
+mod health;
+mod messages;
+mod observe;
+mod problem;
+mod runs;
+mod sse;
+mod threads;
+mod views;
+
+use std::any::Any;
+use std::sync::Arc;
+
+use axum::Router;
+use axum::middleware::from_fn;
+use axum::response::{IntoResponse, Response};
+use axum::routing::{get, post};
+use tower_http::catch_panic::CatchPanicLayer;
+
+use crate::config::ServerConfig;
+use crate::error::Error;
+use crate::runs::Runs;
+
+/// What handlers reach.
+#[derive(Clone, Debug)]
+pub struct AppState {
+    pub runs: Runs,
+    pub server: Arc<ServerConfig>,
+}
+
+/// The three kinds of conversation, each with the same resources below it.
+const SCOPES: [&str; 3] =
+    ["/v1/users/{user}", "/v1/users/{user}/sessions/{session}", "/v1/users/{user}/topics/{topic}"];
+
+/// Every route of the gateway.
+pub fn router(state: AppState) -> Router {
+    let mut router =
+        Router::new().route("/healthz", get(health::healthz)).route("/readyz", get(health::readyz));
+    for scope in SCOPES {
+        router = router
+            .route(&format!("{scope}/messages"), post(messages::create).get(messages::list))
+            .route(&format!("{scope}/thread"), get(threads::show))
+            .route(&format!("{scope}/runs"), get(runs::list))
+            .route(&format!("{scope}/runs/{{run}}"), get(runs::show));
+    }
+    router
+        .fallback(async || Error::NotFound("there is nothing at this path"))
+        .method_not_allowed_fallback(async || Error::MethodNotAllowed)
+        .layer(CatchPanicLayer::custom(panicked))
+        .layer(from_fn(observe::observe))
+        .with_state(state)
+}
+
+/// The panic itself has been logged by the hook; its text may hold anything, so the caller does not see it.
+fn panicked(_panic: Box<dyn Any + Send + 'static>) -> Response {
+    Error::Internal(None).into_response()
+}

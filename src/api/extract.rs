@@ -1,0 +1,153 @@
+//! Our extractors: what they refuse is a problem document like every other error.
+
+use axum::extract::{FromRequest, FromRequestParts, Query, RawPathParams, Request};
+use axum::http::header::CONTENT_TYPE;
+use axum::http::request::Parts;
+use http_body_util::{BodyExt, LengthLimitError, Limited};
+use serde::de::DeserializeOwned;
+use tokio::time::timeout;
+
+use super::AppState;
+use crate::domain::{ConversationKey, InvalidKey, PageRequest, RunId, Scope, TenantKey};
+use crate::error::Error;
+
+/// The conversation that the path names. There is one tenant until callers can say which is theirs.
+#[derive(Debug)]
+pub(super) struct ApiKey(pub(super) ConversationKey);
+
+impl<S: Send + Sync> FromRequestParts<S> for ApiKey {
+    type Rejection = Error;
+
+    async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, Error> {
+        let params = path_params(parts, state).await?;
+        let named =
+            |name: &str| params.iter().find(|(key, _)| *key == name).map(|(_, value)| value.to_owned());
+        let user = named("user").ok_or(Error::Internal(None))?;
+        let scope = match (named("session"), named("topic")) {
+            (Some(name), _) => Scope::Session(name.try_into().map_err(invalid("session"))?),
+            (None, Some(name)) => Scope::Topic(name.try_into().map_err(invalid("topic"))?),
+            (None, None) => Scope::User,
+        };
+        let user = user.try_into().map_err(invalid("user"))?;
+        Ok(Self(ConversationKey { tenant: TenantKey::default(), user, scope }))
+    }
+}
+
+fn invalid(name: &'static str) -> impl Fn(InvalidKey) -> Error {
+    move |error| Error::Malformed(format!("the {name} key in the path: {error}"))
+}
+
+/// The run that the path names.
+#[derive(Debug)]
+pub(super) struct ApiRun(pub(super) RunId);
+
+impl<S: Send + Sync> FromRequestParts<S> for ApiRun {
+    type Rejection = Error;
+
+    async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, Error> {
+        let params = path_params(parts, state).await?;
+        let text = params.iter().find(|(key, _)| *key == "run").map_or("", |(_, value)| value);
+        text.parse().map(Self).map_err(|error| Error::Malformed(format!("the run id in the path: {error}")))
+    }
+}
+
+async fn path_params<S: Send + Sync>(parts: &mut Parts, state: &S) -> Result<RawPathParams, Error> {
+    RawPathParams::from_request_parts(parts, state)
+        .await
+        .map_err(|_| Error::Malformed("the path is not percent-encoded UTF-8".to_owned()))
+}
+
+/// A JSON body.
+#[derive(Debug)]
+pub(super) struct ApiJson<T>(pub(super) T);
+
+impl<T: DeserializeOwned> FromRequest<AppState> for ApiJson<T> {
+    type Rejection = Error;
+
+    async fn from_request(request: Request, state: &AppState) -> Result<Self, Error> {
+        if !is_json(&request) {
+            return Err(Error::UnsupportedMediaType);
+        }
+        let limit = state.server.max_body_bytes;
+        let body = Limited::new(request.into_body(), limit).collect();
+        let body = match timeout(state.server.body_read_timeout, body).await {
+            Err(_) => return Err(Error::BodyTimeout),
+            Ok(Ok(body)) => body.to_bytes(),
+            Ok(Err(error)) if error.is::<LengthLimitError>() => return Err(Error::PayloadTooLarge { limit }),
+            Ok(Err(_)) => return Err(Error::Malformed("the body broke off".to_owned())),
+        };
+        let mut deserializer = serde_json::Deserializer::from_slice(&body);
+        let value: T = serde_path_to_error::deserialize(&mut deserializer).map_err(|error| {
+            let path = error.path().to_string();
+            let inner = error.into_inner();
+            if inner.is_data() {
+                let at = if path == "." { String::new() } else { format!("`{path}`: ") };
+                Error::Invalid(format!("{at}{inner}"))
+            } else {
+                Error::Malformed(format!("the body is not JSON: {inner}"))
+            }
+        })?;
+        deserializer.end().map_err(|error| Error::Malformed(format!("the body is not JSON: {error}")))?;
+        Ok(Self(value))
+    }
+}
+
+fn is_json(request: &Request) -> bool {
+    let essence =
+        request.headers().get(CONTENT_TYPE).and_then(|value| value.to_str().ok()).unwrap_or_default();
+    let essence = essence.split(';').next().unwrap_or_default().trim().to_ascii_lowercase();
+    essence == "application/json" || (essence.starts_with("application/") && essence.ends_with("+json"))
+}
+
+/// Which page of a list is wanted: `limit` 1 to 100 (20), `order` `asc` or `desc` (newest first), `after`, `before`.
+#[derive(Debug)]
+pub(super) struct ApiPage<Id>(pub(super) PageRequest<Id>);
+
+#[derive(serde::Deserialize)]
+#[serde(deny_unknown_fields)]
+struct PageQuery {
+    limit: Option<u32>,
+    order: Option<Order>,
+    after: Option<String>,
+    before: Option<String>,
+}
+
+#[derive(serde::Deserialize)]
+#[serde(rename_all = "lowercase")]
+enum Order {
+    Asc,
+    Desc,
+}
+
+impl<S, Id> FromRequestParts<S> for ApiPage<Id>
+where
+    S: Send + Sync,
+    Id: std::str::FromStr<Err: std::fmt::Display>,
+{
+    type Rejection = Error;
+
+    async fn from_request_parts(parts: &mut Parts, _state: &S) -> Result<Self, Error> {
+        let query = Query::<PageQuery>::try_from_uri(&parts.uri)
+            .map_err(|rejection| Error::Malformed(format!("the query: {}", rejection.body_text())))?
+            .0;
+        let limit = query.limit.unwrap_or(20);
+        if !(1..=100).contains(&limit) {
+            return Err(Error::Malformed("`limit` must be between 1 and 100".to_owned()));
+        }
+        if query.after.is_some() && query.before.is_some() {
+            return Err(Error::Malformed("give `after` or `before`, not both".to_owned()));
+        }
+        let cursor = |name: &str, text: Option<String>| {
+            text.map(|text| {
+                text.parse::<Id>().map_err(|error| Error::Malformed(format!("`{name}`: {error}")))
+            })
+            .transpose()
+        };
+        Ok(Self(PageRequest {
+            limit,
+            ascending: matches!(query.order, Some(Order::Asc)),
+            after: cursor("after", query.after)?,
+            before: cursor("before", query.before)?,
+        }))
+    }
+}

@@ -1,0 +1,73 @@
+//! `…/messages`: append and run, or read the transcript.
+
+use std::time::Duration;
+
+use axum::Json;
+use axum::extract::State;
+use axum::http::{HeaderMap, header};
+use axum::response::{IntoResponse, Response};
+
+use super::extract::{ApiJson, ApiKey, ApiPage};
+use super::views::{ListView, MessageView, OnDisconnect, PostMessage, ThreadView, TurnView};
+use super::{AppState, sse};
+use crate::domain::{MessageId, MultitaskStrategy, RunStatus};
+use crate::error::Error;
+use crate::runs::{NewMessage, Outcome};
+
+/// Appends a message, runs the assistant, and answers when the run has ended, or streams what happens.
+pub(super) async fn create(
+    State(state): State<AppState>,
+    ApiKey(key): ApiKey,
+    headers: HeaderMap,
+    ApiJson(body): ApiJson<PostMessage>,
+) -> Result<Response, Error> {
+    if body.on_disconnect == Some(OnDisconnect::Cancel) {
+        return Err(Error::NotSupported("`on_disconnect: cancel` is not supported yet: use `continue`"));
+    }
+    let stream = body.stream.unwrap_or_else(|| accepts_events(&headers));
+    let message = NewMessage {
+        content: body.content.0.try_into().map_err(|error| Error::Invalid(format!("`content`: {error}")))?,
+        assistant: body.assistant,
+        strategy: body.multitask_strategy.unwrap_or(MultitaskStrategy::Enqueue),
+        metadata: body.metadata,
+        timeout: body.timeout_ms.map(Duration::from_millis),
+    };
+    let submitted = state.runs.submit(key, message).await?;
+    if stream {
+        return Ok(sse::follow(&submitted, state.server.keep_alive));
+    }
+    let outcome = submitted.feed.ended().await;
+    Ok(Json(turn(&outcome)?).into_response())
+}
+
+/// The transcript.
+pub(super) async fn list(
+    State(state): State<AppState>,
+    ApiKey(key): ApiKey,
+    ApiPage(page): ApiPage<MessageId>,
+) -> Result<Json<ListView<MessageView>>, Error> {
+    let page = state.runs.messages(&key, &page).await?;
+    Ok(Json(ListView::new(page, |message| message.id.to_string(), MessageView::from)))
+}
+
+fn turn(outcome: &Outcome) -> Result<TurnView, Error> {
+    let run = &outcome.run;
+    match run.status {
+        RunStatus::Failed | RunStatus::Expired => {
+            Err(Error::RunFailed { run: Box::new(run.clone()), retry_after: outcome.retry_after })
+        }
+        _ => Ok(TurnView {
+            thread: ThreadView::new(outcome.thread.clone(), outcome.activity),
+            run: run.clone().into(),
+            message: outcome.message.clone().map(Into::into),
+        }),
+    }
+}
+
+fn accepts_events(headers: &HeaderMap) -> bool {
+    headers.get_all(header::ACCEPT).iter().filter_map(|value| value.to_str().ok()).any(|value| {
+        value.split(',').any(|kind| {
+            kind.split(';').next().is_some_and(|kind| kind.trim().eq_ignore_ascii_case("text/event-stream"))
+        })
+    })
+}

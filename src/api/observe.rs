@@ -1,0 +1,50 @@
+//! The outermost middleware: the request's id, its span, its log line, and the body of problems.
+
+use std::time::Instant;
+
+use axum::extract::{MatchedPath, Request};
+use axum::http::{HeaderName, HeaderValue};
+use axum::middleware::Next;
+use axum::response::Response;
+use tracing::Instrument;
+use uuid::Uuid;
+
+use super::problem;
+
+const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
+const MAX_REQUEST_ID: usize = 128;
+
+/// Gives the request an id (the caller's own `x-request-id` if it is usable), puts everything that is logged for
+/// it into a span with that id, completes a problem answer with it, and sends it back.
+pub(super) async fn observe(request: Request, next: Next) -> Response {
+    let id = request_id(&request);
+    // The path holds keys; its pattern does not.
+    let route = request.extensions().get::<MatchedPath>().map_or("none", MatchedPath::as_str).to_owned();
+    let span = tracing::info_span!("request", request_id = %id, method = %request.method(), route);
+    async move {
+        let started = Instant::now();
+        let mut response = problem::complete(next.run(request).await, &id);
+        let status = response.status().as_u16();
+        let duration_ms = u64::try_from(started.elapsed().as_millis()).unwrap_or(u64::MAX);
+        if route == "/healthz" || route == "/readyz" {
+            tracing::debug!(status, duration_ms, "answered");
+        } else {
+            tracing::info!(status, duration_ms, "answered");
+        }
+        if let Ok(value) = HeaderValue::from_str(&id) {
+            response.headers_mut().insert(REQUEST_ID, value);
+        }
+        response
+    }
+    .instrument(span)
+    .await
+}
+
+fn request_id(request: &Request) -> String {
+    let usable = |text: &&str| {
+        (1..=MAX_REQUEST_ID).contains(&text.len())
+            && text.bytes().all(|b| b.is_ascii_alphanumeric() || b"-_.:/+=@".contains(&b))
+    };
+    let given = request.headers().get(REQUEST_ID).and_then(|value| value.to_str().ok()).filter(usable);
+    given.map_or_else(|| format!("req_{}", Uuid::now_v7().simple()), str::to_owned)
+}

@@ -1,0 +1,194 @@
+//! The command line.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::{Args, Parser, Subcommand};
+
+/// An HTTP gateway between chatbot frontends and a hosted conversation API: one thread per user, session or topic,
+/// and one run at a time on it.
+#[derive(Clone, Debug, Parser)]
+#[command(name = "threadkeeper", version, propagate_version = true)]
+pub struct Cli {
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+#[derive(Clone, Debug, Subcommand)]
+pub enum Command {
+    Dev(DevArgs),
+    Serve(ServeArgs),
+    Simulate(SimulateArgs),
+    Migrate(MigrateArgs),
+    CheckConfig(CheckConfigArgs),
+}
+
+/// Try it out: the gateway with a simulated upstream, in one process.
+///
+/// Needs no configuration, keys or database server: conversations are kept in a SQLite file in the data folder, and
+/// the replies are made up by the built-in simulator. Not for production.
+#[derive(Args, Clone, Debug)]
+#[command(after_help = "\
+Examples:
+  threadkeeper dev
+  threadkeeper dev --listen 127.0.0.1:9000 --data /var/tmp/threadkeeper")]
+pub struct DevArgs {
+    /// Address to listen on. Nobody has to prove who they are: keep it on loopback.
+    #[arg(long, value_name = "ADDR", default_value = "127.0.0.1:8080")]
+    pub listen: SocketAddr,
+    /// Folder of the database. Made if it does not exist.
+    #[arg(long, value_name = "DIR", default_value = "./data")]
+    pub data: PathBuf,
+}
+
+/// Run the gateway.
+///
+/// Refuses to start if anything is wrong with the configuration, and lists all of it. The first SIGTERM or SIGINT lets
+/// running turns end within the grace time, the second one does not.
+#[derive(Args, Clone, Debug)]
+#[command(after_help = "\
+Examples:
+  threadkeeper serve --config gateway.toml
+  DATABASE_URL=postgres://user@host/db threadkeeper serve --config gateway.toml --listen 127.0.0.1:9000")]
+pub struct ServeArgs {
+    #[command(flatten)]
+    pub config: ConfigArgs,
+    /// Address to listen on, in place of the configured one.
+    #[arg(long, value_name = "ADDR")]
+    pub listen: Option<SocketAddr>,
+}
+
+/// Run only the simulated upstream, for tests, demos and benchmarks.
+///
+/// Speaks both protocols (Assistants v2 under /v1 with threads and runs, and Conversations + Responses) and accepts
+/// any key.
+#[derive(Args, Clone, Debug)]
+#[command(after_help = "\
+Examples:
+  threadkeeper simulate
+  threadkeeper simulate --listen 127.0.0.1:9100 --latency 300ms --token-interval 20ms --reply-words 200")]
+pub struct SimulateArgs {
+    /// Address to listen on.
+    #[arg(long, value_name = "ADDR", default_value = "127.0.0.1:9090")]
+    pub listen: SocketAddr,
+    /// Time before the first token of a reply.
+    #[arg(long, value_name = "TIME", default_value = "0ms", value_parser = humantime::parse_duration)]
+    pub latency: Duration,
+    /// Time between two tokens of a reply.
+    #[arg(long, value_name = "TIME", default_value = "0ms", value_parser = humantime::parse_duration)]
+    pub token_interval: Duration,
+    /// Length of a reply, words.
+    #[arg(long, value_name = "N", default_value_t = 12, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
+    pub reply_words: u32,
+}
+
+/// Bring the database's schema up to date, and end.
+///
+/// For deployments where `serve` must not do it (`store.migrate_on_start = false`). Harmless to repeat.
+#[derive(Args, Clone, Debug)]
+#[command(after_help = "\
+Examples:
+  threadkeeper migrate --config gateway.toml
+  DATABASE_URL=postgres://owner@host/db threadkeeper migrate")]
+pub struct MigrateArgs {
+    #[command(flatten)]
+    pub config: ConfigArgs,
+}
+
+/// Check the configuration as `serve` would, without connecting to anything, and end.
+///
+/// Lists every problem with the place where it was written. The exit code is 0 if there is none.
+#[derive(Args, Clone, Debug)]
+#[command(after_help = "\
+Examples:
+  threadkeeper check-config --config gateway.toml")]
+pub struct CheckConfigArgs {
+    #[command(flatten)]
+    pub config: ConfigArgs,
+}
+
+/// Where settings come from.
+#[derive(Args, Clone, Debug)]
+pub struct ConfigArgs {
+    /// The configuration, TOML. Without it no file is read: not config/gateway.toml either, which lists every setting.
+    ///
+    /// Environment variables are above the file: `THREADKEEPER_` and the path with two underscores between the levels
+    /// (`THREADKEEPER_STORE__URL`), and `DATABASE_URL` for `store.url`.
+    #[arg(long, value_name = "FILE", env = "THREADKEEPER_CONFIG", hide_env_values = true)]
+    pub config: Option<PathBuf>,
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    fn parse(line: &str) -> Result<Command, clap::Error> {
+        Cli::try_parse_from(line.split(' ')).map(|cli| cli.command)
+    }
+
+    #[test]
+    fn the_definitions_hold_together() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn every_command_explains_itself_with_examples() {
+        let mut cli = Cli::command();
+        cli.build();
+        let names: Vec<&str> = cli.get_subcommands().map(clap::Command::get_name).collect();
+        assert_eq!(names, ["dev", "serve", "simulate", "migrate", "check-config", "help"]);
+        for command in cli.get_subcommands_mut().filter(|command| command.get_name() != "help") {
+            let help = command.render_long_help().to_string();
+            assert!(help.contains("Examples:"), "{help}");
+            assert!(command.get_long_about().is_some(), "{help}");
+            assert!(command.get_opts().all(|option| option.get_help().is_some()), "{help}");
+        }
+    }
+
+    #[test]
+    fn the_examples_in_the_help_are_accepted() {
+        let cli = Cli::command();
+        for command in cli.get_subcommands() {
+            let help = command.get_after_help().map(ToString::to_string).unwrap_or_default();
+            for line in help.lines().filter_map(|line| line.find("threadkeeper ").map(|at| &line[at..])) {
+                assert!(parse(line).is_ok(), "{line}: {:?}", parse(line));
+            }
+        }
+    }
+
+    #[test]
+    fn dev_needs_nothing() {
+        let Ok(Command::Dev(args)) = parse("threadkeeper dev") else { panic!("not dev") };
+        assert_eq!(args.listen, SocketAddr::from(([127, 0, 0, 1], 8080)));
+        assert_eq!(args.data, PathBuf::from("./data"));
+    }
+
+    #[test]
+    fn serve_takes_a_file_and_an_address() {
+        let line = "threadkeeper serve --config a.toml --listen [::1]:1";
+        let Ok(Command::Serve(args)) = parse(line) else { panic!("not serve") };
+        assert_eq!(args.config.config, Some(PathBuf::from("a.toml")));
+        assert_eq!(args.listen, Some("[::1]:1".parse().unwrap()));
+        assert!(parse("threadkeeper serve --listen everywhere").is_err());
+    }
+
+    #[test]
+    fn the_simulator_s_knobs_have_units() {
+        let line = "threadkeeper simulate --latency 1s --token-interval 20ms --reply-words 5";
+        let Ok(Command::Simulate(args)) = parse(line) else { panic!("not simulate") };
+        assert_eq!(args.latency, Duration::from_secs(1));
+        assert_eq!(args.token_interval, Duration::from_millis(20));
+        assert_eq!(args.reply_words, 5);
+        assert!(parse("threadkeeper simulate --latency 20").is_err());
+        assert!(parse("threadkeeper simulate --reply-words 0").is_err());
+    }
+
+    #[test]
+    fn a_command_is_required() {
+        assert!(parse("threadkeeper").is_err());
+        assert!(parse("threadkeeper check").is_err());
+    }
+}

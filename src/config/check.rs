@@ -1,0 +1,519 @@
+//! What types cannot say: references, ranges, and combinations that make no sense.
+
+use std::time::Duration;
+
+use http::{HeaderName, HeaderValue};
+use secrecy::{ExposeSecret, SecretString};
+use url::Url;
+
+use super::problem::{ConfigProblems, Problem};
+use super::tree::Node;
+use super::{AssistantConfig, AuthScheme, Config, UpstreamConfig, UpstreamKind};
+
+/// Longer than any sensible setting; sums with it stay within every clock's range.
+const LONGEST: Duration = Duration::from_hours(10 * 365 * 24);
+/// The smallest buffer of the HTTP library.
+const SMALLEST_HEAD: usize = 8 * 1024;
+/// Headers that the HTTP library or the adapter writes itself.
+const OWN_HEADERS: [&str; 12] = [
+    "accept",
+    "connection",
+    "content-length",
+    "content-type",
+    "expect",
+    "host",
+    "keep-alive",
+    "proxy-connection",
+    "te",
+    "trailer",
+    "transfer-encoding",
+    "upgrade",
+];
+
+/// Fields of the run's request that the gateway writes: they cannot be among an assistant's `parameters`.
+pub const fn reserved_parameters(kind: UpstreamKind) -> &'static [&'static str] {
+    match kind {
+        UpstreamKind::Assistants => &[
+            "additional_messages",
+            "assistant_id",
+            "instructions",
+            "metadata",
+            "model",
+            "stream",
+            "thread",
+            "tools",
+        ],
+        UpstreamKind::Responses => &[
+            "background",
+            "conversation",
+            "input",
+            "instructions",
+            "metadata",
+            "model",
+            "previous_response_id",
+            "store",
+            "stream",
+            "stream_options",
+            "tools",
+        ],
+    }
+}
+
+/// Collects problems with their origin.
+pub(super) struct Checker<'a> {
+    pub(super) tree: &'a Node,
+    pub(super) problems: &'a mut ConfigProblems,
+}
+
+impl Checker<'_> {
+    /// An empty `hint` is none. Nothing happens if the setting has a problem already.
+    pub(super) fn report(&mut self, path: &[&str], what: impl Into<String>, hint: &str) {
+        if self.is_broken(path) {
+            return;
+        }
+        let keys: Vec<String> = path.iter().map(|key| (*key).to_owned()).collect();
+        self.problems.push(Problem {
+            path: keys.join("."),
+            origin: self.tree.get(&keys).and_then(|node| node.origin.clone()),
+            what: what.into(),
+            hint: (!hint.is_empty()).then(|| hint.to_owned()),
+        });
+    }
+
+    /// The setting has a problem already, so its value means nothing.
+    fn is_broken(&self, path: &[&str]) -> bool {
+        self.problems.covers(&path.join("."))
+    }
+}
+
+/// The checks that every command makes.
+pub(super) fn everything(config: &Config, checker: &mut Checker<'_>) {
+    durations(config, checker);
+    limits(config, checker);
+    store_url(config, checker);
+    if config.log.env_filter().is_err() {
+        let hint = "write it like \"info\" or \"threadkeeper=debug,info\"";
+        checker.report(&["log", "filter"], "is not a log filter", hint);
+    }
+    for (name, upstream) in &config.upstreams {
+        self::upstream(name, upstream, checker);
+    }
+    for (name, assistant) in &config.assistants {
+        self::assistant(name, assistant, config, checker);
+    }
+    if !config.assistants.is_empty() && config.default_assistant().is_none() {
+        let hint = "call the one that answers where a message names none \"default\"";
+        checker.report(
+            &["assistants", "default"],
+            "there are several assistants and none is the default",
+            hint,
+        );
+    }
+}
+
+/// The checks that only `serve` makes.
+pub(super) fn serve(config: &Config, checker: &mut Checker<'_>) {
+    if config.store.url.is_none() && !checker.is_broken(&["store", "url_file"]) {
+        let hint = "set it in the file, or as THREADKEEPER_STORE__URL or DATABASE_URL";
+        checker.report(&["store", "url"], "is missing", hint);
+    }
+    if config.upstreams.is_empty() {
+        let hint = "add a table [upstreams.<name>], or try `threadkeeper dev`, which brings a simulated one";
+        checker.report(&["upstreams"], "there is no upstream to answer messages", hint);
+    }
+    if config.assistants.is_empty() {
+        let hint = "add a table [assistants.default] that names an upstream";
+        checker.report(&["assistants"], "there is no assistant to answer messages", hint);
+    }
+    if !config.server.listen.ip().to_canonical().is_loopback() && !config.server.allow_unauthenticated {
+        let what = "callers on other machines would be served although nobody has to prove who they are";
+        let hint = "listen on 127.0.0.1 or [::1], or set server.allow_unauthenticated = true";
+        checker.report(&["server", "listen"], what, hint);
+    }
+}
+
+fn durations(config: &Config, checker: &mut Checker<'_>) {
+    let Config { server, store, runs, .. } = config;
+    for (path, value, may_be_zero) in [
+        (["server", "header_read_timeout"], server.header_read_timeout, false),
+        (["server", "body_read_timeout"], server.body_read_timeout, false),
+        (["server", "write_timeout"], server.write_timeout, false),
+        (["server", "keep_alive"], server.keep_alive, false),
+        (["server", "shutdown_grace"], server.shutdown_grace, true),
+        (["store", "acquire_timeout"], store.acquire_timeout, false),
+        (["store", "startup_timeout"], store.startup_timeout, true),
+        (["runs", "timeout"], runs.timeout, false),
+        (["runs", "max_timeout"], runs.max_timeout, false),
+        (["runs", "settle_timeout"], runs.settle_timeout, false),
+        (["sessions", "ttl"], config.sessions.ttl, false),
+        (["replica", "session_ttl"], config.replica.session_ttl, false),
+    ] {
+        duration(&path, value, may_be_zero, checker);
+    }
+    let max = ["runs", "max_timeout"];
+    if runs.timeout > runs.max_timeout && !checker.is_broken(&max) {
+        checker.report(
+            &["runs", "timeout"],
+            "is longer than runs.max_timeout",
+            "raise the one or lower the other",
+        );
+    }
+}
+
+fn duration(path: &[&str], value: Duration, may_be_zero: bool, checker: &mut Checker<'_>) {
+    if value.is_zero() && !may_be_zero {
+        checker.report(path, "must be longer than zero", "");
+    }
+    if value > LONGEST {
+        checker.report(path, "must be at most ten years", "");
+    }
+}
+
+fn limits(config: &Config, checker: &mut Checker<'_>) {
+    let Config { server, store, runs, .. } = config;
+    let store_connections = usize::try_from(store.max_connections).unwrap_or(usize::MAX);
+    for (path, value, least, most) in [
+        (["server", "max_connections"], server.max_connections, 1, 1_000_000),
+        (["server", "max_body_bytes"], server.max_body_bytes, 1, usize::MAX),
+        (["server", "max_header_bytes"], server.max_header_bytes, SMALLEST_HEAD, 16 * 1024 * 1024),
+        (["store", "max_connections"], store_connections, 1, 10_000),
+        (["runs", "max_queue"], runs.max_queue, 1, usize::MAX),
+        (["runs", "max_reply_bytes"], runs.max_reply_bytes, 1, usize::MAX),
+    ] {
+        if value < least {
+            checker.report(&path, format!("must be at least {least}"), "");
+        }
+        if value > most {
+            checker.report(&path, format!("must be at most {most}"), "");
+        }
+    }
+}
+
+fn store_url(config: &Config, checker: &mut Checker<'_>) {
+    let Some(url) = &config.store.url else { return };
+    let url = url.expose_secret();
+    let is_good = match url.split_once(':') {
+        Some(("sqlite", path)) => !path.trim_start_matches('/').is_empty(),
+        Some(("postgres" | "postgresql", rest)) => rest.starts_with("//") && Url::parse(url).is_ok(),
+        _ => false,
+    };
+    if !is_good {
+        let hint = "write it like postgres://user@host/database or sqlite:data/threadkeeper.db";
+        let path = if config.store.url_file.is_some() { ["store", "url_file"] } else { ["store", "url"] };
+        checker.report(&path, "is not the URL of a database", hint);
+    }
+}
+
+fn name(section: &str, name: &str, checker: &mut Checker<'_>) {
+    let mut bytes = name.bytes();
+    let is_word = |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit();
+    let is_good = name.len() <= 64
+        && bytes.next().is_some_and(is_word)
+        && bytes.all(|byte| is_word(byte) || byte == b'_' || byte == b'-');
+    if !is_good {
+        let what = "a name is 1 to 64 of a-z, 0-9, _ and -, and begins with a letter or digit";
+        checker.report(&[section, name], what, "");
+    }
+}
+
+fn upstream(name: &str, upstream: &UpstreamConfig, checker: &mut Checker<'_>) {
+    self::name("upstreams", name, checker);
+    let at = |field| ["upstreams", name, field];
+    base_url(&at("base_url"), &upstream.base_url, checker);
+    if !upstream.conversations && upstream.kind == UpstreamKind::Assistants && !checker.is_broken(&at("kind"))
+    {
+        checker.report(&at("conversations"), "can be false only for kind \"responses\"", "leave it out");
+    }
+    duration(&at("connect_timeout"), upstream.connect_timeout, false, checker);
+    duration(&at("idle_timeout"), upstream.idle_timeout, false, checker);
+    if upstream.max_event_bytes == 0 {
+        checker.report(&at("max_event_bytes"), "must be at least 1", "");
+    }
+    if let Some(key) = &upstream.api_key {
+        let field = if upstream.api_key_file.is_some() { "api_key_file" } else { "api_key" };
+        if !is_header_value(key) {
+            let what = "the key has characters that a header cannot carry";
+            checker.report(&at(field), what, "look for blanks and line ends around it");
+        }
+    }
+    headers(name, upstream, checker);
+}
+
+fn base_url(path: &[&str], url: &Url, checker: &mut Checker<'_>) {
+    if !matches!(url.scheme(), "http" | "https") || url.host_str().is_none() {
+        checker.report(path, "must begin with https:// or http:// and name a host", "");
+    } else if !url.username().is_empty() || url.password().is_some() {
+        checker.report(path, "must not hold credentials", "use api_key, api_key_file or headers");
+    } else if url.query().is_some() {
+        checker.report(path, "must not have a query", "put it into the table `query` of the upstream");
+    } else if url.fragment().is_some() {
+        checker.report(path, "must not have a fragment", "leave out # and what follows");
+    }
+}
+
+fn headers(name: &str, upstream: &UpstreamConfig, checker: &mut Checker<'_>) {
+    let key_header = match upstream.auth {
+        AuthScheme::Bearer => "authorization",
+        AuthScheme::ApiKey => "api-key",
+    };
+    for (header, value) in &upstream.headers {
+        let path = ["upstreams", name, "headers", header];
+        let Ok(parsed) = HeaderName::try_from(header) else {
+            checker.report(&path, "is not the name of a header", "");
+            continue;
+        };
+        if OWN_HEADERS.contains(&parsed.as_str()) {
+            checker.report(&path, "is a header that the gateway writes itself", "leave it out");
+        } else if parsed.as_str() == key_header && upstream.api_key.is_some() {
+            checker.report(&path, "is how api_key is sent already", "keep one of the two");
+        } else if !is_header_value(value) {
+            checker.report(&path, "has characters that a header cannot carry", "");
+        }
+    }
+}
+
+fn is_header_value(value: &SecretString) -> bool {
+    let value = value.expose_secret();
+    value.trim() == value && !value.is_empty() && HeaderValue::from_str(value).is_ok()
+}
+
+fn assistant(name: &str, assistant: &AssistantConfig, config: &Config, checker: &mut Checker<'_>) {
+    self::name("assistants", name, checker);
+    let at = |field| ["assistants", name, field];
+    if let Some(timeout) = assistant.timeout {
+        duration(&at("timeout"), timeout, false, checker);
+        if timeout > config.runs.max_timeout && !checker.is_broken(&["runs", "max_timeout"]) {
+            let hint = "raise the one or lower the other";
+            checker.report(&at("timeout"), "is longer than runs.max_timeout", hint);
+        }
+    }
+    if assistant.tools.iter().any(|tool| !tool.is_object()) {
+        checker.report(&at("tools"), "each tool is a table", "{ type = \"function\", … }");
+    }
+    let Some(upstream) = config.upstreams.get(&assistant.upstream) else {
+        unknown_upstream(&at("upstream"), assistant, config, checker);
+        return;
+    };
+    if checker.is_broken(&["upstreams", &assistant.upstream, "kind"]) {
+        return;
+    }
+    let is_given = |text: &Option<String>| text.as_ref().is_some_and(|text| !text.is_empty());
+    match upstream.kind {
+        UpstreamKind::Assistants if !is_given(&assistant.assistant_id) => {
+            let what = "is missing: the upstream is of kind \"assistants\"";
+            checker.report(&at("assistant_id"), what, "set the assistant's id there, asst_…");
+        }
+        UpstreamKind::Responses if assistant.assistant_id.is_some() => {
+            let what = "has no meaning: the upstream is of kind \"responses\"";
+            checker.report(&at("assistant_id"), what, "leave it out");
+        }
+        _ => {}
+    }
+    let lacks_model = upstream.kind == UpstreamKind::Responses || assistant.model.is_some();
+    if lacks_model && !is_given(&assistant.model) {
+        let what = "is missing: the upstream is of kind \"responses\"";
+        let what = if assistant.model.is_some() { "is empty" } else { what };
+        checker.report(&at("model"), what, "name the model that answers");
+    }
+    let reserved = reserved_parameters(upstream.kind);
+    for parameter in assistant.parameters.keys().filter(|key| reserved.contains(&key.as_str())) {
+        let is_setting = matches!(parameter.as_str(), "assistant_id" | "instructions" | "model" | "tools");
+        let hint = if is_setting { "set it beside `parameters`" } else { "leave it out" };
+        let path = ["assistants", name, "parameters", parameter];
+        checker.report(&path, "is written by the gateway", hint);
+    }
+}
+
+fn unknown_upstream(path: &[&str], assistant: &AssistantConfig, config: &Config, checker: &mut Checker<'_>) {
+    if checker.is_broken(&["upstreams"])
+        || (!assistant.upstream.is_empty() && checker.is_broken(&["upstreams", &assistant.upstream]))
+    {
+        return;
+    }
+    if assistant.upstream.is_empty() {
+        checker.report(path, "is missing", "name one of the upstreams");
+        return;
+    }
+    let known: Vec<&str> = config.upstreams.keys().map(String::as_str).collect();
+    let hint = match super::decode::nearest(&assistant.upstream, &known) {
+        Some(near) => format!("did you mean \"{near}\"?"),
+        None if known.is_empty() => "add a table [upstreams.<name>]".to_owned(),
+        None => format!("there are: {}", known.join(", ")),
+    };
+    checker.report(path, "there is no upstream of this name", &hint);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::load::{ConfigFile, Sources};
+    use super::*;
+
+    fn sources(text: &str) -> Sources {
+        let file = ConfigFile::Text { name: "g.toml".to_owned(), text: text.to_owned() };
+        Sources { file: Some(file), ..Sources::default() }
+    }
+
+    /// The paths with problems, and the whole text.
+    fn problems(text: &str) -> (Vec<String>, String) {
+        match Config::load(sources(text)) {
+            Ok(_) => (Vec::new(), String::new()),
+            Err(found) => (found.iter().map(|problem| problem.path.clone()).collect(), found.to_string()),
+        }
+    }
+
+    #[track_caller]
+    fn assert_problems(text: &str, expected: &[&str]) {
+        let (mut paths, all) = problems(text);
+        paths.sort();
+        assert_eq!(paths, expected, "{all}");
+    }
+
+    fn both(upstream: &str, assistant: &str) -> String {
+        format!(
+            "[upstreams.u]\nbase_url = \"https://h/v1\"\n{upstream}\n\
+             [assistants.a]\nupstream = \"u\"\n{assistant}\n"
+        )
+    }
+
+    #[test]
+    fn sound_settings_have_no_problems() {
+        assert_problems(&both("kind = \"responses\"\nconversations = false", "model = \"m\""), &[]);
+        assert_problems(&both("kind = \"assistants\"", "assistant_id = \"asst_1\""), &[]);
+        assert_problems("[store]\nurl = \"postgresql:///d?host=/run/postgresql\"", &[]);
+    }
+
+    #[test]
+    fn each_kind_of_upstream_wants_its_own_fields() {
+        assert_problems(&both("kind = \"responses\"", ""), &["assistants.a.model"]);
+        assert_problems(&both("kind = \"responses\"", "model = \"\""), &["assistants.a.model"]);
+        let text = both("kind = \"responses\"", "model = \"m\"\nassistant_id = \"asst_1\"");
+        assert_problems(&text, &["assistants.a.assistant_id"]);
+        let text = both("kind = \"assistants\"\nconversations = false", "");
+        assert_problems(&text, &["assistants.a.assistant_id", "upstreams.u.conversations"]);
+    }
+
+    #[test]
+    fn no_complaint_follows_from_a_complaint() {
+        assert_problems(&both("kind = \"other\"", ""), &["upstreams.u.kind"]);
+        assert_problems(&both("kind = \"other\"\nconversations = false", ""), &["upstreams.u.kind"]);
+        assert_problems("[runs]\ntimeout = \"1h\"\nmax_timeout = \"long\"", &["runs.max_timeout"]);
+        assert_problems("upstreams = 1\n[assistants.a]\nupstream = \"u\"", &["upstreams"]);
+    }
+
+    #[test]
+    fn an_assistant_names_an_upstream_that_exists() {
+        let text = "[upstreams.openai]\nkind = \"responses\"\nbase_url = \"https://h\"\n\
+                    [assistants.a]\nupstream = \"openia\"\nmodel = \"m\"";
+        assert_problems(text, &["assistants.a.upstream"]);
+        assert!(problems(text).1.contains("did you mean \"openai\"?"));
+        assert_problems("[assistants.a]\nmodel = \"m\"", &["assistants.a.upstream"]);
+    }
+
+    #[test]
+    fn one_of_several_assistants_is_the_default() {
+        let one = both("kind = \"responses\"", "model = \"m\"");
+        let two = format!("{one}[assistants.b]\nupstream = \"u\"\nmodel = \"m\"\n");
+        let three = format!("{two}[assistants.default]\nupstream = \"u\"\nmodel = \"m\"\n");
+        assert_eq!(Config::load(sources(&one)).unwrap().default_assistant(), Some("a"));
+        assert_problems(&two, &["assistants.default"]);
+        assert_eq!(Config::load(sources(&three)).unwrap().default_assistant(), Some("default"));
+        assert_eq!(Config::default().default_assistant(), None);
+    }
+
+    #[test]
+    fn the_gateway_s_own_parameters_cannot_be_set() {
+        let text = both(
+            "kind = \"responses\"",
+            "model = \"m\"\nparameters = { temperature = 1, stream = false, tools = [] }",
+        );
+        assert_problems(&text, &["assistants.a.parameters.stream", "assistants.a.parameters.tools"]);
+        let text = both(
+            "kind = \"assistants\"",
+            "assistant_id = \"asst_1\"\nparameters = { thread = {}, store = true }",
+        );
+        assert_problems(&text, &["assistants.a.parameters.thread"]);
+    }
+
+    #[test]
+    fn base_urls_are_plain() {
+        for url in [
+            "ftp://h/v1",
+            "https://u:p@h/v1",
+            "https://h/v1?a=b",
+            "https://h/v1#f",
+            "data:text",
+            "unix:/run/s",
+        ] {
+            let text = format!("[upstreams.u]\nkind = \"responses\"\nbase_url = \"{url}\"");
+            assert_problems(&text, &["upstreams.u.base_url"]);
+        }
+    }
+
+    #[test]
+    fn headers_are_headers_and_not_ours() {
+        let text = both(
+            "kind = \"responses\"\napi_key = \"k\"\n\
+             headers = { \"a b\" = \"x\", Host = \"x\", good = \"a\\nb\", Authorization = \"x\", fine = \"x\" }",
+            "model = \"m\"",
+        );
+        let at = |header: &str| format!("upstreams.u.headers.{header}");
+        assert_problems(&text, &[&at("Authorization"), &at("Host"), &at("a b"), &at("good")]);
+    }
+
+    #[test]
+    fn ranges_are_checked() {
+        assert_problems(
+            "[server]\nmax_connections = 0\nmax_header_bytes = 8191\nkeep_alive = \"0s\"\nshutdown_grace = \"0s\"\n\
+             [runs]\nmax_queue = 0\ntimeout = \"11m\"\n[sessions]\nttl = \"11y\"\n[log]\nfilter = \"a=loud\"\n\
+             [store]\nmax_connections = 0",
+            &[
+                "log.filter",
+                "runs.max_queue",
+                "runs.timeout",
+                "server.keep_alive",
+                "server.max_connections",
+                "server.max_header_bytes",
+                "sessions.ttl",
+                "store.max_connections",
+            ],
+        );
+        let text = both("kind = \"responses\"", "model = \"m\"\ntimeout = \"11m\"");
+        assert_problems(&text, &["assistants.a.timeout"]);
+    }
+
+    #[test]
+    fn names_are_words() {
+        let text = "[upstreams.Open]\nkind = \"responses\"\nbase_url = \"https://h\"\n\
+                    [upstreams.\"\"]\nkind = \"responses\"\nbase_url = \"https://h\"\n\
+                    [upstreams.-a]\nkind = \"responses\"\nbase_url = \"https://h\"\n\
+                    [upstreams.1_a-b]\nkind = \"responses\"\nbase_url = \"https://h\"";
+        assert_problems(text, &["upstreams.", "upstreams.-a", "upstreams.Open"]);
+    }
+
+    #[test]
+    fn serve_wants_a_store_an_upstream_an_assistant_and_loopback() {
+        let paths = |found: Result<(), ConfigProblems>| -> Vec<String> {
+            found.err().iter().flatten().map(|problem| problem.path.clone()).collect()
+        };
+        let mut config = Config::default();
+        assert_eq!(paths(config.check_serve()), ["store.url", "upstreams", "assistants"]);
+        let text = both("kind = \"responses\"", "model = \"m\"") + "[store]\nurl = \"sqlite:a.db\"";
+        config = Config::load_for_serve(sources(&text)).unwrap();
+        for (listen, open) in
+            [("0.0.0.0:1", true), ("[::]:1", true), ("10.0.0.1:1", true), ("127.0.0.2:1", false)]
+        {
+            config.server.listen = listen.parse().unwrap();
+            config.server.allow_unauthenticated = false;
+            assert_eq!(!paths(config.check_serve()).is_empty(), open, "{listen}");
+            config.server.allow_unauthenticated = true;
+            assert_eq!(config.check_serve(), Ok(()));
+        }
+    }
+
+    #[test]
+    fn serve_and_the_rest_are_one_list() {
+        let found = Config::load_for_serve(sources("[runs]\nmax_queue = 0")).unwrap_err();
+        let paths: Vec<&str> = found.iter().map(|problem| problem.path.as_str()).collect();
+        assert_eq!(paths, ["runs.max_queue", "store.url", "upstreams", "assistants"]);
+    }
+}

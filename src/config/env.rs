@@ -1,0 +1,143 @@
+//! The environment as a layer of settings: which variables are ours, and what each of them sets.
+
+use std::collections::BTreeMap;
+
+use super::load::{FILE_SUFFIX, did_you_mean, known_settings};
+use super::problem::{ConfigProblems, Origin, Problem};
+use super::tree::{Node, Value};
+
+const PREFIX: &str = "THREADKEEPER_";
+/// Names with the prefix that are no settings.
+const RESERVED: [&str; 1] = ["THREADKEEPER_CONFIG"];
+
+/// Puts the settings among the variables over what the tree holds.
+pub(super) fn overlay(tree: &mut Node, env: Vec<(String, String)>, problems: &mut ConfigProblems) {
+    let env: BTreeMap<String, String> = env.into_iter().filter(|(_, value)| !value.is_empty()).collect();
+    let mut ours = BTreeMap::<Vec<String>, (&str, &str)>::new();
+    for (name, value) in &env {
+        let Some(rest) = name.strip_prefix(PREFIX) else { continue };
+        if RESERVED.contains(&name.as_str()) || is_injected(rest, value) {
+            continue;
+        }
+        match setting_path(rest) {
+            Ok(path) => {
+                if let Some((other, _)) = ours.insert(path, (name, value)) {
+                    let what = format!("sets the same as {other}: names differ only in case");
+                    problems.push(variable_problem(name, what, None));
+                }
+            }
+            Err((what, hint)) => problems.push(variable_problem(name, what, hint)),
+        }
+    }
+    let store_url = ["store", "url"].map(str::to_owned).to_vec();
+    let store_url_file = ["store", "url_file"].map(str::to_owned).to_vec();
+    if let Some(value) = env.get("DATABASE_URL")
+        && !ours.contains_key(&store_url)
+        && !ours.contains_key(&store_url_file)
+    {
+        ours.insert(store_url, ("DATABASE_URL", value));
+    }
+    // What the environment says replaces both spellings of the file, before it is put in.
+    for path in ours.keys() {
+        if let Some(twin) = twin(path) {
+            tree.remove_exact(&twin);
+        }
+    }
+    for (path, (name, value)) in ours {
+        if value.contains(char::REPLACEMENT_CHARACTER) {
+            problems.push(variable_problem(name, "is not valid UTF-8".to_owned(), None));
+            continue;
+        }
+        let node =
+            Node { origin: Some(Origin::Variable(name.to_owned())), value: Value::Raw(value.to_owned()) };
+        put(tree, &path, node, problems);
+    }
+}
+
+/// Puts a value over what lower layers say.
+pub(super) fn put(tree: &mut Node, path: &[String], node: Node, problems: &mut ConfigProblems) {
+    let origin = node.origin.clone();
+    let Err(depth) = tree.insert(path, node) else { return };
+    let whole = &path[..depth];
+    let hint = tree.nearest(whole).origin.as_ref().map(|other| format!("{other} gives it as one value"));
+    problems.push(Problem {
+        path: path.join("."),
+        origin,
+        what: format!("{} has no fields", whole.join(".")),
+        hint,
+    });
+}
+
+/// The variable that sets the setting at `path`.
+pub(super) fn variable(path: &[impl AsRef<str>]) -> String {
+    let levels: Vec<String> = path.iter().map(|level| level.as_ref().to_ascii_uppercase()).collect();
+    format!("{PREFIX}{}", levels.join("__"))
+}
+
+/// `store.url` for `store.url_file` and the other way round, and so for `api_key`.
+fn twin(path: &[String]) -> Option<Vec<String>> {
+    let (last, above) = path.split_last()?;
+    let other = match last.strip_suffix(FILE_SUFFIX) {
+        Some(plain) => plain.to_owned(),
+        None if matches!(last.as_str(), "url" | "api_key") => format!("{last}{FILE_SUFFIX}"),
+        None => return None,
+    };
+    Some(above.iter().cloned().chain([other]).collect())
+}
+
+fn variable_problem(name: &str, what: String, hint: Option<String>) -> Problem {
+    Problem { path: String::new(), origin: Some(Origin::Variable(name.to_owned())), what, hint }
+}
+
+/// Container orchestrators tell each container about the services around it: `<SERVICE>_SERVICE_HOST`,
+/// `<SERVICE>_PORT_8080_TCP_ADDR`, … A service called `threadkeeper` or `threadkeeper-postgres` yields our prefix.
+fn is_injected(rest: &str, value: &str) -> bool {
+    if rest.contains("__") {
+        return false;
+    }
+    let framed = format!("_{rest}_");
+    let is_port_detail = framed.split_once("_PORT_").is_some_and(|(_, detail)| {
+        let mut parts = detail.split('_');
+        parts.next().is_some_and(|port| !port.is_empty() && port.bytes().all(|byte| byte.is_ascii_digit()))
+            && parts.next().is_some_and(|protocol| matches!(protocol, "TCP" | "UDP" | "SCTP"))
+    });
+    framed.ends_with("_SERVICE_HOST_")
+        || framed.contains("_SERVICE_PORT_")
+        || rest == "PORT"
+        || rest.starts_with("PORT_")
+        || is_port_detail
+        || (framed.ends_with("_PORT_") && value.contains("://"))
+}
+
+type Refusal = (String, Option<String>);
+
+fn setting_path(rest: &str) -> Result<Vec<String>, Refusal> {
+    let path: Vec<String> = rest.split("__").map(str::to_ascii_lowercase).collect();
+    if path.iter().any(String::is_empty) {
+        return Err(("has an empty level between its underscores".to_owned(), None));
+    }
+    if path.len() > 1 {
+        return Ok(path);
+    }
+    let hint = spelling_of(&path[0]).map_or_else(
+        || "a setting is named like THREADKEEPER_STORE__URL".to_owned(),
+        |name| did_you_mean(&name),
+    );
+    Err(("is not a setting: levels are parted by two underscores".to_owned(), Some(hint)))
+}
+
+/// The variable that was meant by `flat`, a path with single underscores or a lone field name.
+fn spelling_of(flat: &str) -> Option<String> {
+    let known = known_settings();
+    let exact = known.iter().find_map(|setting| match setting.as_slice() {
+        [section, field] => (format!("{section}_{field}") == flat).then(|| variable(&[section, field])),
+        [section, _, field] => {
+            let name =
+                flat.strip_prefix(section)?.strip_prefix('_')?.strip_suffix(field)?.strip_suffix('_')?;
+            Some(variable(&[section, name, field]))
+        }
+        _ => None,
+    });
+    let lone = || known.iter().find(|setting| setting.len() == 2 && setting[1] == flat);
+    exact.or_else(|| lone().map(|setting| variable(setting)))
+}

@@ -1,0 +1,700 @@
+//! The layers: defaults < file < environment < flags. The sources come as values, so that a test never touches the
+//! process's own environment.
+
+use std::ffi::OsString;
+use std::fmt;
+use std::net::SocketAddr;
+use std::path::PathBuf;
+
+use secrecy::{ExposeSecret, SecretString};
+
+use super::check::{self, Checker};
+use super::decode::{self, DecodeError, Fault};
+use super::env;
+use super::problem::{ConfigProblems, Origin, Problem};
+use super::tree::{Node, Value};
+use super::{
+    AssistantConfig, Config, LogConfig, ReplicaConfig, RunsConfig, ServerConfig, SessionsConfig, StoreConfig,
+    UpstreamConfig,
+};
+
+/// What the setting is called that names a file with the value.
+pub(super) const FILE_SUFFIX: &str = "_file";
+/// More wrong values than anyone writes; it only keeps a mistake of ours from looping.
+const MAX_ROUNDS: usize = 10_000;
+
+/// Where settings are read from.
+#[derive(Clone, Default)]
+pub struct Sources {
+    pub file: Option<ConfigFile>,
+    /// Names and values. Those that are not ours are passed over.
+    ///
+    /// `THREADKEEPER_` + the path in capitals with `__` between levels sets one setting: `THREADKEEPER_STORE__URL`.
+    /// Lists and free tables are written as JSON and replace the file's. `DATABASE_URL` stands in for `store.url`.
+    /// An empty variable counts as one that is not set.
+    pub env: Vec<(String, String)>,
+    /// The flag `--listen`.
+    pub listen: Option<SocketAddr>,
+}
+
+/// A TOML document.
+#[derive(Clone, Debug)]
+pub enum ConfigFile {
+    Path(PathBuf),
+    Text { name: String, text: String },
+}
+
+impl fmt::Debug for Sources {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let file = match &self.file {
+            Some(ConfigFile::Path(path)) => Some(path.display().to_string()),
+            Some(ConfigFile::Text { name, .. }) => Some(name.clone()),
+            None => None,
+        };
+        f.debug_struct("Sources").field("file", &file).field("listen", &self.listen).finish_non_exhaustive()
+    }
+}
+
+/// The process's environment as [`Sources::env`] takes it. What is not UTF-8 is marked, and refused by the loader if
+/// it is one of our variables.
+pub fn utf8_variables(vars: impl IntoIterator<Item = (OsString, OsString)>) -> Vec<(String, String)> {
+    vars.into_iter()
+        .map(|(name, value)| (name.to_string_lossy().into_owned(), value.to_string_lossy().into_owned()))
+        .collect()
+}
+
+impl Config {
+    /// Reads and checks the settings.
+    ///
+    /// # Errors
+    ///
+    /// Everything that is wrong, at once.
+    pub fn load(sources: Sources) -> Result<Self, ConfigProblems> {
+        let loaded = Loaded::new(sources);
+        loaded.problems.into_result(loaded.config)
+    }
+
+    /// Like [`load`](Self::load), with what only `serve` needs in the same list ([`check_serve`](Self::check_serve)).
+    pub fn load_for_serve(sources: Sources) -> Result<Self, ConfigProblems> {
+        let mut loaded = Loaded::new(sources);
+        check::serve(&loaded.config, &mut Checker { tree: &loaded.tree, problems: &mut loaded.problems });
+        loaded.problems.into_result(loaded.config)
+    }
+
+    /// What `serve` needs beyond a sound configuration: a database, an upstream, an assistant, and a listen address
+    /// that fits who may call.
+    pub fn check_serve(&self) -> Result<(), ConfigProblems> {
+        let mut problems = ConfigProblems::default();
+        check::serve(self, &mut Checker { tree: &Node::empty_table(), problems: &mut problems });
+        problems.into_result(())
+    }
+}
+
+/// A configuration that may have problems: what could not be read has its default.
+struct Loaded {
+    config: Config,
+    tree: Node,
+    problems: ConfigProblems,
+}
+
+impl Loaded {
+    fn new(sources: Sources) -> Self {
+        let mut problems = ConfigProblems::default();
+        let mut tree = sources.file.map_or_else(Node::empty_table, |file| read_file(file, &mut problems));
+        env::overlay(&mut tree, sources.env, &mut problems);
+        if let Some(listen) = sources.listen {
+            let node = Node { origin: Some(Origin::Flag("--listen")), value: Value::Raw(listen.to_string()) };
+            env::put(&mut tree, &["server".to_owned(), "listen".to_owned()], node, &mut problems);
+        }
+        let mut config = decode(&mut tree, &mut problems);
+        let mut checker = Checker { tree: &tree, problems: &mut problems };
+        resolve_files(&mut config, &mut checker);
+        check::everything(&config, &mut checker);
+        Self { config, tree, problems }
+    }
+}
+
+fn read_file(file: ConfigFile, problems: &mut ConfigProblems) -> Node {
+    let (name, text) = match file {
+        ConfigFile::Text { name, text } => (name, text),
+        ConfigFile::Path(path) => match std::fs::read_to_string(&path) {
+            Ok(text) => (path.display().to_string(), text),
+            Err(error) => {
+                problems.push(Problem {
+                    path: String::new(),
+                    origin: None,
+                    what: format!("the file {} cannot be read: {error}", path.display()),
+                    hint: None,
+                });
+                return Node::empty_table();
+            }
+        },
+    };
+    let (tree, errors) = Node::from_toml(&name, &text);
+    for error in errors {
+        problems.push(error);
+    }
+    tree
+}
+
+pub(super) fn did_you_mean(name: &str) -> String {
+    format!("did you mean {name}?")
+}
+
+/// The path of every setting there is; `<name>` stands for the name of an upstream or assistant.
+pub(super) fn known_settings() -> Vec<Vec<&'static str>> {
+    let plain = [
+        ("server", decode::fields_of::<ServerConfig>()),
+        ("store", decode::fields_of::<StoreConfig>()),
+        ("log", decode::fields_of::<LogConfig>()),
+        ("runs", decode::fields_of::<RunsConfig>()),
+        ("sessions", decode::fields_of::<SessionsConfig>()),
+        ("replica", decode::fields_of::<ReplicaConfig>()),
+    ];
+    let named = [
+        ("upstreams", decode::fields_of::<UpstreamConfig>()),
+        ("assistants", decode::fields_of::<AssistantConfig>()),
+    ];
+    let plain = plain.iter().flat_map(|(section, fields)| fields.iter().map(|field| vec![*section, *field]));
+    let named = named
+        .iter()
+        .flat_map(|(section, fields)| fields.iter().map(|field| vec![*section, "<name>", *field]));
+    plain.chain(named).collect()
+}
+
+/// Reads the tree into types. Each value that does not fit is reported and taken out, until the rest fits.
+fn decode(tree: &mut Node, problems: &mut ConfigProblems) -> Config {
+    for _ in 0..MAX_ROUNDS {
+        let (result, unknown) = decode::decode::<Config>(tree);
+        match result {
+            Ok(config) => {
+                for key in &unknown {
+                    problems.push(unknown_key(tree, key));
+                }
+                return config;
+            }
+            Err(error) => {
+                if !set_aside(tree, &error, problems) {
+                    break;
+                }
+            }
+        }
+    }
+    Config::default()
+}
+
+/// Reports the error and changes the tree so that the next reading gets past it. False if that cannot be done.
+fn set_aside(tree: &mut Node, error: &DecodeError, problems: &mut ConfigProblems) -> bool {
+    let path = error.path.join(".");
+    let node = tree.nearest(&error.path);
+    let found = node.value.kind();
+    let (what, hint) = match &error.fault {
+        Fault::Missing(field) => {
+            let full: Vec<String> = error.path.iter().cloned().chain([(*field).to_owned()]).collect();
+            let dotted = full.join(".");
+            if !problems.covers(&dotted) {
+                let hint = format!("set it in the file, or as {}", env::variable(&full));
+                let what = "is missing".to_owned();
+                problems.push(Problem { path: dotted, origin: None, what, hint: Some(hint) });
+            }
+            let Some(stand_in) = stand_in(field) else { return tree.remove(&error.path) };
+            let node = Node { origin: None, value: Value::Text(stand_in.to_owned()) };
+            return tree.insert(&full, node).is_ok();
+        }
+        Fault::Unfit { expected } => {
+            let unit =
+                expected.contains("duration").then(|| "write it with its unit, such as \"30s\"".to_owned());
+            let found = if found == "text" { String::new() } else { format!(", found {found}") };
+            (format!("expected {expected}{found}"), unit)
+        }
+        Fault::UnknownWord { known, nearest } => {
+            let words: Vec<String> = known.iter().map(|word| format!("\"{word}\"")).collect();
+            let hint = nearest.map(|word| did_you_mean(&format!("\"{word}\"")));
+            (format!("expected one of {}", words.join(", ")), hint)
+        }
+        Fault::Other(text) => {
+            let form = text.contains("socket address").then(|| "write it like \"127.0.0.1:8080\"".to_owned());
+            (without_value(text, &node.value), form)
+        }
+    };
+    problems.push(Problem { path, origin: node.origin.clone(), what, hint });
+    tree.remove(&error.path)
+}
+
+/// A type's own message, unless it repeats what was written.
+fn without_value(text: &str, value: &Value) -> String {
+    match value {
+        Value::Text(written) | Value::Raw(written)
+            if !written.is_empty() && text.contains(written.as_str()) =>
+        {
+            "is not a valid value".to_owned()
+        }
+        _ => text.to_owned(),
+    }
+}
+
+/// Stands in for a required field that is missing, so that the rest of its table can be read.
+fn stand_in(field: &str) -> Option<&'static str> {
+    match field {
+        "kind" => Some("responses"),
+        "base_url" => Some("http://missing.invalid"),
+        _ => None,
+    }
+}
+
+fn unknown_key(tree: &Node, key: &decode::UnknownKey) -> Problem {
+    let name = key.path.last().map_or("", String::as_str);
+    let elsewhere = || {
+        known_settings()
+            .into_iter()
+            .find(|setting| setting.last() == Some(&name))
+            .map(|setting| setting.join("."))
+    };
+    let meant = decode::nearest(name, key.known).map(str::to_owned).or_else(elsewhere);
+    Problem {
+        path: key.path.join("."),
+        origin: tree.nearest(&key.path).origin.clone(),
+        what: "there is no such setting".to_owned(),
+        hint: meant.map(|name| did_you_mean(&format!("`{name}`"))),
+    }
+}
+
+/// Reads the files that hold secrets.
+fn resolve_files(config: &mut Config, checker: &mut Checker<'_>) {
+    let store = &mut config.store;
+    resolve_file(&["store", "url"], &mut store.url, store.url_file.as_ref(), checker);
+    for (name, upstream) in &mut config.upstreams {
+        let path = ["upstreams", name, "api_key"];
+        resolve_file(&path, &mut upstream.api_key, upstream.api_key_file.as_ref(), checker);
+    }
+}
+
+fn resolve_file(
+    path: &[&str],
+    secret: &mut Option<SecretString>,
+    file: Option<&PathBuf>,
+    checker: &mut Checker<'_>,
+) {
+    let Some(file) = file else { return };
+    let field = path.last().copied().unwrap_or_default();
+    let file_field = format!("{field}{FILE_SUFFIX}");
+    let mut file_path = path.to_vec();
+    if let Some(last) = file_path.last_mut() {
+        *last = &file_field;
+    }
+    if secret.is_some() {
+        checker.report(&file_path, format!("{field} is set as well"), "keep one of the two");
+        return;
+    }
+    match std::fs::read_to_string(file) {
+        Ok(text) => {
+            let text = SecretString::from(text);
+            let trimmed = text.expose_secret().trim_end_matches(['\n', '\r']);
+            if trimmed.trim().is_empty() {
+                checker.report(&file_path, format!("the file {} is empty", file.display()), "");
+            } else {
+                *secret = Some(SecretString::from(trimmed));
+            }
+        }
+        Err(error) => {
+            checker.report(&file_path, format!("the file {} cannot be read: {error}", file.display()), "");
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+    use crate::config::{LogFormat, Synchronous, UpstreamKind};
+
+    const BOTH: &str = r#"
+        [upstreams.openai]
+        kind = "responses"
+        base_url = "https://api.example.com/v1"
+        [assistants.default]
+        upstream = "openai"
+        model = "m"
+    "#;
+
+    fn sources(text: &str, env: &[(&str, &str)]) -> Sources {
+        Sources {
+            file: Some(ConfigFile::Text { name: "g.toml".to_owned(), text: text.to_owned() }),
+            env: env.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect(),
+            listen: None,
+        }
+    }
+
+    fn load(text: &str, env: &[(&str, &str)]) -> Config {
+        Config::load(sources(text, env)).unwrap_or_else(|problems| panic!("{problems}"))
+    }
+
+    fn problems(text: &str, env: &[(&str, &str)]) -> Vec<String> {
+        match Config::load(sources(text, env)) {
+            Ok(_) => Vec::new(),
+            Err(problems) => problems.iter().map(Problem::to_string).collect(),
+        }
+    }
+
+    /// One problem, which has all these parts.
+    #[track_caller]
+    fn assert_one(problems: &[String], parts: &[&str]) {
+        assert_eq!(problems.len(), 1, "{problems:#?}");
+        for part in parts {
+            assert!(problems[0].contains(part), "{part} is not in: {}", problems[0]);
+        }
+    }
+
+    fn secret(secret: Option<&SecretString>) -> Option<&str> {
+        secret.map(ExposeSecret::expose_secret)
+    }
+
+    #[test]
+    fn nothing_written_is_the_default() {
+        let config = Config::load(Sources::default()).unwrap();
+        assert_eq!(format!("{config:?}"), format!("{:?}", Config::default()));
+    }
+
+    #[test]
+    fn the_environment_is_above_the_file_and_flags_are_above_both() {
+        let text = "[server]\nlisten = \"127.0.0.1:1\"\nmax_connections = 7\n[runs]\nmax_queue = 9";
+        let env = [("THREADKEEPER_SERVER__LISTEN", "127.0.0.1:2"), ("THREADKEEPER_RUNS__MAX_QUEUE", "10")];
+        let config = load(text, &env);
+        assert_eq!(config.server.listen.port(), 2);
+        assert_eq!(config.server.max_connections, 7);
+        assert_eq!(config.runs.max_queue, 10);
+        let flagged = Sources { listen: Some("127.0.0.1:3".parse().unwrap()), ..sources(text, &env) };
+        assert_eq!(Config::load(flagged).unwrap().server.listen.port(), 3);
+    }
+
+    #[test]
+    fn the_field_decides_what_a_variable_means() {
+        let env = [
+            ("THREADKEEPER_SERVER__MAX_CONNECTIONS", "10_000"),
+            ("THREADKEEPER_SERVER__ALLOW_UNAUTHENTICATED", "True"),
+            ("THREADKEEPER_SERVER__KEEP_ALIVE", "1m 30s"),
+            ("THREADKEEPER_STORE__MIGRATE_ON_START", "0"),
+            ("THREADKEEPER_STORE__SYNCHRONOUS", "full"),
+            ("THREADKEEPER_LOG__FORMAT", "json"),
+            ("THREADKEEPER_UPSTREAMS__OPENAI__KIND", "responses"),
+            ("THREADKEEPER_UPSTREAMS__OPENAI__BASE_URL", "https://api.example.com/v1"),
+            ("THREADKEEPER_UPSTREAMS__OPENAI__API_KEY", "12345"),
+            ("THREADKEEPER_UPSTREAMS__OPENAI__HEADERS", r#"{"X-Org": "o1"}"#),
+            ("THREADKEEPER_UPSTREAMS__OPENAI__QUERY__V", "2"),
+            ("THREADKEEPER_ASSISTANTS__DEFAULT__UPSTREAM", "openai"),
+            ("THREADKEEPER_ASSISTANTS__DEFAULT__MODEL", "4"),
+            ("THREADKEEPER_ASSISTANTS__DEFAULT__TIMEOUT", "5s"),
+            ("THREADKEEPER_ASSISTANTS__DEFAULT__TOOLS", r#"[{"type": "function", "name": "f"}]"#),
+            ("THREADKEEPER_ASSISTANTS__DEFAULT__PARAMETERS__TEMPERATURE", "0.5"),
+            ("THREADKEEPER_ASSISTANTS__DEFAULT__PARAMETERS__TRUNCATION", "auto"),
+        ];
+        let config = load("", &env);
+        assert_eq!(config.server.max_connections, 10_000);
+        assert!(config.server.allow_unauthenticated);
+        assert_eq!(config.server.keep_alive, Duration::from_secs(90));
+        assert!(!config.store.migrate_on_start);
+        assert_eq!(config.store.synchronous, Synchronous::Full);
+        assert_eq!(config.log.format, Some(LogFormat::Json));
+        let upstream = &config.upstreams["openai"];
+        assert_eq!(upstream.kind, UpstreamKind::Responses);
+        assert_eq!(secret(upstream.api_key.as_ref()), Some("12345"));
+        assert_eq!(secret(upstream.headers.get("X-Org")), Some("o1"));
+        assert_eq!(upstream.query["v"], "2");
+        let assistant = &config.assistants["default"];
+        assert_eq!(assistant.model.as_deref(), Some("4"));
+        assert_eq!(assistant.timeout, Some(Duration::from_secs(5)));
+        assert_eq!(assistant.tools, [serde_json::json!({"type": "function", "name": "f"})]);
+        assert_eq!(
+            serde_json::Value::from(assistant.parameters.clone()),
+            serde_json::json!({"temperature": 0.5, "truncation": "auto"})
+        );
+    }
+
+    #[test]
+    fn an_empty_variable_is_not_set() {
+        let env = [("THREADKEEPER_STORE__URL", ""), ("DATABASE_URL", ""), ("THREADKEEPER_RUNS__TIMEOUT", "")];
+        let config = load("[store]\nurl = \"sqlite:a.db\"", &env);
+        assert_eq!(secret(config.store.url.as_ref()), Some("sqlite:a.db"));
+    }
+
+    #[test]
+    fn database_url_is_above_the_file_and_below_the_setting_of_its_own() {
+        let text = "[store]\nurl = \"sqlite:file.db\"";
+        let url = |env: &[(&str, &str)]| {
+            secret(load(text, env).store.url.as_ref()).map(str::to_owned).unwrap_or_default()
+        };
+        let database = ("DATABASE_URL", "postgres://u@h/d");
+        assert_eq!(url(&[]), "sqlite:file.db");
+        assert_eq!(url(&[database]), "postgres://u@h/d");
+        assert_eq!(url(&[database, ("THREADKEEPER_STORE__URL", "sqlite:own.db")]), "sqlite:own.db");
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("url");
+        std::fs::write(&file, "sqlite:secret.db\n").unwrap();
+        let file = ("THREADKEEPER_STORE__URL_FILE", file.to_str().unwrap());
+        assert_eq!(url(&[database, file]), "sqlite:secret.db");
+    }
+
+    #[test]
+    fn unknown_keys_are_all_found_with_the_nearest_name() {
+        let text = r#"
+            colour = "red"
+            [server]
+            lissten = "127.0.0.1:1"
+            url = "x"
+            [upstreams.openai]
+            kind = "responses"
+            base_url = "https://api.example.com/v1"
+            api-key = "hunter2hunter2"
+            [assistants.default]
+            upstream = "openai"
+            model = "m"
+            parameters = { anything = 1 }
+        "#;
+        let found = problems(text, &[("THREADKEEPER_RUNS__MAXQUEUE", "5")]);
+        assert_eq!(
+            found,
+            [
+                "colour (g.toml, line 2): there is no such setting",
+                "runs.maxqueue (THREADKEEPER_RUNS__MAXQUEUE): there is no such setting; did you mean `max_queue`?",
+                "server.lissten (g.toml, line 4): there is no such setting; did you mean `listen`?",
+                "server.url (g.toml, line 5): there is no such setting; did you mean `store.url`?",
+                "upstreams.openai.api-key (g.toml, line 9): there is no such setting; did you mean `api_key`?",
+            ]
+        );
+    }
+
+    #[test]
+    fn wrong_types_are_all_found_with_what_else_is_wrong() {
+        let text = r#"
+            stray = 1
+            [server]
+            listen = "nowhere"
+            max_connections = "many"
+            keep_alive = 15
+            [log]
+            format = "jsn"
+            [upstreams.a]
+            kind = "response"
+            base_url = "not a url hunter2"
+            [upstreams.b]
+            connect_timeout = "soon"
+            [assistants.default]
+            upstream = 5
+        "#;
+        let env =
+            [("THREADKEEPER_RUNS__MAX_QUEUE", "-1"), ("THREADKEEPER_STORE__MIGRATE_ON_START", "perhaps")];
+        let mut found = problems(text, &env);
+        found.sort();
+        assert_eq!(
+            found,
+            [
+                "assistants.default.upstream (g.toml, line 15): expected text, found a number",
+                "log.format (g.toml, line 8): expected one of \"json\", \"pretty\"; did you mean \"json\"?",
+                "runs.max_queue (THREADKEEPER_RUNS__MAX_QUEUE): expected a whole number, 0 or more",
+                "server.keep_alive (g.toml, line 6): expected a duration, found a number; \
+                 write it with its unit, such as \"30s\"",
+                "server.listen (g.toml, line 4): invalid socket address syntax; write it like \"127.0.0.1:8080\"",
+                "server.max_connections (g.toml, line 5): expected a whole number, 0 or more",
+                "store.migrate_on_start (THREADKEEPER_STORE__MIGRATE_ON_START): expected true or false",
+                "stray (g.toml, line 2): there is no such setting",
+                "upstreams.a.base_url (g.toml, line 11): not a URL: relative URL without a base",
+                "upstreams.a.kind (g.toml, line 10): expected one of \"assistants\", \"responses\"; \
+                 did you mean \"responses\"?",
+                "upstreams.b.base_url: is missing; set it in the file, or as THREADKEEPER_UPSTREAMS__B__BASE_URL",
+                "upstreams.b.connect_timeout (g.toml, line 13): expected a duration; \
+                 write it with its unit, such as \"30s\"",
+                "upstreams.b.kind: is missing; set it in the file, or as THREADKEEPER_UPSTREAMS__B__KIND",
+            ]
+        );
+    }
+
+    #[test]
+    fn a_table_that_is_no_table_is_one_problem() {
+        assert_one(&problems("server = 5", &[]), &["server (g.toml, line 1): expected a table"]);
+        assert_one(&problems("upstreams = 5", &[]), &["upstreams (g.toml, line 1): expected a"]);
+        let text = format!("{BOTH}\nparameters = 5");
+        assert_one(
+            &problems(&text, &[]),
+            &["assistants.default.parameters", "expected a table, found a number"],
+        );
+        let env = [("THREADKEEPER_STORE__URL", "sqlite:a"), ("THREADKEEPER_STORE__URL__HOST", "b")];
+        assert_one(
+            &problems("", &env),
+            &["store.url.host (THREADKEEPER_STORE__URL__HOST): store.url has no fields"],
+        );
+    }
+
+    #[test]
+    fn json_variables_that_are_no_json_are_refused() {
+        let name = "THREADKEEPER_ASSISTANTS__DEFAULT__TOOLS";
+        assert_one(&problems(BOTH, &[(name, "[{")]), &[name, "expected a list written as JSON"]);
+        let name = "THREADKEEPER_UPSTREAMS__OPENAI__HEADERS";
+        assert_one(
+            &problems(BOTH, &[(name, r#"{"a": 5}"#)]),
+            &[name, "upstreams.openai.headers.a", "expected text"],
+        );
+        let name = "THREADKEEPER_UPSTREAMS__OPENAI";
+        assert_one(&problems("", &[(name, "{}")]), &[name, "expected a table of settings"]);
+    }
+
+    #[test]
+    fn variables_with_one_underscore_are_refused_with_the_right_spelling() {
+        for (name, hint) in [
+            ("THREADKEEPER_STORE_URL", "did you mean THREADKEEPER_STORE__URL?"),
+            ("THREADKEEPER_LISTEN", "did you mean THREADKEEPER_SERVER__LISTEN?"),
+            (
+                "THREADKEEPER_UPSTREAMS_OPENAI_API_KEY",
+                "did you mean THREADKEEPER_UPSTREAMS__OPENAI__API_KEY?",
+            ),
+            ("THREADKEEPER_WHATEVER", "a setting is named like THREADKEEPER_STORE__URL"),
+        ] {
+            assert_one(&problems("", &[(name, "hunter2")]), &[name, "two underscores", hint]);
+        }
+        assert_one(&problems("", &[("THREADKEEPER_STORE__", "x")]), &["an empty level"]);
+        let twice = [("THREADKEEPER_RUNS__MAX_QUEUE", "1"), ("THREADKEEPER_RUNS__max_queue", "2")];
+        assert_one(&problems("", &twice), &["sets the same as THREADKEEPER_RUNS__MAX_QUEUE"]);
+    }
+
+    #[test]
+    fn what_an_orchestrator_injects_is_passed_over() {
+        let env = [
+            ("THREADKEEPER_CONFIG", "/etc/g.toml"),
+            ("THREADKEEPER_SERVICE_HOST", "10.0.0.1"),
+            ("THREADKEEPER_SERVICE_PORT", "8080"),
+            ("THREADKEEPER_SERVICE_PORT_HTTP", "8080"),
+            ("THREADKEEPER_PORT", "tcp://10.0.0.1:8080"),
+            ("THREADKEEPER_PORT_8080_TCP", "tcp://10.0.0.1:8080"),
+            ("THREADKEEPER_PORT_8080_TCP_ADDR", "10.0.0.1"),
+            ("THREADKEEPER_POSTGRES_SERVICE_HOST", "10.0.0.2"),
+            ("THREADKEEPER_POSTGRES_SERVICE_PORT_SQL", "5432"),
+            ("THREADKEEPER_POSTGRES_PORT", "tcp://10.0.0.2:5432"),
+            ("THREADKEEPER_POSTGRES_PORT_5432_TCP_PROTO", "tcp"),
+            ("SOMETHING_ELSE", "x"),
+        ];
+        load("", &env);
+        assert_one(&problems("", &[("THREADKEEPER_STORE_PORT", "5432")]), &["THREADKEEPER_STORE_PORT"]);
+    }
+
+    #[test]
+    fn keys_are_read_from_files() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = |name: &str, text: &str| {
+            let path = folder.path().join(name);
+            std::fs::write(&path, text).unwrap();
+            path.to_str().unwrap().to_owned()
+        };
+        let (good, empty) = (file("good", "hunter2\r\n"), file("empty", "\n"));
+        let missing = folder.path().join("missing").to_str().unwrap().to_owned();
+        let name = "THREADKEEPER_UPSTREAMS__OPENAI__API_KEY_FILE";
+        let key = |config: &Config| secret(config.upstreams["openai"].api_key.as_ref()).map(str::to_owned);
+
+        assert_eq!(key(&load(BOTH, &[(name, &good)])).as_deref(), Some("hunter2"));
+        assert_one(&problems(BOTH, &[(name, &empty)]), &[name, "is empty"]);
+        assert_one(&problems(BOTH, &[(name, &missing)]), &[name, "cannot be read"]);
+
+        // Within one layer they contradict each other; a higher layer replaces both.
+        let plain = ("THREADKEEPER_UPSTREAMS__OPENAI__API_KEY", "other");
+        assert_one(&problems(BOTH, &[(name, &good), plain]), &[name, "api_key is set as well"]);
+        let in_file = BOTH.replace("[assistants", "api_key = \"in file\"\n[assistants");
+        assert_eq!(key(&load(&in_file, &[(name, &good)])).as_deref(), Some("hunter2"));
+        let in_file = BOTH.replace("[assistants", &format!("api_key_file = '{missing}'\n[assistants"));
+        assert_eq!(key(&load(&in_file, &[plain])).as_deref(), Some("other"));
+    }
+
+    #[test]
+    fn secrets_are_in_no_text() {
+        const SECRET: &str = "hunter2hunter2";
+        let good = r#"
+            [store]
+            url = "postgres://u:hunter2hunter2@h/d"
+            [upstreams.openai]
+            kind = "responses"
+            base_url = "https://api.example.com/v1"
+            api_key = "hunter2hunter2"
+            headers = { x-key = "hunter2hunter2" }
+            [assistants.default]
+            upstream = "openai"
+            model = "m"
+        "#;
+        assert!(!format!("{:?}", load(good, &[])).contains(SECRET));
+        assert!(!format!("{:?}", sources(good, &[("DATABASE_URL", SECRET)])).contains(SECRET));
+
+        let bad = r#"
+            [store]
+            url = "hunter2hunter2"
+            synchronous = "hunter2hunter2"
+            [server]
+            listen = "hunter2hunter2"
+            max_body_bytes = "hunter2hunter2"
+            keep_alive = "hunter2hunter2"
+            hunter = "hunter2hunter2"
+            [log]
+            filter = "hunter2hunter2=hunter2hunter2=,,"
+            [upstreams.a]
+            kind = "hunter2hunter2"
+            base_url = "hunter2hunter2"
+            api_key = ["hunter2hunter2"]
+            [upstreams.b]
+            kind = "responses"
+            base_url = "https://u:hunter2hunter2@h/v1"
+            api_key = "hunter2hunter2\u0007"
+            headers = { a = "hunter2hunter2\u0007", b = ["hunter2hunter2"] }
+            [upstreams.c]
+            kind = "responses"
+            base_url = "https://h:hunter2hunter2/v1"
+            [assistants.default]
+            upstream = "b"
+            model = ["hunter2hunter2"]
+            tools = "hunter2hunter2"
+            parameters = "hunter2hunter2"
+        "#;
+        let env = [
+            ("THREADKEEPER_API_KEY", SECRET),
+            ("THREADKEEPER_RUNS__MAX_QUEUE", SECRET),
+            ("THREADKEEPER_RUNS__TIMEOUT", SECRET),
+            ("THREADKEEPER_ASSISTANTS__DEFAULT__TOOLS", SECRET),
+        ];
+        let found = Config::load_for_serve(sources(bad, &env)).unwrap_err();
+        assert!(found.len() >= 18, "{found}");
+        assert!(!found.to_string().contains(SECRET), "{found}");
+        assert!(!format!("{found:?}").contains(SECRET));
+        for url in ["postgres://u:hunter2hunter2@h:x/d", "mysql://hunter2hunter2@h/d", "hunter2hunter2"] {
+            let found = problems("", &[("DATABASE_URL", url)]);
+            assert_one(&found, &["store.url (DATABASE_URL): is not the URL of a database"]);
+            assert!(!found[0].contains(SECRET));
+        }
+    }
+
+    #[test]
+    fn a_file_that_cannot_be_read_is_a_problem_and_not_toml_too() {
+        let missing =
+            Sources { file: Some(ConfigFile::Path("no/such/file.toml".into())), ..Sources::default() };
+        let found = Config::load(missing).unwrap_err().to_string();
+        assert!(found.contains("no/such/file.toml cannot be read"), "{found}");
+        let found = problems("[server]\nlisten = hunter2hunter2\nmax_connections = 0", &[]);
+        assert_eq!(found.len(), 2, "{found:#?}");
+        assert!(found[0].starts_with("g.toml, line 2: this is not TOML"), "{}", found[0]);
+        assert!(!found[0].contains("hunter2"));
+    }
+
+    #[test]
+    fn variables_that_are_not_utf8_are_refused() {
+        use std::os::unix::ffi::OsStringExt;
+        let value = OsString::from_vec(b"sqlite:\xff".to_vec());
+        let env = utf8_variables([
+            (OsString::from("THREADKEEPER_STORE__URL"), value.clone()),
+            (OsString::from("OTHER"), value),
+        ]);
+        let found = Config::load(Sources { env, ..Sources::default() }).unwrap_err().to_string();
+        assert!(found.contains("THREADKEEPER_STORE__URL: is not valid UTF-8"), "{found}");
+    }
+
+    #[test]
+    fn every_section_is_among_the_known_settings() {
+        let known = known_settings();
+        for section in decode::fields_of::<Config>() {
+            assert!(known.iter().any(|setting| setting[0] == *section), "{section}");
+        }
+    }
+}

@@ -1,0 +1,107 @@
+//! Upstream servers, and the assistants that are reached through them.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use secrecy::SecretString;
+use serde::{Deserialize, Deserializer};
+use url::Url;
+
+/// One upstream server.
+#[derive(Clone, Debug, Deserialize)]
+pub struct UpstreamConfig {
+    pub kind: UpstreamKind,
+    /// Without the trailing slash of a folder: `https://api.openai.com/v1`.
+    #[serde(deserialize_with = "url_without_echo")]
+    pub base_url: Url,
+    #[serde(default)]
+    pub api_key: Option<SecretString>,
+    /// A file that holds the key. Read by [`Config::load`](super::Config::load), which puts the key where it
+    /// belongs.
+    #[serde(default)]
+    pub api_key_file: Option<PathBuf>,
+    /// How the key is sent.
+    #[serde(default)]
+    pub auth: AuthScheme,
+    /// Fixed headers of every request.
+    #[serde(default)]
+    pub headers: BTreeMap<String, SecretString>,
+    /// Fixed query parameters of every request, such as `api-version`.
+    #[serde(default)]
+    pub query: BTreeMap<String, String>,
+    /// The server has `/conversations` (kind `responses` only). Without, each thread is a chain of responses.
+    #[serde(default = "yes")]
+    pub conversations: bool,
+    #[serde(default = "UpstreamConfig::default_connect_timeout", with = "humantime_serde")]
+    pub connect_timeout: Duration,
+    /// Longest silence of the server, before its answer or between two events.
+    #[serde(default = "UpstreamConfig::default_idle_timeout", with = "humantime_serde")]
+    pub idle_timeout: Duration,
+    /// Largest single event of a stream, and largest JSON answer, bytes.
+    #[serde(default = "UpstreamConfig::default_max_event_bytes")]
+    pub max_event_bytes: usize,
+}
+
+#[derive(Clone, Copy, Debug, Deserialize, Eq, PartialEq)]
+#[serde(rename_all = "lowercase")]
+pub enum UpstreamKind {
+    /// Assistants v2: threads, messages, runs.
+    Assistants,
+    /// Conversations + Responses.
+    Responses,
+}
+
+#[derive(Clone, Copy, Debug, Default, Deserialize, Eq, PartialEq)]
+#[serde(rename_all = "kebab-case")]
+pub enum AuthScheme {
+    /// `Authorization: Bearer <key>`.
+    #[default]
+    Bearer,
+    /// `api-key: <key>`.
+    ApiKey,
+}
+
+/// A named profile that messages are answered with.
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(default)]
+pub struct AssistantConfig {
+    /// Name of the upstream.
+    pub upstream: String,
+    /// The assistant's id there (kind `assistants`).
+    pub assistant_id: Option<String>,
+    /// The model (required for kind `responses`; replaces the assistant's own otherwise).
+    pub model: Option<String>,
+    pub instructions: Option<String>,
+    /// Tool definitions, sent as they are.
+    pub tools: Vec<serde_json::Value>,
+    /// Further fields of the request that starts a run, sent as they are: `temperature`, `max_output_tokens`, …
+    pub parameters: serde_json::Map<String, serde_json::Value>,
+    /// Replaces `runs.timeout`.
+    #[serde(with = "humantime_serde")]
+    pub timeout: Option<Duration>,
+}
+
+impl UpstreamConfig {
+    pub(super) fn default_connect_timeout() -> Duration {
+        Duration::from_secs(5)
+    }
+
+    pub(super) fn default_idle_timeout() -> Duration {
+        Duration::from_mins(1)
+    }
+
+    pub(super) fn default_max_event_bytes() -> usize {
+        16 * 1024 * 1024
+    }
+}
+
+fn yes() -> bool {
+    true
+}
+
+/// `Url`'s own reader calls its error what it expects; the text may hold a password, so it is not repeated.
+fn url_without_echo<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Url, D::Error> {
+    let text = String::deserialize(deserializer)?;
+    Url::parse(&text).map_err(|error| serde::de::Error::custom(format_args!("not a URL: {error}")))
+}

@@ -1,0 +1,58 @@
+//! The one error of the service, free of HTTP. `api/problem.rs` alone turns it into an answer.
+
+use std::time::Duration;
+
+use crate::domain::Run;
+use crate::store::StoreError;
+
+/// Why a request was not answered as asked. Display texts are safe to show to the caller.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The request cannot be read.
+    #[error("{0}")]
+    Malformed(String),
+    /// The request can be read and asks for what cannot be.
+    #[error("{0}")]
+    Invalid(String),
+    #[error("the body must be JSON: send the header `content-type: application/json`")]
+    UnsupportedMediaType,
+    #[error("the body is larger than {limit} bytes")]
+    PayloadTooLarge { limit: usize },
+    #[error("the body did not arrive in time")]
+    BodyTimeout,
+    #[error("{0}")]
+    NotFound(&'static str),
+    #[error("this path does not take this method; see the `allow` header")]
+    MethodNotAllowed,
+    #[error("the thread is busy with another run")]
+    ThreadBusy,
+    #[error(
+        "this conversation lives on the upstream `{thread}`, the assistant `{assistant}` on another: choose an assistant of `{thread}`"
+    )]
+    OtherUpstream { thread: String, assistant: String },
+    #[error("the thread's queue is full: {limit} runs wait already")]
+    QueueFull { limit: usize },
+    #[error("{0}")]
+    NotSupported(&'static str),
+    /// The run ended without a reply that could be called one.
+    #[error("{}", run.error.as_ref().map_or("the run did not complete", |error| error.message.as_str()))]
+    RunFailed { run: Box<Run>, retry_after: Option<Duration> },
+    #[error("the gateway is shutting down")]
+    Draining,
+    #[error("the database is not available")]
+    StoreUnavailable(#[source] Option<StoreError>),
+    #[error("something went wrong inside the gateway; the log has the request id")]
+    Internal(#[source] Option<Box<dyn std::error::Error + Send + Sync>>),
+}
+
+impl From<StoreError> for Error {
+    fn from(error: StoreError) -> Self {
+        match error {
+            StoreError::Unavailable(_) => Self::StoreUnavailable(Some(error)),
+            StoreError::UnknownCursor => Self::Invalid(
+                "`after` or `before` names nothing in this list; drop it to start over".to_owned(),
+            ),
+            other => Self::Internal(Some(Box::new(other))),
+        }
+    }
+}

@@ -1,0 +1,288 @@
+//! The HTTP server's sockets: accepts connections and serves a router on each, against clients that are slow, silent
+//! or too many. HTTP/1.1 only; TLS and HTTP/2 are for the load balancer in front.
+
+mod stall;
+
+use std::convert::Infallible;
+use std::io;
+use std::net::SocketAddr;
+use std::pin::pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use axum::Router;
+use axum::body::Body;
+use axum::extract::ConnectInfo;
+use bytes::Bytes;
+use http::{Request, Response};
+use hyper::body::{Frame, Incoming, SizeHint};
+use hyper::server::conn::http1;
+use hyper::service::service_fn;
+use hyper_util::rt::{TokioIo, TokioTimer};
+use socket2::{SockRef, TcpKeepalive};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::time::{Instant, sleep};
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+use tower::ServiceExt;
+
+use crate::config::ServerConfig;
+use stall::StallGuard;
+
+/// Fields in a request's head.
+const MAX_HEADERS: usize = 100;
+/// hyper accepts no smaller buffer.
+const MIN_BUFFER: usize = 8 * 1024;
+/// Peers that are gone without a word are noticed after about this and a few probes.
+const KEEP_ALIVE_PROBE: Duration = Duration::from_mins(1);
+/// A first and a longest pause after a failed accept (out of file descriptors, say).
+const ACCEPT_PAUSE: (Duration, Duration) = (Duration::from_millis(5), Duration::from_secs(1));
+/// During a shutdown: time for a request's head that is on its way.
+const LAST_HEAD: Duration = Duration::from_millis(500);
+/// Pause between two complaints that all connections are in use.
+const FULL_NOTICE: Duration = Duration::from_secs(30);
+
+/// The two stages of a shutdown. A clone is the same pair.
+#[derive(Clone, Debug, Default)]
+pub struct ServerStop {
+    /// Accept no more; answer what has been asked, then close.
+    pub soft: CancellationToken,
+    /// Close every connection, whatever is going on there. Implies `soft`.
+    pub hard: CancellationToken,
+}
+
+/// Serves `router` on every connection to `listener` until it is told to stop, and returns when the last connection is
+/// closed. Handlers find the peer as [`ConnectInfo<SocketAddr>`]. Dropping the future stops accepting; open
+/// connections then go on until they end or `stop` says so.
+///
+/// At most `settings.max_connections` are open; further ones wait in the kernel's queue. A connection is closed when a
+/// request's head has not arrived within `header_read_timeout`, counted from the connection's start or its last
+/// answer, or when its client leaves an answer unread for `write_timeout`. Bodies are the router's concern.
+///
+/// # Errors
+///
+/// The listener cannot tell its address: it is not usable.
+pub async fn serve(
+    listener: TcpListener,
+    router: Router,
+    settings: &ServerConfig,
+    stop: ServerStop,
+) -> io::Result<()> {
+    let address = listener.local_addr()?;
+    let connections = TaskTracker::new();
+    let server =
+        Arc::new(Server { router, http: http(settings), write_timeout: settings.write_timeout, stop });
+    let places = Arc::new(Semaphore::new(settings.max_connections.clamp(1, Semaphore::MAX_PERMITS)));
+    let mut full = Notice::default();
+    loop {
+        let place = tokio::select! {
+            biased;
+            () = server.stopping() => break,
+            place = take_place(&places, &mut full) => place,
+        };
+        let Some(place) = place else { break };
+        let (stream, peer) = tokio::select! {
+            biased;
+            () = server.stopping() => break,
+            accepted = accept(&listener) => accepted,
+        };
+        connections.spawn(Arc::clone(&server).connection(stream, peer, place));
+    }
+    // Refuse rather than leave in the queue what nobody will serve.
+    drop(listener);
+    connections.close();
+    tracing::debug!(%address, open = connections.len(), "stopped accepting");
+    connections.wait().await;
+    Ok(())
+}
+
+struct Server {
+    router: Router,
+    http: http1::Builder,
+    write_timeout: Duration,
+    stop: ServerStop,
+}
+
+impl Server {
+    async fn stopping(&self) {
+        tokio::select! {
+            () = self.stop.soft.cancelled() => {}
+            () = self.stop.hard.cancelled() => {}
+        }
+    }
+
+    /// Serves one connection to its end. The place is free again only then.
+    async fn connection(self: Arc<Self>, stream: TcpStream, peer: SocketAddr, place: OwnedSemaphorePermit) {
+        prepare(&stream);
+        let busy = Busy::default();
+        let service = service_fn(|request| answer(self.router.clone(), request, peer, busy.clone()));
+        let stream = TokioIo::new(StallGuard::new(stream, self.write_timeout, Arc::clone(&busy.writing)));
+        let mut connection = pin!(self.http.serve_connection(stream, service));
+        let result = tokio::select! {
+            result = connection.as_mut() => Some(result),
+            () = self.stopping() => None,
+        };
+        let result = if let Some(result) = result {
+            result
+        } else {
+            connection.as_mut().graceful_shutdown();
+            tokio::select! {
+                result = connection.as_mut() => result,
+                () = self.stop.hard.cancelled() => Ok(()),
+                () = busy.idle() => Ok(()),
+            }
+        };
+        if let Err(error) = result {
+            // Clients that leave, send nonsense or fall silent: their business, and they are many.
+            tracing::debug!(%peer, %error, "a connection ended early");
+        }
+        drop(place);
+    }
+}
+
+fn http(settings: &ServerConfig) -> http1::Builder {
+    let mut http = http1::Builder::new();
+    http.timer(TokioTimer::new())
+        .header_read_timeout(settings.header_read_timeout)
+        .max_buf_size(settings.max_header_bytes.max(MIN_BUFFER))
+        .max_header_size(settings.max_header_bytes)
+        .max_headers(MAX_HEADERS)
+        .keep_alive(true)
+        .half_close(false);
+    http
+}
+
+/// `None` only if the semaphore is closed, which nobody does.
+async fn take_place(places: &Arc<Semaphore>, full: &mut Notice) -> Option<OwnedSemaphorePermit> {
+    if let Ok(place) = Arc::clone(places).try_acquire_owned() {
+        return Some(place);
+    }
+    if full.is_due() {
+        tracing::warn!("all connections are in use: new ones wait (server.max_connections)");
+    }
+    Arc::clone(places).acquire_owned().await.ok()
+}
+
+/// The next connection. Waits longer and longer while the system refuses (too many open files).
+async fn accept(listener: &TcpListener) -> (TcpStream, SocketAddr) {
+    let (mut pause, longest) = ACCEPT_PAUSE;
+    loop {
+        match listener.accept().await {
+            Ok(accepted) => return accepted,
+            Err(error) if is_about_the_peer(&error) => {}
+            Err(error) => {
+                tracing::error!(%error, pause_ms = pause.as_millis(), "no connection can be accepted");
+                sleep(pause).await;
+                pause = (pause * 2).min(longest);
+            }
+        }
+    }
+}
+
+/// The peer left between its connect and our accept. The next one may be fine.
+fn is_about_the_peer(error: &io::Error) -> bool {
+    use io::ErrorKind::{ConnectionAborted, ConnectionRefused, ConnectionReset, Interrupted};
+    matches!(error.kind(), ConnectionAborted | ConnectionRefused | ConnectionReset | Interrupted)
+}
+
+/// Small events go out at once, and a peer that is gone is noticed. A socket that refuses is already broken, which
+/// the first read will tell.
+fn prepare(stream: &TcpStream) {
+    let probes = TcpKeepalive::new().with_time(KEEP_ALIVE_PROBE).with_interval(KEEP_ALIVE_PROBE / 4);
+    let result = stream.set_nodelay(true).and_then(|()| SockRef::from(stream).set_tcp_keepalive(&probes));
+    if let Err(error) = result {
+        tracing::debug!(%error, "a socket's options cannot be set");
+    }
+}
+
+async fn answer(
+    router: Router,
+    request: Request<Incoming>,
+    peer: SocketAddr,
+    busy: Busy,
+) -> Result<Response<Tracked>, Infallible> {
+    let guard = busy.enter();
+    let mut request = request.map(Body::new);
+    request.extensions_mut().insert(ConnectInfo(peer));
+    let response = router.oneshot(request).await?;
+    Ok(response.map(|body| Tracked { body, _guard: guard }))
+}
+
+/// What a connection still owes its client.
+#[derive(Clone, Debug, Default)]
+struct Busy {
+    /// Requests whose handler or body is not at its end.
+    answers: Arc<AtomicUsize>,
+    /// Bytes wait for the client to take them.
+    writing: Arc<AtomicBool>,
+}
+
+impl Busy {
+    fn enter(self) -> BusyGuard {
+        self.answers.fetch_add(1, Ordering::AcqRel);
+        BusyGuard(self)
+    }
+
+    /// Resolves when nothing is owed and there was time for a last request to arrive. hyper closes a connection by
+    /// itself after its last answer, but not while a head is on its way.
+    async fn idle(&self) {
+        loop {
+            sleep(LAST_HEAD).await;
+            if self.answers.load(Ordering::Acquire) == 0 && !self.writing.load(Ordering::Acquire) {
+                return;
+            }
+        }
+    }
+}
+
+struct BusyGuard(Busy);
+
+impl Drop for BusyGuard {
+    fn drop(&mut self) {
+        self.0.answers.fetch_sub(1, Ordering::AcqRel);
+    }
+}
+
+/// A response's body, which keeps its connection busy.
+struct Tracked {
+    body: Body,
+    _guard: BusyGuard,
+}
+
+impl hyper::body::Body for Tracked {
+    type Data = Bytes;
+    type Error = axum::Error;
+
+    fn poll_frame(
+        mut self: std::pin::Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, axum::Error>>> {
+        std::pin::Pin::new(&mut self.body).poll_frame(cx)
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.body.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.body.size_hint()
+    }
+}
+
+/// Keeps a complaint from being repeated too often.
+#[derive(Default)]
+struct Notice(Option<Instant>);
+
+impl Notice {
+    fn is_due(&mut self) -> bool {
+        let now = Instant::now();
+        let is_due = self.0.is_none_or(|last| now.duration_since(last) >= FULL_NOTICE);
+        if is_due {
+            self.0 = Some(now);
+        }
+        is_due
+    }
+}

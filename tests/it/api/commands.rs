@@ -1,0 +1,117 @@
+//! The commands besides `serve`.
+
+use std::process::{Command, Output};
+
+use tempfile::TempDir;
+
+use crate::support::gateway::{Gateway, quoted, text};
+use crate::support::scene::{Backend, Protocol, Scene};
+
+fn run(command: &mut Command) -> (Output, String) {
+    let output = command.output().unwrap();
+    let text = format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+    (output, text)
+}
+
+#[test]
+fn every_command_explains_itself() {
+    for name in ["dev", "serve", "simulate", "migrate", "check-config", "health"] {
+        let (output, text) = run(&mut Gateway::command(&[name, "--help"]));
+        assert!(output.status.success() && text.contains("Usage: threadkeeper"), "{name}: {text}");
+    }
+}
+
+#[test]
+fn serve_lists_every_problem_of_its_configuration_at_once() {
+    let folder = TempDir::new().unwrap();
+    let file = folder.path().join("gateway.toml");
+    let config = "[server]\nlisten = \"0.0.0.0:0\"\nmax_conections = 5\n[runs]\ntimeout = \"soon\"\n\
+                  [assistants.default]\nupstream = \"nowhere\"\n";
+    std::fs::write(&file, config).unwrap();
+    for command in ["serve", "check-config"] {
+        let (output, text) = run(Gateway::command(&[command, "--config"]).arg(&file));
+        assert!(!output.status.success(), "{command}");
+        for problem in ["max_conections", "max_connections", "runs.timeout", "nowhere", "store.url", "allow_unauthenticated"] {
+            assert!(text.contains(problem), "{command} does not speak of {problem}:\n{text}");
+        }
+    }
+}
+
+#[test]
+fn serve_needs_an_upstream() {
+    let folder = TempDir::new().unwrap();
+    let database = format!("sqlite:{}", folder.path().join("t.db").display());
+    let (output, text) = run(Gateway::command(&["serve"]).env("DATABASE_URL", database));
+    assert!(!output.status.success());
+    assert!(text.contains("upstream"), "{text}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn migrate_brings_the_schema_and_serve_can_be_told_not_to() {
+    let scene = Scene::new(Protocol::Responses, Backend::Postgres).await;
+    let folder = TempDir::new().unwrap();
+    let file = folder.path().join("gateway.toml");
+    let config = scene.config("").replace("[store]\n", "[store]\nmigrate_on_start = false\n");
+    let config = config.replace(&scene.database.url(), &scene.database.empty_sibling().await);
+    std::fs::write(&file, config).unwrap();
+    let with = |command: &str| {
+        let mut it = Gateway::command(&[command, "--config"]);
+        it.arg(&file);
+        it
+    };
+    let (output, text) = run(with("serve").args(["--listen", "127.0.0.1:0"]));
+    assert!(!output.status.success() && text.contains("threadkeeper migrate"), "{text}");
+    for _ in 0..2 {
+        let (output, text) = run(&mut with("migrate"));
+        assert!(output.status.success(), "{text}");
+    }
+    let mut serve = with("serve");
+    serve.args(["--listen", "127.0.0.1:0"]);
+    let gateway = Gateway::spawn(serve, folder).await;
+    gateway.say("/v1/users/alice", "hi").await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn dev_gives_a_first_reply_and_remembers_it_after_a_restart() {
+    let folder = TempDir::new().unwrap();
+    let data = folder.path().join("data");
+    let start = async || {
+        let mut dev = Gateway::command(&["dev", "--listen", "127.0.0.1:0", "--data"]);
+        dev.arg(&data);
+        Gateway::spawn(dev, TempDir::new().unwrap()).await
+    };
+    let mut dev = start().await;
+    let answer = dev.say("/v1/users/alice", "Hello").await;
+    assert!(text(&answer["message"]).contains("Hello"));
+    let answer = dev.post("/v1/users/bob/messages", &serde_json::json!({"content": "Hi", "assistant": "assistants-v2"})).await;
+    assert!(text(&answer.ok()["message"]).contains("Hi"), "the other protocol can be tried too");
+    dev.terminate();
+    assert!(dev.exit().await.success());
+    let dev = start().await;
+    let answer = dev.say("/v1/users/alice", "again").await;
+    assert_eq!(answer["thread"]["message_count"], 4, "the conversation goes on: {answer:#}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn health_tells_whether_the_gateway_lives() {
+    let scene = Scene::new(Protocol::Responses, Backend::Sqlite).await;
+    let gateway = scene.gateway().await;
+    let health = |listen: &str| {
+        let mut command = Gateway::command(&["health"]);
+        command.env("THREADKEEPER_SERVER__LISTEN", listen);
+        run(&mut command).0.status.success()
+    };
+    assert!(health(gateway.address()));
+    let address = gateway.address().to_owned();
+    gateway.kill();
+    assert!(!health(&address));
+}
+
+#[test]
+fn a_file_that_is_not_there_is_named() {
+    let folder = TempDir::new().unwrap();
+    let missing = folder.path().join("missing.toml");
+    let (output, text) = run(Gateway::command(&["serve", "--config"]).arg(&missing));
+    assert!(!output.status.success());
+    assert!(text.contains("missing.toml"), "{text} {}", quoted(&missing));
+}

@@ -1,0 +1,45 @@
+//! kill -9 in the middle of a run.
+
+use std::time::{Duration, Instant};
+
+use serde_json::json;
+
+use crate::support::gateway::text;
+use crate::support::scene::{Scene, on_every_scene};
+
+on_every_scene!(a_killed_gateway_loses_no_message_in_silence);
+
+/// A session time to live that a test can wait for.
+const TTL: Duration = Duration::from_millis(1500);
+
+async fn a_killed_gateway_loses_no_message_in_silence(scene: Scene) {
+    let settings = format!("[replica]\nsession_ttl = \"{}ms\"\n", TTL.as_millis());
+    let gateway = scene.gateway_with(&settings).await;
+    gateway.say("/v1/users/alice", "hello").await;
+    scene.simulator.hold();
+    let mut running = gateway.stream("/v1/users/alice", "in the middle").await;
+    running.next().await.unwrap();
+    let mut waiting = gateway.stream("/v1/users/alice", "in the queue").await;
+    waiting.next().await.unwrap();
+    gateway.kill();
+
+    let again = scene.gateway_with(&settings).await;
+    let restarted = Instant::now();
+    scene.simulator.release();
+    let answer = again.say("/v1/users/alice", "and now?").await;
+    // What the documentation promises: the session's life, and a third of it until the next look.
+    let bound = TTL + TTL / 3 + Duration::from_secs(5);
+    assert!(restarted.elapsed() < bound, "usable again after {:?}", restarted.elapsed());
+    assert!(text(&answer["message"]).contains("and now?"));
+
+    let runs = again.get("/v1/users/alice/runs?order=asc").await.ok();
+    let runs = runs["data"].as_array().unwrap();
+    let statuses: Vec<_> = runs.iter().map(|run| run["status"].as_str().unwrap()).collect();
+    assert_eq!(statuses, ["completed", "failed", "completed", "completed"], "{runs:#?}");
+    assert_eq!(runs[1]["error"]["code"], json!("replica_lost"), "the reason is told");
+    let said = again.get("/v1/users/alice/messages?order=asc").await.ok();
+    let said: Vec<_> = said["data"].as_array().unwrap().iter().map(|m| (m["role"].as_str().unwrap(), text(m))).collect();
+    let users: Vec<_> = said.iter().filter(|(role, _)| *role == "user").map(|(_, text)| *text).collect();
+    assert_eq!(users, ["hello", "in the middle", "in the queue", "and now?"]);
+    assert_eq!(again.get("/v1/users/alice/thread").await.ok()["state"], "idle");
+}

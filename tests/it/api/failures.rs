@@ -1,0 +1,194 @@
+//! Every run ends, and the thread is usable afterwards, whatever the upstream does.
+
+use reqwest::StatusCode;
+use serde_json::{Value, json};
+
+use crate::support::gateway::{Gateway, text, text_of};
+use crate::support::scene::{Protocol, Scene, on_every_scene};
+
+on_every_scene!(
+    a_refusal_before_acceptance_is_told_with_its_reason,
+    a_run_that_fails_upstream_is_told_so,
+    an_incomplete_reply_is_kept_and_marked,
+    a_refused_answer_is_a_refusal,
+    a_stream_that_breaks_ends_the_run_and_frees_the_thread,
+    a_silent_upstream_meets_the_deadline,
+    function_calls_end_the_run_and_do_not_poison_the_thread,
+    a_foreign_lock_is_waited_out,
+    a_foreign_lock_is_waited_for_no_longer_than_the_deadline,
+    streams_in_every_dialect_are_understood,
+    a_reply_has_a_limit,
+);
+
+const SCOPE: &str = "/v1/users/alice";
+
+async fn post(gateway: &Gateway, body: &Value) -> crate::support::gateway::Answer {
+    gateway.post(&format!("{SCOPE}/messages"), body).await
+}
+
+async fn say(gateway: &Gateway, content: &str) -> crate::support::gateway::Answer {
+    post(gateway, &json!({"content": content})).await
+}
+
+/// The thread takes the next message, and the upstream saw no forbidden call.
+async fn works_again(gateway: &Gateway) {
+    let answer = say(gateway, "and now?").await.ok();
+    assert!(text(&answer["message"]).contains("and now?"));
+    assert_eq!(answer["thread"]["state"], "idle");
+}
+
+async fn a_refusal_before_acceptance_is_told_with_its_reason(scene: Scene) {
+    let gateway = scene.gateway().await;
+    say(&gateway, "hello").await.ok();
+    for (directive, retry_after) in [
+        ("status=500", None),
+        ("status=503 retry_after=7", Some("7")),
+        ("status=401", None),
+        ("status=429 retry_after=3", Some("3")),
+        ("status=400 code=context_length_exceeded", None),
+    ] {
+        let answer = say(&gateway, &format!("oh [[sim: {directive}]]")).await;
+        assert_eq!(answer.problem(), (502, "upstream-error"), "{directive}");
+        assert_eq!(answer.headers.get("retry-after").map(|value| value.to_str().unwrap()), retry_after, "{directive}");
+        assert!(!answer.body.to_string().contains("sk-planted"), "{directive}: {:#}", answer.body);
+        let run = answer.body["run_id"].as_str().unwrap();
+        let read = gateway.get(&format!("{SCOPE}/runs/{run}")).await.ok();
+        assert_eq!((&read["run"]["status"], &read["run"]["error"]["code"]), (&json!("failed"), &json!("upstream_error")));
+        if directive.contains("code=") {
+            assert!(answer.body["detail"].as_str().unwrap().contains("context_length_exceeded"), "{:#}", answer.body);
+        }
+    }
+    let events = gateway.stream(SCOPE, "again [[sim: status=500]]").await.rest().await;
+    let names: Vec<_> = events.iter().map(|event| event.name.as_str()).collect();
+    assert_eq!(names, ["run.started", "run.failed"], "a stream that has opened tells it as an event");
+    works_again(&gateway).await;
+    let said = gateway.get(&format!("{SCOPE}/messages?order=asc&limit=100")).await.ok();
+    let users = said["data"].as_array().unwrap().iter().filter(|m| m["role"] == "user").count();
+    assert_eq!(users, 8, "what a user said stays in the transcript, answered or not");
+}
+
+async fn a_run_that_fails_upstream_is_told_so(scene: Scene) {
+    let gateway = scene.gateway().await;
+    for directive in ["fail", "mid_error", "mid_error=nested"] {
+        let answer = say(&gateway, &format!("oh [[sim: {directive}]]")).await;
+        assert_eq!(answer.problem(), (502, "upstream-error"), "{directive}");
+        assert_eq!(answer.body["code"], "upstream_failed", "{directive}: {:#}", answer.body);
+        works_again(&gateway).await;
+    }
+}
+
+async fn an_incomplete_reply_is_kept_and_marked(scene: Scene) {
+    let gateway = scene.gateway().await;
+    let answer = say(&gateway, "tell me all of it [[sim: incomplete]]").await.ok();
+    assert_eq!(answer["run"]["status"], "incomplete");
+    assert!(!text(&answer["message"]).is_empty());
+    let transcript = gateway.get(&format!("{SCOPE}/messages")).await.ok();
+    assert_eq!(transcript["data"][0]["content"], answer["message"]["content"]);
+    works_again(&gateway).await;
+}
+
+async fn a_refused_answer_is_a_refusal(scene: Scene) {
+    let gateway = scene.gateway().await;
+    let answer = say(&gateway, "how? [[sim: refusal]]").await.ok();
+    assert_eq!(answer["message"]["content"][0]["type"], "refusal", "{answer:#}");
+    works_again(&gateway).await;
+}
+
+async fn a_stream_that_breaks_ends_the_run_and_frees_the_thread(scene: Scene) {
+    let gateway = scene.gateway().await;
+    for directive in ["cut=5 tokens=40 rate=1ms", "no_terminal", "drop=after", "drop=before"] {
+        let answer = say(&gateway, &format!("oh [[sim: {directive}]]")).await;
+        assert_eq!(answer.problem(), (502, "upstream-error"), "{directive}");
+        assert_eq!(answer.body["code"], "stream_broken", "{directive}: {:#}", answer.body);
+        works_again(&gateway).await;
+    }
+    let events = gateway.stream(SCOPE, "oh [[sim: cut=5 tokens=40 rate=1ms]]").await.rest().await;
+    let partial = text_of(&events);
+    assert!(!partial.is_empty());
+    assert_eq!(events.last().unwrap().name, "run.failed");
+    let completed = &events[events.len() - 2];
+    assert_eq!((completed.name.as_str(), text(&completed.data["message"])), ("message.completed", partial.as_str()));
+    works_again(&gateway).await;
+}
+
+async fn a_silent_upstream_meets_the_deadline(scene: Scene) {
+    let gateway = scene.gateway().await;
+    for directive in ["silent", "silent_after=3", "rate=50ms tokens=1000"] {
+        let body = json!({"content": format!("oh [[sim: {directive}]]"), "timeout_ms": 300});
+        let answer = post(&gateway, &body).await;
+        assert_eq!(answer.problem(), (504, "upstream-timeout"), "{directive}");
+        let run = answer.body["run_id"].as_str().unwrap();
+        let read = gateway.get(&format!("{SCOPE}/runs/{run}")).await.ok();
+        assert_eq!(read["run"]["status"], "expired");
+        works_again(&gateway).await;
+    }
+}
+
+async fn function_calls_end_the_run_and_do_not_poison_the_thread(scene: Scene) {
+    let gateway = scene.gateway().await;
+    say(&gateway, "hello").await.ok();
+    let answer = say(&gateway, "weather? [[sim: tool=get_weather tool=get_time]]").await;
+    assert_eq!(answer.problem(), (501, "not-supported"));
+    let detail = answer.body["detail"].as_str().unwrap();
+    assert!(detail.contains("get_weather") && detail.contains("get_time"), "{detail}");
+    works_again(&gateway).await;
+}
+
+async fn a_foreign_lock_is_waited_out(scene: Scene) {
+    if scene.protocol == Protocol::Chain {
+        return; // a chain has no lock
+    }
+    let gateway = scene.gateway().await;
+    say(&gateway, "hello").await.ok();
+    let thread = scene.upstream_threads().remove(0);
+    scene.simulator.start_foreign_run(&thread).unwrap();
+    let mut stream = gateway.stream(SCOPE, "may I?").await;
+    assert_eq!(stream.next().await.unwrap().name, "run.started");
+    while scene.simulator.stats().lock_refusals == 0 {
+        tokio::task::yield_now().await;
+    }
+    scene.simulator.stop_foreign_run(&thread).unwrap();
+    let events = stream.rest().await;
+    assert_eq!(events.last().unwrap().name, "run.completed");
+    assert_eq!(text_of(&events).matches("may I?").count(), 1);
+    let texts = scene.simulator.threads().remove(0).user_texts;
+    assert_eq!(texts.iter().filter(|text| *text == "may I?").count(), 1, "it was sent until accepted, and kept once");
+}
+
+async fn a_foreign_lock_is_waited_for_no_longer_than_the_deadline(scene: Scene) {
+    if scene.protocol == Protocol::Chain {
+        return; // a chain has no lock
+    }
+    let gateway = scene.gateway_with("[runs]\nsettle_timeout = \"200ms\"\n").await;
+    say(&gateway, "hello").await.ok();
+    let thread = scene.upstream_threads().remove(0);
+    scene.simulator.start_foreign_run(&thread).unwrap();
+    let answer = post(&gateway, &json!({"content": "may I?", "timeout_ms": 400})).await;
+    assert_eq!(answer.problem(), (504, "upstream-timeout"));
+    assert_eq!(answer.body["code"], "upstream_busy");
+    scene.simulator.stop_foreign_run(&thread).unwrap();
+    works_again(&gateway).await;
+}
+
+async fn streams_in_every_dialect_are_understood(scene: Scene) {
+    let gateway = scene.gateway().await;
+    let plain = say(&gateway, "wörld").await.ok();
+    let mut dialects = vec!["crlf", "split", "comments", "unknown_events", "crlf split comments unknown_events"];
+    if scene.protocol != Protocol::Assistants {
+        dialects.extend(["no_event_lines", "reasoning"]);
+    }
+    for (n, dialect) in dialects.into_iter().enumerate() {
+        let answer = say(&gateway, &format!("wörld [[sim: {dialect}]]")).await.ok();
+        let same = text(&plain["message"]).replace("turn 1 of", &format!("turn {} of", n + 2));
+        assert_eq!(text(&answer["message"]), same, "{dialect}");
+    }
+    let parts = say(&gateway, "twice [[sim: parts=2]]").await.ok();
+    assert_eq!(parts["message"]["content"].as_array().map(Vec::len), Some(2), "{parts:#}");
+}
+
+async fn a_reply_has_a_limit(scene: Scene) {
+    let gateway = scene.gateway_with("[runs]\nmax_reply_bytes = 2000\n").await;
+    let answer = say(&gateway, "go on [[sim: tokens=500]]").await;
+    assert_eq!((answer.status, &answer.body["code"]), (StatusCode::BAD_GATEWAY, &json!("reply_too_large")));
+    works_again(&gateway).await;
+}

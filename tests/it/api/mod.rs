@@ -1,0 +1,10 @@
+//! The real binary, over HTTP.
+
+mod commands;
+mod crash;
+mod failures;
+mod logs;
+mod problems;
+mod queue;
+mod shutdown;
+mod turns;

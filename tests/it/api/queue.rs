@@ -1,0 +1,146 @@
+//! One run at a time, first come first served, whatever the concurrency.
+
+use std::collections::BTreeSet;
+
+use futures_util::future::join_all;
+use serde_json::json;
+
+use crate::support::gateway::{PATIENCE, text_of};
+use crate::support::scene::{Backend, Protocol, Scene, on_every_scene};
+
+on_every_scene!(
+    two_hundred_messages_to_one_key_run_one_by_one_in_order_of_admission,
+    a_busy_thread_rejects_when_asked_to,
+    a_full_queue_refuses,
+);
+
+async fn two_hundred_messages_to_one_key_run_one_by_one_in_order_of_admission(scene: Scene) {
+    let gateway = scene.gateway().await;
+    let answers = join_all((0..200).map(|n| gateway.say("/v1/users/alice", &format!("message {n}")))).await;
+    let threads: BTreeSet<_> = answers.iter().map(|answer| answer["thread"]["id"].to_string()).collect();
+    assert_eq!(threads.len(), 1);
+    let stats = scene.simulator.stats();
+    assert_eq!(stats.max_active_runs_per_thread, 1);
+    assert_eq!((stats.runs_started, stats.lock_refusals), (200, 0), "nothing ran twice, nothing was refused: {stats:?}");
+
+    // Order of admission (the runs' own order) = order of the turns = order of the transcript.
+    let mut runs = Vec::new();
+    let mut after = String::new();
+    loop {
+        let page = gateway.get(&format!("/v1/users/alice/runs?order=asc&limit=100{after}")).await.ok();
+        runs.extend(page["data"].as_array().unwrap().clone());
+        if page["has_more"] == false {
+            break;
+        }
+        after = format!("&after={}", page["last_id"].as_str().unwrap());
+    }
+    assert_eq!(runs.len(), 200);
+    let mut messages = Vec::new();
+    let mut after = String::new();
+    loop {
+        let page = gateway.get(&format!("/v1/users/alice/messages?order=asc&limit=100{after}")).await.ok();
+        messages.extend(page["data"].as_array().unwrap().clone());
+        if page["has_more"] == false {
+            break;
+        }
+        after = format!("&after={}", page["last_id"].as_str().unwrap());
+    }
+    assert_eq!(messages.len(), 400);
+    for (n, (run, turn)) in runs.iter().zip(messages.chunks(2)).enumerate() {
+        assert_eq!([&turn[0]["run_id"], &turn[1]["run_id"]], [&run["id"], &run["id"]], "turn {n}");
+        let reply = turn[1]["content"][0]["text"].as_str().unwrap();
+        assert!(reply.contains(&format!("turn {} of", n + 1)), "turn {n}: {reply}");
+    }
+    let started: Vec<_> = runs.iter().map(|run| run["started_at"].as_str().unwrap().to_owned()).collect();
+    let finished: Vec<_> = runs.iter().map(|run| run["finished_at"].as_str().unwrap().to_owned()).collect();
+    for n in 1..runs.len() {
+        assert!(finished[n - 1] <= started[n], "run {n} began before the one before it had ended");
+    }
+}
+
+async fn a_busy_thread_rejects_when_asked_to(scene: Scene) {
+    let gateway = scene.gateway().await;
+    let reject = json!({"content": "me too", "multitask_strategy": "reject"});
+    scene.simulator.hold();
+    let mut first = gateway.stream("/v1/users/alice", "hold the line").await;
+    first.next().await.unwrap();
+    let refused = gateway.post("/v1/users/alice/messages", &reject).await;
+    assert_eq!(refused.problem(), (409, "thread-busy"));
+    assert!(refused.headers.contains_key("retry-after"));
+    // Through another process it is the store that says so.
+    if scene.database.is_shared() {
+        let other = scene.gateway().await;
+        assert_eq!(other.post("/v1/users/alice/messages", &reject).await.problem(), (409, "thread-busy"));
+    }
+    let state = gateway.get("/v1/users/alice/thread").await.ok();
+    assert_eq!((&state["state"], &state["queue_depth"], &state["run_count"]), (&json!("active"), &json!(0), &json!(1)));
+    scene.simulator.release();
+    assert!(text_of(&first.rest().await).contains("hold the line"));
+    gateway.post("/v1/users/alice/messages", &reject).await.ok();
+}
+
+async fn a_full_queue_refuses(scene: Scene) {
+    let gateway = scene.gateway_with("[runs]\nmax_queue = 2\n").await;
+    scene.simulator.hold();
+    let mut first = gateway.stream("/v1/users/alice", "0").await;
+    first.next().await.unwrap();
+    let mut waiting = Vec::new();
+    for n in 1..=2 {
+        let mut stream = gateway.stream("/v1/users/alice", &n.to_string()).await;
+        let queued = stream.next().await.unwrap();
+        assert_eq!((queued.name.as_str(), &queued.data["position"]), ("run.queued", &json!(n)));
+        waiting.push(stream);
+    }
+    let state = gateway.get("/v1/users/alice/thread").await.ok();
+    assert_eq!((&state["state"], &state["queue_depth"]), (&json!("active"), &json!(2)));
+    let refused = gateway.post("/v1/users/alice/messages", &json!({"content": "3"})).await;
+    assert_eq!(refused.problem(), (429, "queue-full"));
+    assert!(refused.headers.contains_key("retry-after"));
+    // Other keys are not affected: their run starts, and waits at the held simulator like the first.
+    assert_eq!(gateway.stream("/v1/users/bob", "hi").await.next().await.unwrap().name, "run.started");
+    scene.simulator.release();
+    for stream in [first].into_iter().chain(waiting) {
+        assert_eq!(stream.rest().await.last().unwrap().name, "run.completed");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn two_hundred_messages_to_two_hundred_keys_run_side_by_side() {
+    for (protocol, backend) in [(Protocol::Assistants, Backend::Postgres), (Protocol::Responses, Backend::Sqlite)] {
+        let scene = Scene::new(protocol, backend).await;
+        let gateway = scene.gateway().await;
+        scene.simulator.hold();
+        let said = (0..200).map(|n| gateway.say(&format!("/v1/users/user-{n}"), "hi")).collect::<Vec<_>>();
+        let said = tokio::spawn(join_all(said));
+        // All of them are at work at once, or this never comes about.
+        tokio::time::timeout(PATIENCE, async {
+            while scene.simulator.stats().active_runs < 200 {
+                tokio::time::sleep(std::time::Duration::from_millis(10)).await;
+            }
+        })
+        .await
+        .expect("200 runs side by side");
+        scene.simulator.release();
+        assert_eq!(said.await.unwrap().len(), 200);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn first_messages_at_two_replicas_create_one_thread() {
+    for protocol in [Protocol::Assistants, Protocol::Responses] {
+        let scene = Scene::new(protocol, Backend::Postgres).await;
+        let gateways = [scene.gateway().await, scene.gateway().await];
+        let answers = join_all((0..64).map(|n| gateways[n % 2].say("/v1/users/new", &format!("message {n}")))).await;
+        let threads: BTreeSet<_> = answers.iter().map(|answer| answer["thread"]["id"].to_string()).collect();
+        assert_eq!(threads.len(), 1, "one gateway thread");
+        assert_eq!(scene.upstream_threads().len(), 1, "one upstream thread");
+        let stats = scene.simulator.stats();
+        assert_eq!((stats.runs_started, stats.max_active_runs_per_thread, stats.lock_refusals), (64, 1, 0), "{stats:?}");
+        assert_eq!(scene.database.count("SELECT count(*) FROM threads").await, 1);
+        let replies: BTreeSet<_> =
+            answers.iter().map(|answer| answer["message"]["content"][0]["text"].as_str().unwrap().to_owned()).collect();
+        for n in 0..64 {
+            assert!(replies.iter().any(|reply| reply.contains(&format!("turn {} of", n + 1))), "turn {n}");
+        }
+    }
+}

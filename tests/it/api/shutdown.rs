@@ -1,0 +1,71 @@
+//! SIGTERM: readiness drops, running turns end within the grace time, exit 0.
+
+use serde_json::json;
+
+use crate::support::gateway::text_of;
+use crate::support::scene::{Backend, Protocol, Scene, on_every_scene};
+
+on_every_scene!(a_running_turn_ends_before_the_process_does, a_turn_past_the_grace_time_is_told_so);
+
+async fn a_running_turn_ends_before_the_process_does(scene: Scene) {
+    let mut gateway = scene.gateway().await;
+    assert_eq!(gateway.get("/readyz").await.ok(), json!({"status": "ready"}));
+    scene.simulator.hold();
+    let mut running = gateway.stream("/v1/users/alice", "last words").await;
+    running.next().await.unwrap();
+    let mut waiting = gateway.stream("/v1/users/alice", "me too").await;
+    waiting.next().await.unwrap();
+    gateway.terminate();
+    let not_ready = gateway.until("/readyz", |answer| answer.status == 503).await;
+    assert_eq!(not_ready.problem(), (503, "draining"));
+    assert_eq!(gateway.get("/healthz").await.ok(), json!({"status": "ok"}), "it still lives");
+    let refused = gateway.post("/v1/users/bob/messages", &json!({"content": "hi"})).await;
+    assert_eq!(refused.problem(), (503, "draining"));
+    assert!(refused.headers.contains_key("retry-after"));
+    gateway.get("/v1/users/alice/thread").await.ok();
+    scene.simulator.release();
+    for (stream, said) in [(running, "last words"), (waiting, "me too")] {
+        let events = stream.rest().await;
+        assert_eq!(events.last().unwrap().name, "run.completed");
+        assert!(text_of(&events).contains(said));
+    }
+    assert!(gateway.exit().await.success());
+    assert_eq!(scene.database.count("SELECT count(*) FROM replicas").await, 0, "its session is given up");
+}
+
+async fn a_turn_past_the_grace_time_is_told_so(scene: Scene) {
+    let mut gateway = scene.gateway_with("[server]\nshutdown_grace = \"100ms\"\n").await;
+    scene.simulator.hold();
+    let mut running = gateway.stream("/v1/users/alice", "last words").await;
+    running.next().await.unwrap();
+    let mut waiting = gateway.stream("/v1/users/alice", "me too").await;
+    waiting.next().await.unwrap();
+    gateway.terminate();
+    for stream in [running, waiting] {
+        let events = stream.rest().await;
+        let end = events.last().unwrap();
+        assert_eq!(end.name, "run.failed");
+        assert_eq!(end.data["run"]["error"]["code"], "gateway_stopped");
+    }
+    assert!(gateway.exit().await.success());
+    scene.simulator.release();
+    let again = scene.gateway().await;
+    again.say("/v1/users/alice", "and now?").await;
+    let said = again.get("/v1/users/alice/messages?order=asc").await.ok();
+    let users: Vec<_> = said["data"].as_array().unwrap().iter().filter(|m| m["role"] == "user").collect();
+    assert_eq!(users.len(), 3, "both messages are in the transcript: {said:#}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_second_signal_ends_the_grace_time() {
+    let scene = Scene::new(Protocol::Responses, Backend::Sqlite).await;
+    let mut gateway = scene.gateway_with("[server]\nshutdown_grace = \"10m\"\n").await;
+    scene.simulator.hold();
+    let mut running = gateway.stream("/v1/users/alice", "last words").await;
+    running.next().await.unwrap();
+    gateway.terminate();
+    gateway.until("/readyz", |answer| answer.status == 503).await;
+    gateway.terminate();
+    assert_eq!(running.rest().await.last().unwrap().name, "run.failed");
+    assert!(gateway.exit().await.success());
+}

@@ -1,0 +1,296 @@
+//! A message becomes a run on the right thread and a reply.
+
+use reqwest::Method;
+use serde_json::{Value, json};
+
+use crate::support::gateway::{Event, Gateway, text, text_of};
+use crate::support::scene::{Backend, Protocol, Scene, on_every_scene};
+
+on_every_scene!(
+    the_three_kinds_of_keys_are_three_conversations,
+    a_conversation_remembers,
+    a_stream_tells_the_whole_story,
+    the_transcript_can_be_paged,
+    runs_can_be_listed_and_read,
+    ownership_is_written_upstream,
+    content_parts_reach_the_upstream,
+    a_known_thread_costs_one_upstream_call,
+    an_expired_session_starts_afresh,
+    a_client_that_leaves_does_not_stop_its_run,
+);
+
+async fn the_three_kinds_of_keys_are_three_conversations(scene: Scene) {
+    let gateway = scene.gateway().await;
+    let mut threads = Vec::new();
+    for (scope, shown, expires) in [
+        ("/v1/users/al%2Fice%7C%C3%A9", "user", false),
+        ("/v1/users/al%2Fice%7C%C3%A9/sessions/s%201", "session:s 1", true),
+        ("/v1/users/al%2Fice%7C%C3%A9/topics/s%201", "topic:s 1", false),
+    ] {
+        let answer = gateway.say(scope, "Hello").await;
+        assert_eq!(answer["thread"]["key"], json!({"tenant": "default", "user": "al/ice|é", "scope": shown}));
+        assert_eq!(answer["thread"]["expires_at"].is_string(), expires);
+        assert_eq!(answer["thread"]["state"], "idle");
+        assert_eq!(answer["thread"]["queue_depth"], 0);
+        assert_eq!(answer["thread"]["message_count"], 2);
+        assert_eq!(answer["thread"]["run_count"], 1);
+        assert_eq!(answer["run"]["status"], "completed");
+        assert!(answer["run"]["usage"]["total_tokens"].as_u64().unwrap() > 0);
+        assert_eq!(answer["message"]["run_id"], answer["run"]["id"]);
+        assert!(text(&answer["message"]).contains("Hello"));
+        let shown = gateway.get(&format!("{scope}/thread")).await.ok();
+        assert_eq!(shown, answer["thread"], "the answer is what another request reads back");
+        threads.push(answer["thread"]["id"].clone());
+    }
+    threads.dedup();
+    assert_eq!(threads.len(), 3);
+}
+
+async fn a_conversation_remembers(scene: Scene) {
+    let gateway = scene.gateway().await;
+    let first = gateway.say("/v1/users/alice", "one").await;
+    let second = gateway.say("/v1/users/alice", "two").await;
+    assert_eq!(first["thread"]["id"], second["thread"]["id"]);
+    assert_ne!(text(&first["message"]), text(&second["message"]));
+    assert!(text(&second["message"]).contains("turn 2"), "the upstream saw both: {second:#}");
+    gateway.kill();
+    let again = scene.gateway().await;
+    let third = again.say("/v1/users/alice", "three").await;
+    assert_eq!(first["thread"]["id"], third["thread"]["id"]);
+    assert!(text(&third["message"]).contains("turn 3"), "a restart forgets nothing: {third:#}");
+}
+
+async fn a_stream_tells_the_whole_story(scene: Scene) {
+    let gateway = scene.gateway().await;
+    let events = gateway.stream("/v1/users/alice", "Hello [[sim: tokens=30]]").await.rest().await;
+    let names: Vec<_> = events.iter().map(|e| e.name.as_str()).filter(|name| *name != "message.delta").collect();
+    assert_eq!(names, ["run.started", "message.completed", "run.completed"]);
+    let run = events[0].data["run_id"].as_str().unwrap();
+    for (n, event) in events.iter().enumerate() {
+        assert_eq!(event.id, format!("{run}:{n}"));
+    }
+    let message = &events[events.len() - 2].data["message"];
+    assert_eq!(text_of(&events), text(message));
+    assert!(events.iter().filter(|e| e.name == "message.delta").count() >= 30, "the reply comes piece by piece");
+    let end = &events.last().unwrap().data["run"];
+    let read = gateway.get(&format!("/v1/users/alice/runs/{run}")).await.ok();
+    assert_eq!((&read["run"], &read["message"]), (end, message), "what was announced can be read back");
+
+    // The same by content negotiation, on a busy thread.
+    scene.simulator.hold();
+    let mut blocking = gateway.stream("/v1/users/alice", "first").await;
+    assert_eq!(blocking.next().await.unwrap().name, "run.started");
+    let request = gateway.request(Method::POST, "/v1/users/alice/messages").json(&json!({"content": "second"}));
+    let response = request.header("accept", "text/event-stream").send().await.unwrap();
+    let mut waiting = crate::support::gateway::EventReader::new(response);
+    let queued = waiting.next().await.unwrap();
+    assert_eq!((queued.name.as_str(), &queued.data["position"]), ("run.queued", &json!(1)));
+    scene.simulator.release();
+    assert_eq!(blocking.rest().await.last().unwrap().name, "run.completed");
+    let rest = waiting.rest().await;
+    assert_eq!(rest[0].name, "run.started");
+    assert_eq!(rest.last().unwrap().name, "run.completed");
+}
+
+async fn the_transcript_can_be_paged(scene: Scene) {
+    let gateway = scene.gateway().await;
+    for n in 0..4 {
+        gateway.say("/v1/users/alice", &format!("message {n}")).await;
+    }
+    let read = async |query: &str| {
+        let page = gateway.get(&format!("/v1/users/alice/messages?{query}")).await.ok();
+        let texts: Vec<_> = page["data"].as_array().unwrap().iter().map(|m| (m["position"].as_u64().unwrap(), text(m).to_owned())).collect();
+        (texts, page)
+    };
+    let (all, page) = read("order=asc&limit=100").await;
+    assert_eq!(all.iter().map(|(position, _)| *position).collect::<Vec<_>>(), (1..=8).collect::<Vec<_>>());
+    assert_eq!(page["has_more"], false);
+    for (n, (_, text)) in all.iter().enumerate() {
+        assert!(text.contains(&format!("message {}", n / 2)), "{all:?}");
+    }
+    let (head, page) = read("order=asc&limit=3").await;
+    assert_eq!((&head[..], page["has_more"].as_bool()), (&all[..3], Some(true)));
+    let (next, _) = read(&format!("order=asc&limit=3&after={}", page["last_id"].as_str().unwrap())).await;
+    assert_eq!(next, all[3..6]);
+    let (newest, page) = read("limit=2").await;
+    assert_eq!(newest, [all[7].clone(), all[6].clone()], "newest first unless asked otherwise");
+    let (older, page) = read(&format!("limit=2&after={}", page["last_id"].as_str().unwrap())).await;
+    assert_eq!(older, [all[5].clone(), all[4].clone()]);
+    let (back, _) = read(&format!("limit=2&before={}", page["first_id"].as_str().unwrap())).await;
+    assert_eq!(back, [all[7].clone(), all[6].clone()]);
+    let unknown = gateway.get("/v1/users/alice/messages?after=msg_00000000000000000000000000000000").await;
+    assert_eq!(unknown.problem(), (422, "invalid-request"));
+}
+
+async fn runs_can_be_listed_and_read(scene: Scene) {
+    let gateway = scene.gateway().await;
+    let body = json!({"content": "hi", "metadata": {"source": "web"}, "multitask_strategy": "reject", "timeout_ms": 5000});
+    let first = gateway.post("/v1/users/alice/messages", &body).await.ok();
+    let second = gateway.say("/v1/users/alice", "there").await;
+    assert_eq!(first["run"]["metadata"], json!({"source": "web"}));
+    assert_eq!(first["run"]["multitask_strategy"], "reject");
+    let list = gateway.get("/v1/users/alice/runs").await.ok();
+    assert_eq!(list["data"], json!([second["run"], first["run"]]));
+    assert_eq!(list["first_id"], second["run"]["id"]);
+    let other = gateway.get(&format!("/v1/users/bob/runs/{}", first["run"]["id"].as_str().unwrap())).await;
+    assert_eq!(other.problem(), (404, "not-found"), "a run is read under its own key only");
+}
+
+async fn ownership_is_written_upstream(scene: Scene) {
+    if scene.protocol == Protocol::Chain {
+        return; // there is no upstream object that could carry it
+    }
+    let gateway = scene.gateway().await;
+    let long = "é".repeat(128);
+    let answer = gateway.say(&format!("/v1/users/{long}/sessions/tab"), "hi").await;
+    let threads = scene.simulator.threads();
+    assert_eq!(threads.len(), 1);
+    let metadata = &threads[0].metadata;
+    assert_eq!(metadata["threadkeeper_user"], long);
+    assert_eq!(metadata["threadkeeper_session"], "tab");
+    assert_eq!(metadata["threadkeeper_thread"], answer["thread"]["id"].as_str().unwrap());
+    assert!(metadata.contains_key("threadkeeper_expires_at"));
+    assert_eq!(threads[0].id, answer["thread"]["upstream_thread_id"].as_str().unwrap());
+}
+
+async fn content_parts_reach_the_upstream(scene: Scene) {
+    let gateway = scene.gateway().await;
+    let parts = json!([
+        {"type": "text", "text": "What is this?"},
+        {"type": "image_url", "image_url": {"url": "https://example.com/cat.png", "detail": "low"}},
+        {"type": "image_file", "image_file": {"file_id": "file-1"}},
+    ]);
+    let answer = gateway.post("/v1/users/alice/messages", &json!({"content": parts})).await.ok();
+    assert!(text(&answer["message"]).contains("What is this?"));
+    let transcript = gateway.get("/v1/users/alice/messages?order=asc").await.ok();
+    assert_eq!(transcript["data"][0]["content"], parts);
+    let sent = scene.simulator.recorded().pop().unwrap().body.to_string();
+    assert!(sent.contains("https://example.com/cat.png") && sent.contains("file-1"), "{sent}");
+    assert!(sent.contains("Be kind."), "the instructions go along: {sent}");
+}
+
+async fn a_known_thread_costs_one_upstream_call(scene: Scene) {
+    let gateway = scene.gateway().await;
+    gateway.say("/v1/users/alice", "first").await;
+    let before = scene.simulator.stats().requests;
+    gateway.say("/v1/users/alice", "second").await;
+    assert_eq!(scene.simulator.stats().requests - before, 1);
+}
+
+async fn an_expired_session_starts_afresh(scene: Scene) {
+    let gateway = scene.gateway().await;
+    let scope = "/v1/users/alice/sessions/tab";
+    let first = gateway.say(scope, "one").await;
+    scene.database.age_threads(std::time::Duration::from_hours(24)).await;
+    let second = gateway.say(scope, "two").await;
+    assert_ne!(first["thread"]["id"], second["thread"]["id"]);
+    assert_eq!(second["thread"]["previous_thread"], first["thread"]["id"]);
+    assert!(text(&second["message"]).contains("turn 1"), "it knows nothing of the old one: {second:#}");
+    let run = gateway.get(&format!("{scope}/runs/{}", first["run"]["id"].as_str().unwrap())).await.ok();
+    assert_eq!(run["message"], first["message"], "what the old one said can still be read");
+}
+
+async fn a_client_that_leaves_does_not_stop_its_run(scene: Scene) {
+    let gateway = scene.gateway().await;
+    scene.simulator.hold();
+    let mut leaver = gateway.stream("/v1/users/alice", "bye").await;
+    let run = leaver.next().await.unwrap().data["run_id"].as_str().unwrap().to_owned();
+    drop(leaver);
+    scene.simulator.release();
+    let path = format!("/v1/users/alice/runs/{run}");
+    let done = gateway.until(&path, |answer| answer.body["run"]["status"] == "completed").await.ok();
+    assert!(text(&done["message"]).contains("bye"));
+}
+
+/// Two statements for a message on a known thread, as the driver counts them.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_message_on_a_known_thread_costs_two_store_round_trips() {
+    let scene = Scene::new(Protocol::Responses, Backend::Postgres).await;
+    let gateway = scene.gateway_with("[log]\nfilter = \"info,sqlx::query=debug\"\n").await;
+    gateway.say("/v1/users/alice", "first").await;
+    gateway.say("/v1/users/alice", "second, so that every statement is prepared").await;
+    let statements = |gateway: &Gateway| {
+        // The session's renewal is the replica's own, not the message's.
+        let about_runs = |line: &&String| line.contains("sqlx::query") && !line.contains("replicas");
+        gateway.logs().iter().filter(about_runs).cloned().collect::<Vec<_>>()
+    };
+    let before = statements(&gateway).len();
+    let answer = gateway.say("/v1/users/alice", "third").await;
+    // The log line of the request comes after those of its statements.
+    let run = answer["run"]["id"].as_str().unwrap();
+    while !gateway.logs().iter().any(|line| line.contains(run) && line.contains("run ended")) {
+        tokio::task::yield_now().await;
+    }
+    let after = statements(&gateway);
+    assert_eq!(after.len() - before, 2, "{:#?}", &after[before..]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_idle_stream_is_kept_alive_with_comments() {
+    let scene = Scene::new(Protocol::Responses, Backend::Sqlite).await;
+    let gateway = scene.gateway_with("[server]\nkeep_alive = \"20ms\"\n").await;
+    let mut stream = gateway.stream("/v1/users/alice", "wait [[sim: latency=300ms]]").await;
+    let mut events: Vec<Event> = Vec::new();
+    while let Some(event) = stream.next().await {
+        events.push(event);
+    }
+    assert!(stream.comments >= 3, "{} comments", stream.comments);
+    assert_eq!(events.last().unwrap().name, "run.completed");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_assistant_can_be_chosen_and_a_conversation_stays_on_its_upstream() {
+    let scene = Scene::new(Protocol::Responses, Backend::Sqlite).await;
+    let other = Scene::new(Protocol::Assistants, Backend::Sqlite).await;
+    let more = format!(
+        "[upstreams.other]\nkind = \"assistants\"\nbase_url = \"{}\"\napi_key = \"k\"\nheaders = {{ x-team = \"blue\" }}\nquery = {{ api-version = \"v1\" }}\n\
+         [assistants.poet]\nupstream = \"other\"\nassistant_id = \"asst_poet\"\nparameters = {{ temperature = 0.5 }}\n",
+        other.upstream_url
+    );
+    let gateway = scene.gateway_with(&more).await;
+    let body = |assistant: &str| json!({"content": "hi", "assistant": assistant});
+    let answer = gateway.post("/v1/users/alice/messages", &body("poet")).await.ok();
+    assert_eq!(answer["thread"]["upstream"], "other");
+    let start = other.simulator.recorded().pop().unwrap();
+    assert_eq!(start.headers["x-team"], "blue");
+    assert_eq!(start.headers["openai-beta"], "assistants=v2");
+    assert_eq!(start.query.as_deref(), Some("api-version=v1"));
+    assert_eq!((&start.body["assistant_id"], &start.body["temperature"]), (&json!("asst_poet"), &json!(0.5)));
+    let refused = gateway.post("/v1/users/alice/messages", &body("default")).await;
+    assert_eq!(refused.problem(), (422, "invalid-request"));
+    let unknown = gateway.post("/v1/users/alice/messages", &body("nobody")).await;
+    assert_eq!(unknown.problem(), (422, "invalid-request"));
+    assert!(unknown.body["detail"].as_str().unwrap().contains("poet"), "it says which there are");
+    let runs = gateway.get("/v1/users/alice/runs").await.ok();
+    assert_eq!(runs["data"].as_array().map(Vec::len), Some(1), "a refused message leaves nothing: {runs:#}");
+}
+
+/// The exact shapes, so that a change of them is seen.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_answer_has_the_documented_shape() {
+    let scene = Scene::new(Protocol::Responses, Backend::Sqlite).await;
+    let gateway = scene.gateway().await;
+    let mut answer = gateway.say("/v1/users/alice/topics/news", "Hello").await;
+    redact(&mut answer);
+    insta::assert_json_snapshot!(answer);
+    let mut problem = gateway.post("/v1/users/alice/messages", &json!({"content": 7})).await.body;
+    redact(&mut problem);
+    insta::assert_json_snapshot!(problem);
+}
+
+/// Ids and times are new each time; everything else is exact.
+fn redact(value: &mut Value) {
+    match value {
+        Value::Object(fields) => {
+            for (name, field) in fields {
+                if field.is_string() && (name == "id" || name.ends_with("_id") || name.ends_with("_at")) {
+                    *field = json!(format!("[{name}]"));
+                } else {
+                    redact(field);
+                }
+            }
+        }
+        Value::Array(items) => items.iter_mut().for_each(redact),
+        _ => {}
+    }
+}

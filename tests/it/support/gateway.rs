@@ -1,0 +1,269 @@
+//! The real binary as a child process, with a configuration of its own, on a port of its own.
+
+use std::io::{BufRead, BufReader};
+use std::path::Path;
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::mpsc;
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use futures_util::StreamExt;
+use reqwest::{Method, RequestBuilder, Response, StatusCode};
+use serde_json::Value;
+use tempfile::TempDir;
+
+/// How long anything may take that is not measured: generous, since the machine may be busy.
+pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
+
+/// A running gateway. Dropping it kills the process; a panic that it logged fails the test.
+#[derive(Debug)]
+pub(crate) struct Gateway {
+    child: Child,
+    url: String,
+    logs: Arc<Mutex<Vec<String>>>,
+    client: reqwest::Client,
+    _config: TempDir,
+}
+
+/// A JSON answer.
+#[derive(Debug)]
+pub(crate) struct Answer {
+    pub(crate) status: StatusCode,
+    pub(crate) headers: reqwest::header::HeaderMap,
+    pub(crate) body: Value,
+}
+
+impl Answer {
+    #[track_caller]
+    pub(crate) fn ok(self) -> Value {
+        assert_eq!(self.status, StatusCode::OK, "{:#}", self.body);
+        self.body
+    }
+
+    /// Status and problem type of a refusal.
+    #[track_caller]
+    pub(crate) fn problem(&self) -> (u16, &str) {
+        assert_eq!(self.headers["content-type"], "application/problem+json", "{self:?}");
+        let name = self.body["type"].as_str().unwrap().strip_prefix("urn:threadkeeper:problem:").unwrap();
+        assert_eq!(self.body["request_id"], self.headers["x-request-id"].to_str().unwrap());
+        assert_eq!(self.body["status"], self.status.as_u16());
+        (self.status.as_u16(), name)
+    }
+}
+
+/// One event of a stream.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) struct Event {
+    pub(crate) id: String,
+    pub(crate) name: String,
+    pub(crate) data: Value,
+}
+
+impl Gateway {
+    /// Starts `threadkeeper serve` with this configuration (TOML; `listen` is added) and waits until it listens.
+    pub(crate) async fn start(config: &str) -> Self {
+        let folder = TempDir::new().unwrap();
+        let file = folder.path().join("gateway.toml");
+        std::fs::write(&file, config).unwrap();
+        let mut command = Self::command(&["serve", "--listen", "127.0.0.1:0", "--config"]);
+        command.arg(&file);
+        Self::spawn(command, folder).await
+    }
+
+    /// The binary, with an environment that holds nothing of the test's own settings.
+    pub(crate) fn command(args: &[&str]) -> Command {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_threadkeeper"));
+        command.args(args).env_remove("DATABASE_URL").env_remove("RUST_LOG").stdin(Stdio::null());
+        command
+    }
+
+    /// Starts a command that ends up listening, and waits until it does.
+    pub(crate) async fn spawn(mut command: Command, config: TempDir) -> Self {
+        let mut child = command.stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
+        let stderr = child.stderr.take().unwrap();
+        let logs: Arc<Mutex<Vec<String>>> = Arc::default();
+        let (listening, listens) = mpsc::channel();
+        let sink = Arc::clone(&logs);
+        std::thread::spawn(move || {
+            for line in BufReader::new(stderr).lines().map_while(Result::ok) {
+                if line.contains("listening") && let Some(address) = address_in(&line) {
+                    drop(listening.send(address));
+                }
+                sink.lock().unwrap().push(line);
+            }
+        });
+        let address = tokio::task::spawn_blocking(move || listens.recv_timeout(PATIENCE)).await.unwrap();
+        let Ok(address) = address else {
+            drop(child.kill());
+            panic!("the gateway did not start:\n{}", logs.lock().unwrap().join("\n"));
+        };
+        let client = reqwest::Client::builder().no_proxy().timeout(PATIENCE).build().unwrap();
+        Self { child, url: format!("http://{address}"), logs, client, _config: config }
+    }
+
+    pub(crate) fn url(&self) -> &str {
+        &self.url
+    }
+
+    pub(crate) fn address(&self) -> &str {
+        self.url.strip_prefix("http://").unwrap()
+    }
+
+    pub(crate) fn request(&self, method: Method, path: &str) -> RequestBuilder {
+        self.client.request(method, format!("{}{path}", self.url))
+    }
+
+    pub(crate) async fn send(&self, request: RequestBuilder) -> Answer {
+        let response = request.send().await.unwrap();
+        let (status, headers) = (response.status(), response.headers().clone());
+        let text = response.text().await.unwrap();
+        let body = serde_json::from_str(&text).unwrap_or(Value::String(text));
+        Answer { status, headers, body }
+    }
+
+    pub(crate) async fn get(&self, path: &str) -> Answer {
+        self.send(self.request(Method::GET, path)).await
+    }
+
+    pub(crate) async fn post(&self, path: &str, body: &Value) -> Answer {
+        self.send(self.request(Method::POST, path).json(body)).await
+    }
+
+    /// Posts a text to `{scope}/messages` and returns the answer's JSON, which must be a success.
+    #[track_caller]
+    pub(crate) fn say(&self, scope: &str, text: &str) -> impl Future<Output = Value> + use<> {
+        let request = self.request(Method::POST, &format!("{scope}/messages"));
+        let request = request.json(&serde_json::json!({"content": text}));
+        async move {
+            let response = request.send().await.unwrap();
+            let (status, body) = (response.status(), response.text().await.unwrap());
+            assert_eq!(status, StatusCode::OK, "{body}");
+            serde_json::from_str(&body).unwrap()
+        }
+    }
+
+    /// Posts a message with `stream: true`.
+    pub(crate) async fn stream(&self, scope: &str, text: &str) -> EventReader {
+        let body = serde_json::json!({"content": text, "stream": true});
+        let response = self.request(Method::POST, &format!("{scope}/messages")).json(&body).send().await.unwrap();
+        assert_eq!(response.status(), StatusCode::OK, "{:?}", response.text().await);
+        EventReader::new(response)
+    }
+
+    /// Asks again until the answer is as wanted.
+    pub(crate) async fn until(&self, path: &str, wanted: impl Fn(&Answer) -> bool) -> Answer {
+        let start = Instant::now();
+        loop {
+            let answer = self.get(path).await;
+            if wanted(&answer) {
+                return answer;
+            }
+            assert!(start.elapsed() < PATIENCE, "{path} never became as wanted: {answer:?}");
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    }
+
+    pub(crate) fn logs(&self) -> Vec<String> {
+        self.logs.lock().unwrap().clone()
+    }
+
+    /// `kill -9`.
+    pub(crate) fn kill(mut self) {
+        self.child.kill().unwrap();
+        self.child.wait().unwrap();
+    }
+
+    /// SIGTERM.
+    pub(crate) fn terminate(&self) {
+        let pid = self.child.id().to_string();
+        assert!(Command::new("kill").args(["-TERM", &pid]).status().unwrap().success());
+    }
+
+    /// Waits until the process has ended by itself.
+    pub(crate) async fn exit(&mut self) -> ExitStatus {
+        let start = Instant::now();
+        loop {
+            if let Some(status) = self.child.try_wait().unwrap() {
+                return status;
+            }
+            assert!(start.elapsed() < PATIENCE, "the gateway did not exit");
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    }
+}
+
+impl Drop for Gateway {
+    fn drop(&mut self) {
+        drop(self.child.kill());
+        drop(self.child.wait());
+        if std::thread::panicking() {
+            let logs = self.logs();
+            let tail = logs.iter().rev().take(40).rev().map(String::as_str).collect::<Vec<_>>().join("\n");
+            eprintln!("the gateway's last log lines:\n{tail}");
+        } else if let Some(line) = self.logs().iter().find(|line| line.contains("panic")) {
+            panic!("the gateway panicked: {line}");
+        }
+    }
+}
+
+/// Reads an event stream.
+pub(crate) struct EventReader {
+    bytes: futures_util::stream::BoxStream<'static, reqwest::Result<bytes::Bytes>>,
+    buffer: String,
+    pub(crate) comments: usize,
+}
+
+impl EventReader {
+    pub(crate) fn new(response: Response) -> Self {
+        assert_eq!(response.headers()["content-type"], "text/event-stream");
+        Self { bytes: response.bytes_stream().boxed(), buffer: String::new(), comments: 0 }
+    }
+
+    /// The next event; `None` at the end of the stream.
+    pub(crate) async fn next(&mut self) -> Option<Event> {
+        loop {
+            if let Some(end) = self.buffer.find("\n\n") {
+                let block: String = self.buffer.drain(..end + 2).collect();
+                let field = |name: &str| {
+                    block.lines().find_map(|line| line.strip_prefix(name)).unwrap_or_default().trim().to_owned()
+                };
+                if block.starts_with(':') {
+                    self.comments += 1;
+                    continue;
+                }
+                let data = serde_json::from_str(&field("data:")).unwrap();
+                return Some(Event { id: field("id:"), name: field("event:"), data });
+            }
+            let chunk = tokio::time::timeout(PATIENCE, self.bytes.next()).await.expect("the stream went silent")?;
+            self.buffer.push_str(std::str::from_utf8(&chunk.unwrap()).unwrap());
+        }
+    }
+
+    pub(crate) async fn rest(mut self) -> Vec<Event> {
+        let mut events = Vec::new();
+        while let Some(event) = self.next().await {
+            events.push(event);
+        }
+        events
+    }
+}
+
+/// The text of the deltas.
+pub(crate) fn text_of(events: &[Event]) -> String {
+    events.iter().filter(|e| e.name == "message.delta").map(|e| e.data["text"].as_str().unwrap()).collect()
+}
+
+/// The text of a message.
+pub(crate) fn text(message: &Value) -> &str {
+    message["content"][0]["text"].as_str().unwrap_or_else(|| panic!("no text in {message:#}"))
+}
+
+fn address_in(line: &str) -> Option<String> {
+    let start = line.find("127.0.0.1:")?;
+    Some(line[start..].chars().take_while(|c| c.is_ascii_digit() || *c == '.' || *c == ':').collect())
+}
+
+/// The path as a TOML string.
+pub(crate) fn quoted(path: &Path) -> String {
+    Value::String(path.display().to_string()).to_string()
+}

@@ -1,0 +1,125 @@
+//! A database, a simulated upstream and gateways between them.
+
+use std::net::SocketAddr;
+
+use threadkeeper::simulator::{Simulator, SimulatorConfig, SimulatorHandle};
+use tokio::task::JoinSet;
+use tokio_util::sync::CancellationToken;
+
+use super::gateway::Gateway;
+use super::postgres::TestDatabase;
+
+/// What is spoken to the upstream.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub(crate) enum Protocol {
+    Assistants,
+    Responses,
+    /// Responses at a server without conversations.
+    Chain,
+}
+
+/// Where the gateway keeps its record.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub(crate) enum Backend {
+    Sqlite,
+    Postgres,
+}
+
+/// One test's world.
+#[derive(Debug)]
+pub(crate) struct Scene {
+    pub(crate) protocol: Protocol,
+    pub(crate) database: TestDatabase,
+    pub(crate) simulator: SimulatorHandle,
+    pub(crate) upstream_url: String,
+    stop: CancellationToken,
+    _tasks: JoinSet<()>,
+}
+
+impl Scene {
+    pub(crate) async fn new(protocol: Protocol, backend: Backend) -> Self {
+        Self::with(protocol, backend, SimulatorConfig::default()).await
+    }
+
+    pub(crate) async fn with(protocol: Protocol, backend: Backend, config: SimulatorConfig) -> Self {
+        let config = SimulatorConfig { conversations: protocol != Protocol::Chain, ..config };
+        let simulator = Simulator::bind(config, SocketAddr::from(([127, 0, 0, 1], 0))).await.unwrap();
+        let (handle, upstream_url, stop) = (simulator.handle(), simulator.base_url(), CancellationToken::new());
+        let mut tasks = JoinSet::new();
+        tasks.spawn(simulator.run(stop.clone()));
+        let database = match backend {
+            Backend::Sqlite => TestDatabase::sqlite().await,
+            Backend::Postgres => TestDatabase::postgres().await,
+        };
+        Self { protocol, database, simulator: handle, upstream_url, stop, _tasks: tasks }
+    }
+
+    /// A gateway with the settings that every test wants.
+    pub(crate) async fn gateway(&self) -> Gateway {
+        Gateway::start(&self.config("")).await
+    }
+
+    /// A gateway with further settings (TOML).
+    pub(crate) async fn gateway_with(&self, more: &str) -> Gateway {
+        Gateway::start(&self.config(more)).await
+    }
+
+    /// A configuration that leads to this scene's database and simulator. `more` may open tables of its own and
+    /// must not repeat one.
+    pub(crate) fn config(&self, more: &str) -> String {
+        let (kind, assistant) = match self.protocol {
+            Protocol::Assistants => ("assistants", "assistant_id = \"asst_test\""),
+            Protocol::Responses | Protocol::Chain => ("responses", "model = \"test-model\""),
+        };
+        let conversations = self.protocol != Protocol::Chain || kind == "assistants";
+        let conversations = if conversations { "" } else { "conversations = false" };
+        format!(
+            "{more}\n[store]\nurl = {store:?}\n\
+             [upstreams.simulated]\nkind = \"{kind}\"\nbase_url = \"{url}\"\napi_key = \"sk-planted-key\"\n{conversations}\n\
+             [assistants.default]\nupstream = \"simulated\"\n{assistant}\ninstructions = \"Be kind.\"\n",
+            store = self.database.url(),
+            url = self.upstream_url,
+        )
+    }
+
+    /// The ids of all threads or conversations at the simulator.
+    pub(crate) fn upstream_threads(&self) -> Vec<String> {
+        self.simulator.threads().into_iter().map(|thread| thread.id).collect()
+    }
+}
+
+impl Drop for Scene {
+    /// Whatever a test did, no gateway may ever have broken a rule of the upstream.
+    fn drop(&mut self) {
+        self.stop.cancel();
+        if !std::thread::panicking() {
+            let stats = self.simulator.stats();
+            assert!(stats.max_generating_runs_per_thread <= 1, "two runs at once on a thread: {stats:?}");
+            assert_eq!(stats.violations, Vec::<String>::new(), "the gateway broke a rule of the upstream");
+        }
+    }
+}
+
+/// Makes a test of each function for each protocol and store: `case(Scene)`.
+macro_rules! on_every_scene {
+    ($($case:ident),+ $(,)?) => {
+        on_every_scene!(@ assistants_sqlite Assistants Sqlite [$($case)+]);
+        on_every_scene!(@ assistants_postgres Assistants Postgres [$($case)+]);
+        on_every_scene!(@ responses_sqlite Responses Sqlite [$($case)+]);
+        on_every_scene!(@ responses_postgres Responses Postgres [$($case)+]);
+        on_every_scene!(@ chain_sqlite Chain Sqlite [$($case)+]);
+        on_every_scene!(@ chain_postgres Chain Postgres [$($case)+]);
+    };
+    (@ $module:ident $protocol:ident $backend:ident [$($case:ident)+]) => {
+        mod $module {
+            use crate::support::scene::{Backend, Protocol, Scene};
+            $(
+                #[tokio::test(flavor = "multi_thread")]
+                async fn $case() {
+                    super::$case(Scene::new(Protocol::$protocol, Backend::$backend).await).await;
+                }
+            )+
+        }
+    };
+}
+pub(crate) use on_every_scene;

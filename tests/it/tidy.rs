@@ -1,0 +1,85 @@
+//! The rules between modules, as a test: who may name what.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+fn sources(folder: &Path) -> Vec<PathBuf> {
+    let mut files = Vec::new();
+    for entry in fs::read_dir(folder).unwrap() {
+        let path = entry.unwrap().path();
+        if path.is_dir() {
+            files.extend(sources(&path));
+        } else if path.extension().is_some_and(|extension| extension == "rs") {
+            files.push(path);
+        }
+    }
+    files
+}
+
+/// Each source file with its path below `src`, `/` between folders, and its code without comments.
+fn code() -> Vec<(String, String)> {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
+    sources(&root)
+        .into_iter()
+        .map(|path| {
+            let name = path.strip_prefix(&root).unwrap().to_str().unwrap().replace('\\', "/");
+            let text = fs::read_to_string(&path).unwrap();
+            let code = text.lines().filter(|line| !line.trim_start().starts_with("//")).collect::<Vec<_>>().join("\n");
+            (name, code)
+        })
+        .collect()
+}
+
+/// The module that a file belongs to: `store/postgres.rs` -> `store`.
+fn module(file: &str) -> &str {
+    file.split('/').next().unwrap().trim_end_matches(".rs")
+}
+
+#[test]
+fn libraries_are_named_where_they_belong() {
+    let allowed: &[(&str, &[&str])] = &[
+        ("sqlx::", &["store/"]),
+        ("reqwest::", &["upstream/client"]),
+        ("axum::", &["api", "server.rs", "simulator", "app.rs"]),
+        ("clap::", &["cli.rs", "simulator/config.rs"]),
+    ];
+    for (file, code) in code() {
+        for (library, places) in allowed {
+            let fits = places.iter().any(|place| file.starts_with(place)) || !code.contains(library);
+            assert!(fits, "{file} names {library}: only {places:?} may");
+        }
+    }
+}
+
+#[test]
+fn dependencies_point_one_way() {
+    /// Top to bottom: a module uses only what stands to its right.
+    const ORDER: &[&str] = &[
+        "main", "cli", "app", "api", "server", "telemetry", "runs", "error", "locks", "upstream", "store", "config",
+        "simulator", "domain",
+    ];
+    for (file, code) in code() {
+        let from = module(&file);
+        if from == "lib" {
+            continue;
+        }
+        let rank = |name: &str| ORDER.iter().position(|other| *other == name);
+        let own = rank(from).unwrap_or_else(|| panic!("{file}: add its module to the order"));
+        for to in ORDER {
+            let uses = code.contains(&format!("crate::{to}::")) || code.contains(&format!("threadkeeper::{to}::"));
+            assert!(!uses || rank(to).unwrap() >= own, "{file} uses {to}, which stands above it");
+        }
+    }
+}
+
+#[test]
+fn migrations_are_the_same_for_both_stores() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("migrations");
+    let names = |backend: &str| {
+        let mut names: Vec<_> =
+            fs::read_dir(root.join(backend)).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+        names.sort();
+        names
+    };
+    assert_eq!(names("postgres"), names("sqlite"));
+}
