@@ -2,16 +2,21 @@
 //! `upstream/`.
 
 mod assistants;
+mod classify;
 mod client;
+mod patience;
+mod relay;
 mod responses;
 mod sse;
+mod tags;
+mod wire;
 
 use std::time::Duration;
 
 use async_trait::async_trait;
 use futures_util::stream::BoxStream;
 
-use crate::config::AssistantConfig;
+use crate::config::{AssistantConfig, UpstreamKind};
 use crate::domain::{
     ContentPart, ConversationKey, Metadata, RunError, RunId, RunStatus, Timestamp, ToolCall, UpstreamRunId,
     UpstreamThreadId, Usage,
@@ -19,7 +24,7 @@ use crate::domain::{
 use crate::store::InputMessage;
 
 pub use assistants::AssistantsUpstream;
-pub use client::UpstreamClient;
+pub use client::{InvalidUpstream, UpstreamClient};
 pub use responses::ResponsesUpstream;
 
 /// One configured upstream server.
@@ -43,7 +48,17 @@ pub trait Upstream: Send + Sync + std::fmt::Debug {
     async fn settle(&self, leftover: &Leftover) -> Result<(), UpstreamError>;
 }
 
-/// The events of one run.
+/// The fields of the request that starts a run which the gateway sets itself, so that
+/// `assistants.<name>.parameters` cannot: they are refused there, and left out should one slip through.
+pub const fn reserved_parameters(kind: UpstreamKind) -> &'static [&'static str] {
+    match kind {
+        UpstreamKind::Assistants => assistants::RESERVED,
+        UpstreamKind::Responses => responses::RESERVED,
+    }
+}
+
+/// The events of one run. To be asked until it gives `None`: past [`UpstreamEvent::Ended`] it reads what is left of
+/// the answer, for a second at most, so that the connection can serve the next call.
 pub type EventStream = BoxStream<'static, Result<UpstreamEvent, UpstreamError>>;
 
 /// Whose thread it is, for the upstream's metadata.

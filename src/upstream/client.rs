@@ -1,3 +1,423 @@
-//! Written next.
+//! The HTTP client of one upstream server: the only file that names reqwest.
+//!
+//! It never follows a redirect, uses no proxy from the environment, has no limit on the length of a stream but one on
+//! each silence in it, and keeps what the server writes in prose out of errors and logs.
+
+use std::fmt;
+use std::time::Duration;
+
+use bytes::Bytes;
+use futures_util::stream::BoxStream;
+use futures_util::{Stream, StreamExt, stream};
+use http::header::{ACCEPT, AUTHORIZATION, CONTENT_TYPE};
+use http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode};
+use secrecy::{ExposeSecret, SecretString};
+use serde::de::DeserializeOwned;
+use serde_json::Value;
+use url::Url;
+
+use super::UpstreamError;
+use super::classify::classify;
+use super::sse::{self, SseEvent};
+use crate::config::{AuthScheme, UpstreamConfig};
+
+/// Idle connections that are kept for the next call.
+const POOL_IDLE_CONNECTIONS: usize = 256;
+/// How long they are kept. Shorter than most servers do, so that none is taken up as it closes.
+const POOL_IDLE_TIMEOUT: Duration = Duration::from_secs(30);
+/// How much of an error's body is read.
+const MAX_ERROR_BYTES: usize = 64 * 1024;
+/// Headers that belong to the connection and cannot be configured.
+const CONNECTION_HEADERS: [&str; 5] = ["connection", "content-length", "host", "te", "transfer-encoding"];
+
+/// The way to one upstream server. Cheap to clone; clones share their connections.
+#[derive(Clone)]
+pub struct UpstreamClient {
+    name: String,
+    http: reqwest::Client,
+    /// With the fixed query parameters.
+    base_url: Url,
+    headers: HeaderMap,
+    idle_timeout: Duration,
+    max_bytes: usize,
+}
+
+impl fmt::Debug for UpstreamClient {
+    /// The name alone: URL and headers may hold secrets.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("UpstreamClient").field("name", &self.name).finish_non_exhaustive()
+    }
+}
+
+/// Why a configured upstream cannot be used.
+#[derive(Clone, Debug, thiserror::Error)]
+pub enum InvalidUpstream {
+    #[error("upstream `{upstream}`: the base URL {reason}")]
+    BaseUrl { upstream: String, reason: &'static str },
+    #[error("upstream `{upstream}`: the header `{header}` {reason}")]
+    Header { upstream: String, header: String, reason: &'static str },
+    #[error(
+        "upstream `{upstream}`: the API key has characters that a header cannot carry, such as a line break"
+    )]
+    ApiKey { upstream: String },
+    #[error(
+        "upstream `{upstream}`: this machine has no CA certificates, so an https server cannot be verified; install \
+         the package `ca-certificates`, or let SSL_CERT_FILE name a bundle of certificates in PEM form"
+    )]
+    NoRootCertificates { upstream: String },
+    #[error("upstream `{upstream}`: the HTTP client cannot be built")]
+    Client { upstream: String },
+}
+
+/// A JSON answer.
 #[derive(Debug)]
-pub struct UpstreamClient;
+pub(super) struct Answer<T> {
+    pub(super) value: T,
+    /// When the server wants to be asked again about an unfinished run.
+    pub(super) poll_after: Option<Duration>,
+}
+
+impl UpstreamClient {
+    /// Prepares the client; connects to nothing.
+    pub fn new(name: &str, config: &UpstreamConfig) -> Result<Self, InvalidUpstream> {
+        let base_url = base_url(name, config)?;
+        let mut builder = reqwest::Client::builder()
+            .user_agent(concat!("threadkeeper/", env!("CARGO_PKG_VERSION")))
+            .redirect(reqwest::redirect::Policy::none())
+            .referer(false)
+            .no_proxy()
+            .connect_timeout(config.connect_timeout)
+            .tcp_nodelay(true)
+            .pool_max_idle_per_host(POOL_IDLE_CONNECTIONS)
+            .pool_idle_timeout(POOL_IDLE_TIMEOUT);
+        if base_url.scheme() == "http" {
+            // No redirect is followed, so this client never speaks TLS: it must not fail for lack of certificates.
+            builder = builder.tls_certs_only([]);
+        }
+        let http = builder.build().map_err(|error| {
+            let upstream = name.to_owned();
+            if chain(&error).any(|cause| cause.contains("No CA certificates")) {
+                InvalidUpstream::NoRootCertificates { upstream }
+            } else {
+                InvalidUpstream::Client { upstream }
+            }
+        })?;
+        Ok(Self {
+            name: name.to_owned(),
+            http,
+            base_url,
+            headers: fixed_headers(name, config)?,
+            idle_timeout: config.idle_timeout,
+            max_bytes: config.max_event_bytes,
+        })
+    }
+
+    /// Adds a header to every request, unless the configuration has set it.
+    pub(super) fn with_header(mut self, name: &'static str, value: &'static str) -> Self {
+        self.headers.entry(HeaderName::from_static(name)).or_insert(HeaderValue::from_static(value));
+        self
+    }
+
+    /// Makes one request and reads the JSON answer, of which at most the configured event size is accepted.
+    ///
+    /// `segments` are percent-encoded, `query` comes on top of the configured parameters.
+    pub(super) async fn json<T: DeserializeOwned>(
+        &self,
+        method: Method,
+        segments: &[&str],
+        query: &[(&str, &str)],
+        body: Option<&Value>,
+    ) -> Result<Answer<T>, UpstreamError> {
+        let response = self.send(method, segments, query, body, "application/json").await?;
+        let poll_after = response
+            .headers()
+            .get("openai-poll-after-ms")
+            .and_then(|value| value.to_str().ok()?.parse().ok())
+            .map(Duration::from_millis);
+        let body = self.read(response, self.max_bytes).await?.ok_or_else(|| {
+            UpstreamError::Protocol(format!("an answer is longer than {} bytes", self.max_bytes))
+        })?;
+        let value = serde_json::from_slice(&body)
+            .map_err(|_| UpstreamError::Protocol("an answer is not the expected JSON".to_owned()))?;
+        Ok(Answer { value, poll_after })
+    }
+
+    /// Makes one POST request and streams the events of the answer. Dropping the stream closes the connection.
+    pub(super) async fn events(
+        &self,
+        segments: &[&str],
+        body: &Value,
+    ) -> Result<BoxStream<'static, Result<SseEvent, UpstreamError>>, UpstreamError> {
+        let response = self.send(Method::POST, segments, &[], Some(body), "text/event-stream").await?;
+        if !is_event_stream(response.headers()) {
+            return Err(UpstreamError::Protocol("the answer is not an event stream".to_owned()));
+        }
+        Ok(sse::events(self.chunks(response), self.max_bytes))
+    }
+
+    /// Sends one request; an answer that is not a success is an error.
+    async fn send(
+        &self,
+        method: Method,
+        segments: &[&str],
+        query: &[(&str, &str)],
+        body: Option<&Value>,
+        accept: &'static str,
+    ) -> Result<reqwest::Response, UpstreamError> {
+        let url = self.url(segments, query)?;
+        let mut headers = self.headers.clone();
+        headers.insert(ACCEPT, HeaderValue::from_static(accept));
+        let mut request = self.http.request(method, url).headers(headers);
+        if let Some(body) = body {
+            let json = HeaderValue::from_static("application/json");
+            request = request.header(CONTENT_TYPE, json).body(body.to_string());
+        }
+        let response = tokio::time::timeout(self.idle_timeout, request.send())
+            .await
+            .map_err(|_| UpstreamError::Broken { timeout: true })?
+            .map_err(|error| failure(&error))?;
+        let status = response.status();
+        tracing::debug!(
+            upstream.name = self.name,
+            http.status = status.as_u16(),
+            upstream.request_id = request_id(response.headers()),
+            "upstream answered"
+        );
+        if status.is_success() { Ok(response) } else { Err(self.refusal(status, response).await) }
+    }
+
+    async fn refusal(&self, status: StatusCode, response: reqwest::Response) -> UpstreamError {
+        let headers = response.headers().clone();
+        // A body that cannot be read, or is too long to be an error's, leaves the status to go by.
+        let body = self.read(response, MAX_ERROR_BYTES).await.ok().flatten().unwrap_or_default();
+        classify(status, &headers, &body)
+    }
+
+    /// The whole body; `None` if it is longer than `limit`.
+    async fn read(
+        &self,
+        response: reqwest::Response,
+        limit: usize,
+    ) -> Result<Option<Vec<u8>>, UpstreamError> {
+        let mut body = Vec::new();
+        let mut chunks = std::pin::pin!(self.chunks(response));
+        while let Some(chunk) = chunks.next().await {
+            let chunk = chunk?;
+            if body.len() + chunk.len() > limit {
+                return Ok(None);
+            }
+            body.extend_from_slice(&chunk);
+        }
+        Ok(Some(body))
+    }
+
+    /// The body as it arrives. The clock of the idle time runs only while somebody waits for the next chunk, so a slow
+    /// reader is not taken for a silent server.
+    fn chunks(
+        &self,
+        response: reqwest::Response,
+    ) -> impl Stream<Item = Result<Bytes, UpstreamError>> + Send + 'static {
+        let idle_timeout = self.idle_timeout;
+        stream::try_unfold(response, move |mut response| async move {
+            match tokio::time::timeout(idle_timeout, response.chunk()).await {
+                Ok(Ok(chunk)) => Ok(chunk.map(|chunk| (chunk, response))),
+                Ok(Err(error)) => Err(failure(&error)),
+                Err(_) => Err(UpstreamError::Broken { timeout: true }),
+            }
+        })
+    }
+
+    fn url(&self, segments: &[&str], query: &[(&str, &str)]) -> Result<Url, UpstreamError> {
+        // A URL drops such segments, and the call would go to another resource.
+        if segments.iter().any(|segment| matches!(*segment, "" | "." | "..")) {
+            return Err(UpstreamError::Protocol("an id cannot stand in a path".to_owned()));
+        }
+        let mut url = self.base_url.clone();
+        if let Ok(mut path) = url.path_segments_mut() {
+            path.pop_if_empty().extend(segments);
+        }
+        if !query.is_empty() {
+            url.query_pairs_mut().extend_pairs(query);
+        }
+        Ok(url)
+    }
+}
+
+fn base_url(upstream: &str, config: &UpstreamConfig) -> Result<Url, InvalidUpstream> {
+    let invalid = |reason| InvalidUpstream::BaseUrl { upstream: upstream.to_owned(), reason };
+    let mut url = config.base_url.clone();
+    if !matches!(url.scheme(), "http" | "https") || !url.has_host() {
+        return Err(invalid("must begin with http:// or https:// and name a host"));
+    }
+    if !url.username().is_empty() || url.password().is_some() {
+        return Err(invalid("must not hold credentials: use `api_key` or `headers`"));
+    }
+    if url.query().is_some() || url.fragment().is_some() {
+        return Err(invalid("must not have a query or fragment: use `query`"));
+    }
+    if !config.query.is_empty() {
+        url.query_pairs_mut().extend_pairs(&config.query);
+    }
+    Ok(url)
+}
+
+/// The key's header and the configured ones, which may replace it.
+fn fixed_headers(upstream: &str, config: &UpstreamConfig) -> Result<HeaderMap, InvalidUpstream> {
+    let mut headers = HeaderMap::new();
+    if let Some(key) = &config.api_key {
+        let (name, prefix) = match config.auth {
+            AuthScheme::Bearer => (AUTHORIZATION, "Bearer "),
+            AuthScheme::ApiKey => (HeaderName::from_static("api-key"), ""),
+        };
+        let value = secret_header(prefix, key)
+            .ok_or_else(|| InvalidUpstream::ApiKey { upstream: upstream.to_owned() })?;
+        headers.insert(name, value);
+    }
+    for (header, value) in &config.headers {
+        let invalid = |reason| InvalidUpstream::Header {
+            upstream: upstream.to_owned(),
+            header: header.clone(),
+            reason,
+        };
+        let name = HeaderName::try_from(header.as_str()).map_err(|_| invalid("is not a header's name"))?;
+        if CONNECTION_HEADERS.contains(&name.as_str()) {
+            return Err(invalid("belongs to the connection and cannot be set"));
+        }
+        let value =
+            secret_header("", value).ok_or_else(|| invalid("has a value that a header cannot carry"))?;
+        headers.insert(name, value);
+    }
+    Ok(headers)
+}
+
+fn secret_header(prefix: &str, secret: &SecretString) -> Option<HeaderValue> {
+    let mut value = HeaderValue::try_from(format!("{prefix}{}", secret.expose_secret())).ok()?;
+    value.set_sensitive(true);
+    Some(value)
+}
+
+/// The meaning of a call that got no answer, or half of one.
+fn failure(error: &reqwest::Error) -> UpstreamError {
+    if error.is_connect() {
+        // The causes name hosts and reasons (refused, unknown name, bad certificate), never our request.
+        let causes = chain(error).skip(1).collect::<Vec<_>>().join(": ");
+        tracing::debug!(causes, "no connection to the upstream");
+        UpstreamError::Connect
+    } else {
+        UpstreamError::Broken { timeout: error.is_timeout() }
+    }
+}
+
+/// The texts of an error and its causes.
+fn chain<'a>(error: &'a (dyn std::error::Error + 'static)) -> impl Iterator<Item = String> + 'a {
+    std::iter::successors(Some(error), |error| error.source()).map(ToString::to_string)
+}
+
+fn is_event_stream(headers: &HeaderMap) -> bool {
+    headers
+        .get(CONTENT_TYPE)
+        .and_then(|value| value.to_str().ok()?.split(';').next())
+        .is_some_and(|kind| kind.trim().eq_ignore_ascii_case("text/event-stream"))
+}
+
+/// The server's id of the request, if it is harmless to log.
+fn request_id(headers: &HeaderMap) -> Option<&str> {
+    ["x-request-id", "apim-request-id", "x-ms-request-id"]
+        .into_iter()
+        .find_map(|name| headers.get(name)?.to_str().ok())
+        .filter(|id| id.len() <= 128 && id.bytes().all(|byte| byte.is_ascii_graphic()))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use super::*;
+    use crate::config::UpstreamKind;
+
+    fn config(base_url: &str) -> UpstreamConfig {
+        UpstreamConfig {
+            kind: UpstreamKind::Responses,
+            base_url: base_url.parse().unwrap(),
+            api_key: Some("sk-hidden".to_owned().into()),
+            api_key_file: None,
+            auth: AuthScheme::Bearer,
+            headers: BTreeMap::new(),
+            query: BTreeMap::new(),
+            conversations: true,
+            connect_timeout: Duration::from_secs(1),
+            idle_timeout: Duration::from_secs(1),
+            max_event_bytes: 1024,
+        }
+    }
+
+    #[test]
+    fn paths_are_joined_below_the_base() {
+        for base in ["http://h/api/v1", "http://h/api/v1/"] {
+            let client = UpstreamClient::new("u", &config(base)).unwrap();
+            let url = client.url(&["threads", "a/b?c#d%2F", "runs"], &[("limit", "1")]).unwrap();
+            assert_eq!(url.as_str(), "http://h/api/v1/threads/a%2Fb%3Fc%23d%252F/runs?limit=1");
+        }
+        let client = UpstreamClient::new("u", &config("http://h")).unwrap();
+        assert_eq!(client.url(&["threads"], &[]).unwrap().as_str(), "http://h/threads");
+    }
+
+    #[test]
+    fn an_id_cannot_move_the_path() {
+        let client = UpstreamClient::new("u", &config("http://h/v1")).unwrap();
+        for id in ["", ".", ".."] {
+            assert!(matches!(client.url(&["threads", id], &[]), Err(UpstreamError::Protocol(_))), "{id:?}");
+        }
+    }
+
+    #[test]
+    fn configured_query_parameters_stand_on_every_url() {
+        let mut config = config("http://h/v1");
+        config.query = BTreeMap::from([("api-version".to_owned(), "2025 05".to_owned())]);
+        let client = UpstreamClient::new("u", &config).unwrap();
+        assert_eq!(client.url(&["x"], &[]).unwrap().as_str(), "http://h/v1/x?api-version=2025+05");
+        assert_eq!(
+            client.url(&["x"], &[("a", "b")]).unwrap().as_str(),
+            "http://h/v1/x?api-version=2025+05&a=b"
+        );
+    }
+
+    #[test]
+    fn what_cannot_work_is_refused_without_repeating_secrets() {
+        let refused = |config: &UpstreamConfig| {
+            let text = UpstreamClient::new("mine", config).unwrap_err().to_string();
+            assert!(text.starts_with("upstream `mine`: ") && !text.contains("hidden"), "{text}");
+            text
+        };
+        for base in ["ftp://h/", "http://me:hidden@h/", "http://h/?key=hidden", "http://h/#hidden"] {
+            assert!(refused(&config(base)).contains("base URL"), "{base}");
+        }
+        let mut bad = config("http://h");
+        bad.api_key = Some("hidden\n".to_owned().into());
+        assert!(refused(&bad).contains("API key"));
+        for (name, value) in [("x y", "1"), ("x", "hidden\n"), ("Content-Length", "1")] {
+            let mut bad = config("http://h");
+            bad.headers = BTreeMap::from([(name.to_owned(), value.to_owned().into())]);
+            assert!(refused(&bad).contains(name), "{name}");
+        }
+    }
+
+    #[test]
+    fn the_key_is_in_no_debug_output() {
+        let mut config = config("http://h/hidden");
+        config.query = BTreeMap::from([("key".to_owned(), "hidden".to_owned())]);
+        config.headers = BTreeMap::from([("x-key".to_owned(), "hidden".to_owned().into())]);
+        let client = UpstreamClient::new("u", &config).unwrap();
+        assert!(!format!("{client:?} {:?}", client.headers).contains("hidden"));
+    }
+
+    #[test]
+    fn a_configured_header_wins_over_ours() {
+        let mut config = config("http://h");
+        let ours = UpstreamClient::new("u", &config).unwrap().with_header("openai-beta", "assistants=v2");
+        assert_eq!(ours.headers["openai-beta"], "assistants=v2");
+        config.headers = BTreeMap::from([("OpenAI-Beta".to_owned(), "other".to_owned().into())]);
+        let theirs = UpstreamClient::new("u", &config).unwrap().with_header("openai-beta", "assistants=v2");
+        assert_eq!(theirs.headers["openai-beta"], "other");
+    }
+}

@@ -1,0 +1,408 @@
+//! Reads the event stream of a run.
+
+use std::collections::{BTreeMap, VecDeque};
+
+use serde::de::DeserializeOwned;
+use serde_json::{Map, Value};
+
+use super::wire::{MessageDelta, MessageObject, RunObject};
+use crate::domain::{ContentPart, RunError, RunErrorCode, RunStatus, UpstreamRunId};
+use crate::upstream::classify::ErrorDetail;
+use crate::upstream::relay::Dialect;
+use crate::upstream::sse::SseEvent;
+use crate::upstream::{Ended, UpstreamError, UpstreamEvent};
+
+/// What is known of a run while its events arrive.
+#[derive(Debug, Default)]
+pub(super) struct Turn {
+    accepted: bool,
+    /// In the order in which they began.
+    messages: Vec<Message>,
+}
+
+#[derive(Debug)]
+struct Message {
+    id: String,
+    parts: Parts,
+}
+
+#[derive(Debug)]
+enum Parts {
+    /// Put together from deltas, by index.
+    Growing(BTreeMap<u64, ContentPart>),
+    /// As the upstream has stored them.
+    Whole(Vec<ContentPart>),
+}
+
+/// What an event is about.
+enum Kind {
+    /// With the status that the event's name says.
+    Run(Option<RunStatus>),
+    MessageDelta,
+    MessageEnd,
+    Error,
+    Other,
+}
+
+impl Dialect for Turn {
+    fn read(&mut self, event: SseEvent, out: &mut VecDeque<UpstreamEvent>) -> Result<(), UpstreamError> {
+        match kind(&event)? {
+            Kind::Run(named) => self.run(named, parse(&event.data)?, out),
+            Kind::MessageDelta => self.delta(parse(&event.data)?, out),
+            Kind::MessageEnd => self.message(parse(&event.data)?),
+            Kind::Error => {
+                let detail = ErrorDetail::from_object(&parse(&event.data)?);
+                // Once accepted, the run may well go on behind a stream that failed, so this is no end of it.
+                return Err(if self.accepted {
+                    UpstreamError::Unavailable { status: 500, retry_after: None }
+                } else {
+                    detail.of_refused_stream()
+                });
+            }
+            Kind::Other => {}
+        }
+        Ok(())
+    }
+}
+
+impl Turn {
+    fn run(&mut self, named: Option<RunStatus>, run: RunObject, out: &mut VecDeque<UpstreamEvent>) {
+        if !self.accepted {
+            self.accepted = true;
+            out.push_back(UpstreamEvent::Accepted(UpstreamRunId(run.id.clone())));
+        }
+        let status = match named.or_else(|| run.run_status()) {
+            Some(status) if status.is_final() || status == RunStatus::RequiresAction => status,
+            _ => return,
+        };
+        let upstream_message_id = self.messages.last().map(|message| message.id.clone());
+        let content = self.messages.drain(..).flat_map(|message| message.parts.into_vec()).collect();
+        out.push_back(UpstreamEvent::Ended(Box::new(Ended {
+            status,
+            error: failure(status, &run),
+            content,
+            upstream_message_id,
+            usage: run.usage(),
+            tool_calls: if status == RunStatus::RequiresAction { run.into_tool_calls() } else { Vec::new() },
+            thread: None,
+        })));
+    }
+
+    fn delta(&mut self, delta: MessageDelta, out: &mut VecDeque<UpstreamEvent>) {
+        for mut piece in delta.delta.content.unwrap_or_default() {
+            let text = piece.text();
+            if let Parts::Growing(parts) = &mut self.entry(&delta.id).parts {
+                match (&text, piece.refusal) {
+                    (Some(text), _) => grow(parts, piece.index, text, false),
+                    (None, Some(refusal)) => grow(parts, piece.index, &refusal, true),
+                    (None, None) => {}
+                }
+            }
+            out.extend(text.map(UpstreamEvent::Text));
+        }
+    }
+
+    fn message(&mut self, message: MessageObject) {
+        if !message.is_reply() {
+            return;
+        }
+        let entry = self.entry(&message.id);
+        let parts = message.into_parts();
+        // A server that stores the text elsewhere than it says must not take away what was streamed.
+        if !parts.is_empty() {
+            entry.parts = Parts::Whole(parts);
+        }
+    }
+
+    fn entry(&mut self, id: &str) -> &mut Message {
+        let at = self.messages.iter().rposition(|message| message.id == id).unwrap_or_else(|| {
+            self.messages.push(Message { id: id.to_owned(), parts: Parts::Growing(BTreeMap::new()) });
+            self.messages.len() - 1
+        });
+        &mut self.messages[at]
+    }
+}
+
+impl Parts {
+    fn into_vec(self) -> Vec<ContentPart> {
+        match self {
+            Self::Growing(parts) => parts.into_values().collect(),
+            Self::Whole(parts) => parts,
+        }
+    }
+}
+
+fn grow(parts: &mut BTreeMap<u64, ContentPart>, index: u64, more: &str, is_refusal: bool) {
+    let part = parts.entry(index).or_insert_with(|| {
+        if is_refusal {
+            ContentPart::Refusal { refusal: String::new() }
+        } else {
+            ContentPart::Text { text: String::new() }
+        }
+    });
+    if let ContentPart::Text { text } | ContentPart::Refusal { refusal: text } = part {
+        text.push_str(more);
+    }
+}
+
+/// By name; where a server leaves out the event line, by the object's own marks.
+fn kind(event: &SseEvent) -> Result<Kind, UpstreamError> {
+    let name = event.name.as_deref().filter(|name| !name.is_empty() && *name != "message");
+    if let Some(name) = name {
+        return Ok(match name {
+            "thread.message.delta" => Kind::MessageDelta,
+            "thread.message.completed" | "thread.message.incomplete" => Kind::MessageEnd,
+            "error" => Kind::Error,
+            _ if name.starts_with("thread.run.step.") => Kind::Other,
+            _ => match name.strip_prefix("thread.run.") {
+                // `created` is a name and no status: the object's own counts.
+                Some(status) => Kind::Run(status.parse().ok()),
+                None => Kind::Other,
+            },
+        });
+    }
+    if event.data == "[DONE]" {
+        return Ok(Kind::Other);
+    }
+    let object: Map<String, Value> = parse(&event.data)?;
+    Ok(match object.get("object").and_then(Value::as_str) {
+        Some("thread.run") => Kind::Run(None),
+        Some("thread.message.delta") => Kind::MessageDelta,
+        Some("thread.message") => match object.get("status").and_then(Value::as_str) {
+            Some("completed" | "incomplete") => Kind::MessageEnd,
+            _ => Kind::Other,
+        },
+        None if object.contains_key("error") || object.contains_key("message") => Kind::Error,
+        _ => Kind::Other,
+    })
+}
+
+fn parse<T: DeserializeOwned>(data: &str) -> Result<T, UpstreamError> {
+    serde_json::from_str(data).map_err(|_| {
+        UpstreamError::Protocol("an event of a run does not have the form of the protocol".to_owned())
+    })
+}
+
+/// Why a run did not complete, in our words and the upstream's code.
+fn failure(status: RunStatus, run: &RunObject) -> Option<RunError> {
+    let (what, code) = match status {
+        RunStatus::Failed => ("the upstream reported that the run failed", run.failure()),
+        RunStatus::Incomplete => {
+            ("the upstream ended the reply before it was whole", run.incomplete_reason())
+        }
+        RunStatus::Cancelled => ("the run was cancelled at the upstream", None),
+        RunStatus::Expired => ("the run expired at the upstream", None),
+        _ => return None,
+    };
+    let message = code.map_or_else(|| what.to_owned(), |code| format!("{what} ({code})"));
+    Some(RunError { code: RunErrorCode::UpstreamFailed, message })
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+    use serde_json::json;
+
+    use super::*;
+    use crate::domain::{ToolCall, Usage};
+
+    fn event(name: &str, data: &Value) -> SseEvent {
+        SseEvent { name: (!name.is_empty()).then(|| name.to_owned()), data: data.to_string() }
+    }
+
+    fn read(events: impl IntoIterator<Item = SseEvent>) -> Result<Vec<UpstreamEvent>, UpstreamError> {
+        let (mut turn, mut out) = (Turn::default(), VecDeque::new());
+        for event in events {
+            turn.read(event, &mut out)?;
+        }
+        Ok(out.into())
+    }
+
+    fn run(status: &str) -> Value {
+        json!({"id": "run_1", "object": "thread.run", "status": status})
+    }
+
+    fn delta(message: &str, index: u64, text: &str) -> Value {
+        json!({"id": message, "object": "thread.message.delta",
+               "delta": {"content": [{"index": index, "type": "text", "text": {"value": text}}]}})
+    }
+
+    fn message(id: &str, status: &str, text: &str) -> Value {
+        json!({"id": id, "object": "thread.message", "status": status, "role": "assistant",
+               "content": [{"type": "text", "text": {"value": text, "annotations": []}}]})
+    }
+
+    fn text(text: &str) -> ContentPart {
+        ContentPart::Text { text: text.to_owned() }
+    }
+
+    fn ended(events: &[UpstreamEvent]) -> &Ended {
+        match events.last() {
+            Some(UpstreamEvent::Ended(ended)) => ended,
+            other => panic!("not ended: {other:?}"),
+        }
+    }
+
+    fn plain() -> Vec<(&'static str, Value)> {
+        let mut completed = run("completed");
+        completed["usage"] = json!({"prompt_tokens": 3, "completion_tokens": 2, "total_tokens": 5});
+        vec![
+            ("thread.run.created", run("queued")),
+            ("thread.run.queued", run("queued")),
+            ("thread.run.in_progress", run("in_progress")),
+            ("thread.run.step.created", json!({"id": "step_1", "object": "thread.run.step"})),
+            (
+                "thread.message.created",
+                json!({"id": "msg_1", "object": "thread.message", "status": "in_progress"}),
+            ),
+            ("thread.message.delta", delta("msg_1", 0, "Hel")),
+            ("thread.message.delta", delta("msg_1", 0, "")),
+            ("thread.message.delta", delta("msg_1", 0, "lo")),
+            ("thread.message.completed", message("msg_1", "completed", "Hello")),
+            ("thread.run.step.completed", json!({"id": "step_1", "object": "thread.run.step"})),
+            ("thread.run.completed", completed),
+        ]
+    }
+
+    #[test]
+    fn a_plain_turn_is_read_with_and_without_event_lines() {
+        let named: Vec<_> = plain().iter().map(|(name, data)| event(name, data)).collect();
+        let unnamed: Vec<_> = plain().iter().map(|(_, data)| event("", data)).collect();
+        let expected = vec![
+            UpstreamEvent::Accepted(UpstreamRunId("run_1".to_owned())),
+            UpstreamEvent::Text("Hel".to_owned()),
+            UpstreamEvent::Text("lo".to_owned()),
+            UpstreamEvent::Ended(Box::new(Ended {
+                status: RunStatus::Completed,
+                error: None,
+                content: vec![text("Hello")],
+                upstream_message_id: Some("msg_1".to_owned()),
+                usage: Some(Usage { input_tokens: 3, output_tokens: 2, total_tokens: 5 }),
+                tool_calls: Vec::new(),
+                thread: None,
+            })),
+        ];
+        assert_eq!(read(named).unwrap(), expected);
+        assert_eq!(read(unnamed).unwrap(), expected);
+    }
+
+    #[test]
+    fn the_stored_message_wins_over_its_deltas() {
+        let events = read([
+            event("thread.message.delta", &delta("msg_1", 0, "Helo")),
+            event("thread.message.completed", &message("msg_1", "completed", "Hello")),
+            event("thread.message.delta", &delta("msg_2", 1, "b")),
+            event("thread.message.delta", &delta("msg_2", 0, "a")),
+            event("thread.run.completed", &run("completed")),
+        ])
+        .unwrap();
+        assert_eq!(ended(&events).content, [text("Hello"), text("a"), text("b")]);
+        assert_eq!(ended(&events).upstream_message_id.as_deref(), Some("msg_2"));
+    }
+
+    #[test]
+    fn messages_of_the_user_are_no_reply() {
+        let mut echo = message("msg_0", "completed", "question");
+        echo["role"] = "user".into();
+        let events = read([
+            event("thread.message.completed", &echo),
+            event("thread.run.completed", &run("completed")),
+        ])
+        .unwrap();
+        assert_eq!(ended(&events).content, []);
+    }
+
+    #[test]
+    fn every_way_to_end_is_told_with_its_reason() {
+        for (name, status, field, reason, message) in [
+            (
+                "failed",
+                RunStatus::Failed,
+                "last_error",
+                json!({"code": "rate_limit_exceeded", "message": "secret"}),
+                "the upstream reported that the run failed (rate_limit_exceeded)",
+            ),
+            (
+                "failed",
+                RunStatus::Failed,
+                "last_error",
+                json!({"code": "a secret sentence"}),
+                "the upstream reported that the run failed",
+            ),
+            (
+                "incomplete",
+                RunStatus::Incomplete,
+                "incomplete_details",
+                json!({"reason": "max_completion_tokens"}),
+                "the upstream ended the reply before it was whole (max_completion_tokens)",
+            ),
+            ("cancelled", RunStatus::Cancelled, "x", Value::Null, "the run was cancelled at the upstream"),
+            ("expired", RunStatus::Expired, "x", Value::Null, "the run expired at the upstream"),
+        ] {
+            let mut object = run(name);
+            object[field] = reason;
+            let events = read([
+                event("thread.message.delta", &delta("msg_1", 0, "half")),
+                event(&format!("thread.run.{name}"), &object),
+            ])
+            .unwrap();
+            let ended = ended(&events);
+            assert_eq!(ended.status, status);
+            assert_eq!(ended.error.as_ref().unwrap().message, message);
+            assert_eq!(ended.content, [text("half")]);
+        }
+    }
+
+    #[test]
+    fn function_calls_end_the_stream() {
+        let mut object = run("requires_action");
+        object["required_action"] = json!({"type": "submit_tool_outputs", "submit_tool_outputs": {"tool_calls": [
+            {"id": "call_1", "type": "function", "function": {"name": "f", "arguments": "{"}},
+        ]}});
+        let events = read([event("thread.run.requires_action", &object)]).unwrap();
+        assert_eq!(ended(&events).status, RunStatus::RequiresAction);
+        let call = ToolCall { id: "call_1".to_owned(), name: "f".to_owned(), arguments: "{".to_owned() };
+        assert_eq!(ended(&events).tool_calls, [call]);
+    }
+
+    #[test]
+    fn an_error_event_refuses_before_acceptance_and_is_uncertain_after() {
+        let flat = json!({"code": "rate_limit_exceeded", "message": "m", "type": "x"});
+        for data in [flat.clone(), json!({"error": flat})] {
+            for name in ["error", ""] {
+                let error = read([event(name, &data)]).unwrap_err();
+                assert!(matches!(error, UpstreamError::RateLimited { quota: false, .. }), "{error:?}");
+                let error =
+                    read([event("thread.run.created", &run("queued")), event(name, &data)]).unwrap_err();
+                assert!(error.is_ambiguous());
+            }
+        }
+    }
+
+    #[test]
+    fn unknown_events_and_done_mean_nothing() {
+        let raw = |name: &str, data: &str| SseEvent { name: Some(name.to_owned()), data: data.to_owned() };
+        let events = [
+            raw("thread.hologram", "not json"),
+            raw("done", "[DONE]"),
+            raw("message", "[DONE]"),
+            raw("thread.run.step.delta", "{"),
+            raw("thread.created", "{}"),
+            event("", &json!({"object": "thread.future"})),
+        ];
+        assert_eq!(read(events).unwrap(), []);
+        assert!(matches!(read([raw("thread.run.completed", "{")]), Err(UpstreamError::Protocol(_))));
+    }
+
+    proptest! {
+        #[test]
+        fn arbitrary_events_do_not_panic(
+            names in proptest::collection::vec(0_usize..9, 0..12),
+            data in "\\PC{0,40}|\\{\"id\":\"x\"\\}|\\{\"error\":[0-9]\\}",
+        ) {
+            const NAMES: [&str; 9] = ["", "message", "error", "done", "thread.run.created", "thread.run.completed",
+                "thread.message.delta", "thread.message.completed", "thread.run.step.delta"];
+            let _ = read(names.iter().map(|at| SseEvent { name: Some(NAMES[*at].to_owned()), data: data.clone() }));
+        }
+    }
+}

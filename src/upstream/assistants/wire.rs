@@ -1,0 +1,272 @@
+//! The shapes of Assistants v2, as far as they are read. Lenient: an optional field of another shape counts as absent.
+
+use serde::Deserialize;
+use serde_json::{Map, Value, json};
+
+use crate::domain::{ContentPart, ImageFile, ImageUrl, RunStatus, ToolCall, Usage};
+use crate::upstream::classify::token;
+use crate::upstream::wire::{lenient, usage};
+
+#[derive(Debug, Deserialize)]
+pub(super) struct RunList {
+    pub(super) data: Vec<RunObject>,
+}
+
+#[derive(Debug, Deserialize)]
+pub(super) struct RunObject {
+    pub(super) id: String,
+    #[serde(default, deserialize_with = "lenient")]
+    pub(super) status: Option<String>,
+    #[serde(default, deserialize_with = "lenient")]
+    pub(super) metadata: Option<Map<String, Value>>,
+    #[serde(default, deserialize_with = "lenient")]
+    required_action: Option<RequiredAction>,
+    #[serde(default, deserialize_with = "lenient")]
+    last_error: Option<Map<String, Value>>,
+    #[serde(default, deserialize_with = "lenient")]
+    incomplete_details: Option<Map<String, Value>>,
+    #[serde(default, deserialize_with = "lenient")]
+    usage: Option<Map<String, Value>>,
+}
+
+impl RunObject {
+    /// The status in our words; `None` for one that we do not know, which counts as unfinished.
+    pub(super) fn run_status(&self) -> Option<RunStatus> {
+        self.status.as_deref().and_then(|status| status.parse().ok())
+    }
+
+    pub(super) fn has_ended(&self) -> bool {
+        self.run_status().is_some_and(RunStatus::is_final)
+    }
+
+    pub(super) fn is_cancelling(&self) -> bool {
+        self.run_status() == Some(RunStatus::Cancelling)
+    }
+
+    /// The word that says why the run failed.
+    pub(super) fn failure(&self) -> Option<String> {
+        self.last_error.as_ref()?.get("code")?.as_str().and_then(token)
+    }
+
+    /// The word that says why the reply is incomplete.
+    pub(super) fn incomplete_reason(&self) -> Option<String> {
+        self.incomplete_details.as_ref()?.get("reason")?.as_str().and_then(token)
+    }
+
+    pub(super) fn usage(&self) -> Option<Usage> {
+        self.usage.as_ref().and_then(|counts| usage(counts, "prompt_tokens", "completion_tokens"))
+    }
+
+    pub(super) fn into_tool_calls(self) -> Vec<ToolCall> {
+        let calls = self.required_action.map(|action| action.submit_tool_outputs.tool_calls);
+        let call = |call: WireToolCall| ToolCall {
+            id: call.id,
+            name: call.function.name,
+            arguments: call.function.arguments,
+        };
+        calls.unwrap_or_default().into_iter().map(call).collect()
+    }
+}
+
+#[derive(Debug, Deserialize)]
+struct RequiredAction {
+    submit_tool_outputs: SubmitToolOutputs,
+}
+
+#[derive(Debug, Deserialize)]
+struct SubmitToolOutputs {
+    tool_calls: Vec<WireToolCall>,
+}
+
+#[derive(Debug, Deserialize)]
+struct WireToolCall {
+    id: String,
+    function: WireFunction,
+}
+
+#[derive(Debug, Deserialize)]
+struct WireFunction {
+    name: String,
+    #[serde(default)]
+    arguments: String,
+}
+
+#[derive(Debug, Deserialize)]
+pub(super) struct MessageObject {
+    pub(super) id: String,
+    #[serde(default)]
+    role: Option<String>,
+    #[serde(default)]
+    content: Option<Vec<Value>>,
+}
+
+impl MessageObject {
+    /// The message is (part of) the reply. A server that names no role sends no other messages.
+    pub(super) fn is_reply(&self) -> bool {
+        self.role.as_deref().is_none_or(|role| role == "assistant")
+    }
+
+    /// The parts that we know.
+    pub(super) fn into_parts(self) -> Vec<ContentPart> {
+        self.content.unwrap_or_default().into_iter().filter_map(part).collect()
+    }
+}
+
+fn part(value: Value) -> Option<ContentPart> {
+    match serde_json::from_value(value).ok()? {
+        WirePart::Text { text } => Some(ContentPart::Text { text: text.value.unwrap_or_default() }),
+        WirePart::ImageFile { image_file } => Some(ContentPart::ImageFile {
+            image_file: ImageFile { file_id: image_file.file_id, detail: image_file.detail },
+        }),
+        WirePart::ImageUrl { image_url } => Some(ContentPart::ImageUrl {
+            image_url: ImageUrl { url: image_url.url, detail: image_url.detail },
+        }),
+        WirePart::Refusal { refusal } => Some(ContentPart::Refusal { refusal }),
+        WirePart::Unknown => None,
+    }
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(tag = "type", rename_all = "snake_case")]
+enum WirePart {
+    Text {
+        text: WireText,
+    },
+    ImageFile {
+        image_file: WireImageFile,
+    },
+    ImageUrl {
+        image_url: WireImageUrl,
+    },
+    Refusal {
+        refusal: String,
+    },
+    #[serde(other)]
+    Unknown,
+}
+
+#[derive(Debug, Deserialize)]
+struct WireText {
+    #[serde(default)]
+    value: Option<String>,
+}
+
+#[derive(Debug, Deserialize)]
+struct WireImageFile {
+    file_id: String,
+    #[serde(default)]
+    detail: Option<String>,
+}
+
+#[derive(Debug, Deserialize)]
+struct WireImageUrl {
+    url: String,
+    #[serde(default)]
+    detail: Option<String>,
+}
+
+#[derive(Debug, Deserialize)]
+pub(super) struct MessageDelta {
+    pub(super) id: String,
+    pub(super) delta: Delta,
+}
+
+#[derive(Debug, Deserialize)]
+pub(super) struct Delta {
+    #[serde(default)]
+    pub(super) content: Option<Vec<DeltaPart>>,
+}
+
+/// A piece of a part. Images come whole, in the message that follows.
+#[derive(Debug, Deserialize)]
+pub(super) struct DeltaPart {
+    #[serde(default)]
+    pub(super) index: u64,
+    #[serde(default)]
+    text: Option<WireText>,
+    #[serde(default)]
+    pub(super) refusal: Option<String>,
+}
+
+impl DeltaPart {
+    pub(super) fn text(&mut self) -> Option<String> {
+        self.text.take()?.value.filter(|text| !text.is_empty())
+    }
+}
+
+/// The content of a user's message: a bare string if it is one text, else parts. Unlike in answers, a text part holds
+/// a plain string.
+pub(super) fn content(parts: &[ContentPart]) -> Value {
+    if let [ContentPart::Text { text }] = parts {
+        return text.as_str().into();
+    }
+    let part = |part: &ContentPart| match part {
+        ContentPart::Text { text } | ContentPart::Refusal { refusal: text } => {
+            json!({"type": "text", "text": text})
+        }
+        ContentPart::ImageUrl { image_url } => json!({"type": "image_url", "image_url": image_url}),
+        ContentPart::ImageFile { image_file } => json!({"type": "image_file", "image_file": image_file}),
+    };
+    parts.iter().map(part).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn content_of_a_message_takes_the_shape_of_requests() {
+        let text = |text: &str| ContentPart::Text { text: text.to_owned() };
+        let url = |detail: Option<&str>| ContentPart::ImageUrl {
+            image_url: ImageUrl { url: "https://i/1.png".to_owned(), detail: detail.map(str::to_owned) },
+        };
+        let file =
+            ContentPart::ImageFile { image_file: ImageFile { file_id: "file_1".to_owned(), detail: None } };
+        assert_eq!(content(&[text("a")]), json!("a"));
+        assert_eq!(
+            content(&[text("a"), url(Some("low")), url(None), file]),
+            json!([
+                {"type": "text", "text": "a"},
+                {"type": "image_url", "image_url": {"url": "https://i/1.png", "detail": "low"}},
+                {"type": "image_url", "image_url": {"url": "https://i/1.png"}},
+                {"type": "image_file", "image_file": {"file_id": "file_1"}},
+            ])
+        );
+    }
+
+    #[test]
+    fn odd_fields_of_a_run_do_not_make_it_unreadable() {
+        let run: RunObject = serde_json::from_value(json!({
+            "id": "run_1", "status": 7, "metadata": [], "required_action": "x", "last_error": "boom",
+            "incomplete_details": null, "usage": {"prompt_tokens": -1}, "instructions": null,
+        }))
+        .unwrap();
+        assert!(run.run_status().is_none() && run.usage().is_none() && run.failure().is_none());
+        assert!(run.into_tool_calls().is_empty());
+    }
+
+    #[test]
+    fn parts_that_we_do_not_know_are_left_out() {
+        let message: MessageObject = serde_json::from_value(json!({
+            "id": "msg_1", "content": [
+                {"type": "text", "text": {"value": "a", "annotations": [{"type": "file_citation"}]}},
+                {"type": "hologram", "hologram": 1},
+                {"type": "image_file", "image_file": {"file_id": "f", "detail": "auto"}},
+                {"type": "refusal", "refusal": "no"},
+                7,
+            ],
+        }))
+        .unwrap();
+        assert!(message.is_reply());
+        assert_eq!(
+            message.into_parts(),
+            [
+                ContentPart::Text { text: "a".to_owned() },
+                ContentPart::ImageFile {
+                    image_file: ImageFile { file_id: "f".to_owned(), detail: Some("auto".to_owned()) }
+                },
+                ContentPart::Refusal { refusal: "no".to_owned() },
+            ]
+        );
+    }
+}

@@ -1,0 +1,402 @@
+//! What a refusal means: from status, headers and body to an [`UpstreamError`]. Pure; keeps nothing of the prose.
+
+use std::time::Duration;
+
+use chrono::DateTime;
+use http::{HeaderMap, StatusCode, header};
+use serde_json::{Map, Value};
+
+use super::UpstreamError;
+use crate::domain::UpstreamRunId;
+
+/// Codes of a 429 that no waiting will mend.
+const QUOTA_CODES: [&str; 5] = [
+    "insufficient_quota",
+    "credit_balance_exhausted",
+    "billing_hard_limit_reached",
+    "billing_not_active",
+    "quota_exceeded",
+];
+
+/// The meaning of an answer whose status is not a success.
+pub(super) fn classify(status: StatusCode, headers: &HeaderMap, body: &[u8]) -> UpstreamError {
+    let detail = ErrorDetail::from_body(body).unwrap_or_default();
+    let client_error = status.is_client_error();
+    if status == StatusCode::TOO_MANY_REQUESTS {
+        let quota = match headers.get("x-should-retry").map(http::HeaderValue::as_bytes) {
+            Some(b"true") => false,
+            Some(b"false") => true,
+            _ => detail.is_quota(),
+        };
+        return UpstreamError::RateLimited { retry_after: retry_after(headers), quota };
+    }
+    if client_error && detail.names_missing_thread(status) {
+        return UpstreamError::ThreadGone;
+    }
+    if matches!(status, StatusCode::CONFLICT | StatusCode::LOCKED) || (client_error && detail.is_conflict()) {
+        return UpstreamError::Busy { blocking_run: detail.blocking_run() };
+    }
+    // A server that gave up waiting for the request (408) is as uncertain as one that broke.
+    if status.is_server_error() || status == StatusCode::REQUEST_TIMEOUT {
+        return UpstreamError::Unavailable { status: status.as_u16(), retry_after: retry_after(headers) };
+    }
+    UpstreamError::Refused { status: status.as_u16(), code: detail.code }
+}
+
+/// What a server says of an error: in the body of an answer, in an `error` event, or inside a run or response.
+#[derive(Clone, Debug, Default)]
+pub(super) struct ErrorDetail {
+    /// The error's code, if it is a word that can be shown: 1 to 64 of letters, digits, `_`, `.`, `-`.
+    pub(super) code: Option<String>,
+    kind: Option<String>,
+    /// The server's prose. Read here to tell cases apart, never passed on.
+    message: String,
+    /// The error is an object as the protocols describe it, not an error page or a framework's own shape.
+    shaped: bool,
+}
+
+impl ErrorDetail {
+    /// Reads a body in any of the known forms; `None` if it is not a JSON object.
+    fn from_body(body: &[u8]) -> Option<Self> {
+        serde_json::from_slice::<Map<String, Value>>(body).ok().map(|object| Self::from_object(&object))
+    }
+
+    /// Reads `{"error": {…}}`, the bare `{"message": …, "type": …}`, and what comes near them.
+    pub(super) fn from_object(object: &Map<String, Value>) -> Self {
+        let inner = object.get("error").and_then(Value::as_object);
+        let error = inner.unwrap_or(object);
+        let text = |key: &str| error.get(key).and_then(Value::as_str);
+        let code = match error.get("code") {
+            Some(Value::String(code)) => token(code),
+            Some(Value::Number(code)) => token(&code.to_string()),
+            _ => None,
+        };
+        let marked = ["type", "code", "param"].iter().any(|key| error.contains_key(*key));
+        Self {
+            code,
+            kind: text("type").map(str::to_owned),
+            message: text("message").unwrap_or_default().to_owned(),
+            shaped: text("message").is_some() && (inner.is_some() || marked),
+        }
+    }
+
+    /// The meaning of an error that a stream reports instead of a run or response, with no status to go by.
+    pub(super) fn of_refused_stream(self) -> UpstreamError {
+        if self.names_missing_thread(StatusCode::NOT_FOUND) {
+            return UpstreamError::ThreadGone;
+        }
+        if self.is_conflict() {
+            return UpstreamError::Busy { blocking_run: self.blocking_run() };
+        }
+        let is = |word: &str| self.code.as_deref() == Some(word) || self.kind.as_deref() == Some(word);
+        if self.is_quota() || is("rate_limit_exceeded") || is("rate_limit_error") || is("429") {
+            return UpstreamError::RateLimited { retry_after: None, quota: self.is_quota() };
+        }
+        if is("invalid_request_error") || is("invalid_prompt") {
+            return UpstreamError::Refused { status: 400, code: self.code };
+        }
+        UpstreamError::Unavailable { status: 500, retry_after: None }
+    }
+
+    fn is_quota(&self) -> bool {
+        [&self.code, &self.kind].into_iter().flatten().any(|word| QUOTA_CODES.contains(&word.as_str()))
+    }
+
+    /// Another run or response holds the thread. Servers say so with a code, or in prose alone.
+    fn is_conflict(&self) -> bool {
+        if self.code.as_deref() == Some("conversation_locked") {
+            return true;
+        }
+        let message = self.message.to_ascii_lowercase();
+        let has = |text: &str| message.contains(text);
+        has("already has an active run")
+            || (has("add messages to") && has("while a run"))
+            || has("currently operating on this conversation")
+            || ((has("in-progress response") || has("in progress response")) && has("exist"))
+            || (has("response") && has("already in progress"))
+    }
+
+    /// The run that a conflict's text names.
+    fn blocking_run(&self) -> Option<UpstreamRunId> {
+        self.message
+            .split(|c: char| !(c.is_ascii_alphanumeric() || matches!(c, '_' | '-')))
+            .find(|word| word.len() > 4 && word.len() <= 128 && word.starts_with("run_"))
+            .map(|word| UpstreamRunId(word.to_owned()))
+    }
+
+    /// The error says that the thread, conversation or previous response itself does not exist. An endpoint that
+    /// is not there, or another object that is not, does not count: a mapping is only given up on evidence.
+    fn names_missing_thread(&self, status: StatusCode) -> bool {
+        if !self.shaped {
+            return false;
+        }
+        if self.code.as_deref() == Some("previous_response_not_found") {
+            return true;
+        }
+        if !matches!(status, StatusCode::NOT_FOUND | StatusCode::BAD_REQUEST) {
+            return false;
+        }
+        let message = self.message.to_ascii_lowercase();
+        let words: Vec<&str> = message
+            .split_whitespace()
+            .map(|word| word.trim_matches(|c: char| !(c.is_alphanumeric() || c == '_')))
+            .collect();
+        let (missing_first, words) = match words.as_slice() {
+            ["no", rest @ ..] => (true, rest),
+            ["previous", "response", ..] => (false, &words[1..]),
+            rest => (false, rest),
+        };
+        let [noun, rest @ ..] = words else { return false };
+        if !matches!(*noun, "thread" | "conversation" | "response") {
+            return false;
+        }
+        match rest {
+            ["found", "with", "id", id, ..] => missing_first && is_id(id),
+            ["with", "id", id, "not", "found", ..]
+            | ["with", "id", id, "was", "not", "found", ..]
+            | ["with", "id", id, "does", "not", "exist", ..]
+            | [id, "not", "found", ..]
+            | [id, "was", "not", "found", ..]
+            | [id, "does", "not", "exist", ..] => !missing_first && is_id(id),
+            _ => false,
+        }
+    }
+}
+
+/// The text, if it can be shown to anyone: 1 to 64 of letters, digits, `_`, `.`, `-`.
+pub(super) fn token(text: &str) -> Option<String> {
+    let safe = |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'_' | b'.' | b'-');
+    ((1..=64).contains(&text.len()) && text.bytes().all(safe)).then(|| text.to_owned())
+}
+
+/// How long the server asks to wait; `None` if it does not say, or says nonsense.
+fn retry_after(headers: &HeaderMap) -> Option<Duration> {
+    let text = |name: &str| headers.get(name).and_then(|value| value.to_str().ok()).map(str::trim);
+    if let Some(wait) = text("retry-after-ms").and_then(|ms| seconds(ms, 1000.0)) {
+        return Some(wait);
+    }
+    let value = text("retry-after")?;
+    if let Some(wait) = seconds(value, 1.0) {
+        return Some(wait);
+    }
+    // A date is compared with the server's own clock, never with ours.
+    let until = DateTime::parse_from_rfc2822(value).ok()?;
+    let now = DateTime::parse_from_rfc2822(text(header::DATE.as_str())?).ok()?;
+    (until - now).to_std().ok()
+}
+
+/// A number of `1/per_second` seconds; `None` for what is not a number, negative or absurd.
+fn seconds(text: &str, per_second: f64) -> Option<Duration> {
+    text.parse::<f64>().ok().and_then(|number| Duration::try_from_secs_f64(number / per_second).ok())
+}
+
+/// A word that can be an id, in contrast to one of prose.
+fn is_id(word: &str) -> bool {
+    word.bytes().any(|byte| byte.is_ascii_digit() || byte == b'_')
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn headers(pairs: &[(&str, &str)]) -> HeaderMap {
+        pairs
+            .iter()
+            .map(|(name, value)| {
+                (http::HeaderName::try_from(*name).unwrap(), http::HeaderValue::try_from(*value).unwrap())
+            })
+            .collect()
+    }
+
+    /// The meaning in short, for the tables.
+    fn meaning(status: u16, pairs: &[(&str, &str)], body: &str) -> String {
+        let status = StatusCode::from_u16(status).unwrap();
+        match classify(status, &headers(pairs), body.as_bytes()) {
+            UpstreamError::Busy { blocking_run } => {
+                format!("busy {}", blocking_run.map_or_else(|| "-".to_owned(), |run| run.0))
+            }
+            UpstreamError::ThreadGone => "gone".to_owned(),
+            UpstreamError::Refused { status, code } => {
+                format!("refused {status} {}", code.unwrap_or_else(|| "-".to_owned()))
+            }
+            UpstreamError::RateLimited { retry_after, quota } => {
+                format!("limited {retry_after:?} {}", if quota { "quota" } else { "wait" })
+            }
+            UpstreamError::Unavailable { status, retry_after } => {
+                format!("unavailable {status} {retry_after:?}")
+            }
+            other => format!("unexpected {other:?}"),
+        }
+    }
+
+    fn wrapped(message: &str, code: &str) -> String {
+        let code = if code.is_empty() { Value::Null } else { Value::from(code) };
+        serde_json::json!({"error": {"message": message, "type": "invalid_request_error", "param": null, "code": code}})
+            .to_string()
+    }
+
+    #[test]
+    fn bodies_are_told_apart() {
+        let busy_add = "Can't add messages to thread_a1 while a run run_b2 is active.";
+        let busy_run = "Thread thread_a1 already has an active run run_b2.";
+        let locked =
+            "Another process is currently operating on this conversation. Please retry in a few seconds.";
+        let cases: Vec<(u16, String, &str)> = vec![
+            (400, wrapped(busy_add, ""), "busy run_b2"),
+            (400, wrapped(&busy_add.replace('\'', "’"), ""), "busy run_b2"),
+            (400, wrapped(busy_run, ""), "busy run_b2"),
+            (400, wrapped(&busy_run.to_uppercase(), ""), "busy -"),
+            (400, wrapped(locked, "conversation_locked"), "busy -"),
+            (400, wrapped("later", "conversation_locked"), "busy -"),
+            (400, wrapped(locked, ""), "busy -"),
+            (400, wrapped("An in-progress response already exists for the agent.", ""), "busy -"),
+            (409, wrapped("Modified by another request", "conflict"), "busy -"),
+            (409, "<html>Conflict</html>".into(), "busy -"),
+            (423, String::new(), "busy -"),
+            // Bare, without the wrapper; integer code.
+            (400, r#"{"message":"Thread t already has an active run run_9.","type":"x","code":400}"#.into(), "busy run_9"),
+            (404, wrapped("No thread found with id 'thread_a1'.", ""), "gone"),
+            (404, wrapped("Thread with id 'thread_a1' not found.", ""), "gone"),
+            (404, wrapped("Conversation with id 'conv_a1' not found.", ""), "gone"),
+            (400, wrapped("Conversation with id 'conv_a1' not found.", ""), "gone"),
+            (404, wrapped("Thread thread_a1 does not exist", ""), "gone"),
+            (400, wrapped("Previous response with id 'resp_1' not found.", "previous_response_not_found"), "gone"),
+            (404, wrapped("Previous response with id 'resp_1' not found.", ""), "gone"),
+            (
+                404,
+                r#"{"object":"error","message":"Response with id 'resp_1' not found.","type":"NotFoundError","param":null,"code":404}"#.into(),
+                "gone",
+            ),
+            // Not evidence that the thread is gone.
+            (404, String::new(), "refused 404 -"),
+            (404, "404 page not found".into(), "refused 404 -"),
+            (404, r#"{"detail":"Not Found"}"#.into(), "refused 404 -"),
+            (404, r#"{"message":"No thread found with id 'thread_a1'."}"#.into(), "refused 404 -"),
+            (404, r#"{"error":"No thread found with id 'thread_a1'."}"#.into(), "refused 404 -"),
+            (404, wrapped("Invalid URL (POST /v1/threads/thread_a1/runs)", ""), "refused 404 -"),
+            (404, wrapped("No assistant found with id 'asst_1'.", ""), "refused 404 -"),
+            (404, wrapped("No run found with id 'run_1' in thread 'thread_a1'.", ""), "refused 404 -"),
+            (404, wrapped("Item with id 'msg_1' not found in conversation.", ""), "refused 404 -"),
+            (404, wrapped("Thread not found", ""), "refused 404 -"),
+            (404, wrapped("Thread endpoint not found", "not_found"), "refused 404 not_found"),
+            (403, wrapped("Thread with id 'thread_a1' not found.", ""), "refused 403 -"),
+            (500, wrapped("Thread with id 'thread_a1' not found.", ""), "unavailable 500 None"),
+            // Plain refusals. The code is shown only if it is a word.
+            (401, wrapped("Incorrect API key provided: sk-1", "invalid_api_key"), "refused 401 invalid_api_key"),
+            (400, wrapped("x", "not a word"), "refused 400 -"),
+            (400, wrapped("x", &"a".repeat(65)), "refused 400 -"),
+            (400, r#"{"error":{"message":"m","code":1301}}"#.into(), "refused 400 1301"),
+            (400, r#"{"error":{"message":"m","code":["x"]}}"#.into(), "refused 400 -"),
+            (400, "[1]".into(), "refused 400 -"),
+            (400, "\u{feff}{".into(), "refused 400 -"),
+            (400, wrapped("Cannot cancel run with status 'completed'.", ""), "refused 400 -"),
+            (307, String::new(), "refused 307 -"),
+            (503, "upstream connect error".into(), "unavailable 503 None"),
+            (408, String::new(), "unavailable 408 None"),
+            (429, wrapped("slow down", "rate_limit_exceeded"), "limited None wait"),
+            (429, wrapped("pay", "insufficient_quota"), "limited None quota"),
+            (429, r#"{"error":{"message":"pay","type":"insufficient_quota"}}"#.into(), "limited None quota"),
+            (429, String::new(), "limited None wait"),
+        ];
+        for (status, body, expected) in cases {
+            assert_eq!(meaning(status, &[], &body), expected, "{status} {body}");
+        }
+    }
+
+    #[test]
+    fn waits_are_read_from_every_known_form() {
+        let date = ("date", "Sun, 06 Nov 1994 08:49:37 GMT");
+        let cases: &[(&[(&str, &str)], &str)] = &[
+            (&[("retry-after", "3")], "Some(3s)"),
+            (&[("retry-after", " 0.25 ")], "Some(250ms)"),
+            (&[("retry-after-ms", "20.5"), ("retry-after", "3")], "Some(20.5ms)"),
+            (&[("retry-after-ms", "-1"), ("retry-after", "3")], "Some(3s)"),
+            (&[("retry-after", "-1")], "None"),
+            (&[("retry-after", "NaN")], "None"),
+            (&[("retry-after", "inf")], "None"),
+            (&[("retry-after", "1e300")], "None"),
+            (&[("retry-after", "soon")], "None"),
+            (&[("retry-after", "Sun, 06 Nov 1994 08:50:37 GMT"), date], "Some(60s)"),
+            (&[("retry-after", "Sun, 06 Nov 1994 08:40:37 GMT"), date], "None"),
+            (&[("retry-after", "Sun, 06 Nov 1994 08:50:37 GMT")], "None"),
+        ];
+        for (pairs, expected) in cases {
+            assert_eq!(meaning(429, pairs, ""), format!("limited {expected} wait"), "{pairs:?}");
+            assert_eq!(meaning(503, pairs, ""), format!("unavailable 503 {expected}"), "{pairs:?}");
+        }
+    }
+
+    #[test]
+    fn the_server_may_say_whether_to_retry() {
+        assert_eq!(meaning(429, &[("x-should-retry", "false")], ""), "limited None quota");
+        let quota = wrapped("pay", "insufficient_quota");
+        assert_eq!(meaning(429, &[("x-should-retry", "true")], &quota), "limited None wait");
+    }
+
+    #[test]
+    fn an_error_event_without_a_status_is_understood() {
+        let read = |json: Value| {
+            format!("{:?}", ErrorDetail::from_object(json.as_object().unwrap()).of_refused_stream())
+        };
+        for (json, expected) in [
+            (
+                serde_json::json!({"code": "conversation_locked", "message": "m"}),
+                "Busy { blocking_run: None }",
+            ),
+            (
+                serde_json::json!({"error": {"code": "rate_limit_exceeded", "message": "m"}}),
+                "RateLimited { retry_after: None, quota: false }",
+            ),
+            (
+                serde_json::json!({"error": {"type": "insufficient_quota", "message": "m"}}),
+                "RateLimited { retry_after: None, quota: true }",
+            ),
+            (
+                serde_json::json!({"type": "invalid_request_error", "code": "x", "message": "m"}),
+                r#"Refused { status: 400, code: Some("x") }"#,
+            ),
+            (
+                serde_json::json!({"error": {"type": "server_error", "message": "m"}}),
+                "Unavailable { status: 500, retry_after: None }",
+            ),
+            (
+                serde_json::json!({"error": {"message": "Conversation with id 'conv_1' not found."}}),
+                "ThreadGone",
+            ),
+        ] {
+            assert_eq!(read(json), expected);
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn any_answer_has_a_meaning_that_repeats_no_prose(
+            status in 300_u16..600,
+            message in "\\PC{0,60}",
+            code in "\\PC{0,70}",
+            wait in "\\PC{0,12}",
+        ) {
+            let body = serde_json::json!({"error": {"message": format!("{message} SECRET!"), "code": code}}).to_string();
+            let mut map = HeaderMap::new();
+            for name in ["retry-after", "retry-after-ms", "date", "x-should-retry"] {
+                if let Ok(value) = http::HeaderValue::from_str(&wait) {
+                    map.insert(name, value);
+                }
+            }
+            let error = classify(StatusCode::from_u16(status).unwrap(), &map, body.as_bytes());
+            let shown = format!("{error:?} {error}");
+            prop_assert!(!shown.contains("SECRET!"));
+        }
+
+        #[test]
+        fn arbitrary_bytes_have_a_meaning(status in 300_u16..600, body in proptest::collection::vec(any::<u8>(), 0..200)) {
+            let error = classify(StatusCode::from_u16(status).unwrap(), &HeaderMap::new(), &body);
+            if status >= 500 {
+                let unavailable = matches!(error, UpstreamError::Unavailable { .. });
+                prop_assert!(unavailable);
+            }
+        }
+    }
+}

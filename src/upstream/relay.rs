@@ -1,0 +1,185 @@
+//! From a protocol's event stream to ours: one machine per protocol reads, this loop does the rest.
+
+use std::collections::VecDeque;
+use std::time::Duration;
+
+use futures_util::stream::BoxStream;
+use futures_util::{FutureExt, StreamExt, stream};
+
+use super::sse::SseEvent;
+use super::{EventStream, UpstreamError, UpstreamEvent};
+
+/// How long, after the last event, the rest of the body may take to arrive.
+const DRAIN_TIME: Duration = Duration::from_secs(1);
+/// How many events there may be after the last one that matters.
+const DRAIN_EVENTS: usize = 64;
+
+/// Reads one protocol.
+pub(super) trait Dialect: Send + 'static {
+    /// Takes one event and adds what it means to `out`. Nothing is read after an error or an `Ended`.
+    fn read(&mut self, event: SseEvent, out: &mut VecDeque<UpstreamEvent>) -> Result<(), UpstreamError>;
+}
+
+/// Reads until the first event that means something, so that a refusal which comes as an event is the error of the
+/// call, and gives the stream from there on.
+///
+/// The stream ends after `Ended`, or after an error. Past `Ended` the rest of the body is read, for at most a
+/// second, so that the connection can be used again.
+pub(super) async fn relay(
+    events: BoxStream<'static, Result<SseEvent, UpstreamError>>,
+    dialect: impl Dialect,
+) -> Result<EventStream, UpstreamError> {
+    let mut relay = Relay { events, dialect, out: VecDeque::new(), state: State::Reading };
+    let first = relay.next().await.unwrap_or(Err(UpstreamError::Broken { timeout: false }))?;
+    let rest =
+        stream::unfold(relay, |mut relay| async move { relay.next().await.map(|event| (event, relay)) });
+    Ok(stream::iter([Ok(first)]).chain(rest).boxed())
+}
+
+struct Relay<D> {
+    events: BoxStream<'static, Result<SseEvent, UpstreamError>>,
+    dialect: D,
+    out: VecDeque<UpstreamEvent>,
+    state: State,
+}
+
+#[derive(Clone, Copy, Eq, PartialEq)]
+enum State {
+    Reading,
+    /// `Ended` was given out.
+    Draining,
+    Done,
+}
+
+impl<D: Dialect> Relay<D> {
+    async fn next(&mut self) -> Option<Result<UpstreamEvent, UpstreamError>> {
+        loop {
+            if let Some(event) = self.out.pop_front() {
+                if matches!(event, UpstreamEvent::Ended(_)) {
+                    self.out.clear();
+                    // Most often the rest is here already: then the connection is free even if nobody asks again.
+                    let over = self.drain().now_or_never().is_some();
+                    self.state = if over { State::Done } else { State::Draining };
+                }
+                return Some(Ok(event));
+            }
+            match self.state {
+                State::Reading => {}
+                State::Draining => {
+                    self.state = State::Done;
+                    let _ = tokio::time::timeout(DRAIN_TIME, self.drain()).await;
+                    return None;
+                }
+                State::Done => return None,
+            }
+            let read = match self.events.next().await {
+                Some(Ok(event)) => self.dialect.read(event, &mut self.out),
+                Some(Err(error)) => Err(error),
+                None => Err(UpstreamError::Broken { timeout: false }),
+            };
+            if let Err(error) = read {
+                self.state = State::Done;
+                self.out.clear();
+                return Some(Err(error));
+            }
+        }
+    }
+
+    /// Reads to the end of the body, or until there is too much of it.
+    async fn drain(&mut self) {
+        for _ in 0..DRAIN_EVENTS {
+            if !matches!(self.events.next().await, Some(Ok(_))) {
+                return;
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::domain::{RunStatus, UpstreamRunId};
+    use crate::upstream::Ended;
+
+    /// `+x` is text, `!` the end, `-` an error; all else means nothing.
+    struct Toy;
+
+    impl Dialect for Toy {
+        fn read(&mut self, event: SseEvent, out: &mut VecDeque<UpstreamEvent>) -> Result<(), UpstreamError> {
+            match event.data.split_at(1) {
+                ("#", id) => out.push_back(UpstreamEvent::Accepted(UpstreamRunId(id.to_owned()))),
+                ("+", text) => out.push_back(UpstreamEvent::Text(text.to_owned())),
+                ("!", _) => out.push_back(UpstreamEvent::Ended(Box::new(Ended {
+                    status: RunStatus::Completed,
+                    error: None,
+                    content: Vec::new(),
+                    upstream_message_id: None,
+                    usage: None,
+                    tool_calls: Vec::new(),
+                    thread: None,
+                }))),
+                ("-", _) => return Err(UpstreamError::Busy { blocking_run: None }),
+                _ => {}
+            }
+            Ok(())
+        }
+    }
+
+    fn events(data: &[&str]) -> stream::Iter<std::vec::IntoIter<Result<SseEvent, UpstreamError>>> {
+        let events: Vec<_> =
+            data.iter().map(|data| Ok(SseEvent { name: None, data: (*data).to_owned() })).collect();
+        stream::iter(events)
+    }
+
+    fn shape(event: &Result<UpstreamEvent, UpstreamError>) -> String {
+        match event {
+            Ok(UpstreamEvent::Accepted(id)) => format!("#{id}"),
+            Ok(UpstreamEvent::Text(text)) => format!("+{text}"),
+            Ok(UpstreamEvent::Ended(_)) => "!".to_owned(),
+            Err(error) => error.to_string(),
+        }
+    }
+
+    async fn shapes(stream: EventStream) -> Vec<String> {
+        stream.map(|event| shape(&event)).collect().await
+    }
+
+    #[tokio::test]
+    async fn nothing_follows_the_end() {
+        let stream = relay(events(&["?", "#1", "+a", "!", "+b", "-"]).boxed(), Toy).await.unwrap();
+        assert_eq!(shapes(stream).await, ["#1", "+a", "!"]);
+    }
+
+    #[tokio::test]
+    async fn an_error_before_anything_else_is_the_error_of_the_call() {
+        let error = relay(events(&["?", "-"]).boxed(), Toy).await.err().unwrap();
+        assert!(matches!(error, UpstreamError::Busy { .. }));
+        let error = relay(events(&["?"]).boxed(), Toy).await.err().unwrap();
+        assert!(matches!(error, UpstreamError::Broken { timeout: false }));
+    }
+
+    #[tokio::test]
+    async fn a_stream_without_an_end_is_broken() {
+        let stream = relay(events(&["#1", "+a"]).boxed(), Toy).await.unwrap();
+        assert_eq!(shapes(stream).await, ["#1", "+a", "the connection to the upstream broke"]);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_body_that_never_ends_delays_the_end_only_for_those_who_ask_on() {
+        let started = tokio::time::Instant::now();
+        let body = events(&["#1", "!"]).chain(stream::pending()).boxed();
+        let mut stream = relay(body, Toy).await.unwrap();
+        assert_eq!(shape(&stream.next().await.unwrap()), "#1");
+        assert_eq!(shape(&stream.next().await.unwrap()), "!");
+        assert_eq!(started.elapsed(), Duration::ZERO);
+        assert!(stream.next().await.is_none());
+        assert_eq!(started.elapsed(), DRAIN_TIME);
+    }
+
+    #[tokio::test]
+    async fn a_body_that_goes_on_and_on_is_given_up() {
+        let more = stream::repeat_with(|| Ok(SseEvent { name: None, data: "?".to_owned() }));
+        let stream = relay(events(&["#1", "!"]).chain(more).boxed(), Toy).await.unwrap();
+        assert_eq!(shapes(stream).await, ["#1", "!"]);
+    }
+}

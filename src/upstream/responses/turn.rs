@@ -1,0 +1,390 @@
+//! Reads the event stream of a response.
+
+use std::collections::{BTreeMap, VecDeque};
+
+use serde::Deserialize;
+use serde_json::value::RawValue;
+
+use super::wire::{Envelope, ResponseHead, ResponseObject};
+use crate::domain::{ContentPart, RunError, RunErrorCode, RunStatus, UpstreamRunId, UpstreamThreadId};
+use crate::upstream::classify::ErrorDetail;
+use crate::upstream::relay::Dialect;
+use crate::upstream::sse::SseEvent;
+use crate::upstream::{Ended, UpstreamError, UpstreamEvent};
+
+/// What is known of a response while its events arrive.
+#[derive(Debug)]
+pub(super) struct Turn {
+    /// The response becomes the thread's new place if it ends well.
+    chain: bool,
+    response: Option<String>,
+    /// Put together from deltas, by output and content index, in case the response does not hold it in the end.
+    streamed: BTreeMap<(u64, u64), ContentPart>,
+}
+
+impl Turn {
+    pub(super) fn new(chain: bool) -> Self {
+        Self { chain, response: None, streamed: BTreeMap::new() }
+    }
+}
+
+impl Dialect for Turn {
+    /// The JSON says what an event is; the event line, which not every server sends, is asked only where it does not.
+    fn read(&mut self, event: SseEvent, out: &mut VecDeque<UpstreamEvent>) -> Result<(), UpstreamError> {
+        if event.data == "[DONE]" {
+            return Ok(());
+        }
+        let foreign =
+            event.name.as_deref().is_some_and(|name| name != "error" && !name.starts_with("response."));
+        let envelope: Envelope<'_> = match serde_json::from_str(&event.data) {
+            Ok(envelope) => envelope,
+            Err(_) if foreign => return Ok(()),
+            Err(_) => return Err(unreadable()),
+        };
+        let kind = envelope.kind.as_deref().or(event.name.as_deref()).unwrap_or_default();
+        let place = (envelope.output_index.unwrap_or(0), envelope.content_index.unwrap_or(0));
+        match (kind, envelope.response, envelope.delta) {
+            ("response.output_text.delta", _, Some(delta)) => {
+                let text: String = parse(delta)?;
+                if !text.is_empty() {
+                    self.grow(place, &text, false);
+                    out.push_back(UpstreamEvent::Text(text));
+                }
+            }
+            ("response.refusal.delta", _, Some(delta)) => self.grow(place, &parse::<String>(delta)?, true),
+            (kind, Some(response), _) if kind.starts_with("response.") => {
+                self.response(kind, response, out)?;
+            }
+            ("error", ..) => self.error(&event.data, out)?,
+            _ => {}
+        }
+        Ok(())
+    }
+}
+
+impl Turn {
+    fn response(
+        &mut self,
+        kind: &str,
+        raw: &RawValue,
+        out: &mut VecDeque<UpstreamEvent>,
+    ) -> Result<(), UpstreamError> {
+        let head: ResponseHead = parse(raw)?;
+        if self.response.is_none() {
+            self.response = Some(head.id.clone());
+            out.push_back(UpstreamEvent::Accepted(UpstreamRunId(head.id.clone())));
+        }
+        // The status decides, for a cancelled response ends with an event named `failed`. Only a server that leaves
+        // it out, or forgets to update it, is taken by the name of the event.
+        let named = match kind {
+            "response.completed" => Some(RunStatus::Completed),
+            "response.incomplete" => Some(RunStatus::Incomplete),
+            "response.failed" => Some(RunStatus::Failed),
+            "response.cancelled" => Some(RunStatus::Cancelled),
+            _ => None,
+        };
+        if let Some(status) = head.run_status().filter(|status| status.is_final()).or(named) {
+            let ended = self.end(status, head.id, parse(raw)?);
+            out.push_back(UpstreamEvent::Ended(Box::new(ended)));
+        }
+        Ok(())
+    }
+
+    fn end(&mut self, status: RunStatus, id: String, response: ResponseObject) -> Ended {
+        let error = match status {
+            RunStatus::Failed => {
+                Some(failure("the upstream reported that the run failed", response.failure()))
+            }
+            RunStatus::Incomplete => {
+                let what = "the upstream ended the reply before it was whole";
+                Some(failure(what, response.incomplete_reason()))
+            }
+            RunStatus::Cancelled => Some(failure("the run was cancelled at the upstream", None)),
+            RunStatus::Expired => Some(failure("the run expired at the upstream", None)),
+            _ => None,
+        };
+        let usage = response.usage();
+        let output = response.into_output();
+        let ended_well = matches!(status, RunStatus::Completed | RunStatus::Incomplete);
+        let closed = output.open_calls.is_empty();
+        // A cancelled response comes back empty, and some servers leave the output out altogether.
+        let content = if output.content.is_empty() && (closed || !ended_well) {
+            std::mem::take(&mut self.streamed).into_values().collect()
+        } else {
+            output.content
+        };
+        Ended {
+            status: if status == RunStatus::Completed && !closed {
+                RunStatus::RequiresAction
+            } else {
+                status
+            },
+            error,
+            content,
+            upstream_message_id: output.message_id,
+            usage,
+            tool_calls: output.open_calls,
+            // A turn that did not end well, or left calls open, must not become what the next one builds on.
+            thread: (self.chain && ended_well && closed).then_some(UpstreamThreadId(id)),
+        }
+    }
+
+    /// An error that takes the place of a terminal event.
+    fn error(&mut self, data: &str, out: &mut VecDeque<UpstreamEvent>) -> Result<(), UpstreamError> {
+        let object = serde_json::from_str(data).map_err(|_| unreadable())?;
+        let detail = ErrorDetail::from_object(&object);
+        if self.response.is_none() {
+            return Err(detail.of_refused_stream());
+        }
+        out.push_back(UpstreamEvent::Ended(Box::new(Ended {
+            status: RunStatus::Failed,
+            error: Some(failure("the upstream reported that the run failed", detail.code)),
+            content: std::mem::take(&mut self.streamed).into_values().collect(),
+            upstream_message_id: None,
+            usage: None,
+            tool_calls: Vec::new(),
+            thread: None,
+        })));
+        Ok(())
+    }
+
+    fn grow(&mut self, place: (u64, u64), more: &str, is_refusal: bool) {
+        let part = self.streamed.entry(place).or_insert_with(|| {
+            if is_refusal {
+                ContentPart::Refusal { refusal: String::new() }
+            } else {
+                ContentPart::Text { text: String::new() }
+            }
+        });
+        if let ContentPart::Text { text } | ContentPart::Refusal { refusal: text } = part {
+            text.push_str(more);
+        }
+    }
+}
+
+fn failure(what: &str, code: Option<String>) -> RunError {
+    let message = code.map_or_else(|| what.to_owned(), |code| format!("{what} ({code})"));
+    RunError { code: RunErrorCode::UpstreamFailed, message }
+}
+
+fn parse<'a, T: Deserialize<'a>>(raw: &'a RawValue) -> Result<T, UpstreamError> {
+    serde_json::from_str(raw.get()).map_err(|_| unreadable())
+}
+
+fn unreadable() -> UpstreamError {
+    UpstreamError::Protocol("an event of a response does not have the form of the protocol".to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+    use serde_json::{Value, json};
+
+    use super::*;
+    use crate::domain::Usage;
+
+    fn event(data: &Value) -> SseEvent {
+        SseEvent { name: data["type"].as_str().map(str::to_owned), data: data.to_string() }
+    }
+
+    fn read(
+        chain: bool,
+        events: impl IntoIterator<Item = SseEvent>,
+    ) -> Result<Vec<UpstreamEvent>, UpstreamError> {
+        let (mut turn, mut out) = (Turn::new(chain), VecDeque::new());
+        for event in events {
+            turn.read(event, &mut out)?;
+        }
+        Ok(out.into())
+    }
+
+    fn response(kind: &str, status: &str, output: &Value) -> Value {
+        json!({"type": kind, "sequence_number": 9, "response": {"id": "resp_1", "status": status, "output": output,
+               "usage": {"input_tokens": 3, "output_tokens": 2, "total_tokens": 5}}})
+    }
+
+    fn delta(text: &str) -> Value {
+        json!({"type": "response.output_text.delta", "item_id": "msg_1", "output_index": 0, "content_index": 0,
+               "delta": text, "logprobs": []})
+    }
+
+    fn message(text: &str) -> Value {
+        json!({"type": "message", "id": "msg_1", "role": "assistant", "status": "completed",
+               "content": [{"type": "output_text", "text": text, "annotations": []}]})
+    }
+
+    fn call() -> Value {
+        json!({"type": "function_call", "id": "fc_1", "call_id": "call_1", "name": "f", "arguments": "{}"})
+    }
+
+    fn text(text: &str) -> ContentPart {
+        ContentPart::Text { text: text.to_owned() }
+    }
+
+    fn ended(events: &[UpstreamEvent]) -> &Ended {
+        match events.last() {
+            Some(UpstreamEvent::Ended(ended)) => ended,
+            other => panic!("not ended: {other:?}"),
+        }
+    }
+
+    fn plain() -> Vec<Value> {
+        vec![
+            response("response.created", "in_progress", &json!([])),
+            response("response.in_progress", "in_progress", &json!([])),
+            json!({"type": "response.output_item.added", "item": {"type": "message"}}),
+            json!({"type": "response.reasoning_text.delta", "delta": "hmm"}),
+            delta("Hel"),
+            delta(""),
+            delta("lo"),
+            json!({"type": "response.output_text.done", "text": "Hello"}),
+            json!({"type": "response.audio.delta", "delta": {"odd": true}}),
+            response("response.completed", "completed", &json!([{"type": "reasoning"}, message("Hello")])),
+        ]
+    }
+
+    #[test]
+    fn a_plain_turn_is_read_with_and_without_event_lines() {
+        let expected = vec![
+            UpstreamEvent::Accepted(UpstreamRunId("resp_1".to_owned())),
+            UpstreamEvent::Text("Hel".to_owned()),
+            UpstreamEvent::Text("lo".to_owned()),
+            UpstreamEvent::Ended(Box::new(Ended {
+                status: RunStatus::Completed,
+                error: None,
+                content: vec![text("Hello")],
+                upstream_message_id: Some("msg_1".to_owned()),
+                usage: Some(Usage { input_tokens: 3, output_tokens: 2, total_tokens: 5 }),
+                tool_calls: Vec::new(),
+                thread: Some(UpstreamThreadId("resp_1".to_owned())),
+            })),
+        ];
+        assert_eq!(read(true, plain().iter().map(event)).unwrap(), expected);
+        let unnamed = plain().into_iter().map(|data| SseEvent { name: None, data: data.to_string() });
+        assert_eq!(read(true, unnamed).unwrap(), expected);
+        assert_eq!(ended(&read(false, plain().iter().map(event)).unwrap()).thread, None);
+    }
+
+    #[test]
+    fn the_status_decides_and_not_the_name_of_the_event() {
+        for (name, status, expected) in [
+            ("response.failed", "cancelled", RunStatus::Cancelled),
+            ("response.failed", "failed", RunStatus::Failed),
+            ("response.completed", "incomplete", RunStatus::Incomplete),
+            ("response.future", "completed", RunStatus::Completed),
+            ("response.completed", "in_progress", RunStatus::Completed),
+            ("response.incomplete", "", RunStatus::Incomplete),
+        ] {
+            let events =
+                read(true, [event(&delta("half")), event(&response(name, status, &json!([])))]).unwrap();
+            assert_eq!(ended(&events).status, expected, "{name} {status}");
+            assert_eq!(ended(&events).content, [text("half")]);
+            let well = matches!(expected, RunStatus::Completed | RunStatus::Incomplete);
+            assert_eq!(ended(&events).thread.is_some(), well, "{name} {status}");
+        }
+        let running = read(true, [event(&response("response.queued", "queued", &json!([])))]).unwrap();
+        assert_eq!(running, [UpstreamEvent::Accepted(UpstreamRunId("resp_1".to_owned()))]);
+    }
+
+    #[test]
+    fn the_output_wins_over_the_deltas() {
+        let output = json!([
+            message("Hello"),
+            {"type": "message", "id": "msg_2", "content": [{"type": "refusal", "refusal": "no"}, {"type": "x"}]},
+            {"type": "message", "role": "user", "content": [{"type": "output_text", "text": "echo"}]},
+        ]);
+        let events = read(
+            false,
+            [event(&delta("Helo")), event(&response("response.completed", "completed", &output))],
+        )
+        .unwrap();
+        let refusal = ContentPart::Refusal { refusal: "no".to_owned() };
+        assert_eq!(ended(&events).content, [text("Hello"), refusal]);
+        assert_eq!(ended(&events).upstream_message_id.as_deref(), Some("msg_2"));
+    }
+
+    #[test]
+    fn open_function_calls_leave_the_turn_open_and_the_chain_where_it_was() {
+        let done = response("response.completed", "completed", &json!([message("wait"), call()]));
+        let events = read(true, [event(&done)]).unwrap();
+        assert_eq!(ended(&events).status, RunStatus::RequiresAction);
+        assert_eq!(ended(&events).tool_calls[0].id, "call_1");
+        assert_eq!(ended(&events).thread, None);
+
+        let answered = json!([call(), {"type": "function_call_output", "call_id": "call_1", "output": "1"}]);
+        let done = response("response.completed", "completed", &answered);
+        assert_eq!(ended(&read(true, [event(&done)]).unwrap()).status, RunStatus::Completed);
+
+        let cut = response("response.incomplete", "incomplete", &json!([call()]));
+        let events = read(true, [event(&cut)]).unwrap();
+        assert_eq!(ended(&events).status, RunStatus::Incomplete);
+        assert_eq!((ended(&events).tool_calls.len(), &ended(&events).thread), (1, &None));
+    }
+
+    #[test]
+    fn the_reason_is_told_as_a_word_only() {
+        let mut failed = response("response.failed", "failed", &json!([]));
+        failed["response"]["error"] = json!({"code": "server_error", "message": "secret"});
+        let message =
+            |data: &Value| ended(&read(true, [event(data)]).unwrap()).error.as_ref().unwrap().message.clone();
+        assert_eq!(message(&failed), "the upstream reported that the run failed (server_error)");
+        failed["response"]["error"] = json!({"code": "a secret sentence"});
+        assert_eq!(message(&failed), "the upstream reported that the run failed");
+        let mut cut = response("response.incomplete", "incomplete", &json!([]));
+        cut["response"]["incomplete_details"] = json!({"reason": "max_output_tokens"});
+        assert_eq!(message(&cut), "the upstream ended the reply before it was whole (max_output_tokens)");
+    }
+
+    #[test]
+    fn an_error_event_refuses_before_acceptance_and_fails_the_run_after() {
+        let flat = json!({"type": "error", "code": "rate_limit_exceeded", "message": "m", "param": null, "sequence_number": 3});
+        let nested =
+            json!({"type": "error", "error": {"type": "x", "code": "rate_limit_exceeded", "message": "m"}});
+        for data in [flat, nested] {
+            let error = read(true, [event(&data)]).unwrap_err();
+            assert!(matches!(error, UpstreamError::RateLimited { quota: false, .. }), "{error:?}");
+            let started = response("response.created", "in_progress", &json!([]));
+            let events = read(true, [event(&started), event(&delta("half")), event(&data)]).unwrap();
+            assert_eq!(ended(&events).status, RunStatus::Failed);
+            assert_eq!(
+                ended(&events).error.as_ref().unwrap().message,
+                "the upstream reported that the run failed (rate_limit_exceeded)"
+            );
+            assert_eq!(ended(&events).content, [text("half")]);
+        }
+        let locked = json!({"type": "error", "code": "conversation_locked", "message": "m"});
+        assert!(matches!(read(false, [event(&locked)]), Err(UpstreamError::Busy { .. })));
+    }
+
+    #[test]
+    fn unknown_events_and_done_mean_nothing() {
+        let raw = |name: Option<&str>, data: &str| SseEvent {
+            name: name.map(str::to_owned),
+            data: data.to_owned(),
+        };
+        let events = [
+            raw(None, "[DONE]"),
+            raw(Some("ping"), "now"),
+            raw(Some("keepalive"), "{}"),
+            raw(None, r#"{"type":"response.hologram.delta","delta":{"x":1},"output_index":"a"}"#),
+            raw(None, r#"{"type":7}"#),
+            raw(None, "{}"),
+        ];
+        assert_eq!(read(true, events).unwrap(), []);
+        for broken in [raw(None, "{"), raw(Some("response.completed"), r#"{"response":7}"#)] {
+            assert!(matches!(read(true, [broken]), Err(UpstreamError::Protocol(_))));
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn arbitrary_events_do_not_panic(data in proptest::collection::vec(
+            "\\PC{0,30}|\\{\"type\":\"(error|response\\.(created|completed|output_text\\.delta))\",\"(response|delta|error)\":(\\{\\}|\"x\"|[0-9]|\\{\"id\":\"r\"\\})\\}",
+            0..10,
+        )) {
+            for item in data {
+                let _ = read(true, [SseEvent { name: None, data: item }]);
+            }
+        }
+    }
+}

@@ -1,0 +1,227 @@
+//! The shapes of Conversations + Responses, as far as they are read. Lenient: an optional field of another shape
+//! counts as absent.
+
+use serde::Deserialize;
+use serde_json::value::RawValue;
+use serde_json::{Map, Value, json};
+
+use crate::domain::{ContentPart, RunStatus, ToolCall, Usage};
+use crate::upstream::classify::token;
+use crate::upstream::wire::{lenient, usage};
+
+#[derive(Debug, Deserialize)]
+pub(super) struct ItemList {
+    pub(super) data: Vec<Value>,
+}
+
+/// The outside of an event; what it holds is read when its type is known.
+#[derive(Debug, Deserialize)]
+pub(super) struct Envelope<'a> {
+    #[serde(rename = "type", default, deserialize_with = "lenient")]
+    pub(super) kind: Option<String>,
+    #[serde(borrow, default)]
+    pub(super) response: Option<&'a RawValue>,
+    #[serde(borrow, default)]
+    pub(super) delta: Option<&'a RawValue>,
+    #[serde(default, deserialize_with = "lenient")]
+    pub(super) output_index: Option<u64>,
+    #[serde(default, deserialize_with = "lenient")]
+    pub(super) content_index: Option<u64>,
+}
+
+/// What of a response is read while it is not over.
+#[derive(Debug, Deserialize)]
+pub(super) struct ResponseHead {
+    pub(super) id: String,
+    #[serde(default, deserialize_with = "lenient")]
+    status: Option<String>,
+}
+
+impl ResponseHead {
+    /// The status in our words; `None` if there is none, or one that we do not know.
+    pub(super) fn run_status(&self) -> Option<RunStatus> {
+        self.status.as_deref().and_then(|status| status.parse().ok())
+    }
+}
+
+/// A response that is over.
+#[derive(Debug, Deserialize)]
+pub(super) struct ResponseObject {
+    #[serde(default, deserialize_with = "lenient")]
+    error: Option<Map<String, Value>>,
+    #[serde(default, deserialize_with = "lenient")]
+    incomplete_details: Option<Map<String, Value>>,
+    #[serde(default, deserialize_with = "lenient")]
+    output: Option<Vec<Value>>,
+    #[serde(default, deserialize_with = "lenient")]
+    usage: Option<Map<String, Value>>,
+}
+
+/// What a response holds.
+#[derive(Debug, Default)]
+pub(super) struct Output {
+    pub(super) content: Vec<ContentPart>,
+    /// The last message's.
+    pub(super) message_id: Option<String>,
+    /// Function calls without an output.
+    pub(super) open_calls: Vec<ToolCall>,
+}
+
+impl ResponseObject {
+    /// The word that says why the response failed.
+    pub(super) fn failure(&self) -> Option<String> {
+        self.error.as_ref()?.get("code")?.as_str().and_then(token)
+    }
+
+    /// The word that says why the response is incomplete.
+    pub(super) fn incomplete_reason(&self) -> Option<String> {
+        self.incomplete_details.as_ref()?.get("reason")?.as_str().and_then(token)
+    }
+
+    pub(super) fn usage(&self) -> Option<Usage> {
+        self.usage.as_ref().and_then(|counts| usage(counts, "input_tokens", "output_tokens"))
+    }
+
+    pub(super) fn into_output(self) -> Output {
+        let items = self.output.unwrap_or_default();
+        let mut output = Output {
+            open_calls: open_calls(&items).into_iter().map(|open| open.call).collect(),
+            ..Output::default()
+        };
+        for item in &items {
+            let is = |field: &str, wanted: &str| item.get(field).and_then(Value::as_str) == Some(wanted);
+            if !is("type", "message") || (item.get("role").is_some() && !is("role", "assistant")) {
+                continue;
+            }
+            output.message_id = item.get("id").and_then(Value::as_str).map(str::to_owned);
+            let parts = item.get("content").and_then(Value::as_array).into_iter().flatten();
+            output.content.extend(parts.filter_map(part));
+        }
+        output
+    }
+}
+
+fn part(part: &Value) -> Option<ContentPart> {
+    let text = |field: &str| part.get(field).and_then(Value::as_str).map(str::to_owned);
+    match part.get("type").and_then(Value::as_str)? {
+        "output_text" => text("text").map(|text| ContentPart::Text { text }),
+        "refusal" => text("refusal").map(|refusal| ContentPart::Refusal { refusal }),
+        _ => None,
+    }
+}
+
+/// A call that blocks the conversation until it has an output.
+#[derive(Debug, Eq, PartialEq)]
+pub(super) struct OpenCall {
+    pub(super) call: ToolCall,
+    /// A call of a custom tool, whose output is an item of another type.
+    pub(super) custom: bool,
+}
+
+impl OpenCall {
+    /// The item that closes the call.
+    pub(super) fn output(&self, output: &str) -> Value {
+        let kind = if self.custom { "custom_tool_call_output" } else { "function_call_output" };
+        json!({"type": kind, "call_id": self.call.id, "output": output})
+    }
+}
+
+/// The calls among `items` that no other of them answers, in the order of `items`.
+pub(super) fn open_calls(items: &[Value]) -> Vec<OpenCall> {
+    let text = |item: &Value, field: &str| item.get(field).and_then(Value::as_str).map(str::to_owned);
+    let answered = answered_calls(items);
+    let open = |item: &Value| {
+        let (custom, arguments) = match text(item, "type")?.as_str() {
+            "function_call" => (false, "arguments"),
+            "custom_tool_call" => (true, "input"),
+            _ => return None,
+        };
+        let id = text(item, "call_id").filter(|id| !answered.contains(&id.as_str()))?;
+        let name = text(item, "name").unwrap_or_default();
+        let arguments = text(item, arguments).unwrap_or_default();
+        Some(OpenCall { call: ToolCall { id, name, arguments }, custom })
+    };
+    items.iter().filter_map(open).collect()
+}
+
+/// The ids of the calls that have an output among `items`.
+pub(super) fn answered_calls(items: &[Value]) -> Vec<&str> {
+    let is_output = |item: &&Value| {
+        let kind = item.get("type").and_then(Value::as_str);
+        matches!(kind, Some("function_call_output" | "custom_tool_call_output"))
+    };
+    items.iter().filter(is_output).filter_map(|item| item.get("call_id")?.as_str()).collect()
+}
+
+/// A user's message as an input item. A single text is a bare string.
+pub(super) fn message_item(parts: &[ContentPart]) -> Value {
+    let content: Value = match parts {
+        [ContentPart::Text { text }] => text.as_str().into(),
+        parts => parts.iter().map(input_part).collect(),
+    };
+    json!({"type": "message", "role": "user", "content": content})
+}
+
+fn input_part(part: &ContentPart) -> Value {
+    match part {
+        ContentPart::Text { text } | ContentPart::Refusal { refusal: text } => {
+            json!({"type": "input_text", "text": text})
+        }
+        ContentPart::ImageUrl { image_url } => json!({
+            "type": "input_image", "image_url": image_url.url,
+            "detail": image_url.detail.as_deref().unwrap_or("auto"),
+        }),
+        ContentPart::ImageFile { image_file } => json!({
+            "type": "input_image", "file_id": image_file.file_id,
+            "detail": image_file.detail.as_deref().unwrap_or("auto"),
+        }),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::domain::{ImageFile, ImageUrl};
+
+    #[test]
+    fn content_of_a_message_takes_the_shape_of_input_items() {
+        let text = |text: &str| ContentPart::Text { text: text.to_owned() };
+        assert_eq!(message_item(&[text("a")]), json!({"type": "message", "role": "user", "content": "a"}));
+        let url =
+            ContentPart::ImageUrl { image_url: ImageUrl { url: "https://i/1.png".to_owned(), detail: None } };
+        let file = ContentPart::ImageFile {
+            image_file: ImageFile { file_id: "file_1".to_owned(), detail: Some("low".to_owned()) },
+        };
+        assert_eq!(
+            message_item(&[text("a"), url, file])["content"],
+            json!([
+                {"type": "input_text", "text": "a"},
+                {"type": "input_image", "image_url": "https://i/1.png", "detail": "auto"},
+                {"type": "input_image", "file_id": "file_1", "detail": "low"},
+            ])
+        );
+    }
+
+    #[test]
+    fn a_call_is_open_until_it_has_an_output_wherever_that_stands() {
+        let items = [
+            json!({"type": "function_call_output", "call_id": "call_1", "output": "1"}),
+            json!({"type": "function_call", "call_id": "call_1", "id": "fc_1", "name": "f", "arguments": "{}"}),
+            json!({"type": "function_call", "call_id": "call_2", "id": "fc_2", "name": "g", "arguments": "{}"}),
+            json!({"type": "custom_tool_call", "call_id": "call_3", "name": "h", "input": "x"}),
+            json!({"type": "function_call", "id": "fc_4"}),
+            json!(7),
+        ];
+        let open = open_calls(&items);
+        assert_eq!(open.iter().map(|open| open.call.id.as_str()).collect::<Vec<_>>(), ["call_2", "call_3"]);
+        assert_eq!(open[1].call.arguments, "x");
+        let outputs: Vec<Value> = open.iter().map(|open| open.output("{}")).collect();
+        assert_eq!(
+            outputs,
+            [
+                json!({"type": "function_call_output", "call_id": "call_2", "output": "{}"}),
+                json!({"type": "custom_tool_call_output", "call_id": "call_3", "output": "{}"}),
+            ]
+        );
+    }
+}

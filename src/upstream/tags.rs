@@ -1,0 +1,92 @@
+//! Our own entries in the upstream's metadata, and what else both adapters put into a request the same way.
+
+use chrono::SecondsFormat;
+use serde_json::{Map, Value};
+
+use super::Ownership;
+use crate::domain::{MessageId, Metadata, RunId, Scope};
+
+/// The tag by which a run is found again.
+pub(super) const RUN_TAG: &str = "threadkeeper_run";
+
+/// Whose thread it is: up to five pairs, no value longer than a key may be (256 bytes).
+pub(super) fn thread_tags(owner: &Ownership) -> Map<String, Value> {
+    let mut tags = Map::new();
+    let mut tag =
+        |name: &str, value: String| tags.insert(format!("threadkeeper_{name}"), Value::String(value));
+    tag("tenant", owner.key.tenant.as_str().to_owned());
+    tag("user", owner.key.user.as_str().to_owned());
+    if owner.key.scope != Scope::User {
+        tag(owner.key.scope.kind(), owner.key.scope.name().to_owned());
+    }
+    tag("thread", owner.thread.to_string());
+    if let Some(expires_at) = owner.expires_at {
+        tag("expires_at", expires_at.to_rfc3339_opts(SecondsFormat::Secs, true));
+    }
+    tags
+}
+
+/// The caller's pairs and our tag, which no pair of the caller can replace.
+pub(super) fn run_tags(run: RunId, metadata: &Metadata) -> Map<String, Value> {
+    let mut tags: Map<String, Value> =
+        metadata.iter().map(|(key, value)| (key.to_owned(), value.into())).collect();
+    tags.insert(RUN_TAG.to_owned(), run.to_string().into());
+    tags
+}
+
+pub(super) fn message_tags(run: RunId, message: MessageId) -> Map<String, Value> {
+    let mut tags = Map::new();
+    tags.insert(RUN_TAG.to_owned(), run.to_string().into());
+    tags.insert("threadkeeper_message".to_owned(), message.to_string().into());
+    tags
+}
+
+/// The configured parameters that a request starts from: without nulls and without what the gateway itself sets.
+pub(super) fn parameters(configured: &Map<String, Value>, reserved: &[&str]) -> Map<String, Value> {
+    configured
+        .iter()
+        .filter(|(key, value)| !value.is_null() && !reserved.contains(&key.as_str()))
+        .map(|(key, value)| (key.clone(), value.clone()))
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+    use crate::domain::{ConversationKey, SessionKey, TenantKey, ThreadId, UserKey};
+
+    #[test]
+    fn a_thread_carries_its_owner_and_expiry() {
+        let thread = ThreadId::new();
+        let mut owner = Ownership {
+            key: ConversationKey {
+                tenant: TenantKey::default(),
+                user: UserKey::try_from("auth0|5f7c".to_owned()).unwrap(),
+                scope: Scope::Session(SessionKey::try_from("s 1".to_owned()).unwrap()),
+            },
+            thread,
+            expires_at: Some("2026-11-22T09:00:00.25Z".parse().unwrap()),
+        };
+        let expected = json!({
+            "threadkeeper_tenant": "default", "threadkeeper_user": "auth0|5f7c", "threadkeeper_session": "s 1",
+            "threadkeeper_thread": thread.to_string(), "threadkeeper_expires_at": "2026-11-22T09:00:00Z",
+        });
+        assert_eq!(Value::Object(thread_tags(&owner)), expected);
+
+        owner.key.scope = Scope::User;
+        owner.expires_at = None;
+        let keys: Vec<String> = thread_tags(&owner).keys().cloned().collect();
+        assert_eq!(keys, ["threadkeeper_tenant", "threadkeeper_thread", "threadkeeper_user"]);
+    }
+
+    #[test]
+    fn reserved_and_null_parameters_are_left_out() {
+        let configured = json!({"stream": false, "temperature": 1, "top_p": null});
+        assert_eq!(
+            Value::Object(parameters(configured.as_object().unwrap(), &["stream"])),
+            json!({"temperature": 1})
+        );
+    }
+}

@@ -1,0 +1,579 @@
+//! The adapters over real sockets: against scripted servers for what a hostile or odd one may do, and against the
+//! simulator for whole turns.
+
+mod scripted;
+
+use std::collections::BTreeMap;
+use std::time::{Duration, Instant};
+
+use futures_util::StreamExt;
+use serde_json::{Value, json};
+use threadkeeper::config::{AssistantConfig, AuthScheme, UpstreamConfig, UpstreamKind};
+use threadkeeper::domain::{
+    ContentPart, ConversationKey, MessageId, Metadata, RunId, Scope, TenantKey, ThreadId, ToolCall, TopicKey,
+    UpstreamRunId, UpstreamThreadId, UserKey,
+};
+use threadkeeper::store::InputMessage;
+use threadkeeper::upstream::{
+    AssistantsUpstream, Leftover, Ownership, ResponsesUpstream, StartRun, Upstream, UpstreamClient,
+    UpstreamError, UpstreamEvent,
+};
+
+use scripted::{Scripted, Step, json_answer, sse};
+
+fn config(kind: UpstreamKind, base_url: &str) -> UpstreamConfig {
+    UpstreamConfig {
+        kind,
+        base_url: base_url.parse().unwrap(),
+        api_key: Some("sk-hidden".to_owned().into()),
+        api_key_file: None,
+        auth: AuthScheme::Bearer,
+        headers: BTreeMap::new(),
+        query: BTreeMap::new(),
+        conversations: true,
+        connect_timeout: Duration::from_secs(5),
+        idle_timeout: Duration::from_secs(5),
+        max_event_bytes: 64 * 1024,
+    }
+}
+
+fn adapter(config: &UpstreamConfig) -> Box<dyn Upstream> {
+    let client = UpstreamClient::new("test", config).unwrap();
+    match config.kind {
+        UpstreamKind::Assistants => Box::new(AssistantsUpstream::new(client)),
+        UpstreamKind::Responses => Box::new(ResponsesUpstream::new(client, config.conversations)),
+    }
+}
+
+fn assistants(server: &Scripted) -> Box<dyn Upstream> {
+    adapter(&config(UpstreamKind::Assistants, &server.url))
+}
+
+fn responses(server: &Scripted) -> Box<dyn Upstream> {
+    adapter(&config(UpstreamKind::Responses, &server.url))
+}
+
+fn thread() -> UpstreamThreadId {
+    UpstreamThreadId("t_1".to_owned())
+}
+
+fn owner() -> Ownership {
+    Ownership {
+        key: ConversationKey {
+            tenant: TenantKey::default(),
+            user: UserKey::try_from("alice".to_owned()).unwrap(),
+            scope: Scope::Topic(TopicKey::try_from("tea".to_owned()).unwrap()),
+        },
+        thread: ThreadId::new(),
+        expires_at: Some("2026-11-23T09:00:00Z".parse().unwrap()),
+    }
+}
+
+fn profile() -> AssistantConfig {
+    AssistantConfig {
+        assistant_id: Some("asst_1".to_owned()),
+        model: Some("m".to_owned()),
+        instructions: Some("be brief".to_owned()),
+        ..AssistantConfig::default()
+    }
+}
+
+/// Starts a run with one text and reads it to its end.
+async fn turn(
+    upstream: &dyn Upstream,
+    thread: Option<&UpstreamThreadId>,
+) -> Result<Vec<Result<UpstreamEvent, UpstreamError>>, UpstreamError> {
+    let content = vec![ContentPart::Text { text: "hello".to_owned() }];
+    turn_with(upstream, thread, &profile(), content).await
+}
+
+async fn turn_with(
+    upstream: &dyn Upstream,
+    thread: Option<&UpstreamThreadId>,
+    assistant: &AssistantConfig,
+    content: Vec<ContentPart>,
+) -> Result<Vec<Result<UpstreamEvent, UpstreamError>>, UpstreamError> {
+    let input = [InputMessage { id: MessageId::new(), content }];
+    let metadata = Metadata::default();
+    let request = StartRun { run: RunId::new(), thread, assistant, input: &input, metadata: &metadata };
+    Ok(upstream.start(request).await?.collect().await)
+}
+
+fn leftover(run: RunId, upstream_run: Option<&str>) -> Leftover {
+    Leftover {
+        thread: Some(thread()),
+        run,
+        upstream_run: upstream_run.map(|id| UpstreamRunId(id.to_owned())),
+        open_calls: Vec::new(),
+    }
+}
+
+/// A line per event: `accepted x`, `text x`, `ended status [parts] message`, `error x`.
+fn lines(events: &[Result<UpstreamEvent, UpstreamError>]) -> Vec<String> {
+    events
+        .iter()
+        .map(|event| match event {
+            Ok(UpstreamEvent::Accepted(id)) => format!("accepted {id}"),
+            Ok(UpstreamEvent::Text(text)) => format!("text {text}"),
+            Ok(UpstreamEvent::Ended(ended)) => {
+                let text: Vec<&str> = ended
+                    .content
+                    .iter()
+                    .map(|part| match part {
+                        ContentPart::Text { text } => text.as_str(),
+                        _ => "?",
+                    })
+                    .collect();
+                format!("ended {} {}", ended.status, text.join("|"))
+            }
+            Err(error) => format!("error {error:?}"),
+        })
+        .collect()
+}
+
+const ASSISTANTS_TURN: &str = include_str!("upstream/assistants.sse");
+const RESPONSES_TURN: &str = include_str!("upstream/responses.sse");
+const EXPECTED: [&str; 4] = ["accepted r_1", "text Hel", "text lö", "ended completed Hello!"];
+
+#[tokio::test]
+async fn a_turn_is_one_request_whatever_the_bytes_look_like() {
+    for (upstream_of, transcript) in
+        [(assistants as fn(&Scripted) -> Box<dyn Upstream>, ASSISTANTS_TURN), (responses, RESPONSES_TURN)]
+    {
+        let crlf = transcript.replace('\n', "\r\n");
+        let no_names: String = transcript
+            .lines()
+            .filter(|line| !line.starts_with("event:"))
+            .map(|line| format!("{line}\n"))
+            .collect();
+        let noisy = format!(
+            "\u{feff}: hi\n\nevent: ping\ndata: now\n\n{}",
+            transcript
+                .replace("\n\n", "\n\n: keep-alive\n\nevent: thread.future\ndata: {\"type\":\"x\"}\n\n")
+        );
+        let done = format!("{transcript}data: [DONE]\n\n");
+        for text in [transcript, &crlf, &no_names, &noisy, &done] {
+            for size in [1, 7, 4096] {
+                let chunks = text.as_bytes().chunks(size).map(|chunk| Step::Bytes(chunk.to_vec())).collect();
+                let server = Scripted::start(vec![sse(chunks)]).await;
+                let events = turn(&*upstream_of(&server), Some(&thread())).await.unwrap();
+                assert_eq!(lines(&events), EXPECTED, "in pieces of {size}: {text}");
+                assert_eq!(server.requests().len(), 1);
+            }
+        }
+    }
+}
+
+#[tokio::test]
+async fn connections_are_used_again_after_a_turn() {
+    let play = || sse(vec![Step::Bytes(RESPONSES_TURN.into())]);
+    let server = Scripted::start((0..5).map(|_| play()).collect()).await;
+    let upstream = responses(&server);
+    for _ in 0..5 {
+        turn(&*upstream, Some(&thread())).await.unwrap();
+    }
+    let peers: std::collections::BTreeSet<_> = server.requests().iter().map(|request| request.peer).collect();
+    assert_eq!(peers.len(), 1);
+}
+
+#[tokio::test]
+async fn a_terminal_event_does_not_wait_for_the_end_of_the_body() {
+    let server = Scripted::start(vec![sse(vec![Step::Bytes(ASSISTANTS_TURN.into()), Step::Stall])]).await;
+    let started = Instant::now();
+    let events = turn(&*assistants(&server), Some(&thread())).await.unwrap();
+    assert_eq!(lines(&events), EXPECTED);
+    assert!(started.elapsed() < Duration::from_secs(4), "the drain is bounded");
+}
+
+#[tokio::test]
+async fn headers_query_and_key_are_sent_as_configured() {
+    let server = Scripted::start(vec![
+        sse(vec![Step::Bytes(ASSISTANTS_TURN.into())]),
+        sse(vec![Step::Bytes(RESPONSES_TURN.into())]),
+        sse(vec![Step::Bytes(RESPONSES_TURN.into())]),
+    ])
+    .await;
+    let base = format!("{}api/v1/", server.url);
+    let mut settings = config(UpstreamKind::Assistants, &base);
+    settings.headers = BTreeMap::from([("X-Team".to_owned(), "tea".to_owned().into())]);
+    settings.query = BTreeMap::from([("api-version".to_owned(), "2025-05-01".to_owned())]);
+    let odd = UpstreamThreadId("a/b?c".to_owned());
+    turn(&*adapter(&settings), Some(&odd)).await.unwrap();
+
+    settings.kind = UpstreamKind::Responses;
+    settings.auth = AuthScheme::ApiKey;
+    turn(&*adapter(&settings), Some(&odd)).await.unwrap();
+    settings.api_key = None;
+    turn(&*adapter(&settings), Some(&odd)).await.unwrap();
+
+    let requests = server.requests();
+    assert_eq!(requests[0].target, "POST /api/v1/threads/a%2Fb%3Fc/runs?api-version=2025-05-01");
+    assert_eq!(requests[1].target, "POST /api/v1/responses?api-version=2025-05-01");
+    let header = |at: usize, name: &str| {
+        requests[at].headers.get(name).map(|value| value.to_str().unwrap().to_owned()).unwrap_or_default()
+    };
+    assert_eq!(header(0, "authorization"), "Bearer sk-hidden");
+    assert_eq!(header(0, "openai-beta"), "assistants=v2");
+    assert_eq!(header(0, "x-team"), "tea");
+    assert_eq!(header(0, "accept"), "text/event-stream");
+    assert_eq!(header(0, "content-type"), "application/json");
+    assert!(header(0, "user-agent").starts_with("threadkeeper/"));
+    assert_eq!((header(1, "authorization"), header(1, "api-key")), (String::new(), "sk-hidden".to_owned()));
+    assert_eq!(header(1, "openai-beta"), "");
+    assert_eq!((header(2, "authorization"), header(2, "api-key")), (String::new(), String::new()));
+    assert_eq!(requests[1].body["conversation"], "a/b?c");
+}
+
+#[tokio::test]
+async fn a_redirect_is_not_followed() {
+    let server = Scripted::start(vec![
+        json_answer(307, &[("location", "/elsewhere")], ""),
+        json_answer(200, &[], r#"{"id":"t_2"}"#),
+    ])
+    .await;
+    let error = assistants(&server).create_thread(&owner()).await.unwrap_err();
+    assert!(matches!(error, UpstreamError::Refused { status: 307, code: None }), "{error:?}");
+    assert_eq!(server.requests().len(), 1);
+}
+
+#[tokio::test]
+async fn refusals_become_errors_without_the_server_s_words() {
+    let wrapped = |message: &str, code: Value| {
+        json!({"error": {"message": message, "type": "invalid_request_error", "param": null, "code": code}})
+            .to_string()
+    };
+    let busy = wrapped("Thread t_1 already has an active run run_7.", Value::Null);
+    let gone = wrapped("No thread found with id 't_1'.", Value::Null);
+    let locked = wrapped("Another process", "conversation_locked".into());
+    let cases: Vec<(u16, Vec<(&str, &str)>, String, &str)> = vec![
+        (400, vec![], busy, r#"Busy { blocking_run: Some(UpstreamRunId("run_7")) }"#),
+        (400, vec![], locked, "Busy { blocking_run: None }"),
+        (409, vec![], "{}".into(), "Busy { blocking_run: None }"),
+        (404, vec![], gone, "ThreadGone"),
+        (404, vec![], "Not Found".into(), "Refused { status: 404, code: None }"),
+        (
+            401,
+            vec![],
+            wrapped("sk-hidden is wrong", "invalid_api_key".into()),
+            r#"Refused { status: 401, code: Some("invalid_api_key") }"#,
+        ),
+        (429, vec![("retry-after", "2")], "{}".into(), "RateLimited { retry_after: Some(2s), quota: false }"),
+        (
+            503,
+            vec![("retry-after-ms", "5")],
+            "x".repeat(200_000),
+            "Unavailable { status: 503, retry_after: Some(5ms) }",
+        ),
+    ];
+    for (status, headers, body, expected) in cases {
+        let server = Scripted::start(vec![json_answer(status, &headers, &body)]).await;
+        let error = turn(&*assistants(&server), Some(&thread())).await.unwrap_err();
+        assert_eq!(format!("{error:?}"), expected);
+        assert!(!format!("{error} {error:?}").contains("hidden"));
+    }
+}
+
+#[tokio::test]
+async fn what_is_not_an_event_stream_is_not_read_as_one() {
+    for kind in [UpstreamKind::Assistants, UpstreamKind::Responses] {
+        let server =
+            Scripted::start(vec![json_answer(200, &[], r#"{"id":"run_1","status":"queued"}"#)]).await;
+        let error = turn(&*adapter(&config(kind, &server.url)), Some(&thread())).await.unwrap_err();
+        assert!(matches!(error, UpstreamError::Protocol(_)) && error.is_ambiguous(), "{error:?}");
+    }
+}
+
+#[tokio::test]
+async fn a_silent_server_times_out_before_and_within_its_answer() {
+    let first_event = RESPONSES_TURN.split_inclusive("\n\n").next().unwrap();
+    let server = Scripted::start(vec![
+        scripted::Play::Silence,
+        sse(vec![Step::Stall]),
+        sse(vec![Step::Bytes(first_event.into()), Step::Stall]),
+    ])
+    .await;
+    let mut settings = config(UpstreamKind::Responses, &server.url);
+    settings.idle_timeout = Duration::from_millis(200);
+    let upstream = adapter(&settings);
+    for _ in 0..2 {
+        let error = turn(&*upstream, Some(&thread())).await.unwrap_err();
+        assert!(matches!(error, UpstreamError::Broken { timeout: true }), "{error:?}");
+    }
+    let events = turn(&*upstream, Some(&thread())).await.unwrap();
+    assert_eq!(lines(&events), ["accepted r_1", "error Broken { timeout: true }"]);
+}
+
+#[tokio::test]
+async fn a_slow_reader_is_not_taken_for_a_silent_server() {
+    let server = Scripted::start(vec![sse(vec![
+        Step::Bytes(RESPONSES_TURN.split_inclusive("\n\n").next().unwrap().into()),
+        Step::Pause(Duration::from_millis(20)),
+        Step::Bytes(RESPONSES_TURN.split_once("\n\n").unwrap().1.into()),
+    ])])
+    .await;
+    let mut settings = config(UpstreamKind::Responses, &server.url);
+    settings.idle_timeout = Duration::from_millis(200);
+    let upstream = adapter(&settings);
+    let (assistant, metadata, thread) = (profile(), Metadata::default(), thread());
+    let input =
+        [InputMessage { id: MessageId::new(), content: vec![ContentPart::Text { text: "x".to_owned() }] }];
+    let request = StartRun {
+        run: RunId::new(),
+        thread: Some(&thread),
+        assistant: &assistant,
+        input: &input,
+        metadata: &metadata,
+    };
+    let mut stream = upstream.start(request).await.unwrap();
+    let mut events = vec![stream.next().await.unwrap()];
+    tokio::time::sleep(Duration::from_millis(500)).await;
+    events.extend(stream.collect::<Vec<_>>().await);
+    assert_eq!(lines(&events), EXPECTED);
+}
+
+#[tokio::test]
+async fn a_stream_that_is_cut_or_just_ends_is_broken() {
+    for transcript in [ASSISTANTS_TURN, RESPONSES_TURN] {
+        let kind =
+            if transcript == ASSISTANTS_TURN { UpstreamKind::Assistants } else { UpstreamKind::Responses };
+        let half = &transcript[..transcript.rfind("event:").unwrap() + 20];
+        for end in [Step::Cut, Step::Bytes(Vec::new())] {
+            let server = Scripted::start(vec![sse(vec![Step::Bytes(half.into()), end])]).await;
+            let events = turn(&*adapter(&config(kind, &server.url)), Some(&thread())).await.unwrap();
+            let lines = lines(&events);
+            assert_eq!(lines[..3], EXPECTED[..3]);
+            assert_eq!(lines[3..], ["error Broken { timeout: false }"]);
+        }
+    }
+}
+
+#[tokio::test]
+async fn an_event_or_answer_that_is_too_large_is_refused() {
+    let huge = format!("data: {}\n\n", "x".repeat(100_000));
+    let server = Scripted::start(vec![
+        sse(vec![Step::Bytes(huge.into_bytes())]),
+        json_answer(200, &[], &json!({"id": "t", "x": "x".repeat(100_000)}).to_string()),
+    ])
+    .await;
+    let upstream = responses(&server);
+    let error = turn(&*upstream, Some(&thread())).await.unwrap_err();
+    assert!(error.to_string().contains("longer than 65536 bytes"), "{error}");
+    let error = upstream.create_thread(&owner()).await.unwrap_err();
+    assert!(error.to_string().contains("longer than 65536 bytes"), "{error}");
+}
+
+#[tokio::test]
+async fn nobody_listening_is_told_from_a_broken_call() {
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let url = format!("http://{}/", listener.local_addr().unwrap());
+    drop(listener);
+    let error = turn(&*adapter(&config(UpstreamKind::Responses, &url)), Some(&thread())).await.unwrap_err();
+    assert!(matches!(error, UpstreamError::Connect) && !error.is_ambiguous(), "{error:?}");
+
+    let server = Scripted::start(vec![scripted::Play::HangUp]).await;
+    let error = turn(&*responses(&server), Some(&thread())).await.unwrap_err();
+    assert!(matches!(error, UpstreamError::Broken { timeout: false }), "{error:?}");
+}
+
+#[tokio::test]
+async fn an_error_event_instead_of_a_run_is_the_error_of_the_call() {
+    let event = |data: &Value| sse(vec![Step::Bytes(format!("event: error\ndata: {data}\n\n").into_bytes())]);
+    let flat = json!({"type": "error", "code": "conversation_locked", "message": "m"});
+    let nested = json!({"type": "error", "error": {"code": "rate_limit_exceeded", "message": "m"}});
+    let server = Scripted::start(vec![event(&flat), event(&nested)]).await;
+    let upstream = responses(&server);
+    let error = turn(&*upstream, Some(&thread())).await.unwrap_err();
+    assert!(matches!(error, UpstreamError::Busy { .. }), "{error:?}");
+    let error = turn(&*upstream, Some(&thread())).await.unwrap_err();
+    assert!(matches!(error, UpstreamError::RateLimited { .. }), "{error:?}");
+}
+
+#[tokio::test]
+async fn settling_cancels_a_run_and_waits_for_its_end() {
+    let status = |status: &str| {
+        json_answer(200, &[("openai-poll-after-ms", "1")], &format!(r#"{{"id":"r_1","status":"{status}"}}"#))
+    };
+    let server = Scripted::start(vec![
+        status("cancelling"),
+        status("cancelling"),
+        json_answer(500, &[("retry-after-ms", "1")], ""),
+        status("cancelled"),
+    ])
+    .await;
+    assistants(&server).settle(&leftover(RunId::new(), Some("r_1"))).await.unwrap();
+    assert_eq!(
+        server.targets(),
+        [
+            "POST /threads/t_1/runs/r_1/cancel",
+            "GET /threads/t_1/runs/r_1",
+            "GET /threads/t_1/runs/r_1",
+            "GET /threads/t_1/runs/r_1",
+        ]
+    );
+}
+
+#[tokio::test]
+async fn settling_tries_on_while_a_run_waits_for_tool_outputs() {
+    let status = |status: &str| {
+        json_answer(200, &[("openai-poll-after-ms", "1")], &format!(r#"{{"id":"r_1","status":"{status}"}}"#))
+    };
+    let refused = || {
+        json_answer(
+            400,
+            &[],
+            r#"{"error":{"message":"Cannot cancel run with status 'requires_action'.","type":"invalid_request_error","param":null,"code":null}}"#,
+        )
+    };
+    let server =
+        Scripted::start(vec![refused(), status("requires_action"), refused(), status("expired")]).await;
+    assistants(&server).settle(&leftover(RunId::new(), Some("r_1"))).await.unwrap();
+    assert_eq!(server.requests().len(), 4);
+}
+
+#[tokio::test]
+async fn settling_finds_a_run_by_our_tag() {
+    let run = RunId::new();
+    let list = json!({"object": "list", "data": [
+        {"id": "r_9", "status": "in_progress", "metadata": {"threadkeeper_run": "run_other"}},
+        {"id": "r_8", "status": "in_progress"},
+        {"id": "r_1", "status": "in_progress", "metadata": {"threadkeeper_run": run.to_string()}},
+    ]});
+    let server = Scripted::start(vec![
+        json_answer(200, &[], r#"{"data":[]}"#),
+        json_answer(200, &[], &list.to_string()),
+        json_answer(200, &[], r#"{"id":"r_1","status":"cancelled"}"#),
+    ])
+    .await;
+    assistants(&server).settle(&leftover(run, None)).await.unwrap();
+    assert_eq!(
+        server.targets(),
+        [
+            "GET /threads/t_1/runs?limit=20&order=desc",
+            "GET /threads/t_1/runs?limit=20&order=desc",
+            "POST /threads/t_1/runs/r_1/cancel",
+        ]
+    );
+}
+
+#[tokio::test]
+async fn settling_on_a_thread_that_is_gone_or_never_was_is_done() {
+    let gone = |noun: &str| {
+        let message = format!("{noun} with id 't_1' not found.");
+        let body = json!({"error": {"message": message, "type": "invalid_request_error", "param": null, "code": null}});
+        Scripted::start(vec![json_answer(404, &[], &body.to_string())])
+    };
+    assistants(&gone("Thread").await).settle(&leftover(RunId::new(), Some("r_1"))).await.unwrap();
+    responses(&gone("Conversation").await).settle(&leftover(RunId::new(), None)).await.unwrap();
+
+    let server = Scripted::start(vec![]).await;
+    let nothing = Leftover { thread: None, ..leftover(RunId::new(), None) };
+    assistants(&server).settle(&nothing).await.unwrap();
+    responses(&server).settle(&nothing).await.unwrap();
+    let mut chain = config(UpstreamKind::Responses, &server.url);
+    chain.conversations = false;
+    adapter(&chain).settle(&leftover(RunId::new(), Some("r_1"))).await.unwrap();
+    assert_eq!(server.requests().len(), 0);
+
+    // A 404 of the endpoint says nothing about the thread.
+    let server = Scripted::start(vec![json_answer(404, &[], "Not Found")]).await;
+    assistants(&server).settle(&leftover(RunId::new(), Some("r_1"))).await.unwrap_err();
+}
+
+#[tokio::test]
+async fn settling_closes_the_calls_that_nobody_will_answer() {
+    let call = |id: &str| json!({"type": "function_call", "id": format!("fc_{id}"), "call_id": id, "name": "f", "arguments": "{}"});
+    let list = json!({"data": [
+        call("call_3"),
+        {"type": "function_call_output", "call_id": "call_2", "output": "1"},
+        call("call_2"),
+        call("call_1"),
+    ]});
+    let locked = json!({"error": {"message": "m", "code": "conversation_locked"}});
+    let server = Scripted::start(vec![
+        json_answer(200, &[], &list.to_string()),
+        json_answer(400, &[], &locked.to_string()),
+        json_answer(200, &[], r#"{"data":[]}"#),
+    ])
+    .await;
+    let known = |id: &str| ToolCall { id: id.to_owned(), name: "f".to_owned(), arguments: "{}".to_owned() };
+    let leftover =
+        Leftover { open_calls: vec![known("call_2"), known("call_4")], ..leftover(RunId::new(), None) };
+    responses(&server).settle(&leftover).await.unwrap();
+    assert_eq!(
+        server.targets(),
+        [
+            "GET /conversations/t_1/items?limit=100&order=desc",
+            "POST /conversations/t_1/items",
+            "POST /conversations/t_1/items",
+        ]
+    );
+    let output = |id: &str| json!({"type": "function_call_output", "call_id": id, "output": "{\"error\":\"the call was not answered\"}"});
+    let expected = json!({"items": [output("call_1"), output("call_3"), output("call_4")]});
+    assert_eq!(server.requests()[2].body, expected);
+}
+
+#[tokio::test]
+async fn many_open_calls_are_closed_in_several_requests() {
+    let calls: Vec<Value> = (0..45)
+        .map(|at| json!({"type": "function_call", "call_id": format!("call_{at}"), "name": "f", "arguments": "{}"}))
+        .collect();
+    let ok = || json_answer(200, &[], r#"{"data":[]}"#);
+    let list = json_answer(200, &[], &json!({"data": calls}).to_string());
+    let server = Scripted::start(vec![list, ok(), ok(), ok()]).await;
+    responses(&server).settle(&leftover(RunId::new(), None)).await.unwrap();
+    let sizes: Vec<usize> = server.requests()[1..]
+        .iter()
+        .map(|request| request.body["items"].as_array().unwrap().len())
+        .collect();
+    assert_eq!(sizes, [20, 20, 5]);
+}
+
+#[tokio::test]
+async fn a_chain_goes_on_from_the_last_response_that_ended_well() {
+    let server = Scripted::start(vec![
+        sse(vec![Step::Bytes(RESPONSES_TURN.into())]),
+        sse(vec![Step::Bytes(RESPONSES_TURN.replace("\"completed\"", "\"failed\"").into())]),
+    ])
+    .await;
+    let mut settings = config(UpstreamKind::Responses, &server.url);
+    settings.conversations = false;
+    let upstream = adapter(&settings);
+    assert!(upstream.create_thread(&owner()).await.unwrap().is_none());
+    let thread_of = |events: &[Result<UpstreamEvent, UpstreamError>]| match events.last() {
+        Some(Ok(UpstreamEvent::Ended(ended))) => ended.thread.clone(),
+        other => panic!("not ended: {other:?}"),
+    };
+    let first = thread_of(&turn(&*upstream, None).await.unwrap()).unwrap();
+    assert_eq!(first.as_str(), "r_1");
+    assert_eq!(thread_of(&turn(&*upstream, Some(&first)).await.unwrap()), None);
+    let requests = server.requests();
+    assert_eq!(requests[0].body.get("previous_response_id"), None);
+    assert_eq!(requests[0].body.get("conversation"), None);
+    assert_eq!(requests[1].body["previous_response_id"], "r_1");
+}
+
+/// Without certificates an https upstream must say so, and a plain one must work. The certificates are found by way of
+/// the environment, so the test runs itself as a process that has none.
+#[test]
+fn a_machine_without_certificates_is_told_what_to_do() {
+    const MARK: &str = "THREADKEEPER_TEST_WITHOUT_CERTIFICATES";
+    if std::env::var_os(MARK).is_some() {
+        UpstreamClient::new("plain", &config(UpstreamKind::Responses, "http://localhost/")).unwrap();
+        let error =
+            UpstreamClient::new("tls", &config(UpstreamKind::Responses, "https://localhost/")).unwrap_err();
+        assert!(error.to_string().contains("ca-certificates"), "{error}");
+        return;
+    }
+    let empty = tempfile::tempdir().unwrap();
+    let file = empty.path().join("none.pem");
+    std::fs::write(&file, "").unwrap();
+    let output = std::process::Command::new(std::env::current_exe().unwrap())
+        .args(["--exact", "upstream::a_machine_without_certificates_is_told_what_to_do"])
+        .env(MARK, "1")
+        .env("SSL_CERT_FILE", &file)
+        .env("SSL_CERT_DIR", empty.path())
+        .output()
+        .unwrap();
+    let text = String::from_utf8_lossy(&output.stdout);
+    assert!(output.status.success() && text.contains("1 passed"), "{text}");
+}
