@@ -2,7 +2,6 @@
 //! names concrete backends.
 
 use std::collections::BTreeMap;
-use std::future::Future;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
@@ -81,7 +80,7 @@ impl App {
     ///
     /// # Errors
     /// A part of the gateway ended by itself.
-    pub async fn run<F: Future<Output = ()>>(self, signals: impl Fn() -> F) -> anyhow::Result<()> {
+    pub async fn run(self, mut signals: impl AsyncFnMut()) -> anyhow::Result<()> {
         let parts = TaskTracker::new();
         let server_stop = ServerStop::default();
         let session =

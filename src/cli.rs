@@ -2,9 +2,10 @@
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
-use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand};
+
+use crate::simulator::SimulatorConfig;
 
 /// An HTTP gateway between chatbot frontends and a hosted conversation API: one thread per user, session or topic,
 /// and one run at a time on it.
@@ -22,6 +23,7 @@ pub enum Command {
     Simulate(SimulateArgs),
     Migrate(MigrateArgs),
     CheckConfig(CheckConfigArgs),
+    Health(HealthArgs),
 }
 
 /// Try it out: the gateway with a simulated upstream, in one process.
@@ -72,15 +74,8 @@ pub struct SimulateArgs {
     /// Address to listen on.
     #[arg(long, value_name = "ADDR", default_value = "127.0.0.1:9090")]
     pub listen: SocketAddr,
-    /// Time before the first token of a reply.
-    #[arg(long, value_name = "TIME", default_value = "0ms", value_parser = humantime::parse_duration)]
-    pub latency: Duration,
-    /// Time between two tokens of a reply.
-    #[arg(long, value_name = "TIME", default_value = "0ms", value_parser = humantime::parse_duration)]
-    pub token_interval: Duration,
-    /// Length of a reply, words.
-    #[arg(long, value_name = "N", default_value_t = 12, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
-    pub reply_words: u32,
+    #[command(flatten)]
+    pub knobs: SimulatorConfig,
 }
 
 /// Bring the database's schema up to date, and end.
@@ -108,6 +103,19 @@ pub struct CheckConfigArgs {
     pub config: ConfigArgs,
 }
 
+/// Ask the gateway on this machine whether it lives, for the container's health check.
+///
+/// The exit code is 0 if `/healthz` of the configured listen address answers 200 within a few seconds.
+#[derive(Args, Clone, Debug)]
+#[command(after_help = "\
+Examples:
+  threadkeeper health
+  threadkeeper health --config gateway.toml")]
+pub struct HealthArgs {
+    #[command(flatten)]
+    pub config: ConfigArgs,
+}
+
 /// Where settings come from.
 #[derive(Args, Clone, Debug)]
 pub struct ConfigArgs {
@@ -121,6 +129,8 @@ pub struct ConfigArgs {
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use clap::CommandFactory;
 
     use super::*;
@@ -139,7 +149,7 @@ mod tests {
         let mut cli = Cli::command();
         cli.build();
         let names: Vec<&str> = cli.get_subcommands().map(clap::Command::get_name).collect();
-        assert_eq!(names, ["dev", "serve", "simulate", "migrate", "check-config", "help"]);
+        assert_eq!(names, ["dev", "serve", "simulate", "migrate", "check-config", "health", "help"]);
         for command in cli.get_subcommands_mut().filter(|command| command.get_name() != "help") {
             let help = command.render_long_help().to_string();
             assert!(help.contains("Examples:"), "{help}");
@@ -179,9 +189,9 @@ mod tests {
     fn the_simulator_s_knobs_have_units() {
         let line = "threadkeeper simulate --latency 1s --token-interval 20ms --reply-words 5";
         let Ok(Command::Simulate(args)) = parse(line) else { panic!("not simulate") };
-        assert_eq!(args.latency, Duration::from_secs(1));
-        assert_eq!(args.token_interval, Duration::from_millis(20));
-        assert_eq!(args.reply_words, 5);
+        assert_eq!(args.knobs.latency, Duration::from_secs(1));
+        assert_eq!(args.knobs.token_interval, Duration::from_millis(20));
+        assert_eq!(args.knobs.reply_words, 5);
         assert!(parse("threadkeeper simulate --latency 20").is_err());
         assert!(parse("threadkeeper simulate --reply-words 0").is_err());
     }

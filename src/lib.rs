@@ -4,6 +4,12 @@
 
 pub mod cli;
 
+pub mod app;
+
+pub mod dev;
+
+pub mod health;
+
 pub mod api;
 
 pub mod server;

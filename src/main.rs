@@ -84,7 +84,7 @@ async fn run_simulator(args: SimulateArgs) -> anyhow::Result<()> {
         .with_context(|| format!("cannot listen on {} (--listen)", args.listen))?;
     tracing::info!(address = %simulator.addr(), base_url = simulator.base_url(), "the simulated upstream is listening");
     let stop = CancellationToken::new();
-    let signals = stop_signals()?;
+    let mut signals = stop_signals()?;
     tokio::select! {
         () = simulator.run(stop.clone()) => {}
         () = signals() => {}
@@ -97,11 +97,10 @@ fn sources(args: ConfigArgs, listen: Option<SocketAddr>) -> Sources {
 }
 
 /// Each call waits for one more SIGTERM or SIGINT.
-fn stop_signals() -> anyhow::Result<impl AsyncFn()> {
-    let terminate = tokio::sync::Mutex::new(signal(SignalKind::terminate())?);
-    let interrupt = tokio::sync::Mutex::new(signal(SignalKind::interrupt())?);
+fn stop_signals() -> anyhow::Result<impl AsyncFnMut()> {
+    let mut terminate = signal(SignalKind::terminate())?;
+    let mut interrupt = signal(SignalKind::interrupt())?;
     Ok(async move || {
-        let (mut terminate, mut interrupt) = (terminate.lock().await, interrupt.lock().await);
         tokio::select! {
             _ = terminate.recv() => {}
             _ = interrupt.recv() => {}

@@ -83,6 +83,23 @@ pub struct AssistantConfig {
 }
 
 impl UpstreamConfig {
+    /// A server with defaults for everything else, and no key.
+    pub fn new(kind: UpstreamKind, base_url: Url) -> Self {
+        Self {
+            kind,
+            base_url,
+            api_key: None,
+            api_key_file: None,
+            auth: AuthScheme::default(),
+            headers: BTreeMap::new(),
+            query: BTreeMap::new(),
+            conversations: true,
+            connect_timeout: Self::default_connect_timeout(),
+            idle_timeout: Self::default_idle_timeout(),
+            max_event_bytes: Self::default_max_event_bytes(),
+        }
+    }
+
     pub(super) fn default_connect_timeout() -> Duration {
         Duration::from_secs(5)
     }
