@@ -21,38 +21,95 @@ use crate::domain::{
     UpstreamRunId, UpstreamThreadId, Usage, UserKey,
 };
 
-/// The columns of [`ThreadRow`], of a table named `t`.
+/// `table.column AS prefix_column`, for each column.
+macro_rules! columns {
+    ($table:literal, $prefix:literal, $first:ident $(, $column:ident)*) => {
+        concat!(
+            $table, ".", stringify!($first), " AS ", $prefix, stringify!($first),
+            $(", ", $table, ".", stringify!($column), " AS ", $prefix, stringify!($column)),*
+        )
+    };
+}
+
+/// The columns of [`ThreadRow`], of a table named `t` unless another name is given.
 macro_rules! thread_columns {
     () => {
-        "t.id AS t_id, t.tenant AS t_tenant, t.user_key AS t_user_key, t.scope_kind AS t_scope_kind, \
-         t.scope_name AS t_scope_name, t.upstream AS t_upstream, t.upstream_thread_id AS t_upstream_thread_id, \
-         t.lifecycle AS t_lifecycle, t.previous_thread AS t_previous_thread, t.metadata AS t_metadata, \
-         t.message_count AS t_message_count, t.run_count AS t_run_count, t.created_at AS t_created_at, \
-         t.last_active_at AS t_last_active_at, t.expires_at AS t_expires_at"
+        $crate::store::rows::thread_columns!("t")
+    };
+    ($table:literal) => {
+        $crate::store::rows::columns!(
+            $table,
+            "t_",
+            id,
+            tenant,
+            user_key,
+            scope_kind,
+            scope_name,
+            upstream,
+            upstream_thread_id,
+            lifecycle,
+            previous_thread,
+            metadata,
+            message_count,
+            run_count,
+            created_at,
+            last_active_at,
+            expires_at
+        )
     };
 }
 
-/// The columns of [`RunRow`], of a table named `r`.
+/// The columns of [`RunRow`], of a table named `r` unless another name is given.
 macro_rules! run_columns {
     () => {
-        "r.id AS r_id, r.thread_id AS r_thread_id, r.seq AS r_seq, r.status AS r_status, \
-         r.strategy AS r_strategy, r.assistant AS r_assistant, r.metadata AS r_metadata, r.fence AS r_fence, \
-         r.upstream_run_id AS r_upstream_run_id, r.required_action AS r_required_action, r.error AS r_error, \
-         r.usage AS r_usage, r.created_at AS r_created_at, r.started_at AS r_started_at, \
-         r.finished_at AS r_finished_at, r.deadline_at AS r_deadline_at"
+        $crate::store::rows::run_columns!("r")
+    };
+    ($table:literal) => {
+        $crate::store::rows::columns!(
+            $table,
+            "r_",
+            id,
+            thread_id,
+            seq,
+            status,
+            strategy,
+            assistant,
+            metadata,
+            fence,
+            upstream_run_id,
+            required_action,
+            error,
+            usage,
+            created_at,
+            started_at,
+            finished_at,
+            deadline_at
+        )
     };
 }
 
-/// The columns of [`MessageRow`], of a table named `m`.
+/// The columns of [`MessageRow`], of a table named `m` unless another name is given.
 macro_rules! message_columns {
     () => {
-        "m.id AS m_id, m.thread_id AS m_thread_id, m.position AS m_position, m.role AS m_role, \
-         m.content AS m_content, m.run_id AS m_run_id, m.upstream_message_id AS m_upstream_message_id, \
-         m.created_at AS m_created_at"
+        $crate::store::rows::message_columns!("m")
+    };
+    ($table:literal) => {
+        $crate::store::rows::columns!(
+            $table,
+            "m_",
+            id,
+            thread_id,
+            position,
+            role,
+            content,
+            run_id,
+            upstream_message_id,
+            created_at
+        )
     };
 }
 
-pub(super) use {message_columns, run_columns, thread_columns};
+pub(super) use {columns, message_columns, run_columns, thread_columns};
 
 /// A point in time: `timestamptz` in Postgres, milliseconds since 1970 in SQLite.
 pub(super) struct At(Timestamp);
@@ -83,6 +140,7 @@ impl Decode<'_, Sqlite> for At {
 }
 
 #[derive(FromRow)]
+#[expect(clippy::struct_field_names, reason = "the names of the columns")]
 pub(super) struct ThreadRow {
     t_id: Uuid,
     t_tenant: String,
@@ -128,6 +186,7 @@ impl TryFrom<ThreadRow> for Thread {
 }
 
 #[derive(FromRow)]
+#[expect(clippy::struct_field_names, reason = "the names of the columns")]
 pub(super) struct RunRow {
     r_id: Uuid,
     r_thread_id: Uuid,
@@ -172,6 +231,7 @@ impl TryFrom<RunRow> for Run {
 }
 
 #[derive(FromRow)]
+#[expect(clippy::struct_field_names, reason = "the names of the columns")]
 pub(super) struct MessageRow {
     m_id: Uuid,
     m_thread_id: Uuid,

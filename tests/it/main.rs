@@ -2,8 +2,10 @@
 
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking, its helpers too")]
 
+mod api;
 mod server;
 mod simulator;
+mod store_contract;
 mod support;
 mod tidy;
 mod upstream;

@@ -38,9 +38,7 @@ enum Attempt {
 /// the lock. An admission is the only step that adds an unfinished run, and it counts up `run_count`. So if both
 /// agree on `run_count`, a thread that was free in the snapshot is free, and the run starts. If they do not, the
 /// run is queued, which is always safe: should the thread be free after all, the first `claim` starts the run.
-async fn admit_directly(connection: &mut PgConnection, admission: &Admission) -> Result<Attempt, StoreError> {
-    let ConversationKey { tenant, user, scope } = &admission.key;
-    let row = sqlx::query(concat!(
+const ADMIT: &str = concat!(
         "WITH seen AS MATERIALIZED (
             SELECT t.id, t.upstream, t.run_count, COALESCE(t.expires_at <= now(), false) AS expired,
                 EXISTS (
@@ -109,25 +107,29 @@ async fn admit_directly(connection: &mut PgConnection, admission: &Admission) ->
         LEFT JOIN seen s ON true
         LEFT JOIN bound t ON true
         LEFT JOIN admitted r ON true",
-    ))
-    .bind(tenant.as_str())
-    .bind(user.as_str())
-    .bind(scope.kind())
-    .bind(scope.name())
-    .bind(admission.new_thread.uuid())
-    .bind(&admission.upstream)
-    .bind(admission.thread_ttl.map(millis))
-    .bind(admission.strategy.as_str())
-    .bind(admission.run_id.uuid())
-    .bind(&admission.assistant)
-    .bind(json(&admission.metadata)?)
-    .bind(admission.message.id.to_string())
-    .bind(json(&admission.message.content)?)
-    .bind(admission.replica.uuid())
-    .bind(millis(admission.timeout))
-    .bind(admission.message.id.uuid())
-    .fetch_one(connection)
-    .await?;
+    );
+
+async fn admit_directly(connection: &mut PgConnection, admission: &Admission) -> Result<Attempt, StoreError> {
+    let ConversationKey { tenant, user, scope } = &admission.key;
+    let row = sqlx::query(ADMIT)
+        .bind(tenant.as_str())
+        .bind(user.as_str())
+        .bind(scope.kind())
+        .bind(scope.name())
+        .bind(admission.new_thread.uuid())
+        .bind(&admission.upstream)
+        .bind(admission.thread_ttl.map(millis))
+        .bind(admission.strategy.as_str())
+        .bind(admission.run_id.uuid())
+        .bind(&admission.assistant)
+        .bind(json(&admission.metadata)?)
+        .bind(admission.message.id.to_string())
+        .bind(json(&admission.message.content)?)
+        .bind(admission.replica.uuid())
+        .bind(millis(admission.timeout))
+        .bind(admission.message.id.uuid())
+        .fetch_one(connection)
+        .await?;
 
     if row.try_get::<Option<i64>, _>("r_seq")?.is_some() {
         return admitted(admission, &row).map(Attempt::Settled);

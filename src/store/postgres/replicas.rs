@@ -36,8 +36,8 @@ pub(super) async fn retire(pool: &PgPool, id: ReplicaId) -> Result<(), StoreErro
 
 /// Implements [`Store::adopt_orphans`](crate::store::Store::adopt_orphans).
 ///
-/// Replicas that do so at once share the work. One that waited for a row sees its new owner, and leaves it alone
-/// if that owner is alive.
+/// Replicas that do so at once share the work. One that found an orphan just before another took it locks the row
+/// as the other left it; its own snapshot (`s`) still has the old fence, which tells.
 pub(super) async fn adopt_orphans(
     pool: &PgPool,
     id: ReplicaId,
@@ -46,14 +46,18 @@ pub(super) async fn adopt_orphans(
     // Thread ids sort by age, and within a thread the runs must come in order of admission.
     let rows: Vec<ThreadAndRun> = sqlx::query_as(concat!(
         "WITH orphans AS MATERIALIZED (
-            SELECT r.id FROM runs r
+            SELECT r.id, r.fence FROM runs r
             WHERE r.status IN ('queued', 'in_progress', 'requires_action', 'cancelling')
                 AND NOT EXISTS (SELECT FROM replicas p WHERE p.id = r.owner AND p.expires_at > now())
             ORDER BY r.thread_id, r.seq
             LIMIT $2
             FOR NO KEY UPDATE OF r SKIP LOCKED
         ), taken AS (
-            UPDATE runs r SET owner = $1, fence = r.fence + 1 FROM orphans o WHERE r.id = o.id RETURNING r.*
+            UPDATE runs r SET owner = $1, fence = r.fence + 1
+            FROM orphans o
+            JOIN runs s ON s.id = o.id AND s.fence = o.fence
+            WHERE r.id = o.id
+            RETURNING r.*
         )
         SELECT ",
         thread_columns!(),

@@ -3,7 +3,7 @@
 use sqlx::types::Json;
 use sqlx::{FromRow, PgPool, Row};
 
-use crate::domain::UpstreamThreadId;
+use crate::domain::{UpstreamRunId, UpstreamThreadId};
 use crate::store::rows::{FinishedRow, ThreadAndRun, json, message_columns, run_columns, thread_columns};
 use crate::store::{Claim, Finished, InputMessage, RunEnd, RunLease, StoreError, Turn};
 
@@ -157,7 +157,7 @@ pub(super) async fn finish(
     .bind(end.status.as_str())
     .bind(end.error.as_ref().map(json).transpose()?)
     .bind(end.usage.as_ref().map(json).transpose()?)
-    .bind(end.upstream_run_id.as_ref().map(|id| id.as_str()))
+    .bind(end.upstream_run_id.as_ref().map(UpstreamRunId::as_str))
     .bind(end.upstream_thread_id.as_ref().map(UpstreamThreadId::as_str))
     .bind(reply.map(|reply| reply.id.uuid()))
     .bind(reply.map(|reply| json(&reply.content)).transpose()?)

@@ -60,12 +60,12 @@ async fn bind(tx: &mut SqliteConnection, admission: &Admission) -> Result<Option
         ON CONFLICT (tenant, user_key, scope_kind, scope_name) WHERE lifecycle = 'current'
         DO UPDATE SET
             run_count = t.run_count + 1,
-            message_count = t.message_count + NOT EXISTS (
+            message_count = t.message_count + (NOT EXISTS (
                 SELECT 1 FROM runs r
                 WHERE r.thread_id = t.id AND r.status IN ('in_progress', 'requires_action', 'cancelling')
-            ) * NOT EXISTS (
+            ) AND NOT EXISTS (
                 SELECT 1 FROM runs r WHERE r.thread_id = t.id AND r.status = 'queued'
-            ),
+            )),
             last_active_at = excluded.last_active_at
         WHERE (t.expires_at IS NULL OR t.expires_at > ",
         now!(),
@@ -78,7 +78,7 @@ async fn bind(tx: &mut SqliteConnection, admission: &Admission) -> Result<Option
                 SELECT 1 FROM runs r WHERE r.thread_id = t.id AND r.status = 'queued'
             ))
         RETURNING ",
-        thread_columns!(),
+        thread_columns!("threads"),
     ))
     .bind(tenant.as_str())
     .bind(user.as_str())
@@ -170,7 +170,7 @@ async fn insert_run(
             now, iif(busy, NULL, now), iif(busy, NULL, now + ?10)
         FROM place
         RETURNING ",
-        run_columns!(),
+        run_columns!("runs"),
     ))
     .bind(admission.run_id.uuid())
     .bind(thread.id.uuid())

@@ -4,7 +4,7 @@ use sqlx::types::Json;
 use sqlx::{Sqlite, SqliteConnection, SqlitePool, Transaction};
 
 use super::now;
-use crate::domain::{Run, Thread, UpstreamThreadId};
+use crate::domain::{Run, Thread, UpstreamRunId, UpstreamThreadId};
 use crate::store::rows::{
     FinishedRow, MessageRow, RunRow, ThreadRow, ThreadWithActivity, json, message_columns, run_columns,
     thread_columns,
@@ -43,7 +43,7 @@ pub(super) async fn claim(
         " + r.timeout_ms
         WHERE r.id = ?1
         RETURNING ",
-        run_columns!(),
+        run_columns!("runs"),
     ))
     .bind(lease.run_id.uuid())
     .fetch_one(&mut *tx)
@@ -55,7 +55,7 @@ pub(super) async fn claim(
         "
         WHERE t.id = ?1
         RETURNING ",
-        thread_columns!(),
+        thread_columns!("threads"),
     ))
     .bind(run.thread_id.uuid())
     .bind(count(&input))
@@ -114,13 +114,13 @@ pub(super) async fn finish(
         "
         WHERE r.id = ?1
         RETURNING ",
-        run_columns!(),
+        run_columns!("runs"),
     ))
     .bind(lease.run_id.uuid())
     .bind(end.status.as_str())
     .bind(end.error.as_ref().map(json).transpose()?)
     .bind(end.usage.as_ref().map(json).transpose()?)
-    .bind(end.upstream_run_id.as_ref().map(|id| id.as_str()))
+    .bind(end.upstream_run_id.as_ref().map(UpstreamRunId::as_str))
     .fetch_one(&mut *tx)
     .await?;
     let run = Run::try_from(run)?;
@@ -131,7 +131,7 @@ pub(super) async fn finish(
         "
         WHERE t.id = ?1
         RETURNING ",
-        thread_columns!(),
+        thread_columns!("threads"),
         ", (
             SELECT count(*) FROM runs o WHERE o.thread_id = ?1 AND o.status = 'queued'
         ) AS queue_depth, (
@@ -195,7 +195,7 @@ async fn insert_reply(
         now!(),
         ")
         RETURNING ",
-        message_columns!(),
+        message_columns!("messages"),
     ))
     .bind(reply.id.uuid())
     .bind(run.thread_id.uuid())

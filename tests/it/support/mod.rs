@@ -1,3 +1,9 @@
-//! What the tests share.
+//! What the tests stand on.
 
+mod database;
+pub(crate) mod gateway;
+mod postgres;
+pub(crate) mod scene;
 pub(crate) mod wire;
+
+pub(crate) use database::TestDatabase;

@@ -1,0 +1,145 @@
+//! Sessions of replicas, and what the dead ones leave behind.
+
+use std::time::Duration;
+
+use threadkeeper::domain::{RunStatus, UpstreamThreadId};
+use threadkeeper::store::Orphan;
+
+use super::*;
+
+on_every_backend!(
+    only_the_dead_leave_orphans,
+    orphans_come_in_order_and_in_parts,
+    a_lapsed_session_can_be_renewed,
+    a_stale_fence_cannot_write,
+    adopters_share_the_orphans,
+);
+
+const ALIVE: Duration = Duration::from_secs(60);
+
+/// Registers a replica and lets it start a run on the key.
+async fn busy(store: &dyn Store, key: &ConversationKey, replica: ReplicaId) -> Turn {
+    store.renew_replica(replica, "127.0.0.1:1", ALIVE).await.unwrap();
+    started(store.admit(&Admission { replica, ..admission(key) }).await.unwrap())
+}
+
+fn runs(orphans: &[Orphan]) -> Vec<RunId> {
+    orphans.iter().map(|orphan| orphan.run.id).collect()
+}
+
+async fn only_the_dead_leave_orphans(_: &TestDatabase, store: &dyn Store) {
+    let (alive, retired, lapsed, me) =
+        (ReplicaId::new(), ReplicaId::new(), ReplicaId::new(), ReplicaId::new());
+    busy(store, &user("a"), alive).await;
+    let of_retired = busy(store, &user("b"), retired).await;
+    let of_lapsed = busy(store, &user("c"), lapsed).await;
+    let of_unknown = started(store.admit(&admission(&user("d"))).await.unwrap());
+    let done = busy(store, &user("e"), retired).await;
+    store.finish(&done.lease, &completed(None)).await.unwrap().unwrap();
+    store.renew_replica(me, "127.0.0.1:2", ALIVE).await.unwrap();
+    store.retire_replica(retired).await.unwrap();
+    store.renew_replica(lapsed, "127.0.0.1:1", Duration::ZERO).await.unwrap();
+
+    let orphans = store.adopt_orphans(me, 100).await.unwrap();
+    assert_eq!(runs(&orphans), [of_retired.run.id, of_lapsed.run.id, of_unknown.run.id]);
+    for (orphan, before) in orphans.iter().zip([&of_retired, &of_lapsed, &of_unknown]) {
+        assert_eq!((&orphan.run, &orphan.thread), (&before.run, &before.thread));
+        assert_eq!(orphan.lease.run_id, before.run.id);
+        assert!(orphan.lease.fence > before.lease.fence);
+    }
+    assert_eq!(store.adopt_orphans(me, 100).await.unwrap(), [], "they have an owner again");
+}
+
+async fn orphans_come_in_order_and_in_parts(database: &TestDatabase, store: &dyn Store) {
+    let (dead, me) = (ReplicaId::new(), ReplicaId::new());
+    let (first, second) = (user("a"), user("b"));
+    let mut wanted = vec![busy(store, &first, dead).await.run.id];
+    let other = busy(store, &second, dead).await.run.id;
+    for _ in 0..4 {
+        let (_, _, run, _) =
+            queued(store.admit(&Admission { replica: dead, ..admission(&first) }).await.unwrap());
+        wanted.push(run.id);
+    }
+    wanted.push(other);
+    store.retire_replica(dead).await.unwrap();
+    store.renew_replica(me, "127.0.0.1:2", ALIVE).await.unwrap();
+
+    let mut adopted = vec![];
+    for expected in [2, 2, 2, 0] {
+        let part = store.adopt_orphans(me, 2).await.unwrap();
+        assert_eq!(part.len(), expected);
+        adopted.extend(part);
+    }
+    assert_eq!(runs(&adopted), wanted);
+    // The new owner can go on where the old one stopped.
+    let end = RunEnd { status: RunStatus::Failed, ..completed(None) };
+    for orphan in &adopted {
+        if orphan.run.status == RunStatus::Queued {
+            claimed(store.claim(&orphan.lease).await.unwrap());
+        }
+        store.finish(&orphan.lease, &end).await.unwrap().unwrap();
+    }
+    assert_eq!(transcript(store, &first).await.len(), 5);
+    check_invariants(database).await;
+}
+
+async fn a_lapsed_session_can_be_renewed(_: &TestDatabase, store: &dyn Store) {
+    let (late, me) = (ReplicaId::new(), ReplicaId::new());
+    let turn = busy(store, &user("a"), late).await;
+    store.renew_replica(late, "127.0.0.1:1", Duration::ZERO).await.unwrap();
+    // In time: nobody has adopted yet.
+    store.renew_replica(late, "127.0.0.1:1", ALIVE).await.unwrap();
+    assert_eq!(store.adopt_orphans(me, 100).await.unwrap(), []);
+    assert!(store.finish(&turn.lease, &completed(None)).await.unwrap().is_some());
+}
+
+async fn a_stale_fence_cannot_write(database: &TestDatabase, store: &dyn Store) {
+    let (dead, me) = (ReplicaId::new(), ReplicaId::new());
+    let key = user("a");
+    let turn = busy(store, &key, dead).await;
+    let (waiting, ..) = queued(store.admit(&Admission { replica: dead, ..admission(&key) }).await.unwrap());
+    store.retire_replica(dead).await.unwrap();
+    store.renew_replica(me, "127.0.0.1:2", ALIVE).await.unwrap();
+    let orphans = store.adopt_orphans(me, 100).await.unwrap();
+    let before = (store.thread(&key).await.unwrap(), store.runs(&key, &first_page()).await.unwrap());
+
+    // The dead replica was only paused, and goes on.
+    let id = UpstreamThreadId("conv_late".to_owned());
+    assert!(!store.bind_upstream_thread(&turn.lease, &id).await.unwrap());
+    assert_eq!(store.finish(&turn.lease, &completed(Some("late"))).await.unwrap(), None);
+    assert_eq!(store.finish(&waiting, &completed(None)).await.unwrap(), None);
+    assert_eq!(store.claim(&waiting).await.unwrap(), Claim::Lost);
+    let after = (store.thread(&key).await.unwrap(), store.runs(&key, &first_page()).await.unwrap());
+    assert_eq!(before, after);
+
+    store.finish(&orphans[0].lease, &completed(Some("hi"))).await.unwrap().unwrap();
+    assert_eq!(store.finish(&turn.lease, &completed(Some("hi"))).await.unwrap(), None);
+    assert_eq!(store.claim(&waiting).await.unwrap(), Claim::Lost);
+    claimed(store.claim(&orphans[1].lease).await.unwrap());
+    assert_eq!(transcript(store, &key).await, ["user: hello", "assistant: hi", "user: hello"]);
+    check_invariants(database).await;
+}
+
+async fn adopters_share_the_orphans(_: &TestDatabase, store: &dyn Store) {
+    let mut wanted = vec![];
+    for name in 0..20 {
+        wanted.push(started(store.admit(&admission(&user(&name.to_string()))).await.unwrap()).run.id);
+    }
+    let adopters: Vec<_> = (0..4).map(|_| ReplicaId::new()).collect();
+    for id in &adopters {
+        store.renew_replica(*id, "127.0.0.1:2", ALIVE).await.unwrap();
+    }
+    let mut adopted = vec![];
+    // A row that one adopter looks at is passed over by the others, so it may take a second round.
+    while adopted.len() < wanted.len() {
+        let parts =
+            futures_util::future::join_all(adopters.iter().map(|id| store.adopt_orphans(*id, 3))).await;
+        let part: Vec<_> = parts.into_iter().flat_map(Result::unwrap).collect();
+        assert!(!part.is_empty(), "some are left, and all are free");
+        adopted.extend(part);
+    }
+    let mut ids = runs(&adopted);
+    ids.sort_unstable();
+    wanted.sort_unstable();
+    assert_eq!(ids, wanted, "each has one adopter");
+}

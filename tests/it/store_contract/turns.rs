@@ -1,0 +1,231 @@
+//! From the queue to the end of a run.
+
+use threadkeeper::domain::{
+    Role, RunError, RunErrorCode, RunStatus, ThreadState, UpstreamRunId, UpstreamThreadId, Usage,
+};
+
+use super::*;
+
+on_every_backend!(
+    runs_start_in_order_of_admission,
+    a_claim_is_for_waiting_runs_only,
+    one_of_many_claims_starts_the_run,
+    the_end_of_a_run_tells_all,
+    ending_twice_is_harmless,
+    another_end_changes_nothing,
+    a_run_that_never_started_keeps_its_message,
+    a_reply_with_nul_characters_ends_its_run,
+    the_upstream_thread_is_remembered,
+    an_unknown_run_is_lost,
+    the_database_refuses_a_second_active_run,
+);
+
+async fn runs_start_in_order_of_admission(database: &TestDatabase, store: &dyn Store) {
+    let key = user("alice");
+    let say = |words: &str| Admission {
+        message: InputMessage { id: MessageId::new(), content: text(words) },
+        ..admission(&key)
+    };
+    let first = started(store.admit(&say("1")).await.unwrap());
+    let (second, ..) = queued(store.admit(&say("2")).await.unwrap());
+    let (third, ..) = queued(store.admit(&say("3")).await.unwrap());
+
+    for waiting in [&second, &third] {
+        assert_eq!(store.claim(waiting).await.unwrap(), Claim::NotYet);
+    }
+    store.finish(&first.lease, &completed(Some("one"))).await.unwrap().unwrap();
+    assert_eq!(store.claim(&third).await.unwrap(), Claim::NotYet, "the second waits before it");
+
+    let turn = claimed(store.claim(&second).await.unwrap());
+    assert_eq!((turn.lease, turn.run.status, turn.run.seq), (second, RunStatus::InProgress, 2));
+    assert_eq!((turn.input.len(), turn.thread.message_count), (1, 3));
+    assert_eq!(turn.run.deadline_at.unwrap() - turn.run.started_at.unwrap(), chrono::TimeDelta::seconds(60));
+    assert_eq!(store.claim(&third).await.unwrap(), Claim::NotYet);
+    store.finish(&second, &completed(Some("two"))).await.unwrap().unwrap();
+    claimed(store.claim(&third).await.unwrap());
+    store.finish(&third, &completed(Some("three"))).await.unwrap().unwrap();
+
+    let wanted = ["user: 1", "assistant: one", "user: 2", "assistant: two", "user: 3", "assistant: three"];
+    assert_eq!(transcript(store, &key).await, wanted);
+    check_invariants(database).await;
+}
+
+async fn a_claim_is_for_waiting_runs_only(_: &TestDatabase, store: &dyn Store) {
+    let key = user("alice");
+    let first = started(store.admit(&admission(&key)).await.unwrap());
+    assert_eq!(store.claim(&first.lease).await.unwrap(), Claim::Lost, "it has started");
+    let (second, ..) = queued(store.admit(&admission(&key)).await.unwrap());
+    let stale = RunLease { fence: second.fence - 1, ..second };
+    assert_eq!(store.claim(&stale).await.unwrap(), Claim::Lost);
+    store.finish(&first.lease, &completed(None)).await.unwrap().unwrap();
+    assert_eq!(store.claim(&first.lease).await.unwrap(), Claim::Lost, "it has ended");
+    assert_eq!(store.claim(&stale).await.unwrap(), Claim::Lost);
+    claimed(store.claim(&second).await.unwrap());
+    assert_eq!(store.claim(&second).await.unwrap(), Claim::Lost, "it has started");
+}
+
+async fn one_of_many_claims_starts_the_run(database: &TestDatabase, store: &dyn Store) {
+    let key = user("alice");
+    let first = started(store.admit(&admission(&key)).await.unwrap());
+    let (second, ..) = queued(store.admit(&admission(&key)).await.unwrap());
+    store.finish(&first.lease, &completed(None)).await.unwrap().unwrap();
+    let claims = futures_util::future::join_all((0..8).map(|_| store.claim(&second))).await;
+    let (mut running, mut lost) = (0, 0);
+    for claim in claims {
+        match claim.unwrap() {
+            Claim::Started(_) => running += 1,
+            Claim::Lost => lost += 1,
+            Claim::NotYet => panic!("nothing is before it"),
+        }
+    }
+    assert_eq!((running, lost), (1, 7));
+    assert_eq!(transcript(store, &key).await.len(), 2);
+    check_invariants(database).await;
+}
+
+async fn the_end_of_a_run_tells_all(_: &TestDatabase, store: &dyn Store) {
+    let key = user("alice");
+    let turn = started(store.admit(&admission(&key)).await.unwrap());
+    queued(store.admit(&admission(&key)).await.unwrap());
+    let end = RunEnd {
+        status: RunStatus::Incomplete,
+        error: Some(RunError { code: RunErrorCode::UpstreamFailed, message: "too \"long\"".to_owned() }),
+        usage: Some(Usage { input_tokens: 3, output_tokens: 4, total_tokens: 7 }),
+        upstream_run_id: Some(UpstreamRunId("resp_1".to_owned())),
+        upstream_thread_id: Some(UpstreamThreadId("conv_1".to_owned())),
+        reply: Some(Reply {
+            id: MessageId::new(),
+            content: vec![
+                ContentPart::Text { text: "as far as".to_owned() },
+                ContentPart::Refusal { refusal: "no".to_owned() },
+            ],
+            upstream_message_id: Some("msg_upstream".to_owned()),
+        }),
+    };
+    let finished = store.finish(&turn.lease, &end).await.unwrap().unwrap();
+
+    let reply = end.reply.as_ref().unwrap();
+    let message = finished.message.clone().unwrap();
+    assert_eq!((message.id, &message.content), (reply.id, &reply.content));
+    assert_eq!((message.role, message.position), (Role::Assistant, 2));
+    assert_eq!((message.thread_id, message.run_id), (turn.thread.id, Some(turn.run.id)));
+    assert_eq!(message.upstream_message_id, reply.upstream_message_id);
+    assert_eq!((finished.run.id, finished.run.status), (turn.run.id, end.status));
+    assert_eq!((&finished.run.error, finished.run.usage), (&end.error, end.usage));
+    assert_eq!(finished.run.upstream_run_id, end.upstream_run_id);
+    assert_eq!(finished.run.started_at, turn.run.started_at);
+    assert!(finished.run.finished_at >= finished.run.started_at);
+    assert_eq!(finished.thread.upstream_thread_id, end.upstream_thread_id);
+    assert_eq!((finished.thread.message_count, finished.thread.run_count), (2, 2));
+    assert_eq!((finished.activity.state, finished.activity.queue_depth), (ThreadState::Idle, 1));
+
+    // Another request reads the same.
+    assert_eq!(store.thread(&key).await.unwrap().unwrap(), (finished.thread, finished.activity));
+    assert_eq!(store.run(&key, turn.run.id).await.unwrap().unwrap(), (finished.run, finished.message));
+}
+
+async fn ending_twice_is_harmless(database: &TestDatabase, store: &dyn Store) {
+    let key = user("alice");
+    let turn = started(store.admit(&admission(&key)).await.unwrap());
+    let end = completed(Some("hi"));
+    let ends = futures_util::future::join_all((0..8).map(|_| store.finish(&turn.lease, &end))).await;
+    let answers: Vec<Finished> = ends.into_iter().map(|end| end.unwrap().unwrap()).collect();
+    assert!(answers.iter().all(|answer| *answer == answers[0]), "{answers:#?}");
+    assert_eq!(answers[0].activity.state, ThreadState::Idle);
+    assert_eq!(transcript(store, &key).await, ["user: hello", "assistant: hi"]);
+    check_invariants(database).await;
+}
+
+async fn another_end_changes_nothing(_: &TestDatabase, store: &dyn Store) {
+    let key = user("alice");
+    let turn = started(store.admit(&admission(&key)).await.unwrap());
+    let stale = RunLease { fence: turn.lease.fence - 1, ..turn.lease };
+    assert_eq!(store.finish(&stale, &completed(Some("hi"))).await.unwrap(), None);
+    store.finish(&turn.lease, &completed(Some("hi"))).await.unwrap().unwrap();
+    let failed = RunEnd { status: RunStatus::Failed, ..completed(Some("no")) };
+    assert_eq!(store.finish(&turn.lease, &failed).await.unwrap(), None);
+    assert_eq!(store.finish(&stale, &completed(Some("hi"))).await.unwrap(), None);
+    assert_eq!(transcript(store, &key).await, ["user: hello", "assistant: hi"]);
+    assert_eq!(store.run(&key, turn.run.id).await.unwrap().unwrap().0.status, RunStatus::Completed);
+}
+
+async fn a_run_that_never_started_keeps_its_message(database: &TestDatabase, store: &dyn Store) {
+    let key = user("alice");
+    let first = started(store.admit(&admission(&key)).await.unwrap());
+    let waiting = Admission {
+        message: InputMessage { id: MessageId::new(), content: text("never mind") },
+        ..admission(&key)
+    };
+    let (second, ..) = queued(store.admit(&waiting).await.unwrap());
+    let (third, ..) = queued(store.admit(&admission(&key)).await.unwrap());
+    let cancelled = RunEnd { status: RunStatus::Cancelled, ..completed(None) };
+    let finished = store.finish(&second, &cancelled).await.unwrap().unwrap();
+    assert_eq!((finished.run.status, finished.run.started_at), (RunStatus::Cancelled, None));
+    assert_eq!((finished.activity.state, finished.activity.queue_depth), (ThreadState::Active, 1));
+    assert_eq!((finished.message, finished.thread.message_count), (None, 2));
+    assert_eq!(store.finish(&second, &cancelled).await.unwrap().unwrap().thread, finished.thread);
+    assert_eq!(store.claim(&second).await.unwrap(), Claim::Lost);
+
+    store.finish(&first.lease, &completed(Some("hi"))).await.unwrap().unwrap();
+    claimed(store.claim(&third).await.unwrap());
+    let lines = transcript(store, &key).await;
+    assert_eq!(lines, ["user: hello", "user: never mind", "assistant: hi", "user: hello"]);
+    let page = store.messages(&key, &first_page()).await.unwrap().unwrap();
+    assert_eq!((page.data[1].id, page.data[1].run_id), (waiting.message.id, Some(second.run_id)));
+    check_invariants(database).await;
+}
+
+async fn a_reply_with_nul_characters_ends_its_run(_: &TestDatabase, store: &dyn Store) {
+    let key = user("alice");
+    let turn = started(store.admit(&admission(&key)).await.unwrap());
+    let error = Some(RunError { code: RunErrorCode::UpstreamFailed, message: "a\0b".to_owned() });
+    let end = RunEnd { status: RunStatus::Failed, error, ..completed(Some("x\0\\u0000\\\0")) };
+    let finished = store.finish(&turn.lease, &end).await.unwrap().unwrap();
+    assert_eq!(finished.message.unwrap().content, text("x\u{fffd}\\u0000\\\u{fffd}"));
+    assert_eq!(finished.run.error.unwrap().message, "a\u{fffd}b");
+}
+
+async fn the_upstream_thread_is_remembered(_: &TestDatabase, store: &dyn Store) {
+    let key = user("alice");
+    let turn = started(store.admit(&admission(&key)).await.unwrap());
+    let (waiting, ..) = queued(store.admit(&admission(&key)).await.unwrap());
+    let id = UpstreamThreadId("conv_1".to_owned());
+    let stale = RunLease { fence: turn.lease.fence - 1, ..turn.lease };
+    assert!(!store.bind_upstream_thread(&stale, &id).await.unwrap());
+    assert!(!store.bind_upstream_thread(&waiting, &id).await.unwrap(), "it has not started");
+    assert_eq!(store.thread(&key).await.unwrap().unwrap().0.upstream_thread_id, None);
+    assert!(store.bind_upstream_thread(&turn.lease, &id).await.unwrap());
+    assert!(store.bind_upstream_thread(&turn.lease, &id).await.unwrap(), "again is harmless");
+
+    // An end that says nothing of it leaves it alone.
+    let finished = store.finish(&turn.lease, &completed(None)).await.unwrap().unwrap();
+    assert_eq!(finished.thread.upstream_thread_id.as_ref(), Some(&id));
+    let late = UpstreamThreadId("conv_2".to_owned());
+    assert!(!store.bind_upstream_thread(&turn.lease, &late).await.unwrap(), "it has ended");
+    let next = claimed(store.claim(&waiting).await.unwrap());
+    assert_eq!(next.thread.upstream_thread_id, Some(id));
+}
+
+async fn an_unknown_run_is_lost(_: &TestDatabase, store: &dyn Store) {
+    let lease = RunLease { run_id: RunId::new(), fence: 1 };
+    assert_eq!(store.claim(&lease).await.unwrap(), Claim::Lost);
+    assert_eq!(store.finish(&lease, &completed(None)).await.unwrap(), None);
+    assert!(!store.bind_upstream_thread(&lease, &UpstreamThreadId("x".to_owned())).await.unwrap());
+}
+
+async fn the_database_refuses_a_second_active_run(database: &TestDatabase, store: &dyn Store) {
+    let key = user("alice");
+    let first = started(store.admit(&admission(&key)).await.unwrap());
+    queued(store.admit(&admission(&key)).await.unwrap());
+    for status in ["in_progress", "requires_action", "cancelling"] {
+        let start = format!(
+            "UPDATE runs SET status = '{status}', input = NULL, started_at = created_at, deadline_at = created_at \
+             WHERE seq = 2"
+        );
+        let error = database.try_execute(&start).await.unwrap_err();
+        let kind = error.as_database_error().map(sqlx::error::DatabaseError::kind);
+        assert!(matches!(kind, Some(sqlx::error::ErrorKind::UniqueViolation)), "{status}: {error}");
+    }
+    store.finish(&first.lease, &completed(None)).await.unwrap().unwrap();
+    check_invariants(database).await;
+}

@@ -1,0 +1,204 @@
+//! A database of its own for each test, on either backend.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use sqlx::migrate::Migrator;
+use sqlx::postgres::{PgConnectOptions, PgConnection};
+use sqlx::sqlite::{SqliteConnectOptions, SqliteConnection};
+use sqlx::{AssertSqlSafe, ConnectOptions, Connection, Executor};
+use tempfile::TempDir;
+use threadkeeper::config::StoreConfig;
+use threadkeeper::store::{PostgresStore, SqliteStore, Store};
+use tokio::sync::OnceCell;
+use uuid::Uuid;
+
+use super::postgres as cluster;
+
+static MIGRATOR: Migrator = sqlx::migrate!("migrations/postgres");
+
+/// A fresh, migrated database, dropped with the value.
+pub(crate) struct TestDatabase {
+    place: Place,
+}
+
+enum Place {
+    Postgres { server: PgConnectOptions, name: String, url: String },
+    Sqlite { folder: TempDir },
+}
+
+impl TestDatabase {
+    /// On the server of `DATABASE_URL` (its role needs CREATEDB), or on the cluster of this test run.
+    pub(crate) async fn postgres() -> Self {
+        let url = std::env::var("DATABASE_URL").ok().filter(|url| url.starts_with("postgres"));
+        let own = url.is_none();
+        let url = url.unwrap_or_else(|| cluster::url().to_owned());
+        let server: PgConnectOptions = url.parse().expect("DATABASE_URL is a Postgres URL");
+        let server = server.log_statements(tracing::log::LevelFilter::Trace);
+        let template = template(&server).await;
+        let name = format!("threadkeeper_test_{}", Uuid::now_v7().simple());
+        let mut connection = connect(&server).await;
+        // Copying files is the faster way where nothing is synced to a disk.
+        let strategy = if own { "STRATEGY FILE_COPY" } else { "" };
+        connection
+            .execute(AssertSqlSafe(format!("CREATE DATABASE {name} TEMPLATE {template} {strategy}")))
+            .await
+            .expect("a database can be made");
+        let mut of_test = url::Url::parse(&url).expect("a connection URL is a URL");
+        of_test.set_path(&name);
+        Self { place: Place::Postgres { server, name, url: of_test.into() } }
+    }
+
+    /// In a file of its own.
+    pub(crate) async fn sqlite() -> Self {
+        let database = Self { place: Place::Sqlite { folder: TempDir::new().expect("a temporary folder") } };
+        let store = SqliteStore::open(&database.config()).await.expect("a new file opens");
+        store.migrate().await.expect("the migrations apply");
+        store.close().await;
+        database
+    }
+
+    /// As `store.url` wants it; good for other processes of this user too.
+    pub(crate) fn url(&self) -> String {
+        match &self.place {
+            Place::Postgres { url, .. } => url.clone(),
+            Place::Sqlite { folder } => format!("sqlite:{}", folder.path().join("threadkeeper.db").display()),
+        }
+    }
+
+    /// Default settings with this database's URL.
+    pub(crate) fn config(&self) -> StoreConfig {
+        StoreConfig { url: Some(self.url().into()), ..StoreConfig::default() }
+    }
+
+    /// A store on this database. On Postgres each call is another replica's; on SQLite there can be one at a time.
+    pub(crate) async fn store(&self) -> Arc<dyn Store> {
+        match &self.place {
+            Place::Postgres { .. } => {
+                Arc::new(PostgresStore::connect(&self.config()).await.expect("the test server answers"))
+            }
+            Place::Sqlite { .. } => {
+                Arc::new(SqliteStore::open(&self.config()).await.expect("the file opens"))
+            }
+        }
+    }
+
+    /// Lets all threads have been made, used and expire so much earlier.
+    pub(crate) async fn age_threads(&self, by: Duration) {
+        let ms = by.as_millis();
+        let shift = match &self.place {
+            Place::Postgres { .. } => format!("- {ms} * interval '1 millisecond'"),
+            Place::Sqlite { .. } => format!("- {ms}"),
+        };
+        self.execute(&format!(
+            "UPDATE threads SET created_at = created_at {shift}, last_active_at = last_active_at {shift}, \
+             expires_at = expires_at {shift}"
+        ))
+        .await;
+    }
+
+    /// Runs statements that must work.
+    pub(crate) async fn execute(&self, sql: &str) {
+        self.try_execute(sql).await.expect("the test's statement works");
+    }
+
+    /// Runs statements past the store.
+    pub(crate) async fn try_execute(&self, sql: &str) -> Result<(), sqlx::Error> {
+        let sql = sqlx::raw_sql(AssertSqlSafe(sql));
+        match &self.place {
+            Place::Postgres { .. } => sql.execute(&mut self.pg().await).await.map(drop),
+            Place::Sqlite { .. } => sql.execute(&mut self.lite().await).await.map(drop),
+        }
+    }
+
+    /// The whole number that a query gives.
+    pub(crate) async fn number(&self, sql: &str) -> i64 {
+        let sql = AssertSqlSafe(sql);
+        match &self.place {
+            Place::Postgres { .. } => sqlx::query_scalar(sql).fetch_one(&mut self.pg().await).await,
+            Place::Sqlite { .. } => sqlx::query_scalar(sql).fetch_one(&mut self.lite().await).await,
+        }
+        .expect("the test's query works")
+    }
+
+    async fn pg(&self) -> PgConnection {
+        let options: PgConnectOptions = self.url().parse().expect("the URL that we made");
+        connect(&options.log_statements(tracing::log::LevelFilter::Trace)).await
+    }
+
+    async fn lite(&self) -> SqliteConnection {
+        let options: SqliteConnectOptions = self.url().parse().expect("the URL that we made");
+        let options = options.busy_timeout(Duration::from_secs(5));
+        SqliteConnection::connect_with(&options).await.expect("the file opens")
+    }
+}
+
+impl Drop for TestDatabase {
+    fn drop(&mut self) {
+        let Place::Postgres { server, name, .. } = &self.place else {
+            return;
+        };
+        let (server, name) = (server.clone(), name.clone());
+        // This may be the thread of a runtime, which cannot be blocked on; another thread's can.
+        let dropper = std::thread::spawn(move || {
+            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+            runtime.expect("a runtime for the clean-up").block_on(async {
+                let mut connection = connect(&server).await;
+                connection
+                    .execute(AssertSqlSafe(format!("DROP DATABASE IF EXISTS {name} WITH (FORCE)")))
+                    .await
+                    .expect("the test's database can be dropped");
+            });
+        });
+        let result = dropper.join();
+        // A second panic while the test's own unwinds would hide the first.
+        assert!(result.is_ok() || std::thread::panicking(), "the database {:?} is left over", self.url());
+    }
+}
+
+async fn connect(options: &PgConnectOptions) -> PgConnection {
+    match PgConnection::connect_with(options).await {
+        Ok(connection) => connection,
+        Err(error) => panic!("the test server does not answer: {error}"),
+    }
+}
+
+/// The name of a migrated database to copy, made once for each version of the migrations.
+async fn template(server: &PgConnectOptions) -> &'static str {
+    static NAME: OnceCell<String> = OnceCell::const_new();
+    NAME.get_or_init(|| async {
+        let mut hash = sha2::Sha256::default();
+        for migration in MIGRATOR.iter() {
+            sha2::Digest::update(&mut hash, &migration.checksum);
+        }
+        let digest = sha2::Digest::finalize(hash);
+        let hex: String = digest.iter().take(8).map(|byte| format!("{byte:02x}")).collect();
+        let name = format!("threadkeeper_template_{hex}");
+        make_template(server, &name).await.expect("the migrations apply");
+        name
+    })
+    .await
+}
+
+/// Builds under another name first, so that a killed test leaves no half-made template.
+async fn make_template(server: &PgConnectOptions, name: &str) -> Result<(), sqlx::Error> {
+    /// Chosen at random; all test processes agree on it.
+    const LOCK: i64 = 0x7468_7264_6b70_7274;
+    let mut connection = connect(server).await;
+    sqlx::query("SELECT pg_advisory_lock($1)").bind(LOCK).execute(&mut connection).await?;
+    let found: bool = sqlx::query_scalar("SELECT EXISTS (SELECT FROM pg_database WHERE datname = $1)")
+        .bind(name)
+        .fetch_one(&mut connection)
+        .await?;
+    if !found {
+        let draft = format!("{name}_draft");
+        connection.execute(AssertSqlSafe(format!("DROP DATABASE IF EXISTS {draft} WITH (FORCE)"))).await?;
+        connection.execute(AssertSqlSafe(format!("CREATE DATABASE {draft}"))).await?;
+        let mut inside = connect(&server.clone().database(&draft)).await;
+        MIGRATOR.run(&mut inside).await?;
+        inside.close().await?;
+        connection.execute(AssertSqlSafe(format!("ALTER DATABASE {draft} RENAME TO {name}"))).await?;
+    }
+    // The lock ends with the session.
+    connection.close().await
+}

@@ -1,0 +1,249 @@
+//! A private Postgres cluster, shared by all test processes of one run and gone when the run is over.
+
+use std::fs::{self, DirBuilder, File, Permissions};
+use std::io;
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt, chown};
+use std::os::unix::process::{CommandExt, parent_id};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::sync::OnceLock;
+use std::thread::sleep;
+use std::time::{Duration, Instant};
+
+/// Names a folder that holds `initdb` and `postgres`.
+const OVERRIDE: &str = "THREADKEEPER_TEST_PG_BIN";
+const STARTUP: Duration = Duration::from_secs(30);
+
+/// The URL of the cluster's maintenance database. The first call of the test run starts the cluster.
+///
+/// # Panics
+/// If there is no Postgres on this machine, or it does not start. The message says how to mend it.
+pub(crate) fn url() -> &'static str {
+    static URL: OnceLock<Result<String, String>> = OnceLock::new();
+    match URL.get_or_init(|| start_or_join().map(|socket| url_of(&socket, "postgres"))) {
+        Ok(url) => url,
+        Err(text) => panic!("{text}"),
+    }
+}
+
+fn url_of(socket: &Path, database: &str) -> String {
+    let folder = socket.to_str().expect("the temporary folder's name is UTF-8");
+    format!("postgres://postgres@localhost/{database}?host={}", folder.replace('/', "%2F"))
+}
+
+/// Gives the folder of the cluster's socket.
+fn start_or_join() -> Result<PathBuf, String> {
+    let binaries = binaries()?;
+    let account = Account::for_server()?;
+    let run = run_folder().map_err(|error| format!("no folder for the test cluster: {error}"))?;
+    let attempt = || -> io::Result<PathBuf> {
+        let lock = File::options().create(true).truncate(false).write(true).open(run.join("lock"))?;
+        lock.lock()?;
+        let marker = run.join("started");
+        if !marker.exists() {
+            start(&run, &binaries, &account)?;
+            File::create(marker)?;
+        }
+        Ok(run.join("socket"))
+    };
+    attempt().map_err(|error| format!("the test cluster in {} does not start: {error}", run.display()))
+}
+
+/// Where `initdb` and `postgres` are.
+fn binaries() -> Result<PathBuf, String> {
+    let complete = |folder: &PathBuf| folder.join("initdb").is_file() && folder.join("postgres").is_file();
+    if let Some(folder) = std::env::var_os(OVERRIDE).map(PathBuf::from) {
+        return Some(folder.clone())
+            .filter(complete)
+            .ok_or_else(|| format!("{OVERRIDE} names {}, which lacks initdb or postgres", folder.display()));
+    }
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    let mut debian: Vec<(u32, PathBuf)> = fs::read_dir("/usr/lib/postgresql")
+        .into_iter()
+        .flatten()
+        .filter_map(|entry| {
+            let entry = entry.ok()?;
+            Some((entry.file_name().to_str()?.parse().ok()?, entry.path().join("bin")))
+        })
+        .collect();
+    debian.sort_by_key(|(major, _)| std::cmp::Reverse(*major));
+    std::env::split_paths(&path)
+        .chain(debian.into_iter().map(|(_, folder)| folder))
+        .find(complete)
+        .ok_or_else(|| {
+            format!(
+                "these tests need a Postgres server: install Debian's package `postgresql` (it need not run), or \
+                 name the folder of initdb and postgres in {OVERRIDE}, or a server in DATABASE_URL"
+            )
+        })
+}
+
+/// The account that the server runs under.
+struct Account {
+    /// `None`: our own.
+    other: Option<(u32, u32)>,
+}
+
+impl Account {
+    /// Root may not run Postgres, so it lends the work to `postgres` or `nobody`.
+    fn for_server() -> Result<Self, String> {
+        if own_uid() != 0 {
+            return Ok(Self { other: None });
+        }
+        let passwd = fs::read_to_string("/etc/passwd").map_err(|error| format!("/etc/passwd: {error}"))?;
+        let find = |name: &str| {
+            passwd.lines().find_map(|line| {
+                let mut fields = line.split(':');
+                let found = fields.next() == Some(name);
+                let mut ids = fields.skip(1).filter_map(|field| field.parse().ok());
+                if found { ids.next().zip(ids.next()) } else { None }
+            })
+        };
+        match find("postgres").or_else(|| find("nobody")) {
+            Some(ids) => Ok(Self { other: Some(ids) }),
+            None => {
+                Err("Postgres does not run as root, and there is no account postgres or nobody".to_owned())
+            }
+        }
+    }
+
+    /// A command under this account, in a folder that it can enter, deaf to the terminal.
+    fn command(&self, program: PathBuf, log: &File) -> io::Result<Command> {
+        let mut command = Command::new(program);
+        command.current_dir("/").stdin(Stdio::null()).process_group(0);
+        command.stdout(log.try_clone()?).stderr(log.try_clone()?);
+        if let Some((uid, gid)) = self.other {
+            command.uid(uid).gid(gid);
+        }
+        Ok(command)
+    }
+
+    /// A folder that nobody else may enter.
+    fn folder(&self, path: &Path) -> io::Result<()> {
+        DirBuilder::new().mode(0o700).create(path)?;
+        match self.other {
+            Some((uid, gid)) => chown(path, Some(uid), Some(gid)),
+            None => Ok(()),
+        }
+    }
+}
+
+/// The folder of this test run, told by the process that all its test processes have for a parent: cargo, nextest
+/// or a shell. That process's starting time keeps a later one with the same id apart.
+fn run_folder() -> io::Result<PathBuf> {
+    let parent = parent_id();
+    let stat = fs::read_to_string(format!("/proc/{parent}/stat"))?;
+    // The name in parentheses may hold anything, so count from its end: the starting time is field 22.
+    let started = stat.rsplit(')').next().and_then(|rest| rest.split_whitespace().nth(19)).unwrap_or("0");
+    let folder = scratch().join(format!("threadkeeper-test-{}-{parent}-{started}", own_uid()));
+    match DirBuilder::new().mode(0o711).create(&folder) {
+        Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(error),
+        _ => {}
+    }
+    let found = fs::symlink_metadata(&folder)?;
+    if !found.is_dir() || found.uid() != own_uid() {
+        return Err(io::Error::other(format!("{} is not ours", folder.display())));
+    }
+    // The umask may have taken the right to pass, which the server's account needs.
+    fs::set_permissions(&folder, Permissions::from_mode(0o711))?;
+    Ok(folder)
+}
+
+/// Memory, if there is enough of it: a new database takes a tenth of the time there.
+fn scratch() -> PathBuf {
+    let memory = Path::new("/dev/shm");
+    let free =
+        Command::new("df").args(["-Pk"]).arg(memory).stderr(Stdio::null()).output().ok().and_then(|out| {
+            let text = String::from_utf8(out.stdout).ok()?;
+            text.lines().nth(1)?.split_whitespace().nth(3)?.parse::<u64>().ok()
+        });
+    let probe = memory.join(format!("threadkeeper-probe-{}", std::process::id()));
+    let writable = File::create(&probe).and_then(|_| fs::remove_file(&probe)).is_ok();
+    if writable && free.is_some_and(|kib| kib >= 1024 * 1024) {
+        memory.to_owned()
+    } else {
+        std::env::temp_dir()
+    }
+}
+
+fn own_uid() -> u32 {
+    static UID: OnceLock<u32> = OnceLock::new();
+    *UID.get_or_init(|| fs::metadata("/proc/self").expect("/proc tells about this process").uid())
+}
+
+fn start(run: &Path, binaries: &Path, account: &Account) -> io::Result<()> {
+    let (data, socket) = (run.join("data"), run.join("socket"));
+    // A run that was killed half way leaves its folders.
+    for folder in [&data, &socket] {
+        if folder.exists() {
+            fs::remove_dir_all(folder)?;
+        }
+        account.folder(folder)?;
+    }
+    let log_path = run.join("log");
+    let log = File::create(&log_path)?;
+    let failed = |what: &str| {
+        let text = fs::read_to_string(&log_path).unwrap_or_default();
+        io::Error::other(format!("{what}:\n{text}"))
+    };
+
+    let made = account
+        .command(binaries.join("initdb"), &log)?
+        .arg("-D")
+        .arg(&data)
+        .args(["-U", "postgres", "-A", "trust", "-E", "UTF8", "--no-locale", "--no-sync"])
+        .status()?;
+    if !made.success() {
+        return Err(failed("initdb failed"));
+    }
+    let mut server = account
+        .command(binaries.join("postgres"), &log)?
+        .arg("-D")
+        .arg(&data)
+        .arg("-k")
+        .arg(&socket)
+        .args(["-c", "listen_addresses=", "-c", "fsync=off", "-c", "synchronous_commit=off"])
+        .args(["-c", "full_page_writes=off", "-c", "autovacuum=off", "-c", "max_connections=300"])
+        .spawn()?;
+    watch(run, server.id())?;
+
+    let deadline = Instant::now() + STARTUP;
+    // The socket appears before the server takes connections; this line does not.
+    let ready = || {
+        let text = fs::read_to_string(data.join("postmaster.pid")).unwrap_or_default();
+        text.lines().nth(7).is_some_and(|line| line.trim() == "ready")
+    };
+    while !ready() {
+        if server.try_wait()?.is_some() {
+            return Err(failed("the server ended at once"));
+        }
+        if Instant::now() > deadline {
+            server.kill()?;
+            return Err(failed("the server was not ready in time"));
+        }
+        sleep(Duration::from_millis(10));
+    }
+    Ok(())
+}
+
+/// Leaves a shell behind that ends the server and removes the folder once our parent is gone. It looks for the
+/// entry under /proc, since a signal to a process of another user fails whether that lives or not.
+fn watch(run: &Path, server: u32) -> io::Result<()> {
+    const SCRIPT: &str = r#"
+        while [ -e "/proc/$1" ]; do sleep 0.5; done
+        kill -QUIT "$2"
+        for i in 1 2 3 4 5 6 7 8 9 10; do [ -e "/proc/$2" ] || break; sleep 0.5; done
+        rm -rf "$3"
+    "#;
+    Command::new("/bin/sh")
+        .args(["-c", SCRIPT, "threadkeeper-test-watchdog"])
+        .args([parent_id().to_string(), server.to_string()])
+        .arg(run)
+        .current_dir("/")
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .process_group(0)
+        .spawn()?;
+    Ok(())
+}
