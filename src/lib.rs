@@ -20,6 +20,8 @@ pub mod upstream;
 
 pub mod store;
 
+pub mod simulator;
+
 pub mod config;
 
 pub mod domain;

@@ -2,6 +2,7 @@
 //! simulator for whole turns.
 
 mod scripted;
+mod simulated;
 
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};

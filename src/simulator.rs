@@ -1,0 +1,151 @@
+//! A simulated upstream that speaks both protocols on one port, for development, demos, tests and benches.
+//!
+//! It enforces what the protocols are known to enforce: one run per thread, state transitions, expiry, closed
+//! request schemas, limits, event order. Replies repeat the user's text and count the user's messages, so that a
+//! reader can check what the server knew.
+//!
+//! Knobs that hold for all turns are in [`SimulatorConfig`]. A single turn is steered from the user's text (or
+//! from a function's output) with directives `[[sim: … ]]`, several words in one or several brackets; they are
+//! not repeated in the reply:
+//!
+//! | Directive | The turn |
+//! |---|---|
+//! | `tool=NAME` (repeatable), `tools=N` | asks for functions before it replies |
+//! | `fail`, `incomplete` | ends `failed` (`server_error`), or `incomplete` after half of the text |
+//! | `refusal`, `reasoning`, `parts=N` | refuses; reasons first (responses only); replies in N messages |
+//! | `latency=500ms`, `rate=20ms`, `tokens=50` | takes so long to its first token, and from one to the next; has at least so many words |
+//! | `status=429`, `code=…`, `retry_after=2` | is not accepted: an HTTP error |
+//! | `drop=before`, `drop=after` | the connection closes without an answer, before or after the turn was accepted |
+//! | `silent`, `silent_after=N` | is accepted, then nothing is sent, or nothing after N deltas |
+//! | `cut=N` | the connection breaks after N deltas |
+//! | `mid_error`, `mid_error=nested` | an `error` event after the first deltas, in either shape; the run fails |
+//! | `no_terminal` | the stream ends properly but without its last events |
+//! | `crlf`, `no_event_lines`, `split`, `comments`, `unknown_events` | the stream is written so (`no_event_lines`: responses only; `split`: in cuts of 1 to 3 bytes) |
+//!
+//! The same words make up a [`Fault`], which waits for the next matching requests whatever these contain. For
+//! operations that start no run, `status` (with `code`, `retry_after`), `drop`, `silent` and `latency` apply.
+//!
+//! What [`SimulatorHandle`] offers can be had over HTTP too, below `/_simulator`: `GET stats`, `GET threads`,
+//! `GET threads/{id}/history`, `GET recorded`, `GET|POST|DELETE faults`, `POST hold`, `POST release`, `POST reset`,
+//! `POST|DELETE threads/{id}/foreign_run`.
+//!
+//! Where the protocols are not documented, it decides as follows. Messages of a refused run are not appended.
+//! A run can be cancelled in every state but `cancelling` and the final ones. Deleting a thread ends its run. Writes
+//! to the items of a locked conversation are refused like a response. A background response holds the lock until
+//! it ends. An incomplete response is appended; a failed, cancelled or abandoned one is not, unless
+//! [`SimulatorConfig::append_unfinished`] says so. A deleted conversation cannot be used or read any more, but its
+//! items can be listed, read and deleted. Events of background streams can be replayed until the response is gone.
+
+mod assistants;
+mod config;
+mod control;
+mod error;
+mod faults;
+mod fields;
+mod handle;
+
+mod operation;
+mod page;
+mod plan;
+mod responses;
+mod router;
+mod sse;
+mod state;
+mod stats;
+mod words;
+
+use std::io;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use hyper::server::conn::http1;
+use hyper::service::service_fn;
+use hyper_util::rt::{TokioIo, TokioTimer};
+use tokio::net::{TcpListener, TcpStream};
+use tokio_util::sync::CancellationToken;
+
+pub use config::SimulatorConfig;
+pub use faults::Fault;
+pub use handle::SimulatorHandle;
+pub use stats::{Recorded, Stats, ThreadView};
+
+use state::Server;
+
+/// A simulator that has its port, and serves once it [runs](Self::run).
+#[derive(Debug)]
+pub struct Simulator {
+    server: Arc<Server>,
+    listener: TcpListener,
+    addr: SocketAddr,
+}
+
+impl Simulator {
+    /// Takes the port; port 0 takes a free one. From now on clients can connect, and wait.
+    pub async fn bind(config: SimulatorConfig, addr: SocketAddr) -> io::Result<Self> {
+        let listener = TcpListener::bind(addr).await?;
+        let addr = listener.local_addr()?;
+        Ok(Self { server: Arc::new(Server::new(config)), listener, addr })
+    }
+
+    pub fn addr(&self) -> SocketAddr {
+        self.addr
+    }
+
+    /// Where both protocols begin; ends in `/v1`.
+    pub fn base_url(&self) -> String {
+        format!("http://{}/v1", self.addr)
+    }
+
+    pub fn handle(&self) -> SimulatorHandle {
+        SimulatorHandle::new(Arc::clone(&self.server))
+    }
+
+    /// Serves until `shutdown`; then cuts all connections, ends all runs and returns when they are gone. Dropping
+    /// the future cuts and ends them too, without waiting.
+    pub async fn run(self, shutdown: CancellationToken) {
+        let server = &self.server;
+        let _stop = server.stop.clone().drop_guard();
+        loop {
+            let accepted = tokio::select! {
+                accepted = self.listener.accept() => accepted,
+                () = shutdown.cancelled() => break,
+            };
+            match accepted {
+                Ok((stream, _)) => {
+                    server.tasks.spawn(serve(Arc::clone(server), stream));
+                }
+                // Out of descriptors, or a client that left early: others may still be served.
+                Err(error) => {
+                    tracing::warn!(%error, "the simulator cannot accept a connection");
+                    tokio::time::sleep(Duration::from_millis(20)).await;
+                }
+            }
+        }
+        drop(self.listener);
+        self.server.stop.cancel();
+        self.server.tasks.close();
+        self.server.tasks.wait().await;
+    }
+}
+
+/// Serves one connection until either side ends it.
+async fn serve(server: Arc<Server>, stream: TcpStream) {
+    if stream.set_nodelay(true).is_err() {
+        return; // the client has left already
+    }
+    let stop = server.stop.clone();
+    let service = service_fn(move |request| router::answer(Arc::clone(&server), request));
+    let connection = http1::Builder::new()
+        .timer(TokioTimer::new())
+        .header_read_timeout(Duration::from_mins(5))
+        .serve_connection(TokioIo::new(stream), service);
+    tokio::select! {
+        ended = connection => {
+            if let Err(error) = ended {
+                tracing::debug!(%error, "a connection to the simulator broke");
+            }
+        }
+        () = stop.cancelled() => {}
+    }
+}

@@ -1,0 +1,266 @@
+//! Wire objects and what the server knows beside them.
+
+use serde::Serialize;
+use serde_json::{Value, json};
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+
+use crate::simulator::fields::Metadata;
+use crate::simulator::plan::Plan;
+use crate::simulator::state::Row;
+use crate::simulator::stats::{Line, ThreadView, view};
+use crate::simulator::words;
+
+/// As documented for threads; the oldest messages of a longer one are dropped.
+const MAX_MESSAGES: usize = 100_000;
+/// Runs that a thread lists.
+const MAX_RUNS: usize = 10_000;
+
+#[derive(Debug, Serialize)]
+pub(in crate::simulator) struct Thread {
+    pub(super) id: String,
+    pub(super) object: &'static str,
+    pub(super) created_at: i64,
+    pub(super) metadata: Metadata,
+    pub(super) tool_resources: Value,
+    #[serde(skip)]
+    pub(super) messages: Vec<Message>,
+    /// Ids, oldest first.
+    #[serde(skip)]
+    pub(super) runs: Vec<String>,
+    /// Ids of the runs that have not ended.
+    #[serde(skip)]
+    pub(super) active: Vec<String>,
+    /// User messages ever added.
+    #[serde(skip)]
+    pub(super) turns: usize,
+    /// Words of all messages ever added.
+    #[serde(skip)]
+    pub(super) words: u64,
+}
+
+impl Thread {
+    pub(super) fn new(
+        id: String,
+        created_at: i64,
+        metadata: Metadata,
+        tool_resources: Option<Value>,
+    ) -> Self {
+        Self {
+            id,
+            object: "thread",
+            created_at,
+            metadata,
+            tool_resources: tool_resources.unwrap_or_else(|| json!({})),
+            messages: Vec::new(),
+            runs: Vec::new(),
+            active: Vec::new(),
+            turns: 0,
+            words: 0,
+        }
+    }
+
+    pub(super) fn push(&mut self, message: Message) {
+        if message.role == "user" {
+            self.turns += 1;
+        }
+        self.words += words::count(&message.text());
+        self.messages.push(message);
+        if self.messages.len() > MAX_MESSAGES {
+            self.messages.drain(..MAX_MESSAGES / 10);
+        }
+    }
+
+    pub(super) fn push_run(&mut self, run: &str) {
+        self.runs.push(run.to_owned());
+        self.active.push(run.to_owned());
+        if self.runs.len() > MAX_RUNS {
+            self.runs.drain(..MAX_RUNS / 10);
+        }
+    }
+
+    /// The newest messages are looked at first.
+    pub(super) fn message_mut(&mut self, id: &str) -> Option<&mut Message> {
+        self.messages.iter_mut().rev().find(|message| message.id == id)
+    }
+
+    /// The text of the newest user message, empty if there is none.
+    pub(super) fn last_user_text(&self) -> String {
+        self.messages
+            .iter()
+            .rev()
+            .find(|message| message.role == "user")
+            .map(Message::text)
+            .unwrap_or_default()
+    }
+
+    pub(in crate::simulator) fn lines(&self) -> Vec<Line> {
+        self.messages.iter().map(|message| (message.role.clone(), message.text())).collect()
+    }
+
+    pub(in crate::simulator) fn view(&self) -> ThreadView {
+        view(&self.id, &self.metadata, self.lines(), false)
+    }
+}
+
+impl Row for Thread {
+    fn is_busy(&self) -> bool {
+        !self.active.is_empty()
+    }
+}
+
+#[derive(Clone, Debug, Serialize)]
+pub(in crate::simulator) struct Message {
+    pub(super) id: String,
+    pub(super) object: &'static str,
+    pub(super) created_at: i64,
+    pub(super) thread_id: String,
+    pub(super) status: &'static str,
+    pub(super) incomplete_details: Option<Value>,
+    pub(super) completed_at: Option<i64>,
+    pub(super) incomplete_at: Option<i64>,
+    pub(super) role: String,
+    /// Parts in the shape of answers.
+    pub(super) content: Vec<Value>,
+    pub(super) assistant_id: Option<String>,
+    pub(super) run_id: Option<String>,
+    pub(super) attachments: Option<Value>,
+    pub(super) metadata: Metadata,
+}
+
+impl Message {
+    /// The text and refusal parts together.
+    pub(super) fn text(&self) -> String {
+        let text = |part: &Value| {
+            part["text"]["value"].as_str().or_else(|| part["refusal"].as_str()).unwrap_or_default().to_owned()
+        };
+        match self.content.as_slice() {
+            [part] => text(part),
+            parts => parts.iter().map(text).collect::<Vec<_>>().join(" ").trim().to_owned(),
+        }
+    }
+}
+
+#[derive(Clone, Copy, Debug, Eq, PartialEq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub(in crate::simulator) enum RunStatus {
+    Queued,
+    InProgress,
+    RequiresAction,
+    Cancelling,
+    Cancelled,
+    Failed,
+    Completed,
+    Incomplete,
+    Expired,
+}
+
+impl RunStatus {
+    pub(super) const fn name(self) -> &'static str {
+        match self {
+            Self::Queued => "queued",
+            Self::InProgress => "in_progress",
+            Self::RequiresAction => "requires_action",
+            Self::Cancelling => "cancelling",
+            Self::Cancelled => "cancelled",
+            Self::Failed => "failed",
+            Self::Completed => "completed",
+            Self::Incomplete => "incomplete",
+            Self::Expired => "expired",
+        }
+    }
+
+    pub(super) const fn is_final(self) -> bool {
+        !matches!(self, Self::Queued | Self::InProgress | Self::RequiresAction | Self::Cancelling)
+    }
+}
+
+#[derive(Debug, Serialize)]
+pub(in crate::simulator) struct Run {
+    pub(super) id: String,
+    pub(super) object: &'static str,
+    pub(super) created_at: i64,
+    pub(super) thread_id: String,
+    pub(super) assistant_id: String,
+    pub(super) status: RunStatus,
+    pub(super) required_action: Option<Value>,
+    pub(super) last_error: Option<Value>,
+    pub(super) expires_at: Option<i64>,
+    pub(super) started_at: Option<i64>,
+    pub(super) cancelled_at: Option<i64>,
+    pub(super) failed_at: Option<i64>,
+    pub(super) completed_at: Option<i64>,
+    pub(super) incomplete_details: Option<Value>,
+    pub(super) usage: Option<Value>,
+    pub(super) metadata: Metadata,
+    #[serde(flatten)]
+    pub(super) settings: Settings,
+    #[serde(skip)]
+    pub(super) work: Work,
+}
+
+/// What the caller may set for one run.
+#[derive(Clone, Debug, Serialize)]
+pub(in crate::simulator) struct Settings {
+    pub(super) model: String,
+    pub(super) instructions: String,
+    pub(super) tools: Vec<Value>,
+    pub(super) temperature: f64,
+    pub(super) top_p: f64,
+    pub(super) max_prompt_tokens: Option<u64>,
+    pub(super) max_completion_tokens: Option<u64>,
+    pub(super) truncation_strategy: Value,
+    pub(super) tool_choice: Value,
+    pub(super) parallel_tool_calls: bool,
+    pub(super) response_format: Value,
+}
+
+/// The server's side of a run.
+#[derive(Debug)]
+pub(in crate::simulator) struct Work {
+    /// When it expires.
+    pub(super) deadline: Instant,
+    /// Tells its generation that it is being cancelled.
+    pub(super) cancel: CancellationToken,
+    /// Tells it that its world has ended.
+    pub(super) end: CancellationToken,
+    pub(super) plan: Plan,
+    /// A generation works on it.
+    pub(super) generating: bool,
+    /// Somebody else's, made by a knob.
+    pub(super) foreign: bool,
+    pub(super) steps: Vec<Step>,
+    /// Ids of the function calls that wait for outputs.
+    pub(super) calls: Vec<String>,
+    /// What the functions answered so far.
+    pub(super) outputs: Vec<String>,
+    /// Tokens made so far.
+    pub(super) tokens: u64,
+}
+
+impl Row for Run {
+    fn is_busy(&self) -> bool {
+        !self.status.is_final()
+    }
+}
+
+#[derive(Clone, Debug, Serialize)]
+#[expect(clippy::struct_field_names, reason = "`step_details` is its name on the wire")]
+pub(in crate::simulator) struct Step {
+    pub(super) id: String,
+    pub(super) object: &'static str,
+    pub(super) created_at: i64,
+    pub(super) assistant_id: String,
+    pub(super) thread_id: String,
+    pub(super) run_id: String,
+    pub(super) r#type: &'static str,
+    pub(super) status: &'static str,
+    pub(super) step_details: Value,
+    pub(super) last_error: Option<Value>,
+    pub(super) expired_at: Option<i64>,
+    pub(super) cancelled_at: Option<i64>,
+    pub(super) failed_at: Option<i64>,
+    pub(super) completed_at: Option<i64>,
+    pub(super) metadata: Metadata,
+    pub(super) usage: Option<Value>,
+}

@@ -1,0 +1,445 @@
+//! Runs and run steps.
+
+use std::sync::Arc;
+
+use axum::response::Response;
+use serde_json::{Value, json};
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+
+use super::generate::{Generation, end_run};
+use super::objects::{Message, Run, RunStatus, Settings, Thread, Work};
+use super::threads;
+use crate::simulator::error::{ApiError, json_body};
+use crate::simulator::fields::{Fields, Metadata};
+use crate::simulator::page::Paging;
+use crate::simulator::plan::{Drop, Plan};
+use crate::simulator::router::{Call, Refused};
+use crate::simulator::sse::EventOut;
+use crate::simulator::state::{Server, World};
+
+const SETTINGS: [&str; 13] = [
+    "model",
+    "instructions",
+    "tools",
+    "metadata",
+    "temperature",
+    "top_p",
+    "stream",
+    "max_prompt_tokens",
+    "max_completion_tokens",
+    "truncation_strategy",
+    "tool_choice",
+    "parallel_tool_calls",
+    "response_format",
+];
+
+pub(super) fn create(server: &Arc<Server>, call: Call) -> Result<Response, Refused> {
+    let id = call.segment(1).to_owned();
+    let known = [
+        &SETTINGS[..],
+        &["assistant_id", "additional_instructions", "additional_messages", "reasoning_effort"],
+    ];
+    let mut fields = Fields::of_body(call.body, &known.concat())?;
+    let started = {
+        let mut world = server.world();
+        expire_stale(server, &mut world, &id);
+        threads::thread(&world, &id)?;
+        let request = NewRun::read(&mut fields)?;
+        refuse_if_active(server, &mut world, &id, |run| {
+            format!("Thread {id} already has an active run {run}.")
+        })?;
+        let messages = threads::new_messages(server, &mut fields, "additional_messages", &id)?;
+        let thread = threads::thread_mut(&mut world, &id)?;
+        let text = messages.iter().rev().find(|message| message.role == "user").map(Message::text);
+        let plan = plan(&text.unwrap_or_else(|| thread.last_user_text()), call.fault.as_deref())?;
+        accept(&plan)?;
+        for message in messages {
+            thread.push(message);
+        }
+        start(server, &mut world, &id, request, plan, false)
+    };
+    started.answer(server)
+}
+
+pub(super) fn create_with_thread(server: &Arc<Server>, call: Call) -> Result<Response, Refused> {
+    let known = [&SETTINGS[..], &["assistant_id", "thread", "tool_resources"]];
+    let mut fields = Fields::of_body(call.body, &known.concat())?;
+    let request = NewRun::read(&mut fields)?;
+    let body = match fields.any("thread") {
+        None => serde_json::Map::new(),
+        Some(Value::Object(map)) => map,
+        Some(other) => return Err(crate::simulator::fields::wrong_type("thread", "an object", &other).into()),
+    };
+    let thread = threads::new_thread(server, body, "thread")?;
+    let plan = plan(&thread.last_user_text(), call.fault.as_deref())?;
+    accept(&plan)?;
+    let id = thread.id.clone();
+    threads::insert(server, thread);
+    let started = start(server, &mut server.world(), &id, request, plan, true);
+    started.answer(server)
+}
+
+pub(super) fn submit_tool_outputs(server: &Arc<Server>, mut call: Call) -> Result<Response, Refused> {
+    let mut fields = Fields::of_body(std::mem::take(&mut call.body), &["tool_outputs", "stream"])?;
+    let stream = fields.flag("stream")?.unwrap_or(false);
+    let list = fields.array("tool_outputs", usize::MAX)?;
+    let list = list.ok_or_else(|| fields.missing("tool_outputs"))?;
+    let mut outputs: Vec<(String, String)> = Vec::new();
+    for (n, value) in list.into_iter().enumerate() {
+        let mut output = Fields::of_value(value, format!("tool_outputs[{n}]"), &["tool_call_id", "output"])?;
+        outputs.push((output.needed_text("tool_call_id")?, output.text("output")?.unwrap_or_default()));
+    }
+    let started = {
+        let mut world = server.world();
+        expire_stale(server, &mut world, call.segment(1));
+        let run = run_mut(&mut world, &call)?;
+        if run.status != RunStatus::RequiresAction {
+            return Err(ApiError::invalid(format!(
+                "Runs in status \"{}\" do not accept tool outputs.",
+                run.status.name()
+            ))
+            .into());
+        }
+        complete(&run.work.calls, &outputs)?;
+        // The first plan's functions have been asked for; the rest of it holds on, unless an output says otherwise.
+        let mut plan = Plan { tools: Vec::new(), ..run.work.plan.clone() };
+        let mut answers = Vec::new();
+        for (_, output) in &outputs {
+            let (asked, text) = Plan::of_text(output)?;
+            if asked != Plan::default() {
+                plan = asked;
+            }
+            answers.push(text);
+        }
+        if let Some(fault) = &call.fault {
+            plan.apply(fault).map_err(ApiError::invalid)?;
+        }
+        accept(&plan)?;
+        let drop = plan.drop;
+        run.work.plan = plan;
+        run.work.outputs.extend(answers);
+        run.work.calls.clear();
+        run.work.generating = true;
+        run.status = RunStatus::Queued;
+        run.required_action = None;
+        let step = answered_step(server, run, &outputs);
+        let (mut out, response) = open(stream, &run.work.plan);
+        if let Some(step) = &step {
+            out.emit("thread.run.step.completed", step);
+        }
+        out.emit("thread.run.queued", run);
+        let answer = response.unwrap_or_else(|| json_body(run));
+        let generation = Generation::new(server, run, out);
+        world.counters.resume(call.segment(1));
+        Started { generation, answer, drop }
+    };
+    server.changed();
+    started.answer(server)
+}
+
+pub(super) fn list(server: &Server, call: &Call) -> Result<Response, ApiError> {
+    let paging = Paging::of_query(&call.query, true)?;
+    let mut world = server.world();
+    expire_stale(server, &mut world, call.segment(1));
+    let thread = threads::thread(&world, call.segment(1))?;
+    let runs = thread.runs.iter().filter_map(|id| world.runs.get(id));
+    paging.answer(runs, |run| &run.id)
+}
+
+pub(super) fn get(server: &Server, call: &Call) -> Result<Response, ApiError> {
+    let mut world = server.world();
+    expire_stale(server, &mut world, call.segment(1));
+    Ok(json_body(run_mut(&mut world, call)?))
+}
+
+pub(super) fn modify(server: &Server, call: Call) -> Result<Response, ApiError> {
+    let mut world = server.world();
+    let run = run_mut(&mut world, &call)?;
+    if let Some(metadata) = Fields::of_body(call.body, &["metadata"])?.metadata()? {
+        run.metadata = metadata;
+    }
+    Ok(json_body(run))
+}
+
+pub(super) fn cancel(server: &Arc<Server>, call: &Call) -> Result<Response, ApiError> {
+    let mut world = server.world();
+    expire_stale(server, &mut world, call.segment(1));
+    let run = run_mut(&mut world, call)?;
+    if run.status.is_final() || run.status == RunStatus::Cancelling {
+        return Err(ApiError::invalid(format!("Cannot cancel run with status '{}'.", run.status.name())));
+    }
+    run.status = RunStatus::Cancelling;
+    run.required_action = None;
+    let answer = json_body(run);
+    run.work.cancel.cancel();
+    if !run.work.generating {
+        // Nobody works on it who could end it.
+        let generation = Generation::new(server, run, EventOut::nobody());
+        server.tasks.spawn(generation.be_cancelled());
+    }
+    drop(world);
+    server.changed();
+    Ok(answer)
+}
+
+pub(super) fn list_steps(server: &Server, call: &Call) -> Result<Response, ApiError> {
+    let paging = Paging::of_query(&call.query, true)?;
+    let mut world = server.world();
+    expire_stale(server, &mut world, call.segment(1));
+    paging.answer(run_mut(&mut world, call)?.work.steps.iter(), |step| &step.id)
+}
+
+pub(super) fn get_step(server: &Server, call: &Call) -> Result<Response, ApiError> {
+    let mut world = server.world();
+    expire_stale(server, &mut world, call.segment(1));
+    let id = call.segment(5);
+    let step = run_mut(&mut world, call)?.work.steps.iter().find(|step| step.id == id);
+    step.map(json_body).ok_or_else(|| ApiError::not_found(format!("No run step found with id '{id}'.")))
+}
+
+/// Locks a thread with a run that nobody works on. `None` if there is no such thread or it is busy.
+pub(in crate::simulator) fn start_foreign_run(server: &Server, thread: &str) -> Option<String> {
+    let mut world = server.world();
+    expire_stale(server, &mut world, thread);
+    world.threads.get(thread).filter(|thread| thread.active.is_empty())?;
+    let mut run = new_run(server, &world.end, thread, NewRun::foreign(), Plan::default());
+    run.status = RunStatus::InProgress;
+    run.started_at = Some(server.now());
+    run.work.foreign = true;
+    run.work.generating = false;
+    let id = run.id.clone();
+    world.threads.get_mut(thread)?.push_run(&id);
+    world.runs.insert(id.clone(), run);
+    Some(id)
+}
+
+/// Completes the foreign run of a thread.
+pub(in crate::simulator) fn stop_foreign_run(server: &Server, thread: &str) -> bool {
+    let mut world = server.world();
+    let Some(row) = world.threads.get(thread) else { return false };
+    let is_foreign = |id: &&String| world.runs.get(id).is_some_and(|run| run.work.foreign);
+    let Some(run) = row.active.iter().find(is_foreign).cloned() else { return false };
+    end_run(server, &mut world, &run, RunStatus::Completed);
+    true
+}
+
+/// Expires what is overdue on a thread and has no generation to notice it.
+pub(super) fn expire_stale(server: &Server, world: &mut World, thread: &str) {
+    let Some(row) = world.threads.get(thread).filter(|row| !row.active.is_empty()) else { return };
+    let now = Instant::now();
+    let overdue =
+        |id: &&String| world.runs.get(id).is_some_and(|run| !run.work.generating && run.work.deadline <= now);
+    let overdue: Vec<String> = row.active.iter().filter(overdue).cloned().collect();
+    for run in overdue {
+        end_run(server, world, &run, RunStatus::Expired);
+    }
+}
+
+/// The conflict answers, whose text names the run.
+pub(super) fn refuse_if_active(
+    server: &Server,
+    world: &mut World,
+    thread: &str,
+    text: impl FnOnce(&str) -> String,
+) -> Result<(), ApiError> {
+    if !server.config.enforce_locks {
+        return Ok(());
+    }
+    let Some(run) = world.threads.get(thread).and_then(|thread| thread.active.first()) else { return Ok(()) };
+    let error = ApiError::invalid(text(run));
+    world.counters.stats.lock_refusals += 1;
+    server.changed();
+    Err(error)
+}
+
+/// What a request for a run asks for.
+struct NewRun {
+    assistant: String,
+    stream: bool,
+    metadata: Metadata,
+    settings: Settings,
+}
+
+impl NewRun {
+    fn read(fields: &mut Fields) -> Result<Self, ApiError> {
+        let assistant = fields.needed_text("assistant_id")?;
+        if !assistant.starts_with("asst_") || assistant.starts_with("asst_missing") {
+            return Err(ApiError::not_found(format!("No assistant found with id '{assistant}'.")));
+        }
+        let mut instructions = fields.text("instructions")?.unwrap_or_default();
+        if let Some(more) = fields.text("additional_instructions")? {
+            instructions = if instructions.is_empty() { more } else { format!("{instructions}\n{more}") };
+        }
+        fields.text("reasoning_effort")?;
+        fields.any("tool_resources");
+        Ok(Self {
+            assistant,
+            stream: fields.flag("stream")?.unwrap_or(false),
+            metadata: fields.metadata()?.unwrap_or_default(),
+            settings: Settings {
+                model: fields.text("model")?.unwrap_or_else(|| "sim-1".to_owned()),
+                instructions,
+                tools: fields.array("tools", 20)?.unwrap_or_default(),
+                temperature: fields.number("temperature", 2.0)?.unwrap_or(1.0),
+                top_p: fields.number("top_p", 1.0)?.unwrap_or(1.0),
+                max_prompt_tokens: fields.integer("max_prompt_tokens", 256)?,
+                max_completion_tokens: fields.integer("max_completion_tokens", 256)?,
+                truncation_strategy: fields
+                    .any("truncation_strategy")
+                    .unwrap_or_else(|| json!({"type": "auto", "last_messages": null})),
+                tool_choice: fields.any("tool_choice").unwrap_or_else(|| "auto".into()),
+                parallel_tool_calls: fields.flag("parallel_tool_calls")?.unwrap_or(true),
+                response_format: fields.any("response_format").unwrap_or_else(|| "auto".into()),
+            },
+        })
+    }
+
+    fn foreign() -> Self {
+        let body = json!({"assistant_id": "asst_foreign", "metadata": {"foreign": "true"}});
+        let fields = Fields::of_value(body, String::new(), &["assistant_id", "metadata"]);
+        fields.and_then(|mut fields| Self::read(&mut fields)).expect("the body above is a valid request")
+    }
+}
+
+/// A run that was accepted and is about to be worked on.
+struct Started {
+    generation: Generation,
+    answer: Response,
+    drop: Option<Drop>,
+}
+
+impl Started {
+    fn answer(self, server: &Server) -> Result<Response, Refused> {
+        let closes = self.drop.is_some();
+        server.tasks.spawn(self.generation.work());
+        if closes { Err(Refused::Dropped) } else { Ok(self.answer) }
+    }
+}
+
+/// The turn's behaviour: from the user's text, then from a fault.
+fn plan(text: &str, fault: Option<&str>) -> Result<Plan, ApiError> {
+    let (mut plan, _) = Plan::of_text(text)?;
+    if let Some(fault) = fault {
+        plan.apply(fault).map_err(ApiError::invalid)?;
+    }
+    Ok(plan)
+}
+
+/// Refuses a turn whose plan says so.
+fn accept(plan: &Plan) -> Result<(), Refused> {
+    plan.refused()?;
+    if plan.drop == Some(Drop::Before) { Err(Refused::Dropped) } else { Ok(()) }
+}
+
+fn start(
+    server: &Arc<Server>,
+    world: &mut World,
+    thread: &str,
+    request: NewRun,
+    plan: Plan,
+    with_thread: bool,
+) -> Started {
+    let (mut out, response) = open(request.stream, &plan);
+    let drop = plan.drop;
+    let run = new_run(server, &world.end, thread, request, plan);
+    let row = world.threads.get_mut(thread).expect("the caller has found or made it under this lock");
+    if with_thread {
+        out.emit("thread.created", &*row as &Thread);
+    }
+    row.push_run(&run.id);
+    out.emit("thread.run.created", &run);
+    out.emit("thread.run.queued", &run);
+    let answer = response.unwrap_or_else(|| json_body(&run));
+    let generation = Generation::new(server, &run, out);
+    world.counters.begin(thread, &run.id);
+    world.runs.insert(run.id.clone(), run);
+    server.changed();
+    Started { generation, answer, drop }
+}
+
+/// Where the events of a run go, and the answer that carries them, if it is to be a stream.
+fn open(stream: bool, plan: &Plan) -> (EventOut, Option<Response>) {
+    if stream {
+        let (out, response) = EventOut::connection(crate::simulator::plan::Dialect {
+            no_event_lines: false, // this protocol cannot be read without them
+            ..plan.dialect
+        });
+        (out, Some(response))
+    } else {
+        (EventOut::nobody(), None)
+    }
+}
+
+fn new_run(server: &Server, end: &CancellationToken, thread: &str, request: NewRun, plan: Plan) -> Run {
+    let deadline = Instant::now() + server.config.run_expiry;
+    Run {
+        id: server.id("run"),
+        object: "thread.run",
+        created_at: server.now(),
+        thread_id: thread.to_owned(),
+        assistant_id: request.assistant,
+        status: RunStatus::Queued,
+        required_action: None,
+        last_error: None,
+        expires_at: Some(server.seconds_at(deadline)),
+        started_at: None,
+        cancelled_at: None,
+        failed_at: None,
+        completed_at: None,
+        incomplete_details: None,
+        usage: None,
+        metadata: request.metadata,
+        settings: request.settings,
+        work: Work {
+            deadline,
+            cancel: CancellationToken::new(),
+            end: end.clone(),
+            plan,
+            generating: true,
+            foreign: false,
+            steps: Vec::new(),
+            calls: Vec::new(),
+            outputs: Vec::new(),
+            tokens: 0,
+        },
+    }
+}
+
+/// All outputs must come at once, and no others.
+fn complete(calls: &[String], outputs: &[(String, String)]) -> Result<(), ApiError> {
+    let got: Vec<&String> = outputs.iter().map(|(id, _)| id).collect();
+    let all = calls.iter().all(|call| got.contains(&call)) && got.len() == calls.len();
+    if all {
+        return Ok(());
+    }
+    let quoted = |ids: Vec<&String>| ids.iter().map(|id| format!("'{id}'")).collect::<Vec<_>>().join(", ");
+    Err(ApiError::invalid(format!(
+        "Expected tool outputs for call_ids [{}], got [{}]",
+        quoted(calls.iter().collect()),
+        quoted(got)
+    )))
+}
+
+/// Writes the outputs into the open step and completes it.
+fn answered_step(
+    server: &Server,
+    run: &mut Run,
+    outputs: &[(String, String)],
+) -> Option<super::objects::Step> {
+    let step = run.work.steps.iter_mut().rev().find(|step| step.status == "in_progress")?;
+    for call in step.step_details["tool_calls"].as_array_mut()? {
+        let output = outputs.iter().find(|(id, _)| call["id"] == **id).map(|(_, output)| output.as_str());
+        call["function"]["output"] = output.into();
+    }
+    step.status = "completed";
+    step.completed_at = Some(server.now());
+    Some(step.clone())
+}
+
+fn run_mut<'a>(world: &'a mut World, call: &Call) -> Result<&'a mut Run, ApiError> {
+    threads::thread(world, call.segment(1))?;
+    let id = call.segment(3);
+    let run = world.runs.get_mut(id).filter(|run| run.thread_id == call.segment(1));
+    run.ok_or_else(|| ApiError::not_found(format!("No run found with id '{id}'.")))
+}

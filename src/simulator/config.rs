@@ -1,0 +1,74 @@
+//! The knobs that hold for a whole simulator. Behaviour of a single turn is asked for with directives or faults.
+
+use std::time::Duration;
+
+use clap::ArgAction;
+use humantime_serde::re::humantime::parse_duration;
+use secrecy::SecretString;
+use serde::Deserialize;
+
+/// How the simulator behaves. The default answers at once and enforces every rule.
+#[derive(Clone, Debug, Deserialize, clap::Args)]
+#[serde(default, deny_unknown_fields)]
+pub struct SimulatorConfig {
+    /// Time from the acceptance of a run to its first token.
+    #[arg(long, default_value = "0ms", value_parser = parse_duration)]
+    #[serde(with = "humantime_serde")]
+    pub latency: Duration,
+    /// Time between two tokens.
+    #[arg(long, default_value = "0ms", value_parser = parse_duration)]
+    #[serde(with = "humantime_serde")]
+    pub token_interval: Duration,
+    /// Replies are padded to at least this many words.
+    #[arg(long, default_value_t = 0)]
+    pub reply_words: usize,
+    /// Life of an Assistants run, tool waits included.
+    #[arg(long, default_value = "10m", value_parser = parse_duration)]
+    #[serde(with = "humantime_serde")]
+    pub run_expiry: Duration,
+    /// Time from the acceptance of a cancel call to its effect.
+    #[arg(long, default_value = "0ms", value_parser = parse_duration)]
+    #[serde(with = "humantime_serde")]
+    pub cancel_delay: Duration,
+    /// How long the lock of a conversation outlives its response.
+    #[arg(long, default_value = "0ms", value_parser = parse_duration)]
+    #[serde(with = "humantime_serde")]
+    pub lock_linger: Duration,
+    /// The only key accepted. Unset: every key that does not begin with `bad`.
+    #[arg(long)]
+    pub api_key: Option<SecretString>,
+    /// Refuse messages and runs on a thread that has an active run, as some servers do not.
+    #[arg(long, default_value_t = true, action = ArgAction::Set)]
+    pub enforce_locks: bool,
+    /// Offer `/conversations`, as some servers do not.
+    #[arg(long, default_value_t = true, action = ArgAction::Set)]
+    pub conversations: bool,
+    /// Keep in the conversation what a failed, cancelled or interrupted response has read and produced so far.
+    #[arg(long)]
+    pub append_unfinished: bool,
+    /// Threads, conversations, runs and responses kept, each; past it the oldest idle ones are forgotten.
+    #[arg(long, default_value_t = 100_000)]
+    pub max_kept: usize,
+    /// Requests kept for inspection.
+    #[arg(long, default_value_t = 256)]
+    pub recorded: usize,
+}
+
+impl Default for SimulatorConfig {
+    fn default() -> Self {
+        Self {
+            latency: Duration::ZERO,
+            token_interval: Duration::ZERO,
+            reply_words: 0,
+            run_expiry: Duration::from_mins(10),
+            cancel_delay: Duration::ZERO,
+            lock_linger: Duration::ZERO,
+            api_key: None,
+            enforce_locks: true,
+            conversations: true,
+            append_unfinished: false,
+            max_kept: 100_000,
+            recorded: 256,
+        }
+    }
+}

@@ -1,0 +1,53 @@
+//! `/_simulator/…`: the handle's functions over HTTP, without credentials.
+
+use std::sync::Arc;
+
+use axum::response::{IntoResponse, Response};
+use http::Method;
+use serde_json::json;
+
+use super::error::{ApiError, json_body};
+use super::faults::Fault;
+use super::handle::SimulatorHandle;
+use super::state::Server;
+
+/// Answers a request below `/_simulator`.
+pub(super) fn answer(server: &Arc<Server>, method: &Method, path: &[&str], body: &[u8]) -> Response {
+    let handle = SimulatorHandle::new(Arc::clone(server));
+    let (get, post, delete) = (method == Method::GET, method == Method::POST, method == Method::DELETE);
+    match path {
+        ["stats"] if get => json_body(&handle.stats()),
+        ["threads"] if get => json_body(&handle.threads()),
+        ["threads", id, "history"] if get => json_body(&handle.thread_history(id)),
+        ["recorded"] if get => json_body(&handle.recorded()),
+        ["faults"] if get => json_body(&server.world().faults.list()),
+        ["faults"] if post => add_fault(&handle, body),
+        ["faults"] if delete => done(|| server.world().faults.clear()),
+        ["hold"] if post => done(|| handle.hold()),
+        ["release"] if post => done(|| handle.release()),
+        ["reset"] if post => done(|| handle.reset()),
+        ["threads", id, "foreign_run"] if post => match handle.start_foreign_run(id) {
+            Some(run) => json_body(&json!({"thread": id, "run": run})),
+            None => ApiError::not_found(format!("No idle thread or conversation '{id}'.")).into_response(),
+        },
+        ["threads", id, "foreign_run"] if delete => {
+            json_body(&json!({"thread": id, "stopped": handle.stop_foreign_run(id)}))
+        }
+        _ => ApiError::not_found(format!("Nothing at '/_simulator/{}'.", path.join("/"))).into_response(),
+    }
+}
+
+fn add_fault(handle: &SimulatorHandle, body: &[u8]) -> Response {
+    let added = serde_json::from_slice::<Fault>(body)
+        .map_err(|error| error.to_string())
+        .and_then(|fault| handle.add_fault(fault));
+    match added {
+        Ok(()) => json_body(&json!({"ok": true})),
+        Err(error) => ApiError::invalid(error).into_response(),
+    }
+}
+
+fn done(act: impl FnOnce()) -> Response {
+    act();
+    json_body(&json!({"ok": true}))
+}

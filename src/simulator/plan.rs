@@ -1,0 +1,201 @@
+//! What is to happen in one turn: read from directives in the user's text, or from a fault.
+
+use std::time::Duration;
+
+use http::StatusCode;
+use humantime_serde::re::humantime::parse_duration;
+
+use super::error::ApiError;
+
+const OPEN: &str = "[[sim:";
+const CLOSE: &str = "]]";
+const MAX_WORDS: usize = 1_000_000;
+
+/// The behaviour of one turn. The default is a plain reply.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub(super) struct Plan {
+    /// Names of the functions to ask for before the reply.
+    pub(super) tools: Vec<String>,
+    pub(super) outcome: Outcome,
+    /// Replaces the configured latency.
+    pub(super) latency: Option<Duration>,
+    /// Replaces the configured interval between tokens.
+    pub(super) interval: Option<Duration>,
+    /// Pads the reply to so many words.
+    pub(super) words: Option<usize>,
+    /// Answer with an error status instead of accepting.
+    pub(super) status: Option<StatusCode>,
+    pub(super) code: Option<String>,
+    pub(super) retry_after: Option<String>,
+    /// Close the connection without an answer.
+    pub(super) drop: Option<Drop>,
+    /// Close the connection after so many deltas.
+    pub(super) cut: Option<usize>,
+    /// Fall silent after so many deltas; `Some(0)`: accept and send nothing at all.
+    pub(super) silent_after: Option<usize>,
+    pub(super) refusal: bool,
+    pub(super) reasoning: bool,
+    /// Send an `error` event in the middle of the reply.
+    pub(super) mid_error: Option<ErrorShape>,
+    /// End the stream without its last events.
+    pub(super) no_terminal: bool,
+    /// Number of messages less one.
+    pub(super) more_parts: usize,
+    pub(super) dialect: Dialect,
+}
+
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+pub(super) enum Outcome {
+    #[default]
+    Complete,
+    Fail,
+    Incomplete,
+}
+
+/// When a connection is closed without an answer.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub(super) enum Drop {
+    /// Before the request takes effect.
+    Before,
+    /// After it took effect.
+    After,
+}
+
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub(super) enum ErrorShape {
+    Flat,
+    Nested,
+}
+
+/// How events are written.
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+#[expect(clippy::struct_excessive_bools, reason = "each is a switch of its own")]
+pub(super) struct Dialect {
+    pub(super) crlf: bool,
+    pub(super) no_event_lines: bool,
+    pub(super) split: bool,
+    pub(super) comments: bool,
+    pub(super) unknown_events: bool,
+}
+
+impl Plan {
+    /// Takes the directives out of `text`: what they ask for, and the text without them.
+    pub(super) fn of_text(text: &str) -> Result<(Self, String), ApiError> {
+        let mut plan = Self::default();
+        let mut stripped = String::with_capacity(text.len());
+        let mut rest = text;
+        while let Some((before, after)) = rest.split_once(OPEN) {
+            let Some((words, after)) = after.split_once(CLOSE) else { break };
+            stripped.push_str(before);
+            plan.apply(words).map_err(|error| ApiError::invalid(error).code("invalid_directive"))?;
+            rest = after;
+        }
+        stripped.push_str(rest);
+        Ok((plan, stripped.trim().to_owned()))
+    }
+
+    /// Adds the behaviour that `words` ask for: `tool=get_weather rate=20ms`.
+    pub(super) fn apply(&mut self, words: &str) -> Result<(), String> {
+        for word in words.split_whitespace() {
+            let (name, value) =
+                word.split_once('=').map_or((word, None), |(name, value)| (name, Some(value)));
+            self.apply_word(name, value).map_err(|why| format!("Simulator directive '{word}': {why}."))?;
+        }
+        Ok(())
+    }
+
+    /// The error to answer instead of accepting, if there is one.
+    pub(super) fn refused(&self) -> Result<(), ApiError> {
+        match self.status {
+            None => Ok(()),
+            Some(status) => {
+                Err(ApiError::of_status(status, self.code.as_deref(), self.retry_after.as_deref()))
+            }
+        }
+    }
+
+    /// Nothing is ever sent.
+    pub(super) fn is_silent(&self) -> bool {
+        self.silent_after == Some(0)
+    }
+
+    fn apply_word(&mut self, name: &str, value: Option<&str>) -> Result<(), &'static str> {
+        let count = || value.and_then(|text| text.parse::<usize>().ok()).ok_or("a number is wanted");
+        let time = || value.and_then(|text| parse_duration(text).ok()).ok_or("a time such as 20ms is wanted");
+        let text = || value.map(str::to_owned).ok_or("a value is wanted");
+        match name {
+            "tool" => self.tools.push(text()?),
+            "tools" => self.tools.extend((1..=count()?.min(128)).map(|n| format!("function_{n}"))),
+            "fail" => self.outcome = Outcome::Fail,
+            "incomplete" => self.outcome = Outcome::Incomplete,
+            "latency" => self.latency = Some(time()?),
+            "rate" => self.interval = Some(time()?),
+            "tokens" => self.words = Some(count()?.min(MAX_WORDS)),
+            "status" => {
+                let status = value
+                    .and_then(|text| text.parse().ok())
+                    .filter(|status: &StatusCode| status.is_client_error() || status.is_server_error());
+                self.status = Some(status.ok_or("an error status is wanted")?);
+            }
+            "code" => self.code = Some(text()?),
+            "retry_after" => self.retry_after = Some(text()?),
+            "drop" => {
+                self.drop = Some(match value {
+                    Some("before") => Drop::Before,
+                    None | Some("after") => Drop::After,
+                    Some(_) => return Err("`before` or `after` is wanted"),
+                });
+            }
+            "cut" => self.cut = Some(count()?),
+            "silent" => self.silent_after = Some(0),
+            "silent_after" => self.silent_after = Some(count()?.max(1)),
+            "refusal" => self.refusal = true,
+            "reasoning" => self.reasoning = true,
+            "mid_error" => {
+                self.mid_error = Some(match value {
+                    None | Some("flat") => ErrorShape::Flat,
+                    Some("nested") => ErrorShape::Nested,
+                    Some(_) => return Err("`flat` or `nested` is wanted"),
+                });
+            }
+            "no_terminal" => self.no_terminal = true,
+            "parts" => self.more_parts = count()?.clamp(1, 16) - 1,
+            "crlf" => self.dialect.crlf = true,
+            "no_event_lines" => self.dialect.no_event_lines = true,
+            "split" => self.dialect.split = true,
+            "comments" => self.dialect.comments = true,
+            "unknown_events" => self.dialect.unknown_events = true,
+            _ => return Err("there is no such directive"),
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn directives_are_taken_out_of_the_text() {
+        let (plan, text) =
+            Plan::of_text("Weather [[sim: tool=get_weather rate=20ms]] in Paris [[sim: fail]]").unwrap();
+        assert_eq!(text, "Weather  in Paris");
+        assert_eq!(plan.tools, ["get_weather"]);
+        assert_eq!(plan.interval, Some(Duration::from_millis(20)));
+        assert_eq!(plan.outcome, Outcome::Fail);
+    }
+
+    #[test]
+    fn text_without_directives_stays_as_it_is() {
+        for text in ["plain [[text]]", "an unclosed [[sim: fail"] {
+            assert_eq!(Plan::of_text(text).unwrap(), (Plan::default(), text.to_owned()));
+        }
+    }
+
+    #[test]
+    fn a_misspelt_directive_is_refused() {
+        for text in ["[[sim: fial]]", "[[sim: cut]]", "[[sim: status=200]]", "[[sim: rate=fast]]"] {
+            assert!(Plan::of_text(text).is_err(), "{text}");
+        }
+    }
+}

@@ -1,0 +1,52 @@
+//! Conversations and responses.
+
+mod conversations;
+mod create;
+mod generate;
+mod items;
+mod objects;
+mod stored;
+
+use std::sync::Arc;
+
+use axum::response::Response;
+
+use super::operation::Operation;
+use super::router::{Call, Refused};
+use super::state::{Server, World};
+use super::stats::Line;
+
+pub(super) use conversations::{Conversation, start_foreign_run, stop_foreign_run};
+pub(super) use objects::StoredResponse;
+
+/// Answers a call of this protocol.
+pub(super) async fn answer(server: &Arc<Server>, call: Call) -> Result<Response, Refused> {
+    match call.operation {
+        Operation::CreateResponse => create::create(server, call).await,
+        Operation::CancelResponse => Ok(stored::cancel(server, &call).await?),
+        Operation::GetResponse => Ok(stored::get(server, &call)?),
+        Operation::DeleteResponse => Ok(stored::delete(server, &call)?),
+        Operation::ListInputItems => Ok(stored::list_input_items(server, &call)?),
+        Operation::CreateConversation => Ok(conversations::create(server, call)?),
+        Operation::GetConversation => Ok(conversations::get(server, &call)?),
+        Operation::UpdateConversation => Ok(conversations::update(server, call)?),
+        Operation::DeleteConversation => Ok(conversations::delete(server, &call)?),
+        Operation::CreateItems => Ok(conversations::create_items(server, call)?),
+        Operation::ListItems => Ok(conversations::list_items(server, &call)?),
+        Operation::GetItem => Ok(conversations::get_item(server, &call)?),
+        Operation::DeleteItem => Ok(conversations::delete_item(server, &call)?),
+        other => unreachable!("{} is not of this protocol", other.name()),
+    }
+}
+
+/// The messages of the chain that ends in a response, oldest first; empty if there is no such response.
+pub(super) fn chain_lines(world: &World, id: &str) -> Vec<Line> {
+    let mut chain = Vec::new();
+    let mut next = world.responses.get(id);
+    while let Some(stored) = next {
+        chain.push(stored);
+        next = stored.response.previous_response_id.as_ref().and_then(|id| world.responses.get(id));
+    }
+    let items = chain.iter().rev().flat_map(|stored| stored.input.iter().chain(&stored.response.output));
+    items.filter_map(items::line).collect()
+}

@@ -1,0 +1,242 @@
+//! Conversations and their items.
+
+use axum::response::Response;
+use serde::Serialize;
+use serde_json::{Value, json};
+use tokio::time::Instant;
+
+use super::items::{self, Context};
+use crate::simulator::error::{ApiError, json_body};
+use crate::simulator::fields::{Fields, Metadata};
+use crate::simulator::page::Paging;
+use crate::simulator::router::Call;
+use crate::simulator::state::{Row, Server, World};
+use crate::simulator::stats::{Line, ThreadView, view};
+
+/// Items kept; the oldest of a longer conversation are dropped.
+const MAX_ITEMS: usize = 100_000;
+/// Items per create call.
+const MAX_NEW_ITEMS: usize = 20;
+
+#[derive(Debug, Serialize)]
+pub(in crate::simulator) struct Conversation {
+    id: String,
+    object: &'static str,
+    created_at: i64,
+    metadata: Metadata,
+    #[serde(skip)]
+    items: Vec<Value>,
+    #[serde(skip)]
+    context: Context,
+    /// Ids of the responses at work.
+    #[serde(skip)]
+    active: Vec<String>,
+    /// The lock outlives its response until then.
+    #[serde(skip)]
+    locked_until: Option<Instant>,
+    /// Somebody else's response, made by a knob.
+    #[serde(skip)]
+    foreign: Option<String>,
+    #[serde(skip)]
+    deleted: bool,
+}
+
+impl Conversation {
+    pub(super) fn context(&self) -> &Context {
+        &self.context
+    }
+
+    pub(super) fn items(&self) -> &[Value] {
+        &self.items
+    }
+
+    pub(super) fn append<'a>(&mut self, items: impl IntoIterator<Item = &'a Value>) {
+        for item in items {
+            self.context.absorb(item);
+            self.items.push(item.clone());
+        }
+        if self.items.len() > MAX_ITEMS {
+            self.items.drain(..MAX_ITEMS / 10);
+        }
+    }
+
+    pub(super) fn begin(&mut self, response: &str) {
+        self.active.push(response.to_owned());
+    }
+
+    pub(super) fn end(&mut self, response: &str, locked_until: Option<Instant>) {
+        self.active.retain(|active| active != response);
+        self.locked_until = locked_until;
+    }
+
+    fn is_locked(&self) -> bool {
+        self.foreign.is_some()
+            || !self.active.is_empty()
+            || self.locked_until.is_some_and(|until| until > Instant::now())
+    }
+
+    pub(in crate::simulator) fn lines(&self) -> Vec<Line> {
+        self.items.iter().filter_map(items::line).collect()
+    }
+
+    pub(in crate::simulator) fn view(&self) -> ThreadView {
+        view(&self.id, &self.metadata, self.lines(), self.deleted)
+    }
+}
+
+impl Row for Conversation {
+    fn is_busy(&self) -> bool {
+        !self.active.is_empty()
+    }
+}
+
+pub(super) fn create(server: &Server, call: Call) -> Result<Response, ApiError> {
+    let mut fields = Fields::of_body(call.body, &["items", "metadata"])?;
+    let list = fields.array("items", MAX_NEW_ITEMS)?.unwrap_or_default();
+    let mut conversation = Conversation {
+        id: server.conversation_id(),
+        object: "conversation",
+        created_at: server.now(),
+        metadata: fields.metadata()?.unwrap_or_default(),
+        items: Vec::new(),
+        context: Context::default(),
+        active: Vec::new(),
+        locked_until: None,
+        foreign: None,
+        deleted: false,
+    };
+    conversation.append(&items::read_items(server, list, "items")?);
+    let answer = json_body(&conversation);
+    let mut world = server.world();
+    world.counters.stats.conversations_created += 1;
+    world.conversations.insert(conversation.id.clone(), conversation);
+    drop(world);
+    server.changed();
+    Ok(answer)
+}
+
+pub(super) fn get(server: &Server, call: &Call) -> Result<Response, ApiError> {
+    Ok(json_body(live(&mut server.world(), call.segment(1))?))
+}
+
+pub(super) fn update(server: &Server, call: Call) -> Result<Response, ApiError> {
+    let mut world = server.world();
+    let conversation = live(&mut world, call.segment(1))?;
+    let mut fields = Fields::of_body(call.body, &["metadata"])?;
+    conversation.metadata = fields.metadata()?.ok_or_else(|| fields.missing("metadata"))?;
+    Ok(json_body(conversation))
+}
+
+pub(super) fn delete(server: &Server, call: &Call) -> Result<Response, ApiError> {
+    let mut world = server.world();
+    let conversation = live(&mut world, call.segment(1))?;
+    conversation.deleted = true;
+    let active = conversation.active.join(", ");
+    let id = conversation.id.clone();
+    if !active.is_empty() {
+        world.counters.violation(format!("{id} was deleted while response {active} was active"));
+    }
+    world.counters.stats.conversations_deleted += 1;
+    drop(world);
+    server.changed();
+    Ok(json_body(&json!({"id": id, "object": "conversation.deleted", "deleted": true})))
+}
+
+pub(super) fn create_items(server: &Server, call: Call) -> Result<Response, ApiError> {
+    let id = call.segment(1).to_owned();
+    let mut world = server.world();
+    live(&mut world, &id)?;
+    refuse_if_locked(server, &mut world, &id)?;
+    let mut fields = Fields::of_body(call.body, &["items"])?;
+    let list = fields.array("items", MAX_NEW_ITEMS)?.ok_or_else(|| fields.missing("items"))?;
+    let new = items::read_items(server, list, "items")?;
+    let conversation = live(&mut world, &id)?;
+    for item in &new {
+        items::refuse_duplicate(item, &conversation.items)?;
+    }
+    conversation.append(&new);
+    let paging = Paging::whole();
+    let answer = paging.answer(new.iter(), |item| items::id(item));
+    if let Some(response) = conversation.active.first().cloned() {
+        world.counters.stats.messages_added_while_active += 1;
+        world.counters.violation(format!("items were added to {id} while response {response} was active"));
+    }
+    drop(world);
+    server.changed();
+    answer
+}
+
+pub(super) fn list_items(server: &Server, call: &Call) -> Result<Response, ApiError> {
+    let paging = Paging::of_query(&call.query, false)?;
+    let mut world = server.world();
+    paging.answer(any(&mut world, call.segment(1))?.items.iter(), |item| items::id(item))
+}
+
+pub(super) fn get_item(server: &Server, call: &Call) -> Result<Response, ApiError> {
+    let mut world = server.world();
+    let conversation = any(&mut world, call.segment(1))?;
+    let at = position(conversation, call.segment(3))?;
+    Ok(json_body(&conversation.items[at]))
+}
+
+pub(super) fn delete_item(server: &Server, call: &Call) -> Result<Response, ApiError> {
+    let id = call.segment(1);
+    let mut world = server.world();
+    any(&mut world, id)?;
+    refuse_if_locked(server, &mut world, id)?;
+    let conversation = any(&mut world, id)?;
+    let at = position(conversation, call.segment(3))?;
+    conversation.items.remove(at);
+    conversation.context = Context::of(&conversation.items);
+    Ok(json_body(conversation))
+}
+
+/// Locks a conversation as somebody else's response would. `None` if there is none or it is locked.
+pub(in crate::simulator) fn start_foreign_run(server: &Server, conversation: &str) -> Option<String> {
+    let mut world = server.world();
+    let conversation = world.conversations.get_mut(conversation).filter(|row| !row.is_locked())?;
+    conversation.foreign = Some(server.id("resp"));
+    conversation.foreign.clone()
+}
+
+/// Ends the foreign response of a conversation.
+pub(in crate::simulator) fn stop_foreign_run(server: &Server, conversation: &str) -> bool {
+    let mut world = server.world();
+    world.conversations.get_mut(conversation).is_some_and(|row| row.foreign.take().is_some())
+}
+
+/// The lock's answer, which names nobody.
+pub(super) fn refuse_if_locked(server: &Server, world: &mut World, id: &str) -> Result<(), ApiError> {
+    if !server.config.enforce_locks || !world.conversations.get(id).is_some_and(Conversation::is_locked) {
+        return Ok(());
+    }
+    world.counters.stats.lock_refusals += 1;
+    server.changed();
+    Err(ApiError::invalid(
+        "Another process is currently operating on this conversation. Please retry in a few seconds.",
+    )
+    .param("conversation")
+    .code("conversation_locked"))
+}
+
+/// A conversation that was not deleted.
+pub(super) fn live<'a>(world: &'a mut World, id: &str) -> Result<&'a mut Conversation, ApiError> {
+    world.conversations.get_mut(id).filter(|conversation| !conversation.deleted).ok_or_else(|| not_found(id))
+}
+
+/// A conversation, deleted or not.
+fn any<'a>(world: &'a mut World, id: &str) -> Result<&'a mut Conversation, ApiError> {
+    world.conversations.get_mut(id).ok_or_else(|| not_found(id))
+}
+
+fn position(conversation: &Conversation, id: &str) -> Result<usize, ApiError> {
+    conversation
+        .items
+        .iter()
+        .position(|item| items::id(item) == id)
+        .ok_or_else(|| ApiError::not_found(format!("Item with id '{id}' not found in conversation.")))
+}
+
+fn not_found(id: &str) -> ApiError {
+    ApiError::not_found(format!("Conversation with id '{id}' not found."))
+}

@@ -1,0 +1,306 @@
+//! Creating a response.
+
+use std::sync::Arc;
+
+use axum::response::Response as HttpResponse;
+use serde_json::{Value, json};
+use tokio::sync::oneshot;
+use tokio_util::sync::CancellationToken;
+
+use super::conversations;
+use super::generate::Generation;
+use super::items::{self, Context};
+use super::objects::{Response, ResponseStatus, Settings, StoredResponse};
+use crate::simulator::error::{ApiError, json_body};
+use crate::simulator::fields::{Fields, Metadata, wrong_type};
+use crate::simulator::plan::{Drop, Plan};
+use crate::simulator::router::{Call, Refused};
+use crate::simulator::sse::{EventLog, EventOut};
+use crate::simulator::state::{Server, World};
+
+const KNOWN: [&str; 30] = [
+    "background",
+    "context_management",
+    "conversation",
+    "include",
+    "input",
+    "instructions",
+    "max_output_tokens",
+    "max_tool_calls",
+    "metadata",
+    "model",
+    "moderation",
+    "parallel_tool_calls",
+    "previous_response_id",
+    "prompt",
+    "prompt_cache_key",
+    "prompt_cache_options",
+    "prompt_cache_retention",
+    "reasoning",
+    "safety_identifier",
+    "service_tier",
+    "store",
+    "stream",
+    "stream_options",
+    "temperature",
+    "text",
+    "tool_choice",
+    "tools",
+    "top_logprobs",
+    "top_p",
+    "user",
+];
+
+/// Creates a response. Dropping the future, or the body of its answer, ends a response that is not in the
+/// background.
+pub(super) async fn create(server: &Arc<Server>, call: Call) -> Result<HttpResponse, Refused> {
+    let request = NewResponse::read(call.body)?;
+    let (generation, answer) = start(server, request, call.fault.as_deref())?;
+    let drops = generation.plan().drop.is_some();
+    server.tasks.spawn(generation.work());
+    server.changed();
+    if drops {
+        return Err(Refused::Dropped); // the answer goes with it, and stops what is not in the background
+    }
+    match answer {
+        Answer::Ready(response) => Ok(response),
+        Answer::WhenDone(done) => done.await.map_err(|_| Refused::Dropped),
+    }
+}
+
+enum Answer {
+    Ready(HttpResponse),
+    WhenDone(oneshot::Receiver<HttpResponse>),
+}
+
+/// What a request asks for.
+#[expect(clippy::struct_excessive_bools, reason = "each is a field of the request")]
+struct NewResponse {
+    input: Value,
+    conversation: Option<String>,
+    previous: Option<String>,
+    stream: bool,
+    store: bool,
+    background: bool,
+    obfuscation: bool,
+    metadata: Metadata,
+    settings: Settings,
+}
+
+impl NewResponse {
+    fn read(body: serde_json::Map<String, Value>) -> Result<Self, ApiError> {
+        let mut fields = Fields::of_body(body, &[&KNOWN[..], &["truncation"]].concat())?;
+        let stored_prompt = fields.any("prompt").is_some();
+        let model = match fields.text("model")? {
+            Some(model) => model,
+            None if stored_prompt => "sim-1".to_owned(),
+            None => fields.needed_text("model")?,
+        };
+        if model.starts_with("missing") {
+            return Err(ApiError::invalid(format!("The requested model '{model}' does not exist."))
+                .param("model")
+                .code("model_not_found"));
+        }
+        let conversation = conversation_id(fields.any("conversation"))?;
+        let previous = fields.text("previous_response_id")?;
+        if conversation.is_some() && previous.is_some() {
+            return Err(ApiError::invalid(
+                "Mutually exclusive parameters: give either 'previous_response_id' or 'conversation'.",
+            )
+            .code("mutually_exclusive_parameters"));
+        }
+        let store = fields.flag("store")?.unwrap_or(true);
+        let background = fields.flag("background")?.unwrap_or(false);
+        if background && !store {
+            return Err(ApiError::invalid("Background responses need 'store' to be true.")
+                .param("background")
+                .code("unsupported_parameter"));
+        }
+        let options = fields.any("stream_options").unwrap_or_default();
+        let mut reasoning = json!({"effort": null, "summary": null});
+        if let Some(Value::Object(asked)) = fields.any("reasoning") {
+            reasoning.as_object_mut().into_iter().for_each(|map| map.extend(asked.clone()));
+        }
+        Ok(Self {
+            input: fields.needed("input")?,
+            conversation,
+            previous,
+            stream: fields.flag("stream")?.unwrap_or(false),
+            store,
+            background,
+            obfuscation: options["include_obfuscation"].as_bool().unwrap_or(true),
+            metadata: fields.metadata()?.unwrap_or_default(),
+            settings: Settings {
+                model,
+                instructions: fields.text("instructions")?,
+                tools: fields.array("tools", 128)?.unwrap_or_default(),
+                tool_choice: fields.any("tool_choice").unwrap_or_else(|| "auto".into()),
+                parallel_tool_calls: fields.flag("parallel_tool_calls")?.unwrap_or(true),
+                temperature: fields.number("temperature", 2.0)?.unwrap_or(1.0),
+                top_p: fields.number("top_p", 1.0)?.unwrap_or(1.0),
+                max_output_tokens: fields.integer("max_output_tokens", 16)?,
+                max_tool_calls: fields.integer("max_tool_calls", 0)?,
+                truncation: fields.text("truncation")?.unwrap_or_else(|| "disabled".to_owned()),
+                service_tier: fields.text("service_tier")?.unwrap_or_else(|| "default".to_owned()),
+                reasoning,
+                text: fields.any("text").unwrap_or_else(|| json!({"format": {"type": "text"}})),
+            },
+        })
+    }
+}
+
+/// Checks the request against the conversation or chain, and accepts it.
+fn start(
+    server: &Arc<Server>,
+    request: NewResponse,
+    fault: Option<&str>,
+) -> Result<(Generation, Answer), Refused> {
+    let input = items::read_input(server, request.input, "input")?;
+    let mut guard = server.world();
+    let world = &mut *guard;
+    let id = server.id("resp");
+    let (base, lane) =
+        base(server, world, request.conversation.as_deref(), request.previous.as_deref(), &input)?;
+    let mut context = base;
+    context.accept(&input)?;
+    let plan = plan(&input, fault)?;
+    plan.refused()?;
+    if plan.drop == Some(Drop::Before) {
+        return Err(Refused::Dropped);
+    }
+    let lane = lane.unwrap_or_else(|| id.clone());
+    let response = Response {
+        id,
+        object: "response",
+        created_at: server.now(),
+        status: if request.background { ResponseStatus::Queued } else { ResponseStatus::InProgress },
+        completed_at: None,
+        error: None,
+        incomplete_details: None,
+        output: Vec::new(),
+        conversation: request.conversation.as_ref().map(|id| json!({"id": id})),
+        previous_response_id: request.previous,
+        background: request.background,
+        store: request.store,
+        usage: None,
+        metadata: request.metadata,
+        settings: request.settings,
+    };
+    let cancel = CancellationToken::new();
+    let mut log = None;
+    let mut done = None;
+    let (out, answer) = match (request.background, request.stream) {
+        (true, true) => {
+            let events = EventLog::new();
+            let answer = events.follow(0, cut_frame(&plan), plan.dialect.split);
+            log = Some(Arc::clone(&events));
+            (EventOut::log(events, plan.dialect), Answer::Ready(answer))
+        }
+        (true, false) => (EventOut::nobody(), Answer::Ready(json_body(&response))),
+        (false, true) => {
+            let (out, answer) = EventOut::connection(plan.dialect);
+            (out, Answer::Ready(answer))
+        }
+        (false, false) => {
+            let (sender, receiver) = oneshot::channel();
+            done = Some(sender);
+            (EventOut::nobody(), Answer::WhenDone(receiver))
+        }
+    };
+    if let Some(id) = &request.conversation {
+        conversations::live(world, id)?.begin(&response.id);
+    }
+    world.counters.begin(&lane, &response.id);
+    if request.background {
+        world.responses.insert(
+            response.id.clone(),
+            StoredResponse {
+                response: response.clone(),
+                input: input.clone(),
+                context: context.clone(),
+                lane: lane.clone(),
+                log,
+                cancel: cancel.clone(),
+            },
+        );
+    }
+    let generation = Generation::new(
+        server,
+        world.end.clone(),
+        response,
+        input,
+        context,
+        lane,
+        plan,
+        out,
+        done,
+        cancel,
+        request.obfuscation,
+    );
+    Ok((generation, answer))
+}
+
+/// What stands before the input, and the lane it belongs to, if there is one yet.
+fn base(
+    server: &Server,
+    world: &mut World,
+    conversation: Option<&str>,
+    previous: Option<&str>,
+    input: &[Value],
+) -> Result<(Context, Option<String>), ApiError> {
+    if let Some(id) = conversation {
+        conversations::live(world, id)?;
+        conversations::refuse_if_locked(server, world, id)?;
+        let conversation = conversations::live(world, id)?;
+        for item in input {
+            items::refuse_duplicate(item, conversation.items())?;
+        }
+        return Ok((conversation.context().clone(), Some(id.to_owned())));
+    }
+    let Some(id) = previous else { return Ok((Context::default(), None)) };
+    let stored = world.responses.get(id).filter(|stored| stored.response.status.is_final());
+    let stored = stored.ok_or_else(|| {
+        ApiError::invalid(format!("Previous response with id '{id}' not found."))
+            .param("previous_response_id")
+            .code("previous_response_not_found")
+    })?;
+    Ok((stored.context.clone(), Some(stored.lane.clone())))
+}
+
+/// The turn's behaviour: from the texts of the new items, then from a fault.
+fn plan(input: &[Value], fault: Option<&str>) -> Result<Plan, ApiError> {
+    let mut plan = Plan::default();
+    for item in input.iter().filter(|item| item["role"] == "user" || item["type"] == "function_call_output") {
+        let (said, _) = Plan::of_text(&items::text(item))?;
+        if said != Plan::default() {
+            plan = said;
+        }
+    }
+    if let Some(fault) = fault {
+        plan.apply(fault).map_err(ApiError::invalid)?;
+    }
+    Ok(plan)
+}
+
+/// The connection of a background stream breaks after this many events: the three that announce it, the two that
+/// open the first message, and the deltas.
+fn cut_frame(plan: &Plan) -> Option<usize> {
+    plan.cut.map(|deltas| deltas + 5)
+}
+
+fn conversation_id(value: Option<Value>) -> Result<Option<String>, ApiError> {
+    let id = match value {
+        None => return Ok(None),
+        Some(Value::String(id)) => id,
+        Some(value @ Value::Object(_)) => {
+            Fields::of_value(value, "conversation".to_owned(), &["id"])?.needed_text("id")?
+        }
+        Some(other) => return Err(wrong_type("conversation", "a string or an object", &other)),
+    };
+    if id.starts_with("conv_") {
+        return Ok(Some(id));
+    }
+    Err(ApiError::invalid(format!("Invalid 'conversation': '{id}'. Expected an ID that begins with 'conv'."))
+        .param("conversation")
+        .code("invalid_value"))
+}

@@ -1,0 +1,221 @@
+//! From a request to its answer: credentials, faults, the record, and the way to the protocol's module.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use axum::body::Body;
+use axum::response::{IntoResponse, Response};
+use bytes::Bytes;
+use http::request::Parts;
+use http::{HeaderMap, HeaderValue, Request, StatusCode, header};
+use http_body_util::{BodyExt, LengthLimitError, Limited};
+use hyper::body::Incoming;
+use secrecy::ExposeSecret;
+use serde_json::{Map, Value};
+
+use super::error::ApiError;
+use super::operation::Operation;
+use super::plan::{Drop, Plan};
+use super::state::Server;
+use super::stats::Recorded;
+use super::{assistants, control, responses};
+
+/// Largest request body.
+const MAX_BODY: usize = 64 * 1024 * 1024;
+
+/// A request of one of the protocols.
+#[derive(Debug)]
+pub(super) struct Call {
+    pub(super) operation: Operation,
+    /// The path's segments below `/v1`.
+    path: Vec<String>,
+    pub(super) query: BTreeMap<String, String>,
+    pub(super) body: Map<String, Value>,
+    /// A fault that was waiting for this request, as directives.
+    pub(super) fault: Option<String>,
+}
+
+impl Call {
+    /// A path segment by its place: `/v1/threads/{1}/runs/{3}`.
+    pub(super) fn segment(&self, place: usize) -> &str {
+        self.path.get(place).map_or("", String::as_str)
+    }
+
+    pub(super) fn query_flag(&self, name: &str) -> bool {
+        self.query.get(name).is_some_and(|value| value == "true")
+    }
+}
+
+/// The connection is to be closed without an answer.
+#[derive(Debug, thiserror::Error)]
+#[error("the simulator was told to close the connection")]
+pub(super) struct Dropped;
+
+/// Answers one request.
+pub(super) async fn answer(server: Arc<Server>, request: Request<Incoming>) -> Result<Response, Dropped> {
+    let (parts, body) = request.into_parts();
+    let body = match Limited::new(body, MAX_BODY).collect().await {
+        Ok(body) => body.to_bytes(),
+        Err(error) if error.is::<LengthLimitError>() => return Ok(ApiError::too_large().into_response()),
+        Err(_) => return Err(Dropped), // the client left in mid-request
+    };
+    let path: Vec<&str> = parts.uri.path().split('/').skip(1).collect();
+    if let ["_simulator", rest @ ..] = path.as_slice() {
+        return Ok(control::answer(&server, &parts.method, rest, &body));
+    }
+    let mut response = protocol(&server, &parts, &path, body).await?;
+    if let Ok(id) = HeaderValue::from_str(&server.id("req")) {
+        response.headers_mut().insert("x-request-id", id);
+    }
+    Ok(response)
+}
+
+async fn protocol(
+    server: &Arc<Server>,
+    parts: &Parts,
+    path: &[&str],
+    body: Bytes,
+) -> Result<Response, Dropped> {
+    let path = match path {
+        ["v1", rest @ ..] => rest,
+        _ => &[],
+    };
+    let operation = Operation::of(&parts.method, path);
+    let fault = {
+        let mut world = server.world();
+        world.counters.request(operation.map(Operation::name));
+        if server.config.recorded > 0 {
+            world.counters.record(recorded(parts, &body, operation), server.config.recorded);
+        }
+        operation.and_then(|operation| world.faults.take(operation))
+    };
+    server.changed();
+    let Some(operation) = operation else { return Ok(unknown_path(parts)) };
+    if !server.config.conversations && path[0] == "conversations" {
+        return Ok(bare_not_found());
+    }
+    if let Err(error) = admitted(server, &parts.headers, path[0]) {
+        return Ok(error.into_response());
+    }
+    let mut plan = Plan::default();
+    if let Some(fault) = &fault {
+        plan.apply(fault).expect("faults are checked when they are added");
+    }
+    if let Err(error) = plan.refused() {
+        return Ok(error.into_response());
+    }
+    if plan.drop == Some(Drop::Before) {
+        return Err(Dropped);
+    }
+    if !operation.generates() {
+        if plan.is_silent() {
+            server.stop.cancelled().await;
+            return Err(Dropped);
+        }
+        if let Some(latency) = plan.latency {
+            tokio::time::sleep(latency).await;
+        }
+    }
+    let body = match json_object(&body) {
+        Ok(body) => body,
+        Err(error) => return Ok(error.into_response()),
+    };
+    let query = parts.uri.query().unwrap_or_default().as_bytes();
+    let call = Call {
+        operation,
+        path: path.iter().map(|&segment| segment.to_owned()).collect(),
+        query: url::form_urlencoded::parse(query).into_owned().collect(),
+        body,
+        fault,
+    };
+    let answer = if path[0] == "threads" {
+        assistants::answer(server, call)
+    } else {
+        responses::answer(server, call).await
+    };
+    match answer {
+        Ok(response) if plan.drop.is_none() => Ok(response),
+        Err(Refused::Error(error)) => Ok(error.into_response()),
+        Ok(_) | Err(Refused::Dropped) => Err(Dropped),
+    }
+}
+
+/// Why a call has no answer of its own.
+#[derive(Debug)]
+pub(super) enum Refused {
+    Error(ApiError),
+    Dropped,
+}
+
+impl From<ApiError> for Refused {
+    fn from(error: ApiError) -> Self {
+        Self::Error(error)
+    }
+}
+
+fn admitted(server: &Server, headers: &HeaderMap, family: &str) -> Result<(), ApiError> {
+    let text = |name| headers.get(name).and_then(|value: &HeaderValue| value.to_str().ok());
+    let bearer = text("authorization").and_then(|value| value.strip_prefix("Bearer "));
+    let key = bearer.or_else(|| text("api-key")).unwrap_or_default().trim();
+    let accepted = match &server.config.api_key {
+        Some(required) => key == required.expose_secret(),
+        None => !key.is_empty() && !key.starts_with("bad"),
+    };
+    if !accepted {
+        return Err(ApiError::unauthorized());
+    }
+    let beta = headers.get_all("openai-beta").iter().filter_map(|value| value.to_str().ok());
+    if family == "threads"
+        && !beta.flat_map(|value| value.split(',')).any(|item| item.trim() == "assistants=v2")
+    {
+        return Err(ApiError::invalid(
+            "You must provide the 'OpenAI-Beta' header to access this API: 'OpenAI-Beta: assistants=v2'.",
+        )
+        .code("invalid_beta"));
+    }
+    Ok(())
+}
+
+/// The body as an object; no body counts as `{}`.
+fn json_object(body: &[u8]) -> Result<Map<String, Value>, ApiError> {
+    if body.trim_ascii().is_empty() {
+        return Ok(Map::new());
+    }
+    match serde_json::from_slice(body) {
+        Ok(Value::Object(map)) => Ok(map),
+        Ok(other) => Err(super::fields::wrong_type("body", "an object", &other)),
+        Err(_) => Err(ApiError::invalid("The body of the request is not valid JSON.").code("invalid_json")),
+    }
+}
+
+fn recorded(parts: &Parts, body: &[u8], operation: Option<Operation>) -> Recorded {
+    const SECRET: [&str; 4] = ["authorization", "api-key", "cookie", "proxy-authorization"];
+    let headers = parts.headers.iter().filter(|(name, _)| !SECRET.contains(&name.as_str()));
+    let headers = headers.map(|(name, value)| {
+        (name.as_str().to_owned(), String::from_utf8_lossy(value.as_bytes()).into_owned())
+    });
+    let body = if body.is_empty() {
+        Value::Null
+    } else {
+        serde_json::from_slice(body).unwrap_or_else(|_| String::from_utf8_lossy(body).into())
+    };
+    Recorded {
+        method: parts.method.to_string(),
+        path: parts.uri.path().to_owned(),
+        query: parts.uri.query().map(str::to_owned),
+        headers: headers.collect(),
+        body,
+        operation: operation.map(|operation| operation.name().to_owned()),
+    }
+}
+
+fn unknown_path(parts: &Parts) -> Response {
+    ApiError::not_found(format!("Invalid URL ({} {})", parts.method, parts.uri.path())).into_response()
+}
+
+/// The 404 of a server that has no such endpoint, in the shape of its framework.
+fn bare_not_found() -> Response {
+    let mut response = (StatusCode::NOT_FOUND, Body::from(r#"{"detail":"Not Found"}"#)).into_response();
+    response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
+    response
+}

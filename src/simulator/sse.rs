@@ -1,0 +1,245 @@
+//! Writing event streams: frames in the dialect that a turn asks for, to a connection or to a log.
+
+use std::collections::VecDeque;
+use std::io;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use axum::body::Body;
+use axum::response::Response;
+use bytes::Bytes;
+use futures_util::stream;
+use http::{HeaderValue, header};
+use serde::Serialize;
+use tokio::sync::{mpsc, watch};
+
+use super::plan::Dialect;
+
+/// Bytes held back while no pause is due, so that an instant reply is one write.
+const FLUSH_AT: usize = 16 * 1024;
+
+type Chunk = Result<Bytes, io::Error>;
+
+/// Where the events of a run go.
+#[derive(Debug)]
+pub(super) struct EventOut {
+    target: Target,
+    buffer: Vec<u8>,
+    dialect: Dialect,
+    muted: bool,
+}
+
+#[derive(Debug)]
+enum Target {
+    Nobody,
+    Connection(mpsc::UnboundedSender<Chunk>),
+    Log(Arc<EventLog>),
+}
+
+impl EventOut {
+    /// Nobody listens.
+    pub(super) fn nobody() -> Self {
+        Self::new(Target::Nobody, Dialect::default())
+    }
+
+    /// The events become the body of the returned response. Its connection is cut by [`cut`](Self::cut).
+    pub(super) fn connection(dialect: Dialect) -> (Self, Response) {
+        let (sender, mut receiver) = mpsc::unbounded_channel::<Chunk>();
+        let body = Body::from_stream(stream::poll_fn(move |context| receiver.poll_recv(context)));
+        (Self::new(Target::Connection(sender), dialect), event_stream(body))
+    }
+
+    /// The events are kept, for as many readers as come.
+    pub(super) fn log(log: Arc<EventLog>, dialect: Dialect) -> Self {
+        Self::new(Target::Log(log), dialect)
+    }
+
+    fn new(target: Target, dialect: Dialect) -> Self {
+        Self { target, buffer: Vec::new(), dialect, muted: false }
+    }
+
+    /// Sends one event. It may stay in the buffer until [`flush`](Self::flush).
+    pub(super) fn emit(&mut self, event: &str, data: &impl Serialize) {
+        if !self.is_listening() {
+            return;
+        }
+        let data = serde_json::to_string(data).expect("the simulator's objects are plain JSON");
+        self.emit_text(event, &data);
+    }
+
+    /// Sends one event whose data is not JSON.
+    pub(super) fn emit_text(&mut self, event: &str, data: &str) {
+        if !self.is_listening() {
+            return;
+        }
+        let newline = if self.dialect.crlf { "\r\n" } else { "\n" };
+        if self.dialect.comments {
+            self.push(&[": keep-alive", newline, newline, ":", newline]);
+        }
+        if !self.dialect.no_event_lines {
+            self.push(&["event: ", event, newline]);
+        }
+        self.push(&["data: ", data, newline, newline]);
+        match &self.target {
+            Target::Log(log) => log.push(Bytes::from(std::mem::take(&mut self.buffer))),
+            Target::Connection(_) if self.buffer.len() >= FLUSH_AT => self.flush(),
+            Target::Connection(_) | Target::Nobody => {}
+        }
+    }
+
+    /// Somebody may read what is sent.
+    pub(super) fn is_listening(&self) -> bool {
+        !self.muted && !matches!(self.target, Target::Nobody)
+    }
+
+    /// The turn asks for events that no client knows.
+    pub(super) fn wants_unknown_events(&self) -> bool {
+        self.dialect.unknown_events
+    }
+
+    /// Sends nothing from now on, not even what is buffered; the connection stays open.
+    pub(super) fn mute(&mut self) {
+        self.muted = true;
+        self.buffer.clear();
+    }
+
+    /// Hands what is buffered to the connection.
+    pub(super) fn flush(&mut self) {
+        let Target::Connection(sender) = &self.target else { return };
+        if self.buffer.is_empty() {
+            return;
+        }
+        let bytes = Bytes::from(std::mem::take(&mut self.buffer));
+        if !self.dialect.split {
+            let _ = sender.send(Ok(bytes)); // the reader has left: `gone` tells
+            return;
+        }
+        for piece in pieces(&bytes) {
+            let _ = sender.send(Ok(piece));
+        }
+    }
+
+    /// Breaks the connection off without an end of the body. Nobody listens from then on, except to a log.
+    pub(super) fn cut(&mut self) {
+        self.flush();
+        if let Target::Connection(sender) = &self.target {
+            let _ = sender.send(Err(io::Error::other("the simulator was told to cut the connection")));
+            self.target = Target::Nobody;
+        }
+    }
+
+    /// Ends the body properly.
+    pub(super) fn finish(&mut self) {
+        self.flush();
+        if let Target::Log(log) = &self.target {
+            log.finish();
+        }
+        self.target = Target::Nobody;
+    }
+
+    /// The client has left. Never so without a connection.
+    pub(super) fn is_gone(&self) -> bool {
+        matches!(&self.target, Target::Connection(sender) if sender.is_closed())
+    }
+
+    /// Resolves when the client has left; never without a connection. May be dropped.
+    pub(super) async fn gone(&self) {
+        match &self.target {
+            Target::Connection(sender) => sender.closed().await,
+            Target::Nobody | Target::Log(_) => std::future::pending().await,
+        }
+    }
+}
+
+/// The events of one background response, numbered from 0, with any number of readers.
+#[derive(Debug)]
+pub(super) struct EventLog {
+    frames: Mutex<VecDeque<Bytes>>,
+    /// How many frames there are, and whether that is all.
+    progress: watch::Sender<(usize, bool)>,
+}
+
+impl EventLog {
+    pub(super) fn new() -> Arc<Self> {
+        Arc::new(Self { frames: Mutex::default(), progress: watch::Sender::new((0, false)) })
+    }
+
+    /// The events from number `from` on, then live ones until the last. After `cut` events the connection breaks.
+    pub(super) fn follow(self: &Arc<Self>, from: usize, cut: Option<usize>, split: bool) -> Response {
+        let reader = Reader { log: Arc::clone(self), next: from, cut, split: split.then(VecDeque::new) };
+        event_stream(Body::from_stream(stream::unfold(reader, Reader::next)))
+    }
+
+    fn push(&self, frame: Bytes) {
+        self.frames.lock().unwrap_or_else(PoisonError::into_inner).push_back(frame);
+        self.progress.send_modify(|progress| progress.0 += 1);
+    }
+
+    fn finish(&self) {
+        self.progress.send_modify(|progress| progress.1 = true);
+    }
+}
+
+struct Reader {
+    log: Arc<EventLog>,
+    next: usize,
+    cut: Option<usize>,
+    /// Pieces still to be sent, where frames are to be split.
+    split: Option<VecDeque<Bytes>>,
+}
+
+impl Reader {
+    async fn next(mut self) -> Option<(Chunk, Self)> {
+        if let Some(piece) = self.split.as_mut().and_then(VecDeque::pop_front) {
+            return Some((Ok(piece), self));
+        }
+        if self.cut == Some(0) {
+            self.cut = None;
+            self.next = usize::MAX;
+            return Some((Err(io::Error::other("the simulator was told to cut the connection")), self));
+        }
+        let mut progress = self.log.progress.subscribe();
+        let next = self.next;
+        let state = *progress.wait_for(|(count, ended)| *count > next || *ended).await.ok()?;
+        if state.0 <= next {
+            return None;
+        }
+        let chunk: Vec<u8> = {
+            let frames = self.log.frames.lock().unwrap_or_else(PoisonError::into_inner);
+            let take = self.cut.unwrap_or(usize::MAX).min(frames.len() - next);
+            self.next += take;
+            self.cut = self.cut.map(|left| left - take);
+            frames.range(next..next + take).flatten().copied().collect()
+        };
+        let chunk = Bytes::from(chunk);
+        let Some(queue) = &mut self.split else { return Some((Ok(chunk), self)) };
+        queue.extend(pieces(&chunk));
+        let first = queue.pop_front()?;
+        Some((Ok(first), self))
+    }
+}
+
+/// Cuts of one to three bytes, so that lines and characters are torn apart.
+fn pieces(bytes: &Bytes) -> impl Iterator<Item = Bytes> {
+    let (mut rest, mut size) = (bytes.clone(), 0);
+    std::iter::from_fn(move || {
+        size = size % 3 + 1;
+        let piece = rest.split_to(size.min(rest.len()));
+        (!piece.is_empty()).then_some(piece)
+    })
+}
+
+fn event_stream(body: Body) -> Response {
+    let mut response = Response::new(body);
+    let headers = response.headers_mut();
+    headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("text/event-stream; charset=utf-8"));
+    headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-cache"));
+    response
+}
+
+impl EventOut {
+    fn push(&mut self, parts: &[&str]) {
+        for part in parts {
+            self.buffer.extend_from_slice(part.as_bytes());
+        }
+    }
+}

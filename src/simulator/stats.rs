@@ -1,0 +1,167 @@
+//! What the simulator has seen: figures for tests that state invariants.
+
+use std::collections::{BTreeMap, HashMap, VecDeque};
+
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+use super::fields::Metadata;
+
+/// Violations kept as text.
+const MAX_VIOLATIONS: usize = 1000;
+
+/// Figures since the start, or since the last reset.
+#[derive(Clone, Debug, Default, Deserialize, Eq, PartialEq, Serialize)]
+pub struct Stats {
+    /// Requests of either protocol, refused ones included.
+    pub requests: u64,
+    /// The same by operation, such as `create_run`; see `operation.rs` for the names.
+    pub requests_by_operation: BTreeMap<String, u64>,
+    /// Runs and responses that were accepted.
+    pub runs_started: u64,
+    /// Runs and responses that have ended, by final status. A response whose client left counts as `abandoned`.
+    pub runs_ended: BTreeMap<String, u64>,
+    /// Runs and responses that have not ended, those that wait for tool outputs included.
+    pub active_runs: usize,
+    /// The most at one time, over all threads.
+    pub max_active_runs: usize,
+    /// The most at one time on any one thread, conversation or chain of responses. Counted whether or not locks
+    /// are enforced.
+    pub max_active_runs_per_thread: usize,
+    /// The same without runs that wait for tool outputs.
+    pub max_generating_runs_per_thread: usize,
+    /// Messages that were added to a thread beside an active run (only where locks are not enforced).
+    pub messages_added_while_active: u64,
+    /// Requests refused because of an active run.
+    pub lock_refusals: u64,
+    pub threads_created: u64,
+    pub threads_deleted: u64,
+    pub conversations_created: u64,
+    pub conversations_deleted: u64,
+    /// Text tokens sent or made.
+    pub tokens: u64,
+    /// What a careful client never does, in words; at most 1000.
+    pub violations: Vec<String>,
+}
+
+/// A thread or conversation as seen from outside.
+#[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize)]
+pub struct ThreadView {
+    pub id: String,
+    pub metadata: BTreeMap<String, String>,
+    /// The texts of the user messages, oldest first, directives included.
+    pub user_texts: Vec<String>,
+    /// A conversation that was deleted, whose items are still there.
+    pub deleted: bool,
+}
+
+/// A request as it arrived.
+#[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
+pub struct Recorded {
+    pub method: String,
+    /// From `/v1` on, without the query.
+    pub path: String,
+    pub query: Option<String>,
+    /// Names in lower case. Credentials are left out.
+    pub headers: BTreeMap<String, String>,
+    /// Null without a body; a string if it is not JSON.
+    pub body: Value,
+    /// Such as `create_run`; unset where nothing is at that path.
+    pub operation: Option<String>,
+}
+
+/// Counts while the simulator runs.
+#[derive(Debug, Default)]
+pub(super) struct Counters {
+    pub(super) stats: Stats,
+    lanes: HashMap<String, Lane>,
+    pub(super) recorded: VecDeque<Recorded>,
+}
+
+/// The active runs of one thread, conversation or chain.
+#[derive(Debug, Default)]
+struct Lane {
+    active: Vec<String>,
+    generating: usize,
+}
+
+impl Counters {
+    pub(super) fn request(&mut self, operation: Option<&str>) {
+        self.stats.requests += 1;
+        let operation = operation.unwrap_or("unknown");
+        if let Some(count) = self.stats.requests_by_operation.get_mut(operation) {
+            *count += 1;
+        } else {
+            self.stats.requests_by_operation.insert(operation.to_owned(), 1);
+        }
+    }
+
+    pub(super) fn record(&mut self, request: Recorded, keep: usize) {
+        self.recorded.push_back(request);
+        while self.recorded.len() > keep {
+            self.recorded.pop_front();
+        }
+    }
+
+    /// A run was accepted on `lane`.
+    pub(super) fn begin(&mut self, lane: &str, run: &str) {
+        let entry = self.lanes.entry(lane.to_owned()).or_default();
+        let others = entry.active.join(", ");
+        entry.active.push(run.to_owned());
+        entry.generating += 1;
+        let (active, generating) = (entry.active.len(), entry.generating);
+        if active > 1 {
+            self.violation(format!("run {run} was started on {lane} beside {others}"));
+        }
+        let stats = &mut self.stats;
+        stats.runs_started += 1;
+        stats.active_runs += 1;
+        stats.max_active_runs = stats.max_active_runs.max(stats.active_runs);
+        stats.max_active_runs_per_thread = stats.max_active_runs_per_thread.max(active);
+        stats.max_generating_runs_per_thread = stats.max_generating_runs_per_thread.max(generating);
+    }
+
+    /// A run waits for tool outputs.
+    pub(super) fn pause(&mut self, lane: &str) {
+        if let Some(entry) = self.lanes.get_mut(lane) {
+            entry.generating = entry.generating.saturating_sub(1);
+        }
+    }
+
+    /// A run that waited goes on.
+    pub(super) fn resume(&mut self, lane: &str) {
+        if let Some(entry) = self.lanes.get_mut(lane) {
+            entry.generating += 1;
+            let most = &mut self.stats.max_generating_runs_per_thread;
+            *most = entry.generating.max(*most);
+        }
+    }
+
+    /// A run has ended. `generating`: it did not wait for tool outputs.
+    pub(super) fn end(&mut self, lane: &str, run: &str, generating: bool, status: &str) {
+        if let Some(entry) = self.lanes.get_mut(lane) {
+            entry.active.retain(|id| id != run);
+            entry.generating -= usize::from(generating && entry.generating > 0);
+            if entry.active.is_empty() {
+                self.lanes.remove(lane);
+            }
+        }
+        self.stats.active_runs = self.stats.active_runs.saturating_sub(1);
+        *self.stats.runs_ended.entry(status.to_owned()).or_default() += 1;
+    }
+
+    pub(super) fn violation(&mut self, text: String) {
+        if self.stats.violations.len() < MAX_VIOLATIONS {
+            self.stats.violations.push(text);
+        }
+    }
+}
+
+/// A message of a thread, or a message item of a conversation, as role and text.
+pub(super) type Line = (String, String);
+
+/// The metadata of a view.
+pub(super) fn view(id: &str, metadata: &Metadata, lines: Vec<Line>, deleted: bool) -> ThreadView {
+    let user_texts = lines.into_iter().filter(|(role, _)| role == "user").map(|(_, text)| text).collect();
+    ThreadView { id: id.to_owned(), metadata: metadata.clone(), user_texts, deleted }
+}
