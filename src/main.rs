@@ -1,1 +1,114 @@
-fn main() {}
+//! Arguments, configuration, logs, then the gateway; the exit code tells how it went.
+
+use std::net::SocketAddr;
+use std::path::Path;
+use std::process::ExitCode;
+
+use anyhow::Context;
+use clap::Parser;
+use threadkeeper::app::{self, App};
+use threadkeeper::cli::{Cli, Command, ConfigArgs, DevArgs, SimulateArgs};
+use threadkeeper::config::{Config, ConfigFile, LogConfig, LogFormat, Sources, utf8_variables};
+use threadkeeper::simulator::Simulator;
+use threadkeeper::{dev, health, telemetry};
+use tokio::signal::unix::{SignalKind, signal};
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+fn main() -> ExitCode {
+    let result = rustls::crypto::aws_lc_rs::default_provider()
+        .install_default()
+        .map_err(|_| anyhow::anyhow!("a TLS provider is installed already"))
+        .and_then(|()| tokio::runtime::Runtime::new().context("cannot start the runtime"))
+        .and_then(|runtime| runtime.block_on(run(Cli::parse().command)));
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            // The chain without a back trace: these are mistakes of the set-up, not of the code.
+            eprintln!("threadkeeper: {}", chain(&error));
+            ExitCode::FAILURE
+        }
+    }
+}
+
+async fn run(command: Command) -> anyhow::Result<()> {
+    match command {
+        Command::Dev(args) => run_dev(args).await,
+        Command::Serve(args) => {
+            let config = Config::load_for_serve(sources(args.config, args.listen))?;
+            telemetry::init(&config.log, LogFormat::Json)?;
+            App::build(config).await?.run(stop_signals()?).await
+        }
+        Command::Simulate(args) => run_simulator(args).await,
+        Command::Migrate(args) => {
+            let config = Config::load(sources(args.config, None))?;
+            telemetry::init(&config.log, LogFormat::Pretty)?;
+            app::migrate(&config.store).await?;
+            println!("the schema is up to date");
+            Ok(())
+        }
+        Command::CheckConfig(args) => {
+            Config::load_for_serve(sources(args.config, None))?;
+            println!("the configuration is sound");
+            Ok(())
+        }
+        Command::Health(args) => {
+            let config = Config::load(sources(args.config, None))?;
+            health::check(config.server.listen)
+        }
+    }
+}
+
+/// A gateway on SQLite and the simulator beside it.
+async fn run_dev(args: DevArgs) -> anyhow::Result<()> {
+    telemetry::init(&LogConfig::default(), LogFormat::Pretty)?;
+    let simulator = Simulator::bind(dev::simulator(), SocketAddr::from(([127, 0, 0, 1], 0)))
+        .await
+        .context("cannot open a port for the simulated upstream")?;
+    let config = dev::config(args.listen, &args.data, &simulator.base_url())?;
+    let (tasks, stop) = (TaskTracker::new(), CancellationToken::new());
+    tasks.spawn(simulator.run(stop.clone()));
+    let app = App::build(config).await?;
+    println!("{}", dev::banner(app.address(), Path::new(&args.data)));
+    let result = app.run(stop_signals()?).await;
+    stop.cancel();
+    tasks.close();
+    tasks.wait().await;
+    result
+}
+
+async fn run_simulator(args: SimulateArgs) -> anyhow::Result<()> {
+    telemetry::init(&LogConfig::default(), LogFormat::Pretty)?;
+    let simulator = Simulator::bind(args.knobs, args.listen)
+        .await
+        .with_context(|| format!("cannot listen on {} (--listen)", args.listen))?;
+    tracing::info!(address = %simulator.addr(), base_url = simulator.base_url(), "the simulated upstream is listening");
+    let stop = CancellationToken::new();
+    let signals = stop_signals()?;
+    tokio::select! {
+        () = simulator.run(stop.clone()) => {}
+        () = signals() => {}
+    }
+    Ok(())
+}
+
+fn sources(args: ConfigArgs, listen: Option<SocketAddr>) -> Sources {
+    Sources { file: args.config.map(ConfigFile::Path), env: utf8_variables(std::env::vars_os()), listen }
+}
+
+/// Each call waits for one more SIGTERM or SIGINT.
+fn stop_signals() -> anyhow::Result<impl AsyncFn()> {
+    let terminate = tokio::sync::Mutex::new(signal(SignalKind::terminate())?);
+    let interrupt = tokio::sync::Mutex::new(signal(SignalKind::interrupt())?);
+    Ok(async move || {
+        let (mut terminate, mut interrupt) = (terminate.lock().await, interrupt.lock().await);
+        tokio::select! {
+            _ = terminate.recv() => {}
+            _ = interrupt.recv() => {}
+        }
+    })
+}
+
+fn chain(error: &anyhow::Error) -> String {
+    error.chain().map(ToString::to_string).collect::<Vec<_>>().join(": ")
+}

@@ -3,7 +3,10 @@
 //! Each method is one atomic step. All wall-clock time is the database's own: no method takes "now".
 //! Dropping a method's future may leave the step done or not done, never half done.
 
+mod backend;
+mod errors;
 mod postgres;
+mod rows;
 mod sqlite;
 
 use std::error::Error as StdError;
@@ -18,6 +21,7 @@ use crate::domain::{
     UpstreamThreadId, Usage,
 };
 
+pub use backend::BackendKind;
 pub use postgres::PostgresStore;
 pub use sqlite::SqliteStore;
 

@@ -1,3 +1,152 @@
-//! Written next.
-#[derive(Debug)]
-pub struct SqliteStore;
+//! The embedded store: one SQLite file, one process.
+//!
+//! There is one writing connection, so writing transactions come one after another and never meet; readers have
+//! connections of their own and see what is committed.
+
+mod admit;
+mod open;
+mod read;
+mod replicas;
+mod turn;
+
+use std::fs::File;
+use std::sync::Arc;
+use std::time::Duration;
+
+use async_trait::async_trait;
+use sqlx::migrate::Migrator;
+use sqlx::{Sqlite, SqlitePool, Transaction};
+
+use super::errors::check_version;
+use super::{Admission, Admitted, Claim, Finished, Orphan, RunEnd, RunLease, Store, StoreError};
+use crate::config::StoreConfig;
+use crate::domain::{
+    ConversationKey, Message, MessageId, Page, PageRequest, ReplicaId, Run, RunId, Thread, ThreadActivity,
+    UpstreamThreadId,
+};
+
+static MIGRATOR: Migrator = sqlx::migrate!("migrations/sqlite");
+
+/// The present, in milliseconds since 1970, by SQLite's clock: the same at each place of a statement.
+macro_rules! now {
+    () => {
+        "CAST(round(unixepoch('now', 'subsec') * 1000) AS INTEGER)"
+    };
+}
+use now;
+
+/// The store in a SQLite file.
+#[derive(Clone, Debug)]
+pub struct SqliteStore {
+    writer: SqlitePool,
+    readers: SqlitePool,
+    /// Held for the life of the store: keeps a second process off the file.
+    lock: Arc<File>,
+}
+
+impl SqliteStore {
+    /// Opens the file, making it and its folder where they are missing. Does not look at the schema.
+    ///
+    /// Databases in memory are refused: the readers need a file. Use one in a temporary folder.
+    ///
+    /// # Errors
+    /// [`StoreError::Open`] if the URL is not of the form `sqlite:<path>`, the file cannot be opened, or
+    /// another process has it open.
+    pub async fn open(config: &StoreConfig) -> Result<Self, StoreError> {
+        let path = open::path(config)?;
+        let lock = open::lock(&path)?;
+        // The writer goes first: it makes the file, which readers cannot.
+        let writer = open::writer(&path, config).await?;
+        let readers = open::readers(&path, config);
+        Ok(Self { writer, readers, lock: Arc::new(lock) })
+    }
+
+    /// Brings the schema up to date.
+    ///
+    /// # Errors
+    /// [`StoreError::Schema`] if the database is newer than this program.
+    pub async fn migrate(&self) -> Result<(), StoreError> {
+        Ok(MIGRATOR.run(&self.writer).await?)
+    }
+
+    /// Begins a transaction that may write. Dropped before its commit, it leaves nothing behind.
+    async fn write(&self) -> Result<Transaction<'static, Sqlite>, StoreError> {
+        Ok(self.writer.begin_with("BEGIN IMMEDIATE").await?)
+    }
+}
+
+#[async_trait]
+impl Store for SqliteStore {
+    async fn ready(&self) -> Result<(), StoreError> {
+        let known = MIGRATOR.iter().map(|migration| migration.version).max().unwrap_or(0);
+        check_version(read::schema_version(&self.readers).await?, known)
+    }
+
+    async fn admit(&self, admission: &Admission) -> Result<Admitted, StoreError> {
+        admit::admit(self.write().await?, admission).await
+    }
+
+    async fn claim(&self, lease: &RunLease) -> Result<Claim, StoreError> {
+        turn::claim(self.write().await?, lease).await
+    }
+
+    async fn bind_upstream_thread(
+        &self,
+        lease: &RunLease,
+        id: &UpstreamThreadId,
+    ) -> Result<bool, StoreError> {
+        turn::bind_upstream_thread(&self.writer, lease, id).await
+    }
+
+    async fn finish(&self, lease: &RunLease, end: &RunEnd) -> Result<Option<Finished>, StoreError> {
+        turn::finish(self.write().await?, lease, end).await
+    }
+
+    async fn thread(&self, key: &ConversationKey) -> Result<Option<(Thread, ThreadActivity)>, StoreError> {
+        read::thread(&self.readers, key).await
+    }
+
+    async fn messages(
+        &self,
+        key: &ConversationKey,
+        page: &PageRequest<MessageId>,
+    ) -> Result<Option<Page<Message>>, StoreError> {
+        read::messages(&self.readers, key, page).await
+    }
+
+    async fn runs(
+        &self,
+        key: &ConversationKey,
+        page: &PageRequest<RunId>,
+    ) -> Result<Option<Page<Run>>, StoreError> {
+        read::runs(&self.readers, key, page).await
+    }
+
+    async fn run(
+        &self,
+        key: &ConversationKey,
+        id: RunId,
+    ) -> Result<Option<(Run, Option<Message>)>, StoreError> {
+        read::run(&self.readers, key, id).await
+    }
+
+    async fn renew_replica(&self, id: ReplicaId, address: &str, ttl: Duration) -> Result<(), StoreError> {
+        replicas::renew(&self.writer, id, address, ttl).await
+    }
+
+    async fn retire_replica(&self, id: ReplicaId) -> Result<(), StoreError> {
+        replicas::retire(&self.writer, id).await
+    }
+
+    async fn adopt_orphans(&self, id: ReplicaId, limit: u32) -> Result<Vec<Orphan>, StoreError> {
+        replicas::adopt_orphans(self.write().await?, id, limit).await
+    }
+
+    async fn close(&self) {
+        // The readers first: the last connection to leave tidies the log away, which a reader may not.
+        self.readers.close().await;
+        self.writer.close().await;
+        // Ends with the file handle at the latest.
+        let _ = self.lock.unlock();
+    }
+}

@@ -5,4 +5,5 @@
 mod server;
 mod simulator;
 mod support;
+mod tidy;
 mod upstream;

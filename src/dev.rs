@@ -1,0 +1,73 @@
+//! What `threadkeeper dev` is made of: settings that need none, and the lines to try.
+
+use std::net::SocketAddr;
+use std::path::Path;
+use std::time::Duration;
+
+use anyhow::{Context, bail};
+use secrecy::SecretString;
+
+use crate::config::{AssistantConfig, Config, UpstreamConfig, UpstreamKind};
+use crate::simulator::SimulatorConfig;
+
+/// A simulator at the pace of a model, so that streams look like streams.
+pub fn simulator() -> SimulatorConfig {
+    SimulatorConfig {
+        latency: Duration::from_millis(150),
+        token_interval: Duration::from_millis(30),
+        ..SimulatorConfig::default()
+    }
+}
+
+/// A gateway on a SQLite file below `data`, with an assistant for each protocol at the simulator.
+pub fn config(listen: SocketAddr, data: &Path, simulator: &str) -> anyhow::Result<Config> {
+    if !listen.ip().is_loopback() {
+        bail!("dev asks nobody who they are, so it listens on loopback only; use 127.0.0.1 instead of {}", listen.ip());
+    }
+    let database = data.join("threadkeeper.db");
+    let database = database.to_str().context("--data must be valid UTF-8")?;
+    let mut config = Config::default();
+    config.server.listen = listen;
+    config.server.shutdown_grace = Duration::from_secs(5);
+    config.store.url = Some(SecretString::from(format!("sqlite:{database}")));
+    for (name, kind) in [("simulator", UpstreamKind::Responses), ("simulator-assistants", UpstreamKind::Assistants)] {
+        let base_url = simulator.parse().context("the simulator's own URL")?;
+        let upstream =
+            UpstreamConfig { api_key: Some(SecretString::from("simulated")), ..UpstreamConfig::new(kind, base_url) };
+        config.upstreams.insert(name.to_owned(), upstream);
+    }
+    let default = AssistantConfig {
+        upstream: "simulator".to_owned(),
+        model: Some("simulated".to_owned()),
+        ..AssistantConfig::default()
+    };
+    let assistants = AssistantConfig {
+        upstream: "simulator-assistants".to_owned(),
+        assistant_id: Some("asst_simulated".to_owned()),
+        ..AssistantConfig::default()
+    };
+    config.assistants.insert("default".to_owned(), default);
+    config.assistants.insert("assistants-v2".to_owned(), assistants);
+    Ok(config)
+}
+
+/// What a newcomer reads: that replies are simulated, and what to type next.
+pub fn banner(address: SocketAddr, data: &Path) -> String {
+    let user = format!("http://{address}/v1/users/alice");
+    format!(
+        r#"
+  ┌──────────────────────────────────────────────────────────────────────────┐
+  │  REPLIES ARE SIMULATED: no model is asked. For a real one: serve.        │
+  └──────────────────────────────────────────────────────────────────────────┘
+  Conversations are kept in {data}. Ctrl-C stops. Try, in another terminal:
+
+  curl --json '{{"content": "Hello, I am Alice."}}' {user}/messages
+  curl -N --json '{{"content": "Tell me more.", "stream": true}}' {user}/messages
+  curl --json '{{"content": "Hello from a tab."}}' {user}/sessions/tab-1/messages
+  curl --json '{{"content": "How do I return it?"}}' {user}/topics/order-4711/messages
+  curl {user}/thread
+  curl '{user}/messages?order=asc'
+"#,
+        data = data.display(),
+    )
+}

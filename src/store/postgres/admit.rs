@@ -1,0 +1,226 @@
+//! Admission: one statement where nothing unusual happens.
+
+use sqlx::postgres::PgRow;
+use sqlx::{FromRow, PgConnection, PgPool, Row};
+
+use crate::domain::{ConversationKey, MultitaskStrategy, Run, RunStatus, Thread};
+use crate::store::rows::{ThreadAndRun, corrupt, json, millis, run_columns, thread_columns};
+use crate::store::{Admission, Admitted, InputMessage, RunLease, StoreError, Turn};
+
+/// Times that the key's thread may change hands under an admission before it gives up.
+const MAX_ATTEMPTS: u32 = 10;
+
+/// Implements [`Store::admit`](crate::store::Store::admit).
+pub(super) async fn admit(pool: &PgPool, admission: &Admission) -> Result<Admitted, StoreError> {
+    for _ in 0..MAX_ATTEMPTS {
+        let attempt = admit_directly(&mut *pool.acquire().await?, admission).await?;
+        let settled = match attempt {
+            Attempt::Settled(admitted) => Some(admitted),
+            Attempt::Open => admit_under_lock(pool, admission).await?,
+        };
+        if let Some(admitted) = settled {
+            return Ok(admitted);
+        }
+    }
+    Err(StoreError::Unavailable("the key's thread kept changing".into()))
+}
+
+enum Attempt {
+    Settled(Admitted),
+    /// The thread has expired, or changed while the statement waited for it. Nothing was stored.
+    Open,
+}
+
+/// The whole admission in one statement.
+///
+/// The statement's snapshot is taken before it gets the thread's row, and may be out of date by then: another
+/// admission may have gone first. `seen` is the thread as in the snapshot, `t` in `bound` its row as it is under
+/// the lock. An admission is the only step that adds an unfinished run, and it counts up `run_count`. So if both
+/// agree on `run_count`, a thread that was free in the snapshot is free, and the run starts. If they do not, the
+/// run is queued, which is always safe: should the thread be free after all, the first `claim` starts the run.
+async fn admit_directly(connection: &mut PgConnection, admission: &Admission) -> Result<Attempt, StoreError> {
+    let ConversationKey { tenant, user, scope } = &admission.key;
+    let row = sqlx::query(concat!(
+        "WITH seen AS MATERIALIZED (
+            SELECT t.id, t.upstream, t.run_count, COALESCE(t.expires_at <= now(), false) AS expired,
+                EXISTS (
+                    SELECT FROM runs r
+                    WHERE r.thread_id = t.id AND r.status IN ('in_progress', 'requires_action', 'cancelling')
+                ) AS active,
+                (SELECT count(*) FROM runs r WHERE r.thread_id = t.id AND r.status = 'queued') AS queued
+            FROM threads t
+            WHERE t.tenant = $1 AND t.user_key = $2 AND t.scope_kind = $3 AND t.scope_name = $4
+                AND t.lifecycle = 'current'
+        ), bound AS (
+            INSERT INTO threads AS t (
+                id, tenant, user_key, scope_kind, scope_name, upstream, lifecycle,
+                message_count, run_count, created_at, last_active_at, expires_at
+            )
+            VALUES ($5, $1, $2, $3, $4, $6, 'current', 1, 1, now(), now(), now() + $7 * interval '1 millisecond')
+            ON CONFLICT (tenant, user_key, scope_kind, scope_name) WHERE lifecycle = 'current'
+            DO UPDATE SET
+                run_count = t.run_count + 1,
+                message_count = t.message_count + (
+                    SELECT count(*) FROM seen s
+                    WHERE s.id = t.id AND s.run_count = t.run_count AND NOT s.active AND s.queued = 0
+                ),
+                last_active_at = clock_timestamp()
+            WHERE (t.expires_at IS NULL OR t.expires_at > now())
+                AND t.upstream = excluded.upstream
+                AND ($8 <> 'reject' OR EXISTS (
+                    SELECT FROM seen s
+                    WHERE s.id = t.id AND s.run_count = t.run_count AND NOT s.active AND s.queued = 0
+                ))
+            RETURNING t.*
+        ), placed AS MATERIALIZED (
+            SELECT b.*, clock_timestamp() AS now,
+                b.run_count = 1 AND b.id = $5 OR EXISTS (
+                    SELECT FROM seen s
+                    WHERE s.id = b.id AND s.run_count = b.run_count - 1 AND NOT s.active AND s.queued = 0
+                ) AS starts
+            FROM bound b
+        ), admitted AS (
+            INSERT INTO runs AS r (
+                id, thread_id, seq, status, strategy, assistant, metadata, input, owner, fence, timeout_ms,
+                created_at, started_at, deadline_at
+            )
+            SELECT $9, p.id, p.run_count, CASE WHEN p.starts THEN 'in_progress' ELSE 'queued' END, $8, $10,
+                $11::jsonb,
+                CASE WHEN NOT p.starts THEN jsonb_build_array(jsonb_build_object('id', $12, 'content', $13::jsonb)) END,
+                $14, 1, $15, p.now,
+                CASE WHEN p.starts THEN p.now END,
+                CASE WHEN p.starts THEN p.now + $15 * interval '1 millisecond' END
+            FROM placed p
+            RETURNING r.*
+        ), said AS (
+            INSERT INTO messages (id, thread_id, position, role, content, run_id, created_at)
+            SELECT $16, p.id, p.message_count, 'user', $13::jsonb, $9, p.now FROM placed p WHERE p.starts
+        )
+        SELECT ",
+        thread_columns!(),
+        ", ",
+        run_columns!(),
+        ", s.upstream AS seen_upstream, s.expired AS seen_expired, s.active OR s.queued > 0 AS seen_busy,
+            -- Those that waited in the snapshot and those that came since; of the latter, the first has started
+            -- if the thread was free.
+            GREATEST(1, 1 + COALESCE(s.queued, 0) + t.run_count - 1 - COALESCE(s.run_count, 0)
+                - CASE WHEN s.active OR s.queued > 0 THEN 0 ELSE 1 END) AS position
+        FROM (SELECT) one
+        LEFT JOIN seen s ON true
+        LEFT JOIN bound t ON true
+        LEFT JOIN admitted r ON true",
+    ))
+    .bind(tenant.as_str())
+    .bind(user.as_str())
+    .bind(scope.kind())
+    .bind(scope.name())
+    .bind(admission.new_thread.uuid())
+    .bind(&admission.upstream)
+    .bind(admission.thread_ttl.map(millis))
+    .bind(admission.strategy.as_str())
+    .bind(admission.run_id.uuid())
+    .bind(&admission.assistant)
+    .bind(json(&admission.metadata)?)
+    .bind(admission.message.id.to_string())
+    .bind(json(&admission.message.content)?)
+    .bind(admission.replica.uuid())
+    .bind(millis(admission.timeout))
+    .bind(admission.message.id.uuid())
+    .fetch_one(connection)
+    .await?;
+
+    if row.try_get::<Option<i64>, _>("r_seq")?.is_some() {
+        return admitted(admission, &row).map(Attempt::Settled);
+    }
+    // Refused by the conditions of the update. What the snapshot says of the reason was true at its time, which
+    // lies within this call; if it gives no reason, the thread changed since.
+    let upstream: Option<String> = row.try_get("seen_upstream")?;
+    let expired = row.try_get::<Option<bool>, _>("seen_expired")?.unwrap_or(false);
+    let busy = row.try_get::<Option<bool>, _>("seen_busy")?.unwrap_or(false);
+    Ok(match upstream {
+        Some(other) if !expired && other != admission.upstream => {
+            Attempt::Settled(Admitted::OtherUpstream(other))
+        }
+        Some(_) if !expired && busy && admission.strategy == MultitaskStrategy::Reject => {
+            Attempt::Settled(Admitted::Busy)
+        }
+        _ => Attempt::Open,
+    })
+}
+
+/// The way that is always exact: takes the thread's row first, so that the snapshot of the next statement is not
+/// out of date. Puts a fresh thread in the place of an expired one.
+///
+/// `None`: the key's thread is another than it was when the lock was asked for. Nothing was stored.
+async fn admit_under_lock(pool: &PgPool, admission: &Admission) -> Result<Option<Admitted>, StoreError> {
+    let ConversationKey { tenant, user, scope } = &admission.key;
+    let mut tx = pool.begin().await?;
+    let replaced: Option<(uuid::Uuid, bool)> = sqlx::query_as(
+        "SELECT t.id, COALESCE(t.expires_at <= now(), false)
+        FROM threads t
+        WHERE t.tenant = $1 AND t.user_key = $2 AND t.scope_kind = $3 AND t.scope_name = $4
+            AND t.lifecycle = 'current'
+        FOR NO KEY UPDATE",
+    )
+    .bind(tenant.as_str())
+    .bind(user.as_str())
+    .bind(scope.kind())
+    .bind(scope.name())
+    .fetch_optional(&mut *tx)
+    .await?;
+    let Some((current, expired)) = replaced else {
+        return Ok(None);
+    };
+    if expired {
+        sqlx::query("UPDATE threads SET lifecycle = 'archived' WHERE id = $1")
+            .bind(current)
+            .execute(&mut *tx)
+            .await?;
+        // Nobody can be faster: the old row, which this transaction holds, was the key's current one until now.
+        sqlx::query(
+            "INSERT INTO threads (
+                id, tenant, user_key, scope_kind, scope_name, upstream, lifecycle, previous_thread,
+                created_at, last_active_at, expires_at
+            )
+            VALUES ($1, $2, $3, $4, $5, $6, 'current', $7, now(), now(), now() + $8 * interval '1 millisecond')",
+        )
+        .bind(admission.new_thread.uuid())
+        .bind(tenant.as_str())
+        .bind(user.as_str())
+        .bind(scope.kind())
+        .bind(scope.name())
+        .bind(&admission.upstream)
+        .bind(current)
+        .bind(admission.thread_ttl.map(millis))
+        .execute(&mut *tx)
+        .await?;
+    }
+    match admit_directly(&mut tx, admission).await? {
+        Attempt::Settled(admitted) => {
+            tx.commit().await?;
+            Ok(Some(admitted))
+        }
+        // It expired between the two statements.
+        Attempt::Open => Ok(None),
+    }
+}
+
+fn admitted(admission: &Admission, row: &PgRow) -> Result<Admitted, StoreError> {
+    let both = ThreadAndRun::from_row(row)?;
+    let lease = RunLease { run_id: admission.run_id, fence: both.run.r_fence };
+    let (thread, run) = (Thread::try_from(both.thread)?, Run::try_from(both.run)?);
+    match run.status {
+        RunStatus::InProgress => {
+            let message =
+                InputMessage { id: admission.message.id, content: admission.message.content.clone() };
+            Ok(Admitted::Started(Box::new(Turn { lease, thread, run, input: vec![message] })))
+        }
+        RunStatus::Queued => Ok(Admitted::Queued {
+            lease,
+            thread: Box::new(thread),
+            run: Box::new(run),
+            position: row.try_get("position")?,
+        }),
+        _ => Err(corrupt("the status of a new run")),
+    }
+}

@@ -1,0 +1,437 @@
+//! From rows to values and back: what both backends share.
+//!
+//! Statements name columns `t_…` (thread), `r_…` (run) and `m_…` (message), so that one row can hold all three.
+
+use std::str::FromStr;
+use std::time::Duration;
+
+use chrono::{DateTime, Utc};
+use serde::Serialize;
+use sqlx::error::BoxDynError;
+use sqlx::postgres::{PgTypeInfo, PgValueRef, Postgres};
+use sqlx::sqlite::{Sqlite, SqliteTypeInfo, SqliteValueRef};
+use sqlx::types::Json;
+use sqlx::{ColumnIndex, Decode, FromRow, Row, Type};
+use uuid::Uuid;
+
+use super::{Finished, Orphan, RunLease, StoreError};
+use crate::domain::{
+    ContentPart, ConversationKey, Message, MessageId, Metadata, Page, PageRequest, RequiredAction, Run,
+    RunError, RunId, Scope, TenantKey, Thread, ThreadActivity, ThreadId, ThreadState, Timestamp,
+    UpstreamRunId, UpstreamThreadId, Usage, UserKey,
+};
+
+/// The columns of [`ThreadRow`], of a table named `t`.
+macro_rules! thread_columns {
+    () => {
+        "t.id AS t_id, t.tenant AS t_tenant, t.user_key AS t_user_key, t.scope_kind AS t_scope_kind, \
+         t.scope_name AS t_scope_name, t.upstream AS t_upstream, t.upstream_thread_id AS t_upstream_thread_id, \
+         t.lifecycle AS t_lifecycle, t.previous_thread AS t_previous_thread, t.metadata AS t_metadata, \
+         t.message_count AS t_message_count, t.run_count AS t_run_count, t.created_at AS t_created_at, \
+         t.last_active_at AS t_last_active_at, t.expires_at AS t_expires_at"
+    };
+}
+
+/// The columns of [`RunRow`], of a table named `r`.
+macro_rules! run_columns {
+    () => {
+        "r.id AS r_id, r.thread_id AS r_thread_id, r.seq AS r_seq, r.status AS r_status, \
+         r.strategy AS r_strategy, r.assistant AS r_assistant, r.metadata AS r_metadata, r.fence AS r_fence, \
+         r.upstream_run_id AS r_upstream_run_id, r.required_action AS r_required_action, r.error AS r_error, \
+         r.usage AS r_usage, r.created_at AS r_created_at, r.started_at AS r_started_at, \
+         r.finished_at AS r_finished_at, r.deadline_at AS r_deadline_at"
+    };
+}
+
+/// The columns of [`MessageRow`], of a table named `m`.
+macro_rules! message_columns {
+    () => {
+        "m.id AS m_id, m.thread_id AS m_thread_id, m.position AS m_position, m.role AS m_role, \
+         m.content AS m_content, m.run_id AS m_run_id, m.upstream_message_id AS m_upstream_message_id, \
+         m.created_at AS m_created_at"
+    };
+}
+
+pub(super) use {message_columns, run_columns, thread_columns};
+
+/// A point in time: `timestamptz` in Postgres, milliseconds since 1970 in SQLite.
+pub(super) struct At(Timestamp);
+
+impl Type<Postgres> for At {
+    fn type_info() -> PgTypeInfo {
+        <DateTime<Utc> as Type<Postgres>>::type_info()
+    }
+}
+
+impl Decode<'_, Postgres> for At {
+    fn decode(value: PgValueRef<'_>) -> Result<Self, BoxDynError> {
+        <DateTime<Utc> as Decode<'_, Postgres>>::decode(value).map(Self)
+    }
+}
+
+impl Type<Sqlite> for At {
+    fn type_info() -> SqliteTypeInfo {
+        <i64 as Type<Sqlite>>::type_info()
+    }
+}
+
+impl Decode<'_, Sqlite> for At {
+    fn decode(value: SqliteValueRef<'_>) -> Result<Self, BoxDynError> {
+        let millis = <i64 as Decode<'_, Sqlite>>::decode(value)?;
+        DateTime::from_timestamp_millis(millis).map(Self).ok_or_else(|| format!("time {millis}").into())
+    }
+}
+
+#[derive(FromRow)]
+pub(super) struct ThreadRow {
+    t_id: Uuid,
+    t_tenant: String,
+    t_user_key: String,
+    t_scope_kind: String,
+    t_scope_name: String,
+    t_upstream: String,
+    t_upstream_thread_id: Option<String>,
+    t_lifecycle: String,
+    t_previous_thread: Option<Uuid>,
+    t_metadata: Json<Metadata>,
+    t_message_count: i64,
+    t_run_count: i64,
+    t_created_at: At,
+    t_last_active_at: At,
+    t_expires_at: Option<At>,
+}
+
+impl TryFrom<ThreadRow> for Thread {
+    type Error = StoreError;
+
+    fn try_from(row: ThreadRow) -> Result<Self, StoreError> {
+        Ok(Self {
+            id: ThreadId::from_uuid(row.t_id),
+            key: ConversationKey {
+                tenant: TenantKey::try_from(row.t_tenant).map_err(|_| corrupt("tenant"))?,
+                user: UserKey::try_from(row.t_user_key).map_err(|_| corrupt("user key"))?,
+                scope: Scope::from_parts(&row.t_scope_kind, row.t_scope_name)
+                    .ok_or_else(|| corrupt("scope"))?,
+            },
+            upstream: row.t_upstream,
+            upstream_thread_id: row.t_upstream_thread_id.map(UpstreamThreadId),
+            lifecycle: word(&row.t_lifecycle)?,
+            previous_thread: row.t_previous_thread.map(ThreadId::from_uuid),
+            metadata: row.t_metadata.0,
+            message_count: row.t_message_count,
+            run_count: row.t_run_count,
+            created_at: row.t_created_at.0,
+            last_active_at: row.t_last_active_at.0,
+            expires_at: row.t_expires_at.map(|at| at.0),
+        })
+    }
+}
+
+#[derive(FromRow)]
+pub(super) struct RunRow {
+    r_id: Uuid,
+    r_thread_id: Uuid,
+    r_seq: i64,
+    r_status: String,
+    r_strategy: String,
+    r_assistant: String,
+    r_metadata: Json<Metadata>,
+    pub(super) r_fence: i64,
+    r_upstream_run_id: Option<String>,
+    r_required_action: Option<Json<RequiredAction>>,
+    r_error: Option<Json<RunError>>,
+    r_usage: Option<Json<Usage>>,
+    r_created_at: At,
+    r_started_at: Option<At>,
+    r_finished_at: Option<At>,
+    r_deadline_at: Option<At>,
+}
+
+impl TryFrom<RunRow> for Run {
+    type Error = StoreError;
+
+    fn try_from(row: RunRow) -> Result<Self, StoreError> {
+        Ok(Self {
+            id: RunId::from_uuid(row.r_id),
+            thread_id: ThreadId::from_uuid(row.r_thread_id),
+            seq: row.r_seq,
+            status: word(&row.r_status)?,
+            strategy: word(&row.r_strategy)?,
+            assistant: row.r_assistant,
+            metadata: row.r_metadata.0,
+            upstream_run_id: row.r_upstream_run_id.map(UpstreamRunId),
+            required_action: row.r_required_action.map(|json| json.0),
+            error: row.r_error.map(|json| json.0),
+            usage: row.r_usage.map(|json| json.0),
+            created_at: row.r_created_at.0,
+            started_at: row.r_started_at.map(|at| at.0),
+            finished_at: row.r_finished_at.map(|at| at.0),
+            deadline_at: row.r_deadline_at.map(|at| at.0),
+        })
+    }
+}
+
+#[derive(FromRow)]
+pub(super) struct MessageRow {
+    m_id: Uuid,
+    m_thread_id: Uuid,
+    m_position: i64,
+    m_role: String,
+    m_content: Json<Vec<ContentPart>>,
+    m_run_id: Option<Uuid>,
+    m_upstream_message_id: Option<String>,
+    m_created_at: At,
+}
+
+impl TryFrom<MessageRow> for Message {
+    type Error = StoreError;
+
+    fn try_from(row: MessageRow) -> Result<Self, StoreError> {
+        Ok(Self {
+            id: MessageId::from_uuid(row.m_id),
+            thread_id: ThreadId::from_uuid(row.m_thread_id),
+            position: row.m_position,
+            role: word(&row.m_role)?,
+            content: row.m_content.0,
+            run_id: row.m_run_id.map(RunId::from_uuid),
+            upstream_message_id: row.m_upstream_message_id,
+            created_at: row.m_created_at.0,
+        })
+    }
+}
+
+/// What a thread is doing, as a statement tells it.
+#[derive(FromRow)]
+pub(super) struct ActivityRow {
+    queue_depth: i64,
+    active_status: Option<String>,
+}
+
+impl TryFrom<ActivityRow> for ThreadActivity {
+    type Error = StoreError;
+
+    fn try_from(row: ActivityRow) -> Result<Self, StoreError> {
+        let active = row.active_status.as_deref().map(word).transpose()?;
+        Ok(Self { state: ThreadState::of(active), queue_depth: row.queue_depth })
+    }
+}
+
+#[derive(FromRow)]
+pub(super) struct ThreadWithActivity {
+    #[sqlx(flatten)]
+    thread: ThreadRow,
+    #[sqlx(flatten)]
+    activity: ActivityRow,
+}
+
+impl ThreadWithActivity {
+    pub(super) fn into_parts(self) -> Result<(Thread, ThreadActivity), StoreError> {
+        Ok((self.thread.try_into()?, self.activity.try_into()?))
+    }
+}
+
+/// A run, and its reply if the statement's outer join found one.
+pub(super) struct RunWithReply {
+    run: RunRow,
+    reply: Option<MessageRow>,
+}
+
+impl<'r, R> FromRow<'r, R> for RunWithReply
+where
+    R: Row,
+    &'static str: ColumnIndex<R>,
+    RunRow: FromRow<'r, R>,
+    MessageRow: FromRow<'r, R>,
+    Option<Uuid>: Decode<'r, R::Database> + Type<R::Database>,
+{
+    fn from_row(row: &'r R) -> sqlx::Result<Self> {
+        let reply = match row.try_get::<Option<Uuid>, _>("m_id")? {
+            Some(_) => Some(MessageRow::from_row(row)?),
+            None => None,
+        };
+        Ok(Self { run: RunRow::from_row(row)?, reply })
+    }
+}
+
+impl RunWithReply {
+    pub(super) fn into_parts(self) -> Result<(Run, Option<Message>), StoreError> {
+        Ok((self.run.try_into()?, self.reply.map(Message::try_from).transpose()?))
+    }
+}
+
+#[derive(FromRow)]
+pub(super) struct FinishedRow {
+    #[sqlx(flatten)]
+    thread: ThreadWithActivity,
+    #[sqlx(flatten)]
+    run: RunWithReply,
+}
+
+impl TryFrom<FinishedRow> for Finished {
+    type Error = StoreError;
+
+    fn try_from(row: FinishedRow) -> Result<Self, StoreError> {
+        let (thread, activity) = row.thread.into_parts()?;
+        let (run, message) = row.run.into_parts()?;
+        Ok(Self { thread, activity, run, message })
+    }
+}
+
+/// A run and its thread.
+#[derive(FromRow)]
+pub(super) struct ThreadAndRun {
+    #[sqlx(flatten)]
+    pub(super) thread: ThreadRow,
+    #[sqlx(flatten)]
+    pub(super) run: RunRow,
+}
+
+/// A run that was taken over; its row tells the new fence.
+pub(super) fn orphan(row: ThreadAndRun) -> Result<Orphan, StoreError> {
+    let fence = row.run.r_fence;
+    let (thread, run) = (Thread::try_from(row.thread)?, Run::try_from(row.run)?);
+    Ok(Orphan { lease: RunLease { run_id: run.id, fence }, thread, run })
+}
+
+/// The rows of a list that a page wants: numbers between two bounds, both exclusive, from one end.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub(super) struct Span {
+    pub(super) above: i64,
+    pub(super) below: i64,
+    /// Fetch from the low end.
+    pub(super) upwards: bool,
+    /// The rows come out in the opposite of the wanted order.
+    reverse: bool,
+    /// Rows to fetch: one more than the page holds tells whether more follow.
+    pub(super) fetch: i64,
+}
+
+impl Span {
+    /// `cursor` is the number of the row that the request's `after` or `before` names.
+    pub(super) fn new<Id>(page: &PageRequest<Id>, cursor: Option<i64>) -> Self {
+        let backwards = page.after.is_none() && page.before.is_some();
+        let upwards = page.ascending != backwards;
+        Self {
+            above: cursor.filter(|_| upwards).unwrap_or(0),
+            below: cursor.filter(|_| !upwards).unwrap_or(i64::MAX),
+            upwards,
+            reverse: backwards,
+            fetch: i64::from(page.limit) + 1,
+        }
+    }
+
+    /// Makes a page of the rows that were fetched.
+    pub(super) fn page<Row, T>(self, rows: Vec<Row>) -> Result<Page<T>, StoreError>
+    where
+        T: TryFrom<Row, Error = StoreError>,
+    {
+        let limit = usize::try_from(self.fetch - 1).unwrap_or(0);
+        let has_more = rows.len() > limit;
+        let mut data = rows.into_iter().take(limit).map(T::try_from).collect::<Result<Vec<_>, _>>()?;
+        if self.reverse {
+            data.reverse();
+        }
+        Ok(Page { data, has_more })
+    }
+}
+
+/// The number of the row that a cursor names: an error if it was given and names none.
+pub(super) fn cursor<Id: Copy>(
+    page: &PageRequest<Id>,
+    found: Option<i64>,
+) -> Result<Option<i64>, StoreError> {
+    match (page.after.or(page.before), found) {
+        (Some(_), None) => Err(StoreError::UnknownCursor),
+        (_, found) => Ok(found),
+    }
+}
+
+/// The JSON text of a value. NUL characters, which Postgres cannot hold, become U+FFFD: a reply that has one
+/// must not keep its run from ending.
+pub(super) fn json<T: Serialize>(value: &T) -> Result<String, StoreError> {
+    let text = serde_json::to_string(value).map_err(|error| StoreError::Statement(error.into()))?;
+    Ok(if text.contains("\\u0000") { without_nul(&text) } else { text })
+}
+
+/// Milliseconds for a statement that adds them to a time, at most a thousand years.
+pub(super) fn millis(duration: Duration) -> i64 {
+    const MAX: i64 = 1000 * 365 * 24 * 3600 * 1000;
+    i64::try_from(duration.as_millis()).unwrap_or(MAX).min(MAX)
+}
+
+pub(super) fn corrupt(what: &str) -> StoreError {
+    StoreError::Corrupt(what.to_owned())
+}
+
+fn word<T: FromStr<Err = String>>(text: &str) -> Result<T, StoreError> {
+    text.parse().map_err(|unknown: String| StoreError::Corrupt(format!("the word `{unknown}`")))
+}
+
+/// Replaces the escape `\u0000` in a JSON text, but not what only looks like it behind a `\\`.
+fn without_nul(json: &str) -> String {
+    let mut out = String::with_capacity(json.len());
+    let mut rest = json;
+    while let Some(at) = rest.find('\\') {
+        // An escape is two characters long at least, all ASCII.
+        let (escape, next) =
+            if rest[at..].starts_with("\\u0000") { ("\\ufffd", 6) } else { (&rest[at..at + 2], 2) };
+        out.push_str(&rest[..at]);
+        out.push_str(escape);
+        rest = &rest[at + next..];
+    }
+    out + rest
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn request(ascending: bool, after: Option<u8>, before: Option<u8>) -> PageRequest<u8> {
+        PageRequest { limit: 2, ascending, after, before }
+    }
+
+    struct Number(i64);
+    impl TryFrom<i64> for Number {
+        type Error = StoreError;
+        fn try_from(n: i64) -> Result<Self, StoreError> {
+            Ok(Self(n))
+        }
+    }
+
+    #[test]
+    fn a_span_takes_the_rows_next_to_the_cursor_in_the_chosen_order() {
+        for (ascending, after, before, data, has_more) in [
+            (true, None, None, [1, 2], true),
+            (false, None, None, [5, 4], true),
+            (true, Some(3), None, [4, 5], false),
+            (true, None, Some(4), [2, 3], true),
+            (true, None, Some(3), [1, 2], false),
+            (false, Some(3), None, [2, 1], false),
+            (false, None, Some(2), [4, 3], true),
+        ] {
+            let page = request(ascending, after, before);
+            let span = Span::new(&page, after.or(before).map(i64::from));
+            let mut rows: Vec<i64> = (1..=5).filter(|n| span.above < *n && *n < span.below).collect();
+            if !span.upwards {
+                rows.reverse();
+            }
+            rows.truncate(usize::try_from(span.fetch).unwrap());
+            let got: Page<Number> = span.page(rows).unwrap();
+            assert_eq!(got.data.iter().map(|n| n.0).collect::<Vec<_>>(), data, "{page:?}");
+            assert_eq!(got.has_more, has_more, "{page:?}");
+        }
+    }
+
+    #[test]
+    fn only_real_nul_characters_are_replaced() {
+        let text = "a\0b\\u0000c\\\0\"\\\\\0";
+        let back: String = serde_json::from_str(&json(&text).unwrap()).unwrap();
+        assert_eq!(back, text.replace('\0', "\u{fffd}"));
+    }
+
+    #[test]
+    fn a_duration_without_end_is_bounded() {
+        assert_eq!(millis(Duration::from_millis(1500)), 1500);
+        assert_eq!(millis(Duration::MAX), 31_536_000_000_000);
+    }
+}
