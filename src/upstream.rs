@@ -16,7 +16,7 @@ use std::time::Duration;
 use async_trait::async_trait;
 use futures_util::stream::BoxStream;
 
-use crate::config::{AssistantConfig, UpstreamKind};
+use crate::config::AssistantConfig;
 use crate::domain::{
     ContentPart, ConversationKey, Metadata, RunError, RunId, RunStatus, Timestamp, ToolCall, UpstreamRunId,
     UpstreamThreadId, Usage,
@@ -46,15 +46,6 @@ pub trait Upstream: Send + Sync + std::fmt::Debug {
     /// and waited for; function calls that nobody will answer are closed. Harmless to repeat. The caller bounds
     /// it in time and may drop it.
     async fn settle(&self, leftover: &Leftover) -> Result<(), UpstreamError>;
-}
-
-/// The fields of the request that starts a run which the gateway sets itself, so that
-/// `assistants.<name>.parameters` cannot: they are refused there, and left out should one slip through.
-pub const fn reserved_parameters(kind: UpstreamKind) -> &'static [&'static str] {
-    match kind {
-        UpstreamKind::Assistants => assistants::RESERVED,
-        UpstreamKind::Responses => responses::RESERVED,
-    }
 }
 
 /// The events of one run. To be asked until it gives `None`: past [`UpstreamEvent::Ended`] it reads what is left of
@@ -126,7 +117,7 @@ pub enum UpstreamError {
     /// A 404 that names the thread.
     #[error("the upstream thread is gone")]
     ThreadGone,
-    /// A 4xx: our request, key or account was refused.
+    /// A 4xx, or a redirect: our request, key or account was refused. `code` is a word of at most 64 characters.
     #[error("the upstream refused the request with status {status}{}", code.as_ref().map(|c| format!(" ({c})")).unwrap_or_default())]
     Refused { status: u16, code: Option<String> },
     /// A 429. `quota`: waiting does not help.

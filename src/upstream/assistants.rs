@@ -16,22 +16,10 @@ use super::relay::relay;
 use super::tags::{RUN_TAG, message_tags, parameters, run_tags, thread_tags};
 use super::wire::Created;
 use super::{EventStream, Leftover, Ownership, StartRun, Upstream, UpstreamError};
+use crate::config::UpstreamKind;
 use crate::domain::{RunId, UpstreamRunId, UpstreamThreadId};
 use turn::Turn;
 use wire::{RunList, RunObject, content};
-
-/// See [`reserved_parameters`](super::reserved_parameters).
-pub(super) const RESERVED: &[&str] = &[
-    "additional_messages",
-    "assistant_id",
-    "instructions",
-    "metadata",
-    "model",
-    "stream",
-    "thread",
-    "thread_id",
-    "tools",
-];
 
 /// Runs to look through for ours. Only one can be active where the server locks; this is for those that do not.
 const RUNS_TO_SEARCH: &str = "20";
@@ -146,7 +134,7 @@ impl AssistantsUpstream {
 /// The request that appends the input and starts the run.
 fn run_body(request: &StartRun<'_>) -> Value {
     let assistant = request.assistant;
-    let mut body = parameters(&assistant.parameters, RESERVED);
+    let mut body = parameters(assistant, UpstreamKind::Assistants);
     let mut set = |name: &str, value: Value| body.insert(name.to_owned(), value);
     if let Some(id) = &assistant.assistant_id {
         set("assistant_id", id.as_str().into());

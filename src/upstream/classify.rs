@@ -18,6 +18,10 @@ const QUOTA_CODES: [&str; 5] = [
     "quota_exceeded",
 ];
 
+/// Our word, in place of the upstream's code, for the refusal of a turn because the one before left a function call
+/// without an output. No server has a code for it.
+pub(super) const OPEN_CALL: &str = "function_call_without_output";
+
 /// The meaning of an answer whose status is not a success.
 pub(super) fn classify(status: StatusCode, headers: &HeaderMap, body: &[u8]) -> UpstreamError {
     let detail = ErrorDetail::from_body(body).unwrap_or_default();
@@ -40,7 +44,8 @@ pub(super) fn classify(status: StatusCode, headers: &HeaderMap, body: &[u8]) -> 
     if status.is_server_error() || status == StatusCode::REQUEST_TIMEOUT {
         return UpstreamError::Unavailable { status: status.as_u16(), retry_after: retry_after(headers) };
     }
-    UpstreamError::Refused { status: status.as_u16(), code: detail.code }
+    let code = if detail.is_open_call() { Some(OPEN_CALL.to_owned()) } else { detail.code };
+    UpstreamError::Refused { status: status.as_u16(), code }
 }
 
 /// What a server says of an error: in the body of an answer, in an `error` event, or inside a run or response.
@@ -93,7 +98,8 @@ impl ErrorDetail {
             return UpstreamError::RateLimited { retry_after: None, quota: self.is_quota() };
         }
         if is("invalid_request_error") || is("invalid_prompt") {
-            return UpstreamError::Refused { status: 400, code: self.code };
+            let code = if self.is_open_call() { Some(OPEN_CALL.to_owned()) } else { self.code };
+            return UpstreamError::Refused { status: 400, code };
         }
         UpstreamError::Unavailable { status: 500, retry_after: None }
     }
@@ -113,7 +119,10 @@ impl ErrorDetail {
             || (has("add messages to") && has("while a run"))
             || has("currently operating on this conversation")
             || ((has("in-progress response") || has("in progress response")) && has("exist"))
-            || (has("response") && has("already in progress"))
+    }
+
+    fn is_open_call(&self) -> bool {
+        self.message.to_ascii_lowercase().contains("no tool output found for")
     }
 
     /// The run that a conflict's text names.
@@ -283,6 +292,11 @@ mod tests {
             (404, wrapped("Thread endpoint not found", "not_found"), "refused 404 not_found"),
             (403, wrapped("Thread with id 'thread_a1' not found.", ""), "refused 403 -"),
             (500, wrapped("Thread with id 'thread_a1' not found.", ""), "unavailable 500 None"),
+            (
+                400,
+                wrapped("No tool output found for function call call_1.", ""),
+                "refused 400 function_call_without_output",
+            ),
             // Plain refusals. The code is shown only if it is a word.
             (401, wrapped("Incorrect API key provided: sk-1", "invalid_api_key"), "refused 401 invalid_api_key"),
             (400, wrapped("x", "not a word"), "refused 400 -"),

@@ -10,30 +10,17 @@ use async_trait::async_trait;
 use http::Method;
 use serde_json::{Value, json};
 
+use super::classify::OPEN_CALL;
 use super::client::{Answer, UpstreamClient};
 use super::patience::{FIRST_WAIT, longer, patiently};
 use super::relay::relay;
 use super::tags::{parameters, run_tags, thread_tags};
 use super::wire::Created;
 use super::{EventStream, Leftover, Ownership, StartRun, Upstream, UpstreamError};
-use crate::domain::UpstreamThreadId;
+use crate::config::UpstreamKind;
+use crate::domain::{ToolCall, UpstreamThreadId};
 use turn::Turn;
 use wire::{ItemList, OpenCall, answered_calls, message_item, open_calls};
-
-/// See [`reserved_parameters`](super::reserved_parameters).
-pub(super) const RESERVED: &[&str] = &[
-    "background",
-    "conversation",
-    "input",
-    "instructions",
-    "metadata",
-    "model",
-    "previous_response_id",
-    "store",
-    "stream",
-    "stream_options",
-    "tools",
-];
 
 /// Items that one request may add.
 const ITEMS_PER_REQUEST: usize = 20;
@@ -73,8 +60,18 @@ impl Upstream for ResponsesUpstream {
             return Err(UpstreamError::Protocol("a run was to start without a conversation".to_owned()));
         }
         let body = response_body(&request, self.conversations);
-        let events = self.client.events(&["responses"], &body).await?;
-        relay(events, Turn::new(!self.conversations)).await
+        let started = self.respond(&body).await;
+        let Some(conversation) = request.thread.filter(|_| self.conversations) else { return started };
+        match started {
+            // A turn that broke off has left a call open, perhaps after it was settled. Nothing of this one is stored,
+            // so once the call is closed it can be sent again.
+            Err(UpstreamError::Refused { code: Some(code), .. }) if code == OPEN_CALL => {
+                tracing::warn!("closing the function calls that an earlier turn left without output");
+                self.close_calls(conversation, &[]).await?;
+                self.respond(&body).await
+            }
+            started => started,
+        }
     }
 
     /// There is nothing to cancel, for a response stops with its connection. What can be left are open calls: in a
@@ -83,7 +80,7 @@ impl Upstream for ResponsesUpstream {
         let Some(conversation) = leftover.thread.as_ref().filter(|_| self.conversations) else {
             return Ok(());
         };
-        match self.close_calls(conversation, leftover).await {
+        match self.close_calls(conversation, &leftover.open_calls).await {
             Err(UpstreamError::ThreadGone) => Ok(()),
             other => other,
         }
@@ -91,35 +88,35 @@ impl Upstream for ResponsesUpstream {
 }
 
 impl ResponsesUpstream {
-    /// Gives an output to each call of the conversation that has none. Calls that have one are left alone, so that
-    /// settling twice does not answer twice.
+    async fn respond(&self, body: &Value) -> Result<EventStream, UpstreamError> {
+        let events = self.client.events(&["responses"], body).await?;
+        relay(events, Turn::new(!self.conversations)).await
+    }
+
+    /// Gives an output to each call of the conversation that has none, and to those `known` to have none. Calls that
+    /// have one are left alone, so that settling twice does not answer twice.
     async fn close_calls(
         &self,
         conversation: &UpstreamThreadId,
-        leftover: &Leftover,
+        known: &[ToolCall],
     ) -> Result<(), UpstreamError> {
         let path = ["conversations", conversation.as_str(), "items"];
         let query = [("limit", ITEMS_TO_SEARCH), ("order", "desc")];
-        let listed: Result<Answer<ItemList>, _> =
+        let answer: Result<Answer<ItemList>, _> =
             patiently(|| self.client.json(Method::GET, &path, &query, None)).await;
-        let items = match listed {
+        let items = match answer {
             Ok(answer) => answer.value.data,
             // A server that cannot list leaves us with what we know.
-            Err(UpstreamError::Refused { status: 404 | 405 | 501, .. })
-                if !leftover.open_calls.is_empty() =>
-            {
-                Vec::new()
-            }
+            Err(UpstreamError::Refused { status: 404 | 405 | 501, .. }) if !known.is_empty() => Vec::new(),
             Err(error) => return Err(error),
         };
         let mut open = open_calls(&items);
         open.reverse();
-        let known: BTreeSet<&str> =
+        let listed: BTreeSet<&str> =
             open.iter().map(|open| open.call.id.as_str()).chain(answered_calls(&items)).collect();
-        let unlisted: Vec<OpenCall> = leftover
-            .open_calls
+        let unlisted: Vec<OpenCall> = known
             .iter()
-            .filter(|call| !known.contains(call.id.as_str()))
+            .filter(|call| !listed.contains(call.id.as_str()))
             .map(|call| OpenCall { call: call.clone(), custom: false })
             .collect();
         open.extend(unlisted);
@@ -153,7 +150,7 @@ impl ResponsesUpstream {
 /// The request that appends the input and starts the response.
 fn response_body(request: &StartRun<'_>, conversations: bool) -> Value {
     let assistant = request.assistant;
-    let mut body = parameters(&assistant.parameters, RESERVED);
+    let mut body = parameters(assistant, UpstreamKind::Responses);
     let mut set = |name: &str, value: Value| body.insert(name.to_owned(), value);
     if let Some(model) = &assistant.model {
         set("model", model.as_str().into());

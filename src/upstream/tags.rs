@@ -4,6 +4,7 @@ use chrono::SecondsFormat;
 use serde_json::{Map, Value};
 
 use super::Ownership;
+use crate::config::{AssistantConfig, UpstreamKind, reserved_parameters};
 use crate::domain::{MessageId, Metadata, RunId, Scope};
 
 /// The tag by which a run is found again.
@@ -42,8 +43,10 @@ pub(super) fn message_tags(run: RunId, message: MessageId) -> Map<String, Value>
 }
 
 /// The configured parameters that a request starts from: without nulls and without what the gateway itself sets.
-pub(super) fn parameters(configured: &Map<String, Value>, reserved: &[&str]) -> Map<String, Value> {
-    configured
+pub(super) fn parameters(assistant: &AssistantConfig, kind: UpstreamKind) -> Map<String, Value> {
+    let reserved = reserved_parameters(kind);
+    assistant
+        .parameters
         .iter()
         .filter(|(key, value)| !value.is_null() && !reserved.contains(&key.as_str()))
         .map(|(key, value)| (key.clone(), value.clone()))
@@ -83,10 +86,13 @@ mod tests {
 
     #[test]
     fn reserved_and_null_parameters_are_left_out() {
-        let configured = json!({"stream": false, "temperature": 1, "top_p": null});
-        assert_eq!(
-            Value::Object(parameters(configured.as_object().unwrap(), &["stream"])),
-            json!({"temperature": 1})
-        );
+        let configured = json!({"stream": false, "store": false, "temperature": 1, "top_p": null});
+        let parameters_for = |kind| {
+            let mut assistant = AssistantConfig::default();
+            assistant.parameters.clone_from(configured.as_object().unwrap());
+            Value::Object(parameters(&assistant, kind))
+        };
+        assert_eq!(parameters_for(UpstreamKind::Responses), json!({"temperature": 1}));
+        assert_eq!(parameters_for(UpstreamKind::Assistants), json!({"store": false, "temperature": 1}));
     }
 }

@@ -4,7 +4,7 @@ use serde::{Deserialize, Deserializer};
 use serde_json::{Map, Value};
 
 use super::UpstreamError;
-use crate::domain::{UpstreamThreadId, Usage};
+use crate::domain::{RunError, RunErrorCode, RunStatus, UpstreamThreadId, Usage};
 
 /// A thread or conversation that was made.
 #[derive(Debug, Deserialize)]
@@ -19,6 +19,20 @@ impl Created {
         }
         Ok(UpstreamThreadId(self.id))
     }
+}
+
+/// Why a run with this status did not complete: our words and, in brackets, the upstream's code, which has passed
+/// [`token`](super::classify::token).
+pub(super) fn failure(status: RunStatus, code: Option<String>) -> Option<RunError> {
+    let what = match status {
+        RunStatus::Failed => "the upstream reported that the run failed",
+        RunStatus::Incomplete => "the upstream ended the reply before it was whole",
+        RunStatus::Cancelled => "the run was cancelled at the upstream",
+        RunStatus::Expired => "the run expired at the upstream",
+        _ => return None,
+    };
+    let message = code.map_or_else(|| what.to_owned(), |code| format!("{what} ({code})"));
+    Some(RunError { code: RunErrorCode::UpstreamFailed, message })
 }
 
 /// The tokens of a run; `None` if what came in or went out is not told.

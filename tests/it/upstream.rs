@@ -2,6 +2,7 @@
 //! simulator for whole turns.
 
 mod scripted;
+mod simulated;
 
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
@@ -141,11 +142,8 @@ async fn a_turn_is_one_request_whatever_the_bytes_look_like() {
         [(assistants as fn(&Scripted) -> Box<dyn Upstream>, ASSISTANTS_TURN), (responses, RESPONSES_TURN)]
     {
         let crlf = transcript.replace('\n', "\r\n");
-        let no_names: String = transcript
-            .lines()
-            .filter(|line| !line.starts_with("event:"))
-            .map(|line| format!("{line}\n"))
-            .collect();
+        let no_names: String =
+            transcript.split_inclusive('\n').filter(|line| !line.starts_with("event:")).collect();
         let noisy = format!(
             "\u{feff}: hi\n\nevent: ping\ndata: now\n\n{}",
             transcript
@@ -236,6 +234,9 @@ async fn a_redirect_is_not_followed() {
     assert_eq!(server.requests().len(), 1);
 }
 
+/// Status, headers, body, and the error that they mean.
+type Refusal<'a> = (u16, Vec<(&'a str, &'a str)>, String, &'a str);
+
 #[tokio::test]
 async fn refusals_become_errors_without_the_server_s_words() {
     let wrapped = |message: &str, code: Value| {
@@ -245,7 +246,7 @@ async fn refusals_become_errors_without_the_server_s_words() {
     let busy = wrapped("Thread t_1 already has an active run run_7.", Value::Null);
     let gone = wrapped("No thread found with id 't_1'.", Value::Null);
     let locked = wrapped("Another process", "conversation_locked".into());
-    let cases: Vec<(u16, Vec<(&str, &str)>, String, &str)> = vec![
+    let cases: Vec<Refusal<'_>> = vec![
         (400, vec![], busy, r#"Busy { blocking_run: Some(UpstreamRunId("run_7")) }"#),
         (400, vec![], locked, "Busy { blocking_run: None }"),
         (409, vec![], "{}".into(), "Busy { blocking_run: None }"),
@@ -510,6 +511,38 @@ async fn settling_closes_the_calls_that_nobody_will_answer() {
     let output = |id: &str| json!({"type": "function_call_output", "call_id": id, "output": "{\"error\":\"the call was not answered\"}"});
     let expected = json!({"items": [output("call_1"), output("call_3"), output("call_4")]});
     assert_eq!(server.requests()[2].body, expected);
+}
+
+#[tokio::test]
+async fn a_call_that_an_earlier_turn_left_open_does_not_break_the_conversation() {
+    let refused = json!({"error": {
+        "message": "No tool output found for function call call_1.",
+        "type": "invalid_request_error", "param": "input", "code": null,
+    }});
+    let list =
+        json!({"data": [{"type": "function_call", "call_id": "call_1", "name": "f", "arguments": "{}"}]});
+    let refused = || json_answer(400, &[], &refused.to_string());
+    let server = Scripted::start(vec![
+        refused(),
+        json_answer(200, &[], &list.to_string()),
+        json_answer(200, &[], r#"{"data":[]}"#),
+        sse(vec![Step::Bytes(RESPONSES_TURN.into())]),
+    ])
+    .await;
+    let events = turn(&*responses(&server), Some(&thread())).await.unwrap();
+    assert_eq!(lines(&events), EXPECTED);
+    let requests = server.requests();
+    assert_eq!(requests[2].body["items"][0]["call_id"], "call_1");
+    assert_eq!(requests[0].body, requests[3].body);
+
+    // It is tried once, and not where there is no conversation to mend.
+    let empty = || json_answer(200, &[], r#"{"data":[]}"#);
+    let server = Scripted::start(vec![refused(), empty(), refused(), refused()]).await;
+    turn(&*responses(&server), Some(&thread())).await.unwrap_err();
+    let mut chain = config(UpstreamKind::Responses, &server.url);
+    chain.conversations = false;
+    turn(&*adapter(&chain), Some(&thread())).await.unwrap_err();
+    assert_eq!(server.requests().len(), 4);
 }
 
 #[tokio::test]

@@ -6,10 +6,11 @@ use serde::de::DeserializeOwned;
 use serde_json::{Map, Value};
 
 use super::wire::{MessageDelta, MessageObject, RunObject};
-use crate::domain::{ContentPart, RunError, RunErrorCode, RunStatus, UpstreamRunId};
+use crate::domain::{ContentPart, RunStatus, ToolCall, UpstreamRunId, Usage};
 use crate::upstream::classify::ErrorDetail;
 use crate::upstream::relay::Dialect;
 use crate::upstream::sse::SseEvent;
+use crate::upstream::wire::failure;
 use crate::upstream::{Ended, UpstreamError, UpstreamEvent};
 
 /// What is known of a run while its events arrive.
@@ -52,12 +53,10 @@ impl Dialect for Turn {
             Kind::MessageEnd => self.message(parse(&event.data)?),
             Kind::Error => {
                 let detail = ErrorDetail::from_object(&parse(&event.data)?);
-                // Once accepted, the run may well go on behind a stream that failed, so this is no end of it.
-                return Err(if self.accepted {
-                    UpstreamError::Unavailable { status: 500, retry_after: None }
-                } else {
-                    detail.of_refused_stream()
-                });
+                if !self.accepted {
+                    return Err(detail.of_refused_stream());
+                }
+                self.end(RunStatus::Failed, detail.code, None, Vec::new(), out);
             }
             Kind::Other => {}
         }
@@ -75,15 +74,28 @@ impl Turn {
             Some(status) if status.is_final() || status == RunStatus::RequiresAction => status,
             _ => return,
         };
+        let (code, usage) = (run.failure_code(), run.usage());
+        let calls = if status == RunStatus::RequiresAction { run.into_tool_calls() } else { Vec::new() };
+        self.end(status, code, usage, calls, out);
+    }
+
+    fn end(
+        &mut self,
+        status: RunStatus,
+        code: Option<String>,
+        usage: Option<Usage>,
+        tool_calls: Vec<ToolCall>,
+        out: &mut VecDeque<UpstreamEvent>,
+    ) {
         let upstream_message_id = self.messages.last().map(|message| message.id.clone());
         let content = self.messages.drain(..).flat_map(|message| message.parts.into_vec()).collect();
         out.push_back(UpstreamEvent::Ended(Box::new(Ended {
             status,
-            error: failure(status, &run),
+            error: failure(status, code),
             content,
             upstream_message_id,
-            usage: run.usage(),
-            tool_calls: if status == RunStatus::RequiresAction { run.into_tool_calls() } else { Vec::new() },
+            usage,
+            tool_calls,
             thread: None,
         })));
     }
@@ -183,28 +195,12 @@ fn parse<T: DeserializeOwned>(data: &str) -> Result<T, UpstreamError> {
     })
 }
 
-/// Why a run did not complete, in our words and the upstream's code.
-fn failure(status: RunStatus, run: &RunObject) -> Option<RunError> {
-    let (what, code) = match status {
-        RunStatus::Failed => ("the upstream reported that the run failed", run.failure()),
-        RunStatus::Incomplete => {
-            ("the upstream ended the reply before it was whole", run.incomplete_reason())
-        }
-        RunStatus::Cancelled => ("the run was cancelled at the upstream", None),
-        RunStatus::Expired => ("the run expired at the upstream", None),
-        _ => return None,
-    };
-    let message = code.map_or_else(|| what.to_owned(), |code| format!("{what} ({code})"));
-    Some(RunError { code: RunErrorCode::UpstreamFailed, message })
-}
-
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
     use serde_json::json;
 
     use super::*;
-    use crate::domain::{ToolCall, Usage};
 
     fn event(name: &str, data: &Value) -> SseEvent {
         SseEvent { name: (!name.is_empty()).then(|| name.to_owned()), data: data.to_string() }
@@ -366,15 +362,24 @@ mod tests {
     }
 
     #[test]
-    fn an_error_event_refuses_before_acceptance_and_is_uncertain_after() {
+    fn an_error_event_refuses_before_acceptance_and_fails_the_run_after() {
         let flat = json!({"code": "rate_limit_exceeded", "message": "m", "type": "x"});
         for data in [flat.clone(), json!({"error": flat})] {
             for name in ["error", ""] {
                 let error = read([event(name, &data)]).unwrap_err();
                 assert!(matches!(error, UpstreamError::RateLimited { quota: false, .. }), "{error:?}");
-                let error =
-                    read([event("thread.run.created", &run("queued")), event(name, &data)]).unwrap_err();
-                assert!(error.is_ambiguous());
+                let events = read([
+                    event("thread.run.created", &run("queued")),
+                    event("thread.message.delta", &delta("msg_1", 0, "half")),
+                    event(name, &data),
+                ])
+                .unwrap();
+                assert_eq!(ended(&events).status, RunStatus::Failed);
+                assert_eq!(ended(&events).content, [text("half")]);
+                assert_eq!(
+                    ended(&events).error.as_ref().unwrap().message,
+                    "the upstream reported that the run failed (rate_limit_exceeded)"
+                );
             }
         }
     }

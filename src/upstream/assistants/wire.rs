@@ -43,14 +43,11 @@ impl RunObject {
         self.run_status() == Some(RunStatus::Cancelling)
     }
 
-    /// The word that says why the run failed.
-    pub(super) fn failure(&self) -> Option<String> {
-        self.last_error.as_ref()?.get("code")?.as_str().and_then(token)
-    }
-
-    /// The word that says why the reply is incomplete.
-    pub(super) fn incomplete_reason(&self) -> Option<String> {
-        self.incomplete_details.as_ref()?.get("reason")?.as_str().and_then(token)
+    /// The word that says why it failed or is incomplete.
+    pub(super) fn failure_code(&self) -> Option<String> {
+        let code = self.last_error.as_ref().and_then(|error| error.get("code"));
+        let reason = || self.incomplete_details.as_ref().and_then(|details| details.get("reason"));
+        code.or_else(reason)?.as_str().and_then(token)
     }
 
     pub(super) fn usage(&self) -> Option<Usage> {
@@ -241,7 +238,7 @@ mod tests {
             "incomplete_details": null, "usage": {"prompt_tokens": -1}, "instructions": null,
         }))
         .unwrap();
-        assert!(run.run_status().is_none() && run.usage().is_none() && run.failure().is_none());
+        assert!(run.run_status().is_none() && run.usage().is_none() && run.failure_code().is_none());
         assert!(run.into_tool_calls().is_empty());
     }
 

@@ -6,10 +6,11 @@ use serde::Deserialize;
 use serde_json::value::RawValue;
 
 use super::wire::{Envelope, ResponseHead, ResponseObject};
-use crate::domain::{ContentPart, RunError, RunErrorCode, RunStatus, UpstreamRunId, UpstreamThreadId};
+use crate::domain::{ContentPart, RunStatus, UpstreamRunId, UpstreamThreadId};
 use crate::upstream::classify::ErrorDetail;
 use crate::upstream::relay::Dialect;
 use crate::upstream::sse::SseEvent;
+use crate::upstream::wire::failure;
 use crate::upstream::{Ended, UpstreamError, UpstreamEvent};
 
 /// What is known of a response while its events arrive.
@@ -91,18 +92,7 @@ impl Turn {
     }
 
     fn end(&mut self, status: RunStatus, id: String, response: ResponseObject) -> Ended {
-        let error = match status {
-            RunStatus::Failed => {
-                Some(failure("the upstream reported that the run failed", response.failure()))
-            }
-            RunStatus::Incomplete => {
-                let what = "the upstream ended the reply before it was whole";
-                Some(failure(what, response.incomplete_reason()))
-            }
-            RunStatus::Cancelled => Some(failure("the run was cancelled at the upstream", None)),
-            RunStatus::Expired => Some(failure("the run expired at the upstream", None)),
-            _ => None,
-        };
+        let error = failure(status, response.failure_code());
         let usage = response.usage();
         let output = response.into_output();
         let ended_well = matches!(status, RunStatus::Completed | RunStatus::Incomplete);
@@ -138,7 +128,7 @@ impl Turn {
         }
         out.push_back(UpstreamEvent::Ended(Box::new(Ended {
             status: RunStatus::Failed,
-            error: Some(failure("the upstream reported that the run failed", detail.code)),
+            error: failure(RunStatus::Failed, detail.code),
             content: std::mem::take(&mut self.streamed).into_values().collect(),
             upstream_message_id: None,
             usage: None,
@@ -160,11 +150,6 @@ impl Turn {
             text.push_str(more);
         }
     }
-}
-
-fn failure(what: &str, code: Option<String>) -> RunError {
-    let message = code.map_or_else(|| what.to_owned(), |code| format!("{what} ({code})"));
-    RunError { code: RunErrorCode::UpstreamFailed, message }
 }
 
 fn parse<'a, T: Deserialize<'a>>(raw: &'a RawValue) -> Result<T, UpstreamError> {

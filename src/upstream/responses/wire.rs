@@ -68,14 +68,11 @@ pub(super) struct Output {
 }
 
 impl ResponseObject {
-    /// The word that says why the response failed.
-    pub(super) fn failure(&self) -> Option<String> {
-        self.error.as_ref()?.get("code")?.as_str().and_then(token)
-    }
-
-    /// The word that says why the response is incomplete.
-    pub(super) fn incomplete_reason(&self) -> Option<String> {
-        self.incomplete_details.as_ref()?.get("reason")?.as_str().and_then(token)
+    /// The word that says why it failed or is incomplete.
+    pub(super) fn failure_code(&self) -> Option<String> {
+        let code = self.error.as_ref().and_then(|error| error.get("code"));
+        let reason = || self.incomplete_details.as_ref().and_then(|details| details.get("reason"));
+        code.or_else(reason)?.as_str().and_then(token)
     }
 
     pub(super) fn usage(&self) -> Option<Usage> {
