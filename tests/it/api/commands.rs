@@ -48,12 +48,12 @@ fn serve_needs_an_upstream() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn migrate_brings_the_schema_and_serve_can_be_told_not_to() {
-    let scene = Scene::new(Protocol::Responses, Backend::Postgres).await;
+    let scene = Scene::new(Protocol::Responses, Backend::Sqlite).await;
     let folder = TempDir::new().unwrap();
     let file = folder.path().join("gateway.toml");
+    let empty = format!("sqlite:{}", folder.path().join("empty.db").display());
     let config = scene.config("").replace("[store]\n", "[store]\nmigrate_on_start = false\n");
-    let config = config.replace(&scene.database.url(), &scene.database.empty_sibling().await);
-    std::fs::write(&file, config).unwrap();
+    std::fs::write(&file, config.replace(&scene.database.url(), &empty)).unwrap();
     let with = |command: &str| {
         let mut it = Gateway::command(&[command, "--config"]);
         it.arg(&file);

@@ -147,7 +147,7 @@ async fn a_foreign_lock_is_waited_out(scene: Scene) {
     while scene.simulator.stats().lock_refusals == 0 {
         tokio::task::yield_now().await;
     }
-    scene.simulator.stop_foreign_run(&thread).unwrap();
+    assert!(scene.simulator.stop_foreign_run(&thread));
     let events = stream.rest().await;
     assert_eq!(events.last().unwrap().name, "run.completed");
     assert_eq!(text_of(&events).matches("may I?").count(), 1);
@@ -166,7 +166,7 @@ async fn a_foreign_lock_is_waited_for_no_longer_than_the_deadline(scene: Scene) 
     let answer = post(&gateway, &json!({"content": "may I?", "timeout_ms": 400})).await;
     assert_eq!(answer.problem(), (504, "upstream-timeout"));
     assert_eq!(answer.body["code"], "upstream_busy");
-    scene.simulator.stop_foreign_run(&thread).unwrap();
+    assert!(scene.simulator.stop_foreign_run(&thread));
     works_again(&gateway).await;
 }
 

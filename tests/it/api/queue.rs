@@ -68,7 +68,7 @@ async fn a_busy_thread_rejects_when_asked_to(scene: Scene) {
     assert_eq!(refused.problem(), (409, "thread-busy"));
     assert!(refused.headers.contains_key("retry-after"));
     // Through another process it is the store that says so.
-    if scene.database.is_shared() {
+    if scene.backend == Backend::Postgres {
         let other = scene.gateway().await;
         assert_eq!(other.post("/v1/users/alice/messages", &reject).await.problem(), (409, "thread-busy"));
     }
@@ -136,7 +136,7 @@ async fn first_messages_at_two_replicas_create_one_thread() {
         assert_eq!(scene.upstream_threads().len(), 1, "one upstream thread");
         let stats = scene.simulator.stats();
         assert_eq!((stats.runs_started, stats.max_active_runs_per_thread, stats.lock_refusals), (64, 1, 0), "{stats:?}");
-        assert_eq!(scene.database.count("SELECT count(*) FROM threads").await, 1);
+        assert_eq!(scene.database.number("SELECT count(*) FROM threads").await, 1);
         let replies: BTreeSet<_> =
             answers.iter().map(|answer| answer["message"]["content"][0]["text"].as_str().unwrap().to_owned()).collect();
         for n in 0..64 {

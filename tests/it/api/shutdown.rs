@@ -30,7 +30,7 @@ async fn a_running_turn_ends_before_the_process_does(scene: Scene) {
         assert!(text_of(&events).contains(said));
     }
     assert!(gateway.exit().await.success());
-    assert_eq!(scene.database.count("SELECT count(*) FROM replicas").await, 0, "its session is given up");
+    assert_eq!(scene.database.number("SELECT count(*) FROM replicas").await, 0, "its session is given up");
 }
 
 async fn a_turn_past_the_grace_time_is_told_so(scene: Scene) {

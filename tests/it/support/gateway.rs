@@ -101,9 +101,6 @@ impl Gateway {
         Self { child, url: format!("http://{address}"), logs, client, _config: config }
     }
 
-    pub(crate) fn url(&self) -> &str {
-        &self.url
-    }
 
     pub(crate) fn address(&self) -> &str {
         self.url.strip_prefix("http://").unwrap()

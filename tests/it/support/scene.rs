@@ -7,7 +7,7 @@ use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
 use super::gateway::Gateway;
-use super::postgres::TestDatabase;
+use super::database::TestDatabase;
 
 /// What is spoken to the upstream.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
@@ -26,9 +26,9 @@ pub(crate) enum Backend {
 }
 
 /// One test's world.
-#[derive(Debug)]
 pub(crate) struct Scene {
     pub(crate) protocol: Protocol,
+    pub(crate) backend: Backend,
     pub(crate) database: TestDatabase,
     pub(crate) simulator: SimulatorHandle,
     pub(crate) upstream_url: String,
@@ -51,7 +51,7 @@ impl Scene {
             Backend::Sqlite => TestDatabase::sqlite().await,
             Backend::Postgres => TestDatabase::postgres().await,
         };
-        Self { protocol, database, simulator: handle, upstream_url, stop, _tasks: tasks }
+        Self { protocol, backend, database, simulator: handle, upstream_url, stop, _tasks: tasks }
     }
 
     /// A gateway with the settings that every test wants.
