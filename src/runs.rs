@@ -12,6 +12,7 @@ use std::time::Duration;
 use tokio::sync::oneshot;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
+use tracing::Instrument;
 
 use crate::config::{AssistantConfig, RunsConfig, SessionsConfig};
 use crate::domain::{
@@ -130,7 +131,7 @@ impl Runs {
         };
         // From here on the work belongs to a task: a caller that leaves must not leave a recorded run undone.
         let (answer, answered) = oneshot::channel();
-        parts.tasks.spawn(turn::conduct(self.clone(), place, admission, answer));
+        parts.tasks.spawn(turn::conduct(self.clone(), place, admission, answer).in_current_span());
         answered.await.unwrap_or(Err(Error::Internal(None)))
     }
 

@@ -31,7 +31,7 @@ fn serve_lists_every_problem_of_its_configuration_at_once() {
     for command in ["serve", "check-config"] {
         let (output, text) = run(Gateway::command(&[command, "--config"]).arg(&file));
         assert!(!output.status.success(), "{command}");
-        for problem in ["max_conections", "max_connections", "runs.timeout", "nowhere", "store.url", "allow_unauthenticated"] {
+        for problem in ["max_conections", "max_connections", "runs.timeout", "assistants.default.upstream", "store.url", "allow_unauthenticated"] {
             assert!(text.contains(problem), "{command} does not speak of {problem}:\n{text}");
         }
     }

@@ -272,10 +272,73 @@ async fn the_answer_has_the_documented_shape() {
     let gateway = scene.gateway().await;
     let mut answer = gateway.say("/v1/users/alice/topics/news", "Hello").await;
     redact(&mut answer);
-    insta::assert_json_snapshot!(answer);
+    insta::assert_json_snapshot!(answer, @r#"
+    {
+      "message": {
+        "content": [
+          {
+            "text": "You said: Hello. (This is turn 1 of this conversation.)",
+            "type": "text"
+          }
+        ],
+        "created_at": "[created_at]",
+        "id": "[id]",
+        "position": 2,
+        "role": "assistant",
+        "run_id": "[run_id]",
+        "thread_id": "[thread_id]"
+      },
+      "run": {
+        "assistant": "default",
+        "created_at": "[created_at]",
+        "deadline_at": "[deadline_at]",
+        "error": null,
+        "finished_at": "[finished_at]",
+        "id": "[id]",
+        "metadata": {},
+        "multitask_strategy": "enqueue",
+        "required_action": null,
+        "started_at": "[started_at]",
+        "status": "completed",
+        "thread_id": "[thread_id]",
+        "usage": {
+          "input_tokens": 1,
+          "output_tokens": 10,
+          "total_tokens": 11
+        }
+      },
+      "thread": {
+        "created_at": "[created_at]",
+        "expires_at": null,
+        "id": "[id]",
+        "key": {
+          "scope": "topic:news",
+          "tenant": "default",
+          "user": "alice"
+        },
+        "last_active_at": "[last_active_at]",
+        "message_count": 2,
+        "metadata": {},
+        "previous_thread": null,
+        "queue_depth": 0,
+        "run_count": 1,
+        "state": "idle",
+        "upstream": "simulated",
+        "upstream_thread_id": "[upstream_thread_id]"
+      }
+    }
+    "#);
     let mut problem = gateway.post("/v1/users/alice/messages", &json!({"content": 7})).await.body;
     redact(&mut problem);
-    insta::assert_json_snapshot!(problem);
+    insta::assert_json_snapshot!(problem, @r#"
+    {
+      "detail": "`content`: invalid type: integer `7`, expected a string or a list of content parts at line 1 column 12",
+      "request_id": "[request_id]",
+      "status": 422,
+      "title": "Invalid request",
+      "type": "urn:threadkeeper:problem:invalid-request"
+    }
+    "#);
 }
 
 /// Ids and times are new each time; everything else is exact.
