@@ -159,7 +159,9 @@ fn every_interleaving_keeps_order_and_exclusion_and_loses_no_wake_up() {
     let mut paths: VecDeque<Vec<Step>> = VecDeque::from([Vec::new()]);
     let replay = |path: &[Step]| {
         let mut world = World::new();
-        path.iter().for_each(|&step| world.take(step));
+        for &step in path {
+            world.take(step);
+        }
         world
     };
     let mut all_gone = 0;

@@ -1,6 +1,7 @@
 //! One run at a time, first come first served, whatever the concurrency.
 
 use std::collections::BTreeSet;
+use std::time::Duration;
 
 use futures_util::future::join_all;
 use serde_json::json;
@@ -111,17 +112,17 @@ async fn two_hundred_messages_to_two_hundred_keys_run_side_by_side() {
         let gateway = scene.gateway().await;
         scene.simulator.hold();
         let said = (0..200).map(|n| gateway.say(&format!("/v1/users/user-{n}"), "hi")).collect::<Vec<_>>();
-        let said = tokio::spawn(join_all(said));
         // All of them are at work at once, or this never comes about.
-        tokio::time::timeout(PATIENCE, async {
+        let all_at_work = async {
             while scene.simulator.stats().active_runs < 200 {
-                tokio::time::sleep(std::time::Duration::from_millis(10)).await;
+                tokio::time::sleep(Duration::from_millis(10)).await;
             }
-        })
-        .await
-        .expect("200 runs side by side");
-        scene.simulator.release();
-        assert_eq!(said.await.unwrap().len(), 200);
+            scene.simulator.release();
+        };
+        let (answers, ()) = tokio::time::timeout(PATIENCE, async { tokio::join!(join_all(said), all_at_work) })
+            .await
+            .expect("200 runs side by side");
+        assert_eq!(answers.len(), 200);
     }
 }
 
