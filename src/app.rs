@@ -49,7 +49,8 @@ impl App {
             .await
             .with_context(|| format!("cannot listen on {} (server.listen)", config.server.listen))?;
         let address = listener.local_addr()?;
-        let (tasks, draining, stop) = (TaskTracker::new(), CancellationToken::new(), CancellationToken::new());
+        let (tasks, draining, stop) =
+            (TaskTracker::new(), CancellationToken::new(), CancellationToken::new());
         let runs = Runs::new(RunsParts {
             store: Arc::clone(&store),
             upstreams,
@@ -83,8 +84,8 @@ impl App {
     pub async fn run(self, mut signals: impl AsyncFnMut()) -> anyhow::Result<()> {
         let parts = TaskTracker::new();
         let server_stop = ServerStop::default();
-        let session =
-            parts.spawn(self.runs.clone().keep_session(self.address.to_string(), self.config.replica.session_ttl));
+        let session = parts
+            .spawn(self.runs.clone().keep_session(self.address.to_string(), self.config.replica.session_ttl));
         let (listener, router, settings, stop) =
             (self.listener, self.router, self.config.server.clone(), server_stop.clone());
         let mut server = parts.spawn(async move { server::serve(listener, router, &settings, stop).await });
@@ -150,7 +151,11 @@ async fn open_store(config: &StoreConfig) -> anyhow::Result<Arc<dyn Store>> {
 }
 
 fn upstreams(config: &Config) -> anyhow::Result<BTreeMap<String, Arc<dyn Upstream>>> {
-    config.upstreams.iter().map(|(name, upstream)| Ok((name.clone(), build_upstream(name, upstream)?))).collect()
+    config
+        .upstreams
+        .iter()
+        .map(|(name, upstream)| Ok((name.clone(), build_upstream(name, upstream)?)))
+        .collect()
 }
 
 fn build_upstream(name: &str, config: &UpstreamConfig) -> anyhow::Result<Arc<dyn Upstream>> {

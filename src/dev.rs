@@ -22,7 +22,10 @@ pub fn simulator() -> SimulatorConfig {
 /// A gateway on a SQLite file below `data`, with an assistant for each protocol at the simulator.
 pub fn config(listen: SocketAddr, data: &Path, simulator: &str) -> anyhow::Result<Config> {
     if !listen.ip().is_loopback() {
-        bail!("dev asks nobody who they are, so it listens on loopback only; use 127.0.0.1 instead of {}", listen.ip());
+        bail!(
+            "dev asks nobody who they are, so it listens on loopback only; use 127.0.0.1 instead of {}",
+            listen.ip()
+        );
     }
     let database = data.join("threadkeeper.db");
     let database = database.to_str().context("--data must be valid UTF-8")?;
@@ -30,10 +33,14 @@ pub fn config(listen: SocketAddr, data: &Path, simulator: &str) -> anyhow::Resul
     config.server.listen = listen;
     config.server.shutdown_grace = Duration::from_secs(5);
     config.store.url = Some(SecretString::from(format!("sqlite:{database}")));
-    for (name, kind) in [("simulator", UpstreamKind::Responses), ("simulator-assistants", UpstreamKind::Assistants)] {
+    for (name, kind) in
+        [("simulator", UpstreamKind::Responses), ("simulator-assistants", UpstreamKind::Assistants)]
+    {
         let base_url = simulator.parse().context("the simulator's own URL")?;
-        let upstream =
-            UpstreamConfig { api_key: Some(SecretString::from("simulated")), ..UpstreamConfig::new(kind, base_url) };
+        let upstream = UpstreamConfig {
+            api_key: Some(SecretString::from("simulated")),
+            ..UpstreamConfig::new(kind, base_url)
+        };
         config.upstreams.insert(name.to_owned(), upstream);
     }
     let default = AssistantConfig {

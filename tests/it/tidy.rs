@@ -24,7 +24,11 @@ fn code() -> Vec<(String, String)> {
         .map(|path| {
             let name = path.strip_prefix(&root).unwrap().to_str().unwrap().replace('\\', "/");
             let text = fs::read_to_string(&path).unwrap();
-            let code = text.lines().filter(|line| !line.trim_start().starts_with("//")).collect::<Vec<_>>().join("\n");
+            let code = text
+                .lines()
+                .filter(|line| !line.trim_start().starts_with("//"))
+                .collect::<Vec<_>>()
+                .join("\n");
             (name, code)
         })
         .collect()
@@ -55,8 +59,20 @@ fn libraries_are_named_where_they_belong() {
 fn dependencies_point_one_way() {
     /// Top to bottom: a module uses only what stands to its right.
     const ORDER: &[&str] = &[
-        "main", "cli", "app", "api", "server", "telemetry", "runs", "error", "locks", "upstream", "store", "config",
-        "simulator", "domain",
+        "main",
+        "cli",
+        "app",
+        "api",
+        "server",
+        "telemetry",
+        "runs",
+        "error",
+        "locks",
+        "upstream",
+        "store",
+        "config",
+        "simulator",
+        "domain",
     ];
     for (file, code) in code() {
         let from = module(&file);
@@ -66,7 +82,8 @@ fn dependencies_point_one_way() {
         let rank = |name: &str| ORDER.iter().position(|other| *other == name);
         let own = rank(from).unwrap_or_else(|| panic!("{file}: add its module to the order"));
         for to in ORDER {
-            let uses = code.contains(&format!("crate::{to}::")) || code.contains(&format!("threadkeeper::{to}::"));
+            let uses =
+                code.contains(&format!("crate::{to}::")) || code.contains(&format!("threadkeeper::{to}::"));
             assert!(!uses || rank(to).unwrap() >= own, "{file} uses {to}, which stands above it");
         }
     }

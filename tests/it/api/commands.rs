@@ -9,7 +9,8 @@ use crate::support::scene::{Backend, Protocol, Scene};
 
 fn run(command: &mut Command) -> (Output, String) {
     let output = command.output().unwrap();
-    let text = format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+    let text =
+        format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
     (output, text)
 }
 
@@ -31,7 +32,14 @@ fn serve_lists_every_problem_of_its_configuration_at_once() {
     for command in ["serve", "check-config"] {
         let (output, text) = run(Gateway::command(&[command, "--config"]).arg(&file));
         assert!(!output.status.success(), "{command}");
-        for problem in ["max_conections", "max_connections", "runs.timeout", "assistants.default.upstream", "store.url", "allow_unauthenticated"] {
+        for problem in [
+            "max_conections",
+            "max_connections",
+            "runs.timeout",
+            "assistants.default.upstream",
+            "store.url",
+            "allow_unauthenticated",
+        ] {
             assert!(text.contains(problem), "{command} does not speak of {problem}:\n{text}");
         }
     }
@@ -83,7 +91,9 @@ async fn dev_gives_a_first_reply_and_remembers_it_after_a_restart() {
     let mut dev = start().await;
     let answer = dev.say("/v1/users/alice", "Hello").await;
     assert!(text(&answer["message"]).contains("Hello"));
-    let answer = dev.post("/v1/users/bob/messages", &serde_json::json!({"content": "Hi", "assistant": "assistants-v2"})).await;
+    let answer = dev
+        .post("/v1/users/bob/messages", &serde_json::json!({"content": "Hi", "assistant": "assistants-v2"}))
+        .await;
     assert!(text(&answer.ok()["message"]).contains("Hi"), "the other protocol can be tried too");
     dev.terminate();
     assert!(dev.exit().await.success());

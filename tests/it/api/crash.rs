@@ -38,7 +38,8 @@ async fn a_killed_gateway_loses_no_message_in_silence(scene: Scene) {
     assert_eq!(statuses, ["completed", "failed", "completed", "completed"], "{runs:#?}");
     assert_eq!(runs[1]["error"]["code"], json!("replica_lost"), "the reason is told");
     let said = again.get("/v1/users/alice/messages?order=asc").await.ok();
-    let said: Vec<_> = said["data"].as_array().unwrap().iter().map(|m| (m["role"].as_str().unwrap(), text(m))).collect();
+    let said: Vec<_> =
+        said["data"].as_array().unwrap().iter().map(|m| (m["role"].as_str().unwrap(), text(m))).collect();
     let users: Vec<_> = said.iter().filter(|(role, _)| *role == "user").map(|(_, text)| *text).collect();
     assert_eq!(users, ["hello", "in the middle", "in the queue", "and now?"]);
     assert_eq!(again.get("/v1/users/alice/thread").await.ok()["state"], "idle");

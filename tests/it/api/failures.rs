@@ -49,13 +49,24 @@ async fn a_refusal_before_acceptance_is_told_with_its_reason(scene: Scene) {
     ] {
         let answer = say(&gateway, &format!("oh [[sim: {directive}]]")).await;
         assert_eq!(answer.problem(), (502, "upstream-error"), "{directive}");
-        assert_eq!(answer.headers.get("retry-after").map(|value| value.to_str().unwrap()), retry_after, "{directive}");
+        assert_eq!(
+            answer.headers.get("retry-after").map(|value| value.to_str().unwrap()),
+            retry_after,
+            "{directive}"
+        );
         assert!(!answer.body.to_string().contains("sk-planted"), "{directive}: {:#}", answer.body);
         let run = answer.body["run_id"].as_str().unwrap();
         let read = gateway.get(&format!("{SCOPE}/runs/{run}")).await.ok();
-        assert_eq!((&read["run"]["status"], &read["run"]["error"]["code"]), (&json!("failed"), &json!("upstream_error")));
+        assert_eq!(
+            (&read["run"]["status"], &read["run"]["error"]["code"]),
+            (&json!("failed"), &json!("upstream_error"))
+        );
         if directive.contains("code=") {
-            assert!(answer.body["detail"].as_str().unwrap().contains("context_length_exceeded"), "{:#}", answer.body);
+            assert!(
+                answer.body["detail"].as_str().unwrap().contains("context_length_exceeded"),
+                "{:#}",
+                answer.body
+            );
         }
     }
     let events = gateway.stream(SCOPE, "again [[sim: status=500]]").await.rest().await;
@@ -107,7 +118,10 @@ async fn a_stream_that_breaks_ends_the_run_and_frees_the_thread(scene: Scene) {
     assert!(!partial.is_empty());
     assert_eq!(events.last().unwrap().name, "run.failed");
     let completed = &events[events.len() - 2];
-    assert_eq!((completed.name.as_str(), text(&completed.data["message"])), ("message.completed", partial.as_str()));
+    assert_eq!(
+        (completed.name.as_str(), text(&completed.data["message"])),
+        ("message.completed", partial.as_str())
+    );
     works_again(&gateway).await;
 }
 
@@ -152,7 +166,11 @@ async fn a_foreign_lock_is_waited_out(scene: Scene) {
     assert_eq!(events.last().unwrap().name, "run.completed");
     assert_eq!(text_of(&events).matches("may I?").count(), 1);
     let texts = scene.simulator.threads().remove(0).user_texts;
-    assert_eq!(texts.iter().filter(|text| *text == "may I?").count(), 1, "it was sent until accepted, and kept once");
+    assert_eq!(
+        texts.iter().filter(|text| *text == "may I?").count(),
+        1,
+        "it was sent until accepted, and kept once"
+    );
 }
 
 async fn a_foreign_lock_is_waited_for_no_longer_than_the_deadline(scene: Scene) {
@@ -173,7 +191,8 @@ async fn a_foreign_lock_is_waited_for_no_longer_than_the_deadline(scene: Scene) 
 async fn streams_in_every_dialect_are_understood(scene: Scene) {
     let gateway = scene.gateway().await;
     let plain = say(&gateway, "wörld").await.ok();
-    let mut dialects = vec!["crlf", "split", "comments", "unknown_events", "crlf split comments unknown_events"];
+    let mut dialects =
+        vec!["crlf", "split", "comments", "unknown_events", "crlf split comments unknown_events"];
     if scene.protocol != Protocol::Assistants {
         dialects.extend(["no_event_lines", "reasoning"]);
     }

@@ -8,11 +8,16 @@ use crate::support::scene::{Backend, Protocol, Scene};
 async fn logs_are_json_with_ids_and_hold_no_key_content_or_secret() {
     let scene = Scene::new(Protocol::Assistants, Backend::Postgres).await;
     let gateway = scene.gateway_with("[log]\nfilter = \"threadkeeper=trace,info\"\n").await;
-    let request = gateway.request(reqwest::Method::POST, "/v1/users/planted-user/sessions/planted-session/messages");
+    let request =
+        gateway.request(reqwest::Method::POST, "/v1/users/planted-user/sessions/planted-session/messages");
     let body = json!({"content": "planted-content", "metadata": {"planted": "planted-metadata"}});
     let answer = gateway.send(request.header("x-request-id", "my-request").json(&body)).await.ok();
-    gateway.post("/v1/users/planted-user/messages", &json!({"content": "planted-content [[sim: status=401]]"})).await;
-    gateway.post("/v1/users/planted-user/messages", &json!({"content": "planted-content [[sim: fail]]"})).await;
+    gateway
+        .post("/v1/users/planted-user/messages", &json!({"content": "planted-content [[sim: status=401]]"}))
+        .await;
+    gateway
+        .post("/v1/users/planted-user/messages", &json!({"content": "planted-content [[sim: fail]]"}))
+        .await;
     gateway.post("/v1/users/planted-user/messages", &json!({"content": {"planted-content": 1}})).await;
 
     let run = answer["run"]["id"].as_str().unwrap();
@@ -23,10 +28,14 @@ async fn logs_are_json_with_ids_and_hold_no_key_content_or_secret() {
         }
         lines.push(serde_json::from_str::<Value>(&line).unwrap_or_else(|error| panic!("{error}: {line}")));
     }
-    let ended = lines.iter().find(|line| line["message"] == "run ended" && line.to_string().contains(run)).unwrap();
+    let ended =
+        lines.iter().find(|line| line["message"] == "run ended" && line.to_string().contains(run)).unwrap();
     let ended = ended.to_string();
     assert!(ended.contains("my-request"), "a run's lines carry the request's id: {ended}");
     assert!(ended.contains("duration_ms") && ended.contains("completed"), "{ended}");
     let answered = lines.iter().find(|line| line["message"] == "answered").unwrap().to_string();
-    assert!(answered.contains("/v1/users/{user}/sessions/{session}/messages"), "the route, not the path: {answered}");
+    assert!(
+        answered.contains("/v1/users/{user}/sessions/{session}/messages"),
+        "the route, not the path: {answered}"
+    );
 }

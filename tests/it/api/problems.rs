@@ -17,7 +17,12 @@ async fn bad_requests_are_refused_with_a_typed_problem() {
         (json!({"content": ""}), 422, "invalid-request", "empty"),
         (json!({"content": []}), 422, "invalid-request", "empty"),
         (json!({"content": "nul \u{0}"}), 422, "invalid-request", "NUL"),
-        (json!({"content": [{"type": "text", "text": "a", "extra": 1}]}), 422, "invalid-request", "content[0]"),
+        (
+            json!({"content": [{"type": "text", "text": "a", "extra": 1}]}),
+            422,
+            "invalid-request",
+            "content[0]",
+        ),
         (json!({"content": [{"type": "video"}]}), 422, "invalid-request", "video"),
         (json!({"content": [{"type": "refusal", "refusal": "no"}]}), 422, "invalid-request", "refusal"),
         (json!({"content": "a", "colour": "blue"}), 422, "invalid-request", "colour"),
@@ -38,7 +43,11 @@ async fn bad_requests_are_refused_with_a_typed_problem() {
         let detail = answer.body["detail"].as_str().unwrap();
         assert!(detail.contains(hint), "{body}: {detail}");
     }
-    assert_eq!(gateway.get("/v1/users/alice/thread").await.problem(), (404, "not-found"), "nothing was stored");
+    assert_eq!(
+        gateway.get("/v1/users/alice/thread").await.problem(),
+        (404, "not-found"),
+        "nothing was stored"
+    );
 
     let long = format!("/v1/users/{}/thread", "k".repeat(257));
     for (method, path, status, name) in [
@@ -80,7 +89,8 @@ async fn a_body_that_does_not_arrive_is_given_up() {
     let scene = Scene::new(Protocol::Responses, Backend::Sqlite).await;
     let gateway = scene.gateway_with("[server]\nbody_read_timeout = \"100ms\"\n").await;
     let never = futures_util::stream::pending::<Result<bytes::Bytes, std::io::Error>>();
-    let request = gateway.request(Method::POST, "/v1/users/alice/messages").header("content-type", "application/json");
+    let request =
+        gateway.request(Method::POST, "/v1/users/alice/messages").header("content-type", "application/json");
     let answer = gateway.send(request.body(reqwest::Body::wrap_stream(never))).await;
     assert_eq!(answer.problem(), (408, "request-timeout"));
 }

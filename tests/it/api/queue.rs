@@ -22,7 +22,11 @@ async fn two_hundred_messages_to_one_key_run_one_by_one_in_order_of_admission(sc
     assert_eq!(threads.len(), 1);
     let stats = scene.simulator.stats();
     assert_eq!(stats.max_active_runs_per_thread, 1);
-    assert_eq!((stats.runs_started, stats.lock_refusals), (200, 0), "nothing ran twice, nothing was refused: {stats:?}");
+    assert_eq!(
+        (stats.runs_started, stats.lock_refusals),
+        (200, 0),
+        "nothing ran twice, nothing was refused: {stats:?}"
+    );
 
     // Order of admission (the runs' own order) = order of the turns = order of the transcript.
     let mut runs = Vec::new();
@@ -74,7 +78,10 @@ async fn a_busy_thread_rejects_when_asked_to(scene: Scene) {
         assert_eq!(other.post("/v1/users/alice/messages", &reject).await.problem(), (409, "thread-busy"));
     }
     let state = gateway.get("/v1/users/alice/thread").await.ok();
-    assert_eq!((&state["state"], &state["queue_depth"], &state["run_count"]), (&json!("active"), &json!(0), &json!(1)));
+    assert_eq!(
+        (&state["state"], &state["queue_depth"], &state["run_count"]),
+        (&json!("active"), &json!(0), &json!(1))
+    );
     scene.simulator.release();
     assert!(text_of(&first.rest().await).contains("hold the line"));
     gateway.post("/v1/users/alice/messages", &reject).await.ok();
@@ -107,7 +114,9 @@ async fn a_full_queue_refuses(scene: Scene) {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn two_hundred_messages_to_two_hundred_keys_run_side_by_side() {
-    for (protocol, backend) in [(Protocol::Assistants, Backend::Postgres), (Protocol::Responses, Backend::Sqlite)] {
+    for (protocol, backend) in
+        [(Protocol::Assistants, Backend::Postgres), (Protocol::Responses, Backend::Sqlite)]
+    {
         let scene = Scene::new(protocol, backend).await;
         let gateway = scene.gateway().await;
         scene.simulator.hold();
@@ -119,9 +128,10 @@ async fn two_hundred_messages_to_two_hundred_keys_run_side_by_side() {
             }
             scene.simulator.release();
         };
-        let (answers, ()) = tokio::time::timeout(PATIENCE, async { tokio::join!(join_all(said), all_at_work) })
-            .await
-            .expect("200 runs side by side");
+        let (answers, ()) =
+            tokio::time::timeout(PATIENCE, async { tokio::join!(join_all(said), all_at_work) })
+                .await
+                .expect("200 runs side by side");
         assert_eq!(answers.len(), 200);
     }
 }
@@ -131,15 +141,22 @@ async fn first_messages_at_two_replicas_create_one_thread() {
     for protocol in [Protocol::Assistants, Protocol::Responses] {
         let scene = Scene::new(protocol, Backend::Postgres).await;
         let gateways = [scene.gateway().await, scene.gateway().await];
-        let answers = join_all((0..64).map(|n| gateways[n % 2].say("/v1/users/new", &format!("message {n}")))).await;
+        let answers =
+            join_all((0..64).map(|n| gateways[n % 2].say("/v1/users/new", &format!("message {n}")))).await;
         let threads: BTreeSet<_> = answers.iter().map(|answer| answer["thread"]["id"].to_string()).collect();
         assert_eq!(threads.len(), 1, "one gateway thread");
         assert_eq!(scene.upstream_threads().len(), 1, "one upstream thread");
         let stats = scene.simulator.stats();
-        assert_eq!((stats.runs_started, stats.max_active_runs_per_thread, stats.lock_refusals), (64, 1, 0), "{stats:?}");
+        assert_eq!(
+            (stats.runs_started, stats.max_active_runs_per_thread, stats.lock_refusals),
+            (64, 1, 0),
+            "{stats:?}"
+        );
         assert_eq!(scene.database.number("SELECT count(*) FROM threads").await, 1);
-        let replies: BTreeSet<_> =
-            answers.iter().map(|answer| answer["message"]["content"][0]["text"].as_str().unwrap().to_owned()).collect();
+        let replies: BTreeSet<_> = answers
+            .iter()
+            .map(|answer| answer["message"]["content"][0]["text"].as_str().unwrap().to_owned())
+            .collect();
         for n in 0..64 {
             assert!(replies.iter().any(|reply| reply.contains(&format!("turn {} of", n + 1))), "turn {n}");
         }

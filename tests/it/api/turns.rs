@@ -63,7 +63,8 @@ async fn a_conversation_remembers(scene: Scene) {
 async fn a_stream_tells_the_whole_story(scene: Scene) {
     let gateway = scene.gateway().await;
     let events = gateway.stream("/v1/users/alice", "Hello [[sim: tokens=30]]").await.rest().await;
-    let names: Vec<_> = events.iter().map(|e| e.name.as_str()).filter(|name| *name != "message.delta").collect();
+    let names: Vec<_> =
+        events.iter().map(|e| e.name.as_str()).filter(|name| *name != "message.delta").collect();
     assert_eq!(names, ["run.started", "message.completed", "run.completed"]);
     let run = events[0].data["run_id"].as_str().unwrap();
     for (n, event) in events.iter().enumerate() {
@@ -71,7 +72,10 @@ async fn a_stream_tells_the_whole_story(scene: Scene) {
     }
     let message = &events[events.len() - 2].data["message"];
     assert_eq!(text_of(&events), text(message));
-    assert!(events.iter().filter(|e| e.name == "message.delta").count() >= 30, "the reply comes piece by piece");
+    assert!(
+        events.iter().filter(|e| e.name == "message.delta").count() >= 30,
+        "the reply comes piece by piece"
+    );
     let end = &events.last().unwrap().data["run"];
     let read = gateway.get(&format!("/v1/users/alice/runs/{run}")).await.ok();
     assert_eq!((&read["run"], &read["message"]), (end, message), "what was announced can be read back");
@@ -80,7 +84,8 @@ async fn a_stream_tells_the_whole_story(scene: Scene) {
     scene.simulator.hold();
     let mut blocking = gateway.stream("/v1/users/alice", "first").await;
     assert_eq!(blocking.next().await.unwrap().name, "run.started");
-    let request = gateway.request(Method::POST, "/v1/users/alice/messages").json(&json!({"content": "second"}));
+    let request =
+        gateway.request(Method::POST, "/v1/users/alice/messages").json(&json!({"content": "second"}));
     let response = request.header("accept", "text/event-stream").send().await.unwrap();
     let mut waiting = crate::support::gateway::EventReader::new(response);
     let queued = waiting.next().await.unwrap();
@@ -99,7 +104,12 @@ async fn the_transcript_can_be_paged(scene: Scene) {
     }
     let read = async |query: &str| {
         let page = gateway.get(&format!("/v1/users/alice/messages?{query}")).await.ok();
-        let texts: Vec<_> = page["data"].as_array().unwrap().iter().map(|m| (m["position"].as_u64().unwrap(), text(m).to_owned())).collect();
+        let texts: Vec<_> = page["data"]
+            .as_array()
+            .unwrap()
+            .iter()
+            .map(|m| (m["position"].as_u64().unwrap(), text(m).to_owned()))
+            .collect();
         (texts, page)
     };
     let (all, page) = read("order=asc&limit=100").await;

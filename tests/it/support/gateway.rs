@@ -86,7 +86,9 @@ impl Gateway {
         let sink = Arc::clone(&logs);
         std::thread::spawn(move || {
             for line in BufReader::new(stderr).lines().map_while(Result::ok) {
-                if line.contains("listening") && let Some(address) = address_in(&line) {
+                if line.contains("listening")
+                    && let Some(address) = address_in(&line)
+                {
                     drop(listening.send(address));
                 }
                 sink.lock().unwrap().push(line);
@@ -100,7 +102,6 @@ impl Gateway {
         let client = reqwest::Client::builder().no_proxy().timeout(PATIENCE).build().unwrap();
         Self { child, url: format!("http://{address}"), logs, client, _config: config }
     }
-
 
     pub(crate) fn address(&self) -> &str {
         self.url.strip_prefix("http://").unwrap()
@@ -142,7 +143,8 @@ impl Gateway {
     /// Posts a message with `stream: true`.
     pub(crate) async fn stream(&self, scope: &str, text: &str) -> EventReader {
         let body = serde_json::json!({"content": text, "stream": true});
-        let response = self.request(Method::POST, &format!("{scope}/messages")).json(&body).send().await.unwrap();
+        let response =
+            self.request(Method::POST, &format!("{scope}/messages")).json(&body).send().await.unwrap();
         assert_eq!(response.status(), StatusCode::OK, "{:?}", response.text().await);
         EventReader::new(response)
     }
@@ -222,7 +224,12 @@ impl EventReader {
             if let Some(end) = self.buffer.find("\n\n") {
                 let block: String = self.buffer.drain(..end + 2).collect();
                 let field = |name: &str| {
-                    block.lines().find_map(|line| line.strip_prefix(name)).unwrap_or_default().trim().to_owned()
+                    block
+                        .lines()
+                        .find_map(|line| line.strip_prefix(name))
+                        .unwrap_or_default()
+                        .trim()
+                        .to_owned()
                 };
                 if block.starts_with(':') {
                     self.comments += 1;
@@ -231,7 +238,8 @@ impl EventReader {
                 let data = serde_json::from_str(&field("data:")).unwrap();
                 return Some(Event { id: field("id:"), name: field("event:"), data });
             }
-            let chunk = tokio::time::timeout(PATIENCE, self.bytes.next()).await.expect("the stream went silent")?;
+            let chunk =
+                tokio::time::timeout(PATIENCE, self.bytes.next()).await.expect("the stream went silent")?;
             self.buffer.push_str(std::str::from_utf8(&chunk.unwrap()).unwrap());
         }
     }

@@ -6,8 +6,8 @@ use threadkeeper::simulator::{Simulator, SimulatorConfig, SimulatorHandle};
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
-use super::gateway::Gateway;
 use super::database::TestDatabase;
+use super::gateway::Gateway;
 
 /// What is spoken to the upstream.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
@@ -44,7 +44,8 @@ impl Scene {
     pub(crate) async fn with(protocol: Protocol, backend: Backend, config: SimulatorConfig) -> Self {
         let config = SimulatorConfig { conversations: protocol != Protocol::Chain, ..config };
         let simulator = Simulator::bind(config, SocketAddr::from(([127, 0, 0, 1], 0))).await.unwrap();
-        let (handle, upstream_url, stop) = (simulator.handle(), simulator.base_url(), CancellationToken::new());
+        let (handle, upstream_url, stop) =
+            (simulator.handle(), simulator.base_url(), CancellationToken::new());
         let mut tasks = JoinSet::new();
         tasks.spawn(simulator.run(stop.clone()));
         let database = match backend {
