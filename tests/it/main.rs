@@ -5,6 +5,7 @@
 mod api;
 mod server;
 mod simulator;
+mod specs;
 mod store_contract;
 mod support;
 mod tidy;

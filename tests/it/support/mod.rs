@@ -2,6 +2,7 @@
 
 mod database;
 pub(crate) mod gateway;
+pub(crate) mod openapi;
 mod postgres;
 pub(crate) mod scene;
 pub(crate) mod wire;

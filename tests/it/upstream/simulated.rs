@@ -15,9 +15,26 @@ use threadkeeper::store::InputMessage;
 use threadkeeper::upstream::{Ended, Leftover, StartRun, Upstream, UpstreamError, UpstreamEvent};
 
 use super::{adapter, config, owner, profile, turn_with};
+use crate::support::openapi;
 use crate::support::wire::Sim;
 
 const KINDS: [UpstreamKind; 2] = [UpstreamKind::Assistants, UpstreamKind::Responses];
+
+/// Every request that the adapters have made is one of the published protocol.
+fn assert_requests_are_valid(kind: UpstreamKind, sim: &Sim) {
+    let document = match kind {
+        UpstreamKind::Assistants => openapi::assistants(),
+        UpstreamKind::Responses => openapi::responses(),
+    };
+    let requests = sim.handle.recorded();
+    assert!(!requests.is_empty());
+    for request in requests {
+        let path = request.path.trim_start_matches("/v1");
+        let template = document.template(&request.method, path);
+        let template = template.unwrap_or_else(|| panic!("nothing at {} {path}", request.method));
+        document.check_request(&request.method, &template, &request.body).unwrap();
+    }
+}
 
 /// What a turn gave.
 struct Said {
@@ -93,6 +110,7 @@ async fn turns_on_a_known_thread_are_one_request_each_and_break_no_rule() {
         let stats = sim.handle.stats();
         assert_eq!((stats.requests, stats.runs_started), (5, 4), "{kind:?}");
         assert_eq!(stats.violations, [""; 0]);
+        assert_requests_are_valid(kind, &sim);
     }
 }
 
@@ -186,6 +204,7 @@ async fn input_of_every_form_is_accepted() {
         let events: Vec<_> = upstream.start(request).await.unwrap().collect().await;
         assert!(matches!(events.last(), Some(Ok(UpstreamEvent::Ended(_)))), "{kind:?}: {events:?}");
         assert_eq!(sim.handle.threads()[0].user_texts.len(), 2);
+        assert_requests_are_valid(kind, &sim);
     }
 }
 
@@ -305,6 +324,7 @@ async fn an_abandoned_run_is_settled_whether_or_not_its_id_is_known() {
             assert_eq!(ended.keys().collect::<Vec<_>>(), [expected], "known: {known}");
             assert_eq!(say(&*upstream, Some(&thread), "next").await.ended.status, RunStatus::Completed);
             assert_eq!(sim.handle.stats().violations, [""; 0]);
+            assert_requests_are_valid(kind, &sim);
         }
     }
 }
@@ -329,6 +349,7 @@ async fn function_calls_that_nobody_answers_are_settled() {
             assert_eq!(say(&*upstream, Some(&thread), "next").await.ended.status, RunStatus::Completed);
             let stats = sim.handle.stats();
             assert_eq!((stats.requests, &stats.violations[..]), (before + 1, &[][..]), "{kind:?}");
+            assert_requests_are_valid(kind, &sim);
         }
     }
 }
@@ -361,6 +382,7 @@ async fn a_chain_knows_what_was_said_and_forgets_what_broke() {
     let users: Vec<&str> =
         history.iter().filter(|(role, _)| role == "user").map(|(_, text)| text.as_str()).collect();
     assert_eq!(users, ["one", "two"]);
+    assert_requests_are_valid(UpstreamKind::Responses, &sim);
 
     let unknown = UpstreamThreadId("resp_0000".to_owned());
     let content = vec![ContentPart::Text { text: "x".to_owned() }];

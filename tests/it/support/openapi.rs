@@ -1,0 +1,182 @@
+//! Checks requests, answers and events against the published OpenAPI documents, of which `tests/specs` keeps what is
+//! needed.
+//!
+//! Where a document and what servers really send disagree, the schema is amended here, each time with the reason.
+
+use std::collections::HashMap;
+use std::sync::{Arc, LazyLock, Mutex, PoisonError};
+
+use jsonschema::Validator;
+use serde_json::{Value, json};
+
+static ASSISTANTS: LazyLock<Document> = LazyLock::new(|| {
+    Document::load(
+        include_str!("../../specs/assistants.json"),
+        &[
+            Exception::Null("ListMessagesResponse/properties/first_id", "null on an empty page"),
+            Exception::Null("ListMessagesResponse/properties/last_id", "null on an empty page"),
+            Exception::Null("ListRunsResponse/properties/first_id", "null on an empty page"),
+            Exception::Null("ListRunsResponse/properties/last_id", "null on an empty page"),
+            Exception::Null("ListRunStepsResponse/properties/first_id", "null on an empty page"),
+            Exception::Null("ListRunStepsResponse/properties/last_id", "null on an empty page"),
+        ],
+    )
+});
+
+static RESPONSES: LazyLock<Document> = LazyLock::new(|| {
+    Document::load(
+        include_str!("../../specs/responses.json"),
+        &[
+            Exception::Null("Response/allOf/2/properties/usage", "null until the response has ended"),
+            Exception::Null("ConversationItemList/properties/first_id", "null on an empty page"),
+            Exception::Null("ConversationItemList/properties/last_id", "null on an empty page"),
+            Exception::Null("ResponseItemList/properties/first_id", "null on an empty page"),
+            Exception::Null("ResponseItemList/properties/last_id", "null on an empty page"),
+            Exception::Error(
+                "DELETE /responses/{response_id}",
+                "404",
+                "declared as a bare error, sent in an `error` wrapper like all others",
+            ),
+            Exception::Error("POST /responses/{response_id}/cancel", "404", "as for DELETE"),
+        ],
+    )
+});
+
+/// Threads, messages, runs.
+pub(crate) fn assistants() -> &'static Document {
+    &ASSISTANTS
+}
+
+/// Conversations and responses.
+pub(crate) fn responses() -> &'static Document {
+    &RESPONSES
+}
+
+/// One published document.
+pub(crate) struct Document {
+    root: Value,
+    validators: Mutex<HashMap<String, Arc<Validator>>>,
+}
+
+/// A place where the document is wrong, and why it is believed to be.
+enum Exception {
+    /// The schema at this place below `$defs` takes null too.
+    Null(&'static str, &'static str),
+    /// The answer of an operation with this status is the usual error body.
+    Error(&'static str, &'static str, &'static str),
+}
+
+impl Document {
+    fn load(text: &str, exceptions: &[Exception]) -> Self {
+        let mut root: Value = serde_json::from_str(text).expect("the document is JSON");
+        for exception in exceptions {
+            match exception {
+                Exception::Null(place, reason) => {
+                    let schema = root.pointer_mut(&format!("/$defs/{place}"));
+                    let schema = schema.unwrap_or_else(|| panic!("{place} ({reason}) is not there any more"));
+                    *schema = json!({"anyOf": [schema.take(), {"type": "null"}]});
+                }
+                Exception::Error(operation, status, reason) => {
+                    let error = root["error"].clone();
+                    let answer = root["operations"][*operation]["responses"].get_mut(*status);
+                    *answer.unwrap_or_else(|| panic!("{operation} ({reason}) is not there any more")) = error;
+                }
+            }
+        }
+        Self { root, validators: Mutex::default() }
+    }
+
+    /// The path template that a concrete path below the base belongs to: `/threads/{thread_id}/runs`.
+    pub(crate) fn template(&self, method: &str, path: &str) -> Option<String> {
+        let operations = self.root["operations"].as_object()?;
+        let templates = operations.keys().filter_map(|key| key.strip_prefix(method)?.strip_prefix(' '));
+        let matches = |template: &&str| {
+            let (mut of_path, mut of_template) = (path.split('/'), template.split('/'));
+            of_path.by_ref().zip(of_template.by_ref()).all(|(a, b)| a == b || b.starts_with('{'))
+                && path.split('/').count() == template.split('/').count()
+        };
+        // `/threads/runs` before `/threads/{thread_id}`: fewer placeholders win.
+        templates.filter(matches).min_by_key(|template| template.matches('{').count()).map(str::to_owned)
+    }
+
+    /// A request's JSON body; null if it has none.
+    pub(crate) fn check_request(&self, method: &str, template: &str, body: &Value) -> Result<(), String> {
+        let key = format!("{method} {template}");
+        let operation = self.operation(&key)?;
+        match (operation.get("request"), body) {
+            (None, Value::Null) => Ok(()),
+            (None, _) => Err(format!("{key} takes no body")),
+            // Bodies are optional where nothing in them is required.
+            (Some(schema), Value::Null) => self.check(&format!("{key} request"), schema, &json!({})),
+            (Some(schema), body) => self.check(&format!("{key} request"), schema, body),
+        }
+    }
+
+    /// An answer's JSON body. Statuses that are not declared must carry the usual error body.
+    pub(crate) fn check_response(
+        &self,
+        method: &str,
+        template: &str,
+        status: u16,
+        body: &Value,
+    ) -> Result<(), String> {
+        let key = format!("{method} {template}");
+        let declared = self.operation(&key)?["responses"].get(status.to_string());
+        match declared {
+            // Declared without a body: whatever is sent is fine.
+            Some(Value::Null) => Ok(()),
+            Some(schema) => self.check(&format!("{key} {status}"), schema, body),
+            None if status >= 400 => self.check("error", &self.root["error"], body),
+            None => Err(format!("{key} does not answer with status {status}")),
+        }
+    }
+
+    /// The payload of an event by its name. For Assistants the name stands in the `event:` line, else in the
+    /// payload too.
+    pub(crate) fn check_event(&self, name: &str, data: &Value) -> Result<(), String> {
+        let event = &self.root["event"];
+        let mut branches = Vec::new();
+        self.branches(event, &mut branches);
+        for branch in branches {
+            let property = |property: &str| branch["properties"][property]["enum"][0].as_str();
+            if property("event") == Some(name) {
+                return self.check(&format!("event {name}"), &branch["properties"]["data"], data);
+            }
+            if property("type") == Some(name) {
+                return self.check(&format!("event {name}"), branch, data);
+            }
+        }
+        Err(format!("there is no event {name}"))
+    }
+
+    /// The members of a union, at any depth.
+    fn branches<'a>(&'a self, schema: &'a Value, found: &mut Vec<&'a Value>) {
+        if let Some(name) = schema["$ref"].as_str().and_then(|name| name.strip_prefix("#/$defs/")) {
+            self.branches(&self.root["$defs"][name], found);
+        } else if let Some(members) = schema["anyOf"].as_array() {
+            members.iter().for_each(|member| self.branches(member, found));
+        } else {
+            found.push(schema);
+        }
+    }
+
+    fn operation(&self, key: &str) -> Result<&Value, String> {
+        self.root["operations"].get(key).ok_or_else(|| format!("there is no operation {key}"))
+    }
+
+    fn check(&self, what: &str, schema: &Value, instance: &Value) -> Result<(), String> {
+        let validator = {
+            let mut validators = self.validators.lock().unwrap_or_else(PoisonError::into_inner);
+            let make = || {
+                let whole = json!({"$defs": self.root["$defs"], "allOf": [schema]});
+                Arc::new(jsonschema::draft202012::new(&whole).expect("the document's schemas are valid"))
+            };
+            Arc::clone(validators.entry(what.to_owned()).or_insert_with(make))
+        };
+        let errors: Vec<String> = validator
+            .iter_errors(instance)
+            .map(|error| format!("at '{}': {error}", error.instance_path()))
+            .collect();
+        if errors.is_empty() { Ok(()) } else { Err(format!("{what}: {}\nin {instance}", errors.join("; "))) }
+    }
+}
