@@ -67,6 +67,9 @@ pub trait Store: Send + Sync + std::fmt::Debug {
         page: &PageRequest<MessageId>,
     ) -> Result<Option<Page<Message>>, StoreError>;
 
+    /// Up to `limit` messages of any thread that stand after a position (0: from the first on), oldest first.
+    async fn transcript(&self, thread: ThreadId, after: i64, limit: u32) -> Result<Vec<Message>, StoreError>;
+
     /// A page of the current thread's runs by order of admission; `None` if the key has no thread.
     ///
     /// # Errors

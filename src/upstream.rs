@@ -18,8 +18,8 @@ use futures_util::stream::BoxStream;
 
 use crate::config::AssistantConfig;
 use crate::domain::{
-    ContentPart, ConversationKey, Metadata, RunError, RunId, RunStatus, Timestamp, ToolCall, UpstreamRunId,
-    UpstreamThreadId, Usage,
+    ContentPart, ConversationKey, Message, Metadata, RunError, RunId, RunStatus, Timestamp, ToolCall,
+    UpstreamRunId, UpstreamThreadId, Usage,
 };
 use crate::store::InputMessage;
 
@@ -30,9 +30,15 @@ pub use responses::ResponsesUpstream;
 /// One configured upstream server.
 #[async_trait]
 pub trait Upstream: Send + Sync + std::fmt::Debug {
-    /// Makes a thread that carries the ownership tags. `None` where threads are chains of responses: there the
-    /// first run makes it.
-    async fn create_thread(&self, owner: &Ownership) -> Result<Option<UpstreamThreadId>, UpstreamError>;
+    /// Makes a thread that carries the ownership tags and holds `history`, oldest first. `None` where threads are
+    /// chains of responses: there the first run makes it, and has to be given the history.
+    ///
+    /// If it fails or is dropped half-way, a thread that nobody knows may be left.
+    async fn create_thread(
+        &self,
+        owner: &Ownership,
+        history: &[Message],
+    ) -> Result<Option<UpstreamThreadId>, UpstreamError>;
 
     /// Appends the input and starts a run, in one request, and streams its events.
     ///
@@ -66,6 +72,8 @@ pub struct StartRun<'a> {
     pub run: RunId,
     /// `None` only for the first run of a chain.
     pub thread: Option<&'a UpstreamThreadId>,
+    /// What a chain that has to begin anew is told before the input; otherwise empty.
+    pub history: &'a [Message],
     pub assistant: &'a AssistantConfig,
     pub input: &'a [InputMessage],
     pub metadata: &'a Metadata,

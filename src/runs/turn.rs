@@ -4,7 +4,6 @@
 //! bounded by the deadline, and the end, committed before it is announced.
 
 use std::panic::AssertUnwindSafe;
-use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -16,8 +15,8 @@ use tracing::Instrument;
 
 use super::{Feed, Outcome, RunEvent, Runs, Submitted};
 use crate::domain::{
-    ContentPart, ConversationKey, MessageId, Run, RunError, RunErrorCode, RunStatus, Thread, ThreadActivity,
-    ThreadState, ToolCall, UpstreamRunId, UpstreamThreadId,
+    ContentPart, ConversationKey, Message, MessageId, Run, RunError, RunErrorCode, RunStatus, Thread,
+    ThreadActivity, ThreadState, ToolCall, UpstreamRunId, UpstreamThreadId,
 };
 use crate::error::Error;
 use crate::locks::Place;
@@ -27,8 +26,8 @@ use crate::upstream::{Ended, Leftover, Ownership, StartRun, Upstream, UpstreamEr
 /// What each streamed piece of a reply counts at least towards the limit on replies, bytes: the log of a run keeps
 /// the pieces apart.
 const MIN_PIECE_COST: usize = 64;
-/// How long to read on after the upstream's last event, so that its connection can be used again.
-const DRAIN_TIMEOUT: Duration = Duration::from_millis(250);
+/// Messages read at a time when an upstream thread is made again.
+const HISTORY_PAGE: u32 = 500;
 /// How often a waiting run asks the store again while other replicas hold its thread.
 const CLAIM_POLL: Duration = Duration::from_millis(100);
 /// How long to try to end what a run left upstream once the process is told to stop.
@@ -294,29 +293,17 @@ async fn drive(
     let parts = &runs.parts.given;
     let assistant = parts.assistants.get(&turn.run.assistant).ok_or(Failure::NotConfigured)?;
     progress.thread.clone_from(&turn.thread.upstream_thread_id);
+    let mut history = Vec::new();
     if progress.thread.is_none() {
-        let owner = Ownership {
-            key: turn.thread.key.clone(),
-            thread: turn.thread.id,
-            expires_at: turn.thread.expires_at,
-        };
-        progress.thread = upstream.create_thread(&owner).await.map_err(Failure::Upstream)?;
-        if let Some(id) = &progress.thread {
-            match parts.store.bind_upstream_thread(&turn.lease, id).await {
-                Ok(true) => {}
-                Ok(false) => return Err(Failure::LeaseLost),
-                Err(error) => {
-                    tracing::error!(error = &error as &dyn std::error::Error, upstream.thread = %id, "cannot record an upstream thread");
-                    return Err(Failure::Store);
-                }
-            }
-        }
+        create_thread(runs, upstream, turn, progress, &history).await?;
     }
+    let mut created_again = false;
     let mut pause = Duration::from_millis(250);
     let mut events = loop {
         let request = StartRun {
             run: turn.run.id,
             thread: progress.thread.as_ref(),
+            history: &history,
             assistant,
             input: &turn.input,
             metadata: &turn.run.metadata,
@@ -331,6 +318,15 @@ async fn drive(
                 progress.busy = true;
                 sleep(jittered(pause)).await;
                 pause = (pause * 2).min(Duration::from_secs(4));
+            }
+            Err(UpstreamError::ThreadGone) if !created_again => {
+                created_again = true;
+                history = history_before(runs, turn).await?;
+                tracing::warn!(
+                    messages = history.len(),
+                    "the upstream thread is gone; making it again from the transcript"
+                );
+                create_thread(runs, upstream, turn, progress, &history).await?;
             }
             Err(error) => return Err(Failure::Upstream(error)),
         }
@@ -352,14 +348,56 @@ async fn drive(
                 if size > parts.runs.max_reply_bytes {
                     return Err(Failure::ReplyTooLarge);
                 }
-                let rest = pin!(events.for_each(|_| std::future::ready(())));
-                // Ends early at worst: then the connection is closed instead of used again.
-                timeout(DRAIN_TIMEOUT, rest).await.unwrap_or_default();
+                // Lets the connection be used again; the stream bounds it.
+                events.for_each(|_| std::future::ready(())).await;
                 return Ok(*ended);
             }
         }
     }
     Err(Failure::Upstream(UpstreamError::Broken { timeout: false }))
+}
+
+/// Makes the upstream thread and records it before it is used. Leaves `progress.thread` unset where threads are chains
+/// of responses.
+async fn create_thread(
+    runs: &Runs,
+    upstream: &dyn Upstream,
+    turn: &Turn,
+    progress: &mut Progress,
+    history: &[Message],
+) -> Result<(), Failure> {
+    let Thread { id, key, expires_at, .. } = &turn.thread;
+    let owner = Ownership { key: key.clone(), thread: *id, expires_at: *expires_at };
+    progress.thread = upstream.create_thread(&owner, history).await.map_err(Failure::Upstream)?;
+    let Some(id) = &progress.thread else { return Ok(()) };
+    match runs.parts.given.store.bind_upstream_thread(&turn.lease, id).await {
+        Ok(true) => Ok(()),
+        Ok(false) => Err(Failure::LeaseLost),
+        Err(error) => {
+            tracing::error!(error = &error as &dyn std::error::Error, upstream.thread = %id, "cannot record an upstream thread");
+            Err(Failure::Store)
+        }
+    }
+}
+
+/// The thread's transcript up to this run.
+async fn history_before(runs: &Runs, turn: &Turn) -> Result<Vec<Message>, Failure> {
+    let mut history: Vec<Message> = Vec::new();
+    loop {
+        let after = history.last().map_or(0, |message| message.position);
+        let page = runs.parts.given.store.transcript(turn.thread.id, after, HISTORY_PAGE).await.map_err(
+            |error| {
+                tracing::error!(error = &error as &dyn std::error::Error, "cannot read the transcript");
+                Failure::Store
+            },
+        )?;
+        let is_last = page.len() < HISTORY_PAGE as usize;
+        history.extend(page);
+        if is_last {
+            history.retain(|message| message.run_id != Some(turn.run.id));
+            return Ok(history);
+        }
+    }
 }
 
 /// Ends what the run left upstream, within a bound; what cannot be ended is logged.

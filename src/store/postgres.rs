@@ -20,7 +20,7 @@ use super::{Admission, Admitted, Claim, Finished, Orphan, RunEnd, RunLease, Stor
 use crate::config::StoreConfig;
 use crate::domain::{
     ConversationKey, Message, MessageId, Page, PageRequest, ReplicaId, Run, RunId, Thread, ThreadActivity,
-    UpstreamThreadId,
+    ThreadId, UpstreamThreadId,
 };
 
 static MIGRATOR: Migrator = sqlx::migrate!("migrations/postgres");
@@ -99,6 +99,10 @@ impl Store for PostgresStore {
         page: &PageRequest<MessageId>,
     ) -> Result<Option<Page<Message>>, StoreError> {
         read::messages(&self.general, key, page).await
+    }
+
+    async fn transcript(&self, thread: ThreadId, after: i64, limit: u32) -> Result<Vec<Message>, StoreError> {
+        read::transcript(&self.general, thread, after, limit).await
     }
 
     async fn runs(

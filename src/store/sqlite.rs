@@ -22,7 +22,7 @@ use super::{Admission, Admitted, Claim, Finished, Orphan, RunEnd, RunLease, Stor
 use crate::config::StoreConfig;
 use crate::domain::{
     ConversationKey, Message, MessageId, Page, PageRequest, ReplicaId, Run, RunId, Thread, ThreadActivity,
-    UpstreamThreadId,
+    ThreadId, UpstreamThreadId,
 };
 
 static MIGRATOR: Migrator = sqlx::migrate!("migrations/sqlite");
@@ -112,6 +112,10 @@ impl Store for SqliteStore {
         page: &PageRequest<MessageId>,
     ) -> Result<Option<Page<Message>>, StoreError> {
         read::messages(&self.readers, key, page).await
+    }
+
+    async fn transcript(&self, thread: ThreadId, after: i64, limit: u32) -> Result<Vec<Message>, StoreError> {
+        read::transcript(&self.readers, thread, after, limit).await
     }
 
     async fn runs(

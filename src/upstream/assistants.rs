@@ -17,7 +17,7 @@ use super::tags::{RUN_TAG, message_tags, parameters, run_tags, thread_tags};
 use super::wire::Created;
 use super::{EventStream, Leftover, Ownership, StartRun, Upstream, UpstreamError};
 use crate::config::UpstreamKind;
-use crate::domain::{RunId, UpstreamRunId, UpstreamThreadId};
+use crate::domain::{Message, RunId, UpstreamRunId, UpstreamThreadId};
 use turn::Turn;
 use wire::{RunList, RunObject, content};
 
@@ -25,6 +25,7 @@ use wire::{RunList, RunObject, content};
 const RUNS_TO_SEARCH: &str = "20";
 /// A run whose request was cut off may appear a little later.
 const SECOND_LOOK: Duration = Duration::from_millis(500);
+
 /// An upstream that speaks Assistants v2.
 #[derive(Clone, Debug)]
 pub struct AssistantsUpstream {
@@ -39,8 +40,19 @@ impl AssistantsUpstream {
 
 #[async_trait]
 impl Upstream for AssistantsUpstream {
-    async fn create_thread(&self, owner: &Ownership) -> Result<Option<UpstreamThreadId>, UpstreamError> {
-        let body = json!({"metadata": thread_tags(owner)});
+    async fn create_thread(
+        &self,
+        owner: &Ownership,
+        history: &[Message],
+    ) -> Result<Option<UpstreamThreadId>, UpstreamError> {
+        let mut body = json!({"metadata": thread_tags(owner)});
+        let messages: Vec<Value> = history
+            .iter()
+            .map(|message| json!({"role": message.role, "content": content(&message.content)}))
+            .collect();
+        if !messages.is_empty() {
+            body["messages"] = messages.into();
+        }
         let thread: Created = self.client.json(Method::POST, &["threads"], &[], Some(&body)).await?.value;
         thread.into_thread().map(Some)
     }
@@ -185,7 +197,14 @@ mod tests {
         let pairs = BTreeMap::from([("a".to_owned(), "b".to_owned())]);
         let metadata = Metadata::try_from(pairs).unwrap();
         let body = |assistant: &AssistantConfig| {
-            run_body(&StartRun { run, thread: Some(&thread), assistant, input: &input, metadata: &metadata })
+            run_body(&StartRun {
+                run,
+                thread: Some(&thread),
+                history: &[],
+                assistant,
+                input: &input,
+                metadata: &metadata,
+            })
         };
         let least = json!({
             "assistant_id": "asst_1",

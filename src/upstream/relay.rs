@@ -10,7 +10,7 @@ use super::sse::SseEvent;
 use super::{EventStream, UpstreamError, UpstreamEvent};
 
 /// How long, after the last event, the rest of the body may take to arrive.
-const DRAIN_TIME: Duration = Duration::from_secs(1);
+const DRAIN_TIME: Duration = Duration::from_millis(250);
 /// How many events there may be after the last one that matters.
 const DRAIN_EVENTS: usize = 64;
 
@@ -23,8 +23,8 @@ pub(super) trait Dialect: Send + 'static {
 /// Reads until the first event that means something, so that a refusal which comes as an event is the error of the
 /// call, and gives the stream from there on.
 ///
-/// The stream ends after `Ended`, or after an error. Past `Ended` the rest of the body is read, for at most a
-/// second, so that the connection can be used again.
+/// The stream ends after `Ended`, or after an error. Past `Ended` the rest of the body is read, for a
+/// moment, so that the connection can be used again.
 pub(super) async fn relay(
     events: BoxStream<'static, Result<SseEvent, UpstreamError>>,
     dialect: impl Dialect,

@@ -18,9 +18,9 @@ use super::tags::{parameters, run_tags, thread_tags};
 use super::wire::Created;
 use super::{EventStream, Leftover, Ownership, StartRun, Upstream, UpstreamError};
 use crate::config::UpstreamKind;
-use crate::domain::{ToolCall, UpstreamThreadId};
+use crate::domain::{Message, ToolCall, UpstreamThreadId};
 use turn::Turn;
-use wire::{ItemList, OpenCall, answered_calls, message_item, open_calls};
+use wire::{ItemList, OpenCall, answered_calls, history_item, message_item, open_calls};
 
 /// Items that one request may add.
 const ITEMS_PER_REQUEST: usize = 20;
@@ -45,14 +45,28 @@ impl ResponsesUpstream {
 
 #[async_trait]
 impl Upstream for ResponsesUpstream {
-    async fn create_thread(&self, owner: &Ownership) -> Result<Option<UpstreamThreadId>, UpstreamError> {
+    async fn create_thread(
+        &self,
+        owner: &Ownership,
+        history: &[Message],
+    ) -> Result<Option<UpstreamThreadId>, UpstreamError> {
         if !self.conversations {
             return Ok(None);
         }
-        let body = json!({"metadata": thread_tags(owner)});
+        let items: Vec<Value> = history.iter().map(history_item).collect();
+        let (first, rest) = items.split_at(items.len().min(ITEMS_PER_REQUEST));
+        let mut body = json!({"metadata": thread_tags(owner)});
+        if !first.is_empty() {
+            body["items"] = first.into();
+        }
         let conversation: Created =
             self.client.json(Method::POST, &["conversations"], &[], Some(&body)).await?.value;
-        conversation.into_thread().map(Some)
+        let conversation = conversation.into_thread()?;
+        for some in rest.chunks(ITEMS_PER_REQUEST) {
+            let path = ["conversations", conversation.as_str(), "items"];
+            self.add_items(&path, &json!({"items": some})).await?;
+        }
+        Ok(Some(conversation))
     }
 
     async fn start(&self, request: StartRun<'_>) -> Result<EventStream, UpstreamError> {
@@ -166,7 +180,9 @@ fn response_body(request: &StartRun<'_>, conversations: bool) -> Value {
         let name = if conversations { "conversation" } else { "previous_response_id" };
         set(name, thread.as_str().into());
     }
-    set("input", request.input.iter().map(|message| message_item(&message.content)).collect());
+    let history = if request.thread.is_none() { request.history } else { &[] };
+    let input = request.input.iter().map(|message| message_item(&message.content));
+    set("input", history.iter().map(history_item).chain(input).collect());
     set("metadata", run_tags(request.run, request.metadata).into());
     set("store", true.into());
     set("stream", true.into());
@@ -194,7 +210,7 @@ mod tests {
         let metadata = Metadata::default();
         let body = |assistant: &AssistantConfig, thread: Option<&UpstreamThreadId>, conversations: bool| {
             response_body(
-                &StartRun { run, thread, assistant, input: &input, metadata: &metadata },
+                &StartRun { run, thread, history: &[], assistant, input: &input, metadata: &metadata },
                 conversations,
             )
         };

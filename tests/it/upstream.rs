@@ -96,7 +96,8 @@ async fn turn_with(
 ) -> Result<Vec<Result<UpstreamEvent, UpstreamError>>, UpstreamError> {
     let input = [InputMessage { id: MessageId::new(), content }];
     let metadata = Metadata::default();
-    let request = StartRun { run: RunId::new(), thread, assistant, input: &input, metadata: &metadata };
+    let request =
+        StartRun { run: RunId::new(), thread, history: &[], assistant, input: &input, metadata: &metadata };
     Ok(upstream.start(request).await?.collect().await)
 }
 
@@ -229,7 +230,7 @@ async fn a_redirect_is_not_followed() {
         json_answer(200, &[], r#"{"id":"t_2"}"#),
     ])
     .await;
-    let error = assistants(&server).create_thread(&owner()).await.unwrap_err();
+    let error = assistants(&server).create_thread(&owner(), &[]).await.unwrap_err();
     assert!(matches!(error, UpstreamError::Refused { status: 307, code: None }), "{error:?}");
     assert_eq!(server.requests().len(), 1);
 }
@@ -321,6 +322,7 @@ async fn a_slow_reader_is_not_taken_for_a_silent_server() {
     let request = StartRun {
         run: RunId::new(),
         thread: Some(&thread),
+        history: &[],
         assistant: &assistant,
         input: &input,
         metadata: &metadata,
@@ -359,7 +361,7 @@ async fn an_event_or_answer_that_is_too_large_is_refused() {
     let upstream = responses(&server);
     let error = turn(&*upstream, Some(&thread())).await.unwrap_err();
     assert!(error.to_string().contains("longer than 65536 bytes"), "{error}");
-    let error = upstream.create_thread(&owner()).await.unwrap_err();
+    let error = upstream.create_thread(&owner(), &[]).await.unwrap_err();
     assert!(error.to_string().contains("longer than 65536 bytes"), "{error}");
 }
 
@@ -571,7 +573,7 @@ async fn a_chain_goes_on_from_the_last_response_that_ended_well() {
     let mut settings = config(UpstreamKind::Responses, &server.url);
     settings.conversations = false;
     let upstream = adapter(&settings);
-    assert!(upstream.create_thread(&owner()).await.unwrap().is_none());
+    assert!(upstream.create_thread(&owner(), &[]).await.unwrap().is_none());
     let thread_of = |events: &[Result<UpstreamEvent, UpstreamError>]| match events.last() {
         Some(Ok(UpstreamEvent::Ended(ended))) => ended.thread.clone(),
         other => panic!("not ended: {other:?}"),

@@ -4,7 +4,7 @@ use sqlx::PgPool;
 use uuid::Uuid;
 
 use crate::domain::{
-    ConversationKey, Message, MessageId, Page, PageRequest, Run, RunId, Thread, ThreadActivity,
+    ConversationKey, Message, MessageId, Page, PageRequest, Run, RunId, Thread, ThreadActivity, ThreadId,
 };
 use crate::store::StoreError;
 use crate::store::rows::{
@@ -95,6 +95,26 @@ pub(super) async fn messages(
         .fetch_all(pool)
         .await?;
     span.page(rows).map(Some)
+}
+
+/// Implements [`Store::transcript`](crate::store::Store::transcript).
+pub(super) async fn transcript(
+    pool: &PgPool,
+    thread: ThreadId,
+    after: i64,
+    limit: u32,
+) -> Result<Vec<Message>, StoreError> {
+    let rows: Vec<MessageRow> = sqlx::query_as(concat!(
+        "SELECT ",
+        message_columns!(),
+        " FROM messages m WHERE m.thread_id = $1 AND m.position > $2 ORDER BY m.position ASC LIMIT $3",
+    ))
+    .bind(thread.uuid())
+    .bind(after)
+    .bind(i64::from(limit))
+    .fetch_all(pool)
+    .await?;
+    rows.into_iter().map(Message::try_from).collect()
 }
 
 /// Implements [`Store::runs`](crate::store::Store::runs).

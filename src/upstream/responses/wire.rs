@@ -5,7 +5,7 @@ use serde::Deserialize;
 use serde_json::value::RawValue;
 use serde_json::{Map, Value, json};
 
-use crate::domain::{ContentPart, RunStatus, ToolCall, Usage};
+use crate::domain::{ContentPart, Message, Role, RunStatus, ToolCall, Usage};
 use crate::upstream::classify::token;
 use crate::upstream::wire::{lenient, usage};
 
@@ -157,6 +157,27 @@ pub(super) fn message_item(parts: &[ContentPart]) -> Value {
         parts => parts.iter().map(input_part).collect(),
     };
     json!({"type": "message", "role": "user", "content": content})
+}
+
+/// A message of an earlier turn as an input item. An assistant's is a bare string: its parts would need ids that
+/// another server gave.
+pub(super) fn history_item(message: &Message) -> Value {
+    match message.role {
+        Role::User => message_item(&message.content),
+        Role::Assistant => {
+            let text: String = message
+                .content
+                .iter()
+                .filter_map(|part| match part {
+                    ContentPart::Text { text } | ContentPart::Refusal { refusal: text } => {
+                        Some(text.as_str())
+                    }
+                    ContentPart::ImageUrl { .. } | ContentPart::ImageFile { .. } => None,
+                })
+                .collect();
+            json!({"type": "message", "role": "assistant", "content": text})
+        }
+    }
 }
 
 fn input_part(part: &ContentPart) -> Value {

@@ -18,6 +18,7 @@ on_every_scene!(
     a_foreign_lock_is_waited_for_no_longer_than_the_deadline,
     streams_in_every_dialect_are_understood,
     a_reply_has_a_limit,
+    a_lost_upstream_thread_is_made_again_from_the_transcript,
 );
 
 const SCOPE: &str = "/v1/users/alice";
@@ -210,4 +211,28 @@ async fn a_reply_has_a_limit(scene: Scene) {
     let answer = say(&gateway, "go on [[sim: tokens=500]]").await;
     assert_eq!((answer.status, &answer.body["code"]), (StatusCode::BAD_GATEWAY, &json!("reply_too_large")));
     works_again(&gateway).await;
+}
+
+async fn a_lost_upstream_thread_is_made_again_from_the_transcript(scene: Scene) {
+    let gateway = scene.gateway().await;
+    let mut expected = Vec::new();
+    for n in 1..=12 {
+        let answer = say(&gateway, &format!("message {n}")).await.ok();
+        expected.push(format!("message {n}"));
+        expected.push(text(&answer["message"]).to_owned());
+    }
+    let before = gateway.get(&format!("{SCOPE}/thread")).await.ok();
+    scene.simulator.reset();
+    let answer = say(&gateway, "and now?").await.ok();
+    assert_eq!(answer["thread"]["id"], before["id"], "the same conversation");
+    assert_ne!(answer["thread"]["upstream_thread_id"], before["upstream_thread_id"]);
+    assert!(text(&answer["message"]).contains("turn 13 of"), "it knows all that was said: {answer:#}");
+    if scene.protocol != Protocol::Chain {
+        let id = answer["thread"]["upstream_thread_id"].as_str().unwrap();
+        assert_eq!(scene.upstream_threads(), [id]);
+        let history: Vec<_> = scene.simulator.thread_history(id).into_iter().map(|(_, text)| text).collect();
+        assert_eq!(history[..24], expected);
+    }
+    works_again(&gateway).await;
+    assert_eq!(gateway.get(&format!("{SCOPE}/thread")).await.ok()["message_count"], 28);
 }

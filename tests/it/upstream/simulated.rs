@@ -48,7 +48,7 @@ fn settings(kind: UpstreamKind, sim: &Sim) -> UpstreamConfig {
 }
 
 async fn thread_on(upstream: &dyn Upstream) -> UpstreamThreadId {
-    upstream.create_thread(&owner()).await.unwrap().unwrap()
+    upstream.create_thread(&owner(), &[]).await.unwrap().unwrap()
 }
 
 /// One turn, which must end.
@@ -197,6 +197,7 @@ async fn input_of_every_form_is_accepted() {
         let request = StartRun {
             run: RunId::new(),
             thread: Some(&thread),
+            history: &[],
             assistant: &assistant,
             input: &input,
             metadata: &metadata,
@@ -259,11 +260,11 @@ async fn a_wrong_key_is_refused() {
             ..SimulatorConfig::default()
         })
         .await;
-        let error = adapter(&settings(kind, &sim)).create_thread(&owner()).await.unwrap_err();
+        let error = adapter(&settings(kind, &sim)).create_thread(&owner(), &[]).await.unwrap_err();
         assert!(matches!(error, UpstreamError::Refused { status: 401, .. }), "{error:?}");
         let mut right = settings(kind, &sim);
         right.api_key = Some("right".to_owned().into());
-        adapter(&right).create_thread(&owner()).await.unwrap();
+        adapter(&right).create_thread(&owner(), &[]).await.unwrap();
     }
 }
 
@@ -307,6 +308,7 @@ async fn an_abandoned_run_is_settled_whether_or_not_its_id_is_known() {
             let request = StartRun {
                 run,
                 thread: Some(&thread),
+                history: &[],
                 assistant: &assistant,
                 input: &input,
                 metadata: &metadata,
@@ -371,7 +373,7 @@ async fn a_chain_knows_what_was_said_and_forgets_what_broke() {
     let mut settings = settings(UpstreamKind::Responses, &sim);
     settings.conversations = false;
     let upstream = adapter(&settings);
-    assert_eq!(upstream.create_thread(&owner()).await.unwrap(), None);
+    assert_eq!(upstream.create_thread(&owner(), &[]).await.unwrap(), None);
     let first = say(&*upstream, None, "one").await.ended.thread.unwrap();
     let broken = say(&*upstream, Some(&first), "lost [[sim: tools=1]]").await.ended;
     assert_eq!((broken.status, broken.thread), (RunStatus::RequiresAction, None));
