@@ -1,5 +1,7 @@
 //! The use cases: submit a message, read what became of it. HTTP is above, store and upstreams below.
 
+mod drive;
+mod end;
 mod feed;
 mod replica;
 mod turn;
@@ -9,6 +11,7 @@ use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
 
+use rand::RngExt;
 use tokio::sync::oneshot;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -185,3 +188,8 @@ impl fmt::Debug for RunsParts {
 }
 
 const NO_THREAD: Error = Error::NotFound("this key has no conversation yet; post a message to start one");
+
+/// Between half of `pause` and all of it.
+fn jittered(pause: Duration) -> Duration {
+    pause.mul_f64(rand::rng().random_range(0.5..=1.0))
+}

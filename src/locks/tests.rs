@@ -138,7 +138,7 @@ impl World {
                 Stage::HasTurn => assert_eq!(rank, 0, "{:?}", self.state()),
                 // Recording goes in order, one at a time.
                 Stage::MayRecord => {
-                    assert!(before.iter().all(|&task| is_recorded(task)), "{:?}", self.state())
+                    assert!(before.iter().all(|&task| is_recorded(task)), "{:?}", self.state());
                 }
                 // No lost wake-up: who may go is awake.
                 Stage::WantsTurn => assert!(rank > 0 || self.awake(task), "{:?}", self.state()),

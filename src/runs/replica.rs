@@ -5,7 +5,7 @@ use std::time::Duration;
 use tokio::time::{MissedTickBehavior, interval};
 use tracing::Instrument;
 
-use super::{Runs, turn};
+use super::{Runs, end, turn};
 use crate::domain::RunStatus;
 use crate::store::{Orphan, StoreError};
 
@@ -68,7 +68,7 @@ impl Runs {
             if run.status == RunStatus::Queued {
                 parts.tasks.spawn(turn::resume_queued(self.clone(), lease, thread, run).instrument(span));
             } else {
-                parts.tasks.spawn(turn::bury(self.clone(), lease, thread, run).instrument(span));
+                parts.tasks.spawn(end::bury(self.clone(), lease, thread, run).instrument(span));
             }
         }
     }

@@ -1,0 +1,157 @@
+//! The upstream side of a turn: the thread, the call, the stream.
+
+use futures_util::StreamExt;
+use std::time::Duration;
+
+use tokio::time::sleep;
+
+use super::end::Failure;
+use super::{Feed, RunEvent, Runs, jittered};
+use crate::domain::{ContentPart, Message, Thread, UpstreamRunId, UpstreamThreadId};
+use crate::store::Turn;
+use crate::upstream::{Ended, Ownership, StartRun, Upstream, UpstreamError, UpstreamEvent};
+
+/// What each streamed piece of a reply counts at least towards the limit on replies, bytes: the log of a run keeps
+/// the pieces apart.
+const MIN_PIECE_COST: usize = 64;
+/// Messages read at a time when an upstream thread is made again.
+const HISTORY_PAGE: u32 = 500;
+
+/// What is known of a turn while it goes on; it survives when the turn is cut off.
+#[derive(Default)]
+pub(super) struct Progress {
+    pub(super) thread: Option<UpstreamThreadId>,
+    pub(super) upstream_run: Option<UpstreamRunId>,
+    pub(super) text: String,
+    cost: usize,
+    /// The upstream says that something else holds the thread.
+    pub(super) busy: bool,
+}
+
+/// Sends the input and relays the reply until the upstream says how the run ended. May be dropped at any await: what
+/// is known by then is in `progress`.
+pub(super) async fn drive(
+    runs: &Runs,
+    upstream: &dyn Upstream,
+    turn: &Turn,
+    progress: &mut Progress,
+    feed: &Feed,
+) -> Result<Ended, Failure> {
+    let parts = &runs.parts.given;
+    let assistant = parts.assistants.get(&turn.run.assistant).ok_or(Failure::NotConfigured)?;
+    progress.thread.clone_from(&turn.thread.upstream_thread_id);
+    let mut history = Vec::new();
+    if progress.thread.is_none() {
+        create_thread(runs, upstream, turn, progress, &history).await?;
+    }
+    let mut created_again = false;
+    let mut pause = Duration::from_millis(250);
+    let mut events = loop {
+        let request = StartRun {
+            run: turn.run.id,
+            thread: progress.thread.as_ref(),
+            history: &history,
+            assistant,
+            input: &turn.input,
+            metadata: &turn.run.metadata,
+        };
+        match upstream.start(request).await {
+            Ok(events) => break events,
+            Err(UpstreamError::Busy { blocking_run }) => {
+                tracing::warn!(
+                    blocking_run = blocking_run.map(|id| id.0),
+                    "the upstream thread is held by another run"
+                );
+                progress.busy = true;
+                sleep(jittered(pause)).await;
+                pause = (pause * 2).min(Duration::from_secs(4));
+            }
+            Err(UpstreamError::ThreadGone) if !created_again => {
+                created_again = true;
+                history = history_before(runs, turn).await?;
+                tracing::warn!(
+                    messages = history.len(),
+                    "the upstream thread is gone; making it again from the transcript"
+                );
+                create_thread(runs, upstream, turn, progress, &history).await?;
+            }
+            Err(error) => return Err(Failure::Upstream(error)),
+        }
+    };
+    progress.busy = false;
+    while let Some(event) = events.next().await {
+        match event.map_err(Failure::Upstream)? {
+            UpstreamEvent::Accepted(id) => progress.upstream_run = Some(id),
+            UpstreamEvent::Text(text) => {
+                progress.cost += text.len().max(MIN_PIECE_COST);
+                if progress.cost > parts.runs.max_reply_bytes {
+                    return Err(Failure::ReplyTooLarge);
+                }
+                progress.text.push_str(&text);
+                feed.push(RunEvent::Delta(text.into()));
+            }
+            UpstreamEvent::Ended(ended) => {
+                let size: usize = ended.content.iter().map(content_size).sum();
+                if size > parts.runs.max_reply_bytes {
+                    return Err(Failure::ReplyTooLarge);
+                }
+                // Lets the connection be used again; the stream bounds it.
+                events.for_each(|_| std::future::ready(())).await;
+                return Ok(*ended);
+            }
+        }
+    }
+    Err(Failure::Upstream(UpstreamError::Broken { timeout: false }))
+}
+
+/// Makes the upstream thread and records it before it is used. Leaves `progress.thread` unset where threads are chains
+/// of responses.
+async fn create_thread(
+    runs: &Runs,
+    upstream: &dyn Upstream,
+    turn: &Turn,
+    progress: &mut Progress,
+    history: &[Message],
+) -> Result<(), Failure> {
+    let Thread { id, key, expires_at, .. } = &turn.thread;
+    let owner = Ownership { key: key.clone(), thread: *id, expires_at: *expires_at };
+    progress.thread = upstream.create_thread(&owner, history).await.map_err(Failure::Upstream)?;
+    let Some(id) = &progress.thread else { return Ok(()) };
+    match runs.parts.given.store.bind_upstream_thread(&turn.lease, id).await {
+        Ok(true) => Ok(()),
+        Ok(false) => Err(Failure::LeaseLost),
+        Err(error) => {
+            tracing::error!(error = &error as &dyn std::error::Error, upstream.thread = %id, "cannot record an upstream thread");
+            Err(Failure::Store)
+        }
+    }
+}
+
+/// The thread's transcript up to this run.
+async fn history_before(runs: &Runs, turn: &Turn) -> Result<Vec<Message>, Failure> {
+    let mut history: Vec<Message> = Vec::new();
+    loop {
+        let after = history.last().map_or(0, |message| message.position);
+        let page = runs.parts.given.store.transcript(turn.thread.id, after, HISTORY_PAGE).await.map_err(
+            |error| {
+                tracing::error!(error = &error as &dyn std::error::Error, "cannot read the transcript");
+                Failure::Store
+            },
+        )?;
+        let is_last = page.len() < HISTORY_PAGE as usize;
+        history.extend(page);
+        if is_last {
+            history.retain(|message| message.run_id != Some(turn.run.id));
+            return Ok(history);
+        }
+    }
+}
+
+fn content_size(part: &ContentPart) -> usize {
+    match part {
+        ContentPart::Text { text } => text.len(),
+        ContentPart::Refusal { refusal } => refusal.len(),
+        ContentPart::ImageUrl { image_url } => image_url.url.len(),
+        ContentPart::ImageFile { image_file } => image_file.file_id.len(),
+    }
+}
