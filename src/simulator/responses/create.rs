@@ -18,6 +18,9 @@ use crate::simulator::router::{Call, Refused};
 use crate::simulator::sse::{EventLog, EventOut};
 use crate::simulator::state::{Server, World};
 
+/// Background responses whose events can be replayed: the newest.
+const MAX_REPLAYABLE: usize = 1000;
+
 const KNOWN: [&str; 30] = [
     "background",
     "context_management",
@@ -209,6 +212,15 @@ fn start(
     };
     if let Some(id) = &request.conversation {
         conversations::live(world, id)?.begin(&response.id);
+    }
+    if log.is_some() {
+        world.replayable.push_back(response.id.clone());
+        if world.replayable.len() > MAX_REPLAYABLE
+            && let Some(oldest) = world.replayable.pop_front()
+            && let Some(stored) = world.responses.get_mut(&oldest)
+        {
+            stored.log = None;
+        }
     }
     world.counters.begin(&lane, &response.id);
     if request.background {
