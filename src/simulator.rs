@@ -34,7 +34,8 @@
 //! to the items of a locked conversation are refused like a response. A background response holds the lock until
 //! it ends. An incomplete response is appended; a failed, cancelled or abandoned one is not, unless
 //! [`SimulatorConfig::append_unfinished`] says so. A deleted conversation cannot be used or read any more, but its
-//! items can be listed, read and deleted. Events of background streams can be replayed until the response is gone.
+//! items can be listed, read and deleted. The events of the newest
+//! 1000 background streams can be replayed.
 
 mod assistants;
 mod config;

@@ -1,5 +1,6 @@
 //! Assistants v2: threads, messages, runs and run steps.
 
+mod ending;
 mod generate;
 mod objects;
 mod runs;

@@ -49,7 +49,7 @@ pub struct SimulatorConfig {
     /// Threads, conversations, runs and responses kept, each; past it the oldest idle ones are forgotten.
     #[arg(long, default_value_t = 100_000)]
     pub max_kept: usize,
-    /// Requests kept for inspection.
+    /// Requests kept for inspection, bodies of up to 256 KiB included.
     #[arg(long, default_value_t = 256)]
     pub recorded: usize,
 }
@@ -70,5 +70,28 @@ impl Default for SimulatorConfig {
             max_kept: 100_000,
             recorded: 256,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::{Args, Command, FromArgMatches};
+
+    use super::*;
+
+    #[test]
+    fn no_flag_means_the_default() {
+        let matches = SimulatorConfig::augment_args(Command::new("simulate")).get_matches_from(["simulate"]);
+        let parsed = SimulatorConfig::from_arg_matches(&matches).unwrap();
+        assert_eq!(format!("{parsed:?}"), format!("{:?}", SimulatorConfig::default()));
+    }
+
+    #[test]
+    fn flags_say_what_they_mean() {
+        let flags = ["simulate", "--latency", "50ms", "--enforce-locks", "false", "--api-key", "sk-secret"];
+        let matches = SimulatorConfig::augment_args(Command::new("simulate")).get_matches_from(flags);
+        let parsed = SimulatorConfig::from_arg_matches(&matches).unwrap();
+        assert_eq!((parsed.latency, parsed.enforce_locks), (Duration::from_millis(50), false));
+        assert!(!format!("{parsed:?}").contains("sk-secret"));
     }
 }

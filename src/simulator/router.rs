@@ -22,6 +22,8 @@ use super::{assistants, control, responses};
 
 /// Largest request body.
 const MAX_BODY: usize = 64 * 1024 * 1024;
+/// Largest request body that is kept for inspection.
+const MAX_RECORDED_BODY: usize = 256 * 1024;
 
 /// A request of one of the protocols.
 #[derive(Debug)]
@@ -81,11 +83,12 @@ async fn protocol(
         _ => &[],
     };
     let operation = Operation::of(&parts.method, path);
+    let payload = Payload::read(&body);
     let fault = {
         let mut world = server.world();
         world.counters.request(operation.map(Operation::name));
         if server.config.recorded > 0 {
-            world.counters.record(recorded(parts, &body, operation), server.config.recorded);
+            world.counters.record(recorded(parts, &body, &payload, operation), server.config.recorded);
         }
         operation.and_then(|operation| world.faults.take(operation))
     };
@@ -116,7 +119,7 @@ async fn protocol(
             tokio::time::sleep(latency).await;
         }
     }
-    let body = match json_object(&body) {
+    let body = match payload.into_object() {
         Ok(body) => body,
         Err(error) => return Ok(error.into_response()),
     };
@@ -176,28 +179,45 @@ fn admitted(server: &Server, headers: &HeaderMap, family: &str) -> Result<(), Ap
     Ok(())
 }
 
-/// The body as an object; no body counts as `{}`.
-fn json_object(body: &[u8]) -> Result<Map<String, Value>, ApiError> {
-    if body.trim_ascii().is_empty() {
-        return Ok(Map::new());
+/// A request's body, parsed once.
+enum Payload {
+    Empty,
+    Json(Value),
+    Unreadable,
+}
+
+impl Payload {
+    fn read(body: &[u8]) -> Self {
+        if body.trim_ascii().is_empty() {
+            return Self::Empty;
+        }
+        serde_json::from_slice(body).map_or(Self::Unreadable, Self::Json)
     }
-    match serde_json::from_slice(body) {
-        Ok(Value::Object(map)) => Ok(map),
-        Ok(other) => Err(super::fields::wrong_type("body", "an object", &other)),
-        Err(_) => Err(ApiError::invalid("The body of the request is not valid JSON.").code("invalid_json")),
+
+    /// No body counts as `{}`.
+    fn into_object(self) -> Result<Map<String, Value>, ApiError> {
+        match self {
+            Self::Empty => Ok(Map::new()),
+            Self::Json(Value::Object(map)) => Ok(map),
+            Self::Json(other) => Err(super::fields::wrong_type("body", "an object", &other)),
+            Self::Unreadable => {
+                Err(ApiError::invalid("The body of the request is not valid JSON.").code("invalid_json"))
+            }
+        }
     }
 }
 
-fn recorded(parts: &Parts, body: &[u8], operation: Option<Operation>) -> Recorded {
+fn recorded(parts: &Parts, body: &[u8], payload: &Payload, operation: Option<Operation>) -> Recorded {
     const SECRET: [&str; 4] = ["authorization", "api-key", "cookie", "proxy-authorization"];
     let headers = parts.headers.iter().filter(|(name, _)| !SECRET.contains(&name.as_str()));
     let headers = headers.map(|(name, value)| {
         (name.as_str().to_owned(), String::from_utf8_lossy(value.as_bytes()).into_owned())
     });
-    let body = if body.is_empty() {
-        Value::Null
-    } else {
-        serde_json::from_slice(body).unwrap_or_else(|_| String::from_utf8_lossy(body).into())
+    let body = match payload {
+        Payload::Empty => Value::Null,
+        _ if body.len() > MAX_RECORDED_BODY => Value::Null,
+        Payload::Json(json) => json.clone(),
+        Payload::Unreadable => String::from_utf8_lossy(body).into(),
     };
     Recorded {
         method: parts.method.to_string(),

@@ -43,8 +43,14 @@ impl EventOut {
 
     /// The events become the body of the returned response. Its connection is cut by [`cut`](Self::cut).
     pub(super) fn connection(dialect: Dialect) -> (Self, Response) {
-        let (sender, mut receiver) = mpsc::unbounded_channel::<Chunk>();
-        let body = Body::from_stream(stream::poll_fn(move |context| receiver.poll_recv(context)));
+        let (sender, receiver) = mpsc::unbounded_channel::<Chunk>();
+        let body = Body::from_stream(stream::unfold(receiver, |mut receiver| async {
+            let chunk = receiver.recv().await?;
+            if chunk.is_err() {
+                let_out().await;
+            }
+            Some((chunk, receiver))
+        }));
         (Self::new(Target::Connection(sender), dialect), event_stream(body))
     }
 
@@ -195,6 +201,7 @@ impl Reader {
         if self.cut == Some(0) {
             self.cut = None;
             self.next = usize::MAX;
+            let_out().await;
             return Some((Err(io::Error::other("the simulator was told to cut the connection")), self));
         }
         let mut progress = self.log.progress.subscribe();
@@ -226,6 +233,11 @@ fn pieces(bytes: &Bytes) -> impl Iterator<Item = Bytes> {
         let piece = rest.split_to(size.min(rest.len()));
         (!piece.is_empty()).then_some(piece)
     })
+}
+
+/// Lets the connection write what it has: an error right behind a chunk would swallow it.
+async fn let_out() {
+    tokio::task::yield_now().await;
 }
 
 fn event_stream(body: Body) -> Response {

@@ -43,6 +43,8 @@ pub(super) struct World {
     pub(super) runs: Table<Run>,
     pub(super) conversations: Table<Conversation>,
     pub(super) responses: Table<StoredResponse>,
+    /// Responses whose events are kept for replay, oldest first.
+    pub(super) replayable: VecDeque<String>,
     pub(super) counters: Counters,
     pub(super) faults: Faults,
     /// Ends all generations of this world.
@@ -138,6 +140,7 @@ impl World {
             runs: Table::new(cap),
             conversations: Table::new(cap),
             responses: Table::new(cap),
+            replayable: VecDeque::new(),
             counters: Counters::default(),
             faults: Faults::default(),
             end,

@@ -64,7 +64,7 @@ pub struct Recorded {
     pub query: Option<String>,
     /// Names in lower case. Credentials are left out.
     pub headers: BTreeMap<String, String>,
-    /// Null without a body; a string if it is not JSON.
+    /// Null without a body, or with one above 256 KiB; a string if it is not JSON.
     pub body: Value,
     /// Such as `create_run`; unset where nothing is at that path.
     pub operation: Option<String>,

@@ -7,7 +7,8 @@ use serde_json::{Value, json};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
-use super::generate::{Generation, end_run};
+use super::ending::end_run;
+use super::generate::Generation;
 use super::objects::{Message, Run, RunStatus, Settings, Thread, Work};
 use super::threads;
 use crate::simulator::error::{ApiError, json_body};

@@ -149,11 +149,11 @@ pub(super) fn create_items(server: &Server, call: Call) -> Result<Response, ApiE
     refuse_if_locked(server, &mut world, &id)?;
     let mut fields = Fields::of_body(call.body, &["items"])?;
     let list = fields.array("items", MAX_NEW_ITEMS)?.ok_or_else(|| fields.missing("items"))?;
-    let new = items::read_items(server, list, "items")?;
+    let list = Value::Array(list);
+    let given = items::given_ids(&list);
+    let new = items::read_input(server, list, "items")?;
     let conversation = live(&mut world, &id)?;
-    for item in &new {
-        items::refuse_duplicate(item, &conversation.items)?;
-    }
+    items::refuse_duplicates(&given, &conversation.items)?;
     conversation.append(&new);
     let paging = Paging::whole();
     let answer = paging.answer(new.iter(), |item| items::id(item));

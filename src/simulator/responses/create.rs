@@ -18,6 +18,9 @@ use crate::simulator::router::{Call, Refused};
 use crate::simulator::sse::{EventLog, EventOut};
 use crate::simulator::state::{Server, World};
 
+/// Background responses whose events can be replayed: the newest.
+const MAX_REPLAYABLE: usize = 1000;
+
 const KNOWN: [&str; 30] = [
     "background",
     "context_management",
@@ -155,12 +158,13 @@ fn start(
     request: NewResponse,
     fault: Option<&str>,
 ) -> Result<(Generation, Answer), Refused> {
+    let given = items::given_ids(&request.input);
     let input = items::read_input(server, request.input, "input")?;
     let mut guard = server.world();
     let world = &mut *guard;
     let id = server.id("resp");
     let (base, lane) =
-        base(server, world, request.conversation.as_deref(), request.previous.as_deref(), &input)?;
+        base(server, world, request.conversation.as_deref(), request.previous.as_deref(), &given)?;
     let mut context = base;
     context.accept(&input)?;
     let plan = plan(&input, fault)?;
@@ -210,6 +214,15 @@ fn start(
     if let Some(id) = &request.conversation {
         conversations::live(world, id)?.begin(&response.id);
     }
+    if log.is_some() {
+        world.replayable.push_back(response.id.clone());
+        if world.replayable.len() > MAX_REPLAYABLE
+            && let Some(oldest) = world.replayable.pop_front()
+            && let Some(stored) = world.responses.get_mut(&oldest)
+        {
+            stored.log = None;
+        }
+    }
     world.counters.begin(&lane, &response.id);
     if request.background {
         world.responses.insert(
@@ -246,15 +259,13 @@ fn base(
     world: &mut World,
     conversation: Option<&str>,
     previous: Option<&str>,
-    input: &[Value],
+    given: &[String],
 ) -> Result<(Context, Option<String>), ApiError> {
     if let Some(id) = conversation {
         conversations::live(world, id)?;
         conversations::refuse_if_locked(server, world, id)?;
         let conversation = conversations::live(world, id)?;
-        for item in input {
-            items::refuse_duplicate(item, conversation.items())?;
-        }
+        items::refuse_duplicates(given, conversation.items())?;
         return Ok((conversation.context().clone(), Some(id.to_owned())));
     }
     let Some(id) = previous else { return Ok((Context::default(), None)) };

@@ -110,21 +110,33 @@ pub(super) fn read_items(server: &Server, list: Vec<Value>, path: &str) -> Resul
     let items = numbered.map(|(n, item)| read_item(server, item, format!("{path}[{n}]")));
     let items: Vec<Value> = items.collect::<Result<_, _>>()?;
     for (n, item) in items.iter().enumerate() {
-        refuse_duplicate(item, &items[..n])?;
+        if items[..n].iter().any(|other| id(other) == id(item)) {
+            return Err(duplicate(id(item)));
+        }
     }
     Ok(items)
 }
 
-/// Refuses an item that is there already.
-pub(super) fn refuse_duplicate(item: &Value, present: &[Value]) -> Result<(), ApiError> {
-    // Stored items are searched from the end: the newest ones are those that clients send again.
-    if present.iter().rev().any(|other| other["id"] == item["id"]) {
-        return Err(bad_input(format!(
-            "Duplicate item found with id {}. Remove duplicate items from your input and try again.",
-            id(item)
-        )));
+/// The ids that a client gave to the items of an input. Others are new, and need not be searched for.
+pub(super) fn given_ids(input: &Value) -> Vec<String> {
+    let items = input.as_array().map(Vec::as_slice).unwrap_or_default();
+    items.iter().map(|item| id(item).to_owned()).filter(|id| !id.is_empty()).collect()
+}
+
+/// Refuses ids that are there already.
+pub(super) fn refuse_duplicates(ids: &[String], present: &[Value]) -> Result<(), ApiError> {
+    for given in ids {
+        if present.iter().any(|item| id(item) == given) {
+            return Err(duplicate(given));
+        }
     }
     Ok(())
+}
+
+fn duplicate(id: &str) -> ApiError {
+    bad_input(format!(
+        "Duplicate item found with id {id}. Remove duplicate items from your input and try again."
+    ))
 }
 
 fn read_item(server: &Server, item: Value, at: String) -> Result<Value, ApiError> {

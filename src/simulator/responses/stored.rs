@@ -25,7 +25,9 @@ pub(super) fn get(server: &Server, call: &Call) -> Result<Response, ApiError> {
         ));
     }
     let log = stored.log.as_ref().ok_or_else(|| {
-        refused("This response cannot be streamed because it was not created with stream=true.")
+        refused(
+            "This response cannot be streamed because it was not created with stream=true or the stream TTL has expired.",
+        )
     })?;
     let from = match call.query.get("starting_after") {
         None => 0,

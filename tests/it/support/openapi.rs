@@ -1,4 +1,4 @@
-//! Checks requests, answers and events against the published OpenAPI documents, of which `tests/specs` keeps what is
+//! Checks requests, answers and events against the published specifications, of which `tests/specs` keeps what is
 //! needed.
 //!
 //! Where a document and what servers really send disagree, the schema is amended here, each time with the reason.
@@ -154,7 +154,9 @@ impl Document {
         if let Some(name) = schema["$ref"].as_str().and_then(|name| name.strip_prefix("#/$defs/")) {
             self.branches(&self.root["$defs"][name], found);
         } else if let Some(members) = schema["anyOf"].as_array() {
-            members.iter().for_each(|member| self.branches(member, found));
+            for member in members {
+                self.branches(member, found);
+            }
         } else {
             found.push(schema);
         }

@@ -1,0 +1,295 @@
+//! Faults, knobs, the record, and what is below `/_simulator`.
+
+use std::time::Duration;
+
+use reqwest::Method;
+use serde_json::{Value, json};
+use threadkeeper::simulator::{Fault, SimulatorConfig, Stats};
+
+use crate::support::wire::{Event, Sim, id, names};
+
+fn response(text: &str) -> Value {
+    json!({"model": "m", "input": text, "stream": true})
+}
+
+fn fault(on: &str, fault: &str, times: u32) -> Fault {
+    Fault { on: on.to_owned(), fault: fault.to_owned(), times }
+}
+
+/// The text that the events of a response stream make up.
+fn text(events: &[Event]) -> String {
+    let data = events.iter().map(Event::json);
+    let deltas = data.filter(|data| data["type"] == "response.output_text.delta");
+    deltas.map(|data| data["delta"].as_str().unwrap().to_owned()).collect()
+}
+
+#[tokio::test]
+async fn credentials_and_the_beta_header_are_needed() {
+    let sim = Sim::instant().await;
+    let client = reqwest::Client::new();
+    let url = format!("{}/threads", sim.base);
+    for (key, status) in [("", 401), ("bad-key", 401), ("sk-anything", 200)] {
+        let request = client.post(&url).header("OpenAI-Beta", "assistants=v2").bearer_auth(key);
+        assert_eq!(request.send().await.unwrap().status(), status, "{key}");
+        let request = client.post(&url).header("OpenAI-Beta", "assistants=v2").header("api-key", key);
+        assert_eq!(request.send().await.unwrap().status(), status, "{key}");
+    }
+    let answer = client.post(&url).bearer_auth("sk-test").send().await.unwrap();
+    assert_eq!(answer.status(), 400);
+    assert!(answer.headers().contains_key("x-request-id"));
+    assert_eq!(answer.json::<Value>().await.unwrap()["error"]["code"], "invalid_beta");
+    let plain =
+        client.post(format!("{}/conversations", sim.base)).bearer_auth("sk-test").send().await.unwrap();
+    assert_eq!(plain.status(), 200);
+
+    let sim =
+        Sim::start(SimulatorConfig { api_key: Some("sk-test".into()), ..SimulatorConfig::default() }).await;
+    sim.conversation().await;
+    let other =
+        client.post(format!("{}/conversations", sim.base)).bearer_auth("sk-other").send().await.unwrap();
+    assert_eq!(other.status(), 401);
+    assert_eq!(other.json::<Value>().await.unwrap()["error"]["code"], "invalid_api_key");
+}
+
+#[tokio::test]
+async fn conversations_can_be_missing() {
+    let sim = Sim::start(SimulatorConfig { conversations: false, ..SimulatorConfig::default() }).await;
+    let (status, answer) = sim.send(Method::POST, "/conversations", Some(&json!({}))).await;
+    assert_eq!((status, answer), (404, json!({"detail": "Not Found"})));
+    sim.post("/responses", json!({"model": "m", "input": "x"})).await;
+}
+
+#[tokio::test]
+async fn error_statuses_come_before_acceptance() {
+    let sim = Sim::instant().await;
+    let conversation = sim.conversation().await;
+    for (directive, status, code) in [
+        ("status=500", 500, Value::Null),
+        ("status=429 retry_after=2", 429, "rate_limit_exceeded".into()),
+        ("status=429 code=insufficient_quota", 429, "insufficient_quota".into()),
+        ("status=401", 401, "invalid_api_key".into()),
+    ] {
+        let body =
+            json!({"model": "m", "conversation": conversation, "input": format!("[[sim: {directive}]]")});
+        let answer = sim.request(Method::POST, "/responses").json(&body).send().await.unwrap();
+        assert_eq!(answer.status(), status);
+        let waits = answer.headers().get("retry-after").map(|value| value.to_str().unwrap().to_owned());
+        assert_eq!(waits, directive.contains("retry_after").then(|| "2".to_owned()));
+        assert_eq!(answer.json::<Value>().await.unwrap()["error"]["code"], code);
+    }
+    assert_eq!(sim.handle.stats().runs_started, 0);
+    assert_eq!(sim.handle.thread_history(&conversation), []);
+}
+
+#[tokio::test]
+async fn a_queued_fault_is_used_up() {
+    let sim = Sim::instant().await;
+    let url = format!("{}/_simulator/faults", sim.root);
+    let client = reqwest::Client::new();
+    let body = json!({"on": "start", "fault": "status=503", "times": 2});
+    assert_eq!(client.post(&url).json(&body).send().await.unwrap().status(), 200);
+    for wrong in
+        [json!({"on": "start", "fault": "explode"}), json!({"on": "nothing", "fault": "fail"}), json!({})]
+    {
+        assert_eq!(client.post(&url).json(&wrong).send().await.unwrap().status(), 400);
+    }
+    sim.handle.add_fault(fault("create_thread", "status=500", 1)).unwrap();
+    let thread = json!({"assistant_id": "asst_1", "thread": {}});
+    assert_eq!(sim.refused("/threads/runs", thread).await.0, 503);
+    assert_eq!(sim.refused("/conversations", json!({})).await.0, 500);
+    let conversation = sim.conversation().await;
+    assert_eq!(sim.refused("/responses", json!({"model": "m", "input": "x"})).await.0, 503);
+    let body = json!({"model": "m", "conversation": conversation, "input": "x"});
+    assert_eq!(sim.post("/responses", body).await["status"], "completed");
+    assert_eq!(client.get(&url).send().await.unwrap().json::<Value>().await.unwrap(), json!([]));
+}
+
+#[tokio::test]
+async fn a_connection_can_close_without_an_answer() {
+    let sim = Sim::instant().await;
+    let thread = sim.thread().await;
+    let body = json!({"assistant_id": "asst_1", "additional_messages": [{"role": "user", "content": "Hi"}]});
+    let runs = format!("/threads/{thread}/runs");
+    for (directive, messages) in [("drop=before", 0), ("drop=after", 2)] {
+        sim.handle.add_fault(fault("create_run", directive, 1)).unwrap();
+        let error = sim.request(Method::POST, &runs).json(&body).send().await.unwrap_err();
+        assert!(error.status().is_none());
+        sim.wait_for(|stats| stats.active_runs == 0).await;
+        assert_eq!(sim.handle.thread_history(&thread).len(), messages, "{directive}");
+    }
+    sim.handle.add_fault(fault("get_thread", "drop", 1)).unwrap();
+    assert!(sim.request(Method::GET, &format!("/threads/{thread}")).send().await.is_err());
+}
+
+#[tokio::test]
+async fn a_cut_stream_breaks_off() {
+    let sim = Sim::instant().await;
+    let conversation = sim.conversation().await;
+    let mut body = response("One two three four [[sim: cut=3]]");
+    body["conversation"] = conversation.clone().into();
+    let mut stream = sim.open("/responses", &body).await;
+    let mut deltas = 0;
+    let error = loop {
+        match stream.next().await {
+            Ok(Some(event)) => deltas += usize::from(event.name == "response.output_text.delta"),
+            Ok(None) => panic!("the stream ended properly"),
+            Err(error) => break error,
+        }
+    };
+    assert!(error.is_body() || error.is_decode(), "{error:?}");
+    assert_eq!(deltas, 3);
+    let stats = sim.wait_for(|stats| stats.active_runs == 0).await;
+    assert_eq!(stats.runs_ended["abandoned"], 1);
+    assert_eq!(sim.handle.thread_history(&conversation), []);
+
+    let mut body = response("One two three four [[sim: cut=3]]");
+    body["background"] = true.into();
+    let mut stream = sim.open("/responses", &body).await;
+    let created = stream.until("response.created").await.json();
+    for _ in 0..3 {
+        stream.until("response.output_text.delta").await;
+    }
+    assert!(stream.next().await.is_err());
+    let path = format!("/responses/{}", id(&created["response"]));
+    sim.wait_for(|stats| stats.active_runs == 0).await;
+    assert_eq!(sim.get(&path).await["status"], "completed");
+}
+
+#[tokio::test]
+async fn a_silent_turn_is_accepted_and_says_no_more() {
+    let sim = Sim::instant().await;
+    let conversation = sim.conversation().await;
+    for (directive, deltas) in [("silent", 0), ("silent_after=2", 2)] {
+        let mut body = response(&format!("One two three [[sim: {directive}]]"));
+        body["conversation"] = conversation.clone().into();
+        let mut stream = sim.open("/responses", &body).await;
+        for _ in 0..deltas {
+            stream.until("response.output_text.delta").await;
+        }
+        let more = tokio::time::timeout(Duration::from_millis(50), stream.next()).await;
+        assert!(more.is_err(), "{directive}: {more:?}");
+        assert_eq!(sim.handle.stats().active_runs, 1);
+        drop(stream);
+        sim.wait_for(|stats| stats.active_runs == 0).await;
+    }
+}
+
+#[tokio::test]
+async fn a_stream_can_end_early_or_with_an_error() {
+    let sim = Sim::instant().await;
+    let events = sim.events("/responses", response("Hello [[sim: no_terminal]]")).await;
+    assert_eq!(names(&events).last(), Some(&"response.output_item.done"));
+    for (directive, nested) in [("mid_error", false), ("mid_error=nested", true)] {
+        let events = sim.events("/responses", response(&format!("Hello [[sim: {directive}]]"))).await;
+        let error = events.last().unwrap();
+        assert_eq!(error.name, "error");
+        let error = error.json();
+        let fields = if nested { &error["error"] } else { &error };
+        assert_eq!(fields["code"], "server_error");
+    }
+    let thread = sim.thread().await;
+    let body = |text: &str| {
+        json!({
+            "assistant_id": "asst_1", "stream": true, "additional_messages": [{"role": "user", "content": text}],
+        })
+    };
+    let runs = format!("/threads/{thread}/runs");
+    let events = sim.events(&runs, body("Hello [[sim: mid_error]]")).await;
+    assert!(names(&events).ends_with(&["thread.message.delta", "error", "done"]));
+    let events = sim.events(&runs, body("Hello [[sim: no_terminal]]")).await;
+    assert_eq!(names(&events).last(), Some(&"thread.run.step.completed"));
+    let listed = sim.get(&runs).await;
+    assert_eq!(
+        (listed["data"][0]["status"].as_str(), listed["data"][1]["status"].as_str()),
+        (Some("completed"), Some("failed"))
+    );
+}
+
+#[tokio::test]
+async fn every_dialect_carries_the_same_text() {
+    let sim = Sim::instant().await;
+    let plain = text(&sim.events("/responses", response("Hé 🙂")).await);
+    for dialect in ["crlf", "comments", "no_event_lines", "split", "unknown_events", "crlf comments split"] {
+        for background in [false, true] {
+            let mut body = response(&format!("Hé 🙂 [[sim: {dialect}]]"));
+            body["background"] = background.into();
+            let chunks = sim.open("/responses", &body).await.raw().await;
+            let raw = String::from_utf8(chunks.concat()).unwrap();
+            assert_eq!(dialect.contains("crlf"), raw.contains("\r\n"), "{dialect}");
+            assert_eq!(dialect.contains("comments"), raw.contains("\n: keep-alive"), "{dialect}");
+            assert_eq!(dialect != "no_event_lines", raw.contains("event: response.created"), "{dialect}");
+            assert_eq!(dialect.contains("unknown"), raw.contains("response.future_event"), "{dialect}");
+            assert_eq!(dialect.contains("split"), chunks.iter().all(|chunk| chunk.len() <= 3), "{dialect}");
+            let events = sim.events("/responses", body).await;
+            assert_eq!(text(&events), plain, "{dialect}");
+        }
+    }
+}
+
+#[tokio::test]
+async fn time_is_taken_as_asked() {
+    let sim = Sim::instant().await;
+    let start = std::time::Instant::now();
+    let events = sim.events("/responses", response("x [[sim: latency=60ms rate=10ms tokens=15]]")).await;
+    assert!(start.elapsed() >= Duration::from_millis(200), "{:?}", start.elapsed());
+    assert_eq!(text(&events).split_whitespace().count(), 15);
+}
+
+#[tokio::test]
+async fn requests_are_recorded_without_secrets() {
+    let sim = Sim::start(SimulatorConfig { recorded: 2, ..SimulatorConfig::default() }).await;
+    sim.thread().await;
+    sim.post("/threads", json!({"metadata": {"a": "b"}})).await;
+    sim.send(Method::GET, "/threads/thread_x?x=y", None).await;
+    let recorded = sim.handle.recorded();
+    assert_eq!(recorded.len(), 2);
+    assert_eq!((recorded[0].method.as_str(), recorded[0].path.as_str()), ("POST", "/v1/threads"));
+    assert_eq!(recorded[0].operation.as_deref(), Some("create_thread"));
+    assert_eq!(recorded[0].body, json!({"metadata": {"a": "b"}}));
+    assert_eq!(recorded[0].headers["openai-beta"], "assistants=v2");
+    assert!(!recorded[0].headers.contains_key("authorization"));
+    assert_eq!(recorded[1].query.as_deref(), Some("x=y"));
+}
+
+#[tokio::test]
+async fn the_handle_can_be_had_over_http() {
+    let sim = Sim::instant().await;
+    let thread = sim.thread().await;
+    let client = reqwest::Client::new();
+    let at = |path: &str| format!("{}/_simulator/{path}", sim.root);
+    client.post(at("hold")).send().await.unwrap().error_for_status().unwrap();
+    let body = json!({"assistant_id": "asst_1", "additional_messages": [{"role": "user", "content": "Hi"}]});
+    sim.post(&format!("/threads/{thread}/runs"), body).await;
+    let stats: Stats = client.get(at("stats")).send().await.unwrap().json().await.unwrap();
+    assert_eq!((stats.active_runs, stats.requests_by_operation["create_run"]), (1, 1));
+    assert_eq!(stats, sim.handle.stats());
+    client.post(at("release")).send().await.unwrap().error_for_status().unwrap();
+    sim.wait_for(|stats| stats.active_runs == 0).await;
+    let history: Vec<(String, String)> =
+        client.get(at(&format!("threads/{thread}/history"))).send().await.unwrap().json().await.unwrap();
+    assert_eq!(history, sim.handle.thread_history(&thread));
+    let foreign = at(&format!("threads/{thread}/foreign_run"));
+    assert_eq!(client.post(&foreign).send().await.unwrap().status(), 200);
+    assert_eq!(client.post(&foreign).send().await.unwrap().status(), 404);
+    let stopped: Value = client.delete(&foreign).send().await.unwrap().json().await.unwrap();
+    assert_eq!(stopped["stopped"], true);
+    client.post(at("reset")).send().await.unwrap().error_for_status().unwrap();
+    assert_eq!(sim.handle.stats(), Stats::default());
+    assert_eq!(client.get(at("nothing")).send().await.unwrap().status(), 404);
+}
+
+#[tokio::test]
+async fn a_reset_ends_what_runs() {
+    let sim = Sim::instant().await;
+    sim.handle.hold();
+    let thread = sim.thread().await;
+    let body = json!({"assistant_id": "asst_1", "stream": true});
+    let mut run = sim.open(&format!("/threads/{thread}/runs"), &body).await;
+    run.until("thread.run.in_progress").await;
+    let mut response = sim.open("/responses", &response("Hi")).await;
+    response.until("response.in_progress").await;
+    sim.handle.reset();
+    assert_eq!(run.rest().await.unwrap(), []);
+    assert_eq!(response.rest().await.unwrap(), []);
+    assert_eq!(sim.handle.stats(), Stats::default());
+}

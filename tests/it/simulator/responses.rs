@@ -1,0 +1,432 @@
+//! Conversations and responses.
+
+use std::time::Duration;
+
+use reqwest::Method;
+use serde_json::{Value, json};
+use threadkeeper::simulator::SimulatorConfig;
+
+use crate::support::wire::{Sim, Stream, id, names};
+
+fn turn(conversation: &str, text: &str) -> Value {
+    json!({"model": "m", "conversation": conversation, "input": text})
+}
+
+fn streamed(mut body: Value) -> Value {
+    body["stream"] = true.into();
+    body
+}
+
+fn background(mut body: Value) -> Value {
+    body["background"] = true.into();
+    body
+}
+
+/// The text of a finished response.
+fn text(response: &Value) -> &str {
+    response["output"][0]["content"][0]["text"].as_str().unwrap_or_else(|| panic!("no text in {response}"))
+}
+
+#[tokio::test]
+async fn a_plain_response_streams_in_the_documented_order() {
+    let sim = Sim::instant().await;
+    let conversation = sim.conversation().await;
+    let mut stream = sim.open("/responses", &streamed(turn(&conversation, "Hello"))).await;
+    assert!(stream.content_type.starts_with("text/event-stream"));
+    let events = stream.rest().await.unwrap();
+    assert_eq!(
+        names(&events),
+        [
+            "response.created",
+            "response.in_progress",
+            "response.output_item.added",
+            "response.content_part.added",
+            "response.output_text.delta",
+            "response.output_text.done",
+            "response.content_part.done",
+            "response.output_item.done",
+            "response.completed",
+        ]
+    );
+    for (n, event) in events.iter().enumerate() {
+        assert_eq!(
+            (event.json()["sequence_number"].as_u64(), &event.json()["type"]),
+            (Some(n as u64), &json!(event.name))
+        );
+    }
+    let last = events.last().unwrap().json();
+    assert_eq!(text(&last["response"]), "You said: Hello. (This is turn 1 of this conversation.)");
+    let deltas = events.iter().filter(|event| event.name == "response.output_text.delta");
+    let streamed: String = deltas.map(|event| event.json()["delta"].as_str().unwrap().to_owned()).collect();
+    assert_eq!(streamed, text(&last["response"]));
+    let next = sim.post("/responses", turn(&conversation, "Again")).await;
+    assert_eq!(text(&next), "You said: Again. (This is turn 2 of this conversation.)");
+    assert_eq!(sim.handle.thread_history(&conversation).len(), 4);
+    let items = sim.get(&format!("/conversations/{conversation}/items?order=asc")).await;
+    let roles: Vec<&Value> = items["data"].as_array().unwrap().iter().map(|item| &item["role"]).collect();
+    assert_eq!(roles, ["user", "assistant", "user", "assistant"]);
+}
+
+#[tokio::test]
+async fn a_chain_of_responses_remembers() {
+    let sim = Sim::instant().await;
+    let first = sim.post("/responses", json!({"model": "m", "input": "One"})).await;
+    let body = json!({"model": "m", "input": "Two", "previous_response_id": id(&first)});
+    let second = sim.post("/responses", body.clone()).await;
+    assert_eq!(text(&second), "You said: Two. (This is turn 2 of this conversation.)");
+    assert_eq!(second["previous_response_id"], first["id"]);
+    let users = sim.handle.thread_history(&id(&second));
+    assert_eq!(users.iter().filter(|(role, _)| role == "user").count(), 2);
+    let unstored = sim.post("/responses", json!({"model": "m", "input": "x", "store": false})).await;
+    let (status, error) = sim
+        .refused("/responses", json!({"model": "m", "input": "y", "previous_response_id": id(&unstored)}))
+        .await;
+    assert_eq!(status, 400);
+    assert_eq!(
+        (error["code"].as_str(), error["param"].as_str()),
+        (Some("previous_response_not_found"), Some("previous_response_id"))
+    );
+    let mut both = body;
+    both["conversation"] = sim.conversation().await.into();
+    let (status, error) = sim.refused("/responses", both).await;
+    assert_eq!((status, error["code"].as_str()), (400, Some("mutually_exclusive_parameters")));
+}
+
+#[tokio::test]
+async fn a_busy_conversation_is_locked_without_a_name() {
+    let sim = Sim::instant().await;
+    let conversation = sim.conversation().await;
+    sim.handle.hold();
+    let running = id(&sim.post("/responses", background(turn(&conversation, "One"))).await);
+    for (path, body) in [
+        ("/responses".to_owned(), turn(&conversation, "Two")),
+        (
+            format!("/conversations/{conversation}/items"),
+            json!({"items": [{"role": "user", "content": "x"}]}),
+        ),
+    ] {
+        let (status, error) = sim.refused(&path, body).await;
+        assert_eq!(status, 400);
+        assert_eq!(
+            (error["code"].as_str(), error["param"].as_str()),
+            (Some("conversation_locked"), Some("conversation"))
+        );
+        assert!(!error["message"].as_str().unwrap().contains(&running));
+    }
+    sim.handle.release();
+    let stats = sim.wait_for(|stats| stats.active_runs == 0).await;
+    assert_eq!((stats.lock_refusals, stats.max_active_runs_per_thread), (2, 1));
+    sim.post("/responses", turn(&conversation, "Two")).await;
+
+    let run = sim.handle.start_foreign_run(&conversation).unwrap();
+    assert!(run.starts_with("resp_"));
+    assert_eq!(
+        sim.refused("/responses", turn(&conversation, "Three")).await.1["code"],
+        "conversation_locked"
+    );
+    assert!(sim.handle.stop_foreign_run(&conversation));
+    sim.post("/responses", turn(&conversation, "Three")).await;
+}
+
+#[tokio::test]
+async fn a_lock_can_outlive_its_response() {
+    let sim =
+        Sim::start(SimulatorConfig { lock_linger: Duration::from_millis(300), ..SimulatorConfig::default() })
+            .await;
+    let conversation = sim.conversation().await;
+    sim.post("/responses", turn(&conversation, "One")).await;
+    let mut refusals = 0;
+    loop {
+        match sim.send(Method::POST, "/responses", Some(&turn(&conversation, "Two"))).await {
+            (200, _) => break,
+            (status, answer) => {
+                assert_eq!((status, answer["error"]["code"].as_str()), (400, Some("conversation_locked")));
+                refusals += 1;
+            }
+        }
+    }
+    assert!(refusals > 0);
+}
+
+#[tokio::test]
+async fn leaving_ends_a_response_that_is_not_in_the_background() {
+    let sim = Sim::instant().await;
+    let conversation = sim.conversation().await;
+    for stream in [true, false] {
+        sim.handle.hold();
+        let mut body = turn(&conversation, "Goodbye");
+        body["stream"] = stream.into();
+        let request = sim.request(Method::POST, "/responses").json(&body).send();
+        let started = sim.handle.stats().runs_started;
+        tokio::select! {
+            answer = request => {
+                // The stream's head is there at once, its end is not.
+                assert!(stream);
+                drop(answer.unwrap());
+            }
+            _ = sim.wait_for(|stats| stats.runs_started == started + 1), if !stream => {}
+        }
+        sim.wait_for(|stats| stats.active_runs == 0).await;
+        assert_eq!(sim.handle.thread_history(&conversation), []);
+        sim.handle.release();
+    }
+    assert_eq!(sim.handle.stats().runs_ended["abandoned"], 2);
+    let next = sim.post("/responses", turn(&conversation, "Hello again")).await;
+    assert_eq!(text(&next), "You said: Hello again. (This is turn 1 of this conversation.)");
+}
+
+#[tokio::test]
+async fn an_unfinished_turn_can_be_kept() {
+    let sim = Sim::start(SimulatorConfig { append_unfinished: true, ..SimulatorConfig::default() }).await;
+    let conversation = sim.conversation().await;
+    assert_eq!(sim.post("/responses", turn(&conversation, "Bad [[sim: fail]]")).await["status"], "failed");
+    assert_eq!(sim.handle.threads()[0].user_texts, ["Bad [[sim: fail]]"]);
+}
+
+#[tokio::test]
+async fn an_unanswered_function_call_poisons_the_conversation() {
+    let sim = Sim::instant().await;
+    let conversation = sim.conversation().await;
+    let body = streamed(turn(&conversation, "Weather? [[sim: tools=2 reasoning]]"));
+    let events = sim.events("/responses", body).await;
+    let response = events.last().unwrap().json()["response"].clone();
+    assert_eq!(response["status"], "completed");
+    let calls: Vec<Value> = response["output"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .filter(|item| item["type"] == "function_call")
+        .cloned()
+        .collect();
+    let (first, second) = (calls[0]["call_id"].as_str().unwrap(), calls[1]["call_id"].as_str().unwrap());
+    let output = |call: &str| json!({"type": "function_call_output", "call_id": call, "output": "4 °C"});
+    let message = json!({"role": "user", "content": "Never mind"});
+    for (input, culprit) in [(json!([message]), first), (json!([output(first), message]), second)] {
+        let (status, error) = sim
+            .refused("/responses", json!({"model": "m", "conversation": conversation, "input": input}))
+            .await;
+        let text = format!("No tool output found for function call {culprit}.");
+        assert_eq!(
+            (status, error["message"].as_str(), error["param"].as_str()),
+            (400, Some(&*text), Some("input"))
+        );
+        assert_eq!(error["code"], Value::Null);
+    }
+    let input = json!([output(first), output(second), output("call_x")]);
+    let (_, error) =
+        sim.refused("/responses", json!({"model": "m", "conversation": conversation, "input": input})).await;
+    assert_eq!(error["message"], "No tool call found for function call output with call_id call_x.");
+    let input = json!([output(first), output(second)]);
+    let answered =
+        sim.post("/responses", json!({"model": "m", "conversation": conversation, "input": input})).await;
+    assert_eq!(
+        text(&answered),
+        "You said: Weather?. The tools answered: 4 °C; 4 °C. (This is turn 1 of this conversation.)"
+    );
+    sim.post("/responses", turn(&conversation, "Thanks")).await;
+}
+
+#[tokio::test]
+async fn the_tail_of_a_conversation_can_be_repaired_by_deletion() {
+    let sim = Sim::instant().await;
+    let conversation = sim.conversation().await;
+    let response = sim.post("/responses", turn(&conversation, "Look [[sim: tools=1 reasoning]]")).await;
+    let (reasoning, call) = (id(&response["output"][0]), id(&response["output"][1]));
+    sim.delete(&format!("/conversations/{conversation}/items/{call}")).await;
+    let (status, error) = sim.refused("/responses", turn(&conversation, "Next")).await;
+    let text =
+        format!("Item '{reasoning}' of type 'reasoning' was provided without its required following item.");
+    assert_eq!((status, error["message"].as_str()), (400, Some(&*text)));
+    sim.delete(&format!("/conversations/{conversation}/items/{reasoning}")).await;
+    sim.post("/responses", turn(&conversation, "Next")).await;
+}
+
+#[tokio::test]
+async fn stored_items_must_not_be_sent_again() {
+    let sim = Sim::instant().await;
+    let conversation = sim.conversation().await;
+    sim.post("/responses", turn(&conversation, "One")).await;
+    let items = sim.get(&format!("/conversations/{conversation}/items")).await;
+    let again = items["data"][0].clone();
+    let (status, error) = sim
+        .refused("/responses", json!({"model": "m", "conversation": conversation, "input": [again]}))
+        .await;
+    assert_eq!((status, error["param"].as_str()), (400, Some("input")));
+    assert!(error["message"].as_str().unwrap().starts_with("Duplicate item found with id"));
+    let twice = json!([{"role": "user", "content": "a", "id": "msg_a"}, {"role": "user", "content": "b", "id": "msg_a"}]);
+    let (status, _) = sim.refused("/responses", json!({"model": "m", "input": twice})).await;
+    assert_eq!(status, 400);
+}
+
+#[tokio::test]
+async fn a_background_response_is_polled_resumed_and_outlives_its_connection() {
+    let sim = Sim::instant().await;
+    let conversation = sim.conversation().await;
+    sim.handle.hold();
+    let mut stream = sim.open("/responses", &streamed(background(turn(&conversation, "Hello")))).await;
+    let response = id(&stream.until("response.created").await.json()["response"]);
+    stream.until("response.queued").await;
+    stream.until("response.in_progress").await;
+    drop(stream);
+    let path = format!("/responses/{response}");
+    assert_eq!(sim.get(&path).await["status"], "in_progress");
+    let (status, answer) = sim.send(Method::DELETE, &path, None).await;
+    assert_eq!(status, 400, "{answer}");
+    let mut resumed =
+        Stream::of(sim.request(Method::GET, &format!("{path}?stream=true&starting_after=1"))).await;
+    assert_eq!(resumed.next().await.unwrap().unwrap().json()["sequence_number"], 2);
+    sim.handle.release();
+    let rest = resumed.rest().await.unwrap();
+    let numbers: Vec<u64> =
+        rest.iter().map(|event| event.json()["sequence_number"].as_u64().unwrap()).collect();
+    assert!(numbers.iter().copied().eq(3..3 + numbers.len() as u64), "{numbers:?}");
+    assert_eq!(rest.last().unwrap().name, "response.completed");
+    assert_eq!(sim.get(&path).await["status"], "completed");
+    let mut beyond =
+        Stream::of(sim.request(Method::GET, &format!("{path}?stream=true&starting_after=999"))).await;
+    assert_eq!(beyond.next().await.unwrap(), None);
+    let (status, error) = sim.refused(&format!("{path}/cancel"), json!({})).await;
+    assert_eq!((status, error["message"].as_str()), (400, Some("Cannot cancel a completed response.")));
+}
+
+#[tokio::test]
+async fn a_background_response_is_cancelled_with_nothing_to_show() {
+    let sim = Sim::instant().await;
+    let conversation = sim.conversation().await;
+    let body = streamed(background(turn(&conversation, "Stop [[sim: tokens=100 rate=1m]]")));
+    let mut stream = sim.open("/responses", &body).await;
+    let response = id(&stream.until("response.created").await.json()["response"]);
+    stream.until("response.output_text.delta").await;
+    let cancelled = sim.post(&format!("/responses/{response}/cancel"), json!({})).await;
+    assert_eq!((cancelled["status"].as_str(), &cancelled["output"]), (Some("cancelled"), &json!([])));
+    assert_eq!(sim.post(&format!("/responses/{response}/cancel"), json!({})).await, cancelled);
+    let rest = stream.rest().await.unwrap();
+    assert_eq!(names(&rest), ["response.failed"]);
+    assert_eq!(rest[0].json()["response"]["status"], "cancelled");
+    assert_eq!(sim.handle.thread_history(&conversation), []);
+    sim.post("/responses", turn(&conversation, "The lock is free")).await;
+}
+
+#[tokio::test]
+async fn only_background_responses_can_be_watched_and_cancelled() {
+    let sim = Sim::instant().await;
+    let done = sim.post("/responses", json!({"model": "m", "input": "x"})).await;
+    let path = format!("/responses/{}", id(&done));
+    let (status, error) = sim.refused(&format!("{path}/cancel"), json!({})).await;
+    assert_eq!((status, error["message"].as_str()), (400, Some("Cannot cancel a synchronous response.")));
+    let (status, answer) = sim.send(Method::GET, &format!("{path}?stream=true"), None).await;
+    assert_eq!((status, answer["error"]["param"].as_str()), (400, Some("stream")));
+    let quiet = sim.post("/responses", background(json!({"model": "m", "input": "x"}))).await;
+    let (status, answer) =
+        sim.send(Method::GET, &format!("/responses/{}?stream=true", id(&quiet)), None).await;
+    assert_eq!(status, 400);
+    assert!(answer["error"]["message"].as_str().unwrap().contains("stream=true"));
+    let (status, error) = sim
+        .refused("/responses", json!({"model": "m", "input": "x", "background": true, "store": false}))
+        .await;
+    assert_eq!(
+        (status, error["code"].as_str(), error["param"].as_str()),
+        (400, Some("unsupported_parameter"), Some("background"))
+    );
+    sim.handle.hold();
+    let mut stream = sim.open("/responses", &streamed(json!({"model": "m", "input": "x"}))).await;
+    let running = id(&stream.until("response.created").await.json()["response"]);
+    for method in [Method::GET, Method::DELETE] {
+        let (status, answer) = sim.send(method, &format!("/responses/{running}"), None).await;
+        let text = format!("Response with id '{running}' not found.");
+        assert_eq!((status, answer["error"]["message"].as_str()), (404, Some(&*text)));
+    }
+    assert_eq!(sim.refused(&format!("/responses/{running}/cancel"), json!({})).await.0, 404);
+}
+
+#[tokio::test]
+async fn responses_end_as_asked() {
+    let sim = Sim::instant().await;
+    let conversation = sim.conversation().await;
+    let events = sim.events("/responses", streamed(turn(&conversation, "A [[sim: fail]]"))).await;
+    assert!(names(&events).ends_with(&["response.output_text.delta", "response.failed"]));
+    let failed = events.last().unwrap().json()["response"].clone();
+    assert_eq!((failed["error"]["code"].as_str(), &failed["output"]), (Some("server_error"), &json!([])));
+    assert_eq!(sim.handle.thread_history(&conversation), []);
+    let cut = sim.post("/responses", turn(&conversation, "B [[sim: incomplete]]")).await;
+    assert_eq!(
+        (cut["status"].as_str(), cut["output"][0]["status"].as_str()),
+        (Some("incomplete"), Some("incomplete"))
+    );
+    assert_eq!(cut["incomplete_details"]["reason"], "max_output_tokens");
+    let mut body = turn(&conversation, "C [[sim: tokens=40]]");
+    body["max_output_tokens"] = 16.into();
+    let cut = sim.post("/responses", body).await;
+    assert_eq!(
+        (text(&cut).split_whitespace().count(), cut["usage"]["output_tokens"].as_u64()),
+        (16, Some(16))
+    );
+    let two = sim.post("/responses", turn(&conversation, "D [[sim: parts=2]]")).await;
+    assert_eq!(two["output"].as_array().unwrap().len(), 2);
+    let refusal = sim.events("/responses", streamed(turn(&conversation, "E [[sim: refusal]]"))).await;
+    assert!(names(&refusal).contains(&"response.refusal.delta"));
+}
+
+#[tokio::test]
+async fn a_deleted_conversation_leaves_its_items() {
+    let sim = Sim::instant().await;
+    let conversation = sim.conversation().await;
+    sim.post("/responses", turn(&conversation, "Remember me")).await;
+    let path = format!("/conversations/{conversation}");
+    assert_eq!(sim.delete(&path).await["object"], "conversation.deleted");
+    for method in [Method::DELETE, Method::GET] {
+        let (status, answer) = sim.send(method, &path, None).await;
+        let text = format!("Conversation with id '{conversation}' not found.");
+        assert_eq!((status, answer["error"]["message"].as_str()), (404, Some(&*text)));
+    }
+    assert_eq!(sim.refused("/responses", turn(&conversation, "x")).await.0, 404);
+    let items = sim.get(&format!("{path}/items")).await;
+    for item in items["data"].as_array().unwrap() {
+        sim.get(&format!("{path}/items/{}", id(item))).await;
+        sim.delete(&format!("{path}/items/{}", id(item))).await;
+    }
+    assert_eq!(sim.get(&format!("{path}/items")).await["data"], json!([]));
+}
+
+#[tokio::test]
+async fn requests_are_read_strictly() {
+    let sim = Sim::instant().await;
+    let items = json!(vec![json!({"role": "user", "content": "x"}); 21]);
+    for (path, body, code, param) in [
+        ("/conversations", json!({"items": items}), "array_above_max_length", "items"),
+        (
+            "/conversations",
+            json!({"metadata": {"x".repeat(65): "v"}}),
+            "string_above_max_length",
+            &*format!("metadata.{}", "x".repeat(65)),
+        ),
+        ("/responses", json!({"model": "m", "input": "x", "surprise": 1}), "unknown_parameter", "surprise"),
+        ("/responses", json!({"input": "x"}), "missing_required_parameter", "model"),
+        ("/responses", json!({"model": "m"}), "missing_required_parameter", "input"),
+        (
+            "/responses",
+            json!({"model": "m", "input": "x", "conversation": "thr_1"}),
+            "invalid_value",
+            "conversation",
+        ),
+        (
+            "/responses",
+            json!({"model": "m", "input": "x", "max_output_tokens": 3}),
+            "integer_below_min_value",
+            "max_output_tokens",
+        ),
+        (
+            "/responses",
+            json!({"model": "m", "input": [{"role": "user", "content": "x", "who": "me"}]}),
+            "unknown_parameter",
+            "input[0].who",
+        ),
+    ] {
+        let (status, error) = sim.refused(path, body).await;
+        let got = (status, error["code"].as_str().unwrap(), error["param"].as_str().unwrap());
+        assert_eq!(got, (400, code, param), "{error}");
+    }
+    let broken = sim.request(Method::POST, "/responses").body("{\"model\":").send().await.unwrap();
+    assert_eq!(broken.status(), 400);
+    assert_eq!(broken.json::<Value>().await.unwrap()["error"]["code"], "invalid_json");
+}
