@@ -339,7 +339,7 @@ async fn what_was_said_comes_back_as_it_was(_: &TestDatabase, store: &dyn Store)
     let (lease, ..) = queued(store.admit(&second).await.unwrap());
     store.finish(&turn.lease, &completed(None)).await.unwrap().unwrap();
     let turn = claimed(store.claim(&lease).await.unwrap());
-    assert_eq!(turn.input, [second.message.clone()]);
+    assert_eq!(turn.input, std::slice::from_ref(&second.message));
     assert_eq!(turn.run.metadata, second.metadata);
 
     let page = store.messages(&key, &first_page()).await.unwrap().unwrap();

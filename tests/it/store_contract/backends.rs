@@ -195,7 +195,8 @@ async fn migrating_twice_at_once_is_harmless() {
         PostgresStore::connect(&database.config()).await.unwrap(),
     ];
     let (one, two) = tokio::join!(stores[0].migrate(), stores[1].migrate());
-    (one.unwrap(), two.unwrap());
+    one.unwrap();
+    two.unwrap();
     for store in &stores {
         store.ready().await.unwrap();
     }
