@@ -70,8 +70,8 @@ CREATE UNIQUE INDEX runs_active ON runs (thread_id)
 -- Who waits, in order. Its size is that of the queue, not of the history.
 CREATE INDEX runs_queued ON runs (thread_id, seq) WHERE status = 'queued';
 
--- What a dead replica leaves behind.
-CREATE INDEX runs_unfinished ON runs (owner)
+-- What a dead replica may leave behind, in the order in which it is adopted.
+CREATE INDEX runs_unfinished ON runs (thread_id, seq)
     WHERE status IN ('queued', 'in_progress', 'requires_action', 'cancelling');
 
 -- The transcript.

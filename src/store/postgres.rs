@@ -12,8 +12,8 @@ mod turn;
 use std::time::Duration;
 
 use async_trait::async_trait;
-use sqlx::PgPool;
 use sqlx::migrate::Migrator;
+use sqlx::{Connection, Executor, PgPool};
 
 use super::errors::check_version;
 use super::{Admission, Admitted, Claim, Finished, Orphan, RunEnd, RunLease, Store, StoreError};
@@ -58,7 +58,11 @@ impl PostgresStore {
     /// # Errors
     /// [`StoreError::Schema`] if the database is newer than this program.
     pub async fn migrate(&self) -> Result<(), StoreError> {
-        Ok(MIGRATOR.run(&self.vital).await?)
+        // A connection of its own: a migration may take longer than our statements are allowed to.
+        let mut connection = self.vital.acquire().await?.detach();
+        connection.execute("SET statement_timeout = 0").await?;
+        MIGRATOR.run(&mut connection).await?;
+        Ok(connection.close().await?)
     }
 }
 

@@ -2,6 +2,9 @@
 //!
 //! There is one writing connection, so writing transactions come one after another and never meet; readers have
 //! connections of their own and see what is committed.
+//!
+//! Parameters are written `$1`, not `?1`: the driver binds a script of several statements wrongly if one of them
+//! leaves out a number of the `?` kind.
 
 mod admit;
 mod open;

@@ -82,7 +82,7 @@ fn admission(key: &ConversationKey) -> Admission {
         strategy: MultitaskStrategy::Enqueue,
         metadata: Metadata::default(),
         message: InputMessage { id: MessageId::new(), content: text("hello") },
-        timeout: Duration::from_secs(60),
+        timeout: Duration::from_mins(1),
         replica: ReplicaId::new(),
     }
 }

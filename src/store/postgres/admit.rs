@@ -39,75 +39,75 @@ enum Attempt {
 /// agree on `run_count`, a thread that was free in the snapshot is free, and the run starts. If they do not, the
 /// run is queued, which is always safe: should the thread be free after all, the first `claim` starts the run.
 const ADMIT: &str = concat!(
-        "WITH seen AS MATERIALIZED (
-            SELECT t.id, t.upstream, t.run_count, COALESCE(t.expires_at <= now(), false) AS expired,
-                EXISTS (
-                    SELECT FROM runs r
-                    WHERE r.thread_id = t.id AND r.status IN ('in_progress', 'requires_action', 'cancelling')
-                ) AS active,
-                (SELECT count(*) FROM runs r WHERE r.thread_id = t.id AND r.status = 'queued') AS queued
-            FROM threads t
-            WHERE t.tenant = $1 AND t.user_key = $2 AND t.scope_kind = $3 AND t.scope_name = $4
-                AND t.lifecycle = 'current'
-        ), bound AS (
-            INSERT INTO threads AS t (
-                id, tenant, user_key, scope_kind, scope_name, upstream, lifecycle,
-                message_count, run_count, created_at, last_active_at, expires_at
-            )
-            VALUES ($5, $1, $2, $3, $4, $6, 'current', 1, 1, now(), now(), now() + $7 * interval '1 millisecond')
-            ON CONFLICT (tenant, user_key, scope_kind, scope_name) WHERE lifecycle = 'current'
-            DO UPDATE SET
-                run_count = t.run_count + 1,
-                message_count = t.message_count + (
-                    SELECT count(*) FROM seen s
-                    WHERE s.id = t.id AND s.run_count = t.run_count AND NOT s.active AND s.queued = 0
-                ),
-                last_active_at = clock_timestamp()
-            WHERE (t.expires_at IS NULL OR t.expires_at > now())
-                AND t.upstream = excluded.upstream
-                AND ($8 <> 'reject' OR EXISTS (
-                    SELECT FROM seen s
-                    WHERE s.id = t.id AND s.run_count = t.run_count AND NOT s.active AND s.queued = 0
-                ))
-            RETURNING t.*
-        ), placed AS MATERIALIZED (
-            SELECT b.*, clock_timestamp() AS now,
-                b.run_count = 1 AND b.id = $5 OR EXISTS (
-                    SELECT FROM seen s
-                    WHERE s.id = b.id AND s.run_count = b.run_count - 1 AND NOT s.active AND s.queued = 0
-                ) AS starts
-            FROM bound b
-        ), admitted AS (
-            INSERT INTO runs AS r (
-                id, thread_id, seq, status, strategy, assistant, metadata, input, owner, fence, timeout_ms,
-                created_at, started_at, deadline_at
-            )
-            SELECT $9, p.id, p.run_count, CASE WHEN p.starts THEN 'in_progress' ELSE 'queued' END, $8, $10,
-                $11::jsonb,
-                CASE WHEN NOT p.starts THEN jsonb_build_array(jsonb_build_object('id', $12, 'content', $13::jsonb)) END,
-                $14, 1, $15, p.now,
-                CASE WHEN p.starts THEN p.now END,
-                CASE WHEN p.starts THEN p.now + $15 * interval '1 millisecond' END
-            FROM placed p
-            RETURNING r.*
-        ), said AS (
-            INSERT INTO messages (id, thread_id, position, role, content, run_id, created_at)
-            SELECT $16, p.id, p.message_count, 'user', $13::jsonb, $9, p.now FROM placed p WHERE p.starts
+    "WITH seen AS MATERIALIZED (
+        SELECT t.id, t.upstream, t.run_count, COALESCE(t.expires_at <= now(), false) AS expired,
+            EXISTS (
+                SELECT FROM runs r
+                WHERE r.thread_id = t.id AND r.status IN ('in_progress', 'requires_action', 'cancelling')
+            ) AS active,
+            (SELECT count(*) FROM runs r WHERE r.thread_id = t.id AND r.status = 'queued') AS queued
+        FROM threads t
+        WHERE t.tenant = $1 AND t.user_key = $2 AND t.scope_kind = $3 AND t.scope_name = $4
+            AND t.lifecycle = 'current'
+    ), bound AS (
+        INSERT INTO threads AS t (
+            id, tenant, user_key, scope_kind, scope_name, upstream, lifecycle,
+            message_count, run_count, created_at, last_active_at, expires_at
         )
-        SELECT ",
-        thread_columns!(),
-        ", ",
-        run_columns!(),
-        ", s.upstream AS seen_upstream, s.expired AS seen_expired, s.active OR s.queued > 0 AS seen_busy,
-            -- Those that waited in the snapshot and those that came since; of the latter, the first has started
-            -- if the thread was free.
-            GREATEST(1, 1 + COALESCE(s.queued, 0) + t.run_count - 1 - COALESCE(s.run_count, 0)
-                - CASE WHEN s.active OR s.queued > 0 THEN 0 ELSE 1 END) AS position
-        FROM (SELECT) one
-        LEFT JOIN seen s ON true
-        LEFT JOIN bound t ON true
-        LEFT JOIN admitted r ON true",
-    );
+        VALUES ($5, $1, $2, $3, $4, $6, 'current', 1, 1, now(), now(), now() + $7 * interval '1 millisecond')
+        ON CONFLICT (tenant, user_key, scope_kind, scope_name) WHERE lifecycle = 'current'
+        DO UPDATE SET
+            run_count = t.run_count + 1,
+            message_count = t.message_count + (
+                SELECT count(*) FROM seen s
+                WHERE s.id = t.id AND s.run_count = t.run_count AND NOT s.active AND s.queued = 0
+            ),
+            last_active_at = clock_timestamp()
+        WHERE (t.expires_at IS NULL OR t.expires_at > now())
+            AND t.upstream = excluded.upstream
+            AND ($8 <> 'reject' OR EXISTS (
+                SELECT FROM seen s
+                WHERE s.id = t.id AND s.run_count = t.run_count AND NOT s.active AND s.queued = 0
+            ))
+        RETURNING t.*
+    ), placed AS MATERIALIZED (
+        SELECT b.*, clock_timestamp() AS now,
+            b.run_count = 1 AND b.id = $5 OR EXISTS (
+                SELECT FROM seen s
+                WHERE s.id = b.id AND s.run_count = b.run_count - 1 AND NOT s.active AND s.queued = 0
+            ) AS starts
+        FROM bound b
+    ), admitted AS (
+        INSERT INTO runs AS r (
+            id, thread_id, seq, status, strategy, assistant, metadata, input, owner, fence, timeout_ms,
+            created_at, started_at, deadline_at
+        )
+        SELECT $9, p.id, p.run_count, CASE WHEN p.starts THEN 'in_progress' ELSE 'queued' END, $8, $10,
+            $11::jsonb,
+            CASE WHEN NOT p.starts THEN jsonb_build_array(jsonb_build_object('id', $12, 'content', $13::jsonb)) END,
+            $14, 1, $15, p.now,
+            CASE WHEN p.starts THEN p.now END,
+            CASE WHEN p.starts THEN p.now + $15 * interval '1 millisecond' END
+        FROM placed p
+        RETURNING r.*
+    ), said AS (
+        INSERT INTO messages (id, thread_id, position, role, content, run_id, created_at)
+        SELECT $16, p.id, p.message_count, 'user', $13::jsonb, $9, p.now FROM placed p WHERE p.starts
+    )
+    SELECT ",
+    thread_columns!(),
+    ", ",
+    run_columns!(),
+    ", s.upstream AS seen_upstream, s.expired AS seen_expired, s.active OR s.queued > 0 AS seen_busy,
+        -- Those that waited in the snapshot and those that came since; of the latter, the first has started
+        -- if the thread was free.
+        GREATEST(1, 1 + COALESCE(s.queued, 0) + t.run_count - 1 - COALESCE(s.run_count, 0)
+            - CASE WHEN s.active OR s.queued > 0 THEN 0 ELSE 1 END) AS position
+    FROM (SELECT) one
+    LEFT JOIN seen s ON true
+    LEFT JOIN bound t ON true
+    LEFT JOIN admitted r ON true",
+);
 
 async fn admit_directly(connection: &mut PgConnection, admission: &Admission) -> Result<Attempt, StoreError> {
     let ConversationKey { tenant, user, scope } = &admission.key;

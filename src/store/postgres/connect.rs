@@ -30,8 +30,14 @@ pub(super) fn options(config: &StoreConfig) -> Result<PgConnectOptions, StoreErr
     })?;
     Ok(options
         .application_name("threadkeeper")
-        // No statement of ours takes long: one that does waits for a lock that a stuck client holds.
-        .options([("statement_timeout", "30s"), ("idle_in_transaction_session_timeout", "30s")])
+        .options([
+            // No statement of ours takes long: one that does waits for a lock that a stuck client holds.
+            ("statement_timeout", "30s"),
+            ("idle_in_transaction_session_timeout", "30s"),
+            // All of them look rows up by key: one plan serves every key, and planning takes longer than the rest.
+            ("plan_cache_mode", "force_generic_plan"),
+            ("jit", "off"),
+        ])
         .log_statements(LevelFilter::Debug)
         .log_slow_statements(LevelFilter::Warn, SLOW_STATEMENT))
 }

@@ -1,11 +1,11 @@
 //! Admission.
 
-use sqlx::{Sqlite, SqliteConnection, Transaction};
+use sqlx::{FromRow, Row, Sqlite, SqliteConnection, Transaction};
 use uuid::Uuid;
 
 use super::now;
 use crate::domain::{ConversationKey, Run, RunStatus, Thread};
-use crate::store::rows::{RunRow, ThreadRow, json, millis, run_columns, thread_columns};
+use crate::store::rows::{ThreadAndRun, json, millis, run_columns, thread_columns};
 use crate::store::{Admission, Admitted, InputMessage, RunLease, StoreError, Turn};
 
 /// Implements [`Store::admit`](crate::store::Store::admit).
@@ -13,84 +13,124 @@ pub(super) async fn admit(
     mut tx: Transaction<'static, Sqlite>,
     admission: &Admission,
 ) -> Result<Admitted, StoreError> {
-    let thread = match bind(&mut tx, admission).await? {
-        Some(thread) => thread,
+    let admitted = match try_admit(&mut tx, admission).await? {
+        Some(admitted) => admitted,
         None => match refusal(&mut tx, admission).await? {
             Some(refused) => return Ok(refused),
-            None => bind(&mut tx, admission)
+            None => try_admit(&mut tx, admission)
                 .await?
                 .ok_or_else(|| StoreError::Corrupt("a fresh thread that admits nothing".to_owned()))?,
         },
     };
-    let run = insert_run(&mut tx, admission, &thread).await?;
-    let lease = RunLease { run_id: run.id, fence: FIRST_FENCE };
-    if run.status == RunStatus::Queued {
-        let position =
-            sqlx::query_scalar("SELECT count(*) FROM runs WHERE thread_id = ?1 AND status = 'queued'")
-                .bind(thread.id.uuid())
-                .fetch_one(&mut *tx)
-                .await?;
-        tx.commit().await?;
-        return Ok(Admitted::Queued { lease, thread: Box::new(thread), run: Box::new(run), position });
-    }
-    let message = InputMessage { id: admission.message.id, content: admission.message.content.clone() };
-    super::turn::say(&mut tx, &run, thread.message_count, std::slice::from_ref(&message)).await?;
     tx.commit().await?;
-    Ok(Admitted::Started(Box::new(Turn { lease, thread, run, input: vec![message] })))
+    Ok(admitted)
 }
 
-const FIRST_FENCE: i64 = 1;
+/// One script, because each trip to the connection's own thread costs more than the statement there.
+///
+/// The thread counts one more run, or is made; unless it takes no run of this kind: then nothing was changed, which
+/// the next statement asks for, and the rest finds no run.
+const ADMIT: &str = concat!(
+    "INSERT INTO threads AS t (
+        id, tenant, user_key, scope_kind, scope_name, upstream, lifecycle,
+        message_count, run_count, created_at, last_active_at, expires_at
+    )
+    VALUES ($5, $1, $2, $3, $4, $6, 'current', 1, 1, ",
+    now!(),
+    ", ",
+    now!(),
+    ", ",
+    now!(),
+    " + $7)
+    ON CONFLICT (tenant, user_key, scope_kind, scope_name) WHERE lifecycle = 'current'
+    DO UPDATE SET
+        run_count = t.run_count + 1,
+        message_count = t.message_count + (NOT EXISTS (
+            SELECT 1 FROM runs r
+            WHERE r.thread_id = t.id AND r.status IN ('in_progress', 'requires_action', 'cancelling')
+        ) AND NOT EXISTS (
+            SELECT 1 FROM runs r WHERE r.thread_id = t.id AND r.status = 'queued'
+        )),
+        last_active_at = excluded.last_active_at
+    WHERE (t.expires_at IS NULL OR t.expires_at > excluded.created_at)
+        AND t.upstream = excluded.upstream
+        AND ($8 <> 'reject' OR NOT EXISTS (
+            SELECT 1 FROM runs r
+            WHERE r.thread_id = t.id AND r.status IN ('in_progress', 'requires_action', 'cancelling')
+        ) AND NOT EXISTS (
+            SELECT 1 FROM runs r WHERE r.thread_id = t.id AND r.status = 'queued'
+        ));
 
-/// Counts one more run of the key's current thread, which is made if there is none. `None` if the thread takes no
-/// run of this kind; nothing is written then.
-async fn bind(tx: &mut SqliteConnection, admission: &Admission) -> Result<Option<Thread>, StoreError> {
+    WITH place AS (
+        SELECT t.id, t.run_count, ",
+    now!(),
+    " AS now, EXISTS (
+                SELECT 1 FROM runs r
+                WHERE r.thread_id = t.id AND r.status IN ('in_progress', 'requires_action', 'cancelling')
+            ) OR EXISTS (
+                SELECT 1 FROM runs r WHERE r.thread_id = t.id AND r.status = 'queued'
+            ) AS busy
+        FROM threads t
+        WHERE t.tenant = $1 AND t.user_key = $2 AND t.scope_kind = $3 AND t.scope_name = $4
+            AND t.lifecycle = 'current' AND changes() = 1
+    )
+    INSERT INTO runs (
+        id, thread_id, seq, status, strategy, assistant, metadata, input, owner, fence, timeout_ms,
+        created_at, started_at, deadline_at
+    )
+    SELECT $9, id, run_count, iif(busy, 'queued', 'in_progress'), $8, $10, $11,
+        iif(busy, json_array(json_object('id', $12, 'content', json($13))), NULL), $14, 1, $15,
+        now, iif(busy, NULL, now), iif(busy, NULL, now + $15)
+    FROM place;
+
+    INSERT INTO messages (id, thread_id, position, role, content, run_id, created_at)
+    SELECT $16, t.id, t.message_count, 'user', $13, r.id, r.created_at
+    FROM runs r JOIN threads t ON t.id = r.thread_id
+    WHERE r.id = $9 AND r.status = 'in_progress';
+
+    SELECT ",
+    thread_columns!(),
+    ", ",
+    run_columns!(),
+    ", (SELECT count(*) FROM runs o WHERE o.thread_id = t.id AND o.status = 'queued') AS position
+    FROM runs r JOIN threads t ON t.id = r.thread_id
+    WHERE r.id = $9",
+);
+
+/// `None` if the key's current thread takes no run of this kind; nothing is written then.
+async fn try_admit(tx: &mut SqliteConnection, admission: &Admission) -> Result<Option<Admitted>, StoreError> {
     let ConversationKey { tenant, user, scope } = &admission.key;
-    let row: Option<ThreadRow> = sqlx::query_as(concat!(
-        "INSERT INTO threads AS t (
-            id, tenant, user_key, scope_kind, scope_name, upstream, lifecycle,
-            message_count, run_count, created_at, last_active_at, expires_at
-        )
-        VALUES (?5, ?1, ?2, ?3, ?4, ?6, 'current', 1, 1, ",
-        now!(),
-        ", ",
-        now!(),
-        ", ",
-        now!(),
-        " + ?7)
-        ON CONFLICT (tenant, user_key, scope_kind, scope_name) WHERE lifecycle = 'current'
-        DO UPDATE SET
-            run_count = t.run_count + 1,
-            message_count = t.message_count + (NOT EXISTS (
-                SELECT 1 FROM runs r
-                WHERE r.thread_id = t.id AND r.status IN ('in_progress', 'requires_action', 'cancelling')
-            ) AND NOT EXISTS (
-                SELECT 1 FROM runs r WHERE r.thread_id = t.id AND r.status = 'queued'
-            )),
-            last_active_at = excluded.last_active_at
-        WHERE (t.expires_at IS NULL OR t.expires_at > ",
-        now!(),
-        ")
-            AND t.upstream = excluded.upstream
-            AND (?8 <> 'reject' OR NOT EXISTS (
-                SELECT 1 FROM runs r
-                WHERE r.thread_id = t.id AND r.status IN ('in_progress', 'requires_action', 'cancelling')
-            ) AND NOT EXISTS (
-                SELECT 1 FROM runs r WHERE r.thread_id = t.id AND r.status = 'queued'
-            ))
-        RETURNING ",
-        thread_columns!("threads"),
-    ))
-    .bind(tenant.as_str())
-    .bind(user.as_str())
-    .bind(scope.kind())
-    .bind(scope.name())
-    .bind(admission.new_thread.uuid())
-    .bind(&admission.upstream)
-    .bind(admission.thread_ttl.map(millis))
-    .bind(admission.strategy.as_str())
-    .fetch_optional(tx)
-    .await?;
-    row.map(Thread::try_from).transpose()
+    let row = sqlx::query(ADMIT)
+        .bind(tenant.as_str())
+        .bind(user.as_str())
+        .bind(scope.kind())
+        .bind(scope.name())
+        .bind(admission.new_thread.uuid())
+        .bind(&admission.upstream)
+        .bind(admission.thread_ttl.map(millis))
+        .bind(admission.strategy.as_str())
+        .bind(admission.run_id.uuid())
+        .bind(&admission.assistant)
+        .bind(json(&admission.metadata)?)
+        .bind(admission.message.id.to_string())
+        .bind(json(&admission.message.content)?)
+        .bind(admission.replica.uuid())
+        .bind(millis(admission.timeout))
+        .bind(admission.message.id.uuid())
+        .fetch_optional(tx)
+        .await?;
+    let Some(row) = row else {
+        return Ok(None);
+    };
+    let both = ThreadAndRun::from_row(&row)?;
+    let lease = RunLease { run_id: admission.run_id, fence: both.run.r_fence };
+    let (thread, run) = (Thread::try_from(both.thread)?, Run::try_from(both.run)?);
+    if run.status == RunStatus::Queued {
+        let position = row.try_get("position")?;
+        return Ok(Some(Admitted::Queued { lease, thread: Box::new(thread), run: Box::new(run), position }));
+    }
+    let message = InputMessage { id: admission.message.id, content: admission.message.content.clone() };
+    Ok(Some(Admitted::Started(Box::new(Turn { lease, thread, run, input: vec![message] }))))
 }
 
 /// Why the key's current thread took no run. `None` if it had expired: then a fresh one is in its place.
@@ -101,7 +141,7 @@ async fn refusal(tx: &mut SqliteConnection, admission: &Admission) -> Result<Opt
         now!(),
         ", 0)
         FROM threads t
-        WHERE t.tenant = ?1 AND t.user_key = ?2 AND t.scope_kind = ?3 AND t.scope_name = ?4
+        WHERE t.tenant = $1 AND t.user_key = $2 AND t.scope_kind = $3 AND t.scope_name = $4
             AND t.lifecycle = 'current'",
     ))
     .bind(tenant.as_str())
@@ -114,7 +154,7 @@ async fn refusal(tx: &mut SqliteConnection, admission: &Admission) -> Result<Opt
         let other = upstream != admission.upstream;
         return Ok(Some(if other { Admitted::OtherUpstream(upstream) } else { Admitted::Busy }));
     }
-    sqlx::query("UPDATE threads SET lifecycle = 'archived' WHERE id = ?1")
+    sqlx::query("UPDATE threads SET lifecycle = 'archived' WHERE id = $1")
         .bind(current)
         .execute(&mut *tx)
         .await?;
@@ -123,13 +163,13 @@ async fn refusal(tx: &mut SqliteConnection, admission: &Admission) -> Result<Opt
             id, tenant, user_key, scope_kind, scope_name, upstream, lifecycle, previous_thread,
             created_at, last_active_at, expires_at
         )
-        VALUES (?1, ?2, ?3, ?4, ?5, ?6, 'current', ?7, ",
+        VALUES ($1, $2, $3, $4, $5, $6, 'current', $7, ",
         now!(),
         ", ",
         now!(),
         ", ",
         now!(),
-        " + ?8)",
+        " + $8)",
     ))
     .bind(admission.new_thread.uuid())
     .bind(tenant.as_str())
@@ -142,47 +182,4 @@ async fn refusal(tx: &mut SqliteConnection, admission: &Admission) -> Result<Opt
     .execute(&mut *tx)
     .await?;
     Ok(None)
-}
-
-/// Adds the run: in progress if the thread has no unfinished one, queued otherwise.
-async fn insert_run(
-    tx: &mut SqliteConnection,
-    admission: &Admission,
-    thread: &Thread,
-) -> Result<Run, StoreError> {
-    let input = json(&std::slice::from_ref(&admission.message))?;
-    let row: RunRow = sqlx::query_as(concat!(
-        "WITH place AS (
-            SELECT EXISTS (
-                SELECT 1 FROM runs r
-                WHERE r.thread_id = ?2 AND r.status IN ('in_progress', 'requires_action', 'cancelling')
-            ) OR EXISTS (
-                SELECT 1 FROM runs r WHERE r.thread_id = ?2 AND r.status = 'queued'
-            ) AS busy, ",
-        now!(),
-        " AS now
-        )
-        INSERT INTO runs AS r (
-            id, thread_id, seq, status, strategy, assistant, metadata, input, owner, fence, timeout_ms,
-            created_at, started_at, deadline_at
-        )
-        SELECT ?1, ?2, ?3, iif(busy, 'queued', 'in_progress'), ?4, ?5, ?6, iif(busy, ?7, NULL), ?8, ?9, ?10,
-            now, iif(busy, NULL, now), iif(busy, NULL, now + ?10)
-        FROM place
-        RETURNING ",
-        run_columns!("runs"),
-    ))
-    .bind(admission.run_id.uuid())
-    .bind(thread.id.uuid())
-    .bind(thread.run_count)
-    .bind(admission.strategy.as_str())
-    .bind(&admission.assistant)
-    .bind(json(&admission.metadata)?)
-    .bind(input)
-    .bind(admission.replica.uuid())
-    .bind(FIRST_FENCE)
-    .bind(millis(admission.timeout))
-    .fetch_one(tx)
-    .await?;
-    row.try_into()
 }

@@ -38,7 +38,7 @@ pub(super) async fn thread(
             WHERE o.thread_id = t.id AND o.status IN ('in_progress', 'requires_action', 'cancelling')
         ) AS active_status
         FROM threads t
-        WHERE t.tenant = ?1 AND t.user_key = ?2 AND t.scope_kind = ?3 AND t.scope_name = ?4
+        WHERE t.tenant = $1 AND t.user_key = $2 AND t.scope_kind = $3 AND t.scope_name = $4
             AND t.lifecycle = 'current'",
     ))
     .bind(key.tenant.as_str())
@@ -57,9 +57,9 @@ pub(super) async fn messages(
     page: &PageRequest<MessageId>,
 ) -> Result<Option<Page<Message>>, StoreError> {
     let found: Option<(Uuid, Option<i64>)> = sqlx::query_as(
-        "SELECT t.id, (SELECT m.position FROM messages m WHERE m.id = ?5 AND m.thread_id = t.id)
+        "SELECT t.id, (SELECT m.position FROM messages m WHERE m.id = $5 AND m.thread_id = t.id)
         FROM threads t
-        WHERE t.tenant = ?1 AND t.user_key = ?2 AND t.scope_kind = ?3 AND t.scope_name = ?4
+        WHERE t.tenant = $1 AND t.user_key = $2 AND t.scope_kind = $3 AND t.scope_name = $4
             AND t.lifecycle = 'current'",
     )
     .bind(key.tenant.as_str())
@@ -77,15 +77,15 @@ pub(super) async fn messages(
         concat!(
             "SELECT ",
             message_columns!(),
-            " FROM messages m WHERE m.thread_id = ?1 AND m.position > ?2 AND m.position < ?3
-            ORDER BY m.position ASC LIMIT ?4",
+            " FROM messages m WHERE m.thread_id = $1 AND m.position > $2 AND m.position < $3
+            ORDER BY m.position ASC LIMIT $4",
         )
     } else {
         concat!(
             "SELECT ",
             message_columns!(),
-            " FROM messages m WHERE m.thread_id = ?1 AND m.position > ?2 AND m.position < ?3
-            ORDER BY m.position DESC LIMIT ?4",
+            " FROM messages m WHERE m.thread_id = $1 AND m.position > $2 AND m.position < $3
+            ORDER BY m.position DESC LIMIT $4",
         )
     };
     let rows: Vec<MessageRow> = sqlx::query_as(statement)
@@ -125,9 +125,9 @@ pub(super) async fn runs(
     page: &PageRequest<RunId>,
 ) -> Result<Option<Page<Run>>, StoreError> {
     let found: Option<(Uuid, Option<i64>)> = sqlx::query_as(
-        "SELECT t.id, (SELECT r.seq FROM runs r WHERE r.id = ?5 AND r.thread_id = t.id)
+        "SELECT t.id, (SELECT r.seq FROM runs r WHERE r.id = $5 AND r.thread_id = t.id)
         FROM threads t
-        WHERE t.tenant = ?1 AND t.user_key = ?2 AND t.scope_kind = ?3 AND t.scope_name = ?4
+        WHERE t.tenant = $1 AND t.user_key = $2 AND t.scope_kind = $3 AND t.scope_name = $4
             AND t.lifecycle = 'current'",
     )
     .bind(key.tenant.as_str())
@@ -145,13 +145,13 @@ pub(super) async fn runs(
         concat!(
             "SELECT ",
             run_columns!(),
-            " FROM runs r WHERE r.thread_id = ?1 AND r.seq > ?2 AND r.seq < ?3 ORDER BY r.seq ASC LIMIT ?4",
+            " FROM runs r WHERE r.thread_id = $1 AND r.seq > $2 AND r.seq < $3 ORDER BY r.seq ASC LIMIT $4",
         )
     } else {
         concat!(
             "SELECT ",
             run_columns!(),
-            " FROM runs r WHERE r.thread_id = ?1 AND r.seq > ?2 AND r.seq < ?3 ORDER BY r.seq DESC LIMIT ?4",
+            " FROM runs r WHERE r.thread_id = $1 AND r.seq > $2 AND r.seq < $3 ORDER BY r.seq DESC LIMIT $4",
         )
     };
     let rows: Vec<RunRow> = sqlx::query_as(statement)
@@ -178,8 +178,8 @@ pub(super) async fn run(
         " FROM runs r
         JOIN threads t ON t.id = r.thread_id
         LEFT JOIN messages m ON m.run_id = r.id AND m.role = 'assistant'
-        WHERE r.id = ?5
-            AND t.tenant = ?1 AND t.user_key = ?2 AND t.scope_kind = ?3 AND t.scope_name = ?4",
+        WHERE r.id = $5
+            AND t.tenant = $1 AND t.user_key = $2 AND t.scope_kind = $3 AND t.scope_name = $4",
     ))
     .bind(key.tenant.as_str())
     .bind(key.user.as_str())

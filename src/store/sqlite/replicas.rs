@@ -19,11 +19,11 @@ pub(super) async fn renew(
     ttl: Duration,
 ) -> Result<(), StoreError> {
     sqlx::query(concat!(
-        "INSERT INTO replicas (id, address, started_at, expires_at) VALUES (?1, ?2, ",
+        "INSERT INTO replicas (id, address, started_at, expires_at) VALUES ($1, $2, ",
         now!(),
         ", ",
         now!(),
-        " + ?3)
+        " + $3)
         ON CONFLICT (id) DO UPDATE SET address = excluded.address, expires_at = excluded.expires_at",
     ))
     .bind(id.uuid())
@@ -36,7 +36,7 @@ pub(super) async fn renew(
 
 /// Implements [`Store::retire_replica`](crate::store::Store::retire_replica).
 pub(super) async fn retire(writer: &SqlitePool, id: ReplicaId) -> Result<(), StoreError> {
-    sqlx::query("DELETE FROM replicas WHERE id = ?1").bind(id.uuid()).execute(writer).await?;
+    sqlx::query("DELETE FROM replicas WHERE id = $1").bind(id.uuid()).execute(writer).await?;
     Ok(())
 }
 
@@ -48,20 +48,20 @@ pub(super) async fn adopt_orphans(
 ) -> Result<Vec<Orphan>, StoreError> {
     // Thread ids sort by age, and within a thread the runs must come in order of admission.
     let orphans: Vec<Uuid> = sqlx::query_scalar(concat!(
-        "SELECT r.id FROM runs r
+        "SELECT r.id FROM runs r INDEXED BY runs_unfinished
         WHERE r.status IN ('queued', 'in_progress', 'requires_action', 'cancelling')
             AND NOT EXISTS (SELECT 1 FROM replicas p WHERE p.id = r.owner AND p.expires_at > ",
         now!(),
         ")
         ORDER BY r.thread_id, r.seq
-        LIMIT ?1",
+        LIMIT $1",
     ))
     .bind(i64::from(limit))
     .fetch_all(&mut *tx)
     .await?;
     let mut adopted = Vec::with_capacity(orphans.len());
     for run in orphans {
-        sqlx::query("UPDATE runs SET owner = ?1, fence = fence + 1 WHERE id = ?2")
+        sqlx::query("UPDATE runs SET owner = $1, fence = fence + 1 WHERE id = $2")
             .bind(id.uuid())
             .bind(run)
             .execute(&mut *tx)
@@ -71,7 +71,7 @@ pub(super) async fn adopt_orphans(
             thread_columns!(),
             ", ",
             run_columns!(),
-            " FROM runs r JOIN threads t ON t.id = r.thread_id WHERE r.id = ?1",
+            " FROM runs r JOIN threads t ON t.id = r.thread_id WHERE r.id = $1",
         ))
         .bind(run)
         .fetch_one(&mut *tx)

@@ -207,7 +207,7 @@ async fn keys_do_not_meet(database: &TestDatabase, store: &dyn Store) {
 
 async fn an_expired_thread_gives_way_to_a_fresh_one(database: &TestDatabase, store: &dyn Store) {
     let key = session("alice", "s1");
-    let hour = Duration::from_secs(3600);
+    let hour = Duration::from_hours(1);
     let with_ttl = || Admission { thread_ttl: Some(hour), ..admission(&key) };
     let old = started(store.admit(&with_ttl()).await.unwrap());
     store.finish(&old.lease, &completed(Some("hi"))).await.unwrap().unwrap();
@@ -240,10 +240,10 @@ async fn an_expired_thread_gives_way_to_a_fresh_one(database: &TestDatabase, sto
 
 async fn an_expired_thread_gives_way_once(database: &TestDatabase, store: &dyn Store) {
     let key = session("alice", "s1");
-    let with_ttl = || Admission { thread_ttl: Some(Duration::from_secs(60)), ..admission(&key) };
+    let with_ttl = || Admission { thread_ttl: Some(Duration::from_mins(1)), ..admission(&key) };
     let old = started(store.admit(&with_ttl()).await.unwrap());
     store.finish(&old.lease, &completed(None)).await.unwrap().unwrap();
-    database.age_threads(Duration::from_secs(60)).await;
+    database.age_threads(Duration::from_mins(1)).await;
 
     let admissions: Vec<_> = (0..32).map(|_| with_ttl()).collect();
     let results = futures_util::future::join_all(admissions.iter().map(|it| store.admit(it))).await;
@@ -269,9 +269,9 @@ async fn an_expired_thread_gives_way_once(database: &TestDatabase, store: &dyn S
 
 async fn an_expired_thread_may_be_replaced_on_another_upstream(database: &TestDatabase, store: &dyn Store) {
     let key = session("alice", "s1");
-    let request = Admission { thread_ttl: Some(Duration::from_secs(60)), ..admission(&key) };
+    let request = Admission { thread_ttl: Some(Duration::from_mins(1)), ..admission(&key) };
     let old = started(store.admit(&request).await.unwrap());
-    database.age_threads(Duration::from_secs(60)).await;
+    database.age_threads(Duration::from_mins(1)).await;
     // The old thread's run is still active; it does not hold the new thread.
     let strategy = MultitaskStrategy::Reject;
     let moved = Admission { upstream: "spare".to_owned(), strategy, ..admission(&key) };
@@ -285,10 +285,10 @@ async fn an_expired_thread_may_be_replaced_on_another_upstream(database: &TestDa
 
 async fn a_waiting_run_survives_the_expiry_of_its_thread(database: &TestDatabase, store: &dyn Store) {
     let key = session("alice", "s1");
-    let with_ttl = || Admission { thread_ttl: Some(Duration::from_secs(60)), ..admission(&key) };
+    let with_ttl = || Admission { thread_ttl: Some(Duration::from_mins(1)), ..admission(&key) };
     let first = started(store.admit(&with_ttl()).await.unwrap());
     let (second, ..) = queued(store.admit(&with_ttl()).await.unwrap());
-    database.age_threads(Duration::from_secs(60)).await;
+    database.age_threads(Duration::from_mins(1)).await;
     let fresh = started(store.admit(&with_ttl()).await.unwrap());
     assert_ne!(fresh.thread.id, first.thread.id);
 
@@ -339,7 +339,7 @@ async fn what_was_said_comes_back_as_it_was(_: &TestDatabase, store: &dyn Store)
     let (lease, ..) = queued(store.admit(&second).await.unwrap());
     store.finish(&turn.lease, &completed(None)).await.unwrap().unwrap();
     let turn = claimed(store.claim(&lease).await.unwrap());
-    assert_eq!(turn.input, [second.message.clone()]);
+    assert_eq!(turn.input, std::slice::from_ref(&second.message));
     assert_eq!(turn.run.metadata, second.metadata);
 
     let page = store.messages(&key, &first_page()).await.unwrap().unwrap();

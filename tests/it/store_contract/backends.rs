@@ -94,7 +94,7 @@ async fn two_replicas_never_get_two_active_runs() {
         }
     };
     let all = futures_util::future::join_all((0..2 * EACH).map(turn));
-    tokio::time::timeout(Duration::from_secs(60), all).await.expect("every run gets its turn");
+    tokio::time::timeout(Duration::from_mins(1), all).await.expect("every run gets its turn");
 
     let order = order.into_inner().unwrap();
     assert_eq!(order, (1..=2 * i64::try_from(EACH).unwrap()).collect::<Vec<_>>(), "in order of admission");
@@ -195,7 +195,8 @@ async fn migrating_twice_at_once_is_harmless() {
         PostgresStore::connect(&database.config()).await.unwrap(),
     ];
     let (one, two) = tokio::join!(stores[0].migrate(), stores[1].migrate());
-    (one.unwrap(), two.unwrap());
+    one.unwrap();
+    two.unwrap();
     for store in &stores {
         store.ready().await.unwrap();
     }

@@ -33,7 +33,7 @@ async fn any_sequence_of_steps_keeps_the_order(database: &TestDatabase, store: &
     let keys = [user("a"), session("a", "s"), topic("a", "t")];
     let mut models: [Model; 3] = Default::default();
     let (mut owner, mut adopter) = (ReplicaId::new(), ReplicaId::new());
-    let alive = Duration::from_secs(600);
+    let alive = Duration::from_mins(10);
     store.renew_replica(owner, "127.0.0.1:1", alive).await.unwrap();
 
     for step in 0..300 {
@@ -107,9 +107,9 @@ async fn any_sequence_of_steps_keeps_the_order(database: &TestDatabase, store: &
                 for lease in known {
                     let at =
                         left.iter().position(|it| it.run_id == lease.run_id).expect("every run was adopted");
-                    let adopted = left.remove(at).unwrap();
-                    assert_eq!(adopted.fence, lease.fence + 1, "step {step}");
-                    *lease = adopted;
+                    let mine = left.remove(at).unwrap();
+                    assert_eq!(mine.fence, lease.fence + 1, "step {step}");
+                    *lease = mine;
                 }
                 assert!(left.is_empty(), "step {step}: {left:?}");
             }

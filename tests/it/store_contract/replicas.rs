@@ -15,7 +15,7 @@ on_every_backend!(
     adopters_share_the_orphans,
 );
 
-const ALIVE: Duration = Duration::from_secs(60);
+const ALIVE: Duration = Duration::from_mins(1);
 
 /// Registers a replica and lets it start a run on the key.
 async fn busy(store: &dyn Store, key: &ConversationKey, replica: ReplicaId) -> Turn {

@@ -18,6 +18,7 @@ on_every_backend!(
     the_upstream_thread_is_remembered,
     an_unknown_run_is_lost,
     the_database_refuses_a_second_active_run,
+    a_call_that_is_dropped_is_done_or_not_done,
 );
 
 async fn runs_start_in_order_of_admission(database: &TestDatabase, store: &dyn Store) {
@@ -228,4 +229,46 @@ async fn the_database_refuses_a_second_active_run(database: &TestDatabase, store
     }
     store.finish(&first.lease, &completed(None)).await.unwrap().unwrap();
     check_invariants(database).await;
+}
+
+/// Drops calls after 0, 1, 2, … polls, wherever that finds them.
+async fn a_call_that_is_dropped_is_done_or_not_done(database: &TestDatabase, store: &dyn Store) {
+    async fn drop_after<F: Future>(polls: usize, call: F) -> Option<F::Output> {
+        let mut call = std::pin::pin!(call);
+        for _ in 0..polls {
+            if let Some(output) = futures_util::FutureExt::now_or_never(call.as_mut()) {
+                return Some(output);
+            }
+            tokio::task::yield_now().await;
+        }
+        None
+    }
+
+    let key = user("alice");
+    let (mut dropped, mut runs, mut lines) = (0, 0, 0);
+    store.close().await;
+    for polls in (0..60).step_by(2) {
+        let request = admission(&key);
+        let lease = RunLease { run_id: request.run_id, fence: 1 };
+        let end = completed(Some("hi"));
+        let store = database.store().await;
+        dropped += usize::from(drop_after(polls, store.admit(&request)).await.is_none());
+        dropped += usize::from(drop_after(polls, store.finish(&lease, &end)).await.is_none());
+        // Closing waits for what is still under way.
+        store.close().await;
+
+        let store = database.store().await;
+        if let Some(finished) = store.finish(&lease, &end).await.unwrap() {
+            runs += 1;
+            lines += 2;
+            assert_eq!(finished.run.seq, runs, "after {polls} polls");
+            assert_eq!(finished.thread.message_count, lines, "after {polls} polls");
+            assert_eq!(finished.message.unwrap().id, end.reply.unwrap().id);
+        } else {
+            assert_eq!(store.run(&key, request.run_id).await.unwrap(), None, "after {polls} polls");
+        }
+        check_invariants(database).await;
+        store.close().await;
+    }
+    assert!(dropped > 0, "no call was dropped");
 }

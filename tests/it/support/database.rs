@@ -23,7 +23,7 @@ pub(crate) struct TestDatabase {
 }
 
 enum Place {
-    Postgres { server: PgConnectOptions, name: String, url: String },
+    Postgres { server: Box<PgConnectOptions>, name: String, url: String },
     Sqlite { folder: TempDir },
 }
 
@@ -46,7 +46,7 @@ impl TestDatabase {
             .expect("a database can be made");
         let mut of_test = url::Url::parse(&url).expect("a connection URL is a URL");
         of_test.set_path(&name);
-        Self { place: Place::Postgres { server, name, url: of_test.into() } }
+        Self { place: Place::Postgres { server: Box::new(server), name, url: of_test.into() } }
     }
 
     /// In a file of its own.
@@ -172,7 +172,7 @@ async fn template(server: &PgConnectOptions) -> &'static str {
             sha2::Digest::update(&mut hash, &migration.checksum);
         }
         let digest = sha2::Digest::finalize(hash);
-        let hex: String = digest.iter().take(8).map(|byte| format!("{byte:02x}")).collect();
+        let hex = Uuid::from_slice(&digest[..16]).expect("16 bytes").simple();
         let name = format!("threadkeeper_template_{hex}");
         make_template(server, &name).await.expect("the migrations apply");
         name
