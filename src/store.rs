@@ -41,6 +41,9 @@ pub trait Store: Send + Sync + std::fmt::Debug {
 
     /// Starts a queued run if no run of its thread is active and none before it waits; its messages move into
     /// the transcript in the same step, and its deadline begins to count.
+    ///
+    /// Repeating the call with the same lease is harmless: while the run is in progress it answers the same, so
+    /// that an answer which was lost on its way does not strand a run that has started.
     async fn claim(&self, lease: &RunLease) -> Result<Claim, StoreError>;
 
     /// Records where the thread of a run lives upstream. `false` if the lease was lost.

@@ -14,7 +14,7 @@ use sqlx::types::Json;
 use sqlx::{ColumnIndex, Decode, FromRow, Row, Type};
 use uuid::Uuid;
 
-use super::{Finished, Orphan, RunLease, StoreError};
+use super::{Finished, InputMessage, Orphan, RunLease, StoreError};
 use crate::domain::{
     ContentPart, ConversationKey, Message, MessageId, Metadata, Page, PageRequest, RequiredAction, Run,
     RunError, RunId, Scope, TenantKey, Thread, ThreadActivity, ThreadId, ThreadState, Timestamp,
@@ -257,6 +257,14 @@ impl TryFrom<MessageRow> for Message {
             upstream_message_id: row.m_upstream_message_id,
             created_at: row.m_created_at.0,
         })
+    }
+}
+
+impl TryFrom<MessageRow> for InputMessage {
+    type Error = StoreError;
+
+    fn try_from(row: MessageRow) -> Result<Self, StoreError> {
+        Ok(Self { id: MessageId::from_uuid(row.m_id), content: row.m_content.0 })
     }
 }
 

@@ -48,7 +48,8 @@ pub struct SqliteStore {
 }
 
 impl SqliteStore {
-    /// Opens the file, making it and its folder where they are missing. Does not look at the schema.
+    /// Opens the file, making it and its folder where they are missing. Does not look at the schema. Sessions of
+    /// earlier processes end here: the lock proves that these are gone, so what they left can be adopted at once.
     ///
     /// Databases in memory are refused: the readers need a file. Use one in a temporary folder.
     ///
@@ -60,6 +61,7 @@ impl SqliteStore {
         let lock = open::lock(&path)?;
         // The writer goes first: it makes the file, which readers cannot.
         let writer = open::writer(&path, config).await?;
+        replicas::forget(&writer).await?;
         let readers = open::readers(&path, config);
         Ok(Self { writer, readers, lock: Arc::new(lock) })
     }

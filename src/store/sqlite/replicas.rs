@@ -11,6 +11,18 @@ use crate::domain::ReplicaId;
 use crate::store::rows::{ThreadAndRun, millis, orphan, run_columns, thread_columns};
 use crate::store::{Orphan, StoreError};
 
+/// Ends all sessions, if there is a schema yet.
+pub(super) async fn forget(writer: &SqlitePool) -> Result<(), StoreError> {
+    let tables: i64 =
+        sqlx::query_scalar("SELECT count(*) FROM sqlite_schema WHERE type = 'table' AND name = 'replicas'")
+            .fetch_one(writer)
+            .await?;
+    if tables > 0 {
+        sqlx::query("DELETE FROM replicas").execute(writer).await?;
+    }
+    Ok(())
+}
+
 /// Implements [`Store::renew_replica`](crate::store::Store::renew_replica).
 pub(super) async fn renew(
     writer: &SqlitePool,

@@ -5,15 +5,23 @@ use std::time::{Duration, Instant};
 use serde_json::json;
 
 use crate::support::gateway::text;
-use crate::support::scene::{Scene, on_every_scene};
+use crate::support::scene::{Backend, Scene, on_every_scene};
 
 on_every_scene!(a_killed_gateway_loses_no_message_in_silence);
 
-/// A session time to live that a test can wait for.
-const TTL: Duration = Duration::from_millis(1500);
+/// A session's life that a test can wait for.
+const SHORT: Duration = Duration::from_millis(1500);
+/// For the work itself, on a busy machine.
+const SLACK: Duration = Duration::from_secs(8);
 
 async fn a_killed_gateway_loses_no_message_in_silence(scene: Scene) {
-    let settings = format!("[replica]\nsession_ttl = \"{}ms\"\n", TTL.as_millis());
+    // What the documentation promises: on Postgres the session's life and a third of it until the next look; a SQLite
+    // file has one process, so whoever opens it knows at once that the old one is gone.
+    let (ttl, bound) = match scene.backend {
+        Backend::Postgres => (SHORT, SHORT + SHORT / 3),
+        Backend::Sqlite => (Duration::from_hours(1), Duration::ZERO),
+    };
+    let settings = format!("[replica]\nsession_ttl = \"{}ms\"\n", ttl.as_millis());
     let gateway = scene.gateway_with(&settings).await;
     gateway.say("/v1/users/alice", "hello").await;
     scene.simulator.hold();
@@ -27,9 +35,7 @@ async fn a_killed_gateway_loses_no_message_in_silence(scene: Scene) {
     let restarted = Instant::now();
     scene.simulator.release();
     let answer = again.say("/v1/users/alice", "and now?").await;
-    // What the documentation promises: the session's life, and a third of it until the next look.
-    let bound = TTL + TTL / 3 + Duration::from_secs(5);
-    assert!(restarted.elapsed() < bound, "usable again after {:?}", restarted.elapsed());
+    assert!(restarted.elapsed() < bound + SLACK, "usable again after {:?}", restarted.elapsed());
     assert!(text(&answer["message"]).contains("and now?"));
 
     let runs = again.get("/v1/users/alice/runs?order=asc").await.ok();

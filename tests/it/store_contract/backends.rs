@@ -230,3 +230,18 @@ async fn a_sqlite_file_keeps_what_was_written() {
     assert_eq!(store.thread(&key).await.unwrap().unwrap(), (finished.thread, finished.activity));
     assert_eq!(transcript(&*store, &key).await, ["user: hello", "assistant: hi"]);
 }
+
+#[tokio::test]
+async fn what_a_dead_process_left_in_a_sqlite_file_is_free_at_once() {
+    let database = TestDatabase::sqlite().await;
+    let (dead, me) = (ReplicaId::new(), ReplicaId::new());
+    let store = database.store().await;
+    store.renew_replica(dead, "127.0.0.1:1", Duration::from_hours(1)).await.unwrap();
+    let turn = started(store.admit(&Admission { replica: dead, ..admission(&user("alice")) }).await.unwrap());
+    assert_eq!(store.adopt_orphans(me, 10).await.unwrap(), []);
+    store.close().await;
+    drop(store);
+    let store = database.store().await;
+    let orphans = store.adopt_orphans(me, 10).await.unwrap();
+    assert_eq!(orphans.iter().map(|orphan| orphan.run.id).collect::<Vec<_>>(), [turn.run.id]);
+}
