@@ -4,7 +4,9 @@ use sqlx::types::Json;
 use sqlx::{FromRow, PgPool, Row};
 
 use crate::domain::{UpstreamRunId, UpstreamThreadId};
-use crate::store::rows::{FinishedRow, MessageRow, ThreadAndRun, json, message_columns, run_columns, thread_columns};
+use crate::store::rows::{
+    FinishedRow, MessageRow, ThreadAndRun, json, message_columns, run_columns, thread_columns,
+};
 use crate::store::{Claim, Finished, InputMessage, RunEnd, RunLease, StoreError, Turn};
 
 /// Implements [`Store::claim`](crate::store::Store::claim).

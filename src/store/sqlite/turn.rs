@@ -6,7 +6,8 @@ use sqlx::{Sqlite, SqliteConnection, SqlitePool, Transaction};
 use super::now;
 use crate::domain::{Run, Thread, UpstreamRunId, UpstreamThreadId};
 use crate::store::rows::{
-    FinishedRow, MessageRow, RunRow, ThreadAndRun, ThreadRow, json, message_columns, run_columns, thread_columns,
+    FinishedRow, MessageRow, RunRow, ThreadAndRun, ThreadRow, json, message_columns, run_columns,
+    thread_columns,
 };
 use crate::store::{Claim, Finished, InputMessage, RunEnd, RunLease, StoreError, Turn};
 

@@ -54,7 +54,11 @@ async fn runs_start_in_order_of_admission(database: &TestDatabase, store: &dyn S
 async fn a_claim_is_for_waiting_runs_only(_: &TestDatabase, store: &dyn Store) {
     let key = user("alice");
     let first = started(store.admit(&admission(&key)).await.unwrap());
-    assert_eq!(claimed(store.claim(&first.lease).await.unwrap()), first, "it has started, and that is the answer");
+    assert_eq!(
+        claimed(store.claim(&first.lease).await.unwrap()),
+        first,
+        "it has started, and that is the answer"
+    );
     let (second, ..) = queued(store.admit(&admission(&key)).await.unwrap());
     let stale = RunLease { fence: second.fence - 1, ..second };
     assert_eq!(store.claim(&stale).await.unwrap(), Claim::Lost);
@@ -62,7 +66,11 @@ async fn a_claim_is_for_waiting_runs_only(_: &TestDatabase, store: &dyn Store) {
     assert_eq!(store.claim(&first.lease).await.unwrap(), Claim::Lost, "it has ended");
     assert_eq!(store.claim(&stale).await.unwrap(), Claim::Lost);
     let turn = claimed(store.claim(&second).await.unwrap());
-    assert_eq!(claimed(store.claim(&second).await.unwrap()), turn, "a claim whose answer was lost can be repeated");
+    assert_eq!(
+        claimed(store.claim(&second).await.unwrap()),
+        turn,
+        "a claim whose answer was lost can be repeated"
+    );
     assert_eq!(store.claim(&stale).await.unwrap(), Claim::Lost);
     store.finish(&second, &completed(None)).await.unwrap().unwrap();
     assert_eq!(store.claim(&second).await.unwrap(), Claim::Lost, "it has ended");
