@@ -6,6 +6,7 @@
 mod backend;
 mod errors;
 mod postgres;
+mod read;
 mod rows;
 mod sqlite;
 

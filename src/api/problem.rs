@@ -41,7 +41,7 @@ struct Document<'a> {
 }
 
 impl IntoResponse for Error {
-    /// Status and problem; [`complete`] writes the body, since only it knows the request's id.
+    /// Status and problem; `complete` writes the body, since only it knows the request's id.
     fn into_response(self) -> Response {
         log(&self);
         let problem = Problem::from(&self);

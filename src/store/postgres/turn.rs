@@ -3,10 +3,9 @@
 use sqlx::types::Json;
 use sqlx::{FromRow, PgPool, Row};
 
+use super::read::started_before;
 use crate::domain::{UpstreamRunId, UpstreamThreadId};
-use crate::store::rows::{
-    FinishedRow, MessageRow, ThreadAndRun, json, message_columns, run_columns, thread_columns,
-};
+use crate::store::rows::{FinishedRow, ThreadAndRun, json, message_columns, run_columns, thread_columns};
 use crate::store::{Claim, Finished, InputMessage, RunEnd, RunLease, StoreError, Turn};
 
 /// Implements [`Store::claim`](crate::store::Store::claim).
@@ -60,41 +59,13 @@ pub(super) async fn claim(pool: &PgPool, lease: &RunLease) -> Result<Claim, Stor
     .fetch_optional(pool)
     .await?;
     let Some(row) = row else {
-        return started_before(pool, lease).await;
+        return started_before(&mut *pool.acquire().await?, lease).await;
     };
     if row.try_get::<Option<i64>, _>("r_seq")?.is_none() {
         return Ok(Claim::NotYet);
     }
     let both = ThreadAndRun::from_row(&row)?;
     let Json(input) = row.try_get::<Json<Vec<InputMessage>>, _>("input")?;
-    let turn = Turn { lease: *lease, thread: both.thread.try_into()?, run: both.run.try_into()?, input };
-    Ok(Claim::Started(Box::new(turn)))
-}
-
-/// The answer to a repeated `claim`: the run is in progress under the same lease. Otherwise it is not for the caller.
-async fn started_before(pool: &PgPool, lease: &RunLease) -> Result<Claim, StoreError> {
-    let both: Option<ThreadAndRun> = sqlx::query_as(concat!(
-        "SELECT ",
-        thread_columns!(),
-        ", ",
-        run_columns!(),
-        " FROM runs r JOIN threads t ON t.id = r.thread_id
-        WHERE r.id = $1 AND r.fence = $2 AND r.status = 'in_progress'",
-    ))
-    .bind(lease.run_id.uuid())
-    .bind(lease.fence)
-    .fetch_optional(pool)
-    .await?;
-    let Some(both) = both else { return Ok(Claim::Lost) };
-    let said: Vec<MessageRow> = sqlx::query_as(concat!(
-        "SELECT ",
-        message_columns!(),
-        " FROM messages m WHERE m.run_id = $1 AND m.role = 'user' ORDER BY m.position",
-    ))
-    .bind(lease.run_id.uuid())
-    .fetch_all(pool)
-    .await?;
-    let input = said.into_iter().map(InputMessage::try_from).collect::<Result<_, _>>()?;
     let turn = Turn { lease: *lease, thread: both.thread.try_into()?, run: both.run.try_into()?, input };
     Ok(Claim::Started(Box::new(turn)))
 }

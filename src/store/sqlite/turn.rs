@@ -4,10 +4,10 @@ use sqlx::types::Json;
 use sqlx::{Sqlite, SqliteConnection, SqlitePool, Transaction};
 
 use super::now;
+use super::read::started_before;
 use crate::domain::{Run, Thread, UpstreamRunId, UpstreamThreadId};
 use crate::store::rows::{
-    FinishedRow, MessageRow, RunRow, ThreadAndRun, ThreadRow, json, message_columns, run_columns,
-    thread_columns,
+    FinishedRow, RunRow, ThreadRow, json, message_columns, run_columns, thread_columns,
 };
 use crate::store::{Claim, Finished, InputMessage, RunEnd, RunLease, StoreError, Turn};
 
@@ -65,34 +65,6 @@ pub(super) async fn claim(
     say(&mut tx, &run, thread.message_count - count(&input) + 1, &input).await?;
     tx.commit().await?;
     Ok(Claim::Started(Box::new(Turn { lease: *lease, thread, run, input })))
-}
-
-/// The answer to a repeated `claim`: the run is in progress under the same lease. Otherwise it is not for the caller.
-async fn started_before(tx: &mut SqliteConnection, lease: &RunLease) -> Result<Claim, StoreError> {
-    let both: Option<ThreadAndRun> = sqlx::query_as(concat!(
-        "SELECT ",
-        thread_columns!(),
-        ", ",
-        run_columns!(),
-        " FROM runs r JOIN threads t ON t.id = r.thread_id
-        WHERE r.id = $1 AND r.fence = $2 AND r.status = 'in_progress'",
-    ))
-    .bind(lease.run_id.uuid())
-    .bind(lease.fence)
-    .fetch_optional(&mut *tx)
-    .await?;
-    let Some(both) = both else { return Ok(Claim::Lost) };
-    let said: Vec<MessageRow> = sqlx::query_as(concat!(
-        "SELECT ",
-        message_columns!(),
-        " FROM messages m WHERE m.run_id = $1 AND m.role = 'user' ORDER BY m.position",
-    ))
-    .bind(lease.run_id.uuid())
-    .fetch_all(&mut *tx)
-    .await?;
-    let input = said.into_iter().map(InputMessage::try_from).collect::<Result<_, _>>()?;
-    let turn = Turn { lease: *lease, thread: both.thread.try_into()?, run: both.run.try_into()?, input };
-    Ok(Claim::Started(Box::new(turn)))
 }
 
 /// Implements [`Store::bind_upstream_thread`](crate::store::Store::bind_upstream_thread).
