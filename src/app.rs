@@ -49,6 +49,9 @@ impl App {
             .await
             .with_context(|| format!("cannot listen on {} (server.listen)", config.server.listen))?;
         let address = listener.local_addr()?;
+        if !address.ip().is_loopback() {
+            tracing::warn!(%address, "callers on other machines are served although nobody has to prove who they are");
+        }
         let (tasks, draining, stop) =
             (TaskTracker::new(), CancellationToken::new(), CancellationToken::new());
         let runs = Runs::new(RunsParts {

@@ -3,6 +3,7 @@
 use std::net::SocketAddr;
 use std::path::PathBuf;
 
+use clap::builder::{OsStringValueParser, TypedValueParser};
 use clap::{Args, Parser, Subcommand};
 
 use crate::simulator::SimulatorConfig;
@@ -114,6 +115,9 @@ Examples:
 pub struct HealthArgs {
     #[command(flatten)]
     pub config: ConfigArgs,
+    /// The address that the gateway listens on, if `serve` was told one.
+    #[arg(long, value_name = "ADDR")]
+    pub listen: Option<SocketAddr>,
 }
 
 /// Where settings come from.
@@ -123,7 +127,8 @@ pub struct ConfigArgs {
     ///
     /// Environment variables are above the file: `THREADKEEPER_` and the path with two underscores between the levels
     /// (`THREADKEEPER_STORE__URL`), and `DATABASE_URL` for `store.url`.
-    #[arg(long, value_name = "FILE", env = "THREADKEEPER_CONFIG", hide_env_values = true)]
+    #[arg(long, value_name = "FILE", env = "THREADKEEPER_CONFIG", hide_env_values = true,
+        value_parser = OsStringValueParser::new().map(PathBuf::from))]
     pub config: Option<PathBuf>,
 }
 

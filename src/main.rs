@@ -37,7 +37,7 @@ async fn run(command: Command) -> anyhow::Result<()> {
         Command::Serve(args) => {
             let config = Config::load_for_serve(sources(args.config, args.listen))?;
             telemetry::init(&config.log, LogFormat::Json)?;
-            App::build(config).await?.run(stop_signals()?).await
+            start(config, stop_signals()?).await
         }
         Command::Simulate(args) => run_simulator(args).await,
         Command::Migrate(args) => {
@@ -53,10 +53,19 @@ async fn run(command: Command) -> anyhow::Result<()> {
             Ok(())
         }
         Command::Health(args) => {
-            let config = Config::load(sources(args.config, None))?;
+            let config = Config::load(sources(args.config, args.listen))?;
             health::check(config.server.listen)
         }
     }
+}
+
+/// Builds and runs the gateway. A signal while it still waits for its database ends it at once.
+async fn start(config: Config, mut signals: impl AsyncFnMut()) -> anyhow::Result<()> {
+    let app = tokio::select! {
+        app = App::build(config) => app?,
+        () = signals() => return Ok(()),
+    };
+    app.run(signals).await
 }
 
 /// A gateway on SQLite and the simulator beside it.
@@ -93,7 +102,11 @@ async fn run_simulator(args: SimulateArgs) -> anyhow::Result<()> {
 }
 
 fn sources(args: ConfigArgs, listen: Option<SocketAddr>) -> Sources {
-    Sources { file: args.config.map(ConfigFile::Path), env: utf8_variables(std::env::vars_os()), listen }
+    Sources {
+        file: args.config.filter(|path| !path.as_os_str().is_empty()).map(ConfigFile::Path),
+        env: utf8_variables(std::env::vars_os()),
+        listen,
+    }
 }
 
 /// Each call waits for one more SIGTERM or SIGINT.

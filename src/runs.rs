@@ -77,7 +77,7 @@ pub struct NewMessage {
 pub struct Submitted {
     pub thread: Thread,
     pub run: Run,
-    pub feed: Arc<Feed>,
+    pub feed: Feed,
 }
 
 impl Runs {
@@ -90,6 +90,8 @@ impl Runs {
     /// becomes of the caller; if this future is dropped, the message may or may not have been admitted.
     pub async fn submit(&self, key: ConversationKey, new: NewMessage) -> Result<Submitted, Error> {
         let parts = &self.parts.given;
+        // Keeps a stop from finding no task between this check and the spawn below.
+        let _token = parts.tasks.token();
         if parts.draining.is_cancelled() {
             return Err(Error::Draining);
         }

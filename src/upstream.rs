@@ -72,6 +72,8 @@ pub struct StartRun<'a> {
     pub run: RunId,
     /// `None` only for the first run of a chain.
     pub thread: Option<&'a UpstreamThreadId>,
+    /// Whose thread it is: a chain of responses has no thread upstream that could say so.
+    pub owner: &'a Ownership,
     /// What a chain that has to begin anew is told before the input; otherwise empty.
     pub history: &'a [Message],
     pub assistant: &'a AssistantConfig,

@@ -57,7 +57,7 @@ async fn path_params<S: Send + Sync>(parts: &mut Parts, state: &S) -> Result<Raw
         .map_err(|_| Error::Malformed("the path is not percent-encoded UTF-8".to_owned()))
 }
 
-/// A JSON body.
+/// A JSON object as the body, which has to arrive within `server.body_read_timeout`.
 #[derive(Debug)]
 pub(super) struct ApiJson<T>(pub(super) T);
 
@@ -76,6 +76,10 @@ impl<T: DeserializeOwned> FromRequest<AppState> for ApiJson<T> {
             Ok(Err(error)) if error.is::<LengthLimitError>() => return Err(Error::PayloadTooLarge { limit }),
             Ok(Err(_)) => return Err(Error::Malformed("the body broke off".to_owned())),
         };
+        // Serde would also take a struct's fields as an array in their order, which nobody means.
+        if body.trim_ascii_start().first().is_some_and(|first| *first != b'{') {
+            return Err(Error::Malformed("the body must be a JSON object".to_owned()));
+        }
         let mut deserializer = serde_json::Deserializer::from_slice(&body);
         let value: T = serde_path_to_error::deserialize(&mut deserializer).map_err(|error| {
             let path = error.path().to_string();

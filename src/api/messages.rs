@@ -29,14 +29,14 @@ pub(super) async fn create(
         content: body.content.0.try_into().map_err(|error| Error::Invalid(format!("`content`: {error}")))?,
         assistant: body.assistant,
         strategy: body.multitask_strategy.unwrap_or(MultitaskStrategy::Enqueue),
-        metadata: body.metadata,
+        metadata: body.metadata.unwrap_or_default(),
         timeout: body.timeout_ms.map(Duration::from_millis),
     };
     let submitted = state.runs.submit(key, message).await?;
     if stream {
         return Ok(sse::follow(&submitted, state.server.keep_alive));
     }
-    let outcome = submitted.feed.ended().await;
+    let outcome = submitted.feed.ended().await.ok_or(Error::Internal(None))?;
     Ok(Json(turn(&outcome)?).into_response())
 }
 

@@ -88,7 +88,7 @@ fn log(error: &Error) {
 
 impl From<&Error> for Problem {
     fn from(error: &Error) -> Self {
-        let (name, title, status) = match error {
+        let kind = match error {
             Error::Malformed(_) => INVALID_REQUEST,
             Error::Invalid(_) | Error::OtherUpstream { .. } => UNPROCESSABLE,
             Error::UnsupportedMediaType => {
@@ -112,11 +112,15 @@ impl From<&Error> for Problem {
             }
             Error::Internal(_) => INTERNAL,
         };
+        let (name, title, status) = kind;
         let retry_after = match error {
             Error::ThreadBusy | Error::QueueFull { .. } | Error::StoreUnavailable(_) => {
                 Some(Duration::from_secs(1))
             }
             Error::Draining => Some(Duration::from_secs(2)),
+            Error::RunFailed { .. } if kind == DRAINING || kind == REPLICA_LOST => {
+                Some(Duration::from_secs(2))
+            }
             Error::RunFailed { retry_after, .. } => *retry_after,
             _ => None,
         };
@@ -140,6 +144,7 @@ const INVALID_REQUEST: Kind = ("invalid-request", "Invalid request", StatusCode:
 const UNPROCESSABLE: Kind = ("invalid-request", "Invalid request", StatusCode::UNPROCESSABLE_ENTITY);
 const NOT_SUPPORTED: Kind = ("not-supported", "Not supported yet", StatusCode::NOT_IMPLEMENTED);
 const DRAINING: Kind = ("draining", "Shutting down", StatusCode::SERVICE_UNAVAILABLE);
+const REPLICA_LOST: Kind = ("replica-lost", "Replica lost", StatusCode::SERVICE_UNAVAILABLE);
 const INTERNAL: Kind = ("internal", "Internal error", StatusCode::INTERNAL_SERVER_ERROR);
 const UPSTREAM_ERROR: Kind = ("upstream-error", "Upstream error", StatusCode::BAD_GATEWAY);
 const UPSTREAM_TIMEOUT: Kind = ("upstream-timeout", "Upstream timeout", StatusCode::GATEWAY_TIMEOUT);
@@ -147,7 +152,8 @@ const UPSTREAM_TIMEOUT: Kind = ("upstream-timeout", "Upstream timeout", StatusCo
 fn of_run(code: Option<RunErrorCode>) -> Kind {
     match code {
         Some(RunErrorCode::DeadlineExceeded | RunErrorCode::UpstreamBusy) => UPSTREAM_TIMEOUT,
-        Some(RunErrorCode::GatewayStopped | RunErrorCode::ReplicaLost) => DRAINING,
+        Some(RunErrorCode::GatewayStopped) => DRAINING,
+        Some(RunErrorCode::ReplicaLost) => REPLICA_LOST,
         Some(RunErrorCode::ToolCallsNotSupported) => NOT_SUPPORTED,
         Some(RunErrorCode::Internal | RunErrorCode::NotConfigured) => INTERNAL,
         Some(

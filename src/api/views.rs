@@ -19,8 +19,7 @@ pub(super) struct PostMessage {
     pub(super) multitask_strategy: Option<MultitaskStrategy>,
     pub(super) stream: Option<bool>,
     pub(super) on_disconnect: Option<OnDisconnect>,
-    #[serde(default)]
-    pub(super) metadata: Metadata,
+    pub(super) metadata: Option<Metadata>,
     pub(super) timeout_ms: Option<u64>,
 }
 

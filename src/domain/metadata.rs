@@ -4,8 +4,8 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
-/// The upstreams take 16 pairs; the gateway needs four of them for its own tags.
-const MAX_PAIRS: usize = 12;
+/// The upstreams take 16 pairs; the gateway needs up to six of them for its own tags.
+const MAX_PAIRS: usize = 10;
 const MAX_KEY_CHARS: usize = 64;
 const MAX_VALUE_CHARS: usize = 512;
 /// Pairs whose key begins so are the gateway's own.
@@ -24,7 +24,7 @@ pub enum InvalidMetadata {
     Value(String),
 }
 
-/// Text pairs: at most 12, keys of 1 to 64 characters, values of at most 512. No NUL characters.
+/// Text pairs: at most 10, keys of 1 to 64 characters, values of at most 512. No NUL characters.
 #[derive(Clone, Debug, Default, Deserialize, Eq, PartialEq, Serialize)]
 #[serde(try_from = "BTreeMap<String, String>", into = "BTreeMap<String, String>")]
 pub struct Metadata(BTreeMap<String, String>);

@@ -6,7 +6,8 @@ use std::time::Duration;
 use tokio::time::sleep;
 
 use super::end::Failure;
-use super::{Feed, RunEvent, Runs, jittered};
+use super::feed::FeedWriter;
+use super::{RunEvent, Runs, jittered};
 use crate::domain::{ContentPart, Message, Thread, UpstreamRunId, UpstreamThreadId};
 use crate::store::Turn;
 use crate::upstream::{Ended, Ownership, StartRun, Upstream, UpstreamError, UpstreamEvent};
@@ -35,14 +36,16 @@ pub(super) async fn drive(
     upstream: &dyn Upstream,
     turn: &Turn,
     progress: &mut Progress,
-    feed: &Feed,
+    feed: &FeedWriter,
 ) -> Result<Ended, Failure> {
     let parts = &runs.parts.given;
     let assistant = parts.assistants.get(&turn.run.assistant).ok_or(Failure::NotConfigured)?;
     progress.thread.clone_from(&turn.thread.upstream_thread_id);
+    let Thread { id, key, expires_at, .. } = &turn.thread;
+    let owner = Ownership { key: key.clone(), thread: *id, expires_at: *expires_at };
     let mut history = Vec::new();
     if progress.thread.is_none() {
-        create_thread(runs, upstream, turn, progress, &history).await?;
+        create_thread(runs, upstream, turn, &owner, &history, progress).await?;
     }
     let mut created_again = false;
     let mut pause = Duration::from_millis(250);
@@ -50,6 +53,7 @@ pub(super) async fn drive(
         let request = StartRun {
             run: turn.run.id,
             thread: progress.thread.as_ref(),
+            owner: &owner,
             history: &history,
             assistant,
             input: &turn.input,
@@ -73,7 +77,7 @@ pub(super) async fn drive(
                     messages = history.len(),
                     "the upstream thread is gone; making it again from the transcript"
                 );
-                create_thread(runs, upstream, turn, progress, &history).await?;
+                create_thread(runs, upstream, turn, &owner, &history, progress).await?;
             }
             Err(error) => return Err(Failure::Upstream(error)),
         }
@@ -110,12 +114,11 @@ async fn create_thread(
     runs: &Runs,
     upstream: &dyn Upstream,
     turn: &Turn,
-    progress: &mut Progress,
+    owner: &Ownership,
     history: &[Message],
+    progress: &mut Progress,
 ) -> Result<(), Failure> {
-    let Thread { id, key, expires_at, .. } = &turn.thread;
-    let owner = Ownership { key: key.clone(), thread: *id, expires_at: *expires_at };
-    progress.thread = upstream.create_thread(&owner, history).await.map_err(Failure::Upstream)?;
+    progress.thread = upstream.create_thread(owner, history).await.map_err(Failure::Upstream)?;
     let Some(id) = &progress.thread else { return Ok(()) };
     match runs.parts.given.store.bind_upstream_thread(&turn.lease, id).await {
         Ok(true) => Ok(()),

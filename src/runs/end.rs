@@ -1,50 +1,35 @@
 //! How runs end: cleanly or not, what they leave upstream, and the commit before the announcement.
 
+use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
 use std::time::Duration;
 
+use futures_util::FutureExt;
 use tokio::time::{sleep, timeout};
 
-use super::{Feed, Outcome, RunEvent, Runs, jittered};
+use super::feed::FeedWriter;
+use super::{Outcome, RunEvent, Runs, jittered};
 use crate::domain::{
     ContentPart, MessageId, Run, RunError, RunErrorCode, RunStatus, Thread, ThreadActivity, ThreadState,
     ToolCall,
 };
-use crate::store::{Finished, Reply, RunEnd, RunLease};
+use crate::store::{Finished, Reply, RunEnd, RunLease, StoreError};
 use crate::upstream::{Ended, Leftover, Upstream, UpstreamError};
 
 /// How long to try to end what a run left upstream once the process is told to stop.
 const LAST_SETTLE_TIMEOUT: Duration = Duration::from_secs(2);
-
-/// Ends a run whose replica died while it was at work: first whatever still goes on upstream, then the run.
-pub(super) async fn bury(runs: Runs, lease: RunLease, thread: Thread, run: Run) {
-    let leftover = Leftover {
-        thread: thread.upstream_thread_id.clone(),
-        run: run.id,
-        upstream_run: run.upstream_run_id.clone(),
-        open_calls: Vec::new(),
-    };
-    if let Some(upstream) = runs.parts.given.upstreams.get(&thread.upstream) {
-        settle(&runs, &**upstream, &leftover).await;
-    }
-    let error = RunError {
-        code: RunErrorCode::ReplicaLost,
-        message: "the gateway process that worked on the run died; the reply, if there was one, is lost"
-            .to_owned(),
-    };
-    let failed =
-        RunEnd { upstream_run_id: run.upstream_run_id.clone(), ..failed_end(RunStatus::Failed, error) };
-    finish(&runs, &lease, &failed, thread, run, None, &Feed::new()).await;
-}
 
 /// Ends what the run left upstream, within a bound; what cannot be ended is logged.
 pub(super) async fn settle(runs: &Runs, upstream: &dyn Upstream, leftover: &Leftover) {
     let parts = &runs.parts.given;
     let whole = parts.runs.settle_timeout;
     let limit = if parts.stop.is_cancelled() { whole.min(LAST_SETTLE_TIMEOUT) } else { whole };
-    match timeout(limit, upstream.settle(leftover)).await {
-        Ok(Ok(())) => {}
-        Ok(Err(error)) => {
+    // A panic in here must not keep the run from ending.
+    let settled = AssertUnwindSafe(upstream.settle(leftover)).catch_unwind();
+    match timeout(limit, settled).await {
+        Ok(Ok(Ok(()))) => {}
+        Ok(Err(_)) => tracing::error!("ending what the run left upstream panicked"),
+        Ok(Ok(Err(error))) => {
             tracing::warn!(
                 error = &error as &dyn std::error::Error,
                 "what the run left upstream could not be ended"
@@ -58,30 +43,28 @@ pub(super) async fn settle(runs: &Runs, upstream: &dyn Upstream, leftover: &Left
 pub(super) async fn finish(
     runs: &Runs,
     lease: &RunLease,
-    end: &RunEnd,
-    thread: Thread,
-    run: Run,
+    end: RunEnd,
+    thread: &Thread,
+    run: &Run,
     retry_after: Option<Duration>,
-    feed: &Feed,
+    feed: &FeedWriter,
 ) {
     let Some(finished) = finish_in_store(runs, lease, end).await else {
-        lease_lost(thread, run, feed);
+        lease_lost(runs, thread, run, feed).await;
         return;
     };
     let Finished { thread, activity, run, message } = finished;
-    if let Some(message) = &message {
-        feed.push(RunEvent::MessageCompleted(Arc::new(message.clone())));
-    }
-    feed.push(RunEvent::Ended(Arc::new(Outcome { thread, activity, run, message, retry_after })));
+    announce(feed, Outcome { thread, activity, run, message, retry_after });
 }
 
-/// Commits the end of a run, for as long as it takes: a run that has ended upstream must not stay open here.
-/// `None` if it is not ours to end, or if the process is told to stop while the database is away.
-pub(super) async fn finish_in_store(runs: &Runs, lease: &RunLease, end: &RunEnd) -> Option<Finished> {
+/// Commits the end of a run, for as long as it takes: a run that has ended upstream must not stay open here. An end
+/// that the database does not take is replaced by a bare failure. `None` if the run is not ours to end, or if the
+/// process is told to stop while the database is away.
+pub(super) async fn finish_in_store(runs: &Runs, lease: &RunLease, mut end: RunEnd) -> Option<Finished> {
     let parts = &runs.parts.given;
     let mut pause = Duration::from_millis(50);
     loop {
-        match parts.store.finish(lease, end).await {
+        match parts.store.finish(lease, &end).await {
             Ok(finished) => return finished,
             Err(error) => {
                 tracing::error!(
@@ -91,6 +74,9 @@ pub(super) async fn finish_in_store(runs: &Runs, lease: &RunLease, end: &RunEnd)
                 if parts.stop.is_cancelled() {
                     return None;
                 }
+                if !matches!(error, StoreError::Unavailable(_)) {
+                    end = failed_end(RunStatus::Failed, internal());
+                }
                 sleep(jittered(pause)).await;
                 pause = (pause * 2).min(Duration::from_secs(2));
             }
@@ -98,15 +84,34 @@ pub(super) async fn finish_in_store(runs: &Runs, lease: &RunLease, end: &RunEnd)
     }
 }
 
-pub(super) fn lease_lost(thread: Thread, mut run: Run, feed: &Feed) {
+/// Announces the end of a run that somebody else writes about now: as it is recorded, or, if it has not ended yet,
+/// as a failure to follow it. The latter alone among all events is not committed.
+pub(super) async fn lease_lost(runs: &Runs, thread: &Thread, run: &Run, feed: &FeedWriter) {
     tracing::error!("the lease of a run was lost");
-    run.status = RunStatus::Failed;
-    run.error = Some(RunError {
-        code: RunErrorCode::ReplicaLost,
-        message: "another gateway process took the run over; ask for the run to learn how it ends".to_owned(),
-    });
-    let activity = ThreadActivity { state: ThreadState::Active, queue_depth: 0 };
-    feed.push(RunEvent::Ended(Arc::new(Outcome { thread, activity, run, message: None, retry_after: None })));
+    let store = &runs.parts.given.store;
+    let activity = match store.thread(&thread.key).await {
+        Ok(Some((_, activity))) => activity,
+        _ => ThreadActivity { state: ThreadState::Active, queue_depth: 0 },
+    };
+    let (run, message) = match store.run(&thread.key, run.id).await {
+        Ok(Some((run, message))) if run.status.is_final() => (run, message),
+        _ => {
+            let error = RunError {
+                code: RunErrorCode::ReplicaLost,
+                message: "another gateway process took the run over; ask for the run to learn how it ends"
+                    .to_owned(),
+            };
+            (Run { status: RunStatus::Failed, error: Some(error), ..run.clone() }, None)
+        }
+    };
+    announce(feed, Outcome { thread: thread.clone(), activity, run, message, retry_after: None });
+}
+
+fn announce(feed: &FeedWriter, outcome: Outcome) {
+    if let Some(message) = &outcome.message {
+        feed.push(RunEvent::MessageCompleted(Arc::new(message.clone())));
+    }
+    feed.push(RunEvent::Ended(Arc::new(outcome)));
 }
 
 pub(super) fn end_of(ended: Ended) -> RunEnd {
@@ -153,6 +158,11 @@ pub(super) fn failed_end(status: RunStatus, error: RunError) -> RunEnd {
         upstream_thread_id: None,
         reply: None,
     }
+}
+
+pub(super) fn internal() -> RunError {
+    let message = "something went wrong inside the gateway".to_owned();
+    RunError { code: RunErrorCode::Internal, message }
 }
 
 pub(super) fn stopped() -> RunError {
@@ -246,9 +256,7 @@ impl Failure {
                 RunErrorCode::NotConfigured,
                 "the run's assistant or the thread's upstream is no longer configured".to_owned(),
             ),
-            Self::LeaseLost | Self::Store | Self::Panic => {
-                (RunErrorCode::Internal, "something went wrong inside the gateway".to_owned())
-            }
+            Self::LeaseLost | Self::Store | Self::Panic => return failed_end(RunStatus::Failed, internal()),
         };
         failed_end(RunStatus::Failed, RunError { code, message })
     }

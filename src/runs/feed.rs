@@ -37,54 +37,59 @@ pub struct Outcome {
     pub retry_after: Option<Duration>,
 }
 
-/// The log of one run.
-#[derive(Debug)]
-pub struct Feed {
-    events: Mutex<Vec<RunEvent>>,
+/// The writing end of a run's log. Dropped without an [`Ended`](RunEvent::Ended), it leaves the log broken off.
+#[derive(Debug, Default)]
+pub(super) struct FeedWriter {
+    events: Arc<Mutex<Vec<RunEvent>>>,
     length: watch::Sender<usize>,
 }
 
-impl Feed {
-    pub fn new() -> Arc<Self> {
-        Arc::new(Self { events: Mutex::default(), length: watch::Sender::new(0) })
-    }
-
+impl FeedWriter {
     /// Appends an event and wakes the readers.
-    pub fn push(&self, event: RunEvent) {
+    pub(super) fn push(&self, event: RunEvent) {
         let mut events = self.events.lock().unwrap_or_else(PoisonError::into_inner);
         events.push(event);
         self.length.send_replace(events.len());
     }
 
+    /// A reading end.
+    pub(super) fn feed(&self) -> Feed {
+        Feed { events: Arc::clone(&self.events), length: self.length.subscribe() }
+    }
+}
+
+/// The reading end of a run's log.
+#[derive(Clone, Debug)]
+pub struct Feed {
+    events: Arc<Mutex<Vec<RunEvent>>>,
+    length: watch::Receiver<usize>,
+}
+
+impl Feed {
     /// The events from number `from` on (0 is the first), each with its number, up to and including the last one
     /// of the run. May be dropped at any point.
-    pub fn follow(self: &Arc<Self>, from: usize) -> impl Stream<Item = (usize, RunEvent)> + Send + use<> {
-        let reader = (Arc::clone(self), self.length.subscribe(), from);
-        stream::unfold(reader, |(feed, mut length, next)| async move {
+    pub fn follow(&self, from: usize) -> impl Stream<Item = (usize, RunEvent)> + Send + use<> {
+        stream::unfold((self.clone(), from), |(mut feed, next)| async move {
             if next > 0 && matches!(feed.get(next - 1), Some(RunEvent::Ended(_))) {
                 return None;
             }
-            // The feed owns the sender, so waiting cannot fail while the reader holds the feed.
-            length.wait_for(|length| *length > next).await.ok()?;
+            feed.length.wait_for(|length| *length > next).await.ok()?;
             let event = feed.get(next)?;
-            Some(((next, event), (feed, length, next + 1)))
+            Some(((next, event), (feed, next + 1)))
         })
     }
 
-    /// Waits for the end of the run.
-    pub async fn ended(&self) -> Arc<Outcome> {
-        let mut length = self.length.subscribe();
+    /// Waits for the end of the run. `None` if the log breaks off: the run's task is gone without having told it.
+    pub async fn ended(mut self) -> Option<Arc<Outcome>> {
         loop {
             let last = {
-                let known = *length.borrow_and_update();
+                let known = *self.length.borrow_and_update();
                 known.checked_sub(1).and_then(|last| self.get(last))
             };
             if let Some(RunEvent::Ended(outcome)) = last {
-                return outcome;
+                return Some(outcome);
             }
-            if length.changed().await.is_err() {
-                unreachable!("the feed owns the sender");
-            }
+            self.length.changed().await.ok()?;
         }
     }
 

@@ -5,7 +5,7 @@ use std::time::Duration;
 use tokio::time::{MissedTickBehavior, interval};
 use tracing::Instrument;
 
-use super::{Runs, end, turn};
+use super::{Runs, turn};
 use crate::domain::RunStatus;
 use crate::store::{Orphan, StoreError};
 
@@ -55,20 +55,31 @@ impl Runs {
     /// Takes over the runs of dead replicas: those that waited wait on here, those at work are ended.
     async fn adopt(&self) {
         let parts = &self.parts.given;
-        let orphans = match parts.store.adopt_orphans(parts.replica, ADOPT_BATCH).await {
-            Ok(orphans) => orphans,
-            Err(error) => {
-                tracing::error!(error = &error as &dyn std::error::Error, "cannot look for orphaned runs");
-                return;
+        loop {
+            let orphans = match parts.store.adopt_orphans(parts.replica, ADOPT_BATCH).await {
+                Ok(orphans) => orphans,
+                Err(error) => {
+                    tracing::error!(
+                        error = &error as &dyn std::error::Error,
+                        "cannot look for orphaned runs"
+                    );
+                    return;
+                }
+            };
+            let is_last = orphans.len() < ADOPT_BATCH as usize;
+            for Orphan { lease, thread, run } in orphans {
+                let span = tracing::info_span!("run", run.id = %run.id, key = %thread.key.fingerprint());
+                span.in_scope(
+                    || tracing::warn!(status = %run.status, "took over a run whose replica is gone"),
+                );
+                if run.status == RunStatus::Queued {
+                    parts.tasks.spawn(turn::resume_queued(self.clone(), lease, thread, run).instrument(span));
+                } else {
+                    parts.tasks.spawn(turn::bury(self.clone(), lease, thread, run).instrument(span));
+                }
             }
-        };
-        for Orphan { lease, thread, run } in orphans {
-            let span = tracing::info_span!("run", run.id = %run.id, key = %thread.key.fingerprint());
-            tracing::warn!(parent: &span, status = %run.status, "took over a run whose replica is gone");
-            if run.status == RunStatus::Queued {
-                parts.tasks.spawn(turn::resume_queued(self.clone(), lease, thread, run).instrument(span));
-            } else {
-                parts.tasks.spawn(end::bury(self.clone(), lease, thread, run).instrument(span));
+            if is_last {
+                return;
             }
         }
     }

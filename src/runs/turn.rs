@@ -1,7 +1,6 @@
 //! A run's way through admission and its place in line to its turn, and the turn itself, as a task of its own.
 
 use std::panic::AssertUnwindSafe;
-use std::sync::Arc;
 use std::time::Duration;
 
 use futures_util::FutureExt;
@@ -13,11 +12,12 @@ use super::drive::{Progress, drive};
 use super::end::{
     Failure, end_of, failed_end, finish, finish_in_store, lease_lost, partial, settle, stopped,
 };
-use super::{Feed, RunEvent, Runs, Submitted, jittered};
+use super::feed::FeedWriter;
+use super::{RunEvent, Runs, Submitted, jittered};
 use crate::domain::{ConversationKey, Run, RunError, RunErrorCode, RunStatus, Thread};
 use crate::error::Error;
 use crate::locks::Place;
-use crate::store::{Admission, Admitted, Claim, RunLease, Turn};
+use crate::store::{Admission, Admitted, Claim, RunEnd, RunLease, Turn};
 use crate::upstream::Leftover;
 
 /// How often a waiting run asks the store again while other replicas hold its thread.
@@ -33,12 +33,12 @@ pub(super) async fn conduct(
     let span = tracing::info_span!("run", run.id = %admission.run_id, key = %admission.key.fingerprint());
     async move {
         // A caller that has left hears nothing; the run goes on.
-        let feed = Feed::new();
+        let feed = FeedWriter::default();
         match admit(&runs, &mut place, &admission, &feed).await {
             Err(error) => drop(answer.send(Err(error))),
             Ok(Start { thread, run, next }) => {
                 place.recorded();
-                let submitted = Submitted { thread, run, feed: Arc::clone(&feed) };
+                let submitted = Submitted { thread, run, feed: feed.feed() };
                 drop(answer.send(Ok(submitted.clone())));
                 let turn = match next {
                     Next::Work(turn) => Some(*turn),
@@ -48,7 +48,7 @@ pub(super) async fn conduct(
                     }
                 };
                 if let Some(turn) = turn {
-                    work(&runs, turn, &feed).await;
+                    work(&runs, &turn, &feed).await;
                 }
             }
         }
@@ -61,10 +61,31 @@ pub(super) async fn conduct(
 /// Waits for the turn of a queued run that was taken over from another replica, and works on it. The store alone
 /// keeps its order: it has no place in this process's line.
 pub(super) async fn resume_queued(runs: Runs, lease: RunLease, thread: Thread, run: Run) {
-    let feed = Feed::new();
+    let feed = FeedWriter::default();
     if let Some(turn) = wait_for_turn(&runs, None, lease, thread, run, &feed).await {
-        work(&runs, turn, &feed).await;
+        work(&runs, &turn, &feed).await;
     }
+}
+
+/// Ends a run whose replica died while it was at work: first whatever still goes on upstream, then the run.
+pub(super) async fn bury(runs: Runs, lease: RunLease, thread: Thread, run: Run) {
+    let leftover = Leftover {
+        thread: thread.upstream_thread_id.clone(),
+        run: run.id,
+        upstream_run: run.upstream_run_id.clone(),
+        open_calls: Vec::new(),
+    };
+    if let Some(upstream) = runs.parts.given.upstreams.get(&thread.upstream) {
+        settle(&runs, &**upstream, &leftover).await;
+    }
+    let error = RunError {
+        code: RunErrorCode::ReplicaLost,
+        message: "the gateway process that worked on the run died; the reply, if there was one, is lost"
+            .to_owned(),
+    };
+    let failed =
+        RunEnd { upstream_run_id: run.upstream_run_id.clone(), ..failed_end(RunStatus::Failed, error) };
+    finish(&runs, &lease, failed, &thread, &run, None, &FeedWriter::default()).await;
 }
 
 /// A recorded run and what it does next.
@@ -83,7 +104,7 @@ async fn admit(
     runs: &Runs,
     place: &mut Place<ConversationKey>,
     admission: &Admission,
-    feed: &Feed,
+    feed: &FeedWriter,
 ) -> Result<Start, Error> {
     let parts = &runs.parts.given;
     if timeout(parts.admission_timeout, place.to_record()).await.is_err() {
@@ -121,7 +142,7 @@ async fn void(runs: Runs, lease: RunLease) {
         message: "the database failed while the message was recorded; its sender was told so".to_owned(),
     };
     let end = failed_end(RunStatus::Failed, error);
-    drop(finish_in_store(&runs, &lease, &end).await);
+    drop(finish_in_store(&runs, &lease, end).await);
 }
 
 /// Waits in line, then until the store lets the run start. `None` if it ended instead.
@@ -131,7 +152,7 @@ async fn wait_for_turn(
     lease: RunLease,
     thread: Thread,
     run: Run,
-    feed: &Feed,
+    feed: &FeedWriter,
 ) -> Option<Turn> {
     let parts = &runs.parts.given;
     let claimed = async {
@@ -157,7 +178,7 @@ async fn wait_for_turn(
         biased;
         () = parts.stop.cancelled() => {
             let end = failed_end(RunStatus::Failed, stopped());
-            finish(runs, &lease, &end, thread, run, None, feed).await;
+            finish(runs, &lease, end, &thread, &run, None, feed).await;
             None
         }
         claimed = claimed => {
@@ -165,7 +186,7 @@ async fn wait_for_turn(
                 feed.push(RunEvent::Started);
                 Some(*turn)
             } else {
-                lease_lost(thread, run, feed);
+                lease_lost(runs, &thread, &run, feed).await;
                 None
             }
         }
@@ -173,17 +194,17 @@ async fn wait_for_turn(
 }
 
 /// Does the turn and ends it, whatever happens on the way.
-async fn work(runs: &Runs, turn: Turn, feed: &Feed) {
+async fn work(runs: &Runs, turn: &Turn, feed: &FeedWriter) {
     let started = Instant::now();
     let parts = &runs.parts.given;
-    let Turn { lease, thread, run, .. } = &turn;
+    let Turn { lease, thread, run, .. } = turn;
     let upstream = parts.upstreams.get(&thread.upstream).zip(parts.assistants.get(&run.assistant));
     let mut progress = Progress::default();
     let result = match upstream {
         None => Err(Failure::NotConfigured),
         Some((upstream, _)) => {
             let limit = deadline_of(run);
-            let drive = AssertUnwindSafe(drive(runs, &**upstream, &turn, &mut progress, feed)).catch_unwind();
+            let drive = AssertUnwindSafe(drive(runs, &**upstream, turn, &mut progress, feed)).catch_unwind();
             tokio::select! {
                 biased;
                 () = parts.stop.cancelled() => Err(Failure::Stopped),
@@ -218,12 +239,13 @@ async fn work(runs: &Runs, turn: Turn, feed: &Feed) {
     }
     end.upstream_run_id = progress.upstream_run;
     end.reply = end.reply.or_else(|| partial(progress.text));
-    finish(runs, lease, &end, thread.clone(), run.clone(), retry_after, feed).await;
+    let (status, error) = (end.status, end.error.as_ref().map(|error| error.code.as_str()));
+    finish(runs, lease, end, thread, run, retry_after, feed).await;
     tracing::info!(
         thread.id = %thread.id,
         assistant = %run.assistant,
-        status = %end.status,
-        error = end.error.as_ref().map(|error| error.code.as_str()),
+        %status,
+        error,
         duration_ms = u64::try_from(started.elapsed().as_millis()).unwrap_or(u64::MAX),
         "run ended"
     );

@@ -185,6 +185,7 @@ mod tests {
     use crate::config::AssistantConfig;
     use crate::domain::{ContentPart, MessageId, Metadata};
     use crate::store::InputMessage;
+    use crate::upstream::tags::an_owner;
 
     #[test]
     fn a_run_is_started_with_what_the_gateway_owns_and_what_is_configured() {
@@ -196,10 +197,12 @@ mod tests {
             [InputMessage { id: message, content: vec![ContentPart::Text { text: "hello".to_owned() }] }];
         let pairs = BTreeMap::from([("a".to_owned(), "b".to_owned())]);
         let metadata = Metadata::try_from(pairs).unwrap();
+        let owner = an_owner();
         let body = |assistant: &AssistantConfig| {
             run_body(&StartRun {
                 run,
                 thread: Some(&thread),
+                owner: &owner,
                 history: &[],
                 assistant,
                 input: &input,

@@ -183,7 +183,11 @@ fn response_body(request: &StartRun<'_>, conversations: bool) -> Value {
     let history = if request.thread.is_none() { request.history } else { &[] };
     let input = request.input.iter().map(|message| message_item(&message.content));
     set("input", history.iter().map(history_item).chain(input).collect());
-    set("metadata", run_tags(request.run, request.metadata).into());
+    let mut metadata = run_tags(request.run, request.metadata);
+    if !conversations {
+        metadata.extend(thread_tags(request.owner));
+    }
+    set("metadata", metadata.into());
     set("store", true.into());
     set("stream", true.into());
     set("stream_options", json!({"include_obfuscation": false}));
@@ -196,10 +200,12 @@ mod tests {
     use crate::config::AssistantConfig;
     use crate::domain::{ContentPart, MessageId, Metadata, RunId};
     use crate::store::InputMessage;
+    use crate::upstream::tags::an_owner;
 
     #[test]
     fn a_response_is_started_with_what_the_gateway_owns_and_what_is_configured() {
         let run = RunId::new();
+        let owner = an_owner();
         let thread = UpstreamThreadId("conv_1".to_owned());
         let mut assistant = AssistantConfig { model: Some("m".to_owned()), ..AssistantConfig::default() };
         let text = |text: &str| InputMessage {
@@ -210,7 +216,15 @@ mod tests {
         let metadata = Metadata::default();
         let body = |assistant: &AssistantConfig, thread: Option<&UpstreamThreadId>, conversations: bool| {
             response_body(
-                &StartRun { run, thread, history: &[], assistant, input: &input, metadata: &metadata },
+                &StartRun {
+                    run,
+                    thread,
+                    owner: &owner,
+                    history: &[],
+                    assistant,
+                    input: &input,
+                    metadata: &metadata,
+                },
                 conversations,
             )
         };
@@ -225,8 +239,12 @@ mod tests {
             "stream": true,
             "stream_options": {"include_obfuscation": false},
         });
-        assert_eq!(body(&assistant, None, false), first);
+        // A chain has no thread upstream, so each response says whose it is.
         let mut next = first.clone();
+        let tags = next["metadata"].as_object_mut().unwrap();
+        tags.extend(thread_tags(&owner));
+        assert_eq!(tags.len() + 10, 16, "with the most that a caller may add");
+        assert_eq!(body(&assistant, None, false), next);
         next["previous_response_id"] = "conv_1".into();
         assert_eq!(body(&assistant, Some(&thread), false), next);
 

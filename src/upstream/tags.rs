@@ -53,28 +53,34 @@ pub(super) fn parameters(assistant: &AssistantConfig, kind: UpstreamKind) -> Map
         .collect()
 }
 
+/// A session's thread, for the tests of the adapters.
+#[cfg(test)]
+pub(super) fn an_owner() -> Ownership {
+    use crate::domain::{ConversationKey, SessionKey, TenantKey, ThreadId, UserKey};
+
+    Ownership {
+        key: ConversationKey {
+            tenant: TenantKey::default(),
+            user: UserKey::try_from("auth0|5f7c".to_owned()).unwrap(),
+            scope: Scope::Session(SessionKey::try_from("s 1".to_owned()).unwrap()),
+        },
+        thread: ThreadId::new(),
+        expires_at: Some("2026-11-22T09:00:00.25Z".parse().unwrap()),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use serde_json::json;
 
     use super::*;
-    use crate::domain::{ConversationKey, SessionKey, TenantKey, ThreadId, UserKey};
 
     #[test]
     fn a_thread_carries_its_owner_and_expiry() {
-        let thread = ThreadId::new();
-        let mut owner = Ownership {
-            key: ConversationKey {
-                tenant: TenantKey::default(),
-                user: UserKey::try_from("auth0|5f7c".to_owned()).unwrap(),
-                scope: Scope::Session(SessionKey::try_from("s 1".to_owned()).unwrap()),
-            },
-            thread,
-            expires_at: Some("2026-11-22T09:00:00.25Z".parse().unwrap()),
-        };
+        let mut owner = an_owner();
         let expected = json!({
             "threadkeeper_tenant": "default", "threadkeeper_user": "auth0|5f7c", "threadkeeper_session": "s 1",
-            "threadkeeper_thread": thread.to_string(), "threadkeeper_expires_at": "2026-11-22T09:00:00Z",
+            "threadkeeper_thread": owner.thread.to_string(), "threadkeeper_expires_at": "2026-11-22T09:00:00Z",
         });
         assert_eq!(Value::Object(thread_tags(&owner)), expected);
 

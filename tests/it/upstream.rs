@@ -96,8 +96,15 @@ async fn turn_with(
 ) -> Result<Vec<Result<UpstreamEvent, UpstreamError>>, UpstreamError> {
     let input = [InputMessage { id: MessageId::new(), content }];
     let metadata = Metadata::default();
-    let request =
-        StartRun { run: RunId::new(), thread, history: &[], assistant, input: &input, metadata: &metadata };
+    let request = StartRun {
+        run: RunId::new(),
+        thread,
+        owner: &owner(),
+        history: &[],
+        assistant,
+        input: &input,
+        metadata: &metadata,
+    };
     Ok(upstream.start(request).await?.collect().await)
 }
 
@@ -322,6 +329,7 @@ async fn a_slow_reader_is_not_taken_for_a_silent_server() {
     let request = StartRun {
         run: RunId::new(),
         thread: Some(&thread),
+        owner: &owner(),
         history: &[],
         assistant: &assistant,
         input: &input,

@@ -1,5 +1,7 @@
 //! A message becomes a run on the right thread and a reply.
 
+use std::collections::BTreeMap;
+
 use reqwest::Method;
 use serde_json::{Value, json};
 
@@ -147,20 +149,25 @@ async fn runs_can_be_listed_and_read(scene: Scene) {
 }
 
 async fn ownership_is_written_upstream(scene: Scene) {
-    if scene.protocol == Protocol::Chain {
-        return; // there is no upstream object that could carry it
-    }
     let gateway = scene.gateway().await;
     let long = "é".repeat(128);
-    let answer = gateway.say(&format!("/v1/users/{long}/sessions/tab"), "hi").await;
-    let threads = scene.simulator.threads();
-    assert_eq!(threads.len(), 1);
-    let metadata = &threads[0].metadata;
+    // As many pairs of its own as a caller may add: with ours the upstream's limit is reached, not passed.
+    let pairs: serde_json::Map<_, _> = (0..10).map(|n| (n.to_string(), json!("x".repeat(512)))).collect();
+    let path = format!("/v1/users/{long}/sessions/tab");
+    let answer =
+        gateway.post(&format!("{path}/messages"), &json!({"content": "hi", "metadata": pairs})).await.ok();
+    let metadata: BTreeMap<String, String> = if scene.protocol == Protocol::Chain {
+        // A chain has no object of its own upstream; its responses carry it.
+        serde_json::from_value(scene.simulator.recorded().pop().unwrap().body["metadata"].clone()).unwrap()
+    } else {
+        let thread = scene.simulator.threads().remove(0);
+        assert_eq!(thread.id, answer["thread"]["upstream_thread_id"].as_str().unwrap());
+        thread.metadata
+    };
     assert_eq!(metadata["threadkeeper_user"], long);
     assert_eq!(metadata["threadkeeper_session"], "tab");
     assert_eq!(metadata["threadkeeper_thread"], answer["thread"]["id"].as_str().unwrap());
     assert!(metadata.contains_key("threadkeeper_expires_at"));
-    assert_eq!(threads[0].id, answer["thread"]["upstream_thread_id"].as_str().unwrap());
 }
 
 async fn content_parts_reach_the_upstream(scene: Scene) {

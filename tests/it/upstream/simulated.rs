@@ -197,6 +197,7 @@ async fn input_of_every_form_is_accepted() {
         let request = StartRun {
             run: RunId::new(),
             thread: Some(&thread),
+            owner: &owner(),
             history: &[],
             assistant: &assistant,
             input: &input,
@@ -308,6 +309,7 @@ async fn an_abandoned_run_is_settled_whether_or_not_its_id_is_known() {
             let request = StartRun {
                 run,
                 thread: Some(&thread),
+                owner: &owner(),
                 history: &[],
                 assistant: &assistant,
                 input: &input,
