@@ -67,7 +67,7 @@ impl App {
             draining: draining.clone(),
             stop: stop.clone(),
         });
-        runs.register(&address.to_string(), config.replica.session_ttl)
+        runs.renew(&address.to_string(), config.replica.session_ttl)
             .await
             .context("cannot register this replica in the store")?;
         let state = AppState { runs: runs.clone(), server: Arc::new(config.server.clone()) };
@@ -111,12 +111,19 @@ impl App {
             tracing::error!(runs = self.tasks.len(), "some runs could not record their end");
         }
         server_stop.soft.cancel();
-        if ended.is_none() && timeout(LAST_WORDS, &mut server).await.is_err() {
+        let was_running = ended.is_none();
+        let closed = timeout(LAST_WORDS, async {
+            if was_running {
+                drop(server.await);
+            }
+            drop(session.await);
+            self.runs.retire().await;
+            self.store.close().await;
+        });
+        if closed.await.is_err() {
+            tracing::warn!("some connections could not be closed in time");
             server_stop.hard.cancel();
         }
-        session.await?;
-        self.runs.retire().await;
-        self.store.close().await;
         match ended {
             None => Ok(()),
             Some(ended) => bail!("the server ended by itself: {ended:?}"),

@@ -51,7 +51,7 @@ pub struct ServerConfig {
     /// it longer than the load balancer's idle time.
     #[serde(with = "humantime_serde")]
     pub header_read_timeout: Duration,
-    /// Longest silence while a request's body arrives.
+    /// Time for a request's body to arrive.
     #[serde(with = "humantime_serde")]
     pub body_read_timeout: Duration,
     /// Longest time that a caller may leave an answer's bytes unread.
@@ -64,7 +64,8 @@ pub struct ServerConfig {
     /// Comment interval of an idle event stream.
     #[serde(with = "humantime_serde")]
     pub keep_alive: Duration,
-    /// Time for running turns to end after SIGTERM.
+    /// Time for running turns to end after SIGTERM. What then still runs is ended, which takes up to 8 s more: give
+    /// the orchestrator's own grace time (often 30 s) room for both.
     #[serde(with = "humantime_serde")]
     pub shutdown_grace: Duration,
 }
@@ -186,7 +187,7 @@ impl Default for ServerConfig {
             max_body_bytes: 1024 * 1024,
             max_header_bytes: 32 * 1024,
             keep_alive: Duration::from_secs(15),
-            shutdown_grace: Duration::from_secs(25),
+            shutdown_grace: Duration::from_secs(20),
         }
     }
 }

@@ -12,7 +12,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use rand::RngExt;
-use tokio::sync::oneshot;
+use tokio::sync::{Mutex, oneshot};
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tracing::Instrument;
@@ -28,6 +29,7 @@ use crate::store::{Admission, InputMessage, Store};
 use crate::upstream::Upstream;
 
 pub use feed::{Feed, Outcome, RunEvent};
+use replica::Standing;
 
 /// Threads and runs of this replica. Clones share everything.
 #[derive(Clone)]
@@ -58,6 +60,10 @@ pub struct RunsParts {
 struct Parts {
     given: RunsParts,
     locks: LockMap<ConversationKey>,
+    standing: Standing,
+    /// When the store was last seen to be in order. Locked while somebody looks, so that a flood of questions
+    /// becomes one.
+    seen_ready: Mutex<Option<Instant>>,
 }
 
 /// A user's message that asks for a run.
@@ -83,7 +89,8 @@ pub struct Submitted {
 impl Runs {
     pub fn new(parts: RunsParts) -> Self {
         let locks = LockMap::new(parts.runs.max_queue);
-        Self { parts: Arc::new(Parts { given: parts, locks }) }
+        let parts = Parts { given: parts, locks, standing: Standing::new(), seen_ready: Mutex::default() };
+        Self { parts: Arc::new(parts) }
     }
 
     /// Admits a message: its run is durable, started or waiting, when this returns. The run goes on whatever
@@ -94,6 +101,9 @@ impl Runs {
         let _token = parts.tasks.token();
         if parts.draining.is_cancelled() {
             return Err(Error::Draining);
+        }
+        if self.parts.standing.has_lapsed() {
+            return Err(Error::StoreUnavailable(None));
         }
         let name = new.assistant.unwrap_or_else(|| parts.default_assistant.clone());
         let Some(assistant) = parts.assistants.get(&name) else {
@@ -136,7 +146,8 @@ impl Runs {
         };
         // From here on the work belongs to a task: a caller that leaves must not leave a recorded run undone.
         let (answer, answered) = oneshot::channel();
-        parts.tasks.spawn(turn::conduct(self.clone(), place, admission, answer).in_current_span());
+        let working = self.parts.standing.works_on(admission.run_id);
+        parts.tasks.spawn(turn::conduct(self.clone(), working, place, admission, answer).in_current_span());
         answered.await.unwrap_or(Err(Error::Internal(None)))
     }
 
@@ -164,12 +175,21 @@ impl Runs {
         self.store().run(key, id).await?.ok_or(Error::NotFound("this conversation has no such run"))
     }
 
-    /// This replica takes new runs and its store is in order.
+    /// This replica takes new runs, and its store is in order, or was a second ago.
     pub async fn ready(&self) -> Result<(), Error> {
         if self.parts.given.draining.is_cancelled() {
             return Err(Error::Draining);
         }
-        Ok(self.store().ready().await?)
+        if self.parts.standing.has_lapsed() {
+            return Err(Error::StoreUnavailable(None));
+        }
+        let mut seen = self.parts.seen_ready.lock().await;
+        if seen.is_none_or(|seen| seen.elapsed() > READY_FOR) {
+            *seen = None;
+            self.store().ready().await?;
+            *seen = Some(Instant::now());
+        }
+        Ok(())
     }
 
     fn store(&self) -> &dyn Store {
@@ -188,6 +208,9 @@ impl fmt::Debug for RunsParts {
         f.debug_struct("RunsParts").field("replica", &self.replica).finish_non_exhaustive()
     }
 }
+
+/// How long the store counts as in order once it was seen to be.
+const READY_FOR: Duration = Duration::from_secs(1);
 
 const NO_THREAD: Error = Error::NotFound("this key has no conversation yet; post a message to start one");
 

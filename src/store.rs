@@ -5,6 +5,7 @@
 
 mod backend;
 mod errors;
+mod pool;
 mod postgres;
 mod read;
 mod rows;
@@ -97,8 +98,17 @@ pub trait Store: Send + Sync + std::fmt::Debug {
     /// Says that this replica is gone: what it still owns can be adopted at once.
     async fn retire_replica(&self, id: ReplicaId) -> Result<(), StoreError>;
 
-    /// Takes over up to `limit` unfinished runs whose owner is not alive, oldest first, each with a higher fence.
-    async fn adopt_orphans(&self, id: ReplicaId, limit: u32) -> Result<Vec<Orphan>, StoreError>;
+    /// Takes over up to `limit` unfinished runs that nobody works on, oldest first, each with a higher fence: those
+    /// whose owner is not alive, and strays that are the caller's own but not among those it is `working` on.
+    ///
+    /// A stray is what a lost answer leaves behind. One that was taken over before is one at once; a young one of
+    /// the first fence may be an admission under way, and is left alone for a minute.
+    async fn adopt_orphans(
+        &self,
+        id: ReplicaId,
+        working: &[RunId],
+        limit: u32,
+    ) -> Result<Vec<Orphan>, StoreError>;
 
     /// Closes the connections; later calls fail.
     async fn close(&self);
@@ -227,10 +237,11 @@ pub struct Finished {
     pub message: Option<Message>,
 }
 
-/// An unfinished run that was taken over from a replica that is gone.
+/// An unfinished run that was taken over.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Orphan {
     pub lease: RunLease,
+    pub previous_owner: Option<ReplicaId>,
     pub thread: Thread,
     /// Queued: never sent to the upstream. Otherwise: may have been.
     pub run: Run,

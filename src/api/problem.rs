@@ -82,7 +82,8 @@ fn log(error: &Error) {
         Error::StoreUnavailable(_) => {
             tracing::warn!(error = error as &dyn std::error::Error, "the request failed");
         }
-        _ => tracing::debug!(error = error as &dyn std::error::Error, "the request was refused"),
+        // Only the name: the text may quote the request.
+        _ => tracing::debug!(problem = Problem::from(error).name, "the request was refused"),
     }
 }
 
@@ -151,7 +152,9 @@ const UPSTREAM_TIMEOUT: Kind = ("upstream-timeout", "Upstream timeout", StatusCo
 
 fn of_run(code: Option<RunErrorCode>) -> Kind {
     match code {
-        Some(RunErrorCode::DeadlineExceeded | RunErrorCode::UpstreamBusy) => UPSTREAM_TIMEOUT,
+        Some(RunErrorCode::DeadlineExceeded | RunErrorCode::UpstreamBusy | RunErrorCode::UpstreamTimeout) => {
+            UPSTREAM_TIMEOUT
+        }
         Some(RunErrorCode::GatewayStopped) => DRAINING,
         Some(RunErrorCode::ReplicaLost) => REPLICA_LOST,
         Some(RunErrorCode::ToolCallsNotSupported) => NOT_SUPPORTED,

@@ -97,6 +97,8 @@ text_enum!(
         UpstreamFailed = "upstream_failed",
         /// The connection to the upstream broke in the middle of the reply.
         StreamBroken = "stream_broken",
+        /// The upstream was silent for too long.
+        UpstreamTimeout = "upstream_timeout",
         /// The upstream thread is gone.
         UpstreamThreadGone = "upstream_thread_gone",
         /// The thread stayed locked at the upstream by something that is not ours until the deadline.

@@ -1,16 +1,17 @@
 //! The upstream side of a turn: the thread, the call, the stream.
 
-use futures_util::StreamExt;
 use std::time::Duration;
 
+use futures_util::StreamExt;
 use tokio::time::sleep;
 
 use super::end::Failure;
 use super::feed::FeedWriter;
 use super::{RunEvent, Runs, jittered};
+use crate::config::AssistantConfig;
 use crate::domain::{ContentPart, Message, Thread, UpstreamRunId, UpstreamThreadId};
-use crate::store::Turn;
-use crate::upstream::{Ended, Ownership, StartRun, Upstream, UpstreamError, UpstreamEvent};
+use crate::store::{StoreError, Turn};
+use crate::upstream::{Ended, EventStream, Ownership, StartRun, Upstream, UpstreamError, UpstreamEvent};
 
 /// What each streamed piece of a reply counts at least towards the limit on replies, bytes: the log of a run keeps
 /// the pieces apart.
@@ -30,16 +31,16 @@ pub(super) struct Progress {
 }
 
 /// Sends the input and relays the reply until the upstream says how the run ended. May be dropped at any await: what
-/// is known by then is in `progress`.
+/// is known by then is in `progress`. The stream comes back to be [drained](drain).
 pub(super) async fn drive(
     runs: &Runs,
     upstream: &dyn Upstream,
+    assistant: &AssistantConfig,
     turn: &Turn,
     progress: &mut Progress,
     feed: &FeedWriter,
-) -> Result<Ended, Failure> {
+) -> Result<(Ended, EventStream), Failure> {
     let parts = &runs.parts.given;
-    let assistant = parts.assistants.get(&turn.run.assistant).ok_or(Failure::NotConfigured)?;
     progress.thread.clone_from(&turn.thread.upstream_thread_id);
     let Thread { id, key, expires_at, .. } = &turn.thread;
     let owner = Ownership { key: key.clone(), thread: *id, expires_at: *expires_at };
@@ -99,9 +100,7 @@ pub(super) async fn drive(
                 if size > parts.runs.max_reply_bytes {
                     return Err(Failure::ReplyTooLarge);
                 }
-                // Lets the connection be used again; the stream bounds it.
-                events.for_each(|_| std::future::ready(())).await;
-                return Ok(*ended);
+                return Ok((*ended, events));
             }
         }
     }
@@ -120,12 +119,11 @@ async fn create_thread(
 ) -> Result<(), Failure> {
     progress.thread = upstream.create_thread(owner, history).await.map_err(Failure::Upstream)?;
     let Some(id) = &progress.thread else { return Ok(()) };
-    match runs.parts.given.store.bind_upstream_thread(&turn.lease, id).await {
-        Ok(true) => Ok(()),
-        Ok(false) => Err(Failure::LeaseLost),
-        Err(error) => {
-            tracing::error!(error = &error as &dyn std::error::Error, upstream.thread = %id, "cannot record an upstream thread");
-            Err(Failure::Store)
+    loop {
+        match runs.parts.given.store.bind_upstream_thread(&turn.lease, id).await {
+            Ok(true) => return Ok(()),
+            Ok(false) => return Err(Failure::LeaseLost),
+            Err(error) => wait_out(error).await?,
         }
     }
 }
@@ -135,18 +133,30 @@ async fn history_before(runs: &Runs, turn: &Turn) -> Result<Vec<Message>, Failur
     let mut history: Vec<Message> = Vec::new();
     loop {
         let after = history.last().map_or(0, |message| message.position);
-        let page = runs.parts.given.store.transcript(turn.thread.id, after, HISTORY_PAGE).await.map_err(
-            |error| {
-                tracing::error!(error = &error as &dyn std::error::Error, "cannot read the transcript");
-                Failure::Store
-            },
-        )?;
-        let is_last = page.len() < HISTORY_PAGE as usize;
-        history.extend(page);
-        if is_last {
-            history.retain(|message| message.run_id != Some(turn.run.id));
-            return Ok(history);
+        match runs.parts.given.store.transcript(turn.thread.id, after, HISTORY_PAGE).await {
+            Ok(page) if page.is_empty() => break,
+            Ok(page) => history.extend(page),
+            Err(error) => wait_out(error).await?,
         }
+    }
+    history.retain(|message| message.run_id != Some(turn.run.id));
+    Ok(history)
+}
+
+/// Pauses before another try, if there is a point in one. The run's deadline bounds the tries.
+async fn wait_out(error: StoreError) -> Result<(), Failure> {
+    tracing::error!(error = &error as &dyn std::error::Error, "the store failed in the middle of a turn");
+    if !matches!(error, StoreError::Unavailable(_)) {
+        return Err(Failure::Store);
+    }
+    sleep(jittered(Duration::from_millis(500))).await;
+    Ok(())
+}
+
+/// Reads what is left of an answer, so that its connection can be used again. The stream itself bounds that.
+pub(super) async fn drain(rest: Option<EventStream>) {
+    if let Some(rest) = rest {
+        rest.for_each(|_| std::future::ready(())).await;
     }
 }
 

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use futures_util::FutureExt;
-use tokio::time::{sleep, timeout};
+use tokio::time::sleep;
 
 use super::feed::FeedWriter;
 use super::{Outcome, RunEvent, Runs, jittered};
@@ -18,28 +18,46 @@ use crate::upstream::{Ended, Leftover, Upstream, UpstreamError};
 
 /// How long to try to end what a run left upstream once the process is told to stop.
 const LAST_SETTLE_TIMEOUT: Duration = Duration::from_secs(2);
+/// How often the database may refuse an end before a simpler one is tried.
+const MAX_REFUSALS: u32 = 3;
 
 /// Ends what the run left upstream, within a bound; what cannot be ended is logged.
 pub(super) async fn settle(runs: &Runs, upstream: &dyn Upstream, leftover: &Leftover) {
     let parts = &runs.parts.given;
-    let whole = parts.runs.settle_timeout;
-    let limit = if parts.stop.is_cancelled() { whole.min(LAST_SETTLE_TIMEOUT) } else { whole };
+    let limit = async {
+        let last_moment = async {
+            parts.stop.cancelled().await;
+            sleep(LAST_SETTLE_TIMEOUT).await;
+        };
+        tokio::select! {
+            () = sleep(parts.runs.settle_timeout) => {}
+            () = last_moment => {}
+        }
+    };
     // A panic in here must not keep the run from ending.
     let settled = AssertUnwindSafe(upstream.settle(leftover)).catch_unwind();
-    match timeout(limit, settled).await {
-        Ok(Ok(Ok(()))) => {}
-        Ok(Err(_)) => tracing::error!("ending what the run left upstream panicked"),
-        Ok(Ok(Err(error))) => {
-            tracing::warn!(
-                error = &error as &dyn std::error::Error,
-                "what the run left upstream could not be ended"
-            );
-        }
-        Err(_) => tracing::warn!("what the run left upstream could not be ended in time"),
+    tokio::select! {
+        settled = settled => match settled {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => {
+                tracing::warn!(error = &error as &dyn std::error::Error, "what the run left upstream could not be ended");
+            }
+            Err(_) => tracing::error!("ending what the run left upstream panicked"),
+        },
+        () = limit => tracing::warn!("what the run left upstream could not be ended in time"),
     }
 }
 
-/// Commits the end, then announces it.
+/// What became of the attempt to commit an end.
+pub(super) enum Closed {
+    Finished(Box<Finished>),
+    /// The run is not ours to end.
+    LeaseLost,
+    /// The process is told to stop while the database is away.
+    Stopped,
+}
+
+/// Commits the end. Nothing is announced yet.
 pub(super) async fn finish(
     runs: &Runs,
     lease: &RunLease,
@@ -47,67 +65,70 @@ pub(super) async fn finish(
     thread: &Thread,
     run: &Run,
     retry_after: Option<Duration>,
-    feed: &FeedWriter,
-) {
-    let Some(finished) = finish_in_store(runs, lease, end).await else {
-        lease_lost(runs, thread, run, feed).await;
-        return;
-    };
-    let Finished { thread, activity, run, message } = finished;
-    announce(feed, Outcome { thread, activity, run, message, retry_after });
-}
-
-/// Commits the end of a run, for as long as it takes: a run that has ended upstream must not stay open here. An end
-/// that the database does not take is replaced by a bare failure. `None` if the run is not ours to end, or if the
-/// process is told to stop while the database is away.
-pub(super) async fn finish_in_store(runs: &Runs, lease: &RunLease, mut end: RunEnd) -> Option<Finished> {
-    let parts = &runs.parts.given;
-    let mut pause = Duration::from_millis(50);
-    loop {
-        match parts.store.finish(lease, &end).await {
-            Ok(finished) => return finished,
-            Err(error) => {
-                tracing::error!(
-                    error = &error as &dyn std::error::Error,
-                    "cannot record the end of a run yet"
-                );
-                if parts.stop.is_cancelled() {
-                    return None;
-                }
-                if !matches!(error, StoreError::Unavailable(_)) {
-                    end = failed_end(RunStatus::Failed, internal());
-                }
-                sleep(jittered(pause)).await;
-                pause = (pause * 2).min(Duration::from_secs(2));
-            }
+) -> Outcome {
+    match finish_in_store(runs, lease, end).await {
+        Closed::Finished(finished) => {
+            let Finished { thread, activity, run, message } = *finished;
+            Outcome { thread, activity, run, message, retry_after }
         }
+        Closed::LeaseLost => lease_lost(runs, thread, run).await,
+        Closed::Stopped => uncommitted(thread, run, stopped()),
     }
 }
 
-/// Announces the end of a run that somebody else writes about now: as it is recorded, or, if it has not ended yet,
-/// as a failure to follow it. The latter alone among all events is not committed.
-pub(super) async fn lease_lost(runs: &Runs, thread: &Thread, run: &Run, feed: &FeedWriter) {
-    tracing::error!("the lease of a run was lost");
-    let store = &runs.parts.given.store;
-    let activity = match store.thread(&thread.key).await {
-        Ok(Some((_, activity))) => activity,
-        _ => ThreadActivity { state: ThreadState::Active, queue_depth: 0 },
-    };
-    let (run, message) = match store.run(&thread.key, run.id).await {
-        Ok(Some((run, message))) if run.status.is_final() => (run, message),
-        _ => {
-            let error = RunError {
-                code: RunErrorCode::ReplicaLost,
-                message: "another gateway process took the run over; ask for the run to learn how it ends"
-                    .to_owned(),
-            };
-            (Run { status: RunStatus::Failed, error: Some(error), ..run.clone() }, None)
+/// Commits the end of a run, for as long as it takes: a run that has ended upstream must not stay open here. An end
+/// that the database refuses time and again is replaced by a bare failure.
+pub(super) async fn finish_in_store(runs: &Runs, lease: &RunLease, mut end: RunEnd) -> Closed {
+    let parts = &runs.parts.given;
+    let mut pause = Duration::from_millis(50);
+    let mut refusals = 0;
+    loop {
+        let error = match parts.store.finish(lease, &end).await {
+            Ok(Some(finished)) => return Closed::Finished(Box::new(finished)),
+            Ok(None) => return Closed::LeaseLost,
+            Err(error) => error,
+        };
+        tracing::error!(error = &error as &dyn std::error::Error, "cannot record the end of a run yet");
+        if parts.stop.is_cancelled() {
+            return Closed::Stopped;
         }
-    };
-    announce(feed, Outcome { thread: thread.clone(), activity, run, message, retry_after: None });
+        refusals += u32::from(!matches!(error, StoreError::Unavailable(_)));
+        if refusals == MAX_REFUSALS {
+            end = failed_end(RunStatus::Failed, internal());
+        }
+        sleep(jittered(pause)).await;
+        pause = (pause * 2).min(Duration::from_secs(2));
+    }
 }
 
-fn announce(feed: &FeedWriter, outcome: Outcome) {
+/// The outcome of a run that somebody else writes about now: as it is recorded, or, if it has not ended yet, as a
+/// failure to follow it.
+pub(super) async fn lease_lost(runs: &Runs, thread: &Thread, run: &Run) -> Outcome {
+    tracing::error!("the lease of a run was lost");
+    let error = RunError {
+        code: RunErrorCode::ReplicaLost,
+        message: "another gateway process took the run over; ask for the run to learn how it ends".to_owned(),
+    };
+    let as_far_as_known = uncommitted(thread, run, error);
+    match runs.parts.given.store.run(&thread.key, run.id).await {
+        Ok(Some((run, message))) if run.status.is_final() => Outcome { run, message, ..as_far_as_known },
+        _ => as_far_as_known,
+    }
+}
+
+/// An end that could not be committed.
+fn uncommitted(thread: &Thread, run: &Run, error: RunError) -> Outcome {
+    Outcome {
+        thread: thread.clone(),
+        activity: ThreadActivity { state: ThreadState::Active, queue_depth: 0 },
+        run: Run { status: RunStatus::Failed, error: Some(error), ..run.clone() },
+        message: None,
+        retry_after: None,
+    }
+}
+
+/// Tells the readers of the log how the run ended.
+pub(super) fn announce(feed: &FeedWriter, outcome: Outcome) {
     if let Some(message) = &outcome.message {
         feed.push(RunEvent::MessageCompleted(Arc::new(message.clone())));
     }
@@ -232,7 +253,8 @@ impl Failure {
                 let code = match error {
                     UpstreamError::ThreadGone => RunErrorCode::UpstreamThreadGone,
                     UpstreamError::Busy { .. } => RunErrorCode::UpstreamBusy,
-                    UpstreamError::Broken { .. } => RunErrorCode::StreamBroken,
+                    UpstreamError::Broken { timeout: true } => RunErrorCode::UpstreamTimeout,
+                    UpstreamError::Broken { timeout: false } => RunErrorCode::StreamBroken,
                     _ => RunErrorCode::UpstreamError,
                 };
                 (code, error.to_string())

@@ -1,45 +1,107 @@
-//! This process among its peers: it keeps its session alive and takes over what dead replicas left unfinished.
+//! This process among its peers: it keeps its session alive and takes over what nobody works on.
 
+use std::collections::HashSet;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use tokio::time::{MissedTickBehavior, interval};
+use tokio::time::{Instant, MissedTickBehavior, interval, timeout};
 use tracing::Instrument;
 
 use super::{Runs, turn};
-use crate::domain::RunStatus;
+use crate::domain::{RunId, RunStatus};
 use crate::store::{Orphan, StoreError};
 
 /// Orphans taken at a time.
 const ADOPT_BATCH: u32 = 64;
+/// Longest time for the last word to the store.
+const RETIRE_TIMEOUT: Duration = Duration::from_secs(2);
 
-impl Runs {
-    /// Registers this replica. Must have succeeded before the first run is submitted.
-    pub async fn register(&self, address: &str, session_ttl: Duration) -> Result<(), StoreError> {
-        let parts = &self.parts.given;
-        parts.store.renew_replica(parts.replica, address, session_ttl).await
+/// What this process knows of its own standing.
+#[derive(Debug)]
+pub(super) struct Standing {
+    /// Runs that a task of this process works on, from before they are recorded until their end is.
+    working: Arc<Mutex<HashSet<RunId>>>,
+    /// Until when the session is surely good, by this process's own clock.
+    good_until: Mutex<Instant>,
+}
+
+/// Says, while it lives, that this process works on a run.
+#[derive(Debug)]
+pub(super) struct Working {
+    run: RunId,
+    working: Arc<Mutex<HashSet<RunId>>>,
+}
+
+impl Standing {
+    pub(super) fn new() -> Self {
+        Self { working: Arc::default(), good_until: Mutex::new(Instant::now()) }
     }
 
-    /// Renews the session three times in its life and looks for orphans as often, until the stop; then gives
-    /// the session up.
-    pub async fn keep_session(self, address: String, session_ttl: Duration) {
+    pub(super) fn works_on(&self, run: RunId) -> Working {
+        lock(&self.working).insert(run);
+        Working { run, working: Arc::clone(&self.working) }
+    }
+
+    /// Others may take this process for dead.
+    pub(super) fn has_lapsed(&self) -> bool {
+        Instant::now() >= *lock(&self.good_until)
+    }
+}
+
+impl Drop for Working {
+    fn drop(&mut self) {
+        lock(&self.working).remove(&self.run);
+    }
+}
+
+impl Runs {
+    /// Says that this replica is alive for another `ttl`; the first call registers it and must have succeeded
+    /// before the first run is submitted.
+    ///
+    /// # Errors
+    /// The store failed, or did not answer within a third of `ttl`.
+    pub async fn renew(&self, address: &str, ttl: Duration) -> Result<(), StoreError> {
+        let begun = Instant::now();
         let parts = &self.parts.given;
-        let mut ticks = interval(session_ttl / 3);
+        let renewed = timeout(ttl / 3, parts.store.renew_replica(parts.replica, address, ttl)).await;
+        renewed.unwrap_or_else(|_| Err(StoreError::Unavailable("no answer in time".into())))?;
+        *lock(&self.parts.standing.good_until) = begun + ttl;
+        Ok(())
+    }
+
+    /// Renews the session three times in its life and looks for orphans as often, until the stop.
+    ///
+    /// After a renewal that came too late, orphans are left alone for one session's time: if the store was away,
+    /// the others could not renew either, and are not dead.
+    pub async fn keep_session(self, address: String, ttl: Duration) {
+        let parts = &self.parts.given;
+        let mut ticks = interval(ttl / 3);
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut adopt_from = Instant::now();
         loop {
             tokio::select! {
                 biased;
-                () = parts.stop.cancelled() => break,
+                () = parts.stop.cancelled() => return,
                 _ = ticks.tick() => {}
             }
-            if let Err(error) = self.register(&address, session_ttl).await {
+            let lapsed = self.parts.standing.has_lapsed();
+            if let Err(error) = self.renew(&address, ttl).await {
                 tracing::error!(
                     error = &error as &dyn std::error::Error,
                     "cannot renew this replica's session"
                 );
                 continue;
             }
-            if !parts.draining.is_cancelled() {
-                self.adopt().await;
+            if lapsed {
+                tracing::warn!(
+                    "this replica's session was renewed late; others may have taken over its runs"
+                );
+                adopt_from = Instant::now() + ttl;
+            }
+            while Instant::now() >= adopt_from && !parts.draining.is_cancelled() && self.adopt().await {
+                if self.renew(&address, ttl).await.is_err() {
+                    break;
+                }
             }
         }
     }
@@ -47,40 +109,50 @@ impl Runs {
     /// Gives the session up: whatever this replica still owns can be adopted at once.
     pub async fn retire(&self) {
         let parts = &self.parts.given;
-        if let Err(error) = parts.store.retire_replica(parts.replica).await {
-            tracing::warn!(error = &error as &dyn std::error::Error, "cannot give up this replica's session");
+        match timeout(RETIRE_TIMEOUT, parts.store.retire_replica(parts.replica)).await {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => {
+                tracing::warn!(
+                    error = &error as &dyn std::error::Error,
+                    "cannot give up this replica's session"
+                );
+            }
+            Err(_) => tracing::warn!("cannot give up this replica's session in time"),
         }
     }
 
-    /// Takes over the runs of dead replicas: those that waited wait on here, those at work are ended.
-    async fn adopt(&self) {
+    /// Takes over runs that nobody works on: those that waited wait on here, those at work are ended. `true` if
+    /// there may be more.
+    async fn adopt(&self) -> bool {
         let parts = &self.parts.given;
-        loop {
-            let orphans = match parts.store.adopt_orphans(parts.replica, ADOPT_BATCH).await {
-                Ok(orphans) => orphans,
-                Err(error) => {
-                    tracing::error!(
-                        error = &error as &dyn std::error::Error,
-                        "cannot look for orphaned runs"
-                    );
-                    return;
-                }
-            };
-            let is_last = orphans.len() < ADOPT_BATCH as usize;
-            for Orphan { lease, thread, run } in orphans {
-                let span = tracing::info_span!("run", run.id = %run.id, key = %thread.key.fingerprint());
-                span.in_scope(
-                    || tracing::warn!(status = %run.status, "took over a run whose replica is gone"),
-                );
-                if run.status == RunStatus::Queued {
-                    parts.tasks.spawn(turn::resume_queued(self.clone(), lease, thread, run).instrument(span));
-                } else {
-                    parts.tasks.spawn(turn::bury(self.clone(), lease, thread, run).instrument(span));
-                }
+        let working: Vec<RunId> = lock(&self.parts.standing.working).iter().copied().collect();
+        let orphans = match parts.store.adopt_orphans(parts.replica, &working, ADOPT_BATCH).await {
+            Ok(orphans) => orphans,
+            Err(error) => {
+                tracing::error!(error = &error as &dyn std::error::Error, "cannot look for orphaned runs");
+                return false;
             }
-            if is_last {
-                return;
+        };
+        let may_be_more = orphans.len() == ADOPT_BATCH as usize;
+        for Orphan { lease, previous_owner, thread, run } in orphans {
+            let working = self.parts.standing.works_on(run.id);
+            let span = tracing::info_span!("run", run.id = %run.id, key = %thread.key.fingerprint());
+            span.in_scope(|| tracing::warn!(status = %run.status, "took over a run that nobody worked on"));
+            // Its admission failed as far as its sender knows, so it must not run.
+            let was_refused = previous_owner == Some(parts.replica) && lease.fence == 2;
+            if run.status == RunStatus::Queued && !was_refused {
+                parts
+                    .tasks
+                    .spawn(turn::resume_queued(self.clone(), working, lease, thread, run).instrument(span));
+            } else {
+                parts.tasks.spawn(turn::bury(self.clone(), working, lease, thread, run).instrument(span));
             }
         }
+        may_be_more
     }
+}
+
+/// Nothing in here panics half-way through a change.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

@@ -9,13 +9,16 @@ mod read;
 mod replicas;
 mod turn;
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use async_trait::async_trait;
 use sqlx::migrate::Migrator;
-use sqlx::{Connection, Executor, PgPool};
+use sqlx::postgres::PgConnectOptions;
+use sqlx::{ConnectOptions, Connection, Executor, PgConnection};
 
 use super::errors::check_version;
+use super::pool::{Pool, on};
 use super::{Admission, Admitted, Claim, Finished, Orphan, RunEnd, RunLease, Store, StoreError};
 use crate::config::StoreConfig;
 use crate::domain::{
@@ -25,13 +28,17 @@ use crate::domain::{
 
 static MIGRATOR: Migrator = sqlx::migrate!("migrations/postgres");
 
+/// Longest time for one step, once it has a connection: somewhat more than the server gives a statement.
+const CALL_TIMEOUT: Duration = Duration::from_secs(12);
+
 /// The store in a Postgres database.
 #[derive(Clone, Debug)]
 pub struct PostgresStore {
     /// Admissions and reads.
-    general: PgPool,
+    general: Arc<Pool<PgConnection>>,
     /// What ends runs, starts waiting ones and keeps sessions alive: a flood of the rest cannot starve it.
-    vital: PgPool,
+    vital: Arc<Pool<PgConnection>>,
+    options: PgConnectOptions,
 }
 
 impl PostgresStore {
@@ -48,8 +55,9 @@ impl PostgresStore {
         let vital = (config.max_connections / 4).clamp(1, 8);
         let general = config.max_connections.saturating_sub(vital).max(1);
         Ok(Self {
-            general: connect::pool(&options, general, config.acquire_timeout),
-            vital: connect::pool(&options, vital, config.acquire_timeout),
+            general: Arc::new(Pool::new(options.clone(), general, config.acquire_timeout, CALL_TIMEOUT)?),
+            vital: Arc::new(Pool::new(options.clone(), vital, config.acquire_timeout, CALL_TIMEOUT)?),
+            options,
         })
     }
 
@@ -59,7 +67,7 @@ impl PostgresStore {
     /// [`StoreError::Schema`] if the database is newer than this program.
     pub async fn migrate(&self) -> Result<(), StoreError> {
         // A connection of its own: a migration may take longer than our statements are allowed to.
-        let mut connection = self.vital.acquire().await?.detach();
+        let mut connection = self.options.connect().await?;
         connection.execute("SET statement_timeout = 0").await?;
         MIGRATOR.run(&mut connection).await?;
         Ok(connection.close().await?)
@@ -70,15 +78,15 @@ impl PostgresStore {
 impl Store for PostgresStore {
     async fn ready(&self) -> Result<(), StoreError> {
         let known = MIGRATOR.iter().map(|migration| migration.version).max().unwrap_or(0);
-        check_version(read::schema_version(&self.vital).await?, known)
+        check_version(on!(self.vital, c => read::schema_version(c))?, known)
     }
 
     async fn admit(&self, admission: &Admission) -> Result<Admitted, StoreError> {
-        admit::admit(&self.general, admission).await
+        on!(self.general, c => admit::admit(c, admission))
     }
 
     async fn claim(&self, lease: &RunLease) -> Result<Claim, StoreError> {
-        turn::claim(&self.vital, lease).await
+        on!(self.vital, c => turn::claim(c, lease))
     }
 
     async fn bind_upstream_thread(
@@ -86,15 +94,15 @@ impl Store for PostgresStore {
         lease: &RunLease,
         id: &UpstreamThreadId,
     ) -> Result<bool, StoreError> {
-        turn::bind_upstream_thread(&self.vital, lease, id).await
+        on!(self.vital, c => turn::bind_upstream_thread(c, lease, id))
     }
 
     async fn finish(&self, lease: &RunLease, end: &RunEnd) -> Result<Option<Finished>, StoreError> {
-        turn::finish(&self.vital, lease, end).await
+        on!(self.vital, c => turn::finish(c, lease, end))
     }
 
     async fn thread(&self, key: &ConversationKey) -> Result<Option<(Thread, ThreadActivity)>, StoreError> {
-        read::thread(&self.general, key).await
+        on!(self.general, c => read::thread(c, key))
     }
 
     async fn messages(
@@ -102,11 +110,11 @@ impl Store for PostgresStore {
         key: &ConversationKey,
         page: &PageRequest<MessageId>,
     ) -> Result<Option<Page<Message>>, StoreError> {
-        read::messages(&self.general, key, page).await
+        on!(self.general, c => read::messages(c, key, page))
     }
 
     async fn transcript(&self, thread: ThreadId, after: i64, limit: u32) -> Result<Vec<Message>, StoreError> {
-        read::transcript(&self.general, thread, after, limit).await
+        on!(self.general, c => read::transcript(c, thread, after, limit))
     }
 
     async fn runs(
@@ -114,7 +122,7 @@ impl Store for PostgresStore {
         key: &ConversationKey,
         page: &PageRequest<RunId>,
     ) -> Result<Option<Page<Run>>, StoreError> {
-        read::runs(&self.general, key, page).await
+        on!(self.general, c => read::runs(c, key, page))
     }
 
     async fn run(
@@ -122,19 +130,24 @@ impl Store for PostgresStore {
         key: &ConversationKey,
         id: RunId,
     ) -> Result<Option<(Run, Option<Message>)>, StoreError> {
-        read::run(&self.general, key, id).await
+        on!(self.general, c => read::run(c, key, id))
     }
 
     async fn renew_replica(&self, id: ReplicaId, address: &str, ttl: Duration) -> Result<(), StoreError> {
-        replicas::renew(&self.vital, id, address, ttl).await
+        on!(self.vital, c => replicas::renew(c, id, address, ttl))
     }
 
     async fn retire_replica(&self, id: ReplicaId) -> Result<(), StoreError> {
-        replicas::retire(&self.vital, id).await
+        on!(self.vital, c => replicas::retire(c, id))
     }
 
-    async fn adopt_orphans(&self, id: ReplicaId, limit: u32) -> Result<Vec<Orphan>, StoreError> {
-        replicas::adopt_orphans(&self.vital, id, limit).await
+    async fn adopt_orphans(
+        &self,
+        id: ReplicaId,
+        working: &[RunId],
+        limit: u32,
+    ) -> Result<Vec<Orphan>, StoreError> {
+        on!(self.vital, c => replicas::adopt_orphans(c, id, working, limit))
     }
 
     async fn close(&self) {

@@ -16,7 +16,7 @@ macro_rules! reads {
 
         /// Implements [`Store::thread`](crate::store::Store::thread).
         pub(super) async fn thread(
-            pool: &sqlx::Pool<$database>,
+            connection: &mut <$database as sqlx::Database>::Connection,
             key: &ConversationKey,
         ) -> Result<Option<(Thread, ThreadActivity)>, StoreError> {
             let row: Option<ThreadWithActivity> = sqlx::query_as(concat!(
@@ -36,14 +36,14 @@ macro_rules! reads {
             .bind(key.user.as_str())
             .bind(key.scope.kind())
             .bind(key.scope.name())
-            .fetch_optional(pool)
+            .fetch_optional(&mut *connection)
             .await?;
             row.map(ThreadWithActivity::into_parts).transpose()
         }
 
         /// Implements [`Store::messages`](crate::store::Store::messages).
         pub(super) async fn messages(
-            pool: &sqlx::Pool<$database>,
+            connection: &mut <$database as sqlx::Database>::Connection,
             key: &ConversationKey,
             page: &PageRequest<MessageId>,
         ) -> Result<Option<Page<Message>>, StoreError> {
@@ -58,7 +58,7 @@ macro_rules! reads {
             .bind(key.scope.kind())
             .bind(key.scope.name())
             .bind(page.after.or(page.before).map(MessageId::uuid))
-            .fetch_optional(pool)
+            .fetch_optional(&mut *connection)
             .await?;
             let Some((thread, position)) = found else {
                 return Ok(None);
@@ -84,14 +84,14 @@ macro_rules! reads {
                 .bind(span.above)
                 .bind(span.below)
                 .bind(span.fetch)
-                .fetch_all(pool)
+                .fetch_all(&mut *connection)
                 .await?;
             span.page(rows).map(Some)
         }
 
         /// Implements [`Store::transcript`](crate::store::Store::transcript).
         pub(super) async fn transcript(
-            pool: &sqlx::Pool<$database>,
+            connection: &mut <$database as sqlx::Database>::Connection,
             thread: ThreadId,
             after: i64,
             limit: u32,
@@ -104,14 +104,14 @@ macro_rules! reads {
             .bind(thread.uuid())
             .bind(after)
             .bind(i64::from(limit))
-            .fetch_all(pool)
+            .fetch_all(&mut *connection)
             .await?;
             rows.into_iter().map(Message::try_from).collect()
         }
 
         /// Implements [`Store::runs`](crate::store::Store::runs).
         pub(super) async fn runs(
-            pool: &sqlx::Pool<$database>,
+            connection: &mut <$database as sqlx::Database>::Connection,
             key: &ConversationKey,
             page: &PageRequest<RunId>,
         ) -> Result<Option<Page<Run>>, StoreError> {
@@ -126,7 +126,7 @@ macro_rules! reads {
             .bind(key.scope.kind())
             .bind(key.scope.name())
             .bind(page.after.or(page.before).map(RunId::uuid))
-            .fetch_optional(pool)
+            .fetch_optional(&mut *connection)
             .await?;
             let Some((thread, seq)) = found else {
                 return Ok(None);
@@ -150,14 +150,14 @@ macro_rules! reads {
                 .bind(span.above)
                 .bind(span.below)
                 .bind(span.fetch)
-                .fetch_all(pool)
+                .fetch_all(&mut *connection)
                 .await?;
             span.page(rows).map(Some)
         }
 
         /// Implements [`Store::run`](crate::store::Store::run).
         pub(super) async fn run(
-            pool: &sqlx::Pool<$database>,
+            connection: &mut <$database as sqlx::Database>::Connection,
             key: &ConversationKey,
             id: RunId,
         ) -> Result<Option<(Run, Option<Message>)>, StoreError> {
@@ -177,7 +177,7 @@ macro_rules! reads {
             .bind(key.scope.kind())
             .bind(key.scope.name())
             .bind(id.uuid())
-            .fetch_optional(pool)
+            .fetch_optional(&mut *connection)
             .await?;
             row.map(RunWithReply::into_parts).transpose()
         }

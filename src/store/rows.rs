@@ -16,8 +16,8 @@ use uuid::Uuid;
 
 use super::{Finished, InputMessage, Orphan, RunLease, StoreError};
 use crate::domain::{
-    ContentPart, ConversationKey, Message, MessageId, Metadata, Page, PageRequest, RequiredAction, Run,
-    RunError, RunId, Scope, TenantKey, Thread, ThreadActivity, ThreadId, ThreadState, Timestamp,
+    ContentPart, ConversationKey, Message, MessageId, Metadata, Page, PageRequest, ReplicaId, RequiredAction,
+    Run, RunError, RunId, Scope, TenantKey, Thread, ThreadActivity, ThreadId, ThreadState, Timestamp,
     UpstreamRunId, UpstreamThreadId, Usage, UserKey,
 };
 
@@ -355,10 +355,11 @@ pub(super) struct ThreadAndRun {
 }
 
 /// A run that was taken over; its row tells the new fence.
-pub(super) fn orphan(row: ThreadAndRun) -> Result<Orphan, StoreError> {
+pub(super) fn orphan(row: ThreadAndRun, previous_owner: Option<Uuid>) -> Result<Orphan, StoreError> {
     let fence = row.run.r_fence;
     let (thread, run) = (Thread::try_from(row.thread)?, Run::try_from(row.run)?);
-    Ok(Orphan { lease: RunLease { run_id: run.id, fence }, thread, run })
+    let previous_owner = previous_owner.map(ReplicaId::from_uuid);
+    Ok(Orphan { lease: RunLease { run_id: run.id, fence }, previous_owner, thread, run })
 }
 
 /// The rows of a list that a page wants: numbers between two bounds, both exclusive, from one end.

@@ -18,9 +18,10 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use sqlx::migrate::Migrator;
-use sqlx::{Sqlite, SqlitePool, Transaction};
+use sqlx::{Connection, Sqlite, SqliteConnection, Transaction};
 
 use super::errors::check_version;
+use super::pool::{Pool, on};
 use super::{Admission, Admitted, Claim, Finished, Orphan, RunEnd, RunLease, Store, StoreError};
 use crate::config::StoreConfig;
 use crate::domain::{
@@ -41,8 +42,8 @@ use now;
 /// The store in a SQLite file.
 #[derive(Clone, Debug)]
 pub struct SqliteStore {
-    writer: SqlitePool,
-    readers: SqlitePool,
+    writer: Arc<Pool<SqliteConnection>>,
+    readers: Arc<Pool<SqliteConnection>>,
     /// Held for the life of the store: keeps a second process off the file.
     lock: Arc<File>,
 }
@@ -60,10 +61,10 @@ impl SqliteStore {
         let path = open::path(config)?;
         let lock = open::lock(&path)?;
         // The writer goes first: it makes the file, which readers cannot.
-        let writer = open::writer(&path, config).await?;
-        replicas::forget(&writer).await?;
-        let readers = open::readers(&path, config);
-        Ok(Self { writer, readers, lock: Arc::new(lock) })
+        let writer = open::writer(&path, config)?;
+        on!(writer, c => replicas::forget(c)).map_err(|error| open::failed(&path, &error))?;
+        let readers = open::readers(&path, config)?;
+        Ok(Self { writer: Arc::new(writer), readers: Arc::new(readers), lock: Arc::new(lock) })
     }
 
     /// Brings the schema up to date.
@@ -71,28 +72,32 @@ impl SqliteStore {
     /// # Errors
     /// [`StoreError::Schema`] if the database is newer than this program.
     pub async fn migrate(&self) -> Result<(), StoreError> {
-        Ok(MIGRATOR.run(&self.writer).await?)
+        on!(self.writer, c => migrate(c))
     }
+}
 
-    /// Begins a transaction that may write. Dropped before its commit, it leaves nothing behind.
-    async fn write(&self) -> Result<Transaction<'static, Sqlite>, StoreError> {
-        Ok(self.writer.begin_with("BEGIN IMMEDIATE").await?)
-    }
+async fn migrate(connection: &mut SqliteConnection) -> Result<(), StoreError> {
+    Ok(MIGRATOR.run(connection).await?)
+}
+
+/// Begins a transaction that may write. Dropped before its commit, it leaves nothing behind.
+async fn write(connection: &mut SqliteConnection) -> Result<Transaction<'_, Sqlite>, StoreError> {
+    Ok(connection.begin_with("BEGIN IMMEDIATE").await?)
 }
 
 #[async_trait]
 impl Store for SqliteStore {
     async fn ready(&self) -> Result<(), StoreError> {
         let known = MIGRATOR.iter().map(|migration| migration.version).max().unwrap_or(0);
-        check_version(read::schema_version(&self.readers).await?, known)
+        check_version(on!(self.readers, c => read::schema_version(c))?, known)
     }
 
     async fn admit(&self, admission: &Admission) -> Result<Admitted, StoreError> {
-        admit::admit(self.write().await?, admission).await
+        on!(self.writer, c => admit::admit(c, admission))
     }
 
     async fn claim(&self, lease: &RunLease) -> Result<Claim, StoreError> {
-        turn::claim(self.write().await?, lease).await
+        on!(self.writer, c => turn::claim(c, lease))
     }
 
     async fn bind_upstream_thread(
@@ -100,15 +105,15 @@ impl Store for SqliteStore {
         lease: &RunLease,
         id: &UpstreamThreadId,
     ) -> Result<bool, StoreError> {
-        turn::bind_upstream_thread(&self.writer, lease, id).await
+        on!(self.writer, c => turn::bind_upstream_thread(c, lease, id))
     }
 
     async fn finish(&self, lease: &RunLease, end: &RunEnd) -> Result<Option<Finished>, StoreError> {
-        turn::finish(self.write().await?, lease, end).await
+        on!(self.writer, c => turn::finish(c, lease, end))
     }
 
     async fn thread(&self, key: &ConversationKey) -> Result<Option<(Thread, ThreadActivity)>, StoreError> {
-        read::thread(&self.readers, key).await
+        on!(self.readers, c => read::thread(c, key))
     }
 
     async fn messages(
@@ -116,11 +121,11 @@ impl Store for SqliteStore {
         key: &ConversationKey,
         page: &PageRequest<MessageId>,
     ) -> Result<Option<Page<Message>>, StoreError> {
-        read::messages(&self.readers, key, page).await
+        on!(self.readers, c => read::messages(c, key, page))
     }
 
     async fn transcript(&self, thread: ThreadId, after: i64, limit: u32) -> Result<Vec<Message>, StoreError> {
-        read::transcript(&self.readers, thread, after, limit).await
+        on!(self.readers, c => read::transcript(c, thread, after, limit))
     }
 
     async fn runs(
@@ -128,7 +133,7 @@ impl Store for SqliteStore {
         key: &ConversationKey,
         page: &PageRequest<RunId>,
     ) -> Result<Option<Page<Run>>, StoreError> {
-        read::runs(&self.readers, key, page).await
+        on!(self.readers, c => read::runs(c, key, page))
     }
 
     async fn run(
@@ -136,19 +141,24 @@ impl Store for SqliteStore {
         key: &ConversationKey,
         id: RunId,
     ) -> Result<Option<(Run, Option<Message>)>, StoreError> {
-        read::run(&self.readers, key, id).await
+        on!(self.readers, c => read::run(c, key, id))
     }
 
     async fn renew_replica(&self, id: ReplicaId, address: &str, ttl: Duration) -> Result<(), StoreError> {
-        replicas::renew(&self.writer, id, address, ttl).await
+        on!(self.writer, c => replicas::renew(c, id, address, ttl))
     }
 
     async fn retire_replica(&self, id: ReplicaId) -> Result<(), StoreError> {
-        replicas::retire(&self.writer, id).await
+        on!(self.writer, c => replicas::retire(c, id))
     }
 
-    async fn adopt_orphans(&self, id: ReplicaId, limit: u32) -> Result<Vec<Orphan>, StoreError> {
-        replicas::adopt_orphans(self.write().await?, id, limit).await
+    async fn adopt_orphans(
+        &self,
+        id: ReplicaId,
+        working: &[RunId],
+        limit: u32,
+    ) -> Result<Vec<Orphan>, StoreError> {
+        on!(self.writer, c => replicas::adopt_orphans(c, id, working, limit))
     }
 
     async fn close(&self) {

@@ -86,6 +86,8 @@ impl UpstreamClient {
             .redirect(reqwest::redirect::Policy::none())
             .referer(false)
             .no_proxy()
+            // One connection for each turn: over HTTP/2 all turns would share one, and its limit of streams.
+            .http1_only()
             .connect_timeout(config.connect_timeout)
             .tcp_nodelay(true)
             .pool_max_idle_per_host(POOL_IDLE_CONNECTIONS)

@@ -1,7 +1,7 @@
 //! Admission: one statement where nothing unusual happens.
 
 use sqlx::postgres::PgRow;
-use sqlx::{FromRow, PgConnection, PgPool, Row};
+use sqlx::{Connection, FromRow, PgConnection, Row};
 
 use crate::domain::{ConversationKey, MultitaskStrategy, Run, RunStatus, Thread};
 use crate::store::rows::{ThreadAndRun, corrupt, json, millis, run_columns, thread_columns};
@@ -11,12 +11,15 @@ use crate::store::{Admission, Admitted, InputMessage, RunLease, StoreError, Turn
 const MAX_ATTEMPTS: u32 = 10;
 
 /// Implements [`Store::admit`](crate::store::Store::admit).
-pub(super) async fn admit(pool: &PgPool, admission: &Admission) -> Result<Admitted, StoreError> {
+pub(super) async fn admit(
+    connection: &mut PgConnection,
+    admission: &Admission,
+) -> Result<Admitted, StoreError> {
     for _ in 0..MAX_ATTEMPTS {
-        let attempt = admit_directly(&mut *pool.acquire().await?, admission).await?;
+        let attempt = admit_directly(connection, admission).await?;
         let settled = match attempt {
             Attempt::Settled(admitted) => Some(admitted),
-            Attempt::Open => admit_under_lock(pool, admission).await?,
+            Attempt::Open => admit_under_lock(connection, admission).await?,
         };
         if let Some(admitted) = settled {
             return Ok(admitted);
@@ -154,9 +157,12 @@ async fn admit_directly(connection: &mut PgConnection, admission: &Admission) ->
 /// out of date. Puts a fresh thread in the place of an expired one.
 ///
 /// `None`: the key's thread is another than it was when the lock was asked for. Nothing was stored.
-async fn admit_under_lock(pool: &PgPool, admission: &Admission) -> Result<Option<Admitted>, StoreError> {
+async fn admit_under_lock(
+    connection: &mut PgConnection,
+    admission: &Admission,
+) -> Result<Option<Admitted>, StoreError> {
     let ConversationKey { tenant, user, scope } = &admission.key;
-    let mut tx = pool.begin().await?;
+    let mut tx = connection.begin().await?;
     let replaced: Option<(uuid::Uuid, bool)> = sqlx::query_as(
         "SELECT t.id, COALESCE(t.expires_at <= now(), false)
         FROM threads t

@@ -4,7 +4,7 @@ use std::str::FromStr;
 use std::time::Duration;
 
 use secrecy::ExposeSecret;
-use sqlx::postgres::{PgConnectOptions, PgConnection, PgPool, PgPoolOptions};
+use sqlx::postgres::{PgConnectOptions, PgConnection};
 use sqlx::{ConnectOptions, Connection};
 use tokio::time::{Instant, sleep, timeout_at};
 use tracing::log::LevelFilter;
@@ -14,9 +14,6 @@ use crate::store::StoreError;
 
 /// A statement that takes so long is logged with a warning.
 const SLOW_STATEMENT: Duration = Duration::from_secs(1);
-/// A connection that was idle for so long is asked for a sign of life before it is used. Busy ones are not: the
-/// question would double the round trips.
-const PING_AFTER_IDLE: Duration = Duration::from_secs(1);
 /// Pauses between attempts to reach a server that is not up yet.
 const FIRST_PAUSE: Duration = Duration::from_millis(50);
 const LONGEST_PAUSE: Duration = Duration::from_secs(1);
@@ -32,7 +29,7 @@ pub(super) fn options(config: &StoreConfig) -> Result<PgConnectOptions, StoreErr
         .application_name("threadkeeper")
         .options([
             // No statement of ours takes long: one that does waits for a lock that a stuck client holds.
-            ("statement_timeout", "30s"),
+            ("statement_timeout", "10s"),
             ("idle_in_transaction_session_timeout", "30s"),
             // All of them look rows up by key: one plan serves every key, and planning takes longer than the rest.
             ("plan_cache_mode", "force_generic_plan"),
@@ -46,6 +43,7 @@ pub(super) fn options(config: &StoreConfig) -> Result<PgConnectOptions, StoreErr
 pub(super) async fn wait_until_up(options: &PgConnectOptions, limit: Duration) -> Result<(), StoreError> {
     let deadline = Instant::now() + limit;
     let mut pause = FIRST_PAUSE;
+    let mut told = false;
     loop {
         let error = match timeout_at(deadline, PgConnection::connect_with(options)).await {
             Ok(Ok(connection)) => {
@@ -63,27 +61,13 @@ pub(super) async fn wait_until_up(options: &PgConnectOptions, limit: Duration) -
             let text = format!("{} let nobody in within {limit:?}: {error}", place(options));
             return Err(StoreError::Unavailable(text.into()));
         }
-        tracing::debug!(%error, "the database is not up yet");
+        if !told {
+            told = true;
+            tracing::warn!(%error, "the database is not up yet; trying again for {limit:?}");
+        }
         sleep(pause).await;
         pause = (pause * 2).min(LONGEST_PAUSE);
     }
-}
-
-/// A pool that opens its connections when they are needed.
-pub(super) fn pool(options: &PgConnectOptions, size: u32, acquire_timeout: Duration) -> PgPool {
-    PgPoolOptions::new()
-        .max_connections(size)
-        .acquire_timeout(acquire_timeout)
-        .test_before_acquire(false)
-        .before_acquire(|connection, meta| {
-            Box::pin(async move {
-                if meta.idle_for > PING_AFTER_IDLE {
-                    connection.ping().await?;
-                }
-                Ok(true)
-            })
-        })
-        .connect_lazy_with(options.clone())
 }
 
 /// What to do about an error that stays the same however long one waits.

@@ -2,15 +2,16 @@
 
 use std::time::Duration;
 
-use sqlx::PgPool;
+use sqlx::{FromRow, PgConnection, Row};
+use uuid::Uuid;
 
-use crate::domain::ReplicaId;
+use crate::domain::{ReplicaId, RunId};
 use crate::store::rows::{ThreadAndRun, millis, orphan, run_columns, thread_columns};
 use crate::store::{Orphan, StoreError};
 
 /// Implements [`Store::renew_replica`](crate::store::Store::renew_replica).
 pub(super) async fn renew(
-    pool: &PgPool,
+    connection: &mut PgConnection,
     id: ReplicaId,
     address: &str,
     ttl: Duration,
@@ -23,14 +24,14 @@ pub(super) async fn renew(
     .bind(id.uuid())
     .bind(address)
     .bind(millis(ttl))
-    .execute(pool)
+    .execute(&mut *connection)
     .await?;
     Ok(())
 }
 
 /// Implements [`Store::retire_replica`](crate::store::Store::retire_replica).
-pub(super) async fn retire(pool: &PgPool, id: ReplicaId) -> Result<(), StoreError> {
-    sqlx::query("DELETE FROM replicas WHERE id = $1").bind(id.uuid()).execute(pool).await?;
+pub(super) async fn retire(connection: &mut PgConnection, id: ReplicaId) -> Result<(), StoreError> {
+    sqlx::query("DELETE FROM replicas WHERE id = $1").bind(id.uuid()).execute(&mut *connection).await?;
     Ok(())
 }
 
@@ -39,16 +40,22 @@ pub(super) async fn retire(pool: &PgPool, id: ReplicaId) -> Result<(), StoreErro
 /// Replicas that do so at once share the work. One that found an orphan just before another took it locks the row
 /// as the other left it; its own snapshot (`s`) still has the old fence, which tells.
 pub(super) async fn adopt_orphans(
-    pool: &PgPool,
+    connection: &mut PgConnection,
     id: ReplicaId,
+    working: &[RunId],
     limit: u32,
 ) -> Result<Vec<Orphan>, StoreError> {
+    let working: Vec<Uuid> = working.iter().map(|run| run.uuid()).collect();
     // Thread ids sort by age, and within a thread the runs must come in order of admission.
-    let rows: Vec<ThreadAndRun> = sqlx::query_as(concat!(
+    let rows = sqlx::query(concat!(
         "WITH orphans AS MATERIALIZED (
             SELECT r.id, r.fence FROM runs r
             WHERE r.status IN ('queued', 'in_progress', 'requires_action', 'cancelling')
-                AND NOT EXISTS (SELECT FROM replicas p WHERE p.id = r.owner AND p.expires_at > now())
+                AND CASE
+                    WHEN r.owner = $1
+                    THEN r.id <> ALL($3) AND (r.fence > 1 OR r.created_at < now() - interval '1 minute')
+                    ELSE NOT EXISTS (SELECT FROM replicas p WHERE p.id = r.owner AND p.expires_at > now())
+                END
             ORDER BY r.thread_id, r.seq
             LIMIT $2
             FOR NO KEY UPDATE OF r SKIP LOCKED
@@ -57,9 +64,9 @@ pub(super) async fn adopt_orphans(
             FROM orphans o
             JOIN runs s ON s.id = o.id AND s.fence = o.fence
             WHERE r.id = o.id
-            RETURNING r.*
+            RETURNING r.*, s.owner AS previous_owner
         )
-        SELECT ",
+        SELECT r.previous_owner, ",
         thread_columns!(),
         ", ",
         run_columns!(),
@@ -67,7 +74,8 @@ pub(super) async fn adopt_orphans(
     ))
     .bind(id.uuid())
     .bind(i64::from(limit))
-    .fetch_all(pool)
+    .bind(working)
+    .fetch_all(&mut *connection)
     .await?;
-    rows.into_iter().map(orphan).collect()
+    rows.iter().map(|row| orphan(ThreadAndRun::from_row(row)?, row.try_get("previous_owner")?)).collect()
 }

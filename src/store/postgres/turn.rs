@@ -1,7 +1,7 @@
 //! A run's way from the queue to its end. Each step is one statement.
 
 use sqlx::types::Json;
-use sqlx::{FromRow, PgPool, Row};
+use sqlx::{FromRow, PgConnection, Row};
 
 use super::read::started_before;
 use crate::domain::{UpstreamRunId, UpstreamThreadId};
@@ -12,7 +12,7 @@ use crate::store::{Claim, Finished, InputMessage, RunEnd, RunLease, StoreError, 
 ///
 /// The snapshot cannot be out of date in a way that matters: once a run waits, no admission starts a run of its
 /// thread (see `admit`), and only the run at the head of the queue can be claimed.
-pub(super) async fn claim(pool: &PgPool, lease: &RunLease) -> Result<Claim, StoreError> {
+pub(super) async fn claim(connection: &mut PgConnection, lease: &RunLease) -> Result<Claim, StoreError> {
     let row = sqlx::query(concat!(
         "WITH waiting AS MATERIALIZED (
             SELECT r.id, r.input FROM runs r
@@ -56,10 +56,10 @@ pub(super) async fn claim(pool: &PgPool, lease: &RunLease) -> Result<Claim, Stor
     ))
     .bind(lease.run_id.uuid())
     .bind(lease.fence)
-    .fetch_optional(pool)
+    .fetch_optional(&mut *connection)
     .await?;
     let Some(row) = row else {
-        return started_before(&mut *pool.acquire().await?, lease).await;
+        return started_before(connection, lease).await;
     };
     if row.try_get::<Option<i64>, _>("r_seq")?.is_none() {
         return Ok(Claim::NotYet);
@@ -72,7 +72,7 @@ pub(super) async fn claim(pool: &PgPool, lease: &RunLease) -> Result<Claim, Stor
 
 /// Implements [`Store::bind_upstream_thread`](crate::store::Store::bind_upstream_thread).
 pub(super) async fn bind_upstream_thread(
-    pool: &PgPool,
+    connection: &mut PgConnection,
     lease: &RunLease,
     id: &UpstreamThreadId,
 ) -> Result<bool, StoreError> {
@@ -88,14 +88,14 @@ pub(super) async fn bind_upstream_thread(
     .bind(lease.run_id.uuid())
     .bind(lease.fence)
     .bind(id.as_str())
-    .execute(pool)
+    .execute(&mut *connection)
     .await?;
     Ok(done.rows_affected() == 1)
 }
 
 /// Implements [`Store::finish`](crate::store::Store::finish).
 pub(super) async fn finish(
-    pool: &PgPool,
+    connection: &mut PgConnection,
     lease: &RunLease,
     end: &RunEnd,
 ) -> Result<Option<Finished>, StoreError> {
@@ -163,17 +163,17 @@ pub(super) async fn finish(
     .bind(reply.map(|reply| reply.id.uuid()))
     .bind(reply.map(|reply| json(&reply.content)).transpose()?)
     .bind(reply.and_then(|reply| reply.upstream_message_id.as_deref()))
-    .fetch_optional(pool)
+    .fetch_optional(&mut *connection)
     .await?;
     match row {
         Some(row) => row.try_into().map(Some),
-        None => finished_before(pool, lease, end).await,
+        None => finished_before(connection, lease, end).await,
     }
 }
 
 /// The answer to a repeated `finish`: `None` unless the run ended in the same way under the same lease.
 async fn finished_before(
-    pool: &PgPool,
+    connection: &mut PgConnection,
     lease: &RunLease,
     end: &RunEnd,
 ) -> Result<Option<Finished>, StoreError> {
@@ -198,7 +198,7 @@ async fn finished_before(
     .bind(lease.run_id.uuid())
     .bind(lease.fence)
     .bind(end.status.as_str())
-    .fetch_optional(pool)
+    .fetch_optional(&mut *connection)
     .await?;
     row.map(Finished::try_from).transpose()
 }

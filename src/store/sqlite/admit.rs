@@ -1,18 +1,19 @@
 //! Admission.
 
-use sqlx::{FromRow, Row, Sqlite, SqliteConnection, Transaction};
+use sqlx::{FromRow, Row, SqliteConnection};
 use uuid::Uuid;
 
-use super::now;
+use super::{now, write};
 use crate::domain::{ConversationKey, Run, RunStatus, Thread};
 use crate::store::rows::{ThreadAndRun, json, millis, run_columns, thread_columns};
 use crate::store::{Admission, Admitted, InputMessage, RunLease, StoreError, Turn};
 
 /// Implements [`Store::admit`](crate::store::Store::admit).
 pub(super) async fn admit(
-    mut tx: Transaction<'static, Sqlite>,
+    connection: &mut SqliteConnection,
     admission: &Admission,
 ) -> Result<Admitted, StoreError> {
+    let mut tx = write(connection).await?;
     let admitted = match try_admit(&mut tx, admission).await? {
         Some(admitted) => admitted,
         None => match refusal(&mut tx, admission).await? {

@@ -7,16 +7,17 @@ use std::time::Duration;
 
 use secrecy::ExposeSecret;
 use sqlx::ConnectOptions;
-use sqlx::sqlite::{
-    SqliteConnectOptions, SqliteJournalMode, SqlitePool, SqlitePoolOptions, SqliteSynchronous,
-};
+use sqlx::sqlite::{SqliteConnectOptions, SqliteConnection, SqliteJournalMode, SqliteSynchronous};
 use tracing::log::LevelFilter;
 
 use crate::config::{StoreConfig, Synchronous};
 use crate::store::StoreError;
+use crate::store::pool::Pool;
 
 /// How long SQLite waits for a lock: only the check-pointing of its log and visitors such as a backup take any.
 const BUSY_TIMEOUT: Duration = Duration::from_secs(5);
+/// Longest time for one step, once it has its connection: waiting for a lock and then some.
+const CALL_TIMEOUT: Duration = Duration::from_secs(30);
 /// A statement that takes so long is logged with a warning.
 const SLOW_STATEMENT: Duration = Duration::from_secs(1);
 
@@ -70,23 +71,25 @@ pub(super) fn lock(database: &Path) -> Result<File, StoreError> {
 }
 
 /// The one connection that writes.
-pub(super) async fn writer(path: &Path, config: &StoreConfig) -> Result<SqlitePool, StoreError> {
+pub(super) fn writer(path: &Path, config: &StoreConfig) -> Result<Pool<SqliteConnection>, StoreError> {
+    let synchronous = match config.synchronous {
+        Synchronous::Normal => SqliteSynchronous::Normal,
+        Synchronous::Full => SqliteSynchronous::Full,
+    };
     let options =
-        options(path).create_if_missing(true).journal_mode(SqliteJournalMode::Wal).synchronous(match config
-            .synchronous
-        {
-            Synchronous::Normal => SqliteSynchronous::Normal,
-            Synchronous::Full => SqliteSynchronous::Full,
-        });
-    pool(1, config)
-        .connect_with(options)
-        .await
-        .map_err(|error| StoreError::Open(format!("`{}` cannot be opened: {error}", path.display())))
+        options(path).create_if_missing(true).journal_mode(SqliteJournalMode::Wal).synchronous(synchronous);
+    Pool::new(options, 1, config.acquire_timeout, CALL_TIMEOUT)
 }
 
 /// The connections that only read; opened when they are needed.
-pub(super) fn readers(path: &Path, config: &StoreConfig) -> SqlitePool {
-    pool(config.max_connections.max(1), config).connect_lazy_with(options(path).read_only(true))
+pub(super) fn readers(path: &Path, config: &StoreConfig) -> Result<Pool<SqliteConnection>, StoreError> {
+    Pool::new(options(path).read_only(true), config.max_connections, config.acquire_timeout, CALL_TIMEOUT)
+}
+
+/// What to tell when the file could not be opened.
+pub(super) fn failed(path: &Path, error: &StoreError) -> StoreError {
+    let cause = std::error::Error::source(error).map_or_else(|| error.to_string(), ToString::to_string);
+    StoreError::Open(format!("`{}` cannot be opened: {cause}", path.display()))
 }
 
 fn options(path: &Path) -> SqliteConnectOptions {
@@ -96,15 +99,6 @@ fn options(path: &Path) -> SqliteConnectOptions {
         .foreign_keys(true)
         .log_statements(LevelFilter::Debug)
         .log_slow_statements(LevelFilter::Warn, SLOW_STATEMENT)
-}
-
-fn pool(size: u32, config: &StoreConfig) -> SqlitePoolOptions {
-    SqlitePoolOptions::new()
-        .max_connections(size)
-        .acquire_timeout(config.acquire_timeout)
-        .test_before_acquire(false)
-        .idle_timeout(None)
-        .max_lifetime(None)
 }
 
 #[cfg(test)]

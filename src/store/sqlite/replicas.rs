@@ -3,29 +3,30 @@
 
 use std::time::Duration;
 
-use sqlx::{Sqlite, SqlitePool, Transaction};
+use sqlx::SqliteConnection;
+use sqlx::types::Json;
 use uuid::Uuid;
 
-use super::now;
-use crate::domain::ReplicaId;
+use super::{now, write};
+use crate::domain::{ReplicaId, RunId};
 use crate::store::rows::{ThreadAndRun, millis, orphan, run_columns, thread_columns};
 use crate::store::{Orphan, StoreError};
 
 /// Ends all sessions, if there is a schema yet.
-pub(super) async fn forget(writer: &SqlitePool) -> Result<(), StoreError> {
+pub(super) async fn forget(connection: &mut SqliteConnection) -> Result<(), StoreError> {
     let tables: i64 =
         sqlx::query_scalar("SELECT count(*) FROM sqlite_schema WHERE type = 'table' AND name = 'replicas'")
-            .fetch_one(writer)
+            .fetch_one(&mut *connection)
             .await?;
     if tables > 0 {
-        sqlx::query("DELETE FROM replicas").execute(writer).await?;
+        sqlx::query("DELETE FROM replicas").execute(&mut *connection).await?;
     }
     Ok(())
 }
 
 /// Implements [`Store::renew_replica`](crate::store::Store::renew_replica).
 pub(super) async fn renew(
-    writer: &SqlitePool,
+    connection: &mut SqliteConnection,
     id: ReplicaId,
     address: &str,
     ttl: Duration,
@@ -41,38 +42,49 @@ pub(super) async fn renew(
     .bind(id.uuid())
     .bind(address)
     .bind(millis(ttl))
-    .execute(writer)
+    .execute(&mut *connection)
     .await?;
     Ok(())
 }
 
 /// Implements [`Store::retire_replica`](crate::store::Store::retire_replica).
-pub(super) async fn retire(writer: &SqlitePool, id: ReplicaId) -> Result<(), StoreError> {
-    sqlx::query("DELETE FROM replicas WHERE id = $1").bind(id.uuid()).execute(writer).await?;
+pub(super) async fn retire(connection: &mut SqliteConnection, id: ReplicaId) -> Result<(), StoreError> {
+    sqlx::query("DELETE FROM replicas WHERE id = $1").bind(id.uuid()).execute(&mut *connection).await?;
     Ok(())
 }
 
 /// Implements [`Store::adopt_orphans`](crate::store::Store::adopt_orphans).
 pub(super) async fn adopt_orphans(
-    mut tx: Transaction<'static, Sqlite>,
+    connection: &mut SqliteConnection,
     id: ReplicaId,
+    working: &[RunId],
     limit: u32,
 ) -> Result<Vec<Orphan>, StoreError> {
+    let mut tx = write(connection).await?;
     // Thread ids sort by age, and within a thread the runs must come in order of admission.
-    let orphans: Vec<Uuid> = sqlx::query_scalar(concat!(
-        "SELECT r.id FROM runs r INDEXED BY runs_unfinished
+    let working = Json(working.iter().map(|run| run.uuid().simple().to_string()).collect::<Vec<_>>());
+    let orphans: Vec<(Uuid, Option<Uuid>)> = sqlx::query_as(concat!(
+        "SELECT r.id, r.owner FROM runs r INDEXED BY runs_unfinished
         WHERE r.status IN ('queued', 'in_progress', 'requires_action', 'cancelling')
-            AND NOT EXISTS (SELECT 1 FROM replicas p WHERE p.id = r.owner AND p.expires_at > ",
+            AND CASE
+                WHEN r.owner = $2
+                THEN lower(hex(r.id)) NOT IN (SELECT value FROM json_each($3)) AND (r.fence > 1 OR r.created_at < ",
+        now!(),
+        " - 60000)
+                ELSE NOT EXISTS (SELECT 1 FROM replicas p WHERE p.id = r.owner AND p.expires_at > ",
         now!(),
         ")
+            END
         ORDER BY r.thread_id, r.seq
         LIMIT $1",
     ))
     .bind(i64::from(limit))
+    .bind(id.uuid())
+    .bind(working)
     .fetch_all(&mut *tx)
     .await?;
     let mut adopted = Vec::with_capacity(orphans.len());
-    for run in orphans {
+    for (run, previous_owner) in orphans {
         sqlx::query("UPDATE runs SET owner = $1, fence = fence + 1 WHERE id = $2")
             .bind(id.uuid())
             .bind(run)
@@ -88,7 +100,7 @@ pub(super) async fn adopt_orphans(
         .bind(run)
         .fetch_one(&mut *tx)
         .await?;
-        adopted.push(orphan(row)?);
+        adopted.push(orphan(row, previous_owner)?);
     }
     tx.commit().await?;
     Ok(adopted)

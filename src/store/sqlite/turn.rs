@@ -1,10 +1,10 @@
 //! A run's way from the queue to its end.
 
+use sqlx::SqliteConnection;
 use sqlx::types::Json;
-use sqlx::{Sqlite, SqliteConnection, SqlitePool, Transaction};
 
-use super::now;
 use super::read::started_before;
+use super::{now, write};
 use crate::domain::{Run, Thread, UpstreamRunId, UpstreamThreadId};
 use crate::store::rows::{
     FinishedRow, RunRow, ThreadRow, json, message_columns, run_columns, thread_columns,
@@ -12,10 +12,8 @@ use crate::store::rows::{
 use crate::store::{Claim, Finished, InputMessage, RunEnd, RunLease, StoreError, Turn};
 
 /// Implements [`Store::claim`](crate::store::Store::claim).
-pub(super) async fn claim(
-    mut tx: Transaction<'static, Sqlite>,
-    lease: &RunLease,
-) -> Result<Claim, StoreError> {
+pub(super) async fn claim(connection: &mut SqliteConnection, lease: &RunLease) -> Result<Claim, StoreError> {
+    let mut tx = write(connection).await?;
     let waiting: Option<(Json<Vec<InputMessage>>, bool)> = sqlx::query_as(
         "SELECT r.input, EXISTS (
             SELECT 1 FROM runs o
@@ -69,7 +67,7 @@ pub(super) async fn claim(
 
 /// Implements [`Store::bind_upstream_thread`](crate::store::Store::bind_upstream_thread).
 pub(super) async fn bind_upstream_thread(
-    writer: &SqlitePool,
+    connection: &mut SqliteConnection,
     lease: &RunLease,
     id: &UpstreamThreadId,
 ) -> Result<bool, StoreError> {
@@ -83,7 +81,7 @@ pub(super) async fn bind_upstream_thread(
     .bind(lease.run_id.uuid())
     .bind(lease.fence)
     .bind(id.as_str())
-    .execute(writer)
+    .execute(&mut *connection)
     .await?;
     Ok(done.rows_affected() == 1)
 }
@@ -148,10 +146,11 @@ const FINISH: &str = concat!(
 
 /// Implements [`Store::finish`](crate::store::Store::finish).
 pub(super) async fn finish(
-    mut tx: Transaction<'static, Sqlite>,
+    connection: &mut SqliteConnection,
     lease: &RunLease,
     end: &RunEnd,
 ) -> Result<Option<Finished>, StoreError> {
+    let mut tx = write(connection).await?;
     let reply = end.reply.as_ref();
     let row: Option<FinishedRow> = sqlx::query_as(FINISH)
         .bind(lease.run_id.uuid())

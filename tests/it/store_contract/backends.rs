@@ -238,10 +238,10 @@ async fn what_a_dead_process_left_in_a_sqlite_file_is_free_at_once() {
     let store = database.store().await;
     store.renew_replica(dead, "127.0.0.1:1", Duration::from_hours(1)).await.unwrap();
     let turn = started(store.admit(&Admission { replica: dead, ..admission(&user("alice")) }).await.unwrap());
-    assert_eq!(store.adopt_orphans(me, 10).await.unwrap(), []);
+    assert_eq!(store.adopt_orphans(me, &[], 10).await.unwrap(), []);
     store.close().await;
     drop(store);
     let store = database.store().await;
-    let orphans = store.adopt_orphans(me, 10).await.unwrap();
+    let orphans = store.adopt_orphans(me, &[], 10).await.unwrap();
     assert_eq!(orphans.iter().map(|orphan| orphan.run.id).collect::<Vec<_>>(), [turn.run.id]);
 }

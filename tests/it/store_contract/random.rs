@@ -99,7 +99,7 @@ async fn any_sequence_of_steps_keeps_the_order(database: &TestDatabase, store: &
             _ => {
                 store.renew_replica(adopter, "127.0.0.1:2", alive).await.unwrap();
                 store.retire_replica(owner).await.unwrap();
-                let orphans = store.adopt_orphans(adopter, 1000).await.unwrap();
+                let orphans = store.adopt_orphans(adopter, &[], 1000).await.unwrap();
                 (owner, adopter) = (adopter, ReplicaId::new());
                 let mut left: VecDeque<_> = orphans.iter().map(|orphan| orphan.lease).collect();
                 let known =

@@ -97,6 +97,16 @@ impl TestDatabase {
         .await;
     }
 
+    /// Lets all runs have been admitted so much earlier.
+    pub(crate) async fn age_runs(&self, by: Duration) {
+        let ms = by.as_millis();
+        let shift = match &self.place {
+            Place::Postgres { .. } => format!("- {ms} * interval '1 millisecond'"),
+            Place::Sqlite { .. } => format!("- {ms}"),
+        };
+        self.execute(&format!("UPDATE runs SET created_at = created_at {shift}")).await;
+    }
+
     /// Runs statements that must work.
     pub(crate) async fn execute(&self, sql: &str) {
         self.try_execute(sql).await.expect("the test's statement works");

@@ -192,7 +192,7 @@ async fn input_of_every_form_is_accepted() {
                 content: vec![text("two"), image(None), image(Some("low")), file],
             },
         ];
-        let pairs = (0..12).map(|at| (format!("{at:064}"), "x".repeat(512))).collect();
+        let pairs = (0..10).map(|at| (format!("{at:064}"), "x".repeat(512))).collect();
         let metadata = Metadata::try_from(std::collections::BTreeMap::from_iter::<Vec<_>>(pairs)).unwrap();
         let request = StartRun {
             run: RunId::new(),

@@ -1,0 +1,140 @@
+//! Connections to lend.
+//!
+//! The driver's own pool asks a connection for a sign of life each time it comes back: one more round trip for each
+//! statement, and one without a time limit. This one asks only connections that were idle for a while, bounds each
+//! call in time, and gives up the connection of a call that failed or was dropped half-way.
+
+use std::fmt;
+use std::future::Future;
+use std::time::Duration;
+
+use deadpool::Runtime;
+use deadpool::managed::{self, Manager, Metrics, PoolError, RecycleError, RecycleResult};
+use sqlx::{ConnectOptions, Connection};
+use tokio::time::timeout;
+
+use super::StoreError;
+
+/// A connection that was idle for so long is asked for a sign of life before it is used.
+const PING_AFTER_IDLE: Duration = Duration::from_secs(1);
+/// How long it has to give one.
+const PING_TIMEOUT: Duration = Duration::from_secs(1);
+
+/// Connections that are opened when they are needed and kept.
+pub(super) struct Pool<C: Connection> {
+    lenders: managed::Pool<Opener<C>>,
+    call_timeout: Duration,
+}
+
+impl<C: Connection> Pool<C> {
+    /// Up to `size` connections. `acquire_timeout` bounds the wait for one, `call_timeout` what is done with it.
+    pub(super) fn new(
+        options: C::Options,
+        size: u32,
+        acquire_timeout: Duration,
+        call_timeout: Duration,
+    ) -> Result<Self, StoreError> {
+        let lenders = managed::Pool::builder(Opener(options))
+            .max_size(size.max(1) as usize)
+            .runtime(Runtime::Tokio1)
+            .wait_timeout(Some(acquire_timeout))
+            .create_timeout(Some(acquire_timeout))
+            .recycle_timeout(Some(PING_TIMEOUT))
+            .build()
+            .map_err(|error| StoreError::Open(format!("the connection pool cannot be made: {error}")))?;
+        Ok(Self { lenders, call_timeout })
+    }
+
+    /// A free connection, soon.
+    pub(super) async fn lend(&self) -> Result<Lent<C>, StoreError> {
+        match self.lenders.get().await {
+            Ok(connection) => Ok(Lent { connection: Some(connection) }),
+            Err(PoolError::Backend(error)) => Err(error.into()),
+            Err(other) => Err(StoreError::Unavailable(other.to_string().into())),
+        }
+    }
+
+    /// Bounds a call in time.
+    pub(super) async fn within<T>(
+        &self,
+        call: impl Future<Output = Result<T, StoreError>>,
+    ) -> Result<T, StoreError> {
+        let late = || StoreError::Unavailable(format!("no answer within {:?}", self.call_timeout).into());
+        timeout(self.call_timeout, call).await.unwrap_or_else(|_| Err(late()))
+    }
+
+    /// Lends no more, and closes what is not lent.
+    pub(super) async fn close(&self) {
+        let idle = self.lenders.retain(|_, _| false).removed;
+        self.lenders.close();
+        for connection in idle {
+            // Whether the goodbye arrives does not matter.
+            let _ = timeout(PING_TIMEOUT, connection.close()).await;
+        }
+    }
+}
+
+/// Does something with a connection of a pool: `on!(pool, connection => a_future_that_uses(connection))`.
+macro_rules! on {
+    ($pool:expr, $connection:ident => $call:expr) => {{
+        let pool = &$pool;
+        let mut lent = pool.lend().await?;
+        let result = {
+            let $connection = lent.connection();
+            pool.within(async move { $call.await }).await
+        };
+        lent.give_back(&result);
+        result
+    }};
+}
+pub(super) use on;
+
+/// A connection on loan. Dropped without being given back, it is closed: nobody knows in which state it is.
+pub(super) struct Lent<C: Connection> {
+    connection: Option<managed::Object<Opener<C>>>,
+}
+
+impl<C: Connection> Lent<C> {
+    pub(super) fn connection(&mut self) -> &mut C {
+        self.connection.as_mut().expect("a loan holds its connection until it is given back")
+    }
+
+    /// Gives it back, unless the call's result says that it is not worth having.
+    pub(super) fn give_back<T>(mut self, result: &Result<T, StoreError>) {
+        if !matches!(result, Err(StoreError::Unavailable(_))) {
+            drop(self.connection.take());
+        }
+    }
+}
+
+impl<C: Connection> Drop for Lent<C> {
+    fn drop(&mut self) {
+        if let Some(connection) = self.connection.take() {
+            drop(managed::Object::take(connection));
+        }
+    }
+}
+
+struct Opener<C: Connection>(C::Options);
+
+impl<C: Connection> Manager for Opener<C> {
+    type Type = C;
+    type Error = sqlx::Error;
+
+    async fn create(&self) -> Result<C, sqlx::Error> {
+        self.0.connect().await
+    }
+
+    async fn recycle(&self, connection: &mut C, metrics: &Metrics) -> RecycleResult<sqlx::Error> {
+        if metrics.last_used() > PING_AFTER_IDLE {
+            connection.ping().await.map_err(RecycleError::Backend)?;
+        }
+        Ok(())
+    }
+}
+
+impl<C: Connection> fmt::Debug for Pool<C> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Pool").field("call_timeout", &self.call_timeout).finish_non_exhaustive()
+    }
+}
