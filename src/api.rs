@@ -45,15 +45,46 @@ pub fn router(state: AppState) -> Router {
             .route(&format!("{scope}/runs"), get(runs::list))
             .route(&format!("{scope}/runs/{{run}}"), get(runs::show));
     }
+    finished(router).with_state(state)
+}
+
+/// The routes with what every answer passes.
+fn finished<S: Clone + Send + Sync + 'static>(router: Router<S>) -> Router<S> {
     router
         .fallback(async || Error::NotFound("there is nothing at this path"))
         .method_not_allowed_fallback(async || Error::MethodNotAllowed)
         .layer(CatchPanicLayer::custom(panicked))
         .layer(from_fn(observe::observe))
-        .with_state(state)
 }
 
 /// The panic itself has been logged by the hook; its text may hold anything, so the caller does not see it.
 fn panicked(_panic: Box<dyn Any + Send + 'static>) -> Response {
     Error::Internal(None).into_response()
+}
+
+#[cfg(test)]
+mod tests {
+    use axum::body::Body;
+    use axum::http::{Request, StatusCode, header};
+    use http_body_util::BodyExt;
+    use tower::ServiceExt;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn a_panic_becomes_a_problem_that_does_not_repeat_it() {
+        async fn broken() -> &'static str {
+            panic!("planted text")
+        }
+        let router: Router = finished(Router::new().route("/broken", get(broken)));
+        let request = Request::get("/broken").header("x-request-id", "my-id").body(Body::empty()).unwrap();
+        let response = router.oneshot(request).await.unwrap();
+        assert_eq!(response.status(), StatusCode::INTERNAL_SERVER_ERROR);
+        assert_eq!(response.headers()[header::CONTENT_TYPE], "application/problem+json");
+        let body = response.into_body().collect().await.unwrap().to_bytes();
+        let problem: serde_json::Value = serde_json::from_slice(&body).unwrap();
+        assert_eq!(problem["type"], "urn:threadkeeper:problem:internal");
+        assert_eq!(problem["request_id"], "my-id");
+        assert!(!problem.to_string().contains("planted"));
+    }
 }

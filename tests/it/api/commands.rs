@@ -112,9 +112,10 @@ async fn health_tells_whether_the_gateway_lives() {
         run(&mut command).0.status.success()
     };
     assert!(health(gateway.address()));
-    let address = gateway.address().to_owned();
-    gateway.kill();
-    assert!(!health(&address));
+    // A port that is taken, so that nobody else can listen there, and does not listen itself.
+    let silent = socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None).unwrap();
+    silent.bind(&"127.0.0.1:0".parse::<std::net::SocketAddr>().unwrap().into()).unwrap();
+    assert!(!health(&silent.local_addr().unwrap().as_socket().unwrap().to_string()));
 }
 
 #[test]
@@ -124,4 +125,46 @@ fn a_file_that_is_not_there_is_named() {
     let (output, text) = run(Gateway::command(&["serve", "--config"]).arg(&missing));
     assert!(!output.status.success());
     assert!(text.contains("missing.toml"), "{text} {}", quoted(&missing));
+}
+
+/// The lines that begin with `curl` in a text, with the address of this gateway in the place of the documented one.
+fn curl_lines(text: &str, address: &str) -> Vec<String> {
+    let lines = text.lines().map(str::trim).filter(|line| line.starts_with("curl "));
+    lines.map(|line| line.replace("127.0.0.1:8080", address)).collect()
+}
+
+/// What a newcomer types, as it is written: the README's lines, and those that `dev` prints.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_documented_curl_lines_work() {
+    let (curl, _) = run(Command::new("curl").arg("--version"));
+    assert!(curl.status.success(), "this test needs curl, as the README does");
+    let folder = TempDir::new().unwrap();
+    let data = folder.path().join("data");
+    let mut dev = Gateway::command(&["dev", "--listen", "127.0.0.1:0", "--data"]);
+    dev.arg(&data);
+    let dev = Gateway::spawn(dev, TempDir::new().unwrap()).await;
+    let readme = include_str!("../../../README.md");
+    let banner = threadkeeper::dev::banner(dev.address().parse().unwrap(), &data);
+    let lines = [curl_lines(readme, dev.address()), curl_lines(&banner, dev.address())].concat();
+    assert!(lines.len() >= 12, "{lines:#?}");
+    for line in lines {
+        let output = Command::new("sh")
+            .args(["-c", &format!("{line} --silent --fail --max-time 20")])
+            .output()
+            .unwrap();
+        let text = String::from_utf8(output.stdout).unwrap();
+        assert!(output.status.success(), "{line}: {text}");
+        if line.contains("stream") {
+            assert!(
+                text.contains("event: message.delta") && text.contains("event: run.completed"),
+                "{line}: {text}"
+            );
+        } else {
+            let answer: serde_json::Value = serde_json::from_str(&text).unwrap();
+            assert!(
+                answer["thread"]["id"].is_string() || answer["data"].is_array() || answer["id"].is_string(),
+                "{line}: {text}"
+            );
+        }
+    }
 }

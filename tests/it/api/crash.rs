@@ -4,15 +4,15 @@ use std::time::{Duration, Instant};
 
 use serde_json::json;
 
-use crate::support::gateway::text;
-use crate::support::scene::{Backend, Scene, on_every_scene};
+use crate::support::gateway::{PATIENCE, text};
+use crate::support::scene::{Backend, Protocol, Scene, on_every_scene};
 
 on_every_scene!(a_killed_gateway_loses_no_message_in_silence);
 
 /// A session's life that a test can wait for.
 const SHORT: Duration = Duration::from_millis(1500);
 /// For the work itself, on a busy machine.
-const SLACK: Duration = Duration::from_secs(8);
+const SLACK: Duration = Duration::from_secs(5);
 
 async fn a_killed_gateway_loses_no_message_in_silence(scene: Scene) {
     // What the documentation promises: on Postgres the session's life and a third of it until the next look; a SQLite
@@ -49,4 +49,33 @@ async fn a_killed_gateway_loses_no_message_in_silence(scene: Scene) {
     let users: Vec<_> = said.iter().filter(|(role, _)| *role == "user").map(|(_, text)| *text).collect();
     assert_eq!(users, ["hello", "in the middle", "in the queue", "and now?"]);
     assert_eq!(again.get("/v1/users/alice/thread").await.ok()["state"], "idle");
+}
+
+/// More than are taken over at a time.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_killed_gateway_leaves_no_key_locked_however_many_there_were() {
+    for backend in [Backend::Postgres, Backend::Sqlite] {
+        let scene = Scene::new(Protocol::Responses, backend).await;
+        // One look must do: the next one comes after 20 minutes.
+        let settings = "[replica]\nsession_ttl = \"1h\"\n";
+        let gateway = scene.gateway_with(settings).await;
+        scene.simulator.hold();
+        let mut streams = Vec::new();
+        for n in 0..150 {
+            let mut stream = gateway.stream(&format!("/v1/users/user-{n}"), "in the middle").await;
+            stream.next().await.unwrap();
+            streams.push(stream);
+        }
+        gateway.kill();
+        scene.database.execute("DELETE FROM replicas").await;
+        scene.simulator.release();
+        let again = scene.gateway_with(settings).await;
+        let unfinished = "SELECT count(*) FROM runs WHERE finished_at IS NULL";
+        let start = Instant::now();
+        while scene.database.number(unfinished).await > 0 {
+            assert!(start.elapsed() < PATIENCE, "some keys stay locked");
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+        again.say("/v1/users/user-149", "and now?").await;
+    }
 }

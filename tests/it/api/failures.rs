@@ -3,7 +3,7 @@
 use reqwest::StatusCode;
 use serde_json::{Value, json};
 
-use crate::support::gateway::{Gateway, text, text_of};
+use crate::support::gateway::{Gateway, PATIENCE, text, text_of};
 use crate::support::scene::{Protocol, Scene, on_every_scene};
 
 on_every_scene!(
@@ -159,9 +159,8 @@ async fn a_foreign_lock_is_waited_out(scene: Scene) {
     scene.simulator.start_foreign_run(&thread).unwrap();
     let mut stream = gateway.stream(SCOPE, "may I?").await;
     assert_eq!(stream.next().await.unwrap().name, "run.started");
-    while scene.simulator.stats().lock_refusals == 0 {
-        tokio::task::yield_now().await;
-    }
+    let refused = scene.simulator.wait_for(|stats| stats.lock_refusals > 0);
+    tokio::time::timeout(PATIENCE, refused).await.expect("the lock is met");
     assert!(scene.simulator.stop_foreign_run(&thread));
     let events = stream.rest().await;
     assert_eq!(events.last().unwrap().name, "run.completed");

@@ -18,7 +18,10 @@ async fn logs_are_json_with_ids_and_hold_no_key_content_or_secret() {
     gateway
         .post("/v1/users/planted-user/messages", &json!({"content": "planted-content [[sim: fail]]"}))
         .await;
-    gateway.post("/v1/users/planted-user/messages", &json!({"content": {"planted-content": 1}})).await;
+    let last =
+        gateway.post("/v1/users/planted-user/messages", &json!({"content": {"planted-content": 1}})).await;
+    let last = last.body["request_id"].as_str().unwrap().to_owned();
+    gateway.logged(|line| line.contains("answered") && line.contains(&last)).await;
 
     let run = answer["run"]["id"].as_str().unwrap();
     let mut lines = Vec::new();

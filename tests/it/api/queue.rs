@@ -1,7 +1,6 @@
 //! One run at a time, first come first served, whatever the concurrency.
 
 use std::collections::BTreeSet;
-use std::time::Duration;
 
 use futures_util::future::join_all;
 use serde_json::json;
@@ -13,6 +12,7 @@ on_every_scene!(
     two_hundred_messages_to_one_key_run_one_by_one_in_order_of_admission,
     a_busy_thread_rejects_when_asked_to,
     a_full_queue_refuses,
+    two_hundred_messages_to_two_hundred_keys_run_side_by_side,
 );
 
 async fn two_hundred_messages_to_one_key_run_one_by_one_in_order_of_admission(scene: Scene) {
@@ -112,28 +112,19 @@ async fn a_full_queue_refuses(scene: Scene) {
     }
 }
 
-#[tokio::test(flavor = "multi_thread")]
-async fn two_hundred_messages_to_two_hundred_keys_run_side_by_side() {
-    for (protocol, backend) in
-        [(Protocol::Assistants, Backend::Postgres), (Protocol::Responses, Backend::Sqlite)]
-    {
-        let scene = Scene::new(protocol, backend).await;
-        let gateway = scene.gateway().await;
-        scene.simulator.hold();
-        let said = (0..200).map(|n| gateway.say(&format!("/v1/users/user-{n}"), "hi")).collect::<Vec<_>>();
-        // All of them are at work at once, or this never comes about.
-        let all_at_work = async {
-            while scene.simulator.stats().active_runs < 200 {
-                tokio::time::sleep(Duration::from_millis(10)).await;
-            }
-            scene.simulator.release();
-        };
-        let (answers, ()) =
-            tokio::time::timeout(PATIENCE, async { tokio::join!(join_all(said), all_at_work) })
-                .await
-                .expect("200 runs side by side");
-        assert_eq!(answers.len(), 200);
-    }
+async fn two_hundred_messages_to_two_hundred_keys_run_side_by_side(scene: Scene) {
+    let gateway = scene.gateway().await;
+    scene.simulator.hold();
+    let said = (0..200).map(|n| gateway.say(&format!("/v1/users/user-{n}"), "hi")).collect::<Vec<_>>();
+    // All of them are at work at once, or this never comes about.
+    let all_at_work = async {
+        scene.simulator.wait_for(|stats| stats.active_runs == 200).await;
+        scene.simulator.release();
+    };
+    let (answers, ()) = tokio::time::timeout(PATIENCE, async { tokio::join!(join_all(said), all_at_work) })
+        .await
+        .expect("200 runs side by side");
+    assert_eq!(answers.len(), 200);
 }
 
 #[tokio::test(flavor = "multi_thread")]

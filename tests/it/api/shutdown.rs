@@ -2,7 +2,7 @@
 
 use serde_json::json;
 
-use crate::support::gateway::text_of;
+use crate::support::gateway::{text, text_of};
 use crate::support::scene::{Backend, Protocol, Scene, on_every_scene};
 
 on_every_scene!(a_running_turn_ends_before_the_process_does, a_turn_past_the_grace_time_is_told_so);
@@ -38,10 +38,14 @@ async fn a_turn_past_the_grace_time_is_told_so(scene: Scene) {
     scene.simulator.hold();
     let mut running = gateway.stream("/v1/users/alice", "last words").await;
     running.next().await.unwrap();
-    let mut waiting = gateway.stream("/v1/users/alice", "me too").await;
-    waiting.next().await.unwrap();
+    let mut streams = vec![running];
+    for n in 0..20 {
+        let mut waiting = gateway.stream("/v1/users/alice", &format!("me too {n}")).await;
+        waiting.next().await.unwrap();
+        streams.push(waiting);
+    }
     gateway.terminate();
-    for stream in [running, waiting] {
+    for stream in streams {
         let events = stream.rest().await;
         let end = events.last().unwrap();
         assert_eq!(end.name, "run.failed");
@@ -51,9 +55,14 @@ async fn a_turn_past_the_grace_time_is_told_so(scene: Scene) {
     scene.simulator.release();
     let again = scene.gateway().await;
     again.say("/v1/users/alice", "and now?").await;
-    let said = again.get("/v1/users/alice/messages?order=asc").await.ok();
-    let users: Vec<_> = said["data"].as_array().unwrap().iter().filter(|m| m["role"] == "user").collect();
-    assert_eq!(users.len(), 3, "both messages are in the transcript: {said:#}");
+    let said = again.get("/v1/users/alice/messages?order=asc&limit=100").await.ok();
+    let said = said["data"].as_array().unwrap().iter().filter(|m| m["role"] == "user").map(text);
+    let wanted: Vec<_> = ["last words".to_owned()]
+        .into_iter()
+        .chain((0..20).map(|n| format!("me too {n}")))
+        .chain(["and now?".to_owned()])
+        .collect();
+    assert_eq!(said.collect::<Vec<_>>(), wanted, "all that was said is in the transcript, in order");
 }
 
 #[tokio::test(flavor = "multi_thread")]

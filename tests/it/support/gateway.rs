@@ -74,6 +74,11 @@ impl Gateway {
     pub(crate) fn command(args: &[&str]) -> Command {
         let mut command = Command::new(env!("CARGO_BIN_EXE_threadkeeper"));
         command.args(args).env_remove("DATABASE_URL").env_remove("RUST_LOG").stdin(Stdio::null());
+        for (name, _) in
+            std::env::vars_os().filter(|(name, _)| name.to_string_lossy().starts_with("THREADKEEPER_"))
+        {
+            command.env_remove(name);
+        }
         command
     }
 
@@ -159,6 +164,15 @@ impl Gateway {
             }
             assert!(start.elapsed() < PATIENCE, "{path} never became as wanted: {answer:?}");
             tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    }
+
+    /// Waits until a line of the log is as wanted; what was logged before it is there then.
+    pub(crate) async fn logged(&self, wanted: impl Fn(&str) -> bool) {
+        let start = Instant::now();
+        while !self.logs().iter().any(|line| wanted(line)) {
+            assert!(start.elapsed() < PATIENCE, "the line never came");
+            tokio::time::sleep(Duration::from_millis(5)).await;
         }
     }
 

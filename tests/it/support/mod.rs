@@ -6,5 +6,6 @@ pub(crate) mod openapi;
 mod postgres;
 pub(crate) mod scene;
 pub(crate) mod wire;
+pub(crate) mod wiretap;
 
 pub(crate) use database::TestDatabase;
