@@ -64,13 +64,21 @@ pub struct ServeArgs {
 
 /// Run only the simulated upstream, for tests, demos and benchmarks.
 ///
-/// Speaks both protocols (Assistants v2 under /v1 with threads and runs, and Conversations + Responses) and accepts
-/// any key.
+/// Speaks both protocols (Assistants v2 under /v1 with threads and runs, and Conversations + Responses) and, unless
+/// `--api-key` says otherwise, accepts every key that does not begin with `bad`.
 #[derive(Args, Clone, Debug)]
 #[command(after_help = "\
 Examples:
   threadkeeper simulate
-  threadkeeper simulate --listen 127.0.0.1:9100 --latency 300ms --token-interval 20ms --reply-words 200")]
+  threadkeeper simulate --listen 127.0.0.1:9100 --latency 300ms --token-interval 20ms --reply-words 200
+
+A turn is steered from the user's own text, by words in [[sim: …]]:
+  [[sim: latency=2s rate=50ms tokens=100]]    how long and how fast
+  [[sim: tool=get_weather]] [[sim: fail]] [[sim: incomplete]] [[sim: refusal]]
+  [[sim: status=429 retry_after=2]] [[sim: cut=5]] [[sim: silent_after=3]] [[sim: no_terminal]]
+The same words wait for the next requests, whatever these say, with
+  curl --json '{\"on\": \"start\", \"fault\": \"status=500\", \"times\": 2}' http://127.0.0.1:9090/_simulator/faults
+Its figures are at /_simulator/stats. All words: the documentation of the module `simulator`.")]
 pub struct SimulateArgs {
     /// Address to listen on.
     #[arg(long, value_name = "ADDR", default_value = "127.0.0.1:9090")]

@@ -123,7 +123,7 @@ pub struct RunsConfig {
     /// How long a run may take once it has started, unless its assistant or its request says otherwise.
     #[serde(with = "humantime_serde")]
     pub timeout: Duration,
-    /// The longest that a request may ask for.
+    /// The longest that an assistant or a request may ask for.
     #[serde(with = "humantime_serde")]
     pub max_timeout: Duration,
     /// Runs that may wait on one thread in this process.

@@ -2,8 +2,8 @@
 //!
 //! All state changes of a line happen under one mutex, so its behaviour is the set of sequences of whole
 //! operations: no finer interleaving exists. The search runs each reachable state's shortest path anew on a real
-//! [`LockMap`] and takes every step that is possible from there. A task is only polled when it was woken, as an
-//! executor would, so a lost wake-up shows as a state in which the task that may go is asleep.
+//! [`LockMap`] and takes every step that is possible from there. A lost wake-up shows as a state in which the task
+//! that may go is asleep; a task may also be polled without having been woken, anew with another waker.
 
 use std::collections::{HashSet, VecDeque};
 use std::future::Future;
@@ -80,12 +80,7 @@ impl World {
         for task in 0..TASKS {
             match self.stages[task] {
                 Stage::Outside => steps.push(Step::Join(task)),
-                Stage::WantsToRecord | Stage::WantsTurn => {
-                    if self.awake(task) {
-                        steps.push(Step::Poll(task));
-                    }
-                    steps.push(Step::Leave(task));
-                }
+                Stage::WantsToRecord | Stage::WantsTurn => steps.extend([Step::Poll(task), Step::Leave(task)]),
                 Stage::MayRecord => steps.extend([Step::Recorded(task), Step::Leave(task)]),
                 Stage::HasTurn => steps.push(Step::Leave(task)),
                 Stage::Gone => {}
@@ -103,7 +98,8 @@ impl World {
                 self.line.push(task);
             }
             Step::Poll(task) => {
-                self.flags[task].0.store(false, Ordering::SeqCst);
+                // Each time a new future with a new waker: the one before may have been dropped.
+                self.flags[task] = Arc::default();
                 let waker = Waker::from(Arc::clone(&self.flags[task]));
                 let mut cx = Context::from_waker(&waker);
                 let place = self.places[task].as_mut().unwrap();
