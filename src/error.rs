@@ -1,5 +1,7 @@
 //! The one error of the service, free of HTTP. `api/problem.rs` alone turns it into an answer.
 
+use std::error::Error as StdError;
+use std::fmt;
 use std::time::Duration;
 
 use crate::domain::Run;
@@ -42,7 +44,7 @@ pub enum Error {
     #[error("the database is not available")]
     StoreUnavailable(#[source] Option<StoreError>),
     #[error("something went wrong inside the gateway; the log has the request id")]
-    Internal(#[source] Option<Box<dyn std::error::Error + Send + Sync>>),
+    Internal(#[source] Option<Box<dyn StdError + Send + Sync>>),
 }
 
 impl From<StoreError> for Error {
@@ -54,5 +56,26 @@ impl From<StoreError> for Error {
             ),
             other => Self::Internal(Some(Box::new(other))),
         }
+    }
+}
+
+/// An error with all its causes on one line, for the log.
+pub struct Chain<'a>(pub &'a dyn StdError);
+
+impl fmt::Display for Chain<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}", self.0)?;
+        let mut cause = self.0.source();
+        while let Some(error) = cause {
+            write!(f, ": {error}")?;
+            cause = error.source();
+        }
+        Ok(())
+    }
+}
+
+impl fmt::Debug for Chain<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(self, f)
     }
 }

@@ -9,6 +9,7 @@ use clap::Parser;
 use threadkeeper::app::{self, App};
 use threadkeeper::cli::{Cli, Command, ConfigArgs, DevArgs, SimulateArgs};
 use threadkeeper::config::{Config, ConfigFile, LogConfig, LogFormat, Sources, utf8_variables};
+use threadkeeper::error::Chain;
 use threadkeeper::simulator::Simulator;
 use threadkeeper::{dev, health, telemetry};
 use tokio::signal::unix::{SignalKind, signal};
@@ -25,7 +26,7 @@ fn main() -> ExitCode {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             // The chain without a back trace: these are mistakes of the set-up, not of the code.
-            eprintln!("threadkeeper: {}", chain(&error));
+            eprintln!("threadkeeper: {}", Chain(error.as_ref()));
             ExitCode::FAILURE
         }
     }
@@ -119,8 +120,4 @@ fn stop_signals() -> anyhow::Result<impl AsyncFnMut()> {
             _ = interrupt.recv() => {}
         }
     })
-}
-
-fn chain(error: &anyhow::Error) -> String {
-    error.chain().map(ToString::to_string).collect::<Vec<_>>().join(": ")
 }

@@ -7,7 +7,7 @@ use axum::response::{IntoResponse, Response};
 use serde::Serialize;
 
 use crate::domain::{RunErrorCode, RunId, ThreadId};
-use crate::error::Error;
+use crate::error::{Chain, Error};
 use crate::store::StoreError;
 
 /// Before the name of each problem type.
@@ -78,9 +78,9 @@ pub(super) fn complete(mut response: Response, request_id: &str) -> Response {
 
 fn log(error: &Error) {
     match error {
-        Error::Internal(_) => tracing::error!(error = error as &dyn std::error::Error, "the request failed"),
+        Error::Internal(_) => tracing::error!(error = %Chain(error), "the request failed"),
         Error::StoreUnavailable(_) => {
-            tracing::warn!(error = error as &dyn std::error::Error, "the request failed");
+            tracing::warn!(error = %Chain(error), "the request failed");
         }
         // Only the name: the text may quote the request.
         _ => tracing::debug!(problem = Problem::from(error).name, "the request was refused"),

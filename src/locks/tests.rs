@@ -80,7 +80,9 @@ impl World {
         for task in 0..TASKS {
             match self.stages[task] {
                 Stage::Outside => steps.push(Step::Join(task)),
-                Stage::WantsToRecord | Stage::WantsTurn => steps.extend([Step::Poll(task), Step::Leave(task)]),
+                Stage::WantsToRecord | Stage::WantsTurn => {
+                    steps.extend([Step::Poll(task), Step::Leave(task)]);
+                }
                 Stage::MayRecord => steps.extend([Step::Recorded(task), Step::Leave(task)]),
                 Stage::HasTurn => steps.push(Step::Leave(task)),
                 Stage::Gone => {}

@@ -10,6 +10,7 @@ use super::feed::FeedWriter;
 use super::{RunEvent, Runs, jittered};
 use crate::config::AssistantConfig;
 use crate::domain::{ContentPart, Message, Thread, UpstreamRunId, UpstreamThreadId};
+use crate::error::Chain;
 use crate::store::{StoreError, Turn};
 use crate::upstream::{Ended, EventStream, Ownership, StartRun, Upstream, UpstreamError, UpstreamEvent};
 
@@ -145,7 +146,7 @@ async fn history_before(runs: &Runs, turn: &Turn) -> Result<Vec<Message>, Failur
 
 /// Pauses before another try, if there is a point in one. The run's deadline bounds the tries.
 async fn wait_out(error: StoreError) -> Result<(), Failure> {
-    tracing::error!(error = &error as &dyn std::error::Error, "the store failed in the middle of a turn");
+    tracing::error!(error = %Chain(&error), "the store failed in the middle of a turn");
     if !matches!(error, StoreError::Unavailable(_)) {
         return Err(Failure::Store);
     }

@@ -13,6 +13,7 @@ use crate::domain::{
     ContentPart, MessageId, Run, RunError, RunErrorCode, RunStatus, Thread, ThreadActivity, ThreadState,
     ToolCall,
 };
+use crate::error::Chain;
 use crate::store::{Finished, Reply, RunEnd, RunLease, StoreError};
 use crate::upstream::{Ended, Leftover, Upstream, UpstreamError};
 
@@ -40,7 +41,7 @@ pub(super) async fn settle(runs: &Runs, upstream: &dyn Upstream, leftover: &Left
         settled = settled => match settled {
             Ok(Ok(())) => {}
             Ok(Err(error)) => {
-                tracing::warn!(error = &error as &dyn std::error::Error, "what the run left upstream could not be ended");
+                tracing::warn!(error = %Chain(&error), "what the run left upstream could not be ended");
             }
             Err(_) => tracing::error!("ending what the run left upstream panicked"),
         },
@@ -88,7 +89,7 @@ pub(super) async fn finish_in_store(runs: &Runs, lease: &RunLease, mut end: RunE
             Ok(None) => return Closed::LeaseLost,
             Err(error) => error,
         };
-        tracing::error!(error = &error as &dyn std::error::Error, "cannot record the end of a run yet");
+        tracing::error!(error = %Chain(&error), "cannot record the end of a run yet");
         if parts.stop.is_cancelled() {
             return Closed::Stopped;
         }

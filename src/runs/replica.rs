@@ -9,6 +9,7 @@ use tracing::Instrument;
 
 use super::{Runs, turn};
 use crate::domain::{RunId, RunStatus};
+use crate::error::Chain;
 use crate::store::{Orphan, StoreError};
 
 /// Orphans taken at a time.
@@ -87,7 +88,7 @@ impl Runs {
             let lapsed = self.parts.standing.has_lapsed();
             if let Err(error) = self.renew(&address, ttl).await {
                 tracing::error!(
-                    error = &error as &dyn std::error::Error,
+                    error = %Chain(&error),
                     "cannot renew this replica's session"
                 );
                 continue;
@@ -113,7 +114,7 @@ impl Runs {
             Ok(Ok(())) => {}
             Ok(Err(error)) => {
                 tracing::warn!(
-                    error = &error as &dyn std::error::Error,
+                    error = %Chain(&error),
                     "cannot give up this replica's session"
                 );
             }
@@ -129,7 +130,7 @@ impl Runs {
         let orphans = match parts.store.adopt_orphans(parts.replica, &working, ADOPT_BATCH).await {
             Ok(orphans) => orphans,
             Err(error) => {
-                tracing::error!(error = &error as &dyn std::error::Error, "cannot look for orphaned runs");
+                tracing::error!(error = %Chain(&error), "cannot look for orphaned runs");
                 return false;
             }
         };

@@ -17,7 +17,7 @@ use super::feed::FeedWriter;
 use super::replica::Working;
 use super::{Outcome, RunEvent, Runs, Submitted, jittered};
 use crate::domain::{ConversationKey, Run, RunError, RunErrorCode, RunStatus, Thread};
-use crate::error::Error;
+use crate::error::{Chain, Error};
 use crate::locks::Place;
 use crate::store::{Admission, Admitted, Claim, RunEnd, RunLease, Turn};
 use crate::upstream::Leftover;
@@ -188,7 +188,7 @@ async fn wait_for_turn(
                 Ok(Claim::NotYet) => {}
                 Err(error) => {
                     tracing::warn!(
-                        error = &error as &dyn std::error::Error,
+                        error = %Chain(&error),
                         "cannot start a waiting run yet"
                     );
                     pause = LONGEST_CLAIM_POLL;
