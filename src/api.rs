@@ -42,6 +42,8 @@ pub fn router(state: AppState) -> Router {
         router = router
             .route(&format!("{scope}/messages"), post(messages::create).get(messages::list))
             .route(&format!("{scope}/thread"), get(threads::show))
+            .route(&format!("{scope}/thread/cancel"), post(threads::cancel))
+            .route(&format!("{scope}/runs/{{run}}/cancel"), post(runs::cancel))
             .route(&format!("{scope}/runs"), get(runs::list))
             .route(&format!("{scope}/runs/{{run}}"), get(runs::show));
     }

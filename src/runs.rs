@@ -11,9 +11,10 @@ use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
 
+use futures_util::future::join_all;
 use rand::RngExt;
 use tokio::sync::{Mutex, oneshot};
-use tokio::time::Instant;
+use tokio::time::{Instant, timeout};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tracing::Instrument;
@@ -21,7 +22,7 @@ use tracing::Instrument;
 use crate::config::{AssistantConfig, RunsConfig, SessionsConfig};
 use crate::domain::{
     ConversationKey, Message, MessageId, Metadata, MultitaskStrategy, Page, PageRequest, ReplicaId, Run,
-    RunId, Scope, Thread, ThreadActivity, ThreadId, UserContent,
+    RunId, RunStatus, Scope, Thread, ThreadActivity, ThreadId, UserContent,
 };
 use crate::error::Error;
 use crate::locks::LockMap;
@@ -84,6 +85,19 @@ pub struct Submitted {
     pub thread: Thread,
     pub run: Run,
     pub feed: Feed,
+    /// Cancels the run. Harmless once it has ended.
+    pub cancel: CancellationToken,
+}
+
+/// Which of a thread's runs are meant.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum Which {
+    /// The one at work.
+    Active,
+    /// Those that wait.
+    Queued,
+    /// Both.
+    All,
 }
 
 impl Runs {
@@ -113,8 +127,8 @@ impl Runs {
                 known.join(", ")
             )));
         };
-        let timeout = new.timeout.or(assistant.timeout).unwrap_or(parts.runs.timeout);
-        if timeout.is_zero() || timeout > parts.runs.max_timeout {
+        let run_timeout = new.timeout.or(assistant.timeout).unwrap_or(parts.runs.timeout);
+        if run_timeout.is_zero() || run_timeout > parts.runs.max_timeout {
             let max = parts.runs.max_timeout.as_millis();
             return Err(Error::Invalid(format!("`timeout_ms` must be between 1 and {max}")));
         }
@@ -141,7 +155,7 @@ impl Runs {
             strategy: new.strategy,
             metadata: new.metadata,
             message: InputMessage { id: MessageId::new(), content: new.content.into_parts() },
-            timeout,
+            timeout: run_timeout,
             replica: parts.replica,
         };
         // From here on the work belongs to a task: a caller that leaves must not leave a recorded run undone.
@@ -173,6 +187,60 @@ impl Runs {
     /// One run and its reply, if it has one.
     pub async fn run(&self, key: &ConversationKey, id: RunId) -> Result<(Run, Option<Message>), Error> {
         self.store().run(key, id).await?.ok_or(Error::NotFound("this conversation has no such run"))
+    }
+
+    /// Cancels a run and waits, within a bound, for its end. A run that has ended is given as it is: a cancel that
+    /// comes too late is no error.
+    pub async fn cancel(&self, key: &ConversationKey, id: RunId) -> Result<(Run, Option<Message>), Error> {
+        let (run, message) = self.run(key, id).await?;
+        if run.status.is_final() {
+            return Ok((run, message));
+        }
+        self.end_all(key, &[run]).await?;
+        self.run(key, id).await
+    }
+
+    /// Cancels unfinished runs of the current thread and waits, within a bound, for their end; those that wait go
+    /// first, so that none of them starts in between. Gives them as they are then, in order of admission.
+    pub async fn cancel_some(&self, key: &ConversationKey, which: Which) -> Result<Vec<Run>, Error> {
+        let unfinished = self.store().unfinished(key).await?.ok_or(NO_THREAD)?;
+        let meant: Vec<Run> = unfinished
+            .into_iter()
+            .filter(|run| match which {
+                Which::Active => run.status.is_active(),
+                Which::Queued => run.status == RunStatus::Queued,
+                Which::All => true,
+            })
+            .collect();
+        self.end_all(key, &meant).await?;
+        let mut ended = Vec::with_capacity(meant.len());
+        for run in meant {
+            ended.push(self.run(key, run.id).await?.0);
+        }
+        Ok(ended)
+    }
+
+    /// Tells the tasks of these runs to end, the last one first, and waits for them.
+    async fn end_all(&self, key: &ConversationKey, runs: &[Run]) -> Result<(), Error> {
+        let mut ends = Vec::with_capacity(runs.len());
+        for run in runs.iter().rev() {
+            match self.parts.standing.handle(run.id) {
+                Some(handle) => {
+                    handle.cancel.cancel();
+                    ends.push(handle.feed.ended());
+                }
+                // It has ended in the meantime, or it is another replica's.
+                None if self.run(key, run.id).await?.0.status.is_final() => {}
+                None => {
+                    return Err(Error::NotSupported("a run of another replica cannot be cancelled here yet"));
+                }
+            }
+        }
+        let limit = self.parts.given.runs.settle_timeout + CANCEL_SLACK;
+        if timeout(limit, join_all(ends)).await.is_err() {
+            tracing::warn!("a cancelled run did not end in time");
+        }
+        Ok(())
     }
 
     /// This replica takes new runs, and its store is in order, or was a second ago.
@@ -209,6 +277,8 @@ impl fmt::Debug for RunsParts {
     }
 }
 
+/// How much longer than the settling a cancel waits for the end of its run.
+const CANCEL_SLACK: Duration = Duration::from_secs(2);
 /// How long the store counts as in order once it was seen to be.
 const READY_FOR: Duration = Duration::from_secs(1);
 

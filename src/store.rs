@@ -85,6 +85,9 @@ pub trait Store: Send + Sync + std::fmt::Debug {
         page: &PageRequest<RunId>,
     ) -> Result<Option<Page<Run>>, StoreError>;
 
+    /// The unfinished runs of the current thread, in order of admission; `None` if the key has no thread.
+    async fn unfinished(&self, key: &ConversationKey) -> Result<Option<Vec<Run>>, StoreError>;
+
     /// A run of any of the key's threads, archived ones included, and its reply if it has one.
     async fn run(
         &self,

@@ -10,6 +10,7 @@ use tokio::time::timeout;
 use super::AppState;
 use crate::domain::{ConversationKey, InvalidKey, PageRequest, RunId, Scope, TenantKey};
 use crate::error::Error;
+use crate::runs::Which;
 
 /// The conversation that the path names. There is one tenant until callers can say which is theirs.
 #[derive(Debug)]
@@ -131,9 +132,7 @@ where
     type Rejection = Error;
 
     async fn from_request_parts(parts: &mut Parts, _state: &S) -> Result<Self, Error> {
-        let query = Query::<PageQuery>::try_from_uri(&parts.uri)
-            .map_err(|rejection| Error::Malformed(format!("the query: {}", rejection.body_text())))?
-            .0;
+        let query: PageQuery = query(parts)?;
         let limit = query.limit.unwrap_or(20);
         if !(1..=100).contains(&limit) {
             return Err(Error::Malformed("`limit` must be between 1 and 100".to_owned()));
@@ -154,4 +153,41 @@ where
             before: cursor("before", query.before)?,
         }))
     }
+}
+
+/// Which of a thread's runs are meant: `which` = `active` (if absent), `queued` or `all`.
+#[derive(Debug)]
+pub(super) struct ApiWhich(pub(super) Which);
+
+#[derive(serde::Deserialize)]
+#[serde(deny_unknown_fields)]
+struct WhichQuery {
+    which: Option<WhichWord>,
+}
+
+#[derive(serde::Deserialize)]
+#[serde(rename_all = "lowercase")]
+enum WhichWord {
+    Active,
+    Queued,
+    All,
+}
+
+impl<S: Send + Sync> FromRequestParts<S> for ApiWhich {
+    type Rejection = Error;
+
+    async fn from_request_parts(parts: &mut Parts, _state: &S) -> Result<Self, Error> {
+        let query: WhichQuery = query(parts)?;
+        Ok(Self(match query.which {
+            None | Some(WhichWord::Active) => Which::Active,
+            Some(WhichWord::Queued) => Which::Queued,
+            Some(WhichWord::All) => Which::All,
+        }))
+    }
+}
+
+fn query<T: DeserializeOwned>(parts: &Parts) -> Result<T, Error> {
+    Query::try_from_uri(&parts.uri)
+        .map(|Query(query)| query)
+        .map_err(|rejection| Error::Malformed(format!("the query: {}", rejection.body_text())))
 }

@@ -21,9 +21,6 @@ pub(super) async fn create(
     headers: HeaderMap,
     ApiJson(body): ApiJson<PostMessage>,
 ) -> Result<Response, Error> {
-    if body.on_disconnect == Some(OnDisconnect::Cancel) {
-        return Err(Error::NotSupported("`on_disconnect: cancel` is not supported yet: use `continue`"));
-    }
     let stream = body.stream.unwrap_or_else(|| accepts_events(&headers));
     let message = NewMessage {
         content: body.content.0.try_into().map_err(|error| Error::Invalid(format!("`content`: {error}")))?,
@@ -33,8 +30,11 @@ pub(super) async fn create(
         timeout: body.timeout_ms.map(Duration::from_millis),
     };
     let submitted = state.runs.submit(key, message).await?;
+    // Dropped with the answer, or with this handler when the caller leaves before there is one.
+    let cancel =
+        (body.on_disconnect == Some(OnDisconnect::Cancel)).then(|| submitted.cancel.clone().drop_guard());
     if stream {
-        return Ok(sse::follow(&submitted, state.server.keep_alive));
+        return Ok(sse::follow(&submitted, cancel, state.server.keep_alive));
     }
     let outcome = submitted.feed.ended().await.ok_or(Error::Internal(None))?;
     Ok(Json(turn(&outcome)?).into_response())

@@ -1,4 +1,4 @@
-//! `…/runs` and `…/runs/{run}`
+//! `…/runs` and below
 
 use axum::Json;
 use axum::extract::State;
@@ -24,5 +24,15 @@ pub(super) async fn show(
     ApiRun(id): ApiRun,
 ) -> Result<Json<RunAndMessageView>, Error> {
     let (run, message) = state.runs.run(&key, id).await?;
+    Ok(Json(RunAndMessageView { run: run.into(), message: message.map(Into::into) }))
+}
+
+/// Cancels a run and tells how it ended.
+pub(super) async fn cancel(
+    State(state): State<AppState>,
+    ApiKey(key): ApiKey,
+    ApiRun(id): ApiRun,
+) -> Result<Json<RunAndMessageView>, Error> {
+    let (run, message) = state.runs.cancel(&key, id).await?;
     Ok(Json(RunAndMessageView { run: run.into(), message: message.map(Into::into) }))
 }

@@ -182,6 +182,11 @@ pub(super) fn failed_end(status: RunStatus, error: RunError) -> RunEnd {
     }
 }
 
+/// The end of a run that somebody wanted to end. That is no error.
+pub(super) fn cancelled_end() -> RunEnd {
+    RunEnd { error: None, ..failed_end(RunStatus::Cancelled, internal()) }
+}
+
 pub(super) fn internal() -> RunError {
     let message = "something went wrong inside the gateway".to_owned();
     RunError { code: RunErrorCode::Internal, message }
@@ -208,6 +213,7 @@ pub(super) enum Failure {
     LeaseLost,
     Store,
     Deadline,
+    Cancelled,
     Stopped,
     ReplyTooLarge,
     NotConfigured,
@@ -221,6 +227,7 @@ impl Failure {
             Self::LeaseLost => "lease lost".to_owned(),
             Self::Store => "the store failed".to_owned(),
             Self::Deadline => "deadline".to_owned(),
+            Self::Cancelled => "cancelled".to_owned(),
             Self::Stopped => "the gateway is stopping".to_owned(),
             Self::ReplyTooLarge => "the reply is too large".to_owned(),
             Self::NotConfigured => "not configured".to_owned(),
@@ -232,7 +239,7 @@ impl Failure {
     pub(super) fn may_leave_something(&self) -> bool {
         match self {
             Self::Upstream(error) => error.is_ambiguous(),
-            Self::Deadline | Self::Stopped | Self::ReplyTooLarge | Self::Panic => true,
+            Self::Deadline | Self::Cancelled | Self::Stopped | Self::ReplyTooLarge | Self::Panic => true,
             Self::LeaseLost | Self::Store | Self::NotConfigured => false,
         }
     }
@@ -271,6 +278,7 @@ impl Failure {
                     RunError { code: RunErrorCode::DeadlineExceeded, message },
                 );
             }
+            Self::Cancelled => return cancelled_end(),
             Self::Stopped => return failed_end(RunStatus::Failed, stopped()),
             Self::ReplyTooLarge => {
                 (RunErrorCode::ReplyTooLarge, "the reply grew past the configured limit".to_owned())

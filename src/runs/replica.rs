@@ -1,12 +1,14 @@
 //! This process among its peers: it keeps its session alive and takes over what nobody works on.
 
-use std::collections::HashSet;
+use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use tokio::time::{Instant, MissedTickBehavior, interval, timeout};
+use tokio_util::sync::CancellationToken;
 use tracing::Instrument;
 
+use super::feed::{Feed, FeedWriter};
 use super::{Runs, turn};
 use crate::domain::{RunId, RunStatus};
 use crate::error::Chain;
@@ -21,16 +23,26 @@ const RETIRE_TIMEOUT: Duration = Duration::from_secs(2);
 #[derive(Debug)]
 pub(super) struct Standing {
     /// Runs that a task of this process works on, from before they are recorded until their end is.
-    working: Arc<Mutex<HashSet<RunId>>>,
+    working: Arc<Mutex<HashMap<RunId, Handle>>>,
     /// Until when the session is surely good, by this process's own clock.
     good_until: Mutex<Instant>,
+}
+
+/// What others in this process can do about a run that it works on.
+#[derive(Clone, Debug)]
+pub(super) struct Handle {
+    pub(super) cancel: CancellationToken,
+    pub(super) feed: Feed,
 }
 
 /// Says, while it lives, that this process works on a run.
 #[derive(Debug)]
 pub(super) struct Working {
     run: RunId,
-    working: Arc<Mutex<HashSet<RunId>>>,
+    /// Cancelled when somebody wants the run to end.
+    pub(super) cancel: CancellationToken,
+    pub(super) feed: FeedWriter,
+    all: Arc<Mutex<HashMap<RunId, Handle>>>,
 }
 
 impl Standing {
@@ -39,8 +51,13 @@ impl Standing {
     }
 
     pub(super) fn works_on(&self, run: RunId) -> Working {
-        lock(&self.working).insert(run);
-        Working { run, working: Arc::clone(&self.working) }
+        let (cancel, feed) = (CancellationToken::new(), FeedWriter::default());
+        lock(&self.working).insert(run, Handle { cancel: cancel.clone(), feed: feed.feed() });
+        Working { run, cancel, feed, all: Arc::clone(&self.working) }
+    }
+
+    pub(super) fn handle(&self, run: RunId) -> Option<Handle> {
+        lock(&self.working).get(&run).cloned()
     }
 
     /// Others may take this process for dead.
@@ -51,7 +68,7 @@ impl Standing {
 
 impl Drop for Working {
     fn drop(&mut self) {
-        lock(&self.working).remove(&self.run);
+        lock(&self.all).remove(&self.run);
     }
 }
 
@@ -126,7 +143,7 @@ impl Runs {
     /// there may be more.
     async fn adopt(&self) -> bool {
         let parts = &self.parts.given;
-        let working: Vec<RunId> = lock(&self.parts.standing.working).iter().copied().collect();
+        let working: Vec<RunId> = lock(&self.parts.standing.working).keys().copied().collect();
         let orphans = match parts.store.adopt_orphans(parts.replica, &working, ADOPT_BATCH).await {
             Ok(orphans) => orphans,
             Err(error) => {

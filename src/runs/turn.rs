@@ -10,10 +10,9 @@ use tracing::Instrument;
 
 use super::drive::{Progress, drain, drive};
 use super::end::{
-    Closed, Failure, announce, end_of, failed_end, finish, finish_in_store, internal, lease_lost, partial,
-    settle, stopped,
+    Closed, Failure, announce, cancelled_end, end_of, failed_end, finish, finish_in_store, internal,
+    lease_lost, partial, settle, stopped,
 };
-use super::feed::FeedWriter;
 use super::replica::Working;
 use super::{Outcome, RunEvent, Runs, Submitted, jittered};
 use crate::domain::{ConversationKey, Run, RunError, RunErrorCode, RunStatus, Thread};
@@ -40,7 +39,6 @@ pub(super) async fn conduct(
 ) {
     let span = tracing::info_span!("run", run.id = %admission.run_id, key = %admission.key.fingerprint());
     async move {
-        let feed = FeedWriter::default();
         let start = match admit(&runs, &mut place, &admission).await {
             Ok(start) => start,
             Err((error, is_ambiguous)) => {
@@ -48,31 +46,36 @@ pub(super) async fn conduct(
                 if is_ambiguous {
                     void(&runs, RunLease { run_id: admission.run_id, fence: 1 }).await;
                 }
-                drop(working);
                 return;
             }
         };
         place.recorded();
-        feed.push(match start.next {
+        working.feed.push(match start.next {
             Next::Work(_) => RunEvent::Started,
             Next::Wait { position, .. } => RunEvent::Queued { position },
         });
-        let submitted = Submitted { thread: start.thread, run: start.run, feed: feed.feed() };
+        let submitted = Submitted {
+            thread: start.thread,
+            run: start.run,
+            feed: working.feed.feed(),
+            cancel: working.cancel.clone(),
+        };
         // A caller that has left hears nothing; the run goes on.
         drop(answer.send(Ok(submitted.clone())));
         let turn = match start.next {
             Next::Work(turn) => Ok(*turn),
             Next::Wait { lease, .. } => {
-                wait_for_turn(&runs, Some(&mut place), lease, &submitted.thread, &submitted.run, &feed).await
+                wait_for_turn(&runs, &working, Some(&mut place), lease, &submitted.thread, &submitted.run)
+                    .await
             }
         };
         let outcome = match turn {
-            Ok(turn) => work(&runs, &turn, &feed).await,
+            Ok(turn) => work(&runs, &working, &turn).await,
             Err(outcome) => *outcome,
         };
         // First the place, then the news: whoever hears it finds the thread free.
-        drop((place, working));
-        announce(&feed, outcome);
+        drop(place);
+        announce(&working.feed, outcome);
     }
     .instrument(span)
     .await;
@@ -81,11 +84,11 @@ pub(super) async fn conduct(
 /// Waits for the turn of a queued run that was taken over from another replica, and works on it. The store alone
 /// keeps its order: it has no place in this process's line.
 pub(super) async fn resume_queued(runs: Runs, working: Working, lease: RunLease, thread: Thread, run: Run) {
-    let feed = FeedWriter::default();
-    if let Ok(turn) = wait_for_turn(&runs, None, lease, &thread, &run, &feed).await {
-        work(&runs, &turn, &feed).await;
-    }
-    drop(working);
+    let outcome = match wait_for_turn(&runs, &working, None, lease, &thread, &run).await {
+        Ok(turn) => work(&runs, &working, &turn).await,
+        Err(outcome) => *outcome,
+    };
+    announce(&working.feed, outcome);
 }
 
 /// Ends a run on which nobody works any more: first whatever still goes on upstream, then the run.
@@ -106,8 +109,7 @@ pub(super) async fn bury(runs: Runs, working: Working, lease: RunLease, thread: 
     };
     let failed =
         RunEnd { upstream_run_id: run.upstream_run_id.clone(), ..failed_end(RunStatus::Failed, error) };
-    drop(finish_in_store(&runs, &lease, failed).await);
-    drop(working);
+    announce(&working.feed, finish(&runs, &lease, failed, &thread, &run, None).await);
 }
 
 /// A recorded run and what it does next.
@@ -168,11 +170,11 @@ async fn void(runs: &Runs, lease: RunLease) {
 /// Waits in line, then until the store lets the run start. The outcome, if it ended instead.
 async fn wait_for_turn(
     runs: &Runs,
+    working: &Working,
     mut place: Option<&mut Place<ConversationKey>>,
     lease: RunLease,
     thread: &Thread,
     run: &Run,
-    feed: &FeedWriter,
 ) -> Result<Turn, Box<Outcome>> {
     let parts = &runs.parts.given;
     let longest = if place.is_some() { CLAIM_POLL } else { LONGEST_CLAIM_POLL };
@@ -198,30 +200,31 @@ async fn wait_for_turn(
             pause = (pause * 2).min(longest);
         }
     };
-    let claimed = tokio::select! {
+    let end = tokio::select! {
         biased;
         () = parts.stop.cancelled() => None,
-        claimed = claimed => Some(claimed),
-    };
-    match claimed {
-        Some(Some(turn)) => {
-            feed.push(RunEvent::Started);
-            Ok(*turn)
+        () = working.cancel.cancelled() => Some(cancelled_end()),
+        claimed = claimed => {
+            let Some(turn) = claimed else { return Err(Box::new(lease_lost(runs, thread, run).await)) };
+            working.feed.push(RunEvent::Started);
+            return Ok(*turn);
         }
-        Some(None) => Err(Box::new(lease_lost(runs, thread, run).await)),
-        None => {
-            // In line, so that the messages come into the transcript in their order.
+    };
+    let end = match (end, place) {
+        (Some(cancelled), _) => cancelled,
+        (None, place) => {
+            // All that wait end now: in line, so that their messages come into the transcript in their order.
             if let Some(place) = place {
                 place.turn().await;
             }
-            let end = failed_end(RunStatus::Failed, stopped());
-            Err(Box::new(finish(runs, &lease, end, thread, run, None).await))
+            failed_end(RunStatus::Failed, stopped())
         }
-    }
+    };
+    Err(Box::new(finish(runs, &lease, end, thread, run, None).await))
 }
 
 /// Does the turn and commits its end, whatever happens on the way.
-async fn work(runs: &Runs, turn: &Turn, feed: &FeedWriter) -> Outcome {
+async fn work(runs: &Runs, working: &Working, turn: &Turn) -> Outcome {
     let started = Instant::now();
     let parts = &runs.parts.given;
     let Turn { lease, thread, run, .. } = turn;
@@ -231,10 +234,11 @@ async fn work(runs: &Runs, turn: &Turn, feed: &FeedWriter) -> Outcome {
     let mut progress = Progress::default();
     let result = match (upstream, assistant) {
         (Some(upstream), Some(assistant)) => {
-            let drive = drive(runs, &**upstream, assistant, turn, &mut progress, feed);
+            let drive = drive(runs, &**upstream, assistant, turn, &mut progress, &working.feed);
             tokio::select! {
                 biased;
                 () = parts.stop.cancelled() => Err(Failure::Stopped),
+                () = working.cancel.cancelled() => Err(Failure::Cancelled),
                 () = sleep(time_left(run)) => Err(Failure::Deadline),
                 result = AssertUnwindSafe(drive).catch_unwind() => result.unwrap_or(Err(Failure::Panic)),
             }

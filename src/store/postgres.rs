@@ -125,6 +125,10 @@ impl Store for PostgresStore {
         on!(self.general, c => read::runs(c, key, page))
     }
 
+    async fn unfinished(&self, key: &ConversationKey) -> Result<Option<Vec<Run>>, StoreError> {
+        on!(self.general, c => read::unfinished(c, key))
+    }
+
     async fn run(
         &self,
         key: &ConversationKey,

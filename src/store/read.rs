@@ -155,6 +155,36 @@ macro_rules! reads {
             span.page(rows).map(Some)
         }
 
+        /// Implements [`Store::unfinished`](crate::store::Store::unfinished).
+        pub(super) async fn unfinished(
+            connection: &mut <$database as sqlx::Database>::Connection,
+            key: &ConversationKey,
+        ) -> Result<Option<Vec<Run>>, StoreError> {
+            let thread: Option<Uuid> = sqlx::query_scalar(
+                "SELECT t.id FROM threads t
+                WHERE t.tenant = $1 AND t.user_key = $2 AND t.scope_kind = $3 AND t.scope_name = $4
+                    AND t.lifecycle = 'current'",
+            )
+            .bind(key.tenant.as_str())
+            .bind(key.user.as_str())
+            .bind(key.scope.kind())
+            .bind(key.scope.name())
+            .fetch_optional(&mut *connection)
+            .await?;
+            let Some(thread) = thread else { return Ok(None) };
+            let rows: Vec<RunRow> = sqlx::query_as(concat!(
+                "SELECT ",
+                run_columns!(),
+                " FROM runs r
+                WHERE r.thread_id = $1 AND r.status IN ('queued', 'in_progress', 'requires_action', 'cancelling')
+                ORDER BY r.seq",
+            ))
+            .bind(thread)
+            .fetch_all(&mut *connection)
+            .await?;
+            rows.into_iter().map(Run::try_from).collect::<Result<_, _>>().map(Some)
+        }
+
         /// Implements [`Store::run`](crate::store::Store::run).
         pub(super) async fn run(
             connection: &mut <$database as sqlx::Database>::Connection,

@@ -136,6 +136,10 @@ impl Store for SqliteStore {
         on!(self.readers, c => read::runs(c, key, page))
     }
 
+    async fn unfinished(&self, key: &ConversationKey) -> Result<Option<Vec<Run>>, StoreError> {
+        on!(self.readers, c => read::unfinished(c, key))
+    }
+
     async fn run(
         &self,
         key: &ConversationKey,

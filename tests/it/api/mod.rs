@@ -1,5 +1,6 @@
 //! The real binary, over HTTP.
 
+mod cancel;
 mod commands;
 mod crash;
 mod failures;

@@ -35,7 +35,7 @@ async fn bad_requests_are_refused_with_a_typed_problem() {
         (json!({"content": "a", "multitask_strategy": "merge"}), 501, "not-supported", "enqueue"),
         (json!({"content": "a", "multitask_strategy": "interrupt"}), 501, "not-supported", "enqueue"),
         (json!({"content": "a", "multitask_strategy": "rollback"}), 501, "not-supported", "enqueue"),
-        (json!({"content": "a", "on_disconnect": "cancel"}), 501, "not-supported", "continue"),
+        (json!({"content": "a", "on_disconnect": "explode"}), 422, "invalid-request", "continue"),
         (json!({"content": "x".repeat(5000)}), 413, "payload-too-large", "4096"),
     ] {
         let answer = gateway.post(messages, &body).await;

@@ -1,0 +1,153 @@
+//! Stopping what runs or waits.
+
+use reqwest::Method;
+use serde_json::{Value, json};
+
+use crate::support::gateway::{Gateway, PATIENCE, text, text_of};
+use crate::support::scene::{Protocol, Scene, on_every_scene};
+
+on_every_scene!(
+    a_run_at_work_can_be_cancelled,
+    a_run_that_waits_can_be_cancelled,
+    a_thread_can_be_cleared,
+    a_cancel_that_comes_too_late_is_no_error,
+    a_caller_that_leaves_can_take_its_run_along,
+);
+
+const SCOPE: &str = "/v1/users/alice";
+
+async fn cancel(gateway: &Gateway, path: &str) -> crate::support::gateway::Answer {
+    gateway.send(gateway.request(Method::POST, &format!("{SCOPE}/{path}"))).await
+}
+
+async fn works_again(gateway: &Gateway, scene: &Scene) {
+    let answer = gateway.say(SCOPE, "and now?").await;
+    assert!(text(&answer["message"]).contains("and now?"));
+    assert_eq!(answer["thread"]["state"], "idle");
+    assert_eq!(scene.simulator.stats().active_runs, 0, "nothing goes on upstream");
+}
+
+async fn a_run_at_work_can_be_cancelled(scene: Scene) {
+    let gateway = scene.gateway().await;
+    gateway.say(SCOPE, "hello").await;
+    let mut stream = gateway.stream(SCOPE, "a long story [[sim: silent_after=3]]").await;
+    let run = stream.next().await.unwrap().data["run_id"].as_str().unwrap().to_owned();
+    for _ in 0..3 {
+        assert_eq!(stream.next().await.unwrap().name, "message.delta");
+    }
+    let cancelled = cancel(&gateway, &format!("runs/{run}/cancel")).await.ok();
+    assert_eq!(
+        (&cancelled["run"]["status"], &cancelled["run"]["error"]),
+        (&json!("cancelled"), &Value::Null)
+    );
+    let rest = stream.rest().await;
+    let names: Vec<_> = rest.iter().map(|event| event.name.as_str()).collect();
+    assert_eq!(names, ["message.completed", "run.cancelled"], "what came so far stays");
+    assert_eq!(rest[0].data["message"], cancelled["message"]);
+    let transcript = gateway.get(&format!("{SCOPE}/messages")).await.ok();
+    assert_eq!(transcript["data"][0], cancelled["message"]);
+    works_again(&gateway, &scene).await;
+}
+
+async fn a_run_that_waits_can_be_cancelled(scene: Scene) {
+    let gateway = scene.gateway().await;
+    scene.simulator.hold();
+    let mut first = gateway.stream(SCOPE, "first").await;
+    first.next().await.unwrap();
+    let mut second = gateway.stream(SCOPE, "second").await;
+    let run = second.next().await.unwrap().data["run_id"].as_str().unwrap().to_owned();
+    let mut third = gateway.stream(SCOPE, "third").await;
+    third.next().await.unwrap();
+    let cancelled = cancel(&gateway, &format!("runs/{run}/cancel")).await.ok();
+    assert_eq!((&cancelled["run"]["status"], &cancelled["message"]), (&json!("cancelled"), &Value::Null));
+    assert_eq!(second.rest().await.last().unwrap().name, "run.cancelled");
+    scene.simulator.release();
+    for (stream, said) in [(first, "first"), (third, "third")] {
+        let events = stream.rest().await;
+        assert_eq!(events.last().unwrap().name, "run.completed");
+        assert!(text_of(&events).contains(said));
+    }
+    if scene.protocol != Protocol::Chain {
+        assert_eq!(scene.simulator.threads().remove(0).user_texts, ["first", "third"], "it was never sent");
+    }
+    works_again(&gateway, &scene).await;
+    let transcript = gateway.get(&format!("{SCOPE}/messages?order=asc")).await.ok();
+    let said = transcript["data"].as_array().unwrap().iter().filter(|m| m["role"] == "user").map(text);
+    assert_eq!(said.filter(|text| *text == "second").count(), 1, "what was said stays");
+}
+
+async fn a_thread_can_be_cleared(scene: Scene) {
+    let gateway = scene.gateway().await;
+    let nobody = cancel(&gateway, "thread/cancel").await;
+    assert_eq!(nobody.problem(), (404, "not-found"));
+    for (which, ends) in [
+        ("", ["cancelled", "completed", "completed"]),
+        ("?which=queued", ["completed", "cancelled", "cancelled"]),
+        ("?which=all", ["cancelled", "cancelled", "cancelled"]),
+    ] {
+        scene.simulator.hold();
+        let mut streams = Vec::new();
+        for n in 0..3 {
+            let mut stream = gateway.stream(SCOPE, &format!("message {n}")).await;
+            stream.next().await.unwrap();
+            streams.push(stream);
+        }
+        let path = format!("thread/cancel{which}");
+        let cancelled = cancel(&gateway, &path).await.ok();
+        let statuses =
+            cancelled["data"].as_array().unwrap().iter().map(|run| run["status"].as_str().unwrap());
+        assert!(statuses.clone().all(|status| status == "cancelled"), "{cancelled:#}");
+        assert_eq!(statuses.count(), ends.iter().filter(|end| **end == "cancelled").count());
+        scene.simulator.release();
+        for (stream, end) in streams.into_iter().zip(ends) {
+            assert_eq!(stream.rest().await.last().unwrap().name, format!("run.{end}"), "{which}");
+        }
+        assert_eq!(cancel(&gateway, &path).await.ok()["data"], json!([]), "there is nothing left");
+        works_again(&gateway, &scene).await;
+    }
+    assert_eq!(cancel(&gateway, "thread/cancel?which=some").await.problem(), (400, "invalid-request"));
+}
+
+async fn a_cancel_that_comes_too_late_is_no_error(scene: Scene) {
+    let gateway = scene.gateway().await;
+    let answer = gateway.say(SCOPE, "hello").await;
+    let path = format!("runs/{}/cancel", answer["run"]["id"].as_str().unwrap());
+    let late = cancel(&gateway, &path).await.ok();
+    assert_eq!((&late["run"], &late["message"]), (&answer["run"], &answer["message"]));
+    let unknown = cancel(&gateway, "runs/run_0198f000000070008000000000000000/cancel").await;
+    assert_eq!(unknown.problem(), (404, "not-found"));
+}
+
+async fn a_caller_that_leaves_can_take_its_run_along(scene: Scene) {
+    let gateway = scene.gateway().await;
+    gateway.say(SCOPE, "hello").await;
+    scene.simulator.hold();
+    for stream in [true, false] {
+        let body = json!({"content": "bye", "stream": stream, "on_disconnect": "cancel"});
+        let request = gateway.request(Method::POST, &format!("{SCOPE}/messages")).json(&body);
+        let begun = scene.simulator.stats().runs_started;
+        let leaves = async {
+            scene.simulator.wait_for(|stats| stats.runs_started > begun).await;
+        };
+        tokio::time::timeout(PATIENCE, async {
+            if stream {
+                let response = request.send().await.unwrap();
+                leaves.await;
+                drop(response);
+            } else {
+                tokio::select! {
+                    answer = request.send() => panic!("it cannot end: {answer:?}"),
+                    () = leaves => {}
+                }
+            }
+        })
+        .await
+        .expect("the run starts");
+        let newest = format!("{SCOPE}/runs?limit=1");
+        let runs =
+            gateway.until(&newest, |answer| answer.body["data"][0]["status"] == "cancelled").await.ok();
+        assert_eq!(runs["data"][0]["error"], Value::Null);
+    }
+    scene.simulator.release();
+    works_again(&gateway, &scene).await;
+}
