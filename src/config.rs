@@ -128,6 +128,8 @@ pub struct RunsConfig {
     pub max_timeout: Duration,
     /// Runs that may wait on one thread in this process.
     pub max_queue: usize,
+    /// Further tries of a request that the upstream provably did not take: no connection, or a rate limit.
+    pub max_retries: u32,
     /// How long to try to end at the upstream what a run left behind.
     #[serde(with = "humantime_serde")]
     pub settle_timeout: Duration,
@@ -218,6 +220,7 @@ impl Default for RunsConfig {
             timeout: Duration::from_mins(2),
             max_timeout: Duration::from_mins(10),
             max_queue: 256,
+            max_retries: 3,
             settle_timeout: Duration::from_secs(10),
             max_reply_bytes: 4 * 1024 * 1024,
         }

@@ -2,12 +2,14 @@
 
 use reqwest::StatusCode;
 use serde_json::{Value, json};
+use threadkeeper::simulator::Fault;
 
 use crate::support::gateway::{Gateway, PATIENCE, text, text_of};
 use crate::support::scene::{Protocol, Scene, on_every_scene};
 
 on_every_scene!(
     a_refusal_before_acceptance_is_told_with_its_reason,
+    what_was_provably_not_taken_is_sent_again,
     a_run_that_fails_upstream_is_told_so,
     an_incomplete_reply_is_kept_and_marked,
     a_refused_answer_is_a_refusal,
@@ -39,7 +41,7 @@ async fn works_again(gateway: &Gateway) {
 }
 
 async fn a_refusal_before_acceptance_is_told_with_its_reason(scene: Scene) {
-    let gateway = scene.gateway().await;
+    let gateway = scene.gateway_with("[runs]\nmax_retries = 0\n").await;
     say(&gateway, "hello").await.ok();
     for (directive, retry_after) in [
         ("status=500", None),
@@ -77,6 +79,37 @@ async fn a_refusal_before_acceptance_is_told_with_its_reason(scene: Scene) {
     let said = gateway.get(&format!("{SCOPE}/messages?order=asc&limit=100")).await.ok();
     let users = said["data"].as_array().unwrap().iter().filter(|m| m["role"] == "user").count();
     assert_eq!(users, 8, "what a user said stays in the transcript, answered or not");
+}
+
+async fn what_was_provably_not_taken_is_sent_again(scene: Scene) {
+    let gateway = scene.gateway().await;
+    let fault = |on: &str, fault: &str, times| {
+        scene.simulator.add_fault(Fault { on: on.to_owned(), fault: fault.to_owned(), times }).unwrap();
+    };
+    let begun = || {
+        let requests = scene.simulator.stats().requests_by_operation;
+        requests.get("create_run").or(requests.get("create_response")).copied().unwrap_or(0)
+    };
+    // The upstream's own word is obeyed, so that the test need not wait for the back-off.
+    let refusal = "status=429 retry_after=0.01";
+    fault("create_thread", refusal, u32::from(scene.protocol != Protocol::Chain));
+    fault("start", refusal, 2);
+    let answer = say(&gateway, "hello").await.ok();
+    assert!(text(&answer["message"]).contains("hello"));
+    assert_eq!((begun(), scene.simulator.stats().runs_started), (3, 1));
+
+    for (refusal, tries) in [
+        (refusal, 4),
+        ("status=429 code=insufficient_quota", 1),
+        ("status=503 retry_after=0.01", 1),
+        ("status=429 retry_after=61", 1),
+    ] {
+        let before = begun();
+        fault("start", refusal, tries);
+        assert_eq!(say(&gateway, "again").await.problem(), (502, "upstream-error"), "{refusal}");
+        assert_eq!(begun() - before, u64::from(tries), "{refusal}");
+    }
+    works_again(&gateway).await;
 }
 
 async fn a_run_that_fails_upstream_is_told_so(scene: Scene) {
