@@ -4,6 +4,7 @@ mod extract;
 mod health;
 mod messages;
 mod observe;
+mod prefer;
 mod problem;
 mod runs;
 mod sse;

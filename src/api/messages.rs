@@ -4,20 +4,25 @@ use std::time::Duration;
 
 use axum::Json;
 use axum::extract::State;
-use axum::http::{HeaderMap, header};
+use axum::http::{HeaderMap, StatusCode, Uri, header};
 use axum::response::{IntoResponse, Response};
+use tokio::time::timeout;
+use tokio_util::sync::DropGuard;
 
 use super::extract::{ApiJson, ApiKey, ApiPage};
+use super::prefer::{PREFERENCE_APPLIED, Prefer};
 use super::views::{ListView, MessageView, OnDisconnect, PostMessage, ThreadView, TurnView};
 use super::{AppState, sse};
 use crate::domain::{MessageId, MultitaskStrategy, RunStatus};
 use crate::error::Error;
 use crate::runs::{NewMessage, Outcome};
 
-/// Appends a message, runs the assistant, and answers when the run has ended, or streams what happens.
+/// Appends a message, runs the assistant, and answers when the run has ended, or streams what happens, or, if the
+/// caller prefers not to wait, tells where to look.
 pub(super) async fn create(
     State(state): State<AppState>,
     ApiKey(key): ApiKey,
+    uri: Uri,
     headers: HeaderMap,
     ApiJson(body): ApiJson<PostMessage>,
 ) -> Result<Response, Error> {
@@ -29,15 +34,33 @@ pub(super) async fn create(
         metadata: body.metadata.unwrap_or_default(),
         timeout: body.timeout_ms.map(Duration::from_millis),
     };
-    let submitted = state.runs.submit(key, message).await?;
+    let submitted = state.runs.submit(key.clone(), message).await?;
     // Dropped with the answer, or with this handler when the caller leaves before there is one.
     let cancel =
         (body.on_disconnect == Some(OnDisconnect::Cancel)).then(|| submitted.cancel.clone().drop_guard());
     if stream {
         return Ok(sse::follow(&submitted, cancel, state.server.keep_alive));
     }
-    let outcome = submitted.feed.ended().await.ok_or(Error::Internal(None))?;
-    Ok(Json(turn(&outcome)?).into_response())
+    let prefer = Prefer::of(&headers);
+    let ended = match prefer.patience() {
+        None => Ok(submitted.feed.ended().await),
+        Some(wait) => timeout(wait, submitted.feed.ended()).await,
+    };
+    if let Ok(outcome) = ended {
+        return Ok(Json(turn(&*outcome.ok_or(Error::Internal(None))?)?).into_response());
+    }
+    // The caller is told where to look: leaving now is no disconnect.
+    drop(cancel.map(DropGuard::disarm));
+    let (thread, activity) = state.runs.thread(&key).await?;
+    let (run, message) = state.runs.run(&key, submitted.run.id).await?;
+    let place = format!("{}/runs/{}", uri.path().trim_end_matches("/messages"), run.id);
+    let view = TurnView {
+        thread: ThreadView::new(thread, activity),
+        run: run.into(),
+        message: message.map(Into::into),
+    };
+    let headers = [(header::LOCATION, place), (PREFERENCE_APPLIED, prefer.to_string())];
+    Ok((StatusCode::ACCEPTED, headers, Json(view)).into_response())
 }
 
 /// The transcript.

@@ -20,6 +20,7 @@ on_every_scene!(
     a_known_thread_costs_one_upstream_call,
     an_expired_session_starts_afresh,
     a_client_that_leaves_does_not_stop_its_run,
+    a_caller_need_not_wait,
 );
 
 async fn the_three_kinds_of_keys_are_three_conversations(scene: Scene) {
@@ -218,6 +219,41 @@ async fn a_client_that_leaves_does_not_stop_its_run(scene: Scene) {
     let path = format!("/v1/users/alice/runs/{run}");
     let done = gateway.until(&path, |answer| answer.body["run"]["status"] == "completed").await.ok();
     assert!(text(&done["message"]).contains("bye"));
+}
+
+async fn a_caller_need_not_wait(scene: Scene) {
+    let gateway = scene.gateway().await;
+    let scope = "/v1/users/al%2Fice/topics/a%20b";
+    let post = async |prefer: &str, text: &str| {
+        let request = gateway.request(Method::POST, &format!("{scope}/messages")).header("prefer", prefer);
+        let body = json!({"content": text, "on_disconnect": "cancel"});
+        gateway.send(request.json(&body)).await
+    };
+    scene.simulator.hold();
+    for prefer in ["respond-async", "wait=0"] {
+        let answer = post(prefer, "hello").await;
+        assert_eq!(answer.status, 202, "{:#}", answer.body);
+        assert_eq!(answer.headers["preference-applied"], prefer);
+        assert_eq!(
+            (&answer.body["message"], &answer.body["thread"]["state"]),
+            (&Value::Null, &json!("active"))
+        );
+        let place = answer.headers["location"].to_str().unwrap();
+        assert_eq!(place, format!("{scope}/runs/{}", answer.body["run"]["id"].as_str().unwrap()));
+        let run = gateway.get(place).await.ok();
+        assert!(["queued", "in_progress"].contains(&run["run"]["status"].as_str().unwrap()), "{run:#}");
+    }
+    scene.simulator.release();
+    let runs = gateway
+        .until(&format!("{scope}/runs"), |answer| {
+            answer.body["data"]
+                .as_array()
+                .is_some_and(|runs| runs.iter().all(|run| run["status"] == "completed"))
+        })
+        .await;
+    assert_eq!(runs.body["data"].as_array().map(Vec::len), Some(2), "leaving with a 202 is no disconnect");
+    let in_time = post("wait=50", "and now?").await;
+    assert!(text(&in_time.ok()["message"]).contains("turn 3"), "it did not take so long");
 }
 
 /// Counted on the wire, so that nothing that the driver does on its own stays unseen.
