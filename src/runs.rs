@@ -77,6 +77,8 @@ pub struct NewMessage {
     pub metadata: Metadata,
     /// `None`: the assistant's, else the configured one.
     pub timeout: Option<Duration>,
+    /// Cancels the run, from its admission on; harmless once it has ended.
+    pub cancel: CancellationToken,
 }
 
 /// A run that was admitted.
@@ -85,8 +87,6 @@ pub struct Submitted {
     pub thread: Thread,
     pub run: Run,
     pub feed: Feed,
-    /// Cancels the run. Harmless once it has ended.
-    pub cancel: CancellationToken,
 }
 
 /// Which of a thread's runs are meant.
@@ -160,7 +160,7 @@ impl Runs {
         };
         // From here on the work belongs to a task: a caller that leaves must not leave a recorded run undone.
         let (answer, answered) = oneshot::channel();
-        let working = self.parts.standing.works_on(admission.run_id);
+        let working = self.parts.standing.works_on(admission.run_id, new.cancel);
         parts.tasks.spawn(turn::conduct(self.clone(), working, place, admission, answer).in_current_span());
         answered.await.unwrap_or(Err(Error::Internal(None)))
     }

@@ -7,7 +7,7 @@ use axum::extract::State;
 use axum::http::{HeaderMap, StatusCode, Uri, header};
 use axum::response::{IntoResponse, Response};
 use tokio::time::timeout;
-use tokio_util::sync::DropGuard;
+use tokio_util::sync::{CancellationToken, DropGuard};
 
 use super::extract::{ApiJson, ApiKey, ApiPage};
 use super::prefer::{PREFERENCE_APPLIED, Prefer};
@@ -27,19 +27,20 @@ pub(super) async fn create(
     ApiJson(body): ApiJson<PostMessage>,
 ) -> Result<Response, Error> {
     let stream = body.stream.unwrap_or_else(|| accepts_events(&headers));
+    let cancel = CancellationToken::new();
+    // Dropped with the answer, or with this handler when the caller leaves before there is one.
+    let on_drop = (body.on_disconnect == Some(OnDisconnect::Cancel)).then(|| cancel.clone().drop_guard());
     let message = NewMessage {
         content: body.content.0.try_into().map_err(|error| Error::Invalid(format!("`content`: {error}")))?,
         assistant: body.assistant,
         strategy: body.multitask_strategy.unwrap_or(MultitaskStrategy::Enqueue),
         metadata: body.metadata.unwrap_or_default(),
         timeout: body.timeout_ms.map(Duration::from_millis),
+        cancel,
     };
     let submitted = state.runs.submit(key.clone(), message).await?;
-    // Dropped with the answer, or with this handler when the caller leaves before there is one.
-    let cancel =
-        (body.on_disconnect == Some(OnDisconnect::Cancel)).then(|| submitted.cancel.clone().drop_guard());
     if stream {
-        return Ok(sse::follow(&submitted, cancel, state.server.keep_alive));
+        return Ok(sse::follow(&submitted, on_drop, state.server.keep_alive));
     }
     let prefer = Prefer::of(&headers);
     let ended = match prefer.patience() {
@@ -50,7 +51,7 @@ pub(super) async fn create(
         return Ok(Json(turn(&*outcome.ok_or(Error::Internal(None))?)?).into_response());
     }
     // The caller is told where to look: leaving now is no disconnect.
-    drop(cancel.map(DropGuard::disarm));
+    drop(on_drop.map(DropGuard::disarm));
     let (thread, activity) = state.runs.thread(&key).await?;
     let (run, message) = state.runs.run(&key, submitted.run.id).await?;
     let place = format!("{}/runs/{}", uri.path().trim_end_matches("/messages"), run.id);

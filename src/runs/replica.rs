@@ -50,8 +50,8 @@ impl Standing {
         Self { working: Arc::default(), good_until: Mutex::new(Instant::now()) }
     }
 
-    pub(super) fn works_on(&self, run: RunId) -> Working {
-        let (cancel, feed) = (CancellationToken::new(), FeedWriter::default());
+    pub(super) fn works_on(&self, run: RunId, cancel: CancellationToken) -> Working {
+        let feed = FeedWriter::default();
         lock(&self.working).insert(run, Handle { cancel: cancel.clone(), feed: feed.feed() });
         Working { run, cancel, feed, all: Arc::clone(&self.working) }
     }
@@ -153,7 +153,7 @@ impl Runs {
         };
         let may_be_more = orphans.len() == ADOPT_BATCH as usize;
         for Orphan { lease, previous_owner, thread, run } in orphans {
-            let working = self.parts.standing.works_on(run.id);
+            let working = self.parts.standing.works_on(run.id, CancellationToken::new());
             let span = tracing::info_span!("run", run.id = %run.id, key = %thread.key.fingerprint());
             span.in_scope(|| tracing::warn!(status = %run.status, "took over a run that nobody worked on"));
             // Its admission failed as far as its sender knows, so it must not run.

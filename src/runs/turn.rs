@@ -54,12 +54,7 @@ pub(super) async fn conduct(
             Next::Work(_) => RunEvent::Started,
             Next::Wait { position, .. } => RunEvent::Queued { position },
         });
-        let submitted = Submitted {
-            thread: start.thread,
-            run: start.run,
-            feed: working.feed.feed(),
-            cancel: working.cancel.clone(),
-        };
+        let submitted = Submitted { thread: start.thread, run: start.run, feed: working.feed.feed() };
         // A caller that has left hears nothing; the run goes on.
         drop(answer.send(Ok(submitted.clone())));
         let turn = match start.next {

@@ -83,6 +83,7 @@ async fn a_panic_in_an_adapter_ends_the_run_and_frees_the_thread() {
         strategy: MultitaskStrategy::Reject,
         metadata: Metadata::default(),
         timeout: None,
+        cancel: CancellationToken::new(),
     };
     assert!(
         runs.submit(key(), message("too early")).await.is_err(),
