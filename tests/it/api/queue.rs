@@ -3,7 +3,8 @@
 use std::collections::BTreeSet;
 
 use futures_util::future::join_all;
-use serde_json::json;
+use serde_json::{Value, json};
+use threadkeeper::domain::Timestamp;
 
 use crate::support::gateway::{PATIENCE, text_of};
 use crate::support::scene::{Backend, Protocol, Scene, on_every_scene};
@@ -56,10 +57,10 @@ async fn two_hundred_messages_to_one_key_run_one_by_one_in_order_of_admission(sc
         let reply = turn[1]["content"][0]["text"].as_str().unwrap();
         assert!(reply.contains(&format!("turn {} of", n + 1)), "turn {n}: {reply}");
     }
-    let started: Vec<_> = runs.iter().map(|run| run["started_at"].as_str().unwrap().to_owned()).collect();
-    let finished: Vec<_> = runs.iter().map(|run| run["finished_at"].as_str().unwrap().to_owned()).collect();
-    for n in 1..runs.len() {
-        assert!(finished[n - 1] <= started[n], "run {n} began before the one before it had ended");
+    let time = |run: &Value, name: &str| run[name].as_str().unwrap().parse::<Timestamp>().unwrap();
+    for pair in runs.windows(2) {
+        let (ended, began) = (time(&pair[0], "finished_at"), time(&pair[1], "started_at"));
+        assert!(ended <= began, "a run began before the one before it had ended: {pair:#?}");
     }
 }
 

@@ -5,57 +5,50 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use sqlx::{Connection, Executor};
+use threadkeeper::config::StoreConfig;
 use threadkeeper::domain::{RunStatus, UpstreamThreadId};
 use threadkeeper::store::{PostgresStore, SqliteStore, StoreError};
-use tracing_subscriber::layer::{Context, Layer, SubscriberExt};
 
 use super::*;
+use crate::support::wiretap::Wiretap;
 
-/// Counts the statements that the driver reports. Setting up a connection is not among them.
-#[derive(Clone, Default)]
-struct Statements(Arc<AtomicUsize>);
-
-impl<S: tracing::Subscriber> Layer<S> for Statements {
-    fn on_event(&self, event: &tracing::Event<'_>, _: Context<'_, S>) {
-        if event.metadata().target() == "sqlx::query" {
-            self.0.fetch_add(1, Ordering::Relaxed);
-        }
-    }
-}
-
+/// Counted on the wire, after a round in which the statements are prepared.
 #[tokio::test]
-async fn a_message_costs_two_statements_on_postgres() {
+async fn each_step_is_one_round_trip_on_postgres() {
     let database = TestDatabase::postgres().await;
-    let store = database.store().await;
-    let statements = Statements::default();
-    let _guard = tracing::subscriber::set_default(tracing_subscriber::registry().with(statements.clone()));
-    // While there is only one, tracing asks the thread that comes first, which may be another test's.
-    let _second = tracing::Dispatch::new(tracing_subscriber::registry());
-    let spent = || statements.0.swap(0, Ordering::Relaxed);
-
-    let key = user("alice");
+    let tap = Wiretap::on(&database.url()).await;
+    let config = StoreConfig { url: Some(tap.url.clone().into()), ..database.config() };
+    let store = PostgresStore::connect(&config).await.unwrap();
     let end =
         || RunEnd { upstream_thread_id: Some(UpstreamThreadId("c".to_owned())), ..completed(Some("hi")) };
-    for round in ["on a new key", "on a known thread"] {
-        spent();
+    for round in 0..2 {
+        let mut before = tap.round_trips();
+        let mut one = |what: &str| {
+            let now = tap.round_trips();
+            assert!(round == 0 || now - before == 1, "{what}: {}", now - before);
+            before = now;
+        };
+        let key = user(&round.to_string());
         let turn = started(store.admit(&admission(&key)).await.unwrap());
-        assert_eq!(spent(), 1, "admission {round}");
+        one("admission on a new key");
         store.finish(&turn.lease, &end()).await.unwrap().unwrap();
-        assert_eq!(spent(), 1, "end {round}");
+        one("an end");
+        let turn = started(store.admit(&admission(&key)).await.unwrap());
+        one("admission on a known thread");
+        let (waiting, ..) = queued(store.admit(&admission(&key)).await.unwrap());
+        one("admission to the queue");
+        let reject = Admission { strategy: MultitaskStrategy::Reject, ..admission(&key) };
+        assert_eq!(store.admit(&reject).await.unwrap(), Admitted::Busy);
+        one("a refusal");
+        store.finish(&turn.lease, &end()).await.unwrap().unwrap();
+        one("an end with another waiting");
+        claimed(store.claim(&waiting).await.unwrap());
+        one("a claim");
+        store.finish(&waiting, &end()).await.unwrap().unwrap();
+        one("the last end");
+        store.ready().await.unwrap();
+        one("readiness");
     }
-    let turn = started(store.admit(&admission(&key)).await.unwrap());
-    spent();
-    let (waiting, ..) = queued(store.admit(&admission(&key)).await.unwrap());
-    assert_eq!(spent(), 1, "admission to the queue");
-    let reject = Admission { strategy: MultitaskStrategy::Reject, ..admission(&key) };
-    assert_eq!(store.admit(&reject).await.unwrap(), Admitted::Busy);
-    assert_eq!(spent(), 1, "a refusal");
-    store.finish(&turn.lease, &end()).await.unwrap().unwrap();
-    spent();
-    claimed(store.claim(&waiting).await.unwrap());
-    assert_eq!(spent(), 1, "a claim");
-    store.ready().await.unwrap();
-    assert_eq!(spent(), 1, "readiness");
 }
 
 /// Two replicas admit, claim and end runs of one key, as fast as they can.

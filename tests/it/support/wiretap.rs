@@ -74,6 +74,7 @@ async fn relay(
         message.resize(usize::try_from(length).unwrap(), 0);
         from_client.read_exact(&mut message[4..]).await?;
         to_server.write_all(&message).await?;
+        let mut asked = false;
         loop {
             let kind = from_client.read_u8().await?;
             let length = from_client.read_i32().await?;
@@ -81,10 +82,12 @@ async fn relay(
             message.extend(length.to_be_bytes());
             message.resize(1 + usize::try_from(length).unwrap(), 0);
             from_client.read_exact(&mut message[5..]).await?;
-            // Sync ends a group of extended messages, Query is a simple one: either is followed by a wait.
-            if kind == b'S' || kind == b'Q' {
+            // Sync ends a group of extended messages, Query is a simple one: either is followed by a wait. A Sync
+            // alone is a sign of life, which only a connection that was idle for long is asked for.
+            if kind == b'Q' || (kind == b'S' && asked) {
                 trips.fetch_add(1, Ordering::SeqCst);
             }
+            asked = kind != b'S' && kind != b'Q';
             to_server.write_all(&message).await?;
             to_server.flush().await?;
         }
