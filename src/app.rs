@@ -111,18 +111,17 @@ impl App {
             tracing::error!(runs = self.tasks.len(), "some runs could not record their end");
         }
         server_stop.soft.cancel();
-        let was_running = ended.is_none();
+        if ended.is_none() && timeout(LAST_WORDS / 2, &mut server).await.is_err() {
+            tracing::warn!("some connections did not close in time");
+            server_stop.hard.cancel();
+        }
         let closed = timeout(LAST_WORDS, async {
-            if was_running {
-                drop(server.await);
-            }
             drop(session.await);
             self.runs.retire().await;
             self.store.close().await;
         });
         if closed.await.is_err() {
-            tracing::warn!("some connections could not be closed in time");
-            server_stop.hard.cancel();
+            tracing::warn!("the store's connections could not be closed in time");
         }
         match ended {
             None => Ok(()),

@@ -64,7 +64,7 @@ pub struct ServerConfig {
     /// Comment interval of an idle event stream.
     #[serde(with = "humantime_serde")]
     pub keep_alive: Duration,
-    /// Time for running turns to end after SIGTERM. What then still runs is ended, which takes up to 8 s more: give
+    /// Time for running turns to end after SIGTERM. What then still runs is ended, which takes up to 10 s more: give
     /// the orchestrator's own grace time (often 30 s) room for both.
     #[serde(with = "humantime_serde")]
     pub shutdown_grace: Duration,

@@ -21,7 +21,12 @@ fn main() -> ExitCode {
         .install_default()
         .map_err(|_| anyhow::anyhow!("a TLS provider is installed already"))
         .and_then(|()| tokio::runtime::Runtime::new().context("cannot start the runtime"))
-        .and_then(|runtime| runtime.block_on(run(Cli::parse().command)));
+        .and_then(|runtime| {
+            let result = runtime.block_on(run(Cli::parse().command));
+            // What still runs has been told to stop; a hanging name look-up is not waited for.
+            runtime.shutdown_background();
+            result
+        });
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {

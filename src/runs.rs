@@ -222,13 +222,10 @@ impl Runs {
 
     /// Tells the tasks of these runs to end, the last one first, and waits for them.
     async fn end_all(&self, key: &ConversationKey, runs: &[Run]) -> Result<(), Error> {
-        let mut ends = Vec::with_capacity(runs.len());
+        let mut handles = Vec::with_capacity(runs.len());
         for run in runs.iter().rev() {
             match self.parts.standing.handle(run.id) {
-                Some(handle) => {
-                    handle.cancel.cancel();
-                    ends.push(handle.feed.ended());
-                }
+                Some(handle) => handles.push(handle),
                 // It has ended in the meantime, or it is another replica's.
                 None if self.run(key, run.id).await?.0.status.is_final() => {}
                 None => {
@@ -236,6 +233,13 @@ impl Runs {
                 }
             }
         }
+        let ends: Vec<_> = handles
+            .into_iter()
+            .map(|handle| {
+                handle.cancel.cancel();
+                handle.feed.ended()
+            })
+            .collect();
         let limit = self.parts.given.runs.settle_timeout + CANCEL_SLACK;
         if timeout(limit, join_all(ends)).await.is_err() {
             tracing::warn!("a cancelled run did not end in time");

@@ -133,7 +133,7 @@ pub enum UpstreamError {
     /// A 429. `quota`: waiting does not help.
     #[error("the upstream limits the rate")]
     RateLimited { retry_after: Option<Duration>, quota: bool },
-    /// A 5xx.
+    /// A 5xx, or a failure told where a run was expected.
     #[error("the upstream failed with status {status}")]
     Unavailable { status: u16, retry_after: Option<Duration> },
     /// No connection could be made, so nothing was sent.

@@ -13,7 +13,7 @@ use super::extract::{ApiJson, ApiKey, ApiPage};
 use super::prefer::{PREFERENCE_APPLIED, Prefer};
 use super::views::{ListView, MessageView, OnDisconnect, PostMessage, ThreadView, TurnView};
 use super::{AppState, sse};
-use crate::domain::{MessageId, MultitaskStrategy, RunStatus};
+use crate::domain::{MessageId, MultitaskStrategy, RunStatus, ThreadActivity, ThreadState};
 use crate::error::Error;
 use crate::runs::{NewMessage, Outcome};
 
@@ -50,11 +50,16 @@ pub(super) async fn create(
     if let Ok(outcome) = ended {
         return Ok(Json(turn(&*outcome.ok_or(Error::Internal(None))?)?).into_response());
     }
+    // The message was taken, so nothing that fails from here on may look as if it was not.
+    let (run, message) = state.runs.run(&key, submitted.run.id).await.unwrap_or((submitted.run, None));
+    let (thread, activity) = match state.runs.thread(&key).await {
+        Ok((thread, activity)) if thread.id == run.thread_id => (thread, activity),
+        _ => (submitted.thread, ThreadActivity { state: ThreadState::Active, queue_depth: 0 }),
+    };
+    let scope = uri.path().strip_suffix("/messages").unwrap_or(uri.path());
+    let place = format!("{scope}/runs/{}", run.id);
     // The caller is told where to look: leaving now is no disconnect.
     drop(on_drop.map(DropGuard::disarm));
-    let (thread, activity) = state.runs.thread(&key).await?;
-    let (run, message) = state.runs.run(&key, submitted.run.id).await?;
-    let place = format!("{}/runs/{}", uri.path().trim_end_matches("/messages"), run.id);
     let view = TurnView {
         thread: ThreadView::new(thread, activity),
         run: run.into(),

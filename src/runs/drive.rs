@@ -93,7 +93,10 @@ pub(super) async fn drive(
                 );
                 (needs_thread, created_again) = (true, true);
             }
-            Err(error) => retries.wait_after(error).await?,
+            Err(error) => {
+                progress.busy = false;
+                retries.wait_after(error).await?;
+            }
         }
     };
     progress.busy = false;

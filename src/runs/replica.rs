@@ -1,6 +1,7 @@
 //! This process among its peers: it keeps its session alive and takes over what nobody works on.
 
 use std::collections::HashMap;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -31,6 +32,8 @@ pub(super) struct Standing {
 /// What others in this process can do about a run that it works on.
 #[derive(Clone, Debug)]
 pub(super) struct Handle {
+    /// Tells this task's entry from a later one of the same run.
+    serial: u64,
     pub(super) cancel: CancellationToken,
     pub(super) feed: Feed,
 }
@@ -39,6 +42,7 @@ pub(super) struct Handle {
 #[derive(Debug)]
 pub(super) struct Working {
     run: RunId,
+    serial: u64,
     /// Cancelled when somebody wants the run to end.
     pub(super) cancel: CancellationToken,
     pub(super) feed: FeedWriter,
@@ -51,9 +55,10 @@ impl Standing {
     }
 
     pub(super) fn works_on(&self, run: RunId, cancel: CancellationToken) -> Working {
-        let feed = FeedWriter::default();
-        lock(&self.working).insert(run, Handle { cancel: cancel.clone(), feed: feed.feed() });
-        Working { run, cancel, feed, all: Arc::clone(&self.working) }
+        static SERIAL: AtomicU64 = AtomicU64::new(0);
+        let (serial, feed) = (SERIAL.fetch_add(1, Ordering::Relaxed), FeedWriter::default());
+        lock(&self.working).insert(run, Handle { serial, cancel: cancel.clone(), feed: feed.feed() });
+        Working { run, serial, cancel, feed, all: Arc::clone(&self.working) }
     }
 
     pub(super) fn handle(&self, run: RunId) -> Option<Handle> {
@@ -68,7 +73,11 @@ impl Standing {
 
 impl Drop for Working {
     fn drop(&mut self) {
-        lock(&self.all).remove(&self.run);
+        let mut all = lock(&self.all);
+        // A run that was lost and taken over again has another task's entry by now.
+        if all.get(&self.run).is_some_and(|handle| handle.serial == self.serial) {
+            all.remove(&self.run);
+        }
     }
 }
 
@@ -116,7 +125,8 @@ impl Runs {
                 );
                 adopt_from = Instant::now() + ttl;
             }
-            while Instant::now() >= adopt_from && !parts.draining.is_cancelled() && self.adopt().await {
+            while Instant::now() >= adopt_from && !parts.draining.is_cancelled() && self.adopt(ttl / 3).await
+            {
                 if self.renew(&address, ttl).await.is_err() {
                     break;
                 }
@@ -141,16 +151,19 @@ impl Runs {
 
     /// Takes over runs that nobody works on: those that waited wait on here, those at work are ended. `true` if
     /// there may be more.
-    async fn adopt(&self) -> bool {
+    async fn adopt(&self, limit: Duration) -> bool {
         let parts = &self.parts.given;
         let working: Vec<RunId> = lock(&self.parts.standing.working).keys().copied().collect();
-        let orphans = match parts.store.adopt_orphans(parts.replica, &working, ADOPT_BATCH).await {
-            Ok(orphans) => orphans,
-            Err(error) => {
-                tracing::error!(error = %Chain(&error), "cannot look for orphaned runs");
-                return false;
-            }
-        };
+        let adopted = timeout(limit, parts.store.adopt_orphans(parts.replica, &working, ADOPT_BATCH)).await;
+        // What an answer that is given up had taken over, the next look finds as strays.
+        let orphans =
+            match adopted.unwrap_or_else(|_| Err(StoreError::Unavailable("no answer in time".into()))) {
+                Ok(orphans) => orphans,
+                Err(error) => {
+                    tracing::error!(error = %Chain(&error), "cannot look for orphaned runs");
+                    return false;
+                }
+            };
         let may_be_more = orphans.len() == ADOPT_BATCH as usize;
         for Orphan { lease, previous_owner, thread, run } in orphans {
             let working = self.parts.standing.works_on(run.id, CancellationToken::new());

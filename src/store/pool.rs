@@ -23,6 +23,7 @@ const PING_TIMEOUT: Duration = Duration::from_secs(1);
 /// Connections that are opened when they are needed and kept.
 pub(super) struct Pool<C: Connection> {
     lenders: managed::Pool<Opener<C>>,
+    acquire_timeout: Duration,
     call_timeout: Duration,
 }
 
@@ -42,15 +43,17 @@ impl<C: Connection> Pool<C> {
             .recycle_timeout(Some(PING_TIMEOUT))
             .build()
             .map_err(|error| StoreError::Open(format!("the connection pool cannot be made: {error}")))?;
-        Ok(Self { lenders, call_timeout })
+        Ok(Self { lenders, acquire_timeout, call_timeout })
     }
 
     /// A free connection, soon.
     pub(super) async fn lend(&self) -> Result<Lent<C>, StoreError> {
-        match self.lenders.get().await {
-            Ok(connection) => Ok(Lent { connection: Some(connection) }),
-            Err(PoolError::Backend(error)) => Err(error.into()),
-            Err(other) => Err(StoreError::Unavailable(other.to_string().into())),
+        match timeout(self.acquire_timeout, self.lenders.get()).await {
+            Ok(Ok(connection)) => Ok(Lent { connection: Some(connection) }),
+            // Whatever the server says to a new connection, it may say otherwise soon.
+            Ok(Err(PoolError::Backend(error))) => Err(StoreError::Unavailable(error.into())),
+            Ok(Err(other)) => Err(StoreError::Unavailable(other.to_string().into())),
+            Err(_) => Err(StoreError::Unavailable("no connection in time".into())),
         }
     }
 
@@ -99,9 +102,9 @@ impl<C: Connection> Lent<C> {
         self.connection.as_mut().expect("a loan holds its connection until it is given back")
     }
 
-    /// Gives it back, unless the call's result says that it is not worth having.
+    /// Gives it back if the call went well. After any error it may be out of step, or still in a transaction.
     pub(super) fn give_back<T>(mut self, result: &Result<T, StoreError>) {
-        if !matches!(result, Err(StoreError::Unavailable(_))) {
+        if matches!(result, Ok(_) | Err(StoreError::UnknownCursor)) {
             drop(self.connection.take());
         }
     }

@@ -94,8 +94,12 @@ impl ErrorDetail {
             return UpstreamError::Busy { blocking_run: self.blocking_run() };
         }
         let is = |word: &str| self.code.as_deref() == Some(word) || self.kind.as_deref() == Some(word);
-        if self.is_quota() || is("rate_limit_exceeded") || is("rate_limit_error") || is("429") {
-            return UpstreamError::RateLimited { retry_after: None, quota: self.is_quota() };
+        if self.is_quota() {
+            return UpstreamError::RateLimited { retry_after: None, quota: true };
+        }
+        // Said after a 200, so it is not sure that nothing was taken.
+        if is("rate_limit_exceeded") || is("rate_limit_error") || is("429") {
+            return UpstreamError::Unavailable { status: 429, retry_after: None };
         }
         if is("invalid_request_error") || is("invalid_prompt") {
             let code = if self.is_open_call() { Some(OPEN_CALL.to_owned()) } else { self.code };
@@ -361,7 +365,7 @@ mod tests {
             ),
             (
                 serde_json::json!({"error": {"code": "rate_limit_exceeded", "message": "m"}}),
-                "RateLimited { retry_after: None, quota: false }",
+                "Unavailable { status: 429, retry_after: None }",
             ),
             (
                 serde_json::json!({"error": {"type": "insufficient_quota", "message": "m"}}),

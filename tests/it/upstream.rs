@@ -396,7 +396,7 @@ async fn an_error_event_instead_of_a_run_is_the_error_of_the_call() {
     let error = turn(&*upstream, Some(&thread())).await.unwrap_err();
     assert!(matches!(error, UpstreamError::Busy { .. }), "{error:?}");
     let error = turn(&*upstream, Some(&thread())).await.unwrap_err();
-    assert!(matches!(error, UpstreamError::RateLimited { .. }), "{error:?}");
+    assert!(matches!(error, UpstreamError::Unavailable { status: 429, .. }), "{error:?}");
 }
 
 #[tokio::test]

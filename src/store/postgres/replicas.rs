@@ -77,5 +77,9 @@ pub(super) async fn adopt_orphans(
     .bind(working)
     .fetch_all(&mut *connection)
     .await?;
+    // Long dead, and nothing refers to them but the runs that are orphans anyway.
+    sqlx::query("DELETE FROM replicas WHERE expires_at < now() - interval '1 day'")
+        .execute(connection)
+        .await?;
     rows.iter().map(|row| orphan(ThreadAndRun::from_row(row)?, row.try_get("previous_owner")?)).collect()
 }

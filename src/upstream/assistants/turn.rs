@@ -367,7 +367,7 @@ mod tests {
         for data in [flat.clone(), json!({"error": flat})] {
             for name in ["error", ""] {
                 let error = read([event(name, &data)]).unwrap_err();
-                assert!(matches!(error, UpstreamError::RateLimited { quota: false, .. }), "{error:?}");
+                assert!(matches!(error, UpstreamError::Unavailable { status: 429, .. }), "{error:?}");
                 let events = read([
                     event("thread.run.created", &run("queued")),
                     event("thread.message.delta", &delta("msg_1", 0, "half")),

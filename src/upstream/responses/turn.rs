@@ -327,7 +327,7 @@ mod tests {
             json!({"type": "error", "error": {"type": "x", "code": "rate_limit_exceeded", "message": "m"}});
         for data in [flat, nested] {
             let error = read(true, [event(&data)]).unwrap_err();
-            assert!(matches!(error, UpstreamError::RateLimited { quota: false, .. }), "{error:?}");
+            assert!(matches!(error, UpstreamError::Unavailable { status: 429, .. }), "{error:?}");
             let started = response("response.created", "in_progress", &json!([]));
             let events = read(true, [event(&started), event(&delta("half")), event(&data)]).unwrap();
             assert_eq!(ended(&events).status, RunStatus::Failed);

@@ -223,7 +223,7 @@ async fn a_client_that_leaves_does_not_stop_its_run(scene: Scene) {
 
 async fn a_caller_need_not_wait(scene: Scene) {
     let gateway = scene.gateway().await;
-    let scope = "/v1/users/al%2Fice/topics/a%20b";
+    let scope = "/v1/users/al%2Fice/topics/messages";
     let post = async |prefer: &str, text: &str| {
         let request = gateway.request(Method::POST, &format!("{scope}/messages")).header("prefer", prefer);
         let body = json!({"content": text, "on_disconnect": "cancel"});
