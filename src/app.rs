@@ -87,16 +87,18 @@ impl App {
     pub async fn run(self, mut signals: impl AsyncFnMut()) -> anyhow::Result<()> {
         let parts = TaskTracker::new();
         let server_stop = ServerStop::default();
-        let session = parts
+        let mut session = parts
             .spawn(self.runs.clone().keep_session(self.address.to_string(), self.config.replica.session_ttl));
         let (listener, router, settings, stop) =
             (self.listener, self.router, self.config.server.clone(), server_stop.clone());
         let mut server = parts.spawn(async move { server::serve(listener, router, &settings, stop).await });
         tracing::info!(address = %self.address, "listening");
 
+        // A replica whose session nobody keeps would only refuse from then on: better to end and be started again.
         let ended = tokio::select! {
             () = signals() => None,
-            ended = &mut server => Some(ended),
+            ended = &mut server => Some(format!("the server ended by itself: {ended:?}")),
+            ended = &mut session => Some(format!("the session's keeper ended by itself: {ended:?}")),
         };
         tracing::info!(grace_ms = u64::try_from(self.config.server.shutdown_grace.as_millis())?, "stopping");
         self.draining.cancel();
@@ -111,12 +113,14 @@ impl App {
             tracing::error!(runs = self.tasks.len(), "some runs could not record their end");
         }
         server_stop.soft.cancel();
-        if ended.is_none() && timeout(LAST_WORDS / 2, &mut server).await.is_err() {
+        if !server.is_finished() && timeout(LAST_WORDS / 2, &mut server).await.is_err() {
             tracing::warn!("some connections did not close in time");
             server_stop.hard.cancel();
         }
         let closed = timeout(LAST_WORDS, async {
-            drop(session.await);
+            if !session.is_finished() {
+                drop(session.await);
+            }
             self.runs.retire().await;
             self.store.close().await;
         });
@@ -125,7 +129,7 @@ impl App {
         }
         match ended {
             None => Ok(()),
-            Some(ended) => bail!("the server ended by itself: {ended:?}"),
+            Some(ended) => bail!(ended),
         }
     }
 }
