@@ -104,7 +104,7 @@ CREATE TABLE replicas (
 -- What a stream of a run showed, so that it can be resumed.
 CREATE TABLE run_events (
     run_id     uuid        NOT NULL REFERENCES runs (id) ON DELETE CASCADE,
-    n          bigint      NOT NULL CHECK (n > 0),
+    n          bigint      NOT NULL CHECK (n >= 0),
     event      jsonb       NOT NULL,
     created_at timestamptz NOT NULL,
     PRIMARY KEY (run_id, n)

@@ -102,7 +102,7 @@ CREATE TABLE replicas (
 -- What a stream of a run showed, so that it can be resumed.
 CREATE TABLE run_events (
     run_id     BLOB    NOT NULL REFERENCES runs (id) ON DELETE CASCADE,
-    n          INTEGER NOT NULL CHECK (n > 0),
+    n          INTEGER NOT NULL CHECK (n >= 0),
     event      TEXT    NOT NULL,
     created_at INTEGER NOT NULL,
     PRIMARY KEY (run_id, n)
