@@ -9,7 +9,7 @@ macro_rules! reads {
             ConversationKey, Message, MessageId, Page, PageRequest, Run, RunId, Thread, ThreadActivity, ThreadId,
         };
         use crate::store::rows::{
-            MessageRow, RunRow, RunWithReply, Span, ThreadAndRun, ThreadWithActivity, cursor, message_columns,
+            MessageRow, RunRow, RunWithReply, Span, ThreadAndRun, ThreadWithActivity, current_of_key, cursor, message_columns,
             run_columns, thread_columns,
         };
         use crate::store::{Claim, InputMessage, RunLease, StoreError, Turn};
@@ -29,8 +29,8 @@ macro_rules! reads {
                     WHERE o.thread_id = t.id AND o.status IN ('in_progress', 'requires_action', 'cancelling')
                 ) AS active_status
                 FROM threads t
-                WHERE t.tenant = $1 AND t.user_key = $2 AND t.scope_kind = $3 AND t.scope_name = $4
-                    AND t.lifecycle = 'current'",
+                WHERE ",
+                current_of_key!(),
             ))
             .bind(key.tenant.as_str())
             .bind(key.user.as_str())
@@ -47,12 +47,12 @@ macro_rules! reads {
             key: &ConversationKey,
             page: &PageRequest<MessageId>,
         ) -> Result<Option<Page<Message>>, StoreError> {
-            let found: Option<(Uuid, Option<i64>)> = sqlx::query_as(
+            let found: Option<(Uuid, Option<i64>)> = sqlx::query_as(concat!(
                 "SELECT t.id, (SELECT m.position FROM messages m WHERE m.id = $5 AND m.thread_id = t.id)
                 FROM threads t
-                WHERE t.tenant = $1 AND t.user_key = $2 AND t.scope_kind = $3 AND t.scope_name = $4
-                    AND t.lifecycle = 'current'",
-            )
+                WHERE ",
+                current_of_key!(),
+                ))
             .bind(key.tenant.as_str())
             .bind(key.user.as_str())
             .bind(key.scope.kind())
@@ -115,12 +115,12 @@ macro_rules! reads {
             key: &ConversationKey,
             page: &PageRequest<RunId>,
         ) -> Result<Option<Page<Run>>, StoreError> {
-            let found: Option<(Uuid, Option<i64>)> = sqlx::query_as(
+            let found: Option<(Uuid, Option<i64>)> = sqlx::query_as(concat!(
                 "SELECT t.id, (SELECT r.seq FROM runs r WHERE r.id = $5 AND r.thread_id = t.id)
                 FROM threads t
-                WHERE t.tenant = $1 AND t.user_key = $2 AND t.scope_kind = $3 AND t.scope_name = $4
-                    AND t.lifecycle = 'current'",
-            )
+                WHERE ",
+                current_of_key!(),
+                ))
             .bind(key.tenant.as_str())
             .bind(key.user.as_str())
             .bind(key.scope.kind())
@@ -160,11 +160,11 @@ macro_rules! reads {
             connection: &mut <$database as sqlx::Database>::Connection,
             key: &ConversationKey,
         ) -> Result<Option<Vec<Run>>, StoreError> {
-            let thread: Option<Uuid> = sqlx::query_scalar(
+            let thread: Option<Uuid> = sqlx::query_scalar(concat!(
                 "SELECT t.id FROM threads t
-                WHERE t.tenant = $1 AND t.user_key = $2 AND t.scope_kind = $3 AND t.scope_name = $4
-                    AND t.lifecycle = 'current'",
-            )
+                WHERE ",
+                current_of_key!(),
+                ))
             .bind(key.tenant.as_str())
             .bind(key.user.as_str())
             .bind(key.scope.kind())

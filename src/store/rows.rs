@@ -88,6 +88,13 @@ macro_rules! run_columns {
     };
 }
 
+/// The current thread of a key, of a table named `t`: tenant, user, scope's kind and name are the first parameters.
+macro_rules! current_of_key {
+    () => {
+        "t.tenant = $1 AND t.user_key = $2 AND t.scope_kind = $3 AND t.scope_name = $4 AND t.lifecycle = 'current'"
+    };
+}
+
 /// The columns of [`MessageRow`], of a table named `m` unless another name is given.
 macro_rules! message_columns {
     () => {
@@ -109,7 +116,7 @@ macro_rules! message_columns {
     };
 }
 
-pub(super) use {columns, message_columns, run_columns, thread_columns};
+pub(super) use {columns, current_of_key, message_columns, run_columns, thread_columns};
 
 /// A point in time: `timestamptz` in Postgres, milliseconds since 1970 in SQLite.
 pub(super) struct At(Timestamp);
