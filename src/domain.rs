@@ -6,13 +6,19 @@ mod key;
 mod metadata;
 mod records;
 mod run;
+mod trace;
+mod transition;
 
 pub use content::{ContentPart, ImageFile, ImageUrl, InvalidContent, UserContent};
 pub use id::{InvalidId, MessageId, ReplicaId, RunId, ThreadId, UpstreamRunId, UpstreamThreadId};
 pub use key::{ConversationKey, InvalidKey, KeyText, Scope, SessionKey, TenantKey, TopicKey, UserKey};
 pub use metadata::{InvalidMetadata, Metadata};
 pub use records::{Lifecycle, Message, Page, PageRequest, Role, Run, Thread, ThreadActivity, ThreadState};
-pub use run::{MultitaskStrategy, RequiredAction, RunError, RunErrorCode, RunStatus, ToolCall, Usage};
+pub use run::{
+    MultitaskStrategy, RequiredAction, RunError, RunErrorCode, RunStatus, ToolCall, ToolOutput, Usage,
+};
+pub use trace::{Baseline, Context, EventBatch, Leftover, LoggedEvent};
+pub use transition::{IllegalTransition, Step};
 
 /// A point in time, UTC. Always read from the database, never from this process's clock.
 pub type Timestamp = chrono::DateTime<chrono::Utc>;

@@ -2,8 +2,8 @@
 
 use super::run::text_enum;
 use super::{
-    ContentPart, ConversationKey, MessageId, Metadata, MultitaskStrategy, RequiredAction, RunError, RunId,
-    RunStatus, ThreadId, Timestamp, UpstreamRunId, UpstreamThreadId, Usage,
+    ContentPart, Context, ConversationKey, Leftover, MessageId, Metadata, MultitaskStrategy, RequiredAction,
+    RunError, RunId, RunStatus, ThreadId, Timestamp, UpstreamRunId, UpstreamThreadId, Usage,
 };
 use serde::{Deserialize, Serialize};
 use std::fmt;
@@ -41,6 +41,10 @@ pub struct Thread {
     pub last_active_at: Timestamp,
     /// From this instant on no new message goes to it.
     pub expires_at: Option<Timestamp>,
+    /// Messages of the transcript that its upstream thread lacks.
+    pub backlog: i64,
+    /// What an earlier run may have left at the upstream, if that is not known yet.
+    pub leftover: Option<Leftover>,
 }
 
 /// What a thread is doing; derived from its runs, never stored.
@@ -91,6 +95,8 @@ pub struct Run {
     pub finished_at: Option<Timestamp>,
     /// When the run is given up; set when it starts.
     pub deadline_at: Option<Timestamp>,
+    /// Its messages are removed from the transcript when it ends, or were.
+    pub discarded: bool,
 }
 
 text_enum!(
@@ -105,12 +111,15 @@ text_enum!(
 pub struct Message {
     pub id: MessageId,
     pub thread_id: ThreadId,
-    /// 1 for the thread's first message, then without gaps.
+    /// 1 for the thread's first message, then ascending; a gap is where messages were rolled back.
     pub position: i64,
     pub role: Role,
     pub content: Vec<ContentPart>,
     pub run_id: Option<RunId>,
     pub upstream_message_id: Option<String>,
+    pub context: Context,
+    /// How its run ended, if it did not complete.
+    pub ended: Option<RunStatus>,
     pub created_at: Timestamp,
 }
 

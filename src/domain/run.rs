@@ -83,7 +83,7 @@ text_enum!(
         Interrupt = "interrupt",
         /// Cancels the active run, removes its message and reply, and goes next.
         Rollback = "rollback",
-        /// Joins the newest waiting run.
+        /// Joins the run that waits last.
         Merge = "merge",
     }
 );
@@ -105,8 +105,10 @@ text_enum!(
         UpstreamBusy = "upstream_busy",
         /// The deadline passed.
         DeadlineExceeded = "deadline_exceeded",
-        /// The model asked for function calls, which this version cannot hand to the caller.
-        ToolCallsNotSupported = "tool_calls_not_supported",
+        /// So many calls to the upstream failed that none is made for a while.
+        UpstreamUnavailable = "upstream_unavailable",
+        /// The database failed while the message was recorded, and its sender was told that it was not taken.
+        NotRecorded = "not_recorded",
         /// The reply grew past the configured limit.
         ReplyTooLarge = "reply_too_large",
         /// The gateway was stopped before the run ended.
@@ -135,6 +137,18 @@ pub struct Usage {
     pub total_tokens: u64,
 }
 
+impl std::ops::Add for Usage {
+    type Output = Self;
+
+    fn add(self, other: Self) -> Self {
+        Self {
+            input_tokens: self.input_tokens.saturating_add(other.input_tokens),
+            output_tokens: self.output_tokens.saturating_add(other.output_tokens),
+            total_tokens: self.total_tokens.saturating_add(other.total_tokens),
+        }
+    }
+}
+
 /// The function calls that a run waits for.
 #[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize)]
 pub struct RequiredAction {
@@ -148,4 +162,12 @@ pub struct ToolCall {
     pub name: String,
     /// As the model wrote them: usually, not surely, a JSON object.
     pub arguments: String,
+}
+
+/// The answer to a function call.
+#[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize)]
+pub struct ToolOutput {
+    /// The call's id.
+    pub tool_call_id: String,
+    pub output: String,
 }
