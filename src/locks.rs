@@ -1,9 +1,9 @@
 //! One run at a time, inside this process: a line of places for each key, first come first served.
 //!
-//! A place is had in two steps, both in the order of joining: first the right to record the run in the store
-//! ([`Place::to_record`]), so that the store's order is the line's order, then the turn itself
-//! ([`Place::turn`]). Dropping a place at any moment gives it up and wakes whoever is next. A line vanishes with
-//! its last place.
+//! A place is had in two steps: first the right to record the run in the store ([`Place::to_record`]), in the order of
+//! joining, so that the store's order of admission is ours, then the turn itself ([`Place::turn`]), in the order of the
+//! line. Both orders are the same but for places that [go next](LockMap::join_next). Dropping a place at any moment
+//! gives it up and wakes whoever is next. A line vanishes with its last place.
 //!
 //! Between processes the store's unique index holds the same promise; this line keeps waiting runs off it.
 
@@ -38,18 +38,30 @@ impl<K: Clone + Eq + Hash> LockMap<K> {
     /// # Errors
     /// [`QueueFull`] if `max_waiting` places wait already.
     pub fn join(&self, key: K) -> Result<Place<K>, QueueFull> {
-        let mut lines = lock(&self.lines);
-        let waiting = lines.get(&key).map_or(0, |line| line.places.len());
-        if waiting > self.max_waiting {
-            return Err(QueueFull { max_waiting: self.max_waiting });
-        }
-        Ok(self.place(&mut lines, key))
+        self.join_at(key, |line| line.places.len())
+    }
+
+    /// Joins the key's line before all places that have not [started](Place::started).
+    ///
+    /// # Errors
+    /// [`QueueFull`] if `max_waiting` places wait already.
+    pub fn join_next(&self, key: K) -> Result<Place<K>, QueueFull> {
+        self.join_at(key, |line| line.places.iter().take_while(|slot| slot.started).count())
     }
 
     /// Joins the key's line if nobody is in it.
     pub fn join_idle(&self, key: K) -> Option<Place<K>> {
         let mut lines = lock(&self.lines);
-        if lines.contains_key(&key) { None } else { Some(self.place(&mut lines, key)) }
+        if lines.contains_key(&key) { None } else { Some(self.place(&mut lines, key, |_| 0)) }
+    }
+
+    fn join_at(&self, key: K, at: impl FnOnce(&Line) -> usize) -> Result<Place<K>, QueueFull> {
+        let mut lines = lock(&self.lines);
+        let waiting = lines.get(&key).map_or(0, |line| line.places.len());
+        if waiting > self.max_waiting {
+            return Err(QueueFull { max_waiting: self.max_waiting });
+        }
+        Ok(self.place(&mut lines, key, at))
     }
 
     /// Keys with somebody in line.
@@ -62,11 +74,12 @@ impl<K: Clone + Eq + Hash> LockMap<K> {
         self.len() == 0
     }
 
-    fn place(&self, lines: &mut HashMap<K, Line>, key: K) -> Place<K> {
+    fn place(&self, lines: &mut HashMap<K, Line>, key: K, at: impl FnOnce(&Line) -> usize) -> Place<K> {
         let line = lines.entry(key.clone()).or_default();
         let ticket = line.next_ticket;
         line.next_ticket += 1;
-        line.places.push_back(Slot { ticket, recorded: false, waker: None });
+        let at = at(line);
+        line.places.insert(at, Slot { ticket, recorded: false, started: false, waker: None });
         Place { lines: Arc::clone(&self.lines), key, ticket }
     }
 }
@@ -83,7 +96,8 @@ impl<K> fmt::Debug for LockMap<K> {
     }
 }
 
-/// A place in a line; once [`turn`](Self::turn) has returned, the right to run until it is dropped.
+/// A place in a line. Once [`turn`](Self::turn) has returned it is the first; it stays so until it is dropped if it
+/// [started](Self::started), else until one comes that goes next.
 #[must_use = "dropping a place gives it up"]
 pub struct Place<K: Eq + Hash> {
     lines: Arc<Mutex<HashMap<K, Line>>>,
@@ -92,22 +106,31 @@ pub struct Place<K: Eq + Hash> {
 }
 
 impl<K: Eq + Hash> Place<K> {
-    /// Waits until every place before this one has been recorded or given up. May be dropped and called again.
+    /// Waits until every place that joined before this one has been recorded or given up. May be dropped and called
+    /// again.
     pub async fn to_record(&mut self) {
         poll_fn(|cx| self.poll(cx, |line, ticket| line.first_unrecorded() == Some(ticket))).await;
     }
 
     /// Says that the run of this place is recorded: the next in line may record its own.
     pub fn recorded(&mut self) {
-        let woken = {
-            let mut lines = lock(&self.lines);
-            let Some(line) = lines.get_mut(&self.key) else { return };
+        self.change(|line| {
             if let Some(slot) = line.slot(self.ticket) {
                 slot.recorded = true;
             }
-            line.take_next()
-        };
-        woken.into_iter().flatten().for_each(Waker::wake);
+        });
+    }
+
+    /// Says that the run of this place has started: nobody goes before it any more. The store starts one at a time, so
+    /// this one is the first from now on, even if another has gone before it in the meantime.
+    pub fn started(&mut self) {
+        self.change(|line| {
+            let Some(at) = line.places.iter().position(|slot| slot.ticket == self.ticket) else { return };
+            if let Some(mut slot) = line.places.remove(at) {
+                slot.started = true;
+                line.places.push_front(slot);
+            }
+        });
     }
 
     /// Waits until this place is the first. May be dropped and called again.
@@ -116,6 +139,21 @@ impl<K: Eq + Hash> Place<K> {
             self.poll(cx, |line, ticket| line.places.front().is_some_and(|slot| slot.ticket == ticket))
         })
         .await;
+    }
+
+    /// Changes the line and wakes whom that can have set free.
+    fn change(&self, change: impl FnOnce(&mut Line)) {
+        let woken = {
+            let mut lines = lock(&self.lines);
+            let Some(line) = lines.get_mut(&self.key) else { return };
+            change(line);
+            if line.places.is_empty() {
+                lines.remove(&self.key);
+                return;
+            }
+            line.take_next()
+        };
+        woken.into_iter().flatten().for_each(Waker::wake);
     }
 
     fn poll(&self, cx: &Context<'_>, may_go: impl Fn(&Line, u64) -> bool) -> Poll<()> {
@@ -134,17 +172,7 @@ impl<K: Eq + Hash> Place<K> {
 
 impl<K: Eq + Hash> Drop for Place<K> {
     fn drop(&mut self) {
-        let woken = {
-            let mut lines = lock(&self.lines);
-            let Some(line) = lines.get_mut(&self.key) else { return };
-            line.places.retain(|slot| slot.ticket != self.ticket);
-            if line.places.is_empty() {
-                lines.remove(&self.key);
-                return;
-            }
-            line.take_next()
-        };
-        woken.into_iter().flatten().for_each(Waker::wake);
+        self.change(|line| line.places.retain(|slot| slot.ticket != self.ticket));
     }
 }
 
@@ -163,6 +191,7 @@ struct Line {
 struct Slot {
     ticket: u64,
     recorded: bool,
+    started: bool,
     waker: Option<Waker>,
 }
 
@@ -172,13 +201,13 @@ impl Line {
     }
 
     fn first_unrecorded(&self) -> Option<u64> {
-        self.places.iter().find(|slot| !slot.recorded).map(|slot| slot.ticket)
+        self.places.iter().filter(|slot| !slot.recorded).map(|slot| slot.ticket).min()
     }
 
-    /// The wakers of the two places that a change can have set free: the first, and the first unrecorded. Waking
+    /// The wakers of the two places that a change can have set free: the first, and the oldest unrecorded. Waking
     /// one that may not go yet is harmless: it asks again.
     fn take_next(&mut self) -> [Option<Waker>; 2] {
-        let recorder = self.places.iter_mut().find(|slot| !slot.recorded).and_then(|slot| slot.waker.take());
+        let recorder = self.first_unrecorded().and_then(|ticket| self.slot(ticket)?.waker.take());
         let first = self.places.front_mut().and_then(|slot| slot.waker.take());
         [recorder, first]
     }

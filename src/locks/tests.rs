@@ -23,15 +23,21 @@ enum Stage {
     MayRecord,
     /// Recorded; waits for its turn.
     WantsTurn,
+    /// Was the first when it asked; asks again before it acts on it.
     HasTurn,
+    Started,
     Gone,
 }
 
 #[derive(Clone, Copy, Debug)]
 enum Step {
     Join(usize),
+    /// Joins to go next.
+    JoinNext(usize),
     Poll(usize),
     Recorded(usize),
+    /// The store has started its run: of recorded ones, one at a time.
+    Started(usize),
     Leave(usize),
 }
 
@@ -49,12 +55,14 @@ struct World {
     places: [Option<Place<&'static str>>; TASKS],
     stages: [Stage; TASKS],
     flags: [Arc<Flag>; TASKS],
-    /// Tasks in line, in order of joining.
+    /// Tasks in line.
     line: Vec<usize>,
+    /// The same in order of joining.
+    joined: Vec<usize>,
 }
 
 /// What tells two states apart: who is in line and in which order, at which stage, and who is awake.
-type Abstract = (Vec<usize>, [Stage; TASKS], [bool; TASKS]);
+type Abstract = (Vec<usize>, Vec<usize>, [Stage; TASKS], [bool; TASKS]);
 
 impl World {
     fn new() -> Self {
@@ -64,6 +72,7 @@ impl World {
             stages: [Stage::Outside; TASKS],
             flags: std::array::from_fn(|_| Arc::default()),
             line: Vec::new(),
+            joined: Vec::new(),
         }
     }
 
@@ -72,19 +81,26 @@ impl World {
     }
 
     fn state(&self) -> Abstract {
-        (self.line.clone(), self.stages, std::array::from_fn(|task| self.awake(task)))
+        (self.line.clone(), self.joined.clone(), self.stages, std::array::from_fn(|task| self.awake(task)))
     }
 
     fn steps(&self) -> Vec<Step> {
         let mut steps = Vec::new();
+        let none_started = self.stages.iter().all(|stage| *stage != Stage::Started);
         for task in 0..TASKS {
             match self.stages[task] {
+                // The last one alone may go next, and only it: else there are too many states.
+                Stage::Outside if task + 1 == TASKS => steps.push(Step::JoinNext(task)),
                 Stage::Outside => steps.push(Step::Join(task)),
-                Stage::WantsToRecord | Stage::WantsTurn => {
-                    steps.extend([Step::Poll(task), Step::Leave(task)]);
-                }
+                Stage::WantsToRecord => steps.extend([Step::Poll(task), Step::Leave(task)]),
                 Stage::MayRecord => steps.extend([Step::Recorded(task), Step::Leave(task)]),
-                Stage::HasTurn => steps.push(Step::Leave(task)),
+                Stage::WantsTurn | Stage::HasTurn => {
+                    steps.extend([Step::Poll(task), Step::Leave(task)]);
+                    if none_started {
+                        steps.push(Step::Started(task));
+                    }
+                }
+                Stage::Started => steps.push(Step::Leave(task)),
                 Stage::Gone => {}
             }
         }
@@ -93,11 +109,15 @@ impl World {
 
     fn take(&mut self, step: Step) {
         match step {
-            Step::Join(task) => {
-                self.places[task] = Some(self.map.join("key").unwrap());
+            Step::Join(task) | Step::JoinNext(task) => {
+                let next = matches!(step, Step::JoinNext(_));
+                let place = if next { self.map.join_next("key") } else { self.map.join("key") };
+                self.places[task] = Some(place.unwrap());
                 self.stages[task] = Stage::WantsToRecord;
                 self.flags[task].0.store(true, Ordering::SeqCst);
-                self.line.push(task);
+                let started = self.line.iter().filter(|task| self.stages[**task] == Stage::Started).count();
+                self.line.insert(if next { started } else { self.line.len() }, task);
+                self.joined.push(task);
             }
             Step::Poll(task) => {
                 // Each time a new future with a new waker: the one before may have been dropped.
@@ -109,8 +129,14 @@ impl World {
                     Stage::WantsToRecord => (pin!(place.to_record()).poll(&mut cx), Stage::MayRecord),
                     _ => (pin!(place.turn()).poll(&mut cx), Stage::HasTurn),
                 };
+                // Mutual exclusion and order: only the first is told that it is its turn.
+                if next == Stage::HasTurn {
+                    assert_eq!(poll.is_ready(), self.line[0] == task, "{:?}", self.state());
+                }
                 if poll.is_ready() {
                     self.stages[task] = next;
+                } else if self.stages[task] == Stage::HasTurn {
+                    self.stages[task] = Stage::WantsTurn;
                 }
             }
             Step::Recorded(task) => {
@@ -118,32 +144,36 @@ impl World {
                 self.stages[task] = Stage::WantsTurn;
                 self.flags[task].0.store(true, Ordering::SeqCst);
             }
+            Step::Started(task) => {
+                self.places[task].as_mut().unwrap().started();
+                self.stages[task] = Stage::Started;
+                self.line.retain(|other| *other != task);
+                self.line.insert(0, task);
+            }
             Step::Leave(task) => {
                 self.places[task] = None;
                 self.stages[task] = Stage::Gone;
                 self.flags[task].0.store(false, Ordering::SeqCst);
                 self.line.retain(|other| *other != task);
+                self.joined.retain(|other| *other != task);
             }
         }
     }
 
     fn check(&self) {
+        let is_recorded =
+            |task: usize| matches!(self.stages[task], Stage::WantsTurn | Stage::HasTurn | Stage::Started);
         for (rank, &task) in self.line.iter().enumerate() {
-            let before = &self.line[..rank];
-            let is_recorded = |task: usize| matches!(self.stages[task], Stage::WantsTurn | Stage::HasTurn);
+            let may_record =
+                || self.joined.iter().take_while(|other| **other != task).all(|task| is_recorded(*task));
             match self.stages[task] {
-                // Mutual exclusion and order: only the first has the turn.
-                Stage::HasTurn => assert_eq!(rank, 0, "{:?}", self.state()),
-                // Recording goes in order, one at a time.
-                Stage::MayRecord => {
-                    assert!(before.iter().all(|&task| is_recorded(task)), "{:?}", self.state());
-                }
-                // No lost wake-up: who may go is awake.
+                Stage::Started => assert_eq!(rank, 0, "{:?}", self.state()),
+                // Recording goes in order of joining, one at a time.
+                Stage::MayRecord => assert!(may_record(), "{:?}", self.state()),
+                // No lost wake-up: who may go is awake. One that was overtaken asks again before it acts.
                 Stage::WantsTurn => assert!(rank > 0 || self.awake(task), "{:?}", self.state()),
-                Stage::WantsToRecord => {
-                    let may_go = before.iter().all(|&task| is_recorded(task));
-                    assert!(!may_go || self.awake(task), "{:?}", self.state());
-                }
+                Stage::WantsToRecord => assert!(!may_record() || self.awake(task), "{:?}", self.state()),
+                Stage::HasTurn => {}
                 Stage::Outside | Stage::Gone => unreachable!("not in line"),
             }
         }
