@@ -12,7 +12,10 @@
 //! |---|---|
 //! | `tool=NAME` (repeatable), `tools=N` | asks for functions before it replies |
 //! | `fail`, `incomplete` | ends `failed` (`server_error`), or `incomplete` after half of the text |
+//! | `fail_text=open_call`, `fail_text=reasoning` | is accepted, then ends `failed` with the words for a damaged conversation and nothing else; as a fault it takes the place of the refusal (responses only) |
 //! | `refusal`, `reasoning`, `parts=N` | refuses; reasons first (responses only); replies in N messages |
+//! | `dangling_reasoning` | leaves a reasoning item without a successor, so that the next turn is refused (responses only) |
+//! | `stuck_cancel` | accepts a cancel that never takes effect: the run stays `cancelling`, or, for a response, the cancel call has no answer |
 //! | `latency=500ms`, `rate=20ms`, `tokens=50` | takes so long to its first token, and from one to the next; has at least so many words |
 //! | `status=429`, `code=…`, `retry_after=2` | is not accepted: an HTTP error |
 //! | `drop=before`, `drop=after` | the connection closes without an answer, before or after the turn was accepted |

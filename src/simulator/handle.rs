@@ -65,6 +65,11 @@ impl SimulatorHandle {
         self.server.world().faults.add(fault)
     }
 
+    /// Forgets the faults that wait.
+    pub fn clear_faults(&self) {
+        self.server.world().faults.clear();
+    }
+
     /// From now on runs stay `in_progress` without a token, until [`release`](Self::release).
     pub fn hold(&self) {
         self.server.hold();

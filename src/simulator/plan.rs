@@ -13,6 +13,7 @@ const MAX_WORDS: usize = 1_000_000;
 
 /// The behaviour of one turn. The default is a plain reply.
 #[derive(Clone, Debug, Default, PartialEq)]
+#[expect(clippy::struct_excessive_bools, reason = "each is a switch of its own")]
 pub(super) struct Plan {
     /// Names of the functions to ask for before the reply.
     pub(super) tools: Vec<String>,
@@ -33,8 +34,14 @@ pub(super) struct Plan {
     pub(super) cut: Option<usize>,
     /// Fall silent after so many deltas; `Some(0)`: accept and send nothing at all.
     pub(super) silent_after: Option<usize>,
+    /// A cancel is accepted and never takes effect.
+    pub(super) stuck_cancel: bool,
+    /// The response ends failed, with nothing to show, and says this.
+    pub(super) complaint: Option<Complaint>,
     pub(super) refusal: bool,
     pub(super) reasoning: bool,
+    /// Leaves a reasoning item without what it should lead to.
+    pub(super) dangling_reasoning: bool,
     /// Send an `error` event in the middle of the reply.
     pub(super) mid_error: Option<ErrorShape>,
     /// End the stream without its last events.
@@ -50,6 +57,13 @@ pub(super) enum Outcome {
     Complete,
     Fail,
     Incomplete,
+}
+
+/// What is wrong with a conversation.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub(super) enum Complaint {
+    OpenCall,
+    Reasoning,
 }
 
 /// When a connection is closed without an answer.
@@ -149,8 +163,17 @@ impl Plan {
             "cut" => self.cut = Some(count()?),
             "silent" => self.silent_after = Some(0),
             "silent_after" => self.silent_after = Some(count()?.max(1)),
+            "stuck_cancel" => self.stuck_cancel = true,
+            "fail_text" => {
+                self.complaint = Some(match value {
+                    Some("open_call") => Complaint::OpenCall,
+                    Some("reasoning") => Complaint::Reasoning,
+                    _ => return Err("`open_call` or `reasoning` is wanted"),
+                });
+            }
             "refusal" => self.refusal = true,
             "reasoning" => self.reasoning = true,
+            "dangling_reasoning" => self.dangling_reasoning = true,
             "mid_error" => {
                 self.mid_error = Some(match value {
                     None | Some("flat") => ErrorShape::Flat,
@@ -194,7 +217,13 @@ mod tests {
 
     #[test]
     fn a_misspelt_directive_is_refused() {
-        for text in ["[[sim: fial]]", "[[sim: cut]]", "[[sim: status=200]]", "[[sim: rate=fast]]"] {
+        for text in [
+            "[[sim: fial]]",
+            "[[sim: cut]]",
+            "[[sim: status=200]]",
+            "[[sim: rate=fast]]",
+            "[[sim: fail_text=x]]",
+        ] {
             assert!(Plan::of_text(text).is_err(), "{text}");
         }
     }

@@ -279,6 +279,16 @@ impl Generation {
                         self.out.emit("thread.run.cancelling", run);
                     }
                 }
+                if self.plan.stuck_cancel {
+                    self.out.flush();
+                    tokio::select! {
+                        () = tokio::time::sleep_until(self.deadline) => {}
+                        () = self.end.cancelled() => return,
+                    }
+                    let _ = self.close("expired", Some("run_expired"));
+                    end_run(&self.server, &mut self.server.world(), &self.run, RunStatus::Expired);
+                    return;
+                }
                 let delay = self.server.config.cancel_delay;
                 if !delay.is_zero() {
                     self.out.flush();

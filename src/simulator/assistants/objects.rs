@@ -31,10 +31,10 @@ pub(in crate::simulator) struct Thread {
     /// Ids of the runs that have not ended.
     #[serde(skip)]
     pub(super) active: Vec<String>,
-    /// User messages ever added.
+    /// User messages that were added and not deleted.
     #[serde(skip)]
     pub(super) turns: usize,
-    /// Words of all messages ever added.
+    /// Words of all messages that were.
     #[serde(skip)]
     pub(super) words: u64,
 }
@@ -69,6 +69,13 @@ impl Thread {
         if self.messages.len() > MAX_MESSAGES {
             self.messages.drain(..MAX_MESSAGES / 10);
         }
+    }
+
+    /// Takes a message out: from now on nothing is known of it.
+    pub(super) fn remove(&mut self, id: &str) {
+        self.messages.retain(|message| message.id != id);
+        self.turns = self.messages.iter().filter(|message| message.role == "user").count();
+        self.words = self.messages.iter().map(|message| words::count(&message.text())).sum();
     }
 
     pub(super) fn push_run(&mut self, run: &str) {

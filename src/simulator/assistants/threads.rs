@@ -127,7 +127,7 @@ pub(super) fn modify_message(server: &Server, call: Call) -> Result<Response, Ap
 pub(super) fn delete_message(server: &Server, call: &Call) -> Result<Response, ApiError> {
     let mut world = server.world();
     let id = message_mut(&mut world, call)?.id.clone();
-    thread_mut(&mut world, call.segment(1))?.messages.retain(|message| message.id != id);
+    thread_mut(&mut world, call.segment(1))?.remove(&id);
     Ok(json_body(&json!({"id": id, "object": "thread.message.deleted", "deleted": true})))
 }
 

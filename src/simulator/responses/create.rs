@@ -165,8 +165,7 @@ fn start(
     let id = server.id("resp");
     let (base, lane) =
         base(server, world, request.conversation.as_deref(), request.previous.as_deref(), &given)?;
-    let mut context = base;
-    context.accept(&input)?;
+    let context = with_input(base, &input, fault)?;
     let plan = plan(&input, fault)?;
     plan.refused()?;
     if plan.drop == Some(Drop::Before) {
@@ -234,6 +233,7 @@ fn start(
                 lane: lane.clone(),
                 log,
                 cancel: cancel.clone(),
+                stuck_cancel: plan.stuck_cancel,
             },
         );
     }
@@ -251,6 +251,21 @@ fn start(
         request.obfuscation,
     );
     Ok((generation, answer))
+}
+
+/// The context with the input, or why the turn cannot be. A fault that lets the turn end with that refusal lets it
+/// begin.
+fn with_input(mut context: Context, input: &[Value], fault: Option<&str>) -> Result<Context, ApiError> {
+    let mut plan = Plan::default();
+    plan.apply(fault.unwrap_or_default()).map_err(ApiError::invalid)?;
+    if plan.complaint.is_none() {
+        context.accept(input)?;
+        return Ok(context);
+    }
+    for item in input {
+        context.absorb(item);
+    }
+    Ok(context)
 }
 
 /// What stands before the input, and the lane it belongs to, if there is one yet.
@@ -278,13 +293,19 @@ fn base(
     Ok((stored.context.clone(), Some(stored.lane.clone())))
 }
 
-/// The turn's behaviour: from the texts of the new items, then from a fault.
+/// The turn's behaviour: from the newest user message, or else from the outputs of functions, then from a fault. What
+/// stands before that message is history.
 fn plan(input: &[Value], fault: Option<&str>) -> Result<Plan, ApiError> {
+    let newest = input.iter().rposition(|item| item["role"] == "user");
+    let said = match newest {
+        Some(at) => &input[at..=at],
+        None => input,
+    };
     let mut plan = Plan::default();
-    for item in input.iter().filter(|item| item["role"] == "user" || item["type"] == "function_call_output") {
-        let (said, _) = Plan::of_text(&items::text(item))?;
-        if said != Plan::default() {
-            plan = said;
+    for item in said.iter().filter(|item| item["role"] == "user" || item["type"] == "function_call_output") {
+        let (asked, _) = Plan::of_text(&items::text(item))?;
+        if asked != Plan::default() {
+            plan = asked;
         }
     }
     if let Some(fault) = fault {

@@ -122,6 +122,10 @@ impl Generation {
             self.unless_stopped(server.released()).await?;
         }
         self.pause(self.plan.latency.unwrap_or(self.server.config.latency)).await?;
+        if self.plan.complaint.is_some() {
+            self.plan.outcome = Outcome::Fail;
+            return self.finish();
+        }
         if self.plan.reasoning {
             self.reason();
         }
@@ -131,6 +135,9 @@ impl Generation {
             }
         } else {
             self.call_functions();
+        }
+        if self.plan.dangling_reasoning {
+            self.reason();
         }
         self.finish()
     }
@@ -362,7 +369,10 @@ impl Generation {
                 self.response.incomplete_details = Some(json!({"reason": "max_output_tokens"}));
             }
             _ => {
-                let message = "The model had an error while it made the response.";
+                let message = self.plan.complaint.map_or_else(
+                    || "The model had an error while it made the response.".to_owned(),
+                    |complaint| self.context.complaint(complaint),
+                );
                 self.response.error = Some(json!({"code": "server_error", "message": message}));
             }
         }
@@ -386,6 +396,7 @@ impl Generation {
                 lane: self.lane.clone(),
                 log: None,
                 cancel: self.cancel.clone(),
+                stuck_cancel: self.plan.stuck_cancel,
             };
             world.responses.insert(id.clone(), row);
         }

@@ -4,6 +4,7 @@ use serde_json::{Value, json};
 
 use crate::simulator::error::ApiError;
 use crate::simulator::fields::{Fields, within, wrong_type, wrong_value};
+use crate::simulator::plan::Complaint;
 use crate::simulator::state::Server;
 use crate::simulator::stats::Line;
 use crate::simulator::words;
@@ -80,15 +81,27 @@ impl Context {
             }
             self.absorb(item);
         }
-        if let Some(call) = self.open_calls.first() {
-            return Err(bad_input(format!("No tool output found for function call {call}.")));
+        if !self.open_calls.is_empty() {
+            return Err(bad_input(self.complaint(Complaint::OpenCall)));
         }
-        if let Some(id) = self.orphan.as_ref().or(self.reasoning.as_ref()) {
-            return Err(bad_input(format!(
-                "Item '{id}' of type 'reasoning' was provided without its required following item."
-            )));
+        if self.orphan.is_some() || self.reasoning.is_some() {
+            return Err(bad_input(self.complaint(Complaint::Reasoning)));
         }
         Ok(())
+    }
+
+    /// The words for what is wrong, or would be.
+    pub(super) fn complaint(&self, complaint: Complaint) -> String {
+        match complaint {
+            Complaint::OpenCall => {
+                let call = self.open_calls.first().map_or("call_0", String::as_str);
+                format!("No tool output found for function call {call}.")
+            }
+            Complaint::Reasoning => {
+                let id = self.orphan.as_ref().or(self.reasoning.as_ref()).map_or("rs_0", String::as_str);
+                format!("Item '{id}' of type 'reasoning' was provided without its required following item.")
+            }
+        }
     }
 }
 

@@ -89,6 +89,8 @@ pub(in crate::simulator) struct StoredResponse {
     /// The events of a background response that was created with `stream`.
     pub(super) log: Option<Arc<EventLog>>,
     pub(super) cancel: CancellationToken,
+    /// A cancel call has no answer.
+    pub(super) stuck_cancel: bool,
 }
 
 impl Row for StoredResponse {

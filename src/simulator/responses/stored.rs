@@ -50,6 +50,11 @@ pub(super) async fn cancel(server: &Server, call: &Call) -> Result<Response, Api
     if let Some(answer) = cancel_without_work(&server.world(), id)? {
         return Ok(answer);
     }
+    let is_stuck = server.world().responses.get(id).is_some_and(|stored| stored.stuck_cancel);
+    if is_stuck {
+        // The connection ends, or the simulator does: either drops this.
+        std::future::pending::<()>().await;
+    }
     if !server.config.cancel_delay.is_zero() {
         tokio::time::sleep(server.config.cancel_delay).await;
     }

@@ -238,6 +238,40 @@ async fn a_cancelled_run_passes_through_cancelling() {
 }
 
 #[tokio::test]
+async fn a_cancel_can_stay_without_effect() {
+    let config = SimulatorConfig { run_expiry: Duration::from_millis(200), ..SimulatorConfig::default() };
+    let sim = Sim::start(config).await;
+    for text in ["[[sim: tokens=100 rate=1m stuck_cancel]]", "[[sim: tools=1 stuck_cancel]]"] {
+        let thread = sim.thread().await;
+        let runs = format!("/threads/{thread}/runs");
+        let path = format!("{runs}/{}", id(&sim.post(&runs, turn(text)).await));
+        let status = if text.contains("tools") { "requires_action" } else { "in_progress" };
+        run_with(&sim, &path, status).await;
+        assert_eq!(sim.post(&format!("{path}/cancel"), json!({})).await["status"], "cancelling");
+        assert_eq!(sim.get(&path).await["status"], "cancelling");
+        run_with(&sim, &path, "expired").await;
+    }
+    assert_eq!(sim.handle.stats().runs_ended["expired"], 2);
+}
+
+#[tokio::test]
+async fn the_next_turn_knows_nothing_of_a_deleted_message() {
+    let sim = Sim::instant().await;
+    let thread = sim.thread().await;
+    let runs = format!("/threads/{thread}/runs");
+    sim.events(&runs, streamed("One")).await;
+    sim.events(&runs, streamed("Two")).await;
+    let messages = sim.get(&format!("/threads/{thread}/messages?order=asc")).await;
+    for message in &messages["data"].as_array().unwrap()[2..] {
+        sim.delete(&format!("/threads/{thread}/messages/{}", id(message))).await;
+    }
+    sim.events(&runs, streamed("Three")).await;
+    let lines = sim.handle.thread_history(&thread);
+    assert_eq!(lines.len(), 4);
+    assert_eq!(lines[3].1, "You said: Three. (This is turn 2 of this conversation.)");
+}
+
+#[tokio::test]
 async fn a_run_expires_whatever_it_waits_for() {
     let config = SimulatorConfig { run_expiry: Duration::from_millis(40), ..SimulatorConfig::default() };
     let sim = Sim::start(config).await;

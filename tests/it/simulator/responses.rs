@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use reqwest::Method;
 use serde_json::{Value, json};
-use threadkeeper::simulator::SimulatorConfig;
+use threadkeeper::simulator::{Fault, SimulatorConfig};
 
 use crate::support::wire::{Sim, Stream, id, names};
 
@@ -429,4 +429,48 @@ async fn requests_are_read_strictly() {
     let broken = sim.request(Method::POST, "/responses").body("{\"model\":").send().await.unwrap();
     assert_eq!(broken.status(), 400);
     assert_eq!(broken.json::<Value>().await.unwrap()["error"]["code"], "invalid_json");
+}
+
+#[tokio::test]
+async fn a_damaged_conversation_can_be_accepted_and_refused_as_the_end() {
+    let sim = Sim::instant().await;
+    let conversation = sim.conversation().await;
+    let response = sim.post("/responses", turn(&conversation, "Look [[sim: tools=1]]")).await;
+    let call = response["output"][0]["call_id"].as_str().unwrap();
+    let fault = Fault { on: "create_response".into(), fault: "fail_text=open_call".into(), times: 1 };
+    sim.handle.add_fault(fault).unwrap();
+    let failed = sim.post("/responses", turn(&conversation, "Next")).await;
+    assert_eq!((failed["status"].as_str(), &failed["output"]), (Some("failed"), &json!([])));
+    assert_eq!(failed["error"]["message"], format!("No tool output found for function call {call}."));
+    assert_eq!(sim.refused("/responses", turn(&conversation, "Next")).await.0, 400);
+    assert_eq!(sim.handle.threads()[0].user_texts, ["Look [[sim: tools=1]]"]);
+}
+
+#[tokio::test]
+async fn reasoning_that_led_to_nothing_damages_the_conversation() {
+    let sim = Sim::instant().await;
+    let conversation = sim.conversation().await;
+    let response = sim.post("/responses", turn(&conversation, "Think [[sim: dangling_reasoning]]")).await;
+    let reasoning = id(&response["output"][1]);
+    let (_, error) = sim.refused("/responses", turn(&conversation, "Next")).await;
+    assert!(error["message"].as_str().unwrap().contains(&reasoning), "{error}");
+    sim.delete(&format!("/conversations/{conversation}/items/{reasoning}")).await;
+    sim.post("/responses", turn(&conversation, "Next")).await;
+}
+
+#[tokio::test]
+async fn a_cancel_can_stay_without_an_answer() {
+    let sim = Sim::instant().await;
+    let conversation = sim.conversation().await;
+    sim.handle.hold();
+    let body = background(turn(&conversation, "Stay [[sim: stuck_cancel]]"));
+    let path = format!("/responses/{}", id(&sim.post("/responses", body).await));
+    let cancel = sim.request(Method::POST, &format!("{path}/cancel")).send();
+    tokio::select! {
+        answer = cancel => panic!("{answer:?}"),
+        _ = sim.wait_for(|stats| stats.requests_by_operation.contains_key("cancel_response")) => {}
+    }
+    sim.handle.release();
+    sim.wait_for(|stats| stats.active_runs == 0).await;
+    assert_eq!(sim.get(&path).await["status"], "completed");
 }
