@@ -128,13 +128,17 @@ pub struct RunsConfig {
     pub max_timeout: Duration,
     /// Runs that may wait on one thread in this process.
     pub max_queue: usize,
-    /// Further tries of a request that the upstream provably did not take: no connection, or a rate limit.
+    /// Further tries of a request that the upstream provably did not take: no connection, a rate limit, or a failure
+    /// after which it has no trace of the request.
     pub max_retries: u32,
     /// How long to try to end at the upstream what a run left behind.
     #[serde(with = "humantime_serde")]
     pub settle_timeout: Duration,
     /// Largest reply, bytes of text.
     pub max_reply_bytes: usize,
+    /// How long an idempotency key is remembered.
+    #[serde(with = "humantime_serde")]
+    pub idempotency_ttl: Duration,
 }
 
 /// Session conversations.
@@ -223,6 +227,7 @@ impl Default for RunsConfig {
             max_retries: 3,
             settle_timeout: Duration::from_secs(10),
             max_reply_bytes: 4 * 1024 * 1024,
+            idempotency_ttl: Duration::from_hours(24),
         }
     }
 }
@@ -296,10 +301,13 @@ mod tests {
         let config = load(text.replace("sk-…", "sk-1").replace("\"…\"", "\"key\"")).unwrap();
         let openai = &config.upstreams["openai"];
         assert_eq!(openai.auth, AuthScheme::default());
-        assert!(openai.conversations);
+        assert!(openai.conversations && !openai.background);
         assert_eq!(openai.connect_timeout, UpstreamConfig::default_connect_timeout());
         assert_eq!(openai.idle_timeout, UpstreamConfig::default_idle_timeout());
         assert_eq!(openai.max_event_bytes, UpstreamConfig::default_max_event_bytes());
+        assert_eq!(openai.lock_window, UpstreamConfig::default_lock_window());
+        assert_eq!(openai.max_failures, UpstreamConfig::default_max_failures());
+        assert_eq!(openai.rest, UpstreamConfig::default_rest());
         assert_eq!(config.upstreams["azure"].auth, AuthScheme::ApiKey);
         assert_eq!(config.default_assistant(), Some("default"));
     }

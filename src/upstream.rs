@@ -2,6 +2,7 @@
 //! `upstream/`.
 
 mod assistants;
+mod breaker;
 mod classify;
 mod client;
 mod patience;
@@ -18,8 +19,8 @@ use futures_util::stream::BoxStream;
 
 use crate::config::AssistantConfig;
 use crate::domain::{
-    ContentPart, ConversationKey, Message, Metadata, RunError, RunId, RunStatus, Timestamp, ToolCall,
-    UpstreamRunId, UpstreamThreadId, Usage,
+    ContentPart, ConversationKey, Leftover, Message, Metadata, RunError, RunId, RunStatus, Timestamp,
+    ToolCall, ToolOutput, UpstreamRunId, UpstreamThreadId, Usage,
 };
 use crate::store::InputMessage;
 
@@ -30,6 +31,15 @@ pub use responses::ResponsesUpstream;
 /// One configured upstream server.
 #[async_trait]
 pub trait Upstream: Send + Sync + std::fmt::Debug {
+    /// What the server can do.
+    fn capabilities(&self) -> Capabilities;
+
+    /// Whether calls are made at all. After too many failures in a row none is made for a while.
+    ///
+    /// # Errors
+    /// Until when that is, from now.
+    fn available(&self) -> Result<(), Duration>;
+
     /// Makes a thread that carries the ownership tags and holds `history`, oldest first. `None` where threads are
     /// chains of responses: there the first run makes it, and has to be given the history.
     ///
@@ -40,18 +50,55 @@ pub trait Upstream: Send + Sync + std::fmt::Debug {
         history: &[Message],
     ) -> Result<Option<UpstreamThreadId>, UpstreamError>;
 
-    /// Appends the input and starts a run, in one request, and streams its events.
+    /// Appends history and input and starts a run, in one request, and streams its events. What an earlier turn broke
+    /// in the thread (open calls, a reasoning item without what it led to) is mended on the way, in the order of the protocols.
     ///
     /// An error means that the upstream did not accept the run, or that this cannot be known
-    /// ([`UpstreamError::is_ambiguous`]). The stream ends with [`UpstreamEvent::Ended`] or an error. Dropping it
-    /// stops reading; what then goes on upstream is for [`settle`](Self::settle) to end.
+    /// ([`UpstreamError::is_ambiguous`]; then [`recover`](Self::recover) tells more). The stream ends with
+    /// [`UpstreamEvent::Ended`] or an error. Dropping it stops reading; what then goes on upstream is for
+    /// [`settle`](Self::settle) to end. A stream that breaks is resumed by itself where the server can do that.
     async fn start(&self, request: StartRun<'_>) -> Result<EventStream, UpstreamError>;
+
+    /// Answers the function calls that a run waits for, all at once, and streams what follows. Errors as for
+    /// [`start`](Self::start).
+    async fn answer_tools(&self, request: AnswerTools<'_>) -> Result<EventStream, UpstreamError>;
+
+    /// Finds out what became of a request or stream that failed in a way that leaves it open. If it was an
+    /// [`answer_tools`](Self::answer_tools) that was not accepted yet, `sent` names the run or response that asked and,
+    /// in `open_calls`, the calls that were to be answered; else `open_calls` is empty. The caller bounds it in time
+    /// and may drop it.
+    ///
+    /// # Errors
+    /// It could not be found out for the moment.
+    async fn recover(&self, sent: &Leftover, failure: &UpstreamError) -> Result<Recovered, UpstreamError>;
+
+    /// Waits until it is worth trying again on a thread that something else holds. `cancel`: ends it, if the server
+    /// can and the blocker is known; one of our own runs, left over from an earlier turn, is always ended. The
+    /// caller bounds it in time and may drop it.
+    async fn clear(
+        &self,
+        thread: &UpstreamThreadId,
+        blocking: Option<&UpstreamRunId>,
+        cancel: bool,
+    ) -> Result<(), UpstreamError>;
 
     /// Sees to it that a run which did not end cleanly no longer works on its thread and has left nothing behind
     /// that would break the next turn: an active run is found (by id, or by our tag in its metadata), cancelled
-    /// and waited for; function calls that nobody will answer are closed. Harmless to repeat. The caller bounds
-    /// it in time and may drop it.
-    async fn settle(&self, leftover: &Leftover) -> Result<(), UpstreamError>;
+    /// and waited for; function calls that nobody will answer are closed. Tells what the thread holds of the run.
+    /// Harmless to repeat. The caller bounds it in time and may drop it.
+    async fn settle(&self, leftover: &Leftover) -> Result<Settled, UpstreamError>;
+
+    /// Removes from the thread all that a settled run left there: the user's messages, the reply, and what lies
+    /// between. Where threads are chains nothing is to be done: the chain simply does not move. Harmless to repeat. The
+    /// caller bounds it in time and may drop it.
+    async fn remove(&self, leftover: &Leftover) -> Result<(), UpstreamError>;
+}
+
+/// What an upstream server can do.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub struct Capabilities {
+    /// How long a thread can stay locked after its run has ended.
+    pub lock_window: Duration,
 }
 
 /// The events of one run. To be asked until it gives `None`: past [`UpstreamEvent::Ended`] it reads what is left of
@@ -74,21 +121,53 @@ pub struct StartRun<'a> {
     pub thread: Option<&'a UpstreamThreadId>,
     /// Whose thread it is: a chain of responses has no thread upstream that could say so.
     pub owner: &'a Ownership,
-    /// What a chain that has to begin anew is told before the input; otherwise empty.
+    /// Earlier messages that the thread lacks, oldest first: they are sent before the input.
     pub history: &'a [Message],
     pub assistant: &'a AssistantConfig,
     pub input: &'a [InputMessage],
     pub metadata: &'a Metadata,
 }
 
-/// What a run may have left behind.
+/// Answers to the function calls of a run.
 #[derive(Clone, Debug)]
-pub struct Leftover {
-    pub thread: Option<UpstreamThreadId>,
+pub struct AnswerTools<'a> {
     pub run: RunId,
-    pub upstream_run: Option<UpstreamRunId>,
-    /// Function calls that the run asked for and nobody will answer.
-    pub open_calls: Vec<ToolCall>,
+    /// `None` for the first run of a chain.
+    pub thread: Option<&'a UpstreamThreadId>,
+    pub owner: &'a Ownership,
+    /// The run, or the response that made the calls.
+    pub upstream_run: &'a UpstreamRunId,
+    pub assistant: &'a AssistantConfig,
+    pub outputs: &'a [ToolOutput],
+    pub metadata: &'a Metadata,
+}
+
+/// What became of a request or stream that failed.
+#[expect(missing_debug_implementations, reason = "a stream has none")]
+pub enum Recovered {
+    /// The upstream has the run: what is still to come of it, to its end.
+    Running(EventStream),
+    /// The upstream provably does not have it: it can be sent again.
+    Absent,
+    /// It cannot be told; it must not be sent again.
+    Unknown,
+}
+
+/// What the thread holds of a run that did not end cleanly.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Settled {
+    /// The user's messages are in the thread, and with them the history that went along.
+    pub said: bool,
+    /// They are not, but might still come in: what was cut off just now may not have stopped yet.
+    pub unsure: bool,
+    /// How the run ended, if the upstream can say: `Completed` if a cancel came too late.
+    pub status: Option<RunStatus>,
+    pub usage: Option<Usage>,
+    /// The reply, as far as the thread holds it; empty if it holds none.
+    pub content: Vec<ContentPart>,
+    pub upstream_message_id: Option<String>,
+    /// Where the thread stands from now on, if the run moved it after all (chains of responses).
+    pub thread: Option<UpstreamThreadId>,
 }
 
 /// What happens during a run.
@@ -118,6 +197,13 @@ pub struct Ended {
     pub thread: Option<UpstreamThreadId>,
 }
 
+impl Ended {
+    /// The run waits for the outputs of function calls.
+    pub fn asks(&self) -> bool {
+        self.status == RunStatus::RequiresAction && !self.tool_calls.is_empty()
+    }
+}
+
 /// Why an upstream call failed. No text here repeats credentials, content or what the upstream wrote in prose.
 #[derive(Clone, Debug, thiserror::Error)]
 pub enum UpstreamError {
@@ -133,9 +219,12 @@ pub enum UpstreamError {
     /// A 429. `quota`: waiting does not help.
     #[error("the upstream limits the rate")]
     RateLimited { retry_after: Option<Duration>, quota: bool },
-    /// A 5xx, or a failure told where a run was expected.
+    /// A 5xx, or a failure told where a run was expected. `no_retry`: the server says that trying again does not help.
     #[error("the upstream failed with status {status}")]
-    Unavailable { status: u16, retry_after: Option<Duration> },
+    Unavailable { status: u16, retry_after: Option<Duration>, no_retry: bool },
+    /// So many calls failed that none is made for a while. Nothing was sent.
+    #[error("the upstream failed too often; it is left alone for a while")]
+    Resting { retry_after: Duration },
     /// No connection could be made, so nothing was sent.
     #[error("the upstream cannot be reached")]
     Connect,

@@ -145,6 +145,7 @@ fn durations(config: &Config, checker: &mut Checker<'_>) {
         (["runs", "timeout"], runs.timeout, false),
         (["runs", "max_timeout"], runs.max_timeout, false),
         (["runs", "settle_timeout"], runs.settle_timeout, false),
+        (["runs", "idempotency_ttl"], runs.idempotency_ttl, false),
         (["sessions", "ttl"], config.sessions.ttl, false),
         (["replica", "session_ttl"], config.replica.session_ttl, false),
     ] {
@@ -220,12 +221,18 @@ fn upstream(name: &str, upstream: &UpstreamConfig, checker: &mut Checker<'_>) {
     self::name("upstreams", name, checker);
     let at = |field| ["upstreams", name, field];
     base_url(&at("base_url"), &upstream.base_url, checker);
-    if !upstream.conversations && upstream.kind == UpstreamKind::Assistants && !checker.is_broken(&at("kind"))
-    {
-        checker.report(&at("conversations"), "can be false only for kind \"responses\"", "leave it out");
+    if upstream.kind == UpstreamKind::Assistants && !checker.is_broken(&at("kind")) {
+        if !upstream.conversations {
+            checker.report(&at("conversations"), "can be false only for kind \"responses\"", "leave it out");
+        }
+        if upstream.background {
+            checker.report(&at("background"), "can be true only for kind \"responses\"", "leave it out");
+        }
     }
     duration(&at("connect_timeout"), upstream.connect_timeout, false, checker);
     duration(&at("idle_timeout"), upstream.idle_timeout, false, checker);
+    duration(&at("lock_window"), upstream.lock_window, true, checker);
+    duration(&at("rest"), upstream.rest, false, checker);
     if upstream.max_event_bytes == 0 {
         checker.report(&at("max_event_bytes"), "must be at least 1", "");
     }
@@ -379,6 +386,8 @@ mod tests {
     fn sound_settings_have_no_problems() {
         assert_problems(&both("kind = \"responses\"\nconversations = false", "model = \"m\""), &[]);
         assert_problems(&both("kind = \"assistants\"", "assistant_id = \"asst_1\""), &[]);
+        let text = "kind = \"responses\"\nbackground = true\nlock_window = \"0s\"\nmax_failures = 0";
+        assert_problems(&both(text, "model = \"m\""), &[]);
         assert_problems("[store]\nurl = \"postgresql:///d?host=/run/postgresql\"", &[]);
     }
 
@@ -388,8 +397,11 @@ mod tests {
         assert_problems(&both("kind = \"responses\"", "model = \"\""), &["assistants.a.model"]);
         let text = both("kind = \"responses\"", "model = \"m\"\nassistant_id = \"asst_1\"");
         assert_problems(&text, &["assistants.a.assistant_id"]);
-        let text = both("kind = \"assistants\"\nconversations = false", "");
-        assert_problems(&text, &["assistants.a.assistant_id", "upstreams.u.conversations"]);
+        let text = both("kind = \"assistants\"\nconversations = false\nbackground = true", "");
+        assert_problems(
+            &text,
+            &["assistants.a.assistant_id", "upstreams.u.background", "upstreams.u.conversations"],
+        );
     }
 
     #[test]
@@ -477,8 +489,11 @@ mod tests {
                 "store.max_connections",
             ],
         );
-        let text = both("kind = \"responses\"", "model = \"m\"\ntimeout = \"11m\"");
-        assert_problems(&text, &["assistants.a.timeout"]);
+        let text = both(
+            "kind = \"responses\"\nlock_window = \"11y\"\nrest = \"0s\"",
+            "model = \"m\"\ntimeout = \"11m\"",
+        );
+        assert_problems(&text, &["assistants.a.timeout", "upstreams.u.lock_window", "upstreams.u.rest"]);
     }
 
     #[test]

@@ -33,6 +33,10 @@ pub struct UpstreamConfig {
     /// The server has `/conversations` (kind `responses` only). Without, each thread is a chain of responses.
     #[serde(default = "yes")]
     pub conversations: bool,
+    /// Responses run in the background (kind `responses` only): they outlive a broken connection, can be cancelled,
+    /// and are slower to their first token.
+    #[serde(default)]
+    pub background: bool,
     #[serde(default = "UpstreamConfig::default_connect_timeout", with = "humantime_serde")]
     pub connect_timeout: Duration,
     /// Longest silence of the server, before its answer or between two events.
@@ -41,6 +45,16 @@ pub struct UpstreamConfig {
     /// Largest single event of a stream, and largest JSON answer, bytes.
     #[serde(default = "UpstreamConfig::default_max_event_bytes")]
     pub max_event_bytes: usize,
+    /// How long a thread may stay locked after its run has ended, and within which a response whose connection was
+    /// dropped stops.
+    #[serde(default = "UpstreamConfig::default_lock_window", with = "humantime_serde")]
+    pub lock_window: Duration,
+    /// Failures in a row after which no call is made for a while; 0: calls are always made.
+    #[serde(default = "UpstreamConfig::default_max_failures")]
+    pub max_failures: u32,
+    /// How long that is.
+    #[serde(default = "UpstreamConfig::default_rest", with = "humantime_serde")]
+    pub rest: Duration,
 }
 
 #[derive(Clone, Copy, Debug, Deserialize, Eq, PartialEq)]
@@ -94,9 +108,13 @@ impl UpstreamConfig {
             headers: BTreeMap::new(),
             query: BTreeMap::new(),
             conversations: true,
+            background: false,
             connect_timeout: Self::default_connect_timeout(),
             idle_timeout: Self::default_idle_timeout(),
             max_event_bytes: Self::default_max_event_bytes(),
+            lock_window: Self::default_lock_window(),
+            max_failures: Self::default_max_failures(),
+            rest: Self::default_rest(),
         }
     }
 
@@ -110,6 +128,18 @@ impl UpstreamConfig {
 
     pub(super) fn default_max_event_bytes() -> usize {
         16 * 1024 * 1024
+    }
+
+    pub(super) fn default_lock_window() -> Duration {
+        Duration::from_secs(10)
+    }
+
+    pub(super) fn default_max_failures() -> u32 {
+        5
+    }
+
+    pub(super) fn default_rest() -> Duration {
+        Duration::from_secs(10)
     }
 }
 

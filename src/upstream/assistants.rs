@@ -1,5 +1,8 @@
 //! The adapter for Assistants v2: threads, messages, runs.
 
+mod messages;
+mod request;
+mod runs;
 mod turn;
 mod wire;
 
@@ -8,48 +11,54 @@ use std::time::Duration;
 use async_trait::async_trait;
 use http::Method;
 use serde::de::DeserializeOwned;
-use serde_json::{Value, json};
+use serde_json::json;
+use tokio::time::sleep;
 
 use super::client::{Answer, UpstreamClient};
-use super::patience::{FIRST_WAIT, LONGEST_WAIT, longer, patiently};
-use super::relay::relay;
-use super::tags::{RUN_TAG, message_tags, parameters, run_tags, thread_tags};
+use super::patience::{a_moment, patiently};
+use super::relay::{public, relay};
+use super::tags::{RUN_TAG, thread_tags};
 use super::wire::Created;
-use super::{EventStream, Leftover, Ownership, StartRun, Upstream, UpstreamError};
-use crate::config::UpstreamKind;
-use crate::domain::{Message, RunId, UpstreamRunId, UpstreamThreadId};
+use super::{
+    AnswerTools, Capabilities, EventStream, Ownership, Recovered, Settled, StartRun, Upstream, UpstreamError,
+};
+use crate::config::UpstreamConfig;
+use crate::domain::{Leftover, Message, UpstreamRunId, UpstreamThreadId};
+use request::{history_messages, outputs_body, run_body};
+use runs::SECOND_LOOK;
 use turn::Turn;
-use wire::{RunList, RunObject, content};
-
-/// Runs to look through for ours. Only one can be active where the server locks; this is for those that do not.
-const RUNS_TO_SEARCH: &str = "20";
-/// A run whose request was cut off may appear a little later.
-const SECOND_LOOK: Duration = Duration::from_millis(500);
+use wire::RunObject;
 
 /// An upstream that speaks Assistants v2.
 #[derive(Clone, Debug)]
 pub struct AssistantsUpstream {
     client: UpstreamClient,
+    lock_window: Duration,
 }
 
 impl AssistantsUpstream {
-    pub fn new(client: UpstreamClient) -> Self {
-        Self { client: client.with_header("openai-beta", "assistants=v2") }
+    pub fn new(client: UpstreamClient, config: &UpstreamConfig) -> Self {
+        Self { client: client.with_header("openai-beta", "assistants=v2"), lock_window: config.lock_window }
     }
 }
 
 #[async_trait]
 impl Upstream for AssistantsUpstream {
+    fn capabilities(&self) -> Capabilities {
+        Capabilities { lock_window: self.lock_window }
+    }
+
+    fn available(&self) -> Result<(), Duration> {
+        self.client.available()
+    }
+
     async fn create_thread(
         &self,
         owner: &Ownership,
         history: &[Message],
     ) -> Result<Option<UpstreamThreadId>, UpstreamError> {
         let mut body = json!({"metadata": thread_tags(owner)});
-        let messages: Vec<Value> = history
-            .iter()
-            .map(|message| json!({"role": message.role, "content": content(&message.content)}))
-            .collect();
+        let messages = history_messages(history);
         if !messages.is_empty() {
             body["messages"] = messages.into();
         }
@@ -58,24 +67,79 @@ impl Upstream for AssistantsUpstream {
     }
 
     async fn start(&self, request: StartRun<'_>) -> Result<EventStream, UpstreamError> {
-        let Some(thread) = request.thread else {
-            return Err(UpstreamError::Protocol("a run was to start without a thread".to_owned()));
-        };
-        let events = self.client.events(&["threads", thread.as_str(), "runs"], &run_body(&request)).await?;
-        relay(events, Turn::default()).await
+        let thread = request.thread.ok_or_else(no_thread)?;
+        let path = ["threads", thread.as_str(), "runs"];
+        let events = self.client.events(Method::POST, &path, &[], Some(&run_body(&request))).await?;
+        Ok(public(relay(events, Turn::default()).await?))
     }
 
-    async fn settle(&self, leftover: &Leftover) -> Result<(), UpstreamError> {
-        let Some(thread) = &leftover.thread else { return Ok(()) };
-        let settled = match &leftover.upstream_run {
-            Some(run) => self.end(thread, run).await,
-            None => match self.find(thread, leftover.run).await {
-                Ok(Some(run)) => self.end(thread, &run).await,
-                Ok(None) => Ok(()),
-                Err(error) => Err(error),
-            },
+    async fn answer_tools(&self, request: AnswerTools<'_>) -> Result<EventStream, UpstreamError> {
+        let thread = request.thread.ok_or_else(no_thread)?;
+        let run = request.upstream_run;
+        let path = ["threads", thread.as_str(), "runs", run.as_str(), "submit_tool_outputs"];
+        let body = outputs_body(request.outputs);
+        let refused = match self.client.events(Method::POST, &path, &[], Some(&body)).await {
+            Ok(events) => return Ok(public(relay(events, Turn::default()).await?)),
+            Err(refusal) => refusal.error,
         };
-        match settled {
+        // A run that takes no outputs has moved on: it has expired, or has got them already. Its own status is the
+        // truth then.
+        if matches!(refused, UpstreamError::Refused { status: 400, .. })
+            && let Some(run) = self.run(thread, run).await?
+            && !run.value.waits_for_outputs()
+        {
+            return Ok(self.follow(thread, run.value));
+        }
+        Err(refused)
+    }
+
+    /// A run can always be asked for, so it does not matter how the request failed.
+    async fn recover(&self, sent: &Leftover, _: &UpstreamError) -> Result<Recovered, UpstreamError> {
+        let Some(thread) = &sent.thread else { return Ok(Recovered::Absent) };
+        match self.trace(thread, sent).await {
+            // With the thread all that was sent to it is gone.
+            Err(UpstreamError::ThreadGone) => Ok(Recovered::Absent),
+            other => other,
+        }
+    }
+
+    async fn clear(
+        &self,
+        thread: &UpstreamThreadId,
+        blocking: Option<&UpstreamRunId>,
+        cancel: bool,
+    ) -> Result<(), UpstreamError> {
+        let Some(blocking) = blocking else {
+            a_moment().await;
+            return Ok(());
+        };
+        let Some(run) = self.run(thread, blocking).await? else { return Ok(()) };
+        if run.value.has_ended() {
+            return Ok(());
+        }
+        let ours = run.value.tag(RUN_TAG).is_some();
+        if ours {
+            tracing::warn!("ending a run that an earlier turn left behind");
+        }
+        if ours || cancel {
+            self.end(thread, blocking).await?;
+        } else {
+            self.wait_for(thread, run.value, RunObject::has_ended).await?;
+        }
+        Ok(())
+    }
+
+    async fn settle(&self, leftover: &Leftover) -> Result<Settled, UpstreamError> {
+        let Some(thread) = &leftover.thread else { return Ok(Settled::default()) };
+        match self.settle_on(thread, leftover).await {
+            Err(UpstreamError::ThreadGone) => Ok(Settled::default()),
+            other => other,
+        }
+    }
+
+    async fn remove(&self, leftover: &Leftover) -> Result<(), UpstreamError> {
+        let Some(thread) = &leftover.thread else { return Ok(()) };
+        match self.remove_from(thread, leftover).await {
             Err(UpstreamError::ThreadGone) => Ok(()),
             other => other,
         }
@@ -83,56 +147,56 @@ impl Upstream for AssistantsUpstream {
 }
 
 impl AssistantsUpstream {
-    /// The run that carries our tag, unless it has ended.
-    async fn find(
+    async fn trace(&self, thread: &UpstreamThreadId, sent: &Leftover) -> Result<Recovered, UpstreamError> {
+        let found = match &sent.upstream_run {
+            Some(id) => match self.run(thread, id).await? {
+                Some(run) => Some(run.value),
+                None => return Ok(Recovered::Unknown),
+            },
+            None => self.find(thread, sent.run).await?,
+        };
+        let Some(mut run) = found else {
+            // Messages without a run are a request that was taken in part: sending them again would double them.
+            let said = self.was_said(thread, sent).await?;
+            return Ok(if said { Recovered::Unknown } else { Recovered::Absent });
+        };
+        if run.waits_for(&sent.open_calls) {
+            sleep(SECOND_LOOK).await;
+            match self.run(thread, &UpstreamRunId(run.id)).await? {
+                Some(again) if again.value.waits_for(&sent.open_calls) => return Ok(Recovered::Absent),
+                Some(again) => run = again.value,
+                None => return Ok(Recovered::Unknown),
+            }
+        }
+        Ok(Recovered::Running(self.follow(thread, run)))
+    }
+
+    async fn settle_on(
         &self,
         thread: &UpstreamThreadId,
-        run: RunId,
-    ) -> Result<Option<UpstreamRunId>, UpstreamError> {
-        let tag = Value::String(run.to_string());
-        for look in 0..2 {
-            if look > 0 {
-                tokio::time::sleep(SECOND_LOOK).await;
-            }
-            let path = ["threads", thread.as_str(), "runs"];
-            let query = [("limit", RUNS_TO_SEARCH), ("order", "desc")];
-            let runs: RunList = self.call(Method::GET, &path, &query).await?.value;
-            let ours = |run: &RunObject| run.metadata.as_ref().and_then(|it| it.get(RUN_TAG)) == Some(&tag);
-            if let Some(found) = runs.data.into_iter().find(ours) {
-                return Ok((!found.has_ended()).then_some(UpstreamRunId(found.id)));
-            }
-        }
-        Ok(None)
+        leftover: &Leftover,
+    ) -> Result<Settled, UpstreamError> {
+        let run = match &leftover.upstream_run {
+            Some(run) => Some(run.clone()),
+            None => self.find(thread, leftover.run).await?.map(|run| UpstreamRunId(run.id)),
+        };
+        let Some(run) = run else {
+            return Ok(Settled { said: self.was_said(thread, leftover).await?, ..Settled::default() });
+        };
+        let ended = self.end(thread, &run).await?;
+        let reply = self.reply(thread, &run).await?;
+        Ok(Settled {
+            said: true,
+            unsure: false,
+            status: ended.run_status(),
+            usage: ended.usage(),
+            content: reply.content,
+            upstream_message_id: reply.message_id,
+            thread: None,
+        })
     }
 
-    /// Cancels the run and waits until it no longer holds its thread.
-    async fn end(&self, thread: &UpstreamThreadId, run: &UpstreamRunId) -> Result<(), UpstreamError> {
-        let path = ["threads", thread.as_str(), "runs", run.as_str()];
-        let cancel = ["threads", thread.as_str(), "runs", run.as_str(), "cancel"];
-        let mut poll = FIRST_WAIT;
-        let mut answer = None;
-        loop {
-            let cancelling = answer.as_ref().is_some_and(RunObject::is_cancelling);
-            if !cancelling {
-                match self.call::<RunObject>(Method::POST, &cancel, &[]).await {
-                    Ok(cancelled) if cancelled.value.has_ended() => return Ok(()),
-                    // The run moved before the cancel came, or cannot be cancelled where it stands: its own status
-                    // tells which.
-                    Ok(_) | Err(UpstreamError::Refused { status: 400, .. } | UpstreamError::Busy { .. }) => {}
-                    Err(error) => return Err(error),
-                }
-            }
-            let seen = self.call::<RunObject>(Method::GET, &path, &[]).await?;
-            if seen.value.has_ended() {
-                return Ok(());
-            }
-            tokio::time::sleep(seen.poll_after.unwrap_or(poll).min(LONGEST_WAIT)).await;
-            poll = longer(poll);
-            answer = Some(seen.value);
-        }
-    }
-
-    /// One call without a body.
+    /// One call without a body, repeated as long as it fails in a way that may pass.
     async fn call<T: DeserializeOwned>(
         &self,
         method: Method,
@@ -143,96 +207,6 @@ impl AssistantsUpstream {
     }
 }
 
-/// The request that appends the input and starts the run.
-fn run_body(request: &StartRun<'_>) -> Value {
-    let assistant = request.assistant;
-    let mut body = parameters(assistant, UpstreamKind::Assistants);
-    let mut set = |name: &str, value: Value| body.insert(name.to_owned(), value);
-    if let Some(id) = &assistant.assistant_id {
-        set("assistant_id", id.as_str().into());
-    }
-    if let Some(model) = &assistant.model {
-        set("model", model.as_str().into());
-    }
-    if let Some(instructions) = &assistant.instructions {
-        set("instructions", instructions.as_str().into());
-    }
-    if !assistant.tools.is_empty() {
-        set("tools", assistant.tools.clone().into());
-    }
-    let messages: Vec<Value> = request
-        .input
-        .iter()
-        .map(|message| {
-            json!({
-                "role": "user",
-                "content": content(&message.content),
-                "metadata": message_tags(request.run, message.id),
-            })
-        })
-        .collect();
-    set("additional_messages", messages.into());
-    set("metadata", run_tags(request.run, request.metadata).into());
-    set("stream", true.into());
-    Value::Object(body)
-}
-
-#[cfg(test)]
-mod tests {
-    use std::collections::BTreeMap;
-
-    use super::*;
-    use crate::config::AssistantConfig;
-    use crate::domain::{ContentPart, MessageId, Metadata};
-    use crate::store::InputMessage;
-    use crate::upstream::tags::an_owner;
-
-    #[test]
-    fn a_run_is_started_with_what_the_gateway_owns_and_what_is_configured() {
-        let (run, message, thread) =
-            (RunId::new(), MessageId::new(), UpstreamThreadId("thread_1".to_owned()));
-        let mut assistant =
-            AssistantConfig { assistant_id: Some("asst_1".to_owned()), ..AssistantConfig::default() };
-        let input =
-            [InputMessage { id: message, content: vec![ContentPart::Text { text: "hello".to_owned() }] }];
-        let pairs = BTreeMap::from([("a".to_owned(), "b".to_owned())]);
-        let metadata = Metadata::try_from(pairs).unwrap();
-        let owner = an_owner();
-        let body = |assistant: &AssistantConfig| {
-            run_body(&StartRun {
-                run,
-                thread: Some(&thread),
-                owner: &owner,
-                history: &[],
-                assistant,
-                input: &input,
-                metadata: &metadata,
-            })
-        };
-        let least = json!({
-            "assistant_id": "asst_1",
-            "additional_messages": [{
-                "role": "user", "content": "hello",
-                "metadata": {"threadkeeper_run": run.to_string(), "threadkeeper_message": message.to_string()},
-            }],
-            "metadata": {"threadkeeper_run": run.to_string(), "a": "b"},
-            "stream": true,
-        });
-        assert_eq!(body(&assistant), least);
-
-        assistant.model = Some("m".to_owned());
-        assistant.instructions = Some("be brief".to_owned());
-        assistant.tools = vec![json!({"type": "code_interpreter"})];
-        let parameters = json!({
-            "temperature": 0.5, "top_p": null, "stream": false, "additional_messages": [], "metadata": {"x": "y"},
-            "model": "other",
-        });
-        assistant.parameters = parameters.as_object().unwrap().clone();
-        let mut most = least;
-        most["model"] = "m".into();
-        most["instructions"] = "be brief".into();
-        most["tools"] = json!([{"type": "code_interpreter"}]);
-        most["temperature"] = 0.5.into();
-        assert_eq!(body(&assistant), most);
-    }
+fn no_thread() -> UpstreamError {
+    UpstreamError::Protocol("a run was to start without a thread".to_owned())
 }

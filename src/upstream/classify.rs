@@ -1,4 +1,4 @@
-//! What a refusal means: from status, headers and body to an [`UpstreamError`]. Pure; keeps nothing of the prose.
+//! What a refusal means: from status, headers and body to a [`Refusal`]. Pure; keeps nothing of the prose.
 
 use std::time::Duration;
 
@@ -18,20 +18,52 @@ const QUOTA_CODES: [&str; 5] = [
     "quota_exceeded",
 ];
 
-/// Our word, in place of the upstream's code, for the refusal of a turn because the one before left a function call
-/// without an output. No server has a code for it.
-pub(super) const OPEN_CALL: &str = "function_call_without_output";
+/// An error, with what only the adapters make use of.
+#[derive(Clone, Debug)]
+pub(super) struct Refusal {
+    pub(super) error: UpstreamError,
+    /// Nothing of the turn was taken, for the conversation is damaged.
+    pub(super) damage: Option<Damage>,
+}
+
+/// What an earlier turn has left in a conversation, which then takes no further turn. No server has a code for it.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub(super) enum Damage {
+    /// A function call without an output.
+    OpenCall,
+    /// A reasoning item without what it led to, by its id if that is told.
+    OrphanedReasoning(Option<String>),
+}
+
+impl From<UpstreamError> for Refusal {
+    fn from(error: UpstreamError) -> Self {
+        Self { error, damage: None }
+    }
+}
+
+impl From<Refusal> for UpstreamError {
+    fn from(refusal: Refusal) -> Self {
+        refusal.error
+    }
+}
 
 /// The meaning of an answer whose status is not a success.
-pub(super) fn classify(status: StatusCode, headers: &HeaderMap, body: &[u8]) -> UpstreamError {
+pub(super) fn classify(status: StatusCode, headers: &HeaderMap, body: &[u8]) -> Refusal {
     let detail = ErrorDetail::from_body(body).unwrap_or_default();
+    let damage = detail.damage().filter(|_| status.is_client_error());
+    Refusal { error: meaning(status, headers, detail), damage }
+}
+
+fn meaning(status: StatusCode, headers: &HeaderMap, detail: ErrorDetail) -> UpstreamError {
     let client_error = status.is_client_error();
+    // The server's own word goes before everything that could be concluded.
+    let should_retry = match headers.get("x-should-retry").map(http::HeaderValue::as_bytes) {
+        Some(b"true") => Some(true),
+        Some(b"false") => Some(false),
+        _ => None,
+    };
     if status == StatusCode::TOO_MANY_REQUESTS {
-        let quota = match headers.get("x-should-retry").map(http::HeaderValue::as_bytes) {
-            Some(b"true") => false,
-            Some(b"false") => true,
-            _ => detail.is_quota(),
-        };
+        let quota = should_retry.map_or_else(|| detail.is_quota(), |retry| !retry);
         return UpstreamError::RateLimited { retry_after: retry_after(headers), quota };
     }
     if client_error && detail.names_missing_thread(status) {
@@ -42,10 +74,13 @@ pub(super) fn classify(status: StatusCode, headers: &HeaderMap, body: &[u8]) -> 
     }
     // A server that gave up waiting for the request (408) is as uncertain as one that broke.
     if status.is_server_error() || status == StatusCode::REQUEST_TIMEOUT {
-        return UpstreamError::Unavailable { status: status.as_u16(), retry_after: retry_after(headers) };
+        return UpstreamError::Unavailable {
+            status: status.as_u16(),
+            retry_after: retry_after(headers),
+            no_retry: should_retry == Some(false),
+        };
     }
-    let code = if detail.is_open_call() { Some(OPEN_CALL.to_owned()) } else { detail.code };
-    UpstreamError::Refused { status: status.as_u16(), code }
+    UpstreamError::Refused { status: status.as_u16(), code: detail.code }
 }
 
 /// What a server says of an error: in the body of an answer, in an `error` event, or inside a run or response.
@@ -86,7 +121,12 @@ impl ErrorDetail {
     }
 
     /// The meaning of an error that a stream reports instead of a run or response, with no status to go by.
-    pub(super) fn of_refused_stream(self) -> UpstreamError {
+    pub(super) fn of_refused_stream(self) -> Refusal {
+        let damage = self.damage();
+        Refusal { error: self.meaning_without_status(), damage }
+    }
+
+    fn meaning_without_status(self) -> UpstreamError {
         if self.names_missing_thread(StatusCode::NOT_FOUND) {
             return UpstreamError::ThreadGone;
         }
@@ -99,13 +139,12 @@ impl ErrorDetail {
         }
         // Said after a 200, so it is not sure that nothing was taken.
         if is("rate_limit_exceeded") || is("rate_limit_error") || is("429") {
-            return UpstreamError::Unavailable { status: 429, retry_after: None };
+            return UpstreamError::Unavailable { status: 429, retry_after: None, no_retry: false };
         }
-        if is("invalid_request_error") || is("invalid_prompt") {
-            let code = if self.is_open_call() { Some(OPEN_CALL.to_owned()) } else { self.code };
-            return UpstreamError::Refused { status: 400, code };
+        if is("invalid_request_error") || is("invalid_prompt") || self.damage().is_some() {
+            return UpstreamError::Refused { status: 400, code: self.code };
         }
-        UpstreamError::Unavailable { status: 500, retry_after: None }
+        UpstreamError::Unavailable { status: 500, retry_after: None, no_retry: false }
     }
 
     fn is_quota(&self) -> bool {
@@ -125,16 +164,30 @@ impl ErrorDetail {
             || ((has("in-progress response") || has("in progress response")) && has("exist"))
     }
 
-    fn is_open_call(&self) -> bool {
-        self.message.to_ascii_lowercase().contains("no tool output found for")
+    /// What is wrong with the conversation, if that is what the error says.
+    pub(super) fn damage(&self) -> Option<Damage> {
+        let message = self.message.to_ascii_lowercase();
+        let has = |text: &str| message.contains(text);
+        if has("no tool output found for") {
+            Some(Damage::OpenCall)
+        } else if has("reasoning") && has("without its required following item") {
+            Some(Damage::OrphanedReasoning(self.named("rs_")))
+        } else {
+            None
+        }
     }
 
     /// The run that a conflict's text names.
     fn blocking_run(&self) -> Option<UpstreamRunId> {
+        self.named("run_").map(UpstreamRunId)
+    }
+
+    /// The first id in the text that begins so.
+    fn named(&self, prefix: &str) -> Option<String> {
         self.message
             .split(|c: char| !(c.is_ascii_alphanumeric() || matches!(c, '_' | '-')))
-            .find(|word| word.len() > 4 && word.len() <= 128 && word.starts_with("run_"))
-            .map(|word| UpstreamRunId(word.to_owned()))
+            .find(|word| word.len() > prefix.len() && word.len() <= 128 && word.starts_with(prefix))
+            .map(str::to_owned)
     }
 
     /// The error says that the thread, conversation or previous response itself does not exist. An endpoint that
@@ -226,7 +279,11 @@ mod tests {
     /// The meaning in short, for the tables.
     fn meaning(status: u16, pairs: &[(&str, &str)], body: &str) -> String {
         let status = StatusCode::from_u16(status).unwrap();
-        match classify(status, &headers(pairs), body.as_bytes()) {
+        let refusal = classify(status, &headers(pairs), body.as_bytes());
+        if let Some(damage) = refusal.damage {
+            return format!("{damage:?}");
+        }
+        match refusal.error {
             UpstreamError::Busy { blocking_run } => {
                 format!("busy {}", blocking_run.map_or_else(|| "-".to_owned(), |run| run.0))
             }
@@ -237,8 +294,8 @@ mod tests {
             UpstreamError::RateLimited { retry_after, quota } => {
                 format!("limited {retry_after:?} {}", if quota { "quota" } else { "wait" })
             }
-            UpstreamError::Unavailable { status, retry_after } => {
-                format!("unavailable {status} {retry_after:?}")
+            UpstreamError::Unavailable { status, retry_after, no_retry } => {
+                format!("unavailable {status} {retry_after:?}{}", if no_retry { " for good" } else { "" })
             }
             other => format!("unexpected {other:?}"),
         }
@@ -299,8 +356,19 @@ mod tests {
             (
                 400,
                 wrapped("No tool output found for function call call_1.", ""),
-                "refused 400 function_call_without_output",
+                "OpenCall",
             ),
+            (
+                400,
+                wrapped("Item 'rs_1a' of type 'reasoning' was provided without its required following item.", ""),
+                "OrphanedReasoning(Some(\"rs_1a\"))",
+            ),
+            (
+                400,
+                wrapped("A reasoning item was provided without its required following item.", ""),
+                "OrphanedReasoning(None)",
+            ),
+            (500, wrapped("No tool output found for function call call_1.", ""), "unavailable 500 None"),
             // Plain refusals. The code is shown only if it is a word.
             (401, wrapped("Incorrect API key provided: sk-1", "invalid_api_key"), "refused 401 invalid_api_key"),
             (400, wrapped("x", "not a word"), "refused 400 -"),
@@ -349,6 +417,9 @@ mod tests {
     #[test]
     fn the_server_may_say_whether_to_retry() {
         assert_eq!(meaning(429, &[("x-should-retry", "false")], ""), "limited None quota");
+        assert_eq!(meaning(503, &[("x-should-retry", "false")], ""), "unavailable 503 None for good");
+        assert_eq!(meaning(503, &[("x-should-retry", "true")], ""), "unavailable 503 None");
+        assert_eq!(meaning(409, &[("x-should-retry", "false")], ""), "busy -");
         let quota = wrapped("pay", "insufficient_quota");
         assert_eq!(meaning(429, &[("x-should-retry", "true")], &quota), "limited None wait");
     }
@@ -356,7 +427,7 @@ mod tests {
     #[test]
     fn an_error_event_without_a_status_is_understood() {
         let read = |json: Value| {
-            format!("{:?}", ErrorDetail::from_object(json.as_object().unwrap()).of_refused_stream())
+            format!("{:?}", ErrorDetail::from_object(json.as_object().unwrap()).of_refused_stream().error)
         };
         for (json, expected) in [
             (
@@ -365,7 +436,7 @@ mod tests {
             ),
             (
                 serde_json::json!({"error": {"code": "rate_limit_exceeded", "message": "m"}}),
-                "Unavailable { status: 429, retry_after: None }",
+                "Unavailable { status: 429, retry_after: None, no_retry: false }",
             ),
             (
                 serde_json::json!({"error": {"type": "insufficient_quota", "message": "m"}}),
@@ -377,7 +448,7 @@ mod tests {
             ),
             (
                 serde_json::json!({"error": {"type": "server_error", "message": "m"}}),
-                "Unavailable { status: 500, retry_after: None }",
+                "Unavailable { status: 500, retry_after: None, no_retry: false }",
             ),
             (
                 serde_json::json!({"error": {"message": "Conversation with id 'conv_1' not found."}}),
@@ -403,14 +474,14 @@ mod tests {
                     map.insert(name, value);
                 }
             }
-            let error = classify(StatusCode::from_u16(status).unwrap(), &map, body.as_bytes());
+            let error = classify(StatusCode::from_u16(status).unwrap(), &map, body.as_bytes()).error;
             let shown = format!("{error:?} {error}");
             prop_assert!(!shown.contains("SECRET!"));
         }
 
         #[test]
         fn arbitrary_bytes_have_a_meaning(status in 300_u16..600, body in proptest::collection::vec(any::<u8>(), 0..200)) {
-            let error = classify(StatusCode::from_u16(status).unwrap(), &HeaderMap::new(), &body);
+            let error = classify(StatusCode::from_u16(status).unwrap(), &HeaderMap::new(), &body).error;
             if status >= 500 {
                 let unavailable = matches!(error, UpstreamError::Unavailable { .. });
                 prop_assert!(unavailable);

@@ -4,6 +4,7 @@
 //! each silence in it, and keeps what the server writes in prose out of errors and logs.
 
 use std::fmt;
+use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -17,7 +18,8 @@ use serde_json::Value;
 use url::Url;
 
 use super::UpstreamError;
-use super::classify::classify;
+use super::breaker::Breaker;
+use super::classify::{Refusal, classify};
 use super::sse::{self, SseEvent};
 use crate::config::{AuthScheme, UpstreamConfig};
 
@@ -40,7 +42,11 @@ pub struct UpstreamClient {
     headers: HeaderMap,
     idle_timeout: Duration,
     max_bytes: usize,
+    breaker: Arc<Breaker>,
 }
+
+/// The events of one answer. Dropping it closes the connection.
+pub(super) type SseStream = BoxStream<'static, Result<SseEvent, UpstreamError>>;
 
 impl fmt::Debug for UpstreamClient {
     /// The name alone: URL and headers may hold secrets.
@@ -111,7 +117,13 @@ impl UpstreamClient {
             headers: fixed_headers(name, config)?,
             idle_timeout: config.idle_timeout,
             max_bytes: config.max_event_bytes,
+            breaker: Arc::new(Breaker::new(config.max_failures, config.rest)),
         })
+    }
+
+    /// Whether calls are made at all, or after how long they will be again.
+    pub(super) fn available(&self) -> Result<(), Duration> {
+        self.breaker.check()
     }
 
     /// Adds a header to every request, unless the configuration has set it.
@@ -144,15 +156,17 @@ impl UpstreamClient {
         Ok(Answer { value, poll_after })
     }
 
-    /// Makes one POST request and streams the events of the answer. Dropping the stream closes the connection.
+    /// Makes one request and streams the events of the answer.
     pub(super) async fn events(
         &self,
+        method: Method,
         segments: &[&str],
-        body: &Value,
-    ) -> Result<BoxStream<'static, Result<SseEvent, UpstreamError>>, UpstreamError> {
-        let response = self.send(Method::POST, segments, &[], Some(body), "text/event-stream").await?;
+        query: &[(&str, &str)],
+        body: Option<&Value>,
+    ) -> Result<SseStream, Refusal> {
+        let response = self.send(method, segments, query, body, "text/event-stream").await?;
         if !is_event_stream(response.headers()) {
-            return Err(UpstreamError::Protocol("the answer is not an event stream".to_owned()));
+            return Err(UpstreamError::Protocol("the answer is not an event stream".to_owned()).into());
         }
         Ok(sse::events(self.chunks(response), self.max_bytes))
     }
@@ -165,7 +179,7 @@ impl UpstreamClient {
         query: &[(&str, &str)],
         body: Option<&Value>,
         accept: &'static str,
-    ) -> Result<reqwest::Response, UpstreamError> {
+    ) -> Result<reqwest::Response, Refusal> {
         let url = self.url(segments, query)?;
         let mut headers = self.headers.clone();
         headers.insert(ACCEPT, HeaderValue::from_static(accept));
@@ -174,10 +188,20 @@ impl UpstreamClient {
             let json = HeaderValue::from_static("application/json");
             request = request.header(CONTENT_TYPE, json).body(body.to_string());
         }
-        let response = tokio::time::timeout(self.idle_timeout, request.send())
+        let permit = self.breaker.enter().map_err(|retry_after| UpstreamError::Resting { retry_after })?;
+        let answer = tokio::time::timeout(self.idle_timeout, request.send())
             .await
-            .map_err(|_| UpstreamError::Broken { timeout: true })?
-            .map_err(|error| failure(&error))?;
+            .map_err(|_| UpstreamError::Broken { timeout: true })
+            .and_then(|answer| answer.map_err(|error| failure(&error)));
+        if answer.as_ref().is_ok_and(|response| !response.status().is_server_error()) {
+            permit.answered();
+        } else if permit.failed() {
+            tracing::warn!(
+                upstream.name = self.name,
+                "the upstream failed too often; it is left alone for a while"
+            );
+        }
+        let response = answer?;
         let status = response.status();
         tracing::debug!(
             upstream.name = self.name,
@@ -188,7 +212,7 @@ impl UpstreamClient {
         if status.is_success() { Ok(response) } else { Err(self.refusal(status, response).await) }
     }
 
-    async fn refusal(&self, status: StatusCode, response: reqwest::Response) -> UpstreamError {
+    async fn refusal(&self, status: StatusCode, response: reqwest::Response) -> Refusal {
         let headers = response.headers().clone();
         // A body that cannot be read, or is too long to be an error's, leaves the status to go by.
         let body = self.read(response, MAX_ERROR_BYTES).await.ok().flatten().unwrap_or_default();
@@ -339,17 +363,8 @@ mod tests {
 
     fn config(base_url: &str) -> UpstreamConfig {
         UpstreamConfig {
-            kind: UpstreamKind::Responses,
-            base_url: base_url.parse().unwrap(),
             api_key: Some("sk-hidden".to_owned().into()),
-            api_key_file: None,
-            auth: AuthScheme::Bearer,
-            headers: BTreeMap::new(),
-            query: BTreeMap::new(),
-            conversations: true,
-            connect_timeout: Duration::from_secs(1),
-            idle_timeout: Duration::from_secs(1),
-            max_event_bytes: 1024,
+            ..UpstreamConfig::new(UpstreamKind::Responses, base_url.parse().unwrap())
         }
     }
 

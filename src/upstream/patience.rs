@@ -1,6 +1,8 @@
-//! Repeats of calls that are harmless to repeat. Used while settling; nothing that starts a run passes here.
+//! Repeats of calls that are harmless to repeat; nothing that starts a run passes here.
 
 use std::time::Duration;
+
+use rand::RngExt;
 
 use super::UpstreamError;
 
@@ -31,27 +33,54 @@ where
     }
 }
 
+/// The same, and for as long as something else holds the thread.
+pub(super) async fn once_unlocked<T, F>(mut call: impl FnMut() -> F) -> Result<T, UpstreamError>
+where
+    F: Future<Output = Result<T, UpstreamError>>,
+{
+    let mut wait = FIRST_WAIT;
+    loop {
+        match patiently(&mut call).await {
+            Err(UpstreamError::Busy { .. }) => {}
+            other => return other,
+        }
+        tokio::time::sleep(wait).await;
+        wait = longer(wait);
+    }
+}
+
+/// A wait between half a second and a whole one, so that those who wait for the same do not come at once.
+pub(super) async fn a_moment() {
+    let part = rand::rng().random_range(0.5..=1.0);
+    tokio::time::sleep(Duration::from_secs(1).mul_f64(part)).await;
+}
+
 /// The wait after `wait`.
 pub(super) fn longer(wait: Duration) -> Duration {
     (wait * 2).min(LONGEST_WAIT)
 }
 
-const fn may_pass(error: &UpstreamError) -> bool {
+/// Another try may succeed. Not soon if the upstream is left alone: that is not waited for here.
+pub(super) const fn may_pass(error: &UpstreamError) -> bool {
     match error {
         UpstreamError::RateLimited { quota, .. } => !*quota,
-        UpstreamError::Unavailable { .. } | UpstreamError::Connect | UpstreamError::Broken { .. } => true,
+        UpstreamError::Unavailable { no_retry, .. } => !*no_retry,
+        UpstreamError::Connect | UpstreamError::Broken { .. } => true,
         UpstreamError::Busy { .. }
         | UpstreamError::ThreadGone
         | UpstreamError::Refused { .. }
+        | UpstreamError::Resting { .. }
         | UpstreamError::Protocol(_) => false,
     }
 }
 
-const fn asked_wait(error: &UpstreamError) -> Option<Duration> {
+/// How long the server, or what stands before it, asks to wait.
+pub(super) const fn asked_wait(error: &UpstreamError) -> Option<Duration> {
     match error {
         UpstreamError::RateLimited { retry_after, .. } | UpstreamError::Unavailable { retry_after, .. } => {
             *retry_after
         }
+        UpstreamError::Resting { retry_after } => Some(*retry_after),
         _ => None,
     }
 }
@@ -62,11 +91,17 @@ mod tests {
 
     use super::*;
 
+    fn unavailable(no_retry: bool) -> UpstreamError {
+        UpstreamError::Unavailable { status: 503, retry_after: Some(Duration::from_secs(9)), no_retry }
+    }
+
     #[tokio::test(start_paused = true)]
     async fn only_what_may_pass_is_tried_again_and_not_for_ever() {
         for (error, tries) in [
             (UpstreamError::Connect, 5),
-            (UpstreamError::Unavailable { status: 503, retry_after: Some(Duration::from_secs(9)) }, 5),
+            (unavailable(false), 5),
+            (unavailable(true), 1),
+            (UpstreamError::Resting { retry_after: Duration::from_secs(9) }, 1),
             (UpstreamError::RateLimited { retry_after: None, quota: true }, 1),
             (UpstreamError::Refused { status: 401, code: None }, 1),
             (UpstreamError::ThreadGone, 1),

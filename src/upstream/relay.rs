@@ -6,6 +6,8 @@ use std::time::Duration;
 use futures_util::stream::BoxStream;
 use futures_util::{FutureExt, StreamExt, stream};
 
+use super::classify::Refusal;
+use super::client::SseStream;
 use super::sse::SseEvent;
 use super::{EventStream, UpstreamError, UpstreamEvent};
 
@@ -17,7 +19,21 @@ const DRAIN_EVENTS: usize = 64;
 /// Reads one protocol.
 pub(super) trait Dialect: Send + 'static {
     /// Takes one event and adds what it means to `out`. Nothing is read after an error or an `Ended`.
-    fn read(&mut self, event: SseEvent, out: &mut VecDeque<UpstreamEvent>) -> Result<(), UpstreamError>;
+    fn read(&mut self, event: SseEvent, out: &mut VecDeque<UpstreamEvent>) -> Result<(), Refusal>;
+}
+
+/// The events of one run, with what only the adapters know of its errors.
+pub(super) type RunEvents = BoxStream<'static, Result<UpstreamEvent, Refusal>>;
+
+/// The events without it.
+pub(super) fn public(events: RunEvents) -> EventStream {
+    events.map(|event| event.map_err(UpstreamError::from)).boxed()
+}
+
+/// What an error means that was met while asking after a run which the upstream has accepted: not that the run was
+/// refused, but that nothing is known of it for the moment.
+pub(super) fn out_of_sight(error: UpstreamError) -> UpstreamError {
+    if error.is_ambiguous() { error } else { UpstreamError::Broken { timeout: false } }
 }
 
 /// Reads until the first event that means something, so that a refusal which comes as an event is the error of the
@@ -25,19 +41,17 @@ pub(super) trait Dialect: Send + 'static {
 ///
 /// The stream ends after `Ended`, or after an error. Past `Ended` the rest of the body is read, for a
 /// moment, so that the connection can be used again.
-pub(super) async fn relay(
-    events: BoxStream<'static, Result<SseEvent, UpstreamError>>,
-    dialect: impl Dialect,
-) -> Result<EventStream, UpstreamError> {
+pub(super) async fn relay(events: SseStream, dialect: impl Dialect) -> Result<RunEvents, Refusal> {
     let mut relay = Relay { events, dialect, out: VecDeque::new(), state: State::Reading };
-    let first = relay.next().await.unwrap_or(Err(UpstreamError::Broken { timeout: false }))?;
+    let broken = || Err(UpstreamError::Broken { timeout: false }.into());
+    let first = relay.next().await.unwrap_or_else(broken)?;
     let rest =
         stream::unfold(relay, |mut relay| async move { relay.next().await.map(|event| (event, relay)) });
     Ok(stream::iter([Ok(first)]).chain(rest).boxed())
 }
 
 struct Relay<D> {
-    events: BoxStream<'static, Result<SseEvent, UpstreamError>>,
+    events: SseStream,
     dialect: D,
     out: VecDeque<UpstreamEvent>,
     state: State,
@@ -52,7 +66,7 @@ enum State {
 }
 
 impl<D: Dialect> Relay<D> {
-    async fn next(&mut self) -> Option<Result<UpstreamEvent, UpstreamError>> {
+    async fn next(&mut self) -> Option<Result<UpstreamEvent, Refusal>> {
         loop {
             if let Some(event) = self.out.pop_front() {
                 if matches!(event, UpstreamEvent::Ended(_)) {
@@ -74,8 +88,8 @@ impl<D: Dialect> Relay<D> {
             }
             let read = match self.events.next().await {
                 Some(Ok(event)) => self.dialect.read(event, &mut self.out),
-                Some(Err(error)) => Err(error),
-                None => Err(UpstreamError::Broken { timeout: false }),
+                Some(Err(error)) => Err(error.into()),
+                None => Err(UpstreamError::Broken { timeout: false }.into()),
             };
             if let Err(error) = read {
                 self.state = State::Done;
@@ -105,7 +119,7 @@ mod tests {
     struct Toy;
 
     impl Dialect for Toy {
-        fn read(&mut self, event: SseEvent, out: &mut VecDeque<UpstreamEvent>) -> Result<(), UpstreamError> {
+        fn read(&mut self, event: SseEvent, out: &mut VecDeque<UpstreamEvent>) -> Result<(), Refusal> {
             match event.data.split_at(1) {
                 ("#", id) => out.push_back(UpstreamEvent::Accepted(UpstreamRunId(id.to_owned()))),
                 ("+", text) => out.push_back(UpstreamEvent::Text(text.to_owned())),
@@ -118,7 +132,7 @@ mod tests {
                     tool_calls: Vec::new(),
                     thread: None,
                 }))),
-                ("-", _) => return Err(UpstreamError::Busy { blocking_run: None }),
+                ("-", _) => return Err(UpstreamError::Busy { blocking_run: None }.into()),
                 _ => {}
             }
             Ok(())
@@ -131,16 +145,16 @@ mod tests {
         stream::iter(events)
     }
 
-    fn shape(event: &Result<UpstreamEvent, UpstreamError>) -> String {
+    fn shape(event: &Result<UpstreamEvent, Refusal>) -> String {
         match event {
             Ok(UpstreamEvent::Accepted(id)) => format!("#{id}"),
             Ok(UpstreamEvent::Text(text)) => format!("+{text}"),
             Ok(UpstreamEvent::Ended(_)) => "!".to_owned(),
-            Err(error) => error.to_string(),
+            Err(refusal) => refusal.error.to_string(),
         }
     }
 
-    async fn shapes(stream: EventStream) -> Vec<String> {
+    async fn shapes(stream: RunEvents) -> Vec<String> {
         stream.map(|event| shape(&event)).collect().await
     }
 
@@ -152,9 +166,9 @@ mod tests {
 
     #[tokio::test]
     async fn an_error_before_anything_else_is_the_error_of_the_call() {
-        let error = relay(events(&["?", "-"]).boxed(), Toy).await.err().unwrap();
+        let error = relay(events(&["?", "-"]).boxed(), Toy).await.err().unwrap().error;
         assert!(matches!(error, UpstreamError::Busy { .. }));
-        let error = relay(events(&["?"]).boxed(), Toy).await.err().unwrap();
+        let error = relay(events(&["?"]).boxed(), Toy).await.err().unwrap().error;
         assert!(matches!(error, UpstreamError::Broken { timeout: false }));
     }
 

@@ -1,50 +1,73 @@
 //! The adapter for Conversations + Responses, and for servers that have responses alone: there a thread is a chain,
 //! and its id that of the last response which ended well.
 
+mod items;
+mod mending;
+mod part;
+mod recovery;
+mod request;
+mod settling;
+mod source;
 mod turn;
 mod wire;
 
-use std::collections::BTreeSet;
+use std::time::Duration;
 
 use async_trait::async_trait;
 use http::Method;
 use serde_json::{Value, json};
 
-use super::classify::OPEN_CALL;
-use super::client::{Answer, UpstreamClient};
-use super::patience::{FIRST_WAIT, longer, patiently};
-use super::relay::relay;
-use super::tags::{parameters, run_tags, thread_tags};
+use super::classify::Refusal;
+use super::client::{SseStream, UpstreamClient};
+use super::patience::{a_moment, patiently};
+use super::relay::{public, relay};
+use super::tags::thread_tags;
 use super::wire::Created;
-use super::{EventStream, Leftover, Ownership, StartRun, Upstream, UpstreamError};
-use crate::config::UpstreamKind;
-use crate::domain::{Message, ToolCall, UpstreamThreadId};
+use super::{
+    AnswerTools, Capabilities, EventStream, Ownership, Recovered, Settled, StartRun, Upstream, UpstreamError,
+};
+use crate::config::UpstreamConfig;
+use crate::domain::{Leftover, Message, UpstreamRunId, UpstreamThreadId};
+use mending::Attempt;
+use request::{Terms, history_items, output_items};
+use source::resuming;
 use turn::Turn;
-use wire::{ItemList, OpenCall, answered_calls, history_item, message_item, open_calls};
+use wire::custom_calls;
 
-/// Items that one request may add.
+/// Items that one request to a conversation may add.
 const ITEMS_PER_REQUEST: usize = 20;
-/// The newest items, in which open calls are looked for: the longest page that a server must give.
-const ITEMS_TO_SEARCH: &str = "100";
-/// What stands for the output of a function that nobody called.
-const NO_OUTPUT: &str = r#"{"error":"the call was not answered"}"#;
 
 /// An upstream that speaks Responses.
 #[derive(Clone, Debug)]
 pub struct ResponsesUpstream {
     client: UpstreamClient,
+    /// The server has conversations; else each thread is a chain of responses.
     conversations: bool,
+    background: bool,
+    lock_window: Duration,
 }
 
 impl ResponsesUpstream {
-    /// `conversations`: the server has them; else each thread is a chain of responses.
-    pub fn new(client: UpstreamClient, conversations: bool) -> Self {
-        Self { client, conversations }
+    pub fn new(client: UpstreamClient, config: &UpstreamConfig) -> Self {
+        Self {
+            client,
+            conversations: config.conversations,
+            background: config.background,
+            lock_window: config.lock_window,
+        }
     }
 }
 
 #[async_trait]
 impl Upstream for ResponsesUpstream {
+    fn capabilities(&self) -> Capabilities {
+        Capabilities { lock_window: self.lock_window }
+    }
+
+    fn available(&self) -> Result<(), Duration> {
+        self.client.available()
+    }
+
     async fn create_thread(
         &self,
         owner: &Ownership,
@@ -53,7 +76,7 @@ impl Upstream for ResponsesUpstream {
         if !self.conversations {
             return Ok(None);
         }
-        let items: Vec<Value> = history.iter().map(history_item).collect();
+        let items = history_items(history);
         let (first, rest) = items.split_at(items.len().min(ITEMS_PER_REQUEST));
         let mut body = json!({"metadata": thread_tags(owner)});
         if !first.is_empty() {
@@ -62,10 +85,7 @@ impl Upstream for ResponsesUpstream {
         let conversation: Created =
             self.client.json(Method::POST, &["conversations"], &[], Some(&body)).await?.value;
         let conversation = conversation.into_thread()?;
-        for some in rest.chunks(ITEMS_PER_REQUEST) {
-            let path = ["conversations", conversation.as_str(), "items"];
-            self.add_items(&path, &json!({"items": some})).await?;
-        }
+        self.add_items(&conversation, rest).await?;
         Ok(Some(conversation))
     }
 
@@ -73,28 +93,51 @@ impl Upstream for ResponsesUpstream {
         if self.conversations && request.thread.is_none() {
             return Err(UpstreamError::Protocol("a run was to start without a conversation".to_owned()));
         }
-        let body = response_body(&request, self.conversations);
-        let started = self.respond(&body).await;
-        let Some(conversation) = request.thread.filter(|_| self.conversations) else { return started };
-        match started {
-            // A turn that broke off has left a call open, perhaps after it was settled. Nothing of this one is stored,
-            // so once the call is closed it can be sent again.
-            Err(UpstreamError::Refused { code: Some(code), .. }) if code == OPEN_CALL => {
-                tracing::warn!("closing the function calls that an earlier turn left without output");
-                self.close_calls(conversation, &[]).await?;
-                self.respond(&body).await
-            }
-            started => started,
+        let (input, terms) = (request::input(&request), Terms::of_start(&request));
+        Attempt::new(self, request.thread, input, self.body(request.thread, &terms)).events().await
+    }
+
+    /// The outputs of custom tools have a form of their own, and nothing that the caller knows tells these calls apart:
+    /// where the assistant has such tools, the response that made the calls is asked.
+    async fn answer_tools(&self, request: AnswerTools<'_>) -> Result<EventStream, UpstreamError> {
+        let has_custom_tools = request.assistant.tools.iter().any(|tool| tool["type"] == "custom");
+        let asking = if has_custom_tools { self.response(request.upstream_run).await? } else { None };
+        let custom = asking.as_ref().map(custom_calls).unwrap_or_default();
+        let asked = UpstreamThreadId(request.upstream_run.0.clone());
+        let thread = if self.conversations { request.thread } else { Some(&asked) };
+        let mut body = self.body(thread, &Terms::of_answer(&request));
+        body["input"] = output_items(request.outputs, &custom).into();
+        let events = relay(self.open(&body).await?, Turn::new(!self.conversations)).await?;
+        Ok(public(events))
+    }
+
+    async fn recover(&self, sent: &Leftover, failure: &UpstreamError) -> Result<Recovered, UpstreamError> {
+        self.trace(sent, failure).await
+    }
+
+    /// A conversation does not tell what holds it, so there is nothing to end: only time helps.
+    async fn clear(
+        &self,
+        _: &UpstreamThreadId,
+        _: Option<&UpstreamRunId>,
+        _: bool,
+    ) -> Result<(), UpstreamError> {
+        a_moment().await;
+        Ok(())
+    }
+
+    async fn settle(&self, leftover: &Leftover) -> Result<Settled, UpstreamError> {
+        match self.settle_what_is_there(leftover).await {
+            Err(UpstreamError::ThreadGone) => Ok(Settled::default()),
+            other => other,
         }
     }
 
-    /// There is nothing to cancel, for a response stops with its connection. What can be left are open calls: in a
-    /// conversation they are closed, in a chain the response that made them is no part of the thread.
-    async fn settle(&self, leftover: &Leftover) -> Result<(), UpstreamError> {
+    async fn remove(&self, leftover: &Leftover) -> Result<(), UpstreamError> {
         let Some(conversation) = leftover.thread.as_ref().filter(|_| self.conversations) else {
             return Ok(());
         };
-        match self.close_calls(conversation, &leftover.open_calls).await {
+        match self.remove_from(conversation, leftover).await {
             Err(UpstreamError::ThreadGone) => Ok(()),
             other => other,
         }
@@ -102,164 +145,33 @@ impl Upstream for ResponsesUpstream {
 }
 
 impl ResponsesUpstream {
-    async fn respond(&self, body: &Value) -> Result<EventStream, UpstreamError> {
-        let events = self.client.events(&["responses"], body).await?;
-        relay(events, Turn::new(!self.conversations)).await
+    /// Sends the request for a response. In the background its stream survives breaks.
+    async fn open(&self, body: &Value) -> Result<SseStream, Refusal> {
+        let events = self.client.events(Method::POST, &["responses"], &[], Some(body)).await?;
+        Ok(if self.background { resuming(self.client.clone(), events) } else { events })
     }
 
-    /// Gives an output to each call of the conversation that has none, and to those `known` to have none. Calls that
-    /// have one are left alone, so that settling twice does not answer twice.
-    async fn close_calls(
-        &self,
-        conversation: &UpstreamThreadId,
-        known: &[ToolCall],
-    ) -> Result<(), UpstreamError> {
-        let path = ["conversations", conversation.as_str(), "items"];
-        let query = [("limit", ITEMS_TO_SEARCH), ("order", "desc")];
-        let answer: Result<Answer<ItemList>, _> =
-            patiently(|| self.client.json(Method::GET, &path, &query, None)).await;
-        let items = match answer {
-            Ok(answer) => answer.value.data,
-            // A server that cannot list leaves us with what we know.
-            Err(UpstreamError::Refused { status: 404 | 405 | 501, .. }) if !known.is_empty() => Vec::new(),
-            Err(error) => return Err(error),
-        };
-        let mut open = open_calls(&items);
-        open.reverse();
-        let listed: BTreeSet<&str> =
-            open.iter().map(|open| open.call.id.as_str()).chain(answered_calls(&items)).collect();
-        let unlisted: Vec<OpenCall> = known
-            .iter()
-            .filter(|call| !listed.contains(call.id.as_str()))
-            .map(|call| OpenCall { call: call.clone(), custom: false })
-            .collect();
-        open.extend(unlisted);
-        for some in open.chunks(ITEMS_PER_REQUEST) {
-            let outputs: Vec<Value> = some.iter().map(|call| call.output(NO_OUTPUT)).collect();
-            self.add_items(&path, &json!({"items": outputs})).await?;
-        }
-        Ok(())
-    }
-
-    /// Adds items as soon as nothing holds the conversation. Only a refusal is followed by another try: after any
-    /// other failure the items may be there.
-    async fn add_items(&self, path: &[&str], body: &Value) -> Result<(), UpstreamError> {
-        let mut wait = FIRST_WAIT;
-        loop {
-            match self.client.json::<Value>(Method::POST, path, &[], Some(body)).await {
-                Ok(_) => return Ok(()),
-                Err(
-                    UpstreamError::Busy { .. }
-                    | UpstreamError::Connect
-                    | UpstreamError::RateLimited { quota: false, .. },
-                ) => {}
-                Err(error) => return Err(error),
-            }
-            tokio::time::sleep(wait).await;
-            wait = longer(wait);
+    /// The response as it is stored; `None` if it is not, which is so for one that is not in the background until it
+    /// has ended well.
+    async fn response(&self, id: &UpstreamRunId) -> Result<Option<Value>, UpstreamError> {
+        let path = ["responses", id.as_str()];
+        match patiently(|| self.client.json::<Value>(Method::GET, &path, &[], None)).await {
+            Ok(answer) => Ok(Some(answer.value)),
+            Err(error) if is_missing(&error) => Ok(None),
+            Err(error) => Err(error),
         }
     }
 }
 
-/// The request that appends the input and starts the response.
-fn response_body(request: &StartRun<'_>, conversations: bool) -> Value {
-    let assistant = request.assistant;
-    let mut body = parameters(assistant, UpstreamKind::Responses);
-    let mut set = |name: &str, value: Value| body.insert(name.to_owned(), value);
-    if let Some(model) = &assistant.model {
-        set("model", model.as_str().into());
-    }
-    // The server keeps neither instructions nor tools from one response to the next.
-    if let Some(instructions) = &assistant.instructions {
-        set("instructions", instructions.as_str().into());
-    }
-    if !assistant.tools.is_empty() {
-        set("tools", assistant.tools.clone().into());
-    }
-    if let Some(thread) = request.thread {
-        let name = if conversations { "conversation" } else { "previous_response_id" };
-        set(name, thread.as_str().into());
-    }
-    let history = if request.thread.is_none() { request.history } else { &[] };
-    let input = request.input.iter().map(|message| message_item(&message.content));
-    set("input", history.iter().map(history_item).chain(input).collect());
-    let mut metadata = run_tags(request.run, request.metadata);
-    if !conversations {
-        metadata.extend(thread_tags(request.owner));
-    }
-    set("metadata", metadata.into());
-    set("store", true.into());
-    set("stream", true.into());
-    set("stream_options", json!({"include_obfuscation": false}));
-    Value::Object(body)
+/// There is no response, or item, of that id. The text for a response is that for the end of a chain, too.
+const fn is_missing(error: &UpstreamError) -> bool {
+    matches!(error, UpstreamError::ThreadGone | UpstreamError::Refused { status: 404, .. })
 }
 
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::config::AssistantConfig;
-    use crate::domain::{ContentPart, MessageId, Metadata, RunId};
-    use crate::store::InputMessage;
-    use crate::upstream::tags::an_owner;
-
-    #[test]
-    fn a_response_is_started_with_what_the_gateway_owns_and_what_is_configured() {
-        let run = RunId::new();
-        let owner = an_owner();
-        let thread = UpstreamThreadId("conv_1".to_owned());
-        let mut assistant = AssistantConfig { model: Some("m".to_owned()), ..AssistantConfig::default() };
-        let text = |text: &str| InputMessage {
-            id: MessageId::new(),
-            content: vec![ContentPart::Text { text: text.to_owned() }],
-        };
-        let input = [text("one"), text("two")];
-        let metadata = Metadata::default();
-        let body = |assistant: &AssistantConfig, thread: Option<&UpstreamThreadId>, conversations: bool| {
-            response_body(
-                &StartRun {
-                    run,
-                    thread,
-                    owner: &owner,
-                    history: &[],
-                    assistant,
-                    input: &input,
-                    metadata: &metadata,
-                },
-                conversations,
-            )
-        };
-        let first = json!({
-            "model": "m",
-            "input": [
-                {"type": "message", "role": "user", "content": "one"},
-                {"type": "message", "role": "user", "content": "two"},
-            ],
-            "metadata": {"threadkeeper_run": run.to_string()},
-            "store": true,
-            "stream": true,
-            "stream_options": {"include_obfuscation": false},
-        });
-        // A chain has no thread upstream, so each response says whose it is.
-        let mut next = first.clone();
-        let tags = next["metadata"].as_object_mut().unwrap();
-        tags.extend(thread_tags(&owner));
-        assert_eq!(tags.len() + 10, 16, "with the most that a caller may add");
-        assert_eq!(body(&assistant, None, false), next);
-        next["previous_response_id"] = "conv_1".into();
-        assert_eq!(body(&assistant, Some(&thread), false), next);
-
-        assistant.instructions = Some("be brief".to_owned());
-        assistant.tools = vec![json!({"type": "web_search"})];
-        let parameters = json!({
-            "temperature": 0.5, "top_p": null, "stream": false, "store": false, "background": true, "input": "x",
-            "conversation": "conv_9", "previous_response_id": "resp_9",
-        });
-        assistant.parameters = parameters.as_object().unwrap().clone();
-        let mut most = first;
-        most["conversation"] = "conv_1".into();
-        most["instructions"] = "be brief".into();
-        most["tools"] = json!([{"type": "web_search"}]);
-        most["temperature"] = 0.5.into();
-        assert_eq!(body(&assistant, Some(&thread), true), most);
-    }
+/// The server does not have the call at all.
+const fn is_not_offered(error: &UpstreamError) -> bool {
+    matches!(
+        error,
+        UpstreamError::Refused { status: 404 | 405, .. } | UpstreamError::Unavailable { status: 501, .. }
+    )
 }

@@ -35,22 +35,36 @@ pub(super) fn run_tags(run: RunId, metadata: &Metadata) -> Map<String, Value> {
     tags
 }
 
-pub(super) fn message_tags(run: RunId, message: MessageId) -> Map<String, Value> {
+/// `run`: the one that the message belongs to, if it belongs to one.
+pub(super) fn message_tags(run: Option<RunId>, message: MessageId) -> Map<String, Value> {
     let mut tags = Map::new();
-    tags.insert(RUN_TAG.to_owned(), run.to_string().into());
+    if let Some(run) = run {
+        tags.insert(RUN_TAG.to_owned(), run.to_string().into());
+    }
     tags.insert("threadkeeper_message".to_owned(), message.to_string().into());
     tags
 }
 
-/// The configured parameters that a request starts from: without nulls and without what the gateway itself sets.
-pub(super) fn parameters(assistant: &AssistantConfig, kind: UpstreamKind) -> Map<String, Value> {
+/// What a request starts from: the assistant as it is configured. Of its parameters those without a value, and those
+/// that the gateway itself sets, are left out.
+pub(super) fn body_of(assistant: &AssistantConfig, kind: UpstreamKind) -> Map<String, Value> {
     let reserved = reserved_parameters(kind);
-    assistant
-        .parameters
-        .iter()
+    let parameters = assistant.parameters.iter();
+    let mut body: Map<String, Value> = parameters
         .filter(|(key, value)| !value.is_null() && !reserved.contains(&key.as_str()))
         .map(|(key, value)| (key.clone(), value.clone()))
-        .collect()
+        .collect();
+    let mut set = |name: &str, value: Value| body.insert(name.to_owned(), value);
+    if let Some(model) = &assistant.model {
+        set("model", model.as_str().into());
+    }
+    if let Some(instructions) = &assistant.instructions {
+        set("instructions", instructions.as_str().into());
+    }
+    if !assistant.tools.is_empty() {
+        set("tools", assistant.tools.clone().into());
+    }
+    body
 }
 
 /// A session's thread, for the tests of the adapters.
@@ -66,6 +80,25 @@ pub(super) fn an_owner() -> Ownership {
         },
         thread: ThreadId::new(),
         expires_at: Some("2026-11-22T09:00:00.25Z".parse().unwrap()),
+    }
+}
+
+/// A message of an earlier turn, for the same.
+#[cfg(test)]
+pub(super) fn a_message(role: crate::domain::Role, text: &str) -> crate::domain::Message {
+    use crate::domain::{ContentPart, Context, Message, ThreadId};
+
+    Message {
+        id: MessageId::new(),
+        thread_id: ThreadId::new(),
+        position: 1,
+        role,
+        content: vec![ContentPart::Text { text: text.to_owned() }],
+        run_id: None,
+        upstream_message_id: None,
+        context: Context::Missing,
+        ended: None,
+        created_at: "2026-11-22T09:00:00Z".parse().unwrap(),
     }
 }
 
@@ -96,7 +129,7 @@ mod tests {
         let parameters_for = |kind| {
             let mut assistant = AssistantConfig::default();
             assistant.parameters.clone_from(configured.as_object().unwrap());
-            Value::Object(parameters(&assistant, kind))
+            Value::Object(body_of(&assistant, kind))
         };
         assert_eq!(parameters_for(UpstreamKind::Responses), json!({"temperature": 1}));
         assert_eq!(parameters_for(UpstreamKind::Assistants), json!({"store": false, "temperature": 1}));

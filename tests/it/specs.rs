@@ -245,6 +245,8 @@ async fn response_events_are_as_documented() {
         "[[sim: parts=2]]",
         "[[sim: tools=2 reasoning]]",
         "[[sim: mid_error]]",
+        "[[sim: fail_text=open_call]]",
+        "[[sim: dangling_reasoning]]",
     ] {
         for background in [false, true] {
             let body = json!({"model": "gpt-5", "input": text, "stream": true, "background": background});

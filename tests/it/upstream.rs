@@ -1,7 +1,15 @@
 //! The adapters over real sockets: against scripted servers for what a hostile or odd one may do, and against the
 //! simulator for whole turns.
 
+mod answers;
+mod background;
+mod breaker;
+mod clearing;
+mod mending;
+mod recovery;
+mod scene;
 mod scripted;
+mod settling;
 mod simulated;
 
 use std::collections::BTreeMap;
@@ -11,38 +19,31 @@ use futures_util::StreamExt;
 use serde_json::{Value, json};
 use threadkeeper::config::{AssistantConfig, AuthScheme, UpstreamConfig, UpstreamKind};
 use threadkeeper::domain::{
-    ContentPart, ConversationKey, MessageId, Metadata, RunId, Scope, TenantKey, ThreadId, ToolCall, TopicKey,
-    UpstreamRunId, UpstreamThreadId, UserKey,
+    Baseline, ContentPart, ConversationKey, Leftover, MessageId, Metadata, RunId, Scope, TenantKey, ThreadId,
+    TopicKey, UpstreamRunId, UpstreamThreadId, UserKey,
 };
 use threadkeeper::store::InputMessage;
 use threadkeeper::upstream::{
-    AssistantsUpstream, Leftover, Ownership, ResponsesUpstream, StartRun, Upstream, UpstreamClient,
-    UpstreamError, UpstreamEvent,
+    AssistantsUpstream, Ownership, ResponsesUpstream, StartRun, Upstream, UpstreamClient, UpstreamError,
+    UpstreamEvent,
 };
 
 use scripted::{Scripted, Step, json_answer, sse};
 
 fn config(kind: UpstreamKind, base_url: &str) -> UpstreamConfig {
     UpstreamConfig {
-        kind,
-        base_url: base_url.parse().unwrap(),
         api_key: Some("sk-hidden".to_owned().into()),
-        api_key_file: None,
-        auth: AuthScheme::Bearer,
-        headers: BTreeMap::new(),
-        query: BTreeMap::new(),
-        conversations: true,
-        connect_timeout: Duration::from_secs(5),
         idle_timeout: Duration::from_secs(5),
         max_event_bytes: 64 * 1024,
+        ..UpstreamConfig::new(kind, base_url.parse().unwrap())
     }
 }
 
 fn adapter(config: &UpstreamConfig) -> Box<dyn Upstream> {
     let client = UpstreamClient::new("test", config).unwrap();
     match config.kind {
-        UpstreamKind::Assistants => Box::new(AssistantsUpstream::new(client)),
-        UpstreamKind::Responses => Box::new(ResponsesUpstream::new(client, config.conversations)),
+        UpstreamKind::Assistants => Box::new(AssistantsUpstream::new(client, config)),
+        UpstreamKind::Responses => Box::new(ResponsesUpstream::new(client, config)),
     }
 }
 
@@ -114,6 +115,10 @@ fn leftover(run: RunId, upstream_run: Option<&str>) -> Leftover {
         run,
         upstream_run: upstream_run.map(|id| UpstreamRunId(id.to_owned())),
         open_calls: Vec::new(),
+        baseline: Baseline::default(),
+        inputs: 1,
+        synced: false,
+        remove: false,
     }
 }
 
@@ -271,7 +276,7 @@ async fn refusals_become_errors_without_the_server_s_words() {
             503,
             vec![("retry-after-ms", "5")],
             "x".repeat(200_000),
-            "Unavailable { status: 503, retry_after: Some(5ms) }",
+            "Unavailable { status: 503, retry_after: Some(5ms), no_retry: false }",
         ),
     ];
     for (status, headers, body, expected) in cases {
@@ -397,178 +402,6 @@ async fn an_error_event_instead_of_a_run_is_the_error_of_the_call() {
     assert!(matches!(error, UpstreamError::Busy { .. }), "{error:?}");
     let error = turn(&*upstream, Some(&thread())).await.unwrap_err();
     assert!(matches!(error, UpstreamError::Unavailable { status: 429, .. }), "{error:?}");
-}
-
-#[tokio::test]
-async fn settling_cancels_a_run_and_waits_for_its_end() {
-    let status = |status: &str| {
-        json_answer(200, &[("openai-poll-after-ms", "1")], &format!(r#"{{"id":"r_1","status":"{status}"}}"#))
-    };
-    let server = Scripted::start(vec![
-        status("cancelling"),
-        status("cancelling"),
-        json_answer(500, &[("retry-after-ms", "1")], ""),
-        status("cancelled"),
-    ])
-    .await;
-    assistants(&server).settle(&leftover(RunId::new(), Some("r_1"))).await.unwrap();
-    assert_eq!(
-        server.targets(),
-        [
-            "POST /threads/t_1/runs/r_1/cancel",
-            "GET /threads/t_1/runs/r_1",
-            "GET /threads/t_1/runs/r_1",
-            "GET /threads/t_1/runs/r_1",
-        ]
-    );
-}
-
-#[tokio::test]
-async fn settling_tries_on_while_a_run_waits_for_tool_outputs() {
-    let status = |status: &str| {
-        json_answer(200, &[("openai-poll-after-ms", "1")], &format!(r#"{{"id":"r_1","status":"{status}"}}"#))
-    };
-    let refused = || {
-        json_answer(
-            400,
-            &[],
-            r#"{"error":{"message":"Cannot cancel run with status 'requires_action'.","type":"invalid_request_error","param":null,"code":null}}"#,
-        )
-    };
-    let server =
-        Scripted::start(vec![refused(), status("requires_action"), refused(), status("expired")]).await;
-    assistants(&server).settle(&leftover(RunId::new(), Some("r_1"))).await.unwrap();
-    assert_eq!(server.requests().len(), 4);
-}
-
-#[tokio::test]
-async fn settling_finds_a_run_by_our_tag() {
-    let run = RunId::new();
-    let list = json!({"object": "list", "data": [
-        {"id": "r_9", "status": "in_progress", "metadata": {"threadkeeper_run": "run_other"}},
-        {"id": "r_8", "status": "in_progress"},
-        {"id": "r_1", "status": "in_progress", "metadata": {"threadkeeper_run": run.to_string()}},
-    ]});
-    let server = Scripted::start(vec![
-        json_answer(200, &[], r#"{"data":[]}"#),
-        json_answer(200, &[], &list.to_string()),
-        json_answer(200, &[], r#"{"id":"r_1","status":"cancelled"}"#),
-    ])
-    .await;
-    assistants(&server).settle(&leftover(run, None)).await.unwrap();
-    assert_eq!(
-        server.targets(),
-        [
-            "GET /threads/t_1/runs?limit=20&order=desc",
-            "GET /threads/t_1/runs?limit=20&order=desc",
-            "POST /threads/t_1/runs/r_1/cancel",
-        ]
-    );
-}
-
-#[tokio::test]
-async fn settling_on_a_thread_that_is_gone_or_never_was_is_done() {
-    let gone = |noun: &str| {
-        let message = format!("{noun} with id 't_1' not found.");
-        let body = json!({"error": {"message": message, "type": "invalid_request_error", "param": null, "code": null}});
-        Scripted::start(vec![json_answer(404, &[], &body.to_string())])
-    };
-    assistants(&gone("Thread").await).settle(&leftover(RunId::new(), Some("r_1"))).await.unwrap();
-    responses(&gone("Conversation").await).settle(&leftover(RunId::new(), None)).await.unwrap();
-
-    let server = Scripted::start(vec![]).await;
-    let nothing = Leftover { thread: None, ..leftover(RunId::new(), None) };
-    assistants(&server).settle(&nothing).await.unwrap();
-    responses(&server).settle(&nothing).await.unwrap();
-    let mut chain = config(UpstreamKind::Responses, &server.url);
-    chain.conversations = false;
-    adapter(&chain).settle(&leftover(RunId::new(), Some("r_1"))).await.unwrap();
-    assert_eq!(server.requests().len(), 0);
-
-    // A 404 of the endpoint says nothing about the thread.
-    let server = Scripted::start(vec![json_answer(404, &[], "Not Found")]).await;
-    assistants(&server).settle(&leftover(RunId::new(), Some("r_1"))).await.unwrap_err();
-}
-
-#[tokio::test]
-async fn settling_closes_the_calls_that_nobody_will_answer() {
-    let call = |id: &str| json!({"type": "function_call", "id": format!("fc_{id}"), "call_id": id, "name": "f", "arguments": "{}"});
-    let list = json!({"data": [
-        call("call_3"),
-        {"type": "function_call_output", "call_id": "call_2", "output": "1"},
-        call("call_2"),
-        call("call_1"),
-    ]});
-    let locked = json!({"error": {"message": "m", "code": "conversation_locked"}});
-    let server = Scripted::start(vec![
-        json_answer(200, &[], &list.to_string()),
-        json_answer(400, &[], &locked.to_string()),
-        json_answer(200, &[], r#"{"data":[]}"#),
-    ])
-    .await;
-    let known = |id: &str| ToolCall { id: id.to_owned(), name: "f".to_owned(), arguments: "{}".to_owned() };
-    let leftover =
-        Leftover { open_calls: vec![known("call_2"), known("call_4")], ..leftover(RunId::new(), None) };
-    responses(&server).settle(&leftover).await.unwrap();
-    assert_eq!(
-        server.targets(),
-        [
-            "GET /conversations/t_1/items?limit=100&order=desc",
-            "POST /conversations/t_1/items",
-            "POST /conversations/t_1/items",
-        ]
-    );
-    let output = |id: &str| json!({"type": "function_call_output", "call_id": id, "output": "{\"error\":\"the call was not answered\"}"});
-    let expected = json!({"items": [output("call_1"), output("call_3"), output("call_4")]});
-    assert_eq!(server.requests()[2].body, expected);
-}
-
-#[tokio::test]
-async fn a_call_that_an_earlier_turn_left_open_does_not_break_the_conversation() {
-    let refused = json!({"error": {
-        "message": "No tool output found for function call call_1.",
-        "type": "invalid_request_error", "param": "input", "code": null,
-    }});
-    let list =
-        json!({"data": [{"type": "function_call", "call_id": "call_1", "name": "f", "arguments": "{}"}]});
-    let refused = || json_answer(400, &[], &refused.to_string());
-    let server = Scripted::start(vec![
-        refused(),
-        json_answer(200, &[], &list.to_string()),
-        json_answer(200, &[], r#"{"data":[]}"#),
-        sse(vec![Step::Bytes(RESPONSES_TURN.into())]),
-    ])
-    .await;
-    let events = turn(&*responses(&server), Some(&thread())).await.unwrap();
-    assert_eq!(lines(&events), EXPECTED);
-    let requests = server.requests();
-    assert_eq!(requests[2].body["items"][0]["call_id"], "call_1");
-    assert_eq!(requests[0].body, requests[3].body);
-
-    // It is tried once, and not where there is no conversation to mend.
-    let empty = || json_answer(200, &[], r#"{"data":[]}"#);
-    let server = Scripted::start(vec![refused(), empty(), refused(), refused()]).await;
-    turn(&*responses(&server), Some(&thread())).await.unwrap_err();
-    let mut chain = config(UpstreamKind::Responses, &server.url);
-    chain.conversations = false;
-    turn(&*adapter(&chain), Some(&thread())).await.unwrap_err();
-    assert_eq!(server.requests().len(), 4);
-}
-
-#[tokio::test]
-async fn many_open_calls_are_closed_in_several_requests() {
-    let calls: Vec<Value> = (0..45)
-        .map(|at| json!({"type": "function_call", "call_id": format!("call_{at}"), "name": "f", "arguments": "{}"}))
-        .collect();
-    let ok = || json_answer(200, &[], r#"{"data":[]}"#);
-    let list = json_answer(200, &[], &json!({"data": calls}).to_string());
-    let server = Scripted::start(vec![list, ok(), ok(), ok()]).await;
-    responses(&server).settle(&leftover(RunId::new(), None)).await.unwrap();
-    let sizes: Vec<usize> = server.requests()[1..]
-        .iter()
-        .map(|request| request.body["items"].as_array().unwrap().len())
-        .collect();
-    assert_eq!(sizes, [20, 20, 5]);
 }
 
 #[tokio::test]

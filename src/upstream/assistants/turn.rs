@@ -7,7 +7,7 @@ use serde_json::{Map, Value};
 
 use super::wire::{MessageDelta, MessageObject, RunObject};
 use crate::domain::{ContentPart, RunStatus, ToolCall, UpstreamRunId, Usage};
-use crate::upstream::classify::ErrorDetail;
+use crate::upstream::classify::{ErrorDetail, Refusal};
 use crate::upstream::relay::Dialect;
 use crate::upstream::sse::SseEvent;
 use crate::upstream::wire::failure;
@@ -46,7 +46,7 @@ enum Kind {
 }
 
 impl Dialect for Turn {
-    fn read(&mut self, event: SseEvent, out: &mut VecDeque<UpstreamEvent>) -> Result<(), UpstreamError> {
+    fn read(&mut self, event: SseEvent, out: &mut VecDeque<UpstreamEvent>) -> Result<(), Refusal> {
         match kind(&event)? {
             Kind::Run(named) => self.run(named, parse(&event.data)?, out),
             Kind::MessageDelta => self.delta(parse(&event.data)?, out),
@@ -209,7 +209,7 @@ mod tests {
     fn read(events: impl IntoIterator<Item = SseEvent>) -> Result<Vec<UpstreamEvent>, UpstreamError> {
         let (mut turn, mut out) = (Turn::default(), VecDeque::new());
         for event in events {
-            turn.read(event, &mut out)?;
+            turn.read(event, &mut out).map_err(UpstreamError::from)?;
         }
         Ok(out.into())
     }

@@ -18,7 +18,7 @@ pub(super) struct RunObject {
     #[serde(default, deserialize_with = "lenient")]
     pub(super) status: Option<String>,
     #[serde(default, deserialize_with = "lenient")]
-    pub(super) metadata: Option<Map<String, Value>>,
+    metadata: Option<Map<String, Value>>,
     #[serde(default, deserialize_with = "lenient")]
     required_action: Option<RequiredAction>,
     #[serde(default, deserialize_with = "lenient")]
@@ -41,6 +41,22 @@ impl RunObject {
 
     pub(super) fn is_cancelling(&self) -> bool {
         self.run_status() == Some(RunStatus::Cancelling)
+    }
+
+    /// It is the caller's turn.
+    pub(super) fn waits_for_outputs(&self) -> bool {
+        self.run_status() == Some(RunStatus::RequiresAction)
+    }
+
+    /// The calls that it waits for are these, and there are some.
+    pub(super) fn waits_for(&self, calls: &[ToolCall]) -> bool {
+        let asked: Vec<&str> = self.required_action.iter().flat_map(RequiredAction::ids).collect();
+        let known = |id: &&str| calls.iter().any(|call| call.id == **id);
+        self.waits_for_outputs() && !asked.is_empty() && asked.len() == calls.len() && asked.iter().all(known)
+    }
+
+    pub(super) fn tag(&self, name: &str) -> Option<&str> {
+        self.metadata.as_ref()?.get(name)?.as_str()
     }
 
     /// The word that says why it failed or is incomplete.
@@ -70,6 +86,12 @@ struct RequiredAction {
     submit_tool_outputs: SubmitToolOutputs,
 }
 
+impl RequiredAction {
+    fn ids(&self) -> impl Iterator<Item = &str> {
+        self.submit_tool_outputs.tool_calls.iter().map(|call| call.id.as_str())
+    }
+}
+
 #[derive(Debug, Deserialize)]
 struct SubmitToolOutputs {
     tool_calls: Vec<WireToolCall>,
@@ -89,8 +111,19 @@ struct WireFunction {
 }
 
 #[derive(Debug, Deserialize)]
+pub(super) struct MessageList {
+    pub(super) data: Vec<MessageObject>,
+    #[serde(default, deserialize_with = "lenient")]
+    pub(super) has_more: Option<bool>,
+}
+
+#[derive(Debug, Deserialize)]
 pub(super) struct MessageObject {
     pub(super) id: String,
+    #[serde(default, deserialize_with = "lenient")]
+    pub(super) run_id: Option<String>,
+    #[serde(default, deserialize_with = "lenient")]
+    metadata: Option<Map<String, Value>>,
     #[serde(default)]
     role: Option<String>,
     #[serde(default)]
@@ -101,6 +134,10 @@ impl MessageObject {
     /// The message is (part of) the reply. A server that names no role sends no other messages.
     pub(super) fn is_reply(&self) -> bool {
         self.role.as_deref().is_none_or(|role| role == "assistant")
+    }
+
+    pub(super) fn tag(&self, name: &str) -> Option<&str> {
+        self.metadata.as_ref()?.get(name)?.as_str()
     }
 
     /// The parts that we know.

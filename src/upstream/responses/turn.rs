@@ -7,7 +7,7 @@ use serde_json::value::RawValue;
 
 use super::wire::{Envelope, ResponseHead, ResponseObject};
 use crate::domain::{ContentPart, RunStatus, UpstreamRunId, UpstreamThreadId};
-use crate::upstream::classify::ErrorDetail;
+use crate::upstream::classify::{ErrorDetail, Refusal};
 use crate::upstream::relay::Dialect;
 use crate::upstream::sse::SseEvent;
 use crate::upstream::wire::failure;
@@ -18,6 +18,8 @@ use crate::upstream::{Ended, UpstreamError, UpstreamEvent};
 pub(super) struct Turn {
     /// The response becomes the thread's new place if it ends well.
     chain: bool,
+    /// A response that fails because the conversation is damaged is a refusal: whoever reads can mend that.
+    mends: bool,
     response: Option<String>,
     /// Put together from deltas, by output and content index, in case the response does not hold it in the end.
     streamed: BTreeMap<(u64, u64), ContentPart>,
@@ -25,13 +27,23 @@ pub(super) struct Turn {
 
 impl Turn {
     pub(super) fn new(chain: bool) -> Self {
-        Self { chain, response: None, streamed: BTreeMap::new() }
+        Self { chain, mends: false, response: None, streamed: BTreeMap::new() }
+    }
+
+    /// For a reader who can mend a damaged conversation.
+    pub(super) fn to_be_mended(chain: bool) -> Self {
+        Self { mends: true, ..Self::new(chain) }
+    }
+
+    /// Nothing has come of it, and its reader can see to it that something does.
+    fn is_refused_late(&self) -> bool {
+        self.mends && self.streamed.is_empty()
     }
 }
 
 impl Dialect for Turn {
     /// The JSON says what an event is; the event line, which not every server sends, is asked only where it does not.
-    fn read(&mut self, event: SseEvent, out: &mut VecDeque<UpstreamEvent>) -> Result<(), UpstreamError> {
+    fn read(&mut self, event: SseEvent, out: &mut VecDeque<UpstreamEvent>) -> Result<(), Refusal> {
         if event.data == "[DONE]" {
             return Ok(());
         }
@@ -40,7 +52,7 @@ impl Dialect for Turn {
         let envelope: Envelope<'_> = match serde_json::from_str(&event.data) {
             Ok(envelope) => envelope,
             Err(_) if foreign => return Ok(()),
-            Err(_) => return Err(unreadable()),
+            Err(_) => return Err(unreadable().into()),
         };
         let kind = envelope.kind.as_deref().or(event.name.as_deref()).unwrap_or_default();
         let place = (envelope.output_index.unwrap_or(0), envelope.content_index.unwrap_or(0));
@@ -69,7 +81,7 @@ impl Turn {
         kind: &str,
         raw: &RawValue,
         out: &mut VecDeque<UpstreamEvent>,
-    ) -> Result<(), UpstreamError> {
+    ) -> Result<(), Refusal> {
         let head: ResponseHead = parse(raw)?;
         if self.response.is_none() {
             self.response = Some(head.id.clone());
@@ -85,7 +97,16 @@ impl Turn {
             _ => None,
         };
         if let Some(status) = head.run_status().filter(|status| status.is_final()).or(named) {
-            let ended = self.end(status, head.id, parse(raw)?);
+            let response: ResponseObject = parse(raw)?;
+            // Some servers accept a turn before they see that the conversation is damaged.
+            if status == RunStatus::Failed
+                && self.is_refused_late()
+                && let Some(damage) = response.damage()
+            {
+                let error = UpstreamError::Refused { status: 400, code: response.failure_code() };
+                return Err(Refusal { error, damage: Some(damage) });
+            }
+            let ended = self.end(status, head.id, response);
             out.push_back(UpstreamEvent::Ended(Box::new(ended)));
         }
         Ok(())
@@ -120,10 +141,10 @@ impl Turn {
     }
 
     /// An error that takes the place of a terminal event.
-    fn error(&mut self, data: &str, out: &mut VecDeque<UpstreamEvent>) -> Result<(), UpstreamError> {
+    fn error(&mut self, data: &str, out: &mut VecDeque<UpstreamEvent>) -> Result<(), Refusal> {
         let object = serde_json::from_str(data).map_err(|_| unreadable())?;
         let detail = ErrorDetail::from_object(&object);
-        if self.response.is_none() {
+        if self.response.is_none() || (self.is_refused_late() && detail.damage().is_some()) {
             return Err(detail.of_refused_stream());
         }
         out.push_back(UpstreamEvent::Ended(Box::new(Ended {
@@ -167,6 +188,7 @@ mod tests {
 
     use super::*;
     use crate::domain::Usage;
+    use crate::upstream::classify::Damage;
 
     fn event(data: &Value) -> SseEvent {
         SseEvent { name: data["type"].as_str().map(str::to_owned), data: data.to_string() }
@@ -178,7 +200,7 @@ mod tests {
     ) -> Result<Vec<UpstreamEvent>, UpstreamError> {
         let (mut turn, mut out) = (Turn::new(chain), VecDeque::new());
         for event in events {
-            turn.read(event, &mut out)?;
+            turn.read(event, &mut out).map_err(UpstreamError::from)?;
         }
         Ok(out.into())
     }
@@ -304,6 +326,27 @@ mod tests {
         let events = read(true, [event(&cut)]).unwrap();
         assert_eq!(ended(&events).status, RunStatus::Incomplete);
         assert_eq!((ended(&events).tool_calls.len(), &ended(&events).thread), (1, &None));
+    }
+
+    #[test]
+    fn a_failure_for_damage_is_a_refusal_only_to_those_who_can_mend_it() {
+        let mut failed = response("response.failed", "failed", &json!([]));
+        failed["response"]["error"] =
+            json!({"code": "server_error", "message": "No tool output found for function call call_1."});
+        let late = json!({"type": "error", "error": failed["response"]["error"]});
+        let started = response("response.created", "in_progress", &json!([]));
+        let damage = |mut turn: Turn, events: &[&Value]| {
+            let mut out = VecDeque::new();
+            let read = events.iter().try_for_each(|data| turn.read(event(data), &mut out));
+            read.err().and_then(|refusal| refusal.damage)
+        };
+        for end in [&failed, &late] {
+            assert_eq!(damage(Turn::to_be_mended(false), &[&started, end]), Some(Damage::OpenCall));
+            assert_eq!(damage(Turn::to_be_mended(false), &[&started, &delta("half"), end]), None);
+            assert_eq!(damage(Turn::new(false), &[&started, end]), None);
+        }
+        failed["response"]["output"] = json!([message("Hello")]);
+        assert_eq!(damage(Turn::to_be_mended(false), &[&failed]), None);
     }
 
     #[test]

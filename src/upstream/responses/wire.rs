@@ -6,12 +6,14 @@ use serde_json::value::RawValue;
 use serde_json::{Map, Value, json};
 
 use crate::domain::{ContentPart, Message, Role, RunStatus, ToolCall, Usage};
-use crate::upstream::classify::token;
+use crate::upstream::classify::{Damage, ErrorDetail, token};
 use crate::upstream::wire::{lenient, usage};
 
 #[derive(Debug, Deserialize)]
 pub(super) struct ItemList {
     pub(super) data: Vec<Value>,
+    #[serde(default, deserialize_with = "lenient")]
+    pub(super) has_more: Option<bool>,
 }
 
 /// The outside of an event; what it holds is read when its type is known.
@@ -19,6 +21,8 @@ pub(super) struct ItemList {
 pub(super) struct Envelope<'a> {
     #[serde(rename = "type", default, deserialize_with = "lenient")]
     pub(super) kind: Option<String>,
+    #[serde(default, deserialize_with = "lenient")]
+    pub(super) sequence_number: Option<u64>,
     #[serde(borrow, default)]
     pub(super) response: Option<&'a RawValue>,
     #[serde(borrow, default)]
@@ -57,7 +61,7 @@ pub(super) struct ResponseObject {
     usage: Option<Map<String, Value>>,
 }
 
-/// What a response holds.
+/// What a response, or a part of a conversation, holds.
 #[derive(Debug, Default)]
 pub(super) struct Output {
     pub(super) content: Vec<ContentPart>,
@@ -75,17 +79,26 @@ impl ResponseObject {
         code.or_else(reason)?.as_str().and_then(token)
     }
 
+    /// What is wrong with the conversation, if that is why it failed before it did anything.
+    pub(super) fn damage(&self) -> Option<Damage> {
+        let has_output = self.output.as_ref().is_some_and(|output| !output.is_empty());
+        ErrorDetail::from_object(self.error.as_ref()?).damage().filter(|_| !has_output)
+    }
+
     pub(super) fn usage(&self) -> Option<Usage> {
         self.usage.as_ref().and_then(|counts| usage(counts, "input_tokens", "output_tokens"))
     }
 
     pub(super) fn into_output(self) -> Output {
-        let items = self.output.unwrap_or_default();
-        let mut output = Output {
-            open_calls: open_calls(&items).into_iter().map(|open| open.call).collect(),
-            ..Output::default()
-        };
-        for item in &items {
+        Output::of(&self.output.unwrap_or_default())
+    }
+}
+
+impl Output {
+    pub(super) fn of(items: &[Value]) -> Self {
+        let open_calls = open_calls(items).into_iter().map(|open| open.call).collect();
+        let mut output = Self { open_calls, ..Self::default() };
+        for item in items {
             let is = |field: &str, wanted: &str| item.get(field).and_then(Value::as_str) == Some(wanted);
             if !is("type", "message") || (item.get("role").is_some() && !is("role", "assistant")) {
                 continue;
@@ -118,9 +131,26 @@ pub(super) struct OpenCall {
 impl OpenCall {
     /// The item that closes the call.
     pub(super) fn output(&self, output: &str) -> Value {
-        let kind = if self.custom { "custom_tool_call_output" } else { "function_call_output" };
-        json!({"type": kind, "call_id": self.call.id, "output": output})
+        output_item(&self.call.id, output, self.custom)
     }
+}
+
+/// The item that answers a call. `custom`: the call is of a custom tool.
+pub(super) fn output_item(call: &str, output: &str, custom: bool) -> Value {
+    let kind = if custom { "custom_tool_call_output" } else { "function_call_output" };
+    json!({"type": kind, "call_id": call, "output": output})
+}
+
+/// The calls of custom tools that a response has made.
+pub(super) fn custom_calls(response: &Value) -> Vec<String> {
+    let items = response["output"].as_array().map(Vec::as_slice).unwrap_or_default();
+    open_calls(items).into_iter().filter(|open| open.custom).map(|open| open.call.id).collect()
+}
+
+/// The item is a call that someone outside has to answer.
+pub(super) fn is_call(item: &Value) -> bool {
+    let kind = item.get("type").and_then(Value::as_str);
+    matches!(kind, Some("function_call" | "custom_tool_call"))
 }
 
 /// The calls among `items` that no other of them answers, in the order of `items`.

@@ -7,12 +7,12 @@ use futures_util::StreamExt;
 use serde_json::json;
 use threadkeeper::config::{AssistantConfig, UpstreamConfig, UpstreamKind};
 use threadkeeper::domain::{
-    ContentPart, ImageFile, ImageUrl, MessageId, Metadata, RunId, RunStatus, ToolCall, UpstreamRunId,
-    UpstreamThreadId,
+    ContentPart, ImageFile, ImageUrl, Leftover, MessageId, Metadata, RunId, RunStatus, ToolCall,
+    UpstreamRunId, UpstreamThreadId,
 };
 use threadkeeper::simulator::SimulatorConfig;
 use threadkeeper::store::InputMessage;
-use threadkeeper::upstream::{Ended, Leftover, StartRun, Upstream, UpstreamError, UpstreamEvent};
+use threadkeeper::upstream::{Ended, StartRun, Upstream, UpstreamError, UpstreamEvent};
 
 use super::{adapter, config, owner, profile, turn_with};
 use crate::support::openapi;
@@ -21,7 +21,7 @@ use crate::support::wire::Sim;
 const KINDS: [UpstreamKind; 2] = [UpstreamKind::Assistants, UpstreamKind::Responses];
 
 /// Every request that the adapters have made is one of the published protocol.
-fn assert_requests_are_valid(kind: UpstreamKind, sim: &Sim) {
+pub(super) fn assert_requests_are_valid(kind: UpstreamKind, sim: &Sim) {
     let document = match kind {
         UpstreamKind::Assistants => openapi::assistants(),
         UpstreamKind::Responses => openapi::responses(),
@@ -87,7 +87,7 @@ fn text_of(ended: &Ended) -> String {
 }
 
 fn leftover(thread: &UpstreamThreadId, run: RunId, upstream_run: Option<UpstreamRunId>) -> Leftover {
-    Leftover { thread: Some(thread.clone()), run, upstream_run, open_calls: Vec::new() }
+    Leftover { thread: Some(thread.clone()), upstream_run, ..super::leftover(run, None) }
 }
 
 #[tokio::test]
@@ -223,7 +223,7 @@ async fn refusals_and_breaks_are_told_apart() {
         for (text, expected) in [
             ("[[sim: status=429 retry_after=2]]", "RateLimited { retry_after: Some(2s), quota: false }"),
             ("[[sim: status=429 code=insufficient_quota]]", "RateLimited { retry_after: None, quota: true }"),
-            ("[[sim: status=503]]", "Unavailable { status: 503, retry_after: None }"),
+            ("[[sim: status=503]]", "Unavailable { status: 503, retry_after: None, no_retry: false }"),
             ("[[sim: drop=before]]", "Broken { timeout: false }"),
         ] {
             let error = started(&format!("x {text}")).await.unwrap_err();

@@ -1,0 +1,116 @@
+//! The messages of a thread: what a run left there, and removing it.
+
+use http::Method;
+use serde_json::Value;
+
+use super::AssistantsUpstream;
+use super::wire::{MessageList, MessageObject};
+use crate::domain::{ContentPart, Leftover, UpstreamRunId, UpstreamThreadId};
+use crate::upstream::UpstreamError;
+use crate::upstream::patience::once_unlocked;
+use crate::upstream::tags::RUN_TAG;
+
+/// The longest page that a server must give.
+const PAGE: &str = "100";
+/// The most pages that are read: a run leaves a few messages, and those that came after it are few too.
+const MAX_PAGES: usize = 10;
+
+/// What a run has answered.
+#[derive(Debug, Default)]
+pub(super) struct Reply {
+    pub(super) content: Vec<ContentPart>,
+    /// The last message's.
+    pub(super) message_id: Option<String>,
+}
+
+impl AssistantsUpstream {
+    /// What the thread holds of a run's reply, its unfinished part included.
+    pub(super) async fn reply(
+        &self,
+        thread: &UpstreamThreadId,
+        run: &UpstreamRunId,
+    ) -> Result<Reply, UpstreamError> {
+        let only_its_own = [("run_id", run.as_str()), ("order", "asc")];
+        let messages = self.messages(thread, &only_its_own, MAX_PAGES, |_| false).await?;
+        let mut reply = Reply::default();
+        for message in messages {
+            // Not every server knows the parameter.
+            let is_another_s = message.run_id.as_deref().is_some_and(|id| id != run.as_str());
+            if message.is_reply() && !is_another_s {
+                reply.message_id = Some(message.id.clone());
+                reply.content.extend(message.into_parts());
+            }
+        }
+        Ok(reply)
+    }
+
+    /// A user's message of the run is among the newest.
+    pub(super) async fn was_said(
+        &self,
+        thread: &UpstreamThreadId,
+        sent: &Leftover,
+    ) -> Result<bool, UpstreamError> {
+        let tag = sent.run.to_string();
+        let newest = self.messages(thread, &[("order", "desc")], 1, |_| false).await?;
+        Ok(newest.iter().any(|message| message.tag(RUN_TAG) == Some(&tag)))
+    }
+
+    /// Deletes the run's messages, which are told by our tag, and those of its reply, which are told by its id.
+    pub(super) async fn remove_from(
+        &self,
+        thread: &UpstreamThreadId,
+        leftover: &Leftover,
+    ) -> Result<(), UpstreamError> {
+        let tag = leftover.run.to_string();
+        let run = match &leftover.upstream_run {
+            Some(run) => Some(run.0.clone()),
+            None => self.find(thread, leftover.run).await?.map(|run| run.id),
+        };
+        let anchor = leftover.baseline.anchor.as_deref();
+        let newest_first = [("order", "desc")];
+        let messages =
+            self.messages(thread, &newest_first, MAX_PAGES, |it| Some(it.id.as_str()) == anchor).await?;
+        let is_ours = |message: &MessageObject| {
+            message.tag(RUN_TAG) == Some(&tag) || (run.is_some() && message.run_id == run)
+        };
+        for message in messages.iter().filter(|message| is_ours(message)) {
+            let path = ["threads", thread.as_str(), "messages", message.id.as_str()];
+            let delete = || self.client.json::<Value>(Method::DELETE, &path, &[], None);
+            match once_unlocked(delete).await {
+                Ok(_) | Err(UpstreamError::Refused { status: 404, .. }) => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(())
+    }
+
+    /// Reads pages until `last` is true of a message, which is left out, or until there are no more.
+    async fn messages(
+        &self,
+        thread: &UpstreamThreadId,
+        query: &[(&str, &str)],
+        max_pages: usize,
+        last: impl Fn(&MessageObject) -> bool,
+    ) -> Result<Vec<MessageObject>, UpstreamError> {
+        let path = ["threads", thread.as_str(), "messages"];
+        let mut all: Vec<MessageObject> = Vec::new();
+        for _ in 0..max_pages {
+            let after = all.last().map(|message| message.id.clone());
+            let cursor = after.as_deref().map(|id| ("after", id));
+            let query: Vec<(&str, &str)> =
+                [("limit", PAGE)].into_iter().chain(query.iter().copied()).chain(cursor).collect();
+            let page: MessageList = self.call(Method::GET, &path, &query).await?.value;
+            let is_last_page = page.has_more != Some(true) || page.data.is_empty();
+            for message in page.data {
+                if last(&message) {
+                    return Ok(all);
+                }
+                all.push(message);
+            }
+            if is_last_page {
+                break;
+            }
+        }
+        Ok(all)
+    }
+}

@@ -1,0 +1,152 @@
+//! The bodies of requests.
+
+use serde_json::{Value, json};
+
+use super::wire::content;
+use crate::config::UpstreamKind;
+use crate::domain::{Message, ToolOutput};
+use crate::upstream::StartRun;
+use crate::upstream::tags::{body_of, message_tags, run_tags};
+
+/// The request that appends history and input and starts the run.
+pub(super) fn run_body(request: &StartRun<'_>) -> Value {
+    let assistant = request.assistant;
+    let mut body = body_of(assistant, UpstreamKind::Assistants);
+    let mut set = |name: &str, value: Value| body.insert(name.to_owned(), value);
+    if let Some(id) = &assistant.assistant_id {
+        set("assistant_id", id.as_str().into());
+    }
+    let mut messages = history_messages(request.history);
+    messages.extend(request.input.iter().map(|message| {
+        json!({
+            "role": "user",
+            "content": content(&message.content),
+            "metadata": message_tags(Some(request.run), message.id),
+        })
+    }));
+    set("additional_messages", messages.into());
+    set("metadata", run_tags(request.run, request.metadata).into());
+    set("stream", true.into());
+    Value::Object(body)
+}
+
+/// The request that answers all calls of a run.
+pub(super) fn outputs_body(outputs: &[ToolOutput]) -> Value {
+    let outputs: Vec<Value> = outputs
+        .iter()
+        .map(|output| json!({"tool_call_id": output.tool_call_id, "output": output.output}))
+        .collect();
+    json!({"tool_outputs": outputs, "stream": true})
+}
+
+/// Messages of earlier turns, with the tags of the turn that each belongs to. One without content is left out, for no
+/// server takes it.
+pub(super) fn history_messages(history: &[Message]) -> Vec<Value> {
+    let with_content = history.iter().filter(|message| !message.content.is_empty());
+    with_content
+        .map(|message| {
+            json!({
+                "role": message.role,
+                "content": content(&message.content),
+                "metadata": message_tags(message.run_id, message.id),
+            })
+        })
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use super::*;
+    use crate::config::AssistantConfig;
+    use crate::domain::{ContentPart, MessageId, Metadata, Role, RunId, UpstreamThreadId};
+    use crate::store::InputMessage;
+    use crate::upstream::tags::{a_message, an_owner};
+
+    #[test]
+    fn a_run_is_started_with_what_the_gateway_owns_and_what_is_configured() {
+        let (run, message, thread) =
+            (RunId::new(), MessageId::new(), UpstreamThreadId("thread_1".to_owned()));
+        let mut assistant =
+            AssistantConfig { assistant_id: Some("asst_1".to_owned()), ..AssistantConfig::default() };
+        let input =
+            [InputMessage { id: message, content: vec![ContentPart::Text { text: "hello".to_owned() }] }];
+        let pairs = BTreeMap::from([("a".to_owned(), "b".to_owned())]);
+        let metadata = Metadata::try_from(pairs).unwrap();
+        let owner = an_owner();
+        let body = |assistant: &AssistantConfig| {
+            run_body(&StartRun {
+                run,
+                thread: Some(&thread),
+                owner: &owner,
+                history: &[],
+                assistant,
+                input: &input,
+                metadata: &metadata,
+            })
+        };
+        let least = json!({
+            "assistant_id": "asst_1",
+            "additional_messages": [{
+                "role": "user", "content": "hello",
+                "metadata": {"threadkeeper_run": run.to_string(), "threadkeeper_message": message.to_string()},
+            }],
+            "metadata": {"threadkeeper_run": run.to_string(), "a": "b"},
+            "stream": true,
+        });
+        assert_eq!(body(&assistant), least);
+
+        assistant.model = Some("m".to_owned());
+        assistant.instructions = Some("be brief".to_owned());
+        assistant.tools = vec![json!({"type": "code_interpreter"})];
+        let parameters = json!({
+            "temperature": 0.5, "top_p": null, "stream": false, "additional_messages": [], "metadata": {"x": "y"},
+            "model": "other",
+        });
+        assistant.parameters = parameters.as_object().unwrap().clone();
+        let mut most = least;
+        most["model"] = "m".into();
+        most["instructions"] = "be brief".into();
+        most["tools"] = json!([{"type": "code_interpreter"}]);
+        most["temperature"] = 0.5.into();
+        assert_eq!(body(&assistant), most);
+    }
+    #[test]
+    fn earlier_messages_go_first_with_their_own_tags() {
+        let (run, earlier) = (RunId::new(), RunId::new());
+        let (owner, assistant, metadata) = (an_owner(), AssistantConfig::default(), Metadata::default());
+        let mut history = [
+            a_message(Role::User, "before"),
+            a_message(Role::Assistant, "yes"),
+            a_message(Role::Assistant, ""),
+        ];
+        history[0].run_id = Some(earlier);
+        history[2].content.clear();
+        let input = [InputMessage {
+            id: MessageId::new(),
+            content: vec![ContentPart::Text { text: "now".to_owned() }],
+        }];
+        let body = run_body(&StartRun {
+            run,
+            thread: None,
+            owner: &owner,
+            history: &history,
+            assistant: &assistant,
+            input: &input,
+            metadata: &metadata,
+        });
+        let expected = json!([
+            {"role": "user", "content": "before", "metadata": {
+                "threadkeeper_run": earlier.to_string(), "threadkeeper_message": history[0].id.to_string(),
+            }},
+            {"role": "assistant", "content": "yes", "metadata": {
+                "threadkeeper_message": history[1].id.to_string(),
+            }},
+            {"role": "user", "content": "now", "metadata": {
+                "threadkeeper_run": run.to_string(), "threadkeeper_message": input[0].id.to_string(),
+            }},
+        ]);
+        assert_eq!(body["additional_messages"], expected);
+    }
+}

@@ -1,0 +1,134 @@
+//! Runs that no stream is read of: finding, following, ending them.
+
+use std::time::Duration;
+
+use futures_util::{StreamExt, stream};
+use http::Method;
+use tokio::time::sleep;
+
+use super::AssistantsUpstream;
+use super::wire::{RunList, RunObject};
+use crate::domain::{RunId, RunStatus, UpstreamRunId, UpstreamThreadId};
+use crate::upstream::client::Answer;
+use crate::upstream::patience::{FIRST_WAIT, LONGEST_WAIT, longer};
+use crate::upstream::relay::out_of_sight;
+use crate::upstream::tags::RUN_TAG;
+use crate::upstream::wire::failure;
+use crate::upstream::{Ended, EventStream, UpstreamError, UpstreamEvent};
+
+/// Runs to look through for ours. Only one can be active where the server locks; this is for those that do not.
+const RUNS_TO_SEARCH: &str = "20";
+/// What a request that was cut off has done may appear a little later.
+pub(super) const SECOND_LOOK: Duration = Duration::from_millis(500);
+
+impl AssistantsUpstream {
+    /// The run as it is now; `None` if there is none of this id.
+    pub(super) async fn run(
+        &self,
+        thread: &UpstreamThreadId,
+        run: &UpstreamRunId,
+    ) -> Result<Option<Answer<RunObject>>, UpstreamError> {
+        match self.call(Method::GET, &["threads", thread.as_str(), "runs", run.as_str()], &[]).await {
+            Ok(run) => Ok(Some(run)),
+            Err(UpstreamError::Refused { status: 404, .. }) => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// The run that carries our tag.
+    pub(super) async fn find(
+        &self,
+        thread: &UpstreamThreadId,
+        run: RunId,
+    ) -> Result<Option<RunObject>, UpstreamError> {
+        let tag = run.to_string();
+        for look in 0..2 {
+            if look > 0 {
+                sleep(SECOND_LOOK).await;
+            }
+            let path = ["threads", thread.as_str(), "runs"];
+            let query = [("limit", RUNS_TO_SEARCH), ("order", "desc")];
+            let runs: RunList = self.call(Method::GET, &path, &query).await?.value;
+            if let Some(found) = runs.data.into_iter().find(|run| run.tag(RUN_TAG) == Some(&tag)) {
+                return Ok(Some(found));
+            }
+        }
+        Ok(None)
+    }
+
+    /// What is still to come of a run, told by asking for it again and again. Its text comes at the end, as a whole.
+    pub(super) fn follow(&self, thread: &UpstreamThreadId, run: RunObject) -> EventStream {
+        let accepted = UpstreamEvent::Accepted(UpstreamRunId(run.id.clone()));
+        let (upstream, thread) = (self.clone(), thread.clone());
+        let ended = async move {
+            let is_over = |run: &RunObject| run.has_ended() || run.waits_for_outputs();
+            let run = upstream.wait_for(&thread, run, is_over).await?;
+            upstream.ended(&thread, run).await.map(|ended| UpstreamEvent::Ended(Box::new(ended)))
+        };
+        let ended = async move { ended.await.map_err(out_of_sight) };
+        stream::iter([Ok(accepted)]).chain(stream::once(ended)).boxed()
+    }
+
+    /// Asks for the run until `reached` is true of it.
+    pub(super) async fn wait_for(
+        &self,
+        thread: &UpstreamThreadId,
+        mut run: RunObject,
+        reached: impl Fn(&RunObject) -> bool,
+    ) -> Result<RunObject, UpstreamError> {
+        let mut wait = FIRST_WAIT;
+        let mut asked = None;
+        while !reached(&run) {
+            sleep(asked.unwrap_or(wait).min(LONGEST_WAIT)).await;
+            wait = longer(wait);
+            let path = ["threads", thread.as_str(), "runs", run.id.as_str()];
+            let seen = self.call(Method::GET, &path, &[]).await?;
+            (run, asked) = (seen.value, seen.poll_after);
+        }
+        Ok(run)
+    }
+
+    async fn ended(&self, thread: &UpstreamThreadId, run: RunObject) -> Result<Ended, UpstreamError> {
+        let reply = self.reply(thread, &UpstreamRunId(run.id.clone())).await?;
+        let status = run.run_status().unwrap_or(RunStatus::Failed);
+        Ok(Ended {
+            status,
+            error: failure(status, run.failure_code()),
+            content: reply.content,
+            upstream_message_id: reply.message_id,
+            usage: run.usage(),
+            tool_calls: if run.waits_for_outputs() { run.into_tool_calls() } else { Vec::new() },
+            thread: None,
+        })
+    }
+
+    /// Cancels the run and waits until it no longer holds its thread.
+    pub(super) async fn end(
+        &self,
+        thread: &UpstreamThreadId,
+        run: &UpstreamRunId,
+    ) -> Result<RunObject, UpstreamError> {
+        let path = ["threads", thread.as_str(), "runs", run.as_str()];
+        let cancel = ["threads", thread.as_str(), "runs", run.as_str(), "cancel"];
+        let mut wait = FIRST_WAIT;
+        let mut cancelling = false;
+        loop {
+            if !cancelling {
+                match self.call::<RunObject>(Method::POST, &cancel, &[]).await {
+                    Ok(cancelled) if cancelled.value.has_ended() => return Ok(cancelled.value),
+                    // The run moved before the cancel came, or cannot be cancelled where it stands: its own status
+                    // tells which.
+                    Ok(_) | Err(UpstreamError::Refused { status: 400, .. } | UpstreamError::Busy { .. }) => {}
+                    Err(error) => return Err(error),
+                }
+            }
+            let seen = self.call::<RunObject>(Method::GET, &path, &[]).await?;
+            if seen.value.has_ended() {
+                return Ok(seen.value);
+            }
+            sleep(seen.poll_after.unwrap_or(wait).min(LONGEST_WAIT)).await;
+            wait = longer(wait);
+            cancelling = seen.value.is_cancelling();
+        }
+    }
+}

@@ -1,0 +1,128 @@
+//! The items of a conversation: reading, adding, deleting.
+
+use http::Method;
+use serde_json::{Value, json};
+use tokio::time::sleep;
+
+use super::part::id_of;
+use super::wire::{ItemList, OpenCall};
+use super::{ITEMS_PER_REQUEST, ResponsesUpstream, is_missing};
+use crate::domain::UpstreamThreadId;
+use crate::upstream::UpstreamError;
+use crate::upstream::client::Answer;
+use crate::upstream::patience::{FIRST_WAIT, longer, once_unlocked, patiently};
+
+/// The longest page that a server must give.
+const PAGE: usize = 100;
+const PAGE_TEXT: &str = "100";
+/// What stands for the output of a function that nobody called.
+pub(super) const NO_OUTPUT: &str = r#"{"error":"the call was not answered"}"#;
+
+/// The newest items of a conversation, oldest first.
+#[derive(Debug, Default)]
+pub(super) struct Newest {
+    pub(super) items: Vec<Value>,
+    /// Where those begin that came after the anchor; `None` if it was not met.
+    pub(super) since: Option<usize>,
+}
+
+impl Newest {
+    /// Those that came after the anchor.
+    pub(super) fn since_anchor(&self) -> Option<&[Value]> {
+        self.since.map(|start| &self.items[start..])
+    }
+}
+
+impl ResponsesUpstream {
+    /// Reads pages, the newest first, until the item `anchor`, or until the conversation's beginning.
+    pub(super) async fn newest(
+        &self,
+        conversation: &UpstreamThreadId,
+        anchor: Option<&str>,
+        max_pages: usize,
+    ) -> Result<Newest, UpstreamError> {
+        let path = ["conversations", conversation.as_str(), "items"];
+        let mut newest_first: Vec<Value> = Vec::new();
+        let mut met = None;
+        let mut is_whole = false;
+        for _ in 0..max_pages {
+            let after = newest_first.last().and_then(id_of).map(str::to_owned);
+            let cursor = after.as_deref().map(|id| ("after", id));
+            let query: Vec<_> = [("limit", PAGE_TEXT), ("order", "desc")].into_iter().chain(cursor).collect();
+            let page: Answer<ItemList> =
+                patiently(|| self.client.json(Method::GET, &path, &query, None)).await?;
+            let ItemList { data, has_more } = page.value;
+            let is_last = data.is_empty() || !has_more.unwrap_or(data.len() >= PAGE);
+            let before = newest_first.len();
+            newest_first.extend(data);
+            met = newest_first[before..]
+                .iter()
+                .position(|item| anchor.is_some() && id_of(item) == anchor)
+                .map(|at| before + at);
+            is_whole = is_last;
+            if is_last || met.is_some() {
+                break;
+            }
+        }
+        let count = newest_first.len();
+        let since = met.map(|at| count - at).or((anchor.is_none() && is_whole).then_some(0));
+        newest_first.reverse();
+        Ok(Newest { items: newest_first, since })
+    }
+
+    /// Gives an output to each of the calls.
+    pub(super) async fn close(
+        &self,
+        conversation: &UpstreamThreadId,
+        calls: &[OpenCall],
+    ) -> Result<(), UpstreamError> {
+        let outputs: Vec<Value> = calls.iter().map(|call| call.output(NO_OUTPUT)).collect();
+        self.add_items(conversation, &outputs).await
+    }
+
+    /// Adds items as soon as nothing holds the conversation. Only a refusal is followed by another try: after any
+    /// other failure the items may be there.
+    pub(super) async fn add_items(
+        &self,
+        conversation: &UpstreamThreadId,
+        items: &[Value],
+    ) -> Result<(), UpstreamError> {
+        let path = ["conversations", conversation.as_str(), "items"];
+        let mut wait = FIRST_WAIT;
+        for some in items.chunks(ITEMS_PER_REQUEST) {
+            let body = json!({"items": some});
+            loop {
+                match self.client.json::<Value>(Method::POST, &path, &[], Some(&body)).await {
+                    Ok(_) => break,
+                    Err(
+                        UpstreamError::Busy { .. }
+                        | UpstreamError::Connect
+                        | UpstreamError::RateLimited { quota: false, .. },
+                    ) => {}
+                    Err(error) => return Err(error),
+                }
+                sleep(wait).await;
+                wait = longer(wait);
+            }
+        }
+        Ok(())
+    }
+
+    /// Deletes items in this order, as soon as nothing holds the conversation. One that is gone is deleted.
+    pub(super) async fn delete_items(
+        &self,
+        conversation: &UpstreamThreadId,
+        ids: &[String],
+    ) -> Result<(), UpstreamError> {
+        for id in ids {
+            let path = ["conversations", conversation.as_str(), "items", id];
+            match once_unlocked(|| self.client.json::<Value>(Method::DELETE, &path, &[], None)).await {
+                Ok(_) => {}
+                // Not the conversation: that is found gone by whoever uses it next.
+                Err(error) if is_missing(&error) => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(())
+    }
+}

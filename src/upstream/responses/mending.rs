@@ -1,0 +1,130 @@
+//! Starting a turn on a conversation that an earlier turn may have damaged.
+//!
+//! A function call without an output, or a reasoning item without what it led to, makes the server refuse every further
+//! turn, for ever. First open calls get an output, in the same request as the turn. If that does not help, the broken
+//! items are deleted. If that does not help either, the conversation counts as gone.
+
+use futures_util::{StreamExt, stream};
+use serde_json::Value;
+
+use super::items::NO_OUTPUT;
+use super::part::{broken_tail, kept};
+use super::turn::Turn;
+use super::wire::{OpenCall, open_calls};
+use super::{ResponsesUpstream, is_not_offered};
+use crate::domain::UpstreamThreadId;
+use crate::upstream::classify::{Damage, Refusal};
+use crate::upstream::patience::a_moment;
+use crate::upstream::relay::{RunEvents, relay};
+use crate::upstream::{EventStream, UpstreamError};
+
+/// Pages in which the damage is looked for. It is near the end: nothing can have been said after it.
+const PAGES_TO_SEARCH: usize = 3;
+
+/// A turn on its way into its thread.
+pub(super) struct Attempt {
+    upstream: ResponsesUpstream,
+    thread: Option<UpstreamThreadId>,
+    body: Value,
+    input: Vec<Value>,
+    tried: Repair,
+}
+
+#[derive(Clone, Copy, Eq, PartialEq)]
+enum Repair {
+    Nothing,
+    /// Outputs for the open calls.
+    Outputs,
+    /// Deletion of the broken items.
+    Deletion,
+}
+
+impl Attempt {
+    pub(super) fn new(
+        upstream: &ResponsesUpstream,
+        thread: Option<&UpstreamThreadId>,
+        input: Vec<Value>,
+        mut body: Value,
+    ) -> Self {
+        body["input"] = input.clone().into();
+        Self { upstream: upstream.clone(), thread: thread.cloned(), body, input, tried: Repair::Nothing }
+    }
+
+    /// Starts the turn. A server that accepts it first and refuses it as its end is understood too: then the stream
+    /// goes on with that of another response.
+    pub(super) async fn events(mut self) -> Result<EventStream, UpstreamError> {
+        let events = self.send().await?;
+        let going = stream::try_unfold(Some((self, events)), |going| async move {
+            let Some((mut attempt, mut events)) = going else { return Ok(None) };
+            loop {
+                match events.next().await {
+                    None => return Ok(None),
+                    Some(Ok(event)) => return Ok(Some((event, Some((attempt, events))))),
+                    Some(Err(refusal)) => {
+                        attempt.mend(refusal, true).await?;
+                        events = attempt.send_once_unlocked().await?;
+                    }
+                }
+            }
+        });
+        Ok(going.boxed())
+    }
+
+    async fn send(&mut self) -> Result<RunEvents, UpstreamError> {
+        loop {
+            let events = match self.upstream.open(&self.body).await {
+                Ok(events) => relay(events, Turn::to_be_mended(!self.upstream.conversations)).await,
+                Err(refusal) => Err(refusal),
+            };
+            match events {
+                Ok(events) => return Ok(events),
+                Err(refusal) => self.mend(refusal, false).await?,
+            }
+        }
+    }
+
+    /// The response that was refused may still hold the conversation.
+    async fn send_once_unlocked(&mut self) -> Result<RunEvents, UpstreamError> {
+        loop {
+            match self.send().await {
+                Err(UpstreamError::Busy { .. }) => a_moment().await,
+                other => return other,
+            }
+        }
+    }
+
+    /// Makes the next try promising, or says why there is none. `accepted`: it was refused only after it had been
+    /// accepted.
+    async fn mend(&mut self, refusal: Refusal, accepted: bool) -> Result<(), UpstreamError> {
+        let (Some(damage), Some(thread)) = (refusal.damage, &self.thread) else { return Err(refusal.error) };
+        if !self.upstream.conversations || self.tried == Repair::Deletion {
+            return Err(UpstreamError::ThreadGone);
+        }
+        tracing::warn!("mending the conversation, which an earlier turn left damaged");
+        let items = match self.upstream.newest(thread, None, PAGES_TO_SEARCH).await {
+            Ok(newest) => newest.items,
+            // What cannot be looked at cannot be mended.
+            Err(error) if is_not_offered(&error) => return Err(UpstreamError::ThreadGone),
+            Err(error) => return Err(error),
+        };
+        if accepted {
+            let kept = kept(&items, &self.input);
+            self.upstream.delete_items(thread, &kept).await?;
+        }
+        let open = open_calls(&items);
+        if self.tried == Repair::Nothing && damage == Damage::OpenCall && !open.is_empty() {
+            let outputs = open.iter().map(|call: &OpenCall| call.output(NO_OUTPUT));
+            self.body["input"] = outputs.chain(self.input.iter().cloned()).collect();
+            self.tried = Repair::Outputs;
+            return Ok(());
+        }
+        let broken = broken_tail(&items, &damage);
+        if broken.is_empty() {
+            return Err(UpstreamError::ThreadGone);
+        }
+        self.upstream.delete_items(thread, &broken).await?;
+        self.body["input"] = self.input.clone().into();
+        self.tried = Repair::Deletion;
+        Ok(())
+    }
+}

@@ -1,0 +1,214 @@
+//! The events of a background response, whatever becomes of the connection that they came over.
+
+use std::time::Duration;
+
+use futures_util::{StreamExt, stream};
+use http::Method;
+use serde_json::{Value, json};
+use tokio::time::sleep;
+
+use super::is_missing;
+use super::wire::{Envelope, ResponseHead};
+use crate::domain::{RunStatus, UpstreamRunId};
+use crate::upstream::UpstreamError;
+use crate::upstream::client::{SseStream, UpstreamClient};
+use crate::upstream::patience::{FIRST_WAIT, asked_wait, longer, may_pass};
+use crate::upstream::relay::out_of_sight;
+use crate::upstream::sse::SseEvent;
+
+/// Tries in a row that bring nothing new.
+const MAX_TRIES: u32 = 5;
+
+/// The events of a response whose first ones are in `events`. Each time the stream breaks once the response is known,
+/// it is asked for again from the last event on; a server that cannot do that is asked for the response itself until
+/// that has ended. No event comes twice.
+pub(super) fn resuming(client: UpstreamClient, events: SseStream) -> SseStream {
+    Source { events: Some(events), ..Source::new(client) }.into_stream()
+}
+
+/// What is still to come of a response that was read as `response` just now: that it is there, then its end.
+pub(super) fn polling(client: UpstreamClient, id: UpstreamRunId, response: &Value) -> SseStream {
+    let (first, is_over) = as_event(response);
+    let source = Source { response: Some(id), polls: true, over: is_over, ..Source::new(client) };
+    stream::iter([Ok(first)]).chain(source.into_stream()).boxed()
+}
+
+struct Source {
+    client: UpstreamClient,
+    events: Option<SseStream>,
+    response: Option<UpstreamRunId>,
+    /// Number of the last event.
+    last: Option<u64>,
+    /// Events up to this number are repeats.
+    seen: Option<u64>,
+    /// Something new came since the last break.
+    progress: bool,
+    /// Its events cannot be had again: the response itself is asked for.
+    polls: bool,
+    failures: u32,
+    wait: Duration,
+    /// The last event that matters has come.
+    over: bool,
+}
+
+impl Source {
+    fn new(client: UpstreamClient) -> Self {
+        Self {
+            client,
+            events: None,
+            response: None,
+            last: None,
+            seen: None,
+            progress: true,
+            polls: false,
+            failures: 0,
+            wait: FIRST_WAIT,
+            over: false,
+        }
+    }
+
+    fn into_stream(self) -> SseStream {
+        stream::unfold(self, |mut source| async move { source.next().await.map(|event| (event, source)) })
+            .boxed()
+    }
+
+    async fn next(&mut self) -> Option<Result<SseEvent, UpstreamError>> {
+        let mut broken = UpstreamError::Broken { timeout: false };
+        loop {
+            if let Some(events) = &mut self.events {
+                match events.next().await {
+                    // Instead of an event that was asked for: it cannot be had, which says nothing of the response.
+                    Some(Ok(event)) if !self.progress && is_error(&event) => self.polls = true,
+                    Some(Ok(event)) => {
+                        if self.note(&event) {
+                            return Some(Ok(event));
+                        }
+                        continue;
+                    }
+                    None if self.over => return None,
+                    // A stream that ends without anything new has nothing more to tell.
+                    None => self.polls |= !self.progress,
+                    Some(Err(error)) if self.over || !matches!(error, UpstreamError::Broken { .. }) => {
+                        return Some(Err(error));
+                    }
+                    Some(Err(error)) => broken = error,
+                }
+                self.events = None;
+            }
+            if self.over {
+                return None;
+            }
+            let event = self.go_on(broken.clone()).await;
+            match event.transpose() {
+                None => {}
+                Some(Ok(event)) => return Some(Ok(event)),
+                Some(Err(error)) => {
+                    self.over = true;
+                    return Some(Err(out_of_sight(error)));
+                }
+            }
+        }
+    }
+
+    /// Takes note of an event. False if it has been seen before.
+    fn note(&mut self, event: &SseEvent) -> bool {
+        let Ok(envelope) = serde_json::from_str::<Envelope<'_>>(&event.data) else { return true };
+        let number = envelope.sequence_number;
+        if number.zip(self.seen).is_some_and(|(number, seen)| number <= seen) {
+            return false;
+        }
+        self.last = number.or(self.last);
+        (self.progress, self.failures, self.wait) = (true, 0, FIRST_WAIT);
+        if let Some(response) = envelope.response
+            && let Ok(head) = serde_json::from_str::<ResponseHead>(response.get())
+        {
+            self.over |= head.run_status().is_some_and(RunStatus::is_final);
+            self.response.get_or_insert(UpstreamRunId(head.id));
+        }
+        self.over |= matches!(
+            kind(&envelope, event),
+            "error" | "response.completed" | "response.incomplete" | "response.failed" | "response.cancelled"
+        );
+        true
+    }
+
+    /// Opens the stream again, or gives the response's end as an event. `error`: how the stream broke.
+    async fn go_on(&mut self, mut error: UpstreamError) -> Result<Option<SseEvent>, UpstreamError> {
+        let Some(id) = self.response.clone() else { return Err(error) };
+        loop {
+            self.failures += 1;
+            if self.failures > MAX_TRIES {
+                return Err(error);
+            }
+            if self.failures > 1 {
+                sleep(asked_wait(&error).unwrap_or(self.wait)).await;
+                self.wait = longer(self.wait);
+            }
+            let tried = match self.last {
+                Some(last) if !self.polls => self.resume(&id, last).await.map(|()| None),
+                _ => self.poll(&id).await.map(Some),
+            };
+            match tried {
+                Ok(event) => return Ok(event),
+                Err(next) if may_pass(&next) || matches!(next, UpstreamError::Resting { .. }) => error = next,
+                // The server cannot stream it again: refused, or not an event stream.
+                Err(next) if !self.polls && self.last.is_some() && is_no(&next) => {
+                    tracing::debug!("the upstream cannot resume a stream; asking for the response instead");
+                    self.polls = true;
+                    self.failures = 0;
+                }
+                // What became of a response that is gone has to be found out elsewhere.
+                Err(next) if is_missing(&next) => return Err(error),
+                Err(next) => return Err(next),
+            }
+        }
+    }
+
+    async fn resume(&mut self, id: &UpstreamRunId, last: u64) -> Result<(), UpstreamError> {
+        let after = last.to_string();
+        let query = [("stream", "true"), ("starting_after", after.as_str())];
+        let events = self.client.events(Method::GET, &["responses", id.as_str()], &query, None).await?;
+        tracing::debug!("the stream of a response broke and goes on");
+        (self.events, self.seen, self.progress) = (Some(events), Some(last), false);
+        Ok(())
+    }
+
+    /// Asks for the response until it has ended.
+    async fn poll(&mut self, id: &UpstreamRunId) -> Result<SseEvent, UpstreamError> {
+        loop {
+            let path = ["responses", id.as_str()];
+            let answer = self.client.json::<Value>(Method::GET, &path, &[], None).await?;
+            let (event, is_over) = as_event(&answer.value);
+            if is_over {
+                self.over = true;
+                return Ok(event);
+            }
+            self.failures = 0;
+            sleep(answer.poll_after.unwrap_or(self.wait)).await;
+            self.wait = longer(self.wait);
+        }
+    }
+}
+
+/// The event that a response as it stands amounts to, and whether it is the last one.
+pub(super) fn as_event(response: &Value) -> (SseEvent, bool) {
+    let status: Option<RunStatus> = response["status"].as_str().and_then(|status| status.parse().ok());
+    let ended = status.filter(|status| status.is_final());
+    let kind = ended.map_or("in_progress", RunStatus::as_str);
+    let data = json!({"type": format!("response.{kind}"), "response": response}).to_string();
+    (SseEvent { name: None, data }, ended.is_some())
+}
+
+fn kind<'a>(envelope: &'a Envelope<'_>, event: &'a SseEvent) -> &'a str {
+    envelope.kind.as_deref().or(event.name.as_deref()).unwrap_or_default()
+}
+
+fn is_error(event: &SseEvent) -> bool {
+    let envelope = serde_json::from_str::<Envelope<'_>>(&event.data);
+    envelope.is_ok_and(|envelope| kind(&envelope, event) == "error")
+}
+
+/// The server will not do it.
+const fn is_no(error: &UpstreamError) -> bool {
+    matches!(error, UpstreamError::Refused { .. } | UpstreamError::ThreadGone | UpstreamError::Protocol(_))
+}

@@ -1,0 +1,104 @@
+//! Answers to function calls.
+
+use threadkeeper::domain::{Metadata, RunId, RunStatus, ToolOutput, UpstreamRunId};
+use threadkeeper::upstream::{AnswerTools, EventStream, Upstream, UpstreamError};
+
+use futures_util::StreamExt;
+use serde_json::json;
+
+use super::scene::{ALL, Flavour, Scene, read};
+use super::scripted::{Scripted, Step, json_answer, sse};
+use super::{RESPONSES_TURN, assistants, lines, owner, profile, responses, thread};
+
+async fn answer(upstream: &dyn Upstream, custom: bool) -> Result<EventStream, UpstreamError> {
+    let mut assistant = profile();
+    if custom {
+        assistant.tools = vec![json!({"type": "custom", "name": "h"})];
+    }
+    let output = |id: &str| ToolOutput { tool_call_id: id.to_owned(), output: "1".to_owned() };
+    let request = AnswerTools {
+        run: RunId::new(),
+        thread: Some(&thread()),
+        owner: &owner(),
+        upstream_run: &UpstreamRunId("r_0".to_owned()),
+        assistant: &assistant,
+        outputs: &[output("call_1"), output("call_2")],
+        metadata: &Metadata::default(),
+    };
+    upstream.answer_tools(request).await
+}
+
+#[tokio::test]
+async fn a_run_goes_on_when_its_calls_are_answered() {
+    for flavour in ALL {
+        let scene = Scene::new(flavour).await;
+        let asked = scene.say("weather? [[sim: tools=2 reasoning]]").await;
+        assert_eq!((asked.ended.status, asked.ended.tool_calls.len()), (RunStatus::RequiresAction, 2));
+        let again = scene.answer(&asked, "[[sim: tool=other]] rain").await;
+        assert_eq!((again.ended.status, again.ended.tool_calls.len()), (RunStatus::RequiresAction, 1));
+        let done = scene.answer(&again, "4 °C").await;
+        assert_eq!(done.ended.status, RunStatus::Completed, "{flavour:?}");
+        let expected = "You said: weather?. The tools answered: rain; rain; 4 °C. (This is turn 1 of this conversation.)";
+        assert_eq!(done.streamed, expected, "{flavour:?}");
+        assert_eq!(done.ended.thread.is_some(), flavour.is_chain());
+        let is_the_same = asked.accepted == done.accepted;
+        assert_eq!(is_the_same, flavour == Flavour::Assistants);
+        scene.assert_sound();
+    }
+}
+
+#[tokio::test]
+async fn calls_of_custom_tools_are_answered_in_their_own_form() {
+    let asking = json!({"id": "r_0", "status": "completed", "output": [
+        {"type": "function_call", "call_id": "call_1", "name": "f", "arguments": "{}"},
+        {"type": "custom_tool_call", "call_id": "call_2", "name": "h", "input": "x"},
+    ]});
+    let server = Scripted::start(vec![
+        json_answer(200, &[], &asking.to_string()),
+        sse(vec![Step::Bytes(RESPONSES_TURN.into())]),
+        sse(vec![Step::Bytes(RESPONSES_TURN.into())]),
+    ])
+    .await;
+    let upstream = responses(&server);
+    read(answer(&*upstream, true).await.unwrap()).await;
+    read(answer(&*upstream, false).await.unwrap()).await;
+    assert_eq!(server.targets(), ["GET /responses/r_0", "POST /responses", "POST /responses"]);
+    let kinds = |at: usize| {
+        let body = &server.requests()[at].body;
+        [0, 1].map(|item| body["input"][item]["type"].as_str().unwrap().to_owned())
+    };
+    assert_eq!(kinds(1), ["function_call_output", "custom_tool_call_output"]);
+    assert_eq!(kinds(2), ["function_call_output", "function_call_output"], "nobody is asked without need");
+}
+
+#[tokio::test]
+async fn a_run_that_takes_no_outputs_has_moved_on() {
+    let refused = |status: &str| {
+        let message = format!("Runs in status \"{status}\" do not accept tool outputs.");
+        let error = json!({"error": {"message": message, "type": "invalid_request_error", "param": null, "code": null}});
+        json_answer(400, &[], &error.to_string())
+    };
+    let run = |status: &str| json_answer(200, &[], &json!({"id": "r_0", "status": status}).to_string());
+    let none = || json_answer(200, &[], r#"{"data":[]}"#);
+    let server = Scripted::start(vec![
+        refused("expired"),
+        run("expired"),
+        none(),
+        refused("queued"),
+        run("queued"),
+        run("completed"),
+        none(),
+        refused("requires_action"),
+        run("requires_action"),
+    ])
+    .await;
+    let upstream = assistants(&server);
+    for expected in ["ended expired ", "ended completed "] {
+        let events: Vec<_> = answer(&*upstream, false).await.unwrap().collect().await;
+        assert_eq!(lines(&events), ["accepted r_0", expected]);
+    }
+    let error = answer(&*upstream, false).await.err().unwrap();
+    assert!(matches!(error, UpstreamError::Refused { status: 400, .. }), "{error:?}");
+    assert_eq!(server.requests().len(), 9);
+    assert_eq!(server.targets()[0], "POST /threads/t_1/runs/r_0/submit_tool_outputs");
+}

@@ -1,0 +1,172 @@
+//! Streams of background responses that break and go on.
+
+use std::time::Duration;
+
+use futures_util::StreamExt;
+use serde_json::{Value, json};
+use threadkeeper::config::UpstreamKind;
+use threadkeeper::domain::RunStatus;
+use threadkeeper::simulator::{Fault, SimulatorConfig};
+use threadkeeper::upstream::{Upstream, UpstreamEvent};
+
+use super::scene::{Flavour, Scene, read};
+use super::scripted::{Play, Scripted, Step, json_answer, sse};
+use super::{EXPECTED, RESPONSES_TURN, adapter, config, lines, thread, turn};
+
+/// An adapter whose responses run in the background, with little patience for silence.
+fn background(server: &Scripted) -> Box<dyn Upstream> {
+    let mut settings = config(UpstreamKind::Responses, &server.url);
+    settings.background = true;
+    settings.idle_timeout = Duration::from_millis(500);
+    adapter(&settings)
+}
+
+/// The first events of the usual turn.
+fn first(events: usize) -> Vec<u8> {
+    RESPONSES_TURN.split_inclusive("\n\n").take(events).collect::<String>().into_bytes()
+}
+
+fn cut_after(events: usize) -> Play {
+    sse(vec![Step::Bytes(first(events)), Step::Cut])
+}
+
+/// The rest of the turn.
+fn rest(events: usize) -> Play {
+    let rest: String = RESPONSES_TURN.split_inclusive("\n\n").skip(events).collect();
+    sse(vec![Step::Bytes(rest.into_bytes())])
+}
+
+fn response(status: &str) -> Play {
+    let done = json!({"id": "r_1", "status": status, "output": if status == "completed" {
+        json!([{"type": "message", "id": "msg_1", "role": "assistant", "content": [{"type": "output_text", "text": "Hello!"}]}])
+    } else {
+        Value::from(Vec::<Value>::new())
+    }});
+    json_answer(200, &[("openai-poll-after-ms", "1")], &done.to_string())
+}
+
+#[tokio::test]
+async fn a_stream_that_is_cut_anywhere_goes_on_and_no_text_comes_twice() {
+    for flavour in [Flavour::Background, Flavour::BackgroundChain] {
+        for cut in 0..=6 {
+            let scene = Scene::new(flavour).await;
+            let get = |fault: &str, times| Fault { on: "get_response".into(), fault: fault.into(), times };
+            scene.sim.handle.add_fault(get(&format!("cut={}", cut % 3 + 1), 3)).unwrap();
+            if cut == 3 {
+                scene.sim.handle.add_fault(get("status=500 retry_after=0", 2)).unwrap();
+                scene.sim.handle.add_fault(get("drop=before", 1)).unwrap();
+            }
+            let said = scene.say(&format!("a b c d e f g h [[sim: cut={cut}]]")).await;
+            let expected = "You said: a b c d e f g h. (This is turn 1 of this conversation.)";
+            assert_eq!(said.streamed, expected, "{flavour:?} cut after {cut}");
+            assert_eq!(said.ended.status, RunStatus::Completed);
+            assert_eq!(scene.sim.handle.stats().runs_started, 1);
+            scene.assert_sound();
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_slow_response_is_followed_over_many_breaks() {
+    let config = SimulatorConfig { token_interval: Duration::from_millis(5), ..SimulatorConfig::default() };
+    let scene = Scene::with(Flavour::Background, config, |_| ()).await;
+    let cut = Fault { on: "get_response".into(), fault: "cut=2".into(), times: 12 };
+    scene.sim.handle.add_fault(cut).unwrap();
+    let said = scene.say("slow [[sim: cut=1 tokens=40]]").await;
+    assert_eq!(said.streamed.split(' ').count(), 40);
+    let requests = scene.sim.handle.recorded();
+    let resumed: Vec<_> = requests.iter().filter_map(|request| request.query.as_deref()).collect();
+    assert_eq!(resumed[0], "stream=true&starting_after=5");
+    assert_eq!(resumed.len(), 13);
+}
+
+#[tokio::test]
+async fn a_repeat_is_not_taken_for_news() {
+    let whole = || sse(vec![Step::Bytes(RESPONSES_TURN.into())]);
+    let server = Scripted::start(vec![cut_after(3), whole()]).await;
+    assert_eq!(lines(&turn(&*background(&server), Some(&thread())).await.unwrap()), EXPECTED);
+    assert_eq!(server.targets(), ["POST /responses", "GET /responses/r_1?stream=true&starting_after=2"]);
+    assert_eq!(server.requests()[0].body["background"], true);
+}
+
+#[tokio::test]
+async fn a_server_that_cannot_stream_again_is_asked_for_the_response() {
+    let refused = || {
+        let error = json!({"message": "This response cannot be streamed.", "type": "x", "param": "stream", "code": null});
+        json_answer(400, &[], &json!({"error": error}).to_string())
+    };
+    let error_event = || {
+        let error = json!({"type": "error", "code": "x", "message": "The stream TTL has expired.", "sequence_number": 0});
+        sse(vec![Step::Bytes(format!("event: error\ndata: {error}\n\n").into_bytes())])
+    };
+    // Refused, no event stream, a stream without anything in it, an error in it, and a stream without numbers.
+    let unnumbered = String::from_utf8(first(3)).unwrap().replace("sequence_number", "x");
+    let unnumbered = || sse(vec![Step::Bytes(unnumbered.clone().into_bytes()), Step::Cut]);
+    for plays in [
+        vec![cut_after(3), refused(), response("in_progress"), response("completed")],
+        vec![cut_after(3), response("in_progress"), response("queued"), response("completed")],
+        vec![cut_after(3), sse(vec![]), response("in_progress"), response("completed")],
+        vec![cut_after(3), error_event(), response("in_progress"), response("completed")],
+        vec![unnumbered(), response("in_progress"), response("completed")],
+    ] {
+        let (count, server) = (plays.len(), Scripted::start(plays).await);
+        let events = turn(&*background(&server), Some(&thread())).await.unwrap();
+        let expected = ["accepted r_1", "text Hel", "ended completed Hello!"];
+        assert_eq!(lines(&events), expected, "{:?}", server.targets());
+        assert_eq!(server.requests().len(), count);
+        assert_eq!(server.targets().last().unwrap(), "GET /responses/r_1");
+    }
+}
+
+#[tokio::test]
+async fn tries_that_bring_nothing_new_are_bounded() {
+    let bad = || json_answer(503, &[("retry-after-ms", "1")], "");
+    let mut plays = vec![cut_after(3), bad(), bad(), bad(), bad(), rest(3)];
+    plays.extend([cut_after(3), bad(), bad(), bad(), bad(), bad()]);
+    let server = Scripted::start(plays).await;
+    let mut settings = config(UpstreamKind::Responses, &server.url);
+    (settings.background, settings.max_failures) = (true, 0);
+    let upstream = adapter(&settings);
+    assert_eq!(lines(&turn(&*upstream, Some(&thread())).await.unwrap()), EXPECTED);
+    let events = turn(&*upstream, Some(&thread())).await.unwrap();
+    let lines = lines(&events);
+    assert_eq!(lines[..2], EXPECTED[..2]);
+    assert!(lines[2].starts_with("error Unavailable { status: 503"), "{lines:?}");
+    assert_eq!(server.requests().len(), 12);
+}
+
+#[tokio::test]
+async fn what_is_met_on_the_way_never_looks_like_a_refusal_of_the_run() {
+    let gone = json!({"error": {"message": "Response with id 'r_1' not found.", "type": "x", "param": null, "code": null}});
+    for answer in [json_answer(401, &[], "{}"), json_answer(404, &[], &gone.to_string())] {
+        let again = json_answer(404, &[], &gone.to_string());
+        let server = Scripted::start(vec![cut_after(3), answer, again]).await;
+        let events = turn(&*background(&server), Some(&thread())).await.unwrap();
+        assert_eq!(lines(&events)[2..], ["error Broken { timeout: false }"]);
+    }
+}
+
+#[tokio::test]
+async fn a_silent_stream_is_opened_again() {
+    let silent = sse(vec![Step::Bytes(first(3)), Step::Stall]);
+    let server = Scripted::start(vec![silent, rest(3)]).await;
+    assert_eq!(lines(&turn(&*background(&server), Some(&thread())).await.unwrap()), EXPECTED);
+}
+
+#[tokio::test]
+async fn a_stream_that_breaks_before_the_response_is_known_is_broken() {
+    let server = Scripted::start(vec![sse(vec![Step::Bytes(b": hi\n\n".to_vec()), Step::Cut])]).await;
+    let error = turn(&*background(&server), Some(&thread())).await.unwrap_err();
+    assert!(error.is_ambiguous(), "{error:?}");
+    assert_eq!(server.requests().len(), 1);
+}
+
+#[tokio::test]
+async fn a_response_that_is_cancelled_elsewhere_ends_its_stream() {
+    let scene = Scene::new(Flavour::Background).await;
+    let mut events = scene.start("stop [[sim: tokens=50 rate=10s]]").await.unwrap();
+    let Some(Ok(UpstreamEvent::Accepted(id))) = events.next().await else { panic!("not accepted") };
+    scene.sim.post(&format!("/responses/{id}/cancel"), json!({})).await;
+    let said = read(events).await;
+    assert_eq!(said.ended.status, RunStatus::Cancelled);
+}

@@ -1,0 +1,69 @@
+//! Waiting until a thread that something else holds is free.
+
+use std::time::Instant;
+
+use futures_util::StreamExt;
+use threadkeeper::domain::UpstreamRunId;
+use threadkeeper::upstream::{UpstreamError, UpstreamEvent};
+
+use super::scene::{ALL, Flavour, Scene};
+
+async fn blocking(scene: &Scene) -> Option<UpstreamRunId> {
+    match scene.start("x").await.err() {
+        Some(UpstreamError::Busy { blocking_run }) => blocking_run,
+        other => panic!("not busy: {other:?}"),
+    }
+}
+
+#[tokio::test]
+async fn one_of_our_own_runs_is_always_ended() {
+    let scene = Scene::new(Flavour::Assistants).await;
+    scene.sim.handle.hold();
+    let mut events = scene.start("forgotten").await.unwrap();
+    assert!(matches!(events.next().await, Some(Ok(UpstreamEvent::Accepted(_)))));
+    drop(events);
+    let blocking = blocking(&scene).await.unwrap();
+    scene.upstream.clear(scene.thread.as_ref().unwrap(), Some(&blocking), false).await.unwrap();
+    assert_eq!(scene.sim.handle.stats().runs_ended["cancelled"], 1);
+    scene.sim.handle.release();
+    scene.say("next").await;
+    // A run that has ended, or never was, blocks nothing.
+    for run in [&blocking, &UpstreamRunId("run_0".to_owned())] {
+        scene.upstream.clear(scene.thread.as_ref().unwrap(), Some(run), false).await.unwrap();
+    }
+    scene.assert_sound();
+}
+
+#[tokio::test]
+async fn another_s_run_is_waited_for_unless_it_is_to_be_ended() {
+    let scene = Scene::new(Flavour::Assistants).await;
+    let thread = scene.thread.clone().unwrap();
+    scene.sim.handle.start_foreign_run(thread.as_str()).unwrap();
+    let run = blocking(&scene).await.unwrap();
+    let clearing = scene.upstream.clear(&thread, Some(&run), false);
+    let stop = async {
+        scene.sim.wait_for(|stats| stats.requests_by_operation.get("get_run") >= Some(&2)).await;
+        scene.sim.handle.stop_foreign_run(thread.as_str());
+    };
+    let (cleared, ()) = tokio::join!(clearing, stop);
+    cleared.unwrap();
+    assert_eq!(scene.sim.handle.stats().requests_by_operation.get("cancel_run"), None);
+
+    scene.sim.handle.start_foreign_run(thread.as_str()).unwrap();
+    let run = blocking(&scene).await.unwrap();
+    scene.upstream.clear(&thread, Some(&run), true).await.unwrap();
+    assert_eq!(scene.sim.handle.stats().requests_by_operation["cancel_run"], 1);
+    scene.say("next").await;
+}
+
+#[tokio::test]
+async fn what_is_not_known_is_waited_for_a_moment() {
+    for flavour in ALL.into_iter().filter(|flavour| !flavour.is_chain()) {
+        let scene = Scene::new(flavour).await;
+        let requests = scene.sim.handle.stats().requests;
+        let started = Instant::now();
+        scene.upstream.clear(scene.thread.as_ref().unwrap(), None, true).await.unwrap();
+        assert!((400..1500).contains(&started.elapsed().as_millis()), "{:?}", started.elapsed());
+        assert_eq!(scene.sim.handle.stats().requests, requests);
+    }
+}

@@ -1,0 +1,180 @@
+//! Conversations that an earlier turn left damaged.
+
+use serde_json::{Value, json};
+use threadkeeper::config::UpstreamKind;
+use threadkeeper::domain::RunStatus;
+use threadkeeper::simulator::SimulatorConfig;
+use threadkeeper::upstream::UpstreamError;
+
+use futures_util::StreamExt;
+
+use super::scene::{Flavour, Scene, read};
+use super::scripted::{Play, Scripted, Step, json_answer, sse};
+use super::{EXPECTED, RESPONSES_TURN, adapter, config, lines, responses, thread, turn};
+
+const OPEN: &str = "No tool output found for function call call_1.";
+const ORPHAN: &str = "Item 'rs_1' of type 'reasoning' was provided without its required following item.";
+
+fn refused(message: &str) -> Play {
+    let error = json!({"message": message, "type": "invalid_request_error", "param": "input", "code": null});
+    json_answer(400, &[], &json!({"error": error}).to_string())
+}
+
+/// Items, newest first.
+fn items(items: &Value) -> Play {
+    json_answer(200, &[], &json!({"data": items, "has_more": false}).to_string())
+}
+
+fn call(id: &str) -> Value {
+    json!({"type": "function_call", "id": format!("fc_{id}"), "call_id": id, "name": "f", "arguments": "{}"})
+}
+
+fn good() -> Play {
+    sse(vec![Step::Bytes(RESPONSES_TURN.into())])
+}
+
+fn ok() -> Play {
+    json_answer(200, &[], "{}")
+}
+
+#[tokio::test]
+async fn open_calls_get_an_output_together_with_the_next_message() {
+    let custom =
+        json!({"type": "custom_tool_call", "id": "ctc_2", "call_id": "call_2", "name": "h", "input": ""});
+    let server = Scripted::start(vec![refused(OPEN), items(&json!([custom, call("call_1")])), good()]).await;
+    let events = turn(&*responses(&server), Some(&thread())).await.unwrap();
+    assert_eq!(lines(&events), EXPECTED);
+    let requests = server.requests();
+    let output = |kind: &str, id: &str| json!({"type": kind, "call_id": id, "output": "{\"error\":\"the call was not answered\"}"});
+    let mut expected =
+        vec![output("function_call_output", "call_1"), output("custom_tool_call_output", "call_2")];
+    expected.extend(requests[0].body["input"].as_array().unwrap().clone());
+    assert_eq!(requests[2].body["input"], Value::from(expected));
+    let without_input = |body: &Value| {
+        let mut body = body.clone();
+        body["input"].take();
+        body
+    };
+    assert_eq!(without_input(&requests[0].body), without_input(&requests[2].body));
+}
+
+#[tokio::test]
+async fn the_repairs_are_tried_in_order_and_each_once() {
+    let reasoning = |id: &str| json!({"type": "reasoning", "id": id, "summary": []});
+    let tail = json!([call("call_1"), reasoning("rs_2"), reasoning("rs_1")]);
+    let list = || items(&tail);
+    let server = Scripted::start(vec![
+        refused(OPEN),
+        list(),
+        refused(ORPHAN),
+        list(),
+        ok(),
+        json_answer(
+            404,
+            &[],
+            r#"{"error":{"message":"Item with id 'rs_2' not found in conversation.","type":"x"}}"#,
+        ),
+        ok(),
+        good(),
+    ])
+    .await;
+    assert_eq!(lines(&turn(&*responses(&server), Some(&thread())).await.unwrap()), EXPECTED);
+    let targets = server.targets();
+    assert_eq!(
+        targets[4..7],
+        ["fc_call_1", "rs_2", "rs_1"].map(|id| format!("DELETE /conversations/t_1/items/{id}"))
+    );
+    let requests = server.requests();
+    assert_eq!(requests[2].body["input"].as_array().unwrap().len(), 2);
+    assert_eq!(requests[7].body, requests[0].body);
+
+    // Still refused: the caller makes the conversation again.
+    let plays = vec![refused(OPEN), list(), refused(OPEN), list(), ok(), ok(), refused(ORPHAN)];
+    let server = Scripted::start(plays).await;
+    let error = turn(&*responses(&server), Some(&thread())).await.unwrap_err();
+    assert!(matches!(error, UpstreamError::ThreadGone), "{error:?}");
+    assert_eq!(server.requests().len(), 7);
+
+    // An orphan is not answered but deleted at once, even one that is further back.
+    let server = Scripted::start(vec![refused(ORPHAN), items(&json!([])), ok(), good()]).await;
+    assert_eq!(lines(&turn(&*responses(&server), Some(&thread())).await.unwrap()), EXPECTED);
+    assert_eq!(server.targets()[2], "DELETE /conversations/t_1/items/rs_1");
+}
+
+#[tokio::test]
+async fn what_cannot_be_mended_counts_as_gone() {
+    let server = Scripted::start(vec![
+        refused(OPEN),
+        items(&json!([])),
+        refused(OPEN),
+        json_answer(404, &[], "Not Found"),
+        refused(OPEN),
+    ])
+    .await;
+    for _ in 0..2 {
+        let error = turn(&*responses(&server), Some(&thread())).await.unwrap_err();
+        assert!(matches!(error, UpstreamError::ThreadGone), "{error:?}");
+    }
+    let mut chain = config(UpstreamKind::Responses, &server.url);
+    chain.conversations = false;
+    let error = turn(&*adapter(&chain), Some(&thread())).await.unwrap_err();
+    assert!(matches!(error, UpstreamError::ThreadGone), "a chain has no items to mend: {error:?}");
+    assert_eq!(server.requests().len(), 5);
+}
+
+#[tokio::test]
+async fn damaged_conversations_take_the_next_turn() {
+    for flavour in [Flavour::Conversations, Flavour::Background] {
+        for text in ["x [[sim: tools=2]]", "x [[sim: tools=23 reasoning]]", "x [[sim: dangling_reasoning]]"] {
+            let scene = Scene::new(flavour).await;
+            scene.say(text).await;
+            let next = scene.say("next").await;
+            assert_eq!(next.ended.status, RunStatus::Completed, "{flavour:?} {text}");
+            assert!(next.streamed.starts_with("You said: next."), "{}", next.streamed);
+            let texts = &scene.sim.handle.threads()[0].user_texts;
+            assert_eq!(texts.iter().filter(|text| *text == "next").count(), 1);
+            scene.assert_sound();
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_refusal_that_comes_as_the_end_of_an_accepted_response_is_mended_in_the_stream() {
+    for append_unfinished in [false, true] {
+        for flavour in [Flavour::Conversations, Flavour::Background] {
+            let config = SimulatorConfig { append_unfinished, ..SimulatorConfig::default() };
+            let scene = Scene::with(flavour, config, |_| ()).await;
+            scene.say("x [[sim: tools=1 reasoning]]").await;
+            scene.plant("create_response", "fail_text=open_call");
+            let next = scene.say("next").await;
+            assert_eq!(next.ended.status, RunStatus::Completed, "{flavour:?}");
+            let texts = &scene.sim.handle.threads()[0].user_texts;
+            assert_eq!(
+                texts.iter().filter(|text| *text == "next").count(),
+                1,
+                "{flavour:?} {append_unfinished}"
+            );
+
+            scene.say("x [[sim: dangling_reasoning]]").await;
+            scene.plant("create_response", "fail_text=reasoning");
+            let last = scene.say("last").await;
+            assert_eq!(last.ended.status, RunStatus::Completed, "{flavour:?}");
+            let texts = &scene.sim.handle.threads()[0].user_texts;
+            assert_eq!(
+                texts.iter().filter(|text| *text == "last").count(),
+                1,
+                "{flavour:?} {append_unfinished}"
+            );
+            scene.assert_sound();
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_response_that_always_ends_with_the_refusal_loses_its_conversation() {
+    let scene = Scene::new(Flavour::Conversations).await;
+    let events: Vec<_> = scene.start("x [[sim: fail_text=open_call]]").await.unwrap().collect().await;
+    assert!(matches!(events[0], Ok(threadkeeper::upstream::UpstreamEvent::Accepted(_))));
+    assert!(matches!(events[1..], [Err(UpstreamError::ThreadGone)]), "{events:?}");
+    read(scene.start("y").await.unwrap()).await;
+}

@@ -1,0 +1,288 @@
+//! What became of a request or stream that broke.
+
+use std::time::{Duration, Instant};
+
+use futures_util::StreamExt;
+use serde_json::json;
+use threadkeeper::domain::{Baseline, Leftover, RunId, RunStatus, UpstreamRunId};
+use threadkeeper::simulator::SimulatorConfig;
+use threadkeeper::upstream::{EventStream, Recovered, UpstreamError, UpstreamEvent};
+
+use super::scene::{ALL, Flavour, Scene, read, text_of};
+use super::scripted::{Scripted, json_answer};
+use super::{assistants, leftover};
+
+const WINDOW: Duration = Duration::from_millis(300);
+const BROKEN: UpstreamError = UpstreamError::Broken { timeout: false };
+const FAILED: UpstreamError = UpstreamError::Unavailable { status: 500, retry_after: None, no_retry: false };
+const GATEWAY: UpstreamError = UpstreamError::Unavailable { status: 504, retry_after: None, no_retry: false };
+
+async fn scene(flavour: Flavour, simulator: SimulatorConfig) -> Scene {
+    Scene::with(flavour, simulator, |settings| settings.lock_window = WINDOW).await
+}
+
+async fn recover(scene: &Scene, sent: &Leftover, failure: &UpstreamError) -> Recovered {
+    scene.upstream.recover(sent, failure).await.unwrap()
+}
+
+fn name(recovered: &Recovered) -> &'static str {
+    match recovered {
+        Recovered::Running(_) => "running",
+        Recovered::Absent => "absent",
+        Recovered::Unknown => "unknown",
+    }
+}
+
+async fn running(scene: &Scene, sent: &Leftover, failure: &UpstreamError) -> EventStream {
+    match recover(scene, sent, failure).await {
+        Recovered::Running(events) => events,
+        other => panic!("{:?}: {}", scene.flavour, name(&other)),
+    }
+}
+
+/// What came before a stream broke.
+async fn broken(events: EventStream) -> (UpstreamRunId, String) {
+    let (mut accepted, mut text) = (None, String::new());
+    let events: Vec<_> = events.collect().await;
+    for event in events {
+        match event {
+            Ok(UpstreamEvent::Accepted(id)) => accepted = Some(id),
+            Ok(UpstreamEvent::Text(more)) => text.push_str(&more),
+            Ok(UpstreamEvent::Ended(ended)) => panic!("not broken: {ended:?}"),
+            Err(error) => assert!(error.is_ambiguous()),
+        }
+    }
+    (accepted.unwrap(), text)
+}
+
+#[tokio::test]
+async fn a_run_that_has_ended_is_told_as_its_stream_would_have() {
+    for flavour in ALL {
+        for text in ["hello", "[[sim: tools=2]]", "a b c d [[sim: incomplete]]", "[[sim: fail]]"] {
+            let scene = scene(flavour, SimulatorConfig::default()).await;
+            let said = scene.say(text).await;
+            let sent = scene.leftover(Some(&said.accepted));
+            let again = read(running(&scene, &sent, &BROKEN).await).await;
+            assert_eq!(again.accepted, said.accepted);
+            assert_eq!(again.streamed, "");
+            let mut expected = said.ended.clone();
+            if said.ended.status == RunStatus::Failed && flavour != Flavour::Assistants {
+                expected.content.clear(); // a failed response keeps nothing
+            }
+            assert_eq!(again.ended, expected, "{flavour:?} {text}");
+            scene.assert_sound();
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_run_that_goes_on_is_followed_to_its_end() {
+    for flavour in [Flavour::Assistants, Flavour::Background, Flavour::BackgroundChain] {
+        let scene = scene(flavour, SimulatorConfig::default()).await;
+        scene.sim.handle.hold();
+        let mut events = scene.start("hello").await.unwrap();
+        let Some(Ok(UpstreamEvent::Accepted(id))) = events.next().await else { panic!("not accepted") };
+        drop(events);
+        let mut events = running(&scene, &scene.leftover(Some(&id)), &BROKEN).await;
+        assert!(matches!(events.next().await, Some(Ok(UpstreamEvent::Accepted(again))) if again == id));
+        scene.sim.handle.release();
+        let said = read(events).await;
+        assert_eq!(said.ended.status, RunStatus::Completed);
+        assert_eq!(said.ended.thread.is_some(), flavour.is_chain());
+        scene.assert_sound();
+    }
+}
+
+#[tokio::test]
+async fn a_run_on_a_thread_is_found_without_its_id() {
+    let scene = scene(Flavour::Assistants, SimulatorConfig::default()).await;
+    let error = scene.start("hello [[sim: drop=after]]").await.err().unwrap();
+    assert!(error.is_ambiguous());
+    let said = read(running(&scene, &scene.leftover(None), &error).await).await;
+    assert_eq!(said.ended.status, RunStatus::Completed);
+
+    let absent = Leftover { run: RunId::new(), ..scene.leftover(None) };
+    assert_eq!(name(&recover(&scene, &absent, &BROKEN).await), "absent");
+    let no_thread = Leftover { thread: None, ..scene.leftover(None) };
+    assert_eq!(name(&recover(&scene, &no_thread, &BROKEN).await), "absent");
+    let unknown = scene.leftover(Some(&UpstreamRunId("run_0".to_owned())));
+    assert_eq!(name(&recover(&scene, &unknown, &BROKEN).await), "unknown");
+    scene.assert_sound();
+}
+
+#[tokio::test]
+async fn a_message_without_its_run_must_not_be_sent_again() {
+    let run = RunId::new();
+    let none = || json_answer(200, &[], r#"{"data":[]}"#);
+    let message =
+        json!({"data": [{"id": "m_1", "role": "user", "metadata": {"threadkeeper_run": run.to_string()}}]});
+    let server = Scripted::start(vec![none(), none(), json_answer(200, &[], &message.to_string())]).await;
+    let recovered = assistants(&server).recover(&leftover(run, None), &BROKEN).await.unwrap();
+    assert_eq!(name(&recovered), "unknown");
+}
+
+#[tokio::test]
+async fn a_cut_stream_of_a_run_is_made_up_for() {
+    let config = SimulatorConfig { token_interval: Duration::from_millis(5), ..SimulatorConfig::default() };
+    let scene = scene(Flavour::Assistants, config).await;
+    let (id, text) = broken(scene.start("a b c d e f [[sim: cut=3]]").await.unwrap()).await;
+    let said = read(running(&scene, &scene.leftover(Some(&id)), &BROKEN).await).await;
+    assert_eq!(said.ended.status, RunStatus::Completed);
+    let whole = text_of(&said.ended.content);
+    assert!(whole.starts_with(&text) && whole.len() > text.len());
+    scene.assert_sound();
+}
+
+#[tokio::test]
+async fn a_response_whose_connection_is_gone_is_waited_for_and_then_given_up() {
+    let config = SimulatorConfig { token_interval: Duration::from_millis(5), ..SimulatorConfig::default() };
+    for flavour in [Flavour::Conversations, Flavour::Chain] {
+        let scene = scene(flavour, config.clone()).await;
+        let (id, _) = broken(scene.start("a b c d e f [[sim: cut=3]]").await.unwrap()).await;
+        let started = Instant::now();
+        let recovered = recover(&scene, &scene.leftover(Some(&id)), &BROKEN).await;
+        assert_eq!(name(&recovered), "unknown", "{flavour:?}");
+        assert_eq!(started.elapsed() >= WINDOW, flavour == Flavour::Conversations);
+        scene.assert_sound();
+    }
+}
+
+#[tokio::test]
+async fn without_an_id_the_conversation_tells() {
+    for flavour in [Flavour::Conversations, Flavour::Background] {
+        let mut scene = scene(flavour, SimulatorConfig::default()).await;
+        let first = scene.say("one").await;
+        let anchor = first.ended.upstream_message_id.clone();
+        scene.next_run(Baseline { anchor: anchor.clone(), skip: 0 });
+        let nothing = scene.leftover(None);
+        let unless_background = if flavour.is_background() { "unknown" } else { "absent" };
+        for (failure, expected, may_still_work) in [
+            (&FAILED, "absent", false),
+            (&UpstreamError::Connect, "absent", false),
+            (&BROKEN, unless_background, true),
+            (&GATEWAY, unless_background, true),
+        ] {
+            let started = Instant::now();
+            let recovered = recover(&scene, &nothing, failure).await;
+            assert_eq!(name(&recovered), expected, "{flavour:?} {failure:?}");
+            let waits = may_still_work && !flavour.is_background();
+            assert_eq!(started.elapsed() >= WINDOW, waits, "{failure:?}");
+        }
+        let second = scene.say("two [[sim: tools=1]]").await;
+        for failure in [&FAILED, &BROKEN] {
+            let said = read(running(&scene, &scene.leftover(None), failure).await).await;
+            assert_eq!(said.ended.status, RunStatus::RequiresAction);
+            assert_eq!(said.ended.tool_calls, second.ended.tool_calls);
+        }
+        let further = Leftover { baseline: Baseline { anchor, skip: 1 }, ..scene.leftover(None) };
+        assert_eq!(name(&recover(&scene, &further, &FAILED).await), "absent");
+        let lost = Baseline { anchor: Some("msg_0".to_owned()), skip: 0 };
+        let lost = Leftover { baseline: lost, ..scene.leftover(None) };
+        assert_eq!(name(&recover(&scene, &lost, &FAILED).await), "unknown");
+        scene.assert_sound();
+    }
+}
+
+#[tokio::test]
+async fn a_message_that_was_kept_without_a_reply_must_not_be_sent_again() {
+    let config = SimulatorConfig { append_unfinished: true, ..SimulatorConfig::default() };
+    let scene = scene(Flavour::Conversations, config).await;
+    let error = scene.start("hello [[sim: drop=after latency=1m]]").await.err().unwrap();
+    assert_eq!(name(&recover(&scene, &scene.leftover(None), &error).await), "unknown");
+}
+
+#[tokio::test]
+async fn a_response_that_failed_for_damage_is_told_as_failed() {
+    let scene = scene(Flavour::Background, SimulatorConfig::default()).await;
+    scene.sim.handle.hold();
+    let mut events = scene.start("x [[sim: fail_text=open_call]]").await.unwrap();
+    let Some(Ok(UpstreamEvent::Accepted(id))) = events.next().await else { panic!("not accepted") };
+    drop(events);
+    scene.sim.handle.release();
+    scene.sim.wait_for(|stats| stats.active_runs == 0).await;
+    let said = read(running(&scene, &scene.leftover(Some(&id)), &BROKEN).await).await;
+    assert_eq!(said.ended.status, RunStatus::Failed);
+}
+
+#[tokio::test]
+async fn a_chain_can_only_be_asked_for_a_response_by_its_id() {
+    for flavour in [Flavour::Chain, Flavour::BackgroundChain] {
+        let scene = scene(flavour, SimulatorConfig::default()).await;
+        assert_eq!(name(&recover(&scene, &scene.leftover(None), &FAILED).await), "absent");
+        assert_eq!(name(&recover(&scene, &scene.leftover(None), &BROKEN).await), "unknown");
+        assert_eq!(name(&recover(&scene, &scene.leftover(None), &GATEWAY).await), "unknown");
+        let unknown = scene.leftover(Some(&UpstreamRunId("resp_0".to_owned())));
+        assert_eq!(name(&recover(&scene, &unknown, &BROKEN).await), "unknown");
+    }
+}
+
+#[tokio::test]
+async fn a_background_response_without_an_id_is_seen_once_it_has_ended() {
+    let scene = scene(Flavour::Background, SimulatorConfig::default()).await;
+    scene.sim.handle.hold();
+    let error = scene.start("hello [[sim: drop=after]]").await.err().unwrap();
+    assert_eq!(name(&recover(&scene, &scene.leftover(None), &error).await), "unknown");
+    scene.sim.handle.release();
+    scene.sim.wait_for(|stats| stats.active_runs == 0).await;
+    let said = read(running(&scene, &scene.leftover(None), &error).await).await;
+    assert_eq!(said.ended.status, RunStatus::Completed);
+}
+
+#[tokio::test]
+async fn answers_that_never_arrived_are_told_from_those_that_did() {
+    for flavour in ALL {
+        let answering =
+            if flavour == Flavour::Assistants { "submit_tool_outputs" } else { "create_response" };
+        let scene = scene(flavour, SimulatorConfig::default()).await;
+        let asked = scene.say("x [[sim: tools=2]]").await;
+        let open_calls = asked.ended.tool_calls.clone();
+        let sent = Leftover { open_calls, ..scene.leftover(Some(&asked.accepted)) };
+
+        scene.plant(answering, "drop=before");
+        let error = scene.try_answer(&asked, "4 °C").await.err().unwrap();
+        let expected = match flavour {
+            Flavour::Assistants | Flavour::Conversations => "absent",
+            Flavour::Chain | Flavour::Background | Flavour::BackgroundChain => "unknown",
+        };
+        assert_eq!(name(&recover(&scene, &sent, &error).await), expected, "{flavour:?}");
+        assert_eq!(name(&recover(&scene, &sent, &FAILED).await), "absent", "{flavour:?}");
+
+        let answered = if flavour == Flavour::Assistants {
+            scene.plant(answering, "drop=after");
+            scene.try_answer(&asked, "4 °C").await.err().unwrap()
+        } else {
+            // A response that is not in the background ends with its connection, so only its id is lost here.
+            scene.answer(&asked, "4 °C").await;
+            BROKEN
+        };
+        if flavour.is_chain() {
+            assert_eq!(name(&recover(&scene, &sent, &answered).await), "unknown");
+            continue;
+        }
+        let said = read(running(&scene, &sent, &answered).await).await;
+        assert_eq!(said.ended.status, RunStatus::Completed, "{flavour:?}");
+        assert!(text_of(&said.ended.content).contains("4 °C"));
+        scene.assert_sound();
+    }
+}
+
+#[tokio::test]
+async fn calls_of_an_earlier_round_are_no_reply_to_the_lost_one() {
+    let scene = scene(Flavour::Conversations, SimulatorConfig::default()).await;
+    let asked = scene.say("x [[sim: tools=1]]").await;
+    scene.plant("create_response", "cut=1 rate=1ms");
+    let (id, _) = broken(scene.try_answer(&asked, "a b c").await.unwrap()).await;
+    let recovered = recover(&scene, &scene.leftover(Some(&id)), &BROKEN).await;
+    assert_eq!(name(&recovered), "unknown");
+}
+
+#[tokio::test]
+async fn what_cannot_be_found_out_now_is_an_error() {
+    for flavour in ALL {
+        let scene = scene(flavour, SimulatorConfig::default()).await;
+        let said = scene.say("x").await;
+        scene.plant("any", "status=401");
+        let sent = scene.leftover(Some(&said.accepted));
+        scene.upstream.recover(&sent, &BROKEN).await.err().unwrap();
+    }
+}
