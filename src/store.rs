@@ -4,6 +4,7 @@
 //! Dropping a method's future may leave the step done or not done, never half done.
 
 mod backend;
+mod columns;
 mod errors;
 mod pool;
 mod postgres;
@@ -18,9 +19,9 @@ use async_trait::async_trait;
 use serde::{Deserialize, Serialize};
 
 use crate::domain::{
-    ContentPart, ConversationKey, Message, MessageId, Metadata, MultitaskStrategy, Page, PageRequest,
-    ReplicaId, Run, RunError, RunId, RunStatus, Thread, ThreadActivity, ThreadId, UpstreamRunId,
-    UpstreamThreadId, Usage,
+    Baseline, ContentPart, Context, ConversationKey, EventBatch, Leftover, Message, MessageId, Metadata,
+    MultitaskStrategy, Page, PageRequest, ReplicaId, RequiredAction, Run, RunError, RunId, RunStatus, Thread,
+    ThreadActivity, ThreadId, ToolOutput, UpstreamRunId, UpstreamThreadId, Usage,
 };
 
 pub use backend::BackendKind;
@@ -36,10 +37,27 @@ pub trait Store: Send + Sync + std::fmt::Debug {
     /// Records a new run: resolves the key's current thread or creates it (an expired one is archived and a
     /// fresh one takes its place), and admits the run, all in one step.
     ///
-    /// The run starts at once if the thread has no unfinished run, and is queued otherwise; with
-    /// [`MultitaskStrategy::Reject`] it is refused instead of queued, and nothing is stored. A run that starts
-    /// puts its message into the transcript in the same step.
+    /// The run starts at once if the thread has no unfinished run. Otherwise its strategy decides:
+    /// [`Enqueue`](MultitaskStrategy::Enqueue) queues it last; [`Interrupt`](MultitaskStrategy::Interrupt) and
+    /// [`Rollback`](MultitaskStrategy::Rollback) queue it before all that wait (what is active is for
+    /// [`displace`](Self::displace) to end); [`Merge`](MultitaskStrategy::Merge) adds the message to the last run in
+    /// the queue if that has the same assistant and metadata and room for another message, and queues it as
+    /// `Enqueue` does if not; [`Reject`](MultitaskStrategy::Reject) refuses it, and nothing is stored. A run that
+    /// starts puts its message into the transcript in the same step.
+    ///
+    /// An idempotency key that is in use is refused with [`Admitted::Repeated`], and nothing is stored.
     async fn admit(&self, admission: &Admission) -> Result<Admitted, StoreError>;
+
+    /// What an idempotency key of the conversation stands for. A use that is older than `remember` is forgotten by
+    /// this call. So is one whose run failed with
+    /// [`RunErrorCode::NotRecorded`](crate::domain::RunErrorCode::NotRecorded): its sender was told that the message
+    /// was not taken, and a retry starts anew.
+    async fn repeated(
+        &self,
+        key: &ConversationKey,
+        idempotency_key: &str,
+        remember: Duration,
+    ) -> Result<Option<Repeated>, StoreError>;
 
     /// Starts a queued run if no run of its thread is active and none before it waits; its messages move into
     /// the transcript in the same step, and its deadline begins to count.
@@ -48,16 +66,74 @@ pub trait Store: Send + Sync + std::fmt::Debug {
     /// that an answer which was lost on its way does not strand a run that has started.
     async fn claim(&self, lease: &RunLease) -> Result<Claim, StoreError>;
 
-    /// Records where the thread of a run lives upstream. `false` if the lease was lost.
-    async fn bind_upstream_thread(&self, lease: &RunLease, id: &UpstreamThreadId)
-    -> Result<bool, StoreError>;
+    /// Marks the run that is active on the thread of a queued run, and was admitted before that one, to be cancelled;
+    /// with `discard` also to be removed from the transcript when it ends. The run that is marked now or was
+    /// already; `None` if none is active, or only one that was admitted later. Harmless to repeat.
+    async fn displace(&self, lease: &RunLease, discard: bool) -> Result<Option<RunId>, StoreError>;
 
-    /// Ends a run: status, reply, counters, in one step. A run that never started has its messages moved into
-    /// the transcript too, so that nothing a user said is dropped.
+    /// Marks a run to be cancelled, if it is active. The run as it is afterwards; `None` if there is none.
+    async fn request_cancel(&self, key: &ConversationKey, id: RunId) -> Result<Option<Run>, StoreError>;
+
+    /// Takes a run that still waits over from whoever owns it, to end it. `None` if it does not wait (any more).
+    async fn take_queued(&self, replica: ReplicaId, id: RunId) -> Result<Option<RunLease>, StoreError>;
+
+    /// Lets a run in progress wait for tool outputs, and records what it said and showed so far. Harmless to repeat
+    /// with the same pause, even if the outputs have come meanwhile: the run that is answered is in progress then.
+    async fn pause(&self, lease: &RunLease, pause: &Pause) -> Result<Paused, StoreError>;
+
+    /// Hands outputs to a run that waits for exactly the given calls: it is in progress again, and its owner finds the
+    /// outputs with [`requests`](Self::requests), or is told by the caller.
+    async fn answer_tools(
+        &self,
+        key: &ConversationKey,
+        id: RunId,
+        answer: &ToolAnswer,
+    ) -> Result<Answered, StoreError>;
+
+    /// Records that the outputs of a run are about to be sent to the upstream: whoever takes the run over from here on
+    /// cannot know whether they were. `false` if the lease was lost.
+    async fn sends_outputs(&self, lease: &RunLease) -> Result<bool, StoreError>;
+
+    /// What others asked of active runs that the replica owns: those that are to be cancelled, and those that have
+    /// outputs which are not [being sent](Self::sends_outputs) yet.
+    async fn requests(&self, replica: ReplicaId) -> Result<Vec<Request>, StoreError>;
+
+    /// Records where the thread of a run lives upstream. `rebuilt`: it was made again from the transcript, so it holds
+    /// all earlier messages that are not withheld, under new ids: what was missing or unknown is present, the ids of
+    /// messages upstream and the leftover are void. `false` if the lease was lost.
+    async fn bind_upstream_thread(
+        &self,
+        lease: &RunLease,
+        id: &UpstreamThreadId,
+        rebuilt: bool,
+    ) -> Result<bool, StoreError>;
+
+    /// Messages of the runs before it that the upstream thread of a run lacks, oldest first.
+    async fn backlog(&self, run: RunId) -> Result<Vec<Message>, StoreError>;
+
+    /// Where a run's messages begin in the upstream thread, as far as the transcript knows.
+    async fn baseline(&self, run: RunId) -> Result<Baseline, StoreError>;
+
+    /// Records where the messages of an earlier run of the thread stand, now that what it left upstream was looked at:
+    /// those of which it was not known. `synced`: what was missing before them went along with that run, and is there.
+    /// The thread has no leftover any more. `false` if the lease was lost.
+    async fn settled(
+        &self,
+        lease: &RunLease,
+        run: RunId,
+        found: Context,
+        synced: bool,
+    ) -> Result<bool, StoreError>;
+
+    /// Ends a run: status, reply, counters, log, in one step. A run that never started has its messages moved into
+    /// the transcript too, so that nothing a user said is dropped. A run that is discarded has its messages removed
+    /// instead.
     ///
-    /// Repeating the call with the same lease and end is harmless and answers the same. `None` if the lease
-    /// was lost, in which case nothing changed.
-    async fn finish(&self, lease: &RunLease, end: &RunEnd) -> Result<Option<Finished>, StoreError>;
+    /// Repeating the call with the same lease and end is harmless and answers the same.
+    async fn finish(&self, lease: &RunLease, end: &RunEnd) -> Result<Closing, StoreError>;
+
+    /// The stored log of a run from number `from` on: batches in order, the first of which may begin before `from`.
+    async fn events(&self, run: RunId, from: i64) -> Result<Vec<EventBatch>, StoreError>;
 
     /// The key's current thread, even if it has expired and no message came since.
     async fn thread(&self, key: &ConversationKey) -> Result<Option<(Thread, ThreadActivity)>, StoreError>;
@@ -138,6 +214,9 @@ pub enum StoreError {
     Statement(#[source] Box<dyn StdError + Send + Sync>),
 }
 
+/// The most messages that one waiting run takes in by [`MultitaskStrategy::Merge`].
+pub const MAX_MERGED: usize = 32;
+
 /// A message that asks for a run.
 #[derive(Clone, Debug)]
 pub struct Admission {
@@ -157,6 +236,24 @@ pub struct Admission {
     pub timeout: Duration,
     /// The replica that will work on it.
     pub replica: ReplicaId,
+    pub idempotency: Option<Idempotency>,
+}
+
+/// What makes a repeated request known.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub struct Idempotency {
+    /// The caller's key, of the conversation's own.
+    pub key: String,
+    /// A hash of all that the request asks for.
+    pub request_hash: [u8; 32],
+}
+
+/// An earlier use of an idempotency key.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Repeated {
+    pub request_hash: [u8; 32],
+    pub thread: Thread,
+    pub run: Run,
 }
 
 /// A user's message on its way into a run.
@@ -193,10 +290,17 @@ pub enum Admitted {
         /// 1 for the run that goes next.
         position: i64,
     },
+    /// The message is one of this waiting run's now.
+    Merged {
+        thread: Box<Thread>,
+        run: Box<Run>,
+    },
     /// Refused by the strategy: the thread has unfinished runs.
     Busy,
     /// Refused: the thread lives on the named upstream, not on the assistant's.
     OtherUpstream(String),
+    /// Refused: the idempotency key is in use.
+    Repeated,
 }
 
 /// What became of an attempt to start a queued run.
@@ -207,6 +311,62 @@ pub enum Claim {
     NotYet,
     /// The lease is lost or the run is not queued any more.
     Lost,
+}
+
+/// A run that asks its caller for function calls.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Pause {
+    pub required_action: RequiredAction,
+    pub upstream_run_id: UpstreamRunId,
+    /// The reply as far as it came.
+    pub content: Vec<ContentPart>,
+    pub usage: Option<Usage>,
+    pub events: EventBatch,
+}
+
+/// What became of a [`Pause`].
+#[derive(Clone, Debug, PartialEq)]
+pub enum Paused {
+    Waiting(Box<Waiting>),
+    /// Somebody wants the run to end.
+    Cancelling,
+    /// The lease is lost or the run has ended.
+    Lost,
+}
+
+/// A run that waits for tool outputs, and its thread.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Waiting {
+    pub thread: Thread,
+    pub activity: ThreadActivity,
+    pub run: Run,
+}
+
+/// Outputs for a run that waits.
+#[derive(Clone, Debug, PartialEq)]
+pub struct ToolAnswer {
+    /// What the run must still wait for.
+    pub expected: RequiredAction,
+    pub outputs: Vec<ToolOutput>,
+    pub idempotency: Option<Idempotency>,
+}
+
+/// What became of a [`ToolAnswer`].
+#[derive(Clone, Debug, PartialEq)]
+pub enum Answered {
+    /// The run goes on.
+    Resumed(Box<Waiting>),
+    /// The run does not wait for these calls (any more), or its deadline has passed.
+    NotWaiting,
+    /// The idempotency key is in use.
+    Repeated,
+}
+
+/// What somebody asked of an active run.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Request {
+    Cancel { run: RunId, discard: bool },
+    Resume { run: RunId, outputs: Vec<ToolOutput> },
 }
 
 /// How a run ended.
@@ -221,6 +381,17 @@ pub struct RunEnd {
     pub upstream_thread_id: Option<UpstreamThreadId>,
     /// The reply, whole or, for a run that did not complete, as far as it came.
     pub reply: Option<Reply>,
+    /// Where the run's user messages stand upstream.
+    pub said: Context,
+    /// All earlier messages that are not withheld are upstream now: the [backlog](Store::backlog) went along with the
+    /// run, or the run began a new chain. What was missing or unknown is present, and an older leftover is void.
+    pub synced: bool,
+    /// What is not known of the run's traces upstream. Otherwise the thread keeps what it has.
+    pub leftover: Option<Leftover>,
+    /// The run's messages are to be removed, and nothing of them is left upstream, or `leftover` says what.
+    pub discard: bool,
+    /// The rest of the run's log.
+    pub events: EventBatch,
 }
 
 /// An assistant's message.
@@ -229,6 +400,17 @@ pub struct Reply {
     pub id: MessageId,
     pub content: Vec<ContentPart>,
     pub upstream_message_id: Option<String>,
+    pub context: Context,
+}
+
+/// What became of an attempt to end a run.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Closing {
+    Finished(Box<Finished>),
+    /// Nothing changed: the run was marked to be discarded, and the end does not say that its traces are gone.
+    MustDiscard,
+    /// Nothing changed: the lease was lost.
+    Lost,
 }
 
 /// A run that has ended, and its thread afterwards.
@@ -248,4 +430,12 @@ pub struct Orphan {
     pub thread: Thread,
     /// Queued: never sent to the upstream. Otherwise: may have been.
     pub run: Run,
+    /// Until the run's deadline, by the database's clock; zero if that has passed, or the run has not started.
+    pub time_left: Duration,
+    /// What a run that waited for tool outputs had said before.
+    pub content: Vec<ContentPart>,
+    /// Outputs that came for it since it waited.
+    pub outputs: Option<Vec<ToolOutput>>,
+    /// They may have been sent to the upstream.
+    pub outputs_sent: bool,
 }

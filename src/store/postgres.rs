@@ -1,12 +1,17 @@
 //! The production store: Postgres 12 or newer, shared by any number of replicas.
 //!
-//! Isolation is READ COMMITTED, the server's default. Statements that change a thread and its runs lock the run
-//! before the thread; admission locks the thread and then only adds a run. So no two of them wait for each other.
+//! Isolation is READ COMMITTED, the server's default. Statements that change a run, messages that its thread counts,
+//! and the thread lock them in this order; admission locks the thread and then only adds rows. An idempotency key comes last.
+//! So no two of them wait for each other.
 
 mod admit;
 mod connect;
+mod control;
+mod end;
+mod once;
 mod read;
 mod replicas;
+mod tools;
 mod turn;
 
 use std::sync::Arc;
@@ -19,11 +24,14 @@ use sqlx::{ConnectOptions, Connection, Executor, PgConnection};
 
 use super::errors::check_version;
 use super::pool::{Pool, on};
-use super::{Admission, Admitted, Claim, Finished, Orphan, RunEnd, RunLease, Store, StoreError};
+use super::{
+    Admission, Admitted, Answered, Claim, Closing, Orphan, Pause, Paused, Repeated, Request, RunEnd,
+    RunLease, Store, StoreError, ToolAnswer,
+};
 use crate::config::StoreConfig;
 use crate::domain::{
-    ConversationKey, Message, MessageId, Page, PageRequest, ReplicaId, Run, RunId, Thread, ThreadActivity,
-    ThreadId, UpstreamThreadId,
+    Baseline, Context, ConversationKey, EventBatch, Message, MessageId, Page, PageRequest, ReplicaId, Run,
+    RunId, Thread, ThreadActivity, ThreadId, UpstreamThreadId,
 };
 
 static MIGRATOR: Migrator = sqlx::migrate!("migrations/postgres");
@@ -34,7 +42,7 @@ const CALL_TIMEOUT: Duration = Duration::from_secs(12);
 /// The store in a Postgres database.
 #[derive(Clone, Debug)]
 pub struct PostgresStore {
-    /// Admissions and reads.
+    /// Admissions, reads, and what else callers ask for.
     general: Arc<Pool<PgConnection>>,
     /// What ends runs, starts waiting ones and keeps sessions alive: a flood of the rest cannot starve it.
     vital: Arc<Pool<PgConnection>>,
@@ -85,20 +93,85 @@ impl Store for PostgresStore {
         on!(self.general, c => admit::admit(c, admission))
     }
 
+    async fn repeated(
+        &self,
+        key: &ConversationKey,
+        idempotency_key: &str,
+        remember: Duration,
+    ) -> Result<Option<Repeated>, StoreError> {
+        on!(self.general, c => once::repeated(c, key, idempotency_key, remember))
+    }
+
     async fn claim(&self, lease: &RunLease) -> Result<Claim, StoreError> {
         on!(self.vital, c => turn::claim(c, lease))
+    }
+
+    async fn displace(&self, lease: &RunLease, discard: bool) -> Result<Option<RunId>, StoreError> {
+        on!(self.vital, c => control::displace(c, lease, discard))
+    }
+
+    async fn request_cancel(&self, key: &ConversationKey, id: RunId) -> Result<Option<Run>, StoreError> {
+        on!(self.general, c => control::request_cancel(c, key, id))
+    }
+
+    async fn take_queued(&self, replica: ReplicaId, id: RunId) -> Result<Option<RunLease>, StoreError> {
+        on!(self.general, c => control::take_queued(c, replica, id))
+    }
+
+    async fn pause(&self, lease: &RunLease, pause: &Pause) -> Result<Paused, StoreError> {
+        on!(self.vital, c => tools::pause(c, lease, pause))
+    }
+
+    async fn answer_tools(
+        &self,
+        key: &ConversationKey,
+        id: RunId,
+        answer: &ToolAnswer,
+    ) -> Result<Answered, StoreError> {
+        on!(self.general, c => tools::answer_tools(c, key, id, answer))
+    }
+
+    async fn sends_outputs(&self, lease: &RunLease) -> Result<bool, StoreError> {
+        on!(self.vital, c => read::sends_outputs(c, lease))
+    }
+
+    async fn requests(&self, replica: ReplicaId) -> Result<Vec<Request>, StoreError> {
+        on!(self.vital, c => control::requests(c, replica))
     }
 
     async fn bind_upstream_thread(
         &self,
         lease: &RunLease,
         id: &UpstreamThreadId,
+        rebuilt: bool,
     ) -> Result<bool, StoreError> {
-        on!(self.vital, c => turn::bind_upstream_thread(c, lease, id))
+        on!(self.vital, c => turn::bind_upstream_thread(c, lease, id, rebuilt))
     }
 
-    async fn finish(&self, lease: &RunLease, end: &RunEnd) -> Result<Option<Finished>, StoreError> {
-        on!(self.vital, c => turn::finish(c, lease, end))
+    async fn backlog(&self, run: RunId) -> Result<Vec<Message>, StoreError> {
+        on!(self.vital, c => read::backlog(c, run))
+    }
+
+    async fn baseline(&self, run: RunId) -> Result<Baseline, StoreError> {
+        on!(self.vital, c => read::baseline(c, run))
+    }
+
+    async fn settled(
+        &self,
+        lease: &RunLease,
+        run: RunId,
+        found: Context,
+        synced: bool,
+    ) -> Result<bool, StoreError> {
+        on!(self.vital, c => turn::settled(c, lease, run, found, synced))
+    }
+
+    async fn finish(&self, lease: &RunLease, end: &RunEnd) -> Result<Closing, StoreError> {
+        on!(self.vital, c => end::finish(c, lease, end))
+    }
+
+    async fn events(&self, run: RunId, from: i64) -> Result<Vec<EventBatch>, StoreError> {
+        on!(self.general, c => read::events(c, run, from))
     }
 
     async fn thread(&self, key: &ConversationKey) -> Result<Option<(Thread, ThreadActivity)>, StoreError> {

@@ -6,13 +6,12 @@ macro_rules! reads {
         use uuid::Uuid;
 
         use crate::domain::{
-            ConversationKey, Message, MessageId, Page, PageRequest, Run, RunId, Thread, ThreadActivity, ThreadId,
+            Baseline, ConversationKey, EventBatch, Message, MessageId, Page, PageRequest, Run, RunId, Thread,
+            ThreadActivity, ThreadId,
         };
-        use crate::store::rows::{
-            MessageRow, RunRow, RunWithReply, Span, ThreadAndRun, ThreadWithActivity, current_of_key, cursor, message_columns,
-            run_columns, thread_columns,
-        };
-        use crate::store::{Claim, InputMessage, RunLease, StoreError, Turn};
+        use crate::store::columns::{activity, current_of_key, first_position, message_columns, queue_depth, run_columns, thread_columns};
+        use crate::store::rows::{EventRow, MessageRow, RunRow, RunWithReply, Span, ThreadAndRun, ThreadWithActivity, WaitingRow, cursor};
+        use crate::store::{Claim, InputMessage, RunLease, StoreError, Turn, Waiting};
 
         /// Implements [`Store::thread`](crate::store::Store::thread).
         pub(super) async fn thread(
@@ -22,12 +21,9 @@ macro_rules! reads {
             let row: Option<ThreadWithActivity> = sqlx::query_as(concat!(
                 "SELECT ",
                 thread_columns!(),
-                ", (
-                    SELECT count(*) FROM runs o WHERE o.thread_id = t.id AND o.status = 'queued'
-                ) AS queue_depth, (
-                    SELECT o.status FROM runs o
-                    WHERE o.thread_id = t.id AND o.status IN ('in_progress', 'requires_action', 'cancelling')
-                ) AS active_status
+                ", ",
+ activity!(),
+ "
                 FROM threads t
                 WHERE ",
                 current_of_key!(),
@@ -212,6 +208,22 @@ macro_rules! reads {
             row.map(RunWithReply::into_parts).transpose()
         }
 
+        /// Implements [`Store::sends_outputs`](crate::store::Store::sends_outputs). No read, but the same for both.
+        pub(super) async fn sends_outputs(
+            connection: &mut <$database as sqlx::Database>::Connection,
+            lease: &RunLease,
+        ) -> Result<bool, StoreError> {
+            let done = sqlx::query(
+                "UPDATE runs SET outputs_sent = true
+                WHERE id = $1 AND fence = $2 AND status IN ('in_progress', 'requires_action', 'cancelling')",
+            )
+            .bind(lease.run_id.uuid())
+            .bind(lease.fence)
+            .execute(&mut *connection)
+            .await?;
+            Ok(done.rows_affected() == 1)
+        }
+
         /// The answer to a repeated `claim`: the run is in progress under the same lease. Otherwise it is not for the caller.
         pub(super) async fn started_before(
             connection: &mut <$database as sqlx::Database>::Connection,
@@ -240,6 +252,107 @@ macro_rules! reads {
             let input = said.into_iter().map(InputMessage::try_from).collect::<Result<_, _>>()?;
             let turn = Turn { lease: *lease, thread: both.thread.try_into()?, run: both.run.try_into()?, input };
             Ok(Claim::Started(Box::new(turn)))
+        }
+
+        /// A run that was paused under the lease and has not ended; it may have its outputs by now.
+        pub(super) async fn waiting(
+            connection: &mut <$database as sqlx::Database>::Connection,
+            lease: &RunLease,
+        ) -> Result<Option<Waiting>, StoreError> {
+            let row: Option<WaitingRow> = sqlx::query_as(concat!(
+                "SELECT ",
+                thread_columns!(),
+                ", ",
+                run_columns!(),
+                ", ",
+ queue_depth!(),
+ ", r.status AS active_status
+                FROM runs r JOIN threads t ON t.id = r.thread_id
+                WHERE r.id = $1 AND r.fence = $2 AND r.status IN ('in_progress', 'requires_action')",
+            ))
+            .bind(lease.run_id.uuid())
+            .bind(lease.fence)
+            .fetch_optional(connection)
+            .await?;
+            row.map(Waiting::try_from).transpose()
+        }
+
+        /// Implements [`Store::events`](crate::store::Store::events).
+        pub(super) async fn events(
+            connection: &mut <$database as sqlx::Database>::Connection,
+            run: RunId,
+            from: i64,
+        ) -> Result<Vec<EventBatch>, StoreError> {
+            let rows: Vec<EventRow> = sqlx::query_as(
+                "SELECT e.n, e.event FROM run_events e
+                WHERE e.run_id = $1 AND e.n >= COALESCE(
+                    (SELECT max(b.n) FROM run_events b WHERE b.run_id = $1 AND b.n <= $2), 0
+                )
+                ORDER BY e.n",
+            )
+            .bind(run.uuid())
+            .bind(from)
+            .fetch_all(connection)
+            .await?;
+            Ok(rows.into_iter().map(EventBatch::from).collect())
+        }
+
+        /// Implements [`Store::backlog`](crate::store::Store::backlog).
+        pub(super) async fn backlog(
+            connection: &mut <$database as sqlx::Database>::Connection,
+            run: RunId,
+        ) -> Result<Vec<Message>, StoreError> {
+            let rows: Vec<MessageRow> = sqlx::query_as(concat!(
+                "SELECT ",
+                message_columns!(),
+                " FROM runs r JOIN messages m ON m.thread_id = r.thread_id
+                WHERE r.id = $1 AND m.context = 'missing' AND m.position < ",
+                first_position!("r"),
+                " ORDER BY m.position",
+            ))
+            .bind(run.uuid())
+            .fetch_all(connection)
+            .await?;
+            rows.into_iter().map(Message::try_from).collect()
+        }
+
+        /// Implements [`Store::baseline`](crate::store::Store::baseline). What stands before a run's messages is
+        /// changed by that run alone, so the statements need no common snapshot.
+        pub(super) async fn baseline(
+            connection: &mut <$database as sqlx::Database>::Connection,
+            run: RunId,
+        ) -> Result<Baseline, StoreError> {
+            let place: Option<(Uuid, i64)> =
+                sqlx::query_as(concat!("SELECT r.thread_id, ", first_position!("r"), " FROM runs r WHERE r.id = $1"))
+                    .bind(run.uuid())
+                    .fetch_optional(&mut *connection)
+                    .await?;
+            let Some((thread, first)) = place else {
+                return Ok(Baseline::default());
+            };
+            let anchor: Option<(i64, String)> = sqlx::query_as(
+                "SELECT m.position, m.upstream_message_id FROM messages m
+                WHERE m.thread_id = $1 AND m.position < $2 AND m.upstream_message_id IS NOT NULL
+                    AND m.context = 'present'
+                ORDER BY m.position DESC
+                LIMIT 1",
+            )
+            .bind(thread)
+            .bind(first)
+            .fetch_optional(&mut *connection)
+            .await?;
+            let (position, anchor) = anchor.unzip();
+            let skip: i64 = sqlx::query_scalar(
+                "SELECT count(*) FROM messages m
+                WHERE m.thread_id = $1 AND m.position > $2 AND m.position < $3 AND m.role = 'user'
+                    AND m.context = 'present'",
+            )
+            .bind(thread)
+            .bind(position.unwrap_or(0))
+            .bind(first)
+            .fetch_one(connection)
+            .await?;
+            Ok(Baseline { anchor, skip: u32::try_from(skip).unwrap_or(u32::MAX) })
         }
     };
 }

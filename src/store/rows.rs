@@ -14,109 +14,13 @@ use sqlx::types::Json;
 use sqlx::{ColumnIndex, Decode, FromRow, Row, Type};
 use uuid::Uuid;
 
-use super::{Finished, InputMessage, Orphan, RunLease, StoreError};
+use super::{Finished, InputMessage, Orphan, Repeated, Request, RunLease, StoreError, Waiting};
 use crate::domain::{
-    ContentPart, ConversationKey, Message, MessageId, Metadata, Page, PageRequest, ReplicaId, RequiredAction,
-    Run, RunError, RunId, Scope, TenantKey, Thread, ThreadActivity, ThreadId, ThreadState, Timestamp,
-    UpstreamRunId, UpstreamThreadId, Usage, UserKey,
+    ContentPart, ConversationKey, EventBatch, Leftover, LoggedEvent, Message, MessageId, Metadata, Page,
+    PageRequest, ReplicaId, RequiredAction, Run, RunError, RunId, RunStatus, Scope, TenantKey, Thread,
+    ThreadActivity, ThreadId, ThreadState, Timestamp, ToolOutput, UpstreamRunId, UpstreamThreadId, Usage,
+    UserKey,
 };
-
-/// `table.column AS prefix_column`, for each column.
-macro_rules! columns {
-    ($table:literal, $prefix:literal, $first:ident $(, $column:ident)*) => {
-        concat!(
-            $table, ".", stringify!($first), " AS ", $prefix, stringify!($first),
-            $(", ", $table, ".", stringify!($column), " AS ", $prefix, stringify!($column)),*
-        )
-    };
-}
-
-/// The columns of [`ThreadRow`], of a table named `t` unless another name is given.
-macro_rules! thread_columns {
-    () => {
-        $crate::store::rows::thread_columns!("t")
-    };
-    ($table:literal) => {
-        $crate::store::rows::columns!(
-            $table,
-            "t_",
-            id,
-            tenant,
-            user_key,
-            scope_kind,
-            scope_name,
-            upstream,
-            upstream_thread_id,
-            lifecycle,
-            previous_thread,
-            metadata,
-            message_count,
-            run_count,
-            created_at,
-            last_active_at,
-            expires_at
-        )
-    };
-}
-
-/// The columns of [`RunRow`], of a table named `r` unless another name is given.
-macro_rules! run_columns {
-    () => {
-        $crate::store::rows::run_columns!("r")
-    };
-    ($table:literal) => {
-        $crate::store::rows::columns!(
-            $table,
-            "r_",
-            id,
-            thread_id,
-            seq,
-            status,
-            strategy,
-            assistant,
-            metadata,
-            fence,
-            upstream_run_id,
-            required_action,
-            error,
-            usage,
-            created_at,
-            started_at,
-            finished_at,
-            deadline_at
-        )
-    };
-}
-
-/// The current thread of a key, of a table named `t`: tenant, user, scope's kind and name are the first parameters.
-macro_rules! current_of_key {
-    () => {
-        "t.tenant = $1 AND t.user_key = $2 AND t.scope_kind = $3 AND t.scope_name = $4 AND t.lifecycle = 'current'"
-    };
-}
-
-/// The columns of [`MessageRow`], of a table named `m` unless another name is given.
-macro_rules! message_columns {
-    () => {
-        $crate::store::rows::message_columns!("m")
-    };
-    ($table:literal) => {
-        $crate::store::rows::columns!(
-            $table,
-            "m_",
-            id,
-            thread_id,
-            position,
-            role,
-            content,
-            run_id,
-            upstream_message_id,
-            created_at
-        )
-    };
-}
-
-pub(super) use {columns, current_of_key, message_columns, run_columns, thread_columns};
 
 /// A point in time: `timestamptz` in Postgres, milliseconds since 1970 in SQLite.
 pub(super) struct At(Timestamp);
@@ -164,6 +68,8 @@ pub(super) struct ThreadRow {
     t_created_at: At,
     t_last_active_at: At,
     t_expires_at: Option<At>,
+    t_backlog: i64,
+    t_leftover: Option<Json<Leftover>>,
 }
 
 impl TryFrom<ThreadRow> for Thread {
@@ -188,6 +94,8 @@ impl TryFrom<ThreadRow> for Thread {
             created_at: row.t_created_at.0,
             last_active_at: row.t_last_active_at.0,
             expires_at: row.t_expires_at.map(|at| at.0),
+            backlog: row.t_backlog,
+            leftover: row.t_leftover.map(|json| json.0),
         })
     }
 }
@@ -211,6 +119,7 @@ pub(super) struct RunRow {
     r_started_at: Option<At>,
     r_finished_at: Option<At>,
     r_deadline_at: Option<At>,
+    r_discard: bool,
 }
 
 impl TryFrom<RunRow> for Run {
@@ -233,6 +142,7 @@ impl TryFrom<RunRow> for Run {
             started_at: row.r_started_at.map(|at| at.0),
             finished_at: row.r_finished_at.map(|at| at.0),
             deadline_at: row.r_deadline_at.map(|at| at.0),
+            discarded: row.r_discard,
         })
     }
 }
@@ -247,6 +157,8 @@ pub(super) struct MessageRow {
     m_content: Json<Vec<ContentPart>>,
     m_run_id: Option<Uuid>,
     m_upstream_message_id: Option<String>,
+    m_context: String,
+    m_ended: Option<String>,
     m_created_at: At,
 }
 
@@ -262,6 +174,8 @@ impl TryFrom<MessageRow> for Message {
             content: row.m_content.0,
             run_id: row.m_run_id.map(RunId::from_uuid),
             upstream_message_id: row.m_upstream_message_id,
+            context: word(&row.m_context)?,
+            ended: row.m_ended.as_deref().map(word).transpose()?,
             created_at: row.m_created_at.0,
         })
     }
@@ -361,12 +275,111 @@ pub(super) struct ThreadAndRun {
     pub(super) run: RunRow,
 }
 
-/// A run that was taken over; its row tells the new fence.
-pub(super) fn orphan(row: ThreadAndRun, previous_owner: Option<Uuid>) -> Result<Orphan, StoreError> {
-    let fence = row.run.r_fence;
-    let (thread, run) = (Thread::try_from(row.thread)?, Run::try_from(row.run)?);
-    let previous_owner = previous_owner.map(ReplicaId::from_uuid);
-    Ok(Orphan { lease: RunLease { run_id: run.id, fence }, previous_owner, thread, run })
+/// A run that waits for tool outputs, or did a moment ago.
+#[derive(FromRow)]
+pub(super) struct WaitingRow {
+    #[sqlx(flatten)]
+    thread: ThreadWithActivity,
+    #[sqlx(flatten)]
+    run: RunRow,
+}
+
+impl TryFrom<WaitingRow> for Waiting {
+    type Error = StoreError;
+
+    fn try_from(row: WaitingRow) -> Result<Self, StoreError> {
+        let (thread, activity) = row.thread.into_parts()?;
+        Ok(Self { thread, activity, run: row.run.try_into()? })
+    }
+}
+
+/// A run that an idempotency key stands for.
+#[derive(FromRow)]
+pub(super) struct RepeatedRow {
+    request_hash: Vec<u8>,
+    #[sqlx(flatten)]
+    both: ThreadAndRun,
+}
+
+impl TryFrom<RepeatedRow> for Repeated {
+    type Error = StoreError;
+
+    fn try_from(row: RepeatedRow) -> Result<Self, StoreError> {
+        let request_hash = row.request_hash.try_into().map_err(|_| corrupt("the hash of a request"))?;
+        Ok(Self { request_hash, thread: row.both.thread.try_into()?, run: row.both.run.try_into()? })
+    }
+}
+
+/// A run that was taken over; it has its new fence.
+#[derive(FromRow)]
+pub(super) struct OrphanRow {
+    previous_owner: Option<Uuid>,
+    /// Milliseconds, and `None` for a run that has not started.
+    time_left: Option<i64>,
+    partial: Option<Json<Vec<ContentPart>>>,
+    tool_outputs: Option<Json<Vec<ToolOutput>>>,
+    outputs_sent: bool,
+    #[sqlx(flatten)]
+    both: ThreadAndRun,
+}
+
+impl TryFrom<OrphanRow> for Orphan {
+    type Error = StoreError;
+
+    fn try_from(row: OrphanRow) -> Result<Self, StoreError> {
+        let fence = row.both.run.r_fence;
+        let (thread, run) = (Thread::try_from(row.both.thread)?, Run::try_from(row.both.run)?);
+        Ok(Self {
+            lease: RunLease { run_id: run.id, fence },
+            previous_owner: row.previous_owner.map(ReplicaId::from_uuid),
+            thread,
+            run,
+            time_left: Duration::from_millis(row.time_left.unwrap_or(0).try_into().unwrap_or(0)),
+            content: row.partial.map(|json| json.0).unwrap_or_default(),
+            outputs: row.tool_outputs.map(|json| json.0),
+            outputs_sent: row.outputs_sent,
+        })
+    }
+}
+
+/// What somebody asked of a run.
+#[derive(FromRow)]
+pub(super) struct RequestRow {
+    id: Uuid,
+    status: String,
+    discard: bool,
+    tool_outputs: Option<Json<Vec<ToolOutput>>>,
+}
+
+impl TryFrom<RequestRow> for Request {
+    type Error = StoreError;
+
+    fn try_from(row: RequestRow) -> Result<Self, StoreError> {
+        let run = RunId::from_uuid(row.id);
+        match (word(&row.status)?, row.tool_outputs) {
+            (RunStatus::Cancelling, _) => Ok(Self::Cancel { run, discard: row.discard }),
+            (RunStatus::InProgress, Some(Json(outputs))) => Ok(Self::Resume { run, outputs }),
+            _ => Err(corrupt("a request")),
+        }
+    }
+}
+
+/// A row of a run's log.
+#[derive(FromRow)]
+pub(super) struct EventRow {
+    n: i64,
+    event: Json<Vec<LoggedEvent>>,
+}
+
+impl From<EventRow> for EventBatch {
+    fn from(row: EventRow) -> Self {
+        Self { first: row.n, events: row.event.0 }
+    }
+}
+
+/// How the messages of a run that ended so are marked: nothing for one that completed.
+pub(super) fn ended(status: RunStatus) -> Option<&'static str> {
+    (status != RunStatus::Completed).then_some(status.as_str())
 }
 
 /// The rows of a list that a page wants: numbers between two bounds, both exclusive, from one end.
@@ -423,7 +436,7 @@ pub(super) fn cursor<Id: Copy>(
 }
 
 /// The JSON text of a value. NUL characters, which Postgres cannot hold, become U+FFFD: a reply that has one
-/// must not keep its run from ending.
+/// must not keep its run from ending. A value that was read back gives the same text again, so texts can be compared.
 pub(super) fn json<T: Serialize>(value: &T) -> Result<String, StoreError> {
     let text = serde_json::to_string(value).map_err(|error| StoreError::Statement(error.into()))?;
     Ok(if text.contains("\\u0000") { without_nul(&text) } else { text })
@@ -450,7 +463,7 @@ fn without_nul(json: &str) -> String {
     while let Some(at) = rest.find('\\') {
         // An escape is two characters long at least, all ASCII.
         let (escape, next) =
-            if rest[at..].starts_with("\\u0000") { ("\\ufffd", 6) } else { (&rest[at..at + 2], 2) };
+            if rest[at..].starts_with("\\u0000") { ("\u{fffd}", 6) } else { (&rest[at..at + 2], 2) };
         out.push_str(&rest[..at]);
         out.push_str(escape);
         rest = &rest[at + next..];
@@ -503,6 +516,7 @@ mod tests {
         let text = "a\0b\\u0000c\\\0\"\\\\\0";
         let back: String = serde_json::from_str(&json(&text).unwrap()).unwrap();
         assert_eq!(back, text.replace('\0', "\u{fffd}"));
+        assert_eq!(json(&back).unwrap(), json(&text).unwrap());
     }
 
     #[test]

@@ -7,9 +7,13 @@
 //! leaves out a number of the `?` kind.
 
 mod admit;
+mod control;
+mod end;
+mod once;
 mod open;
 mod read;
 mod replicas;
+mod tools;
 mod turn;
 
 use std::fs::File;
@@ -22,11 +26,14 @@ use sqlx::{Connection, Sqlite, SqliteConnection, Transaction};
 
 use super::errors::check_version;
 use super::pool::{Pool, on};
-use super::{Admission, Admitted, Claim, Finished, Orphan, RunEnd, RunLease, Store, StoreError};
+use super::{
+    Admission, Admitted, Answered, Claim, Closing, Orphan, Pause, Paused, Repeated, Request, RunEnd,
+    RunLease, Store, StoreError, ToolAnswer,
+};
 use crate::config::StoreConfig;
 use crate::domain::{
-    ConversationKey, Message, MessageId, Page, PageRequest, ReplicaId, Run, RunId, Thread, ThreadActivity,
-    ThreadId, UpstreamThreadId,
+    Baseline, Context, ConversationKey, EventBatch, Message, MessageId, Page, PageRequest, ReplicaId, Run,
+    RunId, Thread, ThreadActivity, ThreadId, UpstreamThreadId,
 };
 
 static MIGRATOR: Migrator = sqlx::migrate!("migrations/sqlite");
@@ -96,20 +103,85 @@ impl Store for SqliteStore {
         on!(self.writer, c => admit::admit(c, admission))
     }
 
+    async fn repeated(
+        &self,
+        key: &ConversationKey,
+        idempotency_key: &str,
+        remember: Duration,
+    ) -> Result<Option<Repeated>, StoreError> {
+        on!(self.writer, c => once::repeated(c, key, idempotency_key, remember))
+    }
+
     async fn claim(&self, lease: &RunLease) -> Result<Claim, StoreError> {
         on!(self.writer, c => turn::claim(c, lease))
+    }
+
+    async fn displace(&self, lease: &RunLease, discard: bool) -> Result<Option<RunId>, StoreError> {
+        on!(self.writer, c => control::displace(c, lease, discard))
+    }
+
+    async fn request_cancel(&self, key: &ConversationKey, id: RunId) -> Result<Option<Run>, StoreError> {
+        on!(self.writer, c => control::request_cancel(c, key, id))
+    }
+
+    async fn take_queued(&self, replica: ReplicaId, id: RunId) -> Result<Option<RunLease>, StoreError> {
+        on!(self.writer, c => control::take_queued(c, replica, id))
+    }
+
+    async fn pause(&self, lease: &RunLease, pause: &Pause) -> Result<Paused, StoreError> {
+        on!(self.writer, c => tools::pause(c, lease, pause))
+    }
+
+    async fn answer_tools(
+        &self,
+        key: &ConversationKey,
+        id: RunId,
+        answer: &ToolAnswer,
+    ) -> Result<Answered, StoreError> {
+        on!(self.writer, c => tools::answer_tools(c, key, id, answer))
+    }
+
+    async fn sends_outputs(&self, lease: &RunLease) -> Result<bool, StoreError> {
+        on!(self.writer, c => read::sends_outputs(c, lease))
+    }
+
+    async fn requests(&self, replica: ReplicaId) -> Result<Vec<Request>, StoreError> {
+        on!(self.readers, c => control::requests(c, replica))
     }
 
     async fn bind_upstream_thread(
         &self,
         lease: &RunLease,
         id: &UpstreamThreadId,
+        rebuilt: bool,
     ) -> Result<bool, StoreError> {
-        on!(self.writer, c => turn::bind_upstream_thread(c, lease, id))
+        on!(self.writer, c => turn::bind_upstream_thread(c, lease, id, rebuilt))
     }
 
-    async fn finish(&self, lease: &RunLease, end: &RunEnd) -> Result<Option<Finished>, StoreError> {
-        on!(self.writer, c => turn::finish(c, lease, end))
+    async fn backlog(&self, run: RunId) -> Result<Vec<Message>, StoreError> {
+        on!(self.readers, c => read::backlog(c, run))
+    }
+
+    async fn baseline(&self, run: RunId) -> Result<Baseline, StoreError> {
+        on!(self.readers, c => read::baseline(c, run))
+    }
+
+    async fn settled(
+        &self,
+        lease: &RunLease,
+        run: RunId,
+        found: Context,
+        synced: bool,
+    ) -> Result<bool, StoreError> {
+        on!(self.writer, c => turn::settled(c, lease, run, found, synced))
+    }
+
+    async fn finish(&self, lease: &RunLease, end: &RunEnd) -> Result<Closing, StoreError> {
+        on!(self.writer, c => end::finish(c, lease, end))
+    }
+
+    async fn events(&self, run: RunId, from: i64) -> Result<Vec<EventBatch>, StoreError> {
+        on!(self.readers, c => read::events(c, run, from))
     }
 
     async fn thread(&self, key: &ConversationKey) -> Result<Option<(Thread, ThreadActivity)>, StoreError> {
@@ -171,5 +243,29 @@ impl Store for SqliteStore {
         self.writer.close().await;
         // Ends with the file handle at the latest.
         let _ = self.lock.unlock();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use sqlx::AssertSqlSafe;
+
+    use super::*;
+
+    /// What a plan says of a step that reads a whole table. Taking a list in a column apart is none.
+    fn is_scan(step: &str) -> bool {
+        step.starts_with("SCAN") && !step.contains("VIRTUAL TABLE") && step != "SCAN CONSTANT ROW"
+    }
+
+    #[tokio::test]
+    async fn what_each_message_costs_does_not_grow_with_the_tables() {
+        let mut connection = SqliteConnection::connect("sqlite::memory:").await.unwrap();
+        MIGRATOR.run(&mut connection).await.unwrap();
+        for statement in [admit::ADMIT, end::FINISH].into_iter().flat_map(|script| script.split(';')) {
+            let explain = AssertSqlSafe(format!("EXPLAIN QUERY PLAN {statement}"));
+            let plan: Vec<(i64, i64, i64, String)> =
+                sqlx::query_as(explain).fetch_all(&mut connection).await.unwrap();
+            assert!(!plan.iter().any(|step| is_scan(&step.3)), "{statement}\n{plan:#?}");
+        }
     }
 }

@@ -2,20 +2,26 @@
 
 mod admission;
 mod backends;
+mod context;
+mod once;
+mod queue;
 mod random;
 mod reading;
 mod replicas;
+mod tools;
 mod turns;
 
 use std::collections::BTreeMap;
 use std::time::Duration;
 
 use threadkeeper::domain::{
-    ContentPart, ConversationKey, MessageId, Metadata, MultitaskStrategy, PageRequest, ReplicaId, Run, RunId,
-    RunStatus, Scope, SessionKey, TenantKey, Thread, ThreadId, TopicKey, UserKey,
+    ContentPart, Context, ConversationKey, EventBatch, LoggedEvent, Message, MessageId, Metadata,
+    MultitaskStrategy, PageRequest, ReplicaId, RequiredAction, Run, RunId, RunStatus, Scope, SessionKey,
+    TenantKey, Thread, ThreadId, ToolCall, ToolOutput, TopicKey, UpstreamRunId, Usage, UserKey,
 };
 use threadkeeper::store::{
-    Admission, Admitted, Claim, Finished, InputMessage, Reply, RunEnd, RunLease, Store, Turn,
+    Admission, Admitted, Claim, Closing, Finished, Idempotency, InputMessage, Pause, Reply, RunEnd, RunLease,
+    Store, ToolAnswer, Turn,
 };
 
 use crate::support::TestDatabase;
@@ -45,7 +51,7 @@ macro_rules! on_every_backend {
 }
 use on_every_backend;
 
-fn user(name: &str) -> ConversationKey {
+pub(crate) fn user(name: &str) -> ConversationKey {
     ConversationKey {
         tenant: TenantKey::default(),
         user: UserKey::try_from(name.to_owned()).unwrap(),
@@ -61,7 +67,7 @@ fn topic(name: &str, topic: &str) -> ConversationKey {
     ConversationKey { scope: Scope::Topic(TopicKey::try_from(topic.to_owned()).unwrap()), ..user(name) }
 }
 
-fn text(text: &str) -> Vec<ContentPart> {
+pub(crate) fn text(text: &str) -> Vec<ContentPart> {
     vec![ContentPart::Text { text: text.to_owned() }]
 }
 
@@ -71,7 +77,7 @@ fn metadata(pairs: &[(&str, &str)]) -> Metadata {
 }
 
 /// A message of a key, of a replica that nobody knows.
-fn admission(key: &ConversationKey) -> Admission {
+pub(crate) fn admission(key: &ConversationKey) -> Admission {
     Admission {
         key: key.clone(),
         new_thread: ThreadId::new(),
@@ -84,6 +90,7 @@ fn admission(key: &ConversationKey) -> Admission {
         message: InputMessage { id: MessageId::new(), content: text("hello") },
         timeout: Duration::from_mins(1),
         replica: ReplicaId::new(),
+        idempotency: None,
     }
 }
 
@@ -98,8 +105,50 @@ fn completed(reply: Option<&str>) -> RunEnd {
             id: MessageId::new(),
             content: text(reply),
             upstream_message_id: None,
+            context: Context::Present,
         }),
+        said: Context::Present,
+        synced: false,
+        leftover: None,
+        discard: false,
+        events: EventBatch { first: 0, events: vec![] },
     }
+}
+
+/// A run asks for these calls, after three other events.
+fn pause(calls: &[&str], first: i64) -> Pause {
+    let call = |id: &&str| ToolCall {
+        id: (*id).to_owned(),
+        name: "look_up".to_owned(),
+        arguments: format!("{{\"b\": \"{id}\",  \"a\": 1.0}}"),
+    };
+    let required_action = RequiredAction { tool_calls: calls.iter().map(call).collect() };
+    let asked = LoggedEvent::RequiresAction(required_action.clone());
+    let delta = |text: &str| LoggedEvent::Delta(text.to_owned());
+    Pause {
+        required_action,
+        upstream_run_id: UpstreamRunId("resp_1".to_owned()),
+        content: text("let me see"),
+        usage: Some(Usage { input_tokens: 1, output_tokens: 2, total_tokens: 3 }),
+        events: EventBatch {
+            first,
+            events: vec![LoggedEvent::Started, delta("let me"), delta(" see"), asked],
+        },
+    }
+}
+
+/// Outputs for the calls of a [`pause`].
+fn answer(calls: &[&str]) -> ToolAnswer {
+    let output = |id: &&str| ToolOutput { tool_call_id: (*id).to_owned(), output: format!("found {id}") };
+    ToolAnswer {
+        expected: pause(calls, 0).required_action,
+        outputs: calls.iter().map(output).collect(),
+        idempotency: None,
+    }
+}
+
+fn idempotency(key: &str) -> Idempotency {
+    Idempotency { key: key.to_owned(), request_hash: [7; 32] }
 }
 
 fn first_page<Id>() -> PageRequest<Id> {
@@ -120,6 +169,13 @@ fn queued(admitted: Admitted) -> (RunLease, Thread, Run, i64) {
     }
 }
 
+fn closed(closing: Closing) -> Finished {
+    match closing {
+        Closing::Finished(finished) => *finished,
+        other => panic!("finished was expected, not {other:?}"),
+    }
+}
+
 fn claimed(claim: Claim) -> Turn {
     match claim {
         Claim::Started(turn) => *turn,
@@ -130,21 +186,21 @@ fn claimed(claim: Claim) -> Turn {
 /// Admits a message of the key and ends its run.
 async fn exchange(store: &dyn Store, key: &ConversationKey) -> Finished {
     let turn = started(store.admit(&admission(key)).await.unwrap());
-    store.finish(&turn.lease, &completed(Some("hi"))).await.unwrap().unwrap()
+    closed(store.finish(&turn.lease, &completed(Some("hi"))).await.unwrap())
 }
 
-/// The positions, roles and texts of a key's transcript, after checking that it has no gaps and is counted right.
+/// The roles and texts of a key's transcript, after checking that it ascends and is counted right.
 async fn transcript(store: &dyn Store, key: &ConversationKey) -> Vec<String> {
     let (thread, _) = store.thread(key).await.unwrap().unwrap();
     let page = store.messages(key, &first_page()).await.unwrap().unwrap();
     assert!(!page.has_more, "more than a page");
     assert_eq!(thread.message_count, i64::try_from(page.data.len()).unwrap(), "message_count is off");
-    let line = |(position, message): (i64, &threadkeeper::domain::Message)| {
-        assert_eq!(message.position, position, "a gap in the transcript");
+    assert!(page.data.is_sorted_by(|one, next| one.position < next.position), "{:#?}", page.data);
+    let line = |message: &Message| {
         let [ContentPart::Text { text }] = &message.content[..] else { panic!("one text was expected") };
         format!("{}: {text}", message.role)
     };
-    (1..).zip(&page.data).map(line).collect()
+    page.data.iter().map(line).collect()
 }
 
 /// Checks, over the whole database, what must hold at any time.
@@ -161,10 +217,22 @@ async fn check_invariants(database: &TestDatabase) {
              GROUP BY tenant, user_key, scope_kind, scope_name HAVING count(*) > 1) x",
         ),
         (
-            "positions from 1 to message_count",
-            "SELECT count(*) FROM threads t WHERE message_count <> (SELECT count(*) FROM messages m WHERE \
-             m.thread_id = t.id) OR message_count <> (SELECT COALESCE(max(position), 0) FROM messages m WHERE \
+            "messages are counted, and each has a position of its own up to the last one given",
+            "SELECT count(*) FROM threads t WHERE message_count <> (SELECT count(DISTINCT position) FROM messages m \
+             WHERE m.thread_id = t.id) OR message_count <> (SELECT count(*) FROM messages m WHERE \
+             m.thread_id = t.id) OR last_position < (SELECT COALESCE(max(position), 0) FROM messages m WHERE \
              m.thread_id = t.id)",
+        ),
+        (
+            "the backlog is the messages that are missing",
+            "SELECT count(*) FROM threads t WHERE backlog <> (SELECT count(*) FROM messages m WHERE \
+             m.thread_id = t.id AND m.context = 'missing')",
+        ),
+        (
+            "nothing is left of a run that was discarded, and nothing but its record of one that ended",
+            "SELECT count(*) FROM runs r WHERE finished_at IS NOT NULL AND (partial IS NOT NULL OR \
+             tool_outputs IS NOT NULL OR required_action IS NOT NULL OR input IS NOT NULL OR discard AND \
+             EXISTS (SELECT 1 FROM messages m WHERE m.run_id = r.id))",
         ),
         (
             "seqs from 1 to run_count",

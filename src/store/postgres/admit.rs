@@ -1,11 +1,16 @@
 //! Admission: one statement where nothing unusual happens.
+//!
+//! All ways take the thread's row before they use an idempotency key, so that of two requests with the same key the
+//! second finds the first one's use, and neither waits for the other while it holds what that one needs.
 
 use sqlx::postgres::PgRow;
 use sqlx::{Connection, FromRow, PgConnection, Row};
 
+use super::once;
 use crate::domain::{ConversationKey, MultitaskStrategy, Run, RunStatus, Thread};
-use crate::store::rows::{ThreadAndRun, corrupt, json, millis, run_columns, thread_columns};
-use crate::store::{Admission, Admitted, InputMessage, RunLease, StoreError, Turn};
+use crate::store::columns::{current_of_key, run_columns, thread_columns};
+use crate::store::rows::{ThreadAndRun, corrupt, json, millis};
+use crate::store::{Admission, Admitted, InputMessage, MAX_MERGED, RunLease, StoreError, Turn};
 
 /// Times that the key's thread may change hands under an admission before it gives up.
 const MAX_ATTEMPTS: u32 = 10;
@@ -15,6 +20,24 @@ pub(super) async fn admit(
     connection: &mut PgConnection,
     admission: &Admission,
 ) -> Result<Admitted, StoreError> {
+    let admitted = match try_admit(connection, admission).await {
+        Err(Failure::Repeated) => Admitted::Repeated,
+        Err(Failure::Store(error)) => return Err(error),
+        Ok(admitted) => admitted,
+    };
+    let refused = matches!(admitted, Admitted::Busy | Admitted::OtherUpstream(_));
+    if refused && once::is_used(connection, &admission.key, admission.idempotency.as_ref()).await? {
+        return Ok(Admitted::Repeated);
+    }
+    Ok(admitted)
+}
+
+async fn try_admit(connection: &mut PgConnection, admission: &Admission) -> Result<Admitted, Failure> {
+    if admission.strategy == MultitaskStrategy::Merge
+        && let Some(merged) = merge(connection, admission).await?
+    {
+        return Ok(merged);
+    }
     for _ in 0..MAX_ATTEMPTS {
         let attempt = admit_directly(connection, admission).await?;
         let settled = match attempt {
@@ -25,7 +48,25 @@ pub(super) async fn admit(
             return Ok(admitted);
         }
     }
-    Err(StoreError::Unavailable("the key's thread kept changing".into()))
+    Err(StoreError::Unavailable("the key's thread kept changing".into()).into())
+}
+
+/// Why nothing was stored.
+enum Failure {
+    Repeated,
+    Store(StoreError),
+}
+
+impl From<StoreError> for Failure {
+    fn from(error: StoreError) -> Self {
+        Self::Store(error)
+    }
+}
+
+impl From<sqlx::Error> for Failure {
+    fn from(error: sqlx::Error) -> Self {
+        if once::is_repeated(&error) { Self::Repeated } else { Self::Store(error.into()) }
+    }
 }
 
 enum Attempt {
@@ -41,6 +82,8 @@ enum Attempt {
 /// the lock. An admission is the only step that adds an unfinished run, and it counts up `run_count`. So if both
 /// agree on `run_count`, a thread that was free in the snapshot is free, and the run starts. If they do not, the
 /// run is queued, which is always safe: should the thread be free after all, the first `claim` starts the run.
+///
+/// A run that goes before all that wait gets a rank that is lower than any before: less its own number.
 const ADMIT: &str = concat!(
     "WITH seen AS MATERIALIZED (
         SELECT t.id, t.upstream, t.run_count, COALESCE(t.expires_at <= now(), false) AS expired,
@@ -55,13 +98,17 @@ const ADMIT: &str = concat!(
     ), bound AS (
         INSERT INTO threads AS t (
             id, tenant, user_key, scope_kind, scope_name, upstream, lifecycle,
-            message_count, run_count, created_at, last_active_at, expires_at
+            message_count, last_position, run_count, created_at, last_active_at, expires_at
         )
-        VALUES ($5, $1, $2, $3, $4, $6, 'current', 1, 1, now(), now(), now() + $7 * interval '1 millisecond')
+        VALUES ($5, $1, $2, $3, $4, $6, 'current', 1, 1, 1, now(), now(), now() + $7 * interval '1 millisecond')
         ON CONFLICT (tenant, user_key, scope_kind, scope_name) WHERE lifecycle = 'current'
         DO UPDATE SET
             run_count = t.run_count + 1,
             message_count = t.message_count + (
+                SELECT count(*) FROM seen s
+                WHERE s.id = t.id AND s.run_count = t.run_count AND NOT s.active AND s.queued = 0
+            ),
+            last_position = t.last_position + (
                 SELECT count(*) FROM seen s
                 WHERE s.id = t.id AND s.run_count = t.run_count AND NOT s.active AND s.queued = 0
             ),
@@ -82,11 +129,12 @@ const ADMIT: &str = concat!(
         FROM bound b
     ), admitted AS (
         INSERT INTO runs AS r (
-            id, thread_id, seq, status, strategy, assistant, metadata, input, owner, fence, timeout_ms,
+            id, thread_id, seq, rank, status, strategy, assistant, metadata, input, owner, fence, timeout_ms,
             created_at, started_at, deadline_at
         )
-        SELECT $9, p.id, p.run_count, CASE WHEN p.starts THEN 'in_progress' ELSE 'queued' END, $8, $10,
-            $11::jsonb,
+        SELECT $9, p.id, p.run_count,
+            CASE WHEN NOT p.starts AND $8 IN ('interrupt', 'rollback') THEN -p.run_count ELSE 0 END,
+            CASE WHEN p.starts THEN 'in_progress' ELSE 'queued' END, $8, $10, $11::jsonb,
             CASE WHEN NOT p.starts THEN jsonb_build_array(jsonb_build_object('id', $12, 'content', $13::jsonb)) END,
             $14, 1, $15, p.now,
             CASE WHEN p.starts THEN p.now END,
@@ -95,7 +143,12 @@ const ADMIT: &str = concat!(
         RETURNING r.*
     ), said AS (
         INSERT INTO messages (id, thread_id, position, role, content, run_id, created_at)
-        SELECT $16, p.id, p.message_count, 'user', $13::jsonb, $9, p.now FROM placed p WHERE p.starts
+        SELECT $16, p.id, p.last_position, 'user', $13::jsonb, $9, p.now FROM placed p WHERE p.starts
+    ), used AS (
+        INSERT INTO idempotency_keys (
+            tenant, user_key, scope_kind, scope_name, key, run_id, request_hash, created_at
+        )
+        SELECT $1, $2, $3, $4, $17, r.id, $18, r.created_at FROM admitted r WHERE $17 IS NOT NULL
     )
     SELECT ",
     thread_columns!(),
@@ -104,15 +157,15 @@ const ADMIT: &str = concat!(
     ", s.upstream AS seen_upstream, s.expired AS seen_expired, s.active OR s.queued > 0 AS seen_busy,
         -- Those that waited in the snapshot and those that came since; of the latter, the first has started
         -- if the thread was free.
-        GREATEST(1, 1 + COALESCE(s.queued, 0) + t.run_count - 1 - COALESCE(s.run_count, 0)
-            - CASE WHEN s.active OR s.queued > 0 THEN 0 ELSE 1 END) AS position
+        CASE WHEN $8 IN ('interrupt', 'rollback') THEN 1 ELSE GREATEST(1, 1 + COALESCE(s.queued, 0) + t.run_count - 1 - COALESCE(s.run_count, 0)
+            - CASE WHEN s.active OR s.queued > 0 THEN 0 ELSE 1 END) END AS position
     FROM (SELECT) one
     LEFT JOIN seen s ON true
     LEFT JOIN bound t ON true
     LEFT JOIN admitted r ON true",
 );
 
-async fn admit_directly(connection: &mut PgConnection, admission: &Admission) -> Result<Attempt, StoreError> {
+async fn admit_directly(connection: &mut PgConnection, admission: &Admission) -> Result<Attempt, Failure> {
     let ConversationKey { tenant, user, scope } = &admission.key;
     let row = sqlx::query(ADMIT)
         .bind(tenant.as_str())
@@ -131,11 +184,13 @@ async fn admit_directly(connection: &mut PgConnection, admission: &Admission) ->
         .bind(admission.replica.uuid())
         .bind(millis(admission.timeout))
         .bind(admission.message.id.uuid())
+        .bind(admission.idempotency.as_ref().map(|used| &used.key))
+        .bind(admission.idempotency.as_ref().map(|used| &used.request_hash[..]))
         .fetch_one(connection)
         .await?;
 
     if row.try_get::<Option<i64>, _>("r_seq")?.is_some() {
-        return admitted(admission, &row).map(Attempt::Settled);
+        return Ok(Attempt::Settled(admitted(admission, &row)?));
     }
     // Refused by the conditions of the update. What the snapshot says of the reason was true at its time, which
     // lies within this call; if it gives no reason, the thread changed since.
@@ -160,7 +215,7 @@ async fn admit_directly(connection: &mut PgConnection, admission: &Admission) ->
 async fn admit_under_lock(
     connection: &mut PgConnection,
     admission: &Admission,
-) -> Result<Option<Admitted>, StoreError> {
+) -> Result<Option<Admitted>, Failure> {
     let ConversationKey { tenant, user, scope } = &admission.key;
     let mut tx = connection.begin().await?;
     let replaced: Option<(uuid::Uuid, bool)> = sqlx::query_as(
@@ -211,6 +266,65 @@ async fn admit_under_lock(
         // It expired between the two statements.
         Attempt::Open => Ok(None),
     }
+}
+
+/// Adds the message to the run that waits last, if it fits there. `None`: it does not, and nothing was stored.
+///
+/// Takes the run before the thread, as all do that change a run which is there. If the run is not the last any more
+/// by the time that it is locked, it was when the call began, which is good enough; but it must still wait.
+async fn merge(connection: &mut PgConnection, admission: &Admission) -> Result<Option<Admitted>, Failure> {
+    let ConversationKey { tenant, user, scope } = &admission.key;
+    let row: Option<ThreadAndRun> = sqlx::query_as(concat!(
+        "WITH last AS MATERIALIZED (
+            SELECT (
+                SELECT r.id FROM runs r
+                WHERE r.thread_id = t.id AND r.status = 'queued'
+                ORDER BY r.rank DESC, r.seq DESC
+                LIMIT 1
+            ) AS id
+            FROM threads t
+            WHERE ",
+        current_of_key!(),
+        " AND t.upstream = $5 AND (t.expires_at IS NULL OR t.expires_at > now())
+        ), merged AS (
+            UPDATE runs r
+            SET input = r.input || jsonb_build_array(jsonb_build_object('id', $8, 'content', $9::jsonb))
+            FROM last l
+            WHERE r.id = l.id AND r.status = 'queued' AND r.assistant = $6 AND r.metadata = $7::jsonb
+                AND jsonb_array_length(r.input) < $10
+            RETURNING r.*
+        ), bound AS (
+            UPDATE threads t SET last_active_at = clock_timestamp() FROM merged r WHERE t.id = r.thread_id
+            RETURNING t.*
+        ), used AS (
+            INSERT INTO idempotency_keys (
+                tenant, user_key, scope_kind, scope_name, key, run_id, request_hash, created_at
+            )
+            SELECT $1, $2, $3, $4, $11, r.id, $12, clock_timestamp() FROM merged r, bound t WHERE $11 IS NOT NULL
+        )
+        SELECT ",
+        thread_columns!(),
+        ", ",
+        run_columns!(),
+        " FROM merged r, bound t",
+    ))
+    .bind(tenant.as_str())
+    .bind(user.as_str())
+    .bind(scope.kind())
+    .bind(scope.name())
+    .bind(&admission.upstream)
+    .bind(&admission.assistant)
+    .bind(json(&admission.metadata)?)
+    .bind(admission.message.id.to_string())
+    .bind(json(&admission.message.content)?)
+    .bind(i32::try_from(MAX_MERGED).unwrap_or(i32::MAX))
+    .bind(admission.idempotency.as_ref().map(|used| &used.key))
+    .bind(admission.idempotency.as_ref().map(|used| &used.request_hash[..]))
+    .fetch_optional(connection)
+    .await?;
+    let Some(both) = row else { return Ok(None) };
+    let (thread, run) = (both.thread.try_into()?, both.run.try_into()?);
+    Ok(Some(Admitted::Merged { thread: Box::new(thread), run: Box::new(run) }))
 }
 
 fn admitted(admission: &Admission, row: &PgRow) -> Result<Admitted, StoreError> {

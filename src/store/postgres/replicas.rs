@@ -2,11 +2,12 @@
 
 use std::time::Duration;
 
-use sqlx::{FromRow, PgConnection, Row};
+use sqlx::PgConnection;
 use uuid::Uuid;
 
 use crate::domain::{ReplicaId, RunId};
-use crate::store::rows::{ThreadAndRun, millis, orphan, run_columns, thread_columns};
+use crate::store::columns::{run_columns, thread_columns};
+use crate::store::rows::{OrphanRow, millis};
 use crate::store::{Orphan, StoreError};
 
 /// Implements [`Store::renew_replica`](crate::store::Store::renew_replica).
@@ -47,7 +48,7 @@ pub(super) async fn adopt_orphans(
 ) -> Result<Vec<Orphan>, StoreError> {
     let working: Vec<Uuid> = working.iter().map(|run| run.uuid()).collect();
     // Thread ids sort by age, and within a thread the runs must come in order of admission.
-    let rows = sqlx::query(concat!(
+    let rows: Vec<OrphanRow> = sqlx::query_as(concat!(
         "WITH orphans AS MATERIALIZED (
             SELECT r.id, r.fence FROM runs r
             WHERE r.status IN ('queued', 'in_progress', 'requires_action', 'cancelling')
@@ -66,7 +67,8 @@ pub(super) async fn adopt_orphans(
             WHERE r.id = o.id
             RETURNING r.*, s.owner AS previous_owner
         )
-        SELECT r.previous_owner, ",
+        SELECT r.previous_owner, r.partial, r.tool_outputs, r.outputs_sent,
+            (EXTRACT(epoch FROM r.deadline_at - clock_timestamp()) * 1000)::bigint AS time_left, ",
         thread_columns!(),
         ", ",
         run_columns!(),
@@ -81,5 +83,5 @@ pub(super) async fn adopt_orphans(
     sqlx::query("DELETE FROM replicas WHERE expires_at < now() - interval '1 day'")
         .execute(connection)
         .await?;
-    rows.iter().map(|row| orphan(ThreadAndRun::from_row(row)?, row.try_get("previous_owner")?)).collect()
+    rows.into_iter().map(Orphan::try_from).collect()
 }

@@ -3,10 +3,11 @@
 use sqlx::{FromRow, Row, SqliteConnection};
 use uuid::Uuid;
 
-use super::{now, write};
-use crate::domain::{ConversationKey, Run, RunStatus, Thread};
-use crate::store::rows::{ThreadAndRun, json, millis, run_columns, thread_columns};
-use crate::store::{Admission, Admitted, InputMessage, RunLease, StoreError, Turn};
+use super::{now, once, write};
+use crate::domain::{ConversationKey, MultitaskStrategy, Run, RunStatus, Thread};
+use crate::store::columns::{current_of_key, run_columns, thread_columns};
+use crate::store::rows::{RunRow, ThreadAndRun, ThreadRow, json, millis};
+use crate::store::{Admission, Admitted, InputMessage, MAX_MERGED, RunLease, StoreError, Turn};
 
 /// Implements [`Store::admit`](crate::store::Store::admit).
 pub(super) async fn admit(
@@ -14,6 +15,15 @@ pub(super) async fn admit(
     admission: &Admission,
 ) -> Result<Admitted, StoreError> {
     let mut tx = write(connection).await?;
+    if once::is_used(&mut tx, &admission.key, admission.idempotency.as_ref()).await? {
+        return Ok(Admitted::Repeated);
+    }
+    if admission.strategy == MultitaskStrategy::Merge
+        && let Some(merged) = merge(&mut tx, admission).await?
+    {
+        tx.commit().await?;
+        return Ok(merged);
+    }
     let admitted = match try_admit(&mut tx, admission).await? {
         Some(admitted) => admitted,
         None => match refusal(&mut tx, admission).await? {
@@ -23,6 +33,7 @@ pub(super) async fn admit(
                 .ok_or_else(|| StoreError::Corrupt("a fresh thread that admits nothing".to_owned()))?,
         },
     };
+    once::note(&mut tx, &admission.key, admission.idempotency.as_ref(), admission.run_id).await?;
     tx.commit().await?;
     Ok(admitted)
 }
@@ -31,12 +42,14 @@ pub(super) async fn admit(
 ///
 /// The thread counts one more run, or is made; unless it takes no run of this kind: then nothing was changed, which
 /// the next statement asks for, and the rest finds no run.
-const ADMIT: &str = concat!(
+///
+/// A run that goes before all that wait gets a rank that is lower than any before: less its own number.
+pub(super) const ADMIT: &str = concat!(
     "INSERT INTO threads AS t (
         id, tenant, user_key, scope_kind, scope_name, upstream, lifecycle,
-        message_count, run_count, created_at, last_active_at, expires_at
+        message_count, last_position, run_count, created_at, last_active_at, expires_at
     )
-    VALUES ($5, $1, $2, $3, $4, $6, 'current', 1, 1, ",
+    VALUES ($5, $1, $2, $3, $4, $6, 'current', 1, 1, 1, ",
     now!(),
     ", ",
     now!(),
@@ -47,6 +60,12 @@ const ADMIT: &str = concat!(
     DO UPDATE SET
         run_count = t.run_count + 1,
         message_count = t.message_count + (NOT EXISTS (
+            SELECT 1 FROM runs r
+            WHERE r.thread_id = t.id AND r.status IN ('in_progress', 'requires_action', 'cancelling')
+        ) AND NOT EXISTS (
+            SELECT 1 FROM runs r WHERE r.thread_id = t.id AND r.status = 'queued'
+        )),
+        last_position = t.last_position + (NOT EXISTS (
             SELECT 1 FROM runs r
             WHERE r.thread_id = t.id AND r.status IN ('in_progress', 'requires_action', 'cancelling')
         ) AND NOT EXISTS (
@@ -76,16 +95,17 @@ const ADMIT: &str = concat!(
             AND t.lifecycle = 'current' AND changes() = 1
     )
     INSERT INTO runs (
-        id, thread_id, seq, status, strategy, assistant, metadata, input, owner, fence, timeout_ms,
+        id, thread_id, seq, rank, status, strategy, assistant, metadata, input, owner, fence, timeout_ms,
         created_at, started_at, deadline_at
     )
-    SELECT $9, id, run_count, iif(busy, 'queued', 'in_progress'), $8, $10, $11,
+    SELECT $9, id, run_count, iif(busy AND $8 IN ('interrupt', 'rollback'), -run_count, 0),
+        iif(busy, 'queued', 'in_progress'), $8, $10, $11,
         iif(busy, json_array(json_object('id', $12, 'content', json($13))), NULL), $14, 1, $15,
         now, iif(busy, NULL, now), iif(busy, NULL, now + $15)
     FROM place;
 
     INSERT INTO messages (id, thread_id, position, role, content, run_id, created_at)
-    SELECT $16, t.id, t.message_count, 'user', $13, r.id, r.created_at
+    SELECT $16, t.id, t.last_position, 'user', $13, r.id, r.created_at
     FROM runs r JOIN threads t ON t.id = r.thread_id
     WHERE r.id = $9 AND r.status = 'in_progress';
 
@@ -93,7 +113,10 @@ const ADMIT: &str = concat!(
     thread_columns!(),
     ", ",
     run_columns!(),
-    ", (SELECT count(*) FROM runs o WHERE o.thread_id = t.id AND o.status = 'queued') AS position
+    ", (
+        SELECT count(*) FROM runs o
+        WHERE o.thread_id = t.id AND o.status = 'queued' AND (o.rank, o.seq) <= (r.rank, r.seq)
+    ) AS position
     FROM runs r JOIN threads t ON t.id = r.thread_id
     WHERE r.id = $9",
 );
@@ -132,6 +155,51 @@ async fn try_admit(tx: &mut SqliteConnection, admission: &Admission) -> Result<O
     }
     let message = InputMessage { id: admission.message.id, content: admission.message.content.clone() };
     Ok(Some(Admitted::Started(Box::new(Turn { lease, thread, run, input: vec![message] }))))
+}
+
+/// Adds the message to the run that waits last, if it fits there. `None`: it does not, and nothing is written.
+async fn merge(tx: &mut SqliteConnection, admission: &Admission) -> Result<Option<Admitted>, StoreError> {
+    let ConversationKey { tenant, user, scope } = &admission.key;
+    let run: Option<RunRow> = sqlx::query_as(concat!(
+        "UPDATE runs SET input = json_insert(input, '$[#]', json_object('id', $8, 'content', json($9)))
+        WHERE id = (
+            SELECT r.id FROM runs r JOIN threads t ON t.id = r.thread_id
+            WHERE ",
+        current_of_key!(),
+        " AND t.upstream = $5 AND (t.expires_at IS NULL OR t.expires_at > ",
+        now!(),
+        ") AND r.status = 'queued'
+            ORDER BY r.rank DESC, r.seq DESC
+            LIMIT 1
+        ) AND assistant = $6 AND metadata = $7 AND json_array_length(input) < $10
+        RETURNING ",
+        run_columns!("runs"),
+    ))
+    .bind(tenant.as_str())
+    .bind(user.as_str())
+    .bind(scope.kind())
+    .bind(scope.name())
+    .bind(&admission.upstream)
+    .bind(&admission.assistant)
+    .bind(json(&admission.metadata)?)
+    .bind(admission.message.id.to_string())
+    .bind(json(&admission.message.content)?)
+    .bind(i64::try_from(MAX_MERGED).unwrap_or(i64::MAX))
+    .fetch_optional(&mut *tx)
+    .await?;
+    let Some(run) = run else { return Ok(None) };
+    let run = Run::try_from(run)?;
+    let thread: ThreadRow = sqlx::query_as(concat!(
+        "UPDATE threads SET last_active_at = ",
+        now!(),
+        " WHERE id = $1 RETURNING ",
+        thread_columns!("threads"),
+    ))
+    .bind(run.thread_id.uuid())
+    .fetch_one(&mut *tx)
+    .await?;
+    once::note(tx, &admission.key, admission.idempotency.as_ref(), run.id).await?;
+    Ok(Some(Admitted::Merged { thread: Box::new(thread.try_into()?), run: Box::new(run) }))
 }
 
 /// Why the key's current thread took no run. `None` if it had expired: then a fresh one is in its place.

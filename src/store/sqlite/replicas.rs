@@ -9,7 +9,8 @@ use uuid::Uuid;
 
 use super::{now, write};
 use crate::domain::{ReplicaId, RunId};
-use crate::store::rows::{ThreadAndRun, millis, orphan, run_columns, thread_columns};
+use crate::store::columns::{run_columns, thread_columns};
+use crate::store::rows::{OrphanRow, millis};
 use crate::store::{Orphan, StoreError};
 
 /// Ends all sessions, if there is a schema yet.
@@ -90,17 +91,20 @@ pub(super) async fn adopt_orphans(
             .bind(run)
             .execute(&mut *tx)
             .await?;
-        let row: ThreadAndRun = sqlx::query_as(concat!(
-            "SELECT ",
+        let row: OrphanRow = sqlx::query_as(concat!(
+            "SELECT $2 AS previous_owner, r.partial, r.tool_outputs, r.outputs_sent, r.deadline_at - ",
+            now!(),
+            " AS time_left, ",
             thread_columns!(),
             ", ",
             run_columns!(),
             " FROM runs r JOIN threads t ON t.id = r.thread_id WHERE r.id = $1",
         ))
         .bind(run)
+        .bind(previous_owner)
         .fetch_one(&mut *tx)
         .await?;
-        adopted.push(orphan(row, previous_owner)?);
+        adopted.push(row.try_into()?);
     }
     tx.commit().await?;
     Ok(adopted)

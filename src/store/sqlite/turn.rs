@@ -1,15 +1,22 @@
-//! A run's way from the queue to its end.
+//! A run's way from the queue to its turn, and what its thread is upstream meanwhile.
 
-use sqlx::SqliteConnection;
 use sqlx::types::Json;
+use sqlx::{FromRow, Row, SqliteConnection};
+use uuid::Uuid;
 
 use super::read::started_before;
 use super::{now, write};
-use crate::domain::{Run, Thread, UpstreamRunId, UpstreamThreadId};
-use crate::store::rows::{
-    FinishedRow, RunRow, ThreadRow, json, message_columns, run_columns, thread_columns,
-};
-use crate::store::{Claim, Finished, InputMessage, RunEnd, RunLease, StoreError, Turn};
+use crate::domain::{Context, Run, RunId, Thread, UpstreamThreadId};
+use crate::store::columns::{first_position, run_columns, started_position, thread_columns};
+use crate::store::rows::{RunRow, ThreadRow, json};
+use crate::store::{Claim, InputMessage, RunLease, StoreError, Turn};
+
+/// The messages that the thread `$2` lacks upstream, counted.
+macro_rules! missing_messages {
+    () => {
+        "(SELECT count(*) FROM messages m WHERE m.thread_id = $2 AND m.context = 'missing')"
+    };
+}
 
 /// Implements [`Store::claim`](crate::store::Store::claim).
 pub(super) async fn claim(connection: &mut SqliteConnection, lease: &RunLease) -> Result<Claim, StoreError> {
@@ -19,7 +26,7 @@ pub(super) async fn claim(connection: &mut SqliteConnection, lease: &RunLease) -
             SELECT 1 FROM runs o
             WHERE o.thread_id = r.thread_id AND o.status IN ('in_progress', 'requires_action', 'cancelling')
         ) OR EXISTS (
-            SELECT 1 FROM runs o WHERE o.thread_id = r.thread_id AND o.status = 'queued' AND o.seq < r.seq
+            SELECT 1 FROM runs o WHERE o.thread_id = r.thread_id AND o.status = 'queued' AND (o.rank, o.seq) < (r.rank, r.seq)
         )
         FROM runs r
         WHERE r.id = $1 AND r.fence = $2 AND r.status = 'queued'",
@@ -47,20 +54,8 @@ pub(super) async fn claim(connection: &mut SqliteConnection, lease: &RunLease) -
     .fetch_one(&mut *tx)
     .await?;
     let run = Run::try_from(run)?;
-    let thread: ThreadRow = sqlx::query_as(concat!(
-        "UPDATE threads AS t SET message_count = t.message_count + $2, last_active_at = ",
-        now!(),
-        "
-        WHERE t.id = $1
-        RETURNING ",
-        thread_columns!("threads"),
-    ))
-    .bind(run.thread_id.uuid())
-    .bind(count(&input))
-    .fetch_one(&mut *tx)
-    .await?;
-    let thread = Thread::try_from(thread)?;
-    say(&mut tx, &run, thread.message_count - count(&input) + 1, &input).await?;
+    let (last_position, thread) = count_up(&mut tx, &run, &input).await?;
+    say(&mut tx, &run, last_position - count(&input) + 1, &input).await?;
     tx.commit().await?;
     Ok(Claim::Started(Box::new(Turn { lease: *lease, thread, run, input })))
 }
@@ -70,103 +65,106 @@ pub(super) async fn bind_upstream_thread(
     connection: &mut SqliteConnection,
     lease: &RunLease,
     id: &UpstreamThreadId,
+    rebuilt: bool,
 ) -> Result<bool, StoreError> {
-    let done = sqlx::query(
-        "UPDATE threads SET upstream_thread_id = $3
-        WHERE id = (
-            SELECT r.thread_id FROM runs r
-            WHERE r.id = $1 AND r.fence = $2 AND r.status IN ('in_progress', 'requires_action', 'cancelling')
-        )",
+    let mut tx = write(connection).await?;
+    let Some(thread) = active(&mut tx, lease).await? else {
+        return Ok(false);
+    };
+    sqlx::query("UPDATE threads SET upstream_thread_id = $2 WHERE id = $1")
+        .bind(thread)
+        .bind(id.as_str())
+        .execute(&mut *tx)
+        .await?;
+    if rebuilt {
+        sqlx::query(concat!(
+            "UPDATE messages SET upstream_message_id = NULL,
+                context = iif(context IN ('missing', 'unknown'), 'present', context)
+            WHERE thread_id = $2 AND position < (SELECT ",
+            first_position!("r"),
+            " FROM runs r WHERE r.id = $1)
+                AND (context IN ('missing', 'unknown') OR upstream_message_id IS NOT NULL);
+
+            UPDATE threads SET leftover = NULL, backlog = ",
+            missing_messages!(),
+            " WHERE id = $2",
+        ))
+        .bind(lease.run_id.uuid())
+        .bind(thread)
+        .execute(&mut *tx)
+        .await?;
+    }
+    tx.commit().await?;
+    Ok(true)
+}
+
+/// Implements [`Store::settled`](crate::store::Store::settled).
+pub(super) async fn settled(
+    connection: &mut SqliteConnection,
+    lease: &RunLease,
+    run: RunId,
+    found: Context,
+    synced: bool,
+) -> Result<bool, StoreError> {
+    let mut tx = write(connection).await?;
+    let Some(thread) = active(&mut tx, lease).await? else {
+        return Ok(false);
+    };
+    sqlx::query(concat!(
+        "UPDATE messages SET context = 'present'
+        WHERE $4 AND thread_id = $2 AND context = 'missing' AND position < (SELECT ",
+        started_position!("r"),
+        " FROM runs r WHERE r.id = $1);
+
+        UPDATE messages SET context = $3 WHERE run_id = $1 AND thread_id = $2 AND context = 'unknown';
+
+        UPDATE threads SET leftover = NULL, backlog = ",
+        missing_messages!(),
+        " WHERE id = $2",
+    ))
+    .bind(run.uuid())
+    .bind(thread)
+    .bind(found.as_str())
+    .bind(synced)
+    .execute(&mut *tx)
+    .await?;
+    tx.commit().await?;
+    Ok(true)
+}
+
+/// The thread of an active run, if the lease is good.
+async fn active(tx: &mut SqliteConnection, lease: &RunLease) -> Result<Option<Uuid>, StoreError> {
+    let thread = sqlx::query_scalar(
+        "SELECT r.thread_id FROM runs r
+        WHERE r.id = $1 AND r.fence = $2 AND r.status IN ('in_progress', 'requires_action', 'cancelling')",
     )
     .bind(lease.run_id.uuid())
     .bind(lease.fence)
-    .bind(id.as_str())
-    .execute(&mut *connection)
+    .fetch_optional(tx)
     .await?;
-    Ok(done.rows_affected() == 1)
+    Ok(thread)
 }
 
-/// One script, because each trip to the connection's own thread costs more than the statement there.
-///
-/// All but the last statement are for a run that has not ended and whose lease is good. The last one reads the run
-/// if it has ended in the given way, now or by an earlier call.
-const FINISH: &str = concat!(
-    "INSERT INTO messages (id, thread_id, position, role, content, run_id, created_at)
-    SELECT unhex(substr(m.value ->> 'id', 5)), t.id, t.message_count + 1 + m.key, 'user', m.value -> 'content',
-        r.id, ",
-    now!(),
-    "
-    FROM runs r JOIN threads t ON t.id = r.thread_id JOIN json_each(r.input) m
-    WHERE r.id = $1 AND r.fence = $2 AND r.status = 'queued';
-
-    UPDATE threads SET message_count = message_count + ($8 IS NOT NULL) + (
-            SELECT COALESCE(json_array_length(r.input), 0) FROM runs r WHERE r.id = $1
-        ),
-        upstream_thread_id = COALESCE($7, upstream_thread_id), last_active_at = ",
-    now!(),
-    "
-    WHERE id = (
-        SELECT r.thread_id FROM runs r
-        WHERE r.id = $1 AND r.fence = $2
-            AND r.status IN ('queued', 'in_progress', 'requires_action', 'cancelling')
-    );
-
-    INSERT INTO messages (id, thread_id, position, role, content, run_id, upstream_message_id, created_at)
-    SELECT $8, t.id, t.message_count, 'assistant', $9, r.id, $10, ",
-    now!(),
-    "
-    FROM runs r JOIN threads t ON t.id = r.thread_id
-    WHERE r.id = $1 AND r.fence = $2
-        AND r.status IN ('queued', 'in_progress', 'requires_action', 'cancelling')
-        AND $8 IS NOT NULL;
-
-    UPDATE runs SET status = $3, error = $4, usage = $5, upstream_run_id = COALESCE($6, upstream_run_id),
-        required_action = NULL, input = NULL, finished_at = ",
-    now!(),
-    "
-    WHERE id = $1 AND fence = $2 AND status IN ('queued', 'in_progress', 'requires_action', 'cancelling');
-
-    SELECT ",
-    thread_columns!(),
-    ", ",
-    run_columns!(),
-    ", ",
-    message_columns!(),
-    ", (
-        SELECT count(*) FROM runs o WHERE o.thread_id = t.id AND o.status = 'queued'
-    ) AS queue_depth, (
-        SELECT o.status FROM runs o
-        WHERE o.thread_id = t.id AND o.status IN ('in_progress', 'requires_action', 'cancelling')
-    ) AS active_status
-    FROM runs r
-    JOIN threads t ON t.id = r.thread_id
-    LEFT JOIN messages m ON m.run_id = r.id AND m.role = 'assistant'
-    WHERE r.id = $1 AND r.fence = $2 AND r.status = $3 AND r.finished_at IS NOT NULL",
-);
-
-/// Implements [`Store::finish`](crate::store::Store::finish).
-pub(super) async fn finish(
-    connection: &mut SqliteConnection,
-    lease: &RunLease,
-    end: &RunEnd,
-) -> Result<Option<Finished>, StoreError> {
-    let mut tx = write(connection).await?;
-    let reply = end.reply.as_ref();
-    let row: Option<FinishedRow> = sqlx::query_as(FINISH)
-        .bind(lease.run_id.uuid())
-        .bind(lease.fence)
-        .bind(end.status.as_str())
-        .bind(end.error.as_ref().map(json).transpose()?)
-        .bind(end.usage.as_ref().map(json).transpose()?)
-        .bind(end.upstream_run_id.as_ref().map(UpstreamRunId::as_str))
-        .bind(end.upstream_thread_id.as_ref().map(UpstreamThreadId::as_str))
-        .bind(reply.map(|reply| reply.id.uuid()))
-        .bind(reply.map(|reply| json(&reply.content)).transpose()?)
-        .bind(reply.and_then(|reply| reply.upstream_message_id.as_deref()))
-        .fetch_optional(&mut *tx)
-        .await?;
-    tx.commit().await?;
-    row.map(Finished::try_from).transpose()
+/// Counts the messages of a run that starts; gives the position of the last.
+async fn count_up(
+    tx: &mut SqliteConnection,
+    run: &Run,
+    input: &[InputMessage],
+) -> Result<(i64, Thread), StoreError> {
+    let row = sqlx::query(concat!(
+        "UPDATE threads AS t SET message_count = t.message_count + $2, last_position = t.last_position + $2,
+            last_active_at = ",
+        now!(),
+        "
+        WHERE t.id = $1
+        RETURNING last_position, ",
+        thread_columns!("threads"),
+    ))
+    .bind(run.thread_id.uuid())
+    .bind(count(input))
+    .fetch_one(tx)
+    .await?;
+    Ok((row.try_get("last_position")?, ThreadRow::from_row(&row)?.try_into()?))
 }
 
 /// Puts a run's messages into the transcript, the first at position `first`.

@@ -98,7 +98,7 @@ async fn a_second_message_waits(_: &TestDatabase, store: &dyn Store) {
     assert_eq!(transcript(store, &key).await, ["user: hello"]);
 
     // A free thread on which somebody waits is not for a newcomer.
-    store.finish(&first.lease, &completed(Some("hi"))).await.unwrap().unwrap();
+    closed(store.finish(&first.lease, &completed(Some("hi"))).await.unwrap());
     let (_, _, run, position) = queued(store.admit(&admission(&key)).await.unwrap());
     assert_eq!((run.seq, position), (3, 2));
 }
@@ -114,7 +114,7 @@ async fn waiting_runs_have_places(_: &TestDatabase, store: &dyn Store) {
     let (_, activity) = store.thread(&key).await.unwrap().unwrap();
     assert_eq!((activity.state, activity.queue_depth), (ThreadState::Active, 3));
 
-    store.finish(&leases[0], &completed(None)).await.unwrap().unwrap();
+    closed(store.finish(&leases[0], &completed(None)).await.unwrap());
     claimed(store.claim(&leases[1]).await.unwrap());
     let (_, _, _, position) = queued(store.admit(&admission(&key)).await.unwrap());
     assert_eq!(position, 3);
@@ -130,12 +130,12 @@ async fn reject_on_a_busy_thread_stores_nothing(database: &TestDatabase, store: 
     assert_eq!(store.thread(&key).await.unwrap().unwrap(), before);
 
     // A run that only waits keeps the thread busy, too.
-    store.finish(&turn.lease, &completed(None)).await.unwrap().unwrap();
+    closed(store.finish(&turn.lease, &completed(None)).await.unwrap());
     assert_eq!(store.admit(&reject()).await.unwrap(), Admitted::Busy);
     assert_eq!(database.number("SELECT count(*) FROM runs").await, 2);
 
     let next = claimed(store.claim(&waiting).await.unwrap());
-    store.finish(&next.lease, &completed(None)).await.unwrap().unwrap();
+    closed(store.finish(&next.lease, &completed(None)).await.unwrap());
     assert_eq!(started(store.admit(&reject()).await.unwrap()).run.seq, 3);
     check_invariants(database).await;
 }
@@ -210,14 +210,14 @@ async fn an_expired_thread_gives_way_to_a_fresh_one(database: &TestDatabase, sto
     let hour = Duration::from_hours(1);
     let with_ttl = || Admission { thread_ttl: Some(hour), ..admission(&key) };
     let old = started(store.admit(&with_ttl()).await.unwrap());
-    store.finish(&old.lease, &completed(Some("hi"))).await.unwrap().unwrap();
+    closed(store.finish(&old.lease, &completed(Some("hi"))).await.unwrap());
     let life = old.thread.expires_at.unwrap() - old.thread.created_at;
     assert_eq!(life, chrono::TimeDelta::hours(1));
 
     database.age_threads(hour / 2).await;
     let turn = started(store.admit(&with_ttl()).await.unwrap());
     assert_eq!(turn.thread.id, old.thread.id, "half of its life is left");
-    store.finish(&turn.lease, &completed(None)).await.unwrap().unwrap();
+    closed(store.finish(&turn.lease, &completed(None)).await.unwrap());
 
     database.age_threads(hour / 2).await;
     let (thread, _) = store.thread(&key).await.unwrap().unwrap();
@@ -242,7 +242,7 @@ async fn an_expired_thread_gives_way_once(database: &TestDatabase, store: &dyn S
     let key = session("alice", "s1");
     let with_ttl = || Admission { thread_ttl: Some(Duration::from_mins(1)), ..admission(&key) };
     let old = started(store.admit(&with_ttl()).await.unwrap());
-    store.finish(&old.lease, &completed(None)).await.unwrap().unwrap();
+    closed(store.finish(&old.lease, &completed(None)).await.unwrap());
     database.age_threads(Duration::from_mins(1)).await;
 
     let admissions: Vec<_> = (0..32).map(|_| with_ttl()).collect();
@@ -277,7 +277,7 @@ async fn an_expired_thread_may_be_replaced_on_another_upstream(database: &TestDa
     let moved = Admission { upstream: "spare".to_owned(), strategy, ..admission(&key) };
     let turn = started(store.admit(&moved).await.unwrap());
     assert_eq!((turn.thread.upstream.as_str(), turn.thread.expires_at), ("spare", None));
-    let finished = store.finish(&old.lease, &completed(Some("late"))).await.unwrap().unwrap();
+    let finished = closed(store.finish(&old.lease, &completed(Some("late"))).await.unwrap());
     assert_eq!((finished.thread.lifecycle, finished.thread.message_count), (Lifecycle::Archived, 2));
     assert_eq!(transcript(store, &key).await, ["user: hello"]);
     check_invariants(database).await;
@@ -293,10 +293,10 @@ async fn a_waiting_run_survives_the_expiry_of_its_thread(database: &TestDatabase
     assert_ne!(fresh.thread.id, first.thread.id);
 
     assert_eq!(store.claim(&second).await.unwrap(), Claim::NotYet);
-    store.finish(&first.lease, &completed(Some("one"))).await.unwrap().unwrap();
+    closed(store.finish(&first.lease, &completed(Some("one"))).await.unwrap());
     let turn = claimed(store.claim(&second).await.unwrap());
     assert_eq!((turn.thread.id, turn.thread.lifecycle), (first.thread.id, Lifecycle::Archived));
-    let finished = store.finish(&second, &completed(Some("two"))).await.unwrap().unwrap();
+    let finished = closed(store.finish(&second, &completed(Some("two"))).await.unwrap());
     assert_eq!(finished.thread.message_count, 4);
     assert_eq!(store.run(&key, second.run_id).await.unwrap().unwrap().1, finished.message);
     check_invariants(database).await;
@@ -306,7 +306,7 @@ async fn the_life_of_a_thread_counts_from_its_making(_: &TestDatabase, store: &d
     let key = session("alice", "s1");
     let ttl = |seconds| Admission { thread_ttl: Some(Duration::from_secs(seconds)), ..admission(&key) };
     let first = started(store.admit(&ttl(60)).await.unwrap());
-    store.finish(&first.lease, &completed(None)).await.unwrap().unwrap();
+    closed(store.finish(&first.lease, &completed(None)).await.unwrap());
     let second = started(store.admit(&ttl(3600)).await.unwrap());
     assert_eq!(second.thread.expires_at, first.thread.expires_at);
     assert!(second.thread.last_active_at >= first.thread.last_active_at);
@@ -337,7 +337,7 @@ async fn what_was_said_comes_back_as_it_was(_: &TestDatabase, store: &dyn Store)
     };
     let second = Admission { run_id: RunId::new(), ..second };
     let (lease, ..) = queued(store.admit(&second).await.unwrap());
-    store.finish(&turn.lease, &completed(None)).await.unwrap().unwrap();
+    closed(store.finish(&turn.lease, &completed(None)).await.unwrap());
     let turn = claimed(store.claim(&lease).await.unwrap());
     assert_eq!(turn.input, std::slice::from_ref(&second.message));
     assert_eq!(turn.run.metadata, second.metadata);

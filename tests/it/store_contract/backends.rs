@@ -7,12 +7,30 @@ use std::time::Duration;
 use sqlx::{Connection, Executor};
 use threadkeeper::config::StoreConfig;
 use threadkeeper::domain::{RunStatus, UpstreamThreadId};
-use threadkeeper::store::{PostgresStore, SqliteStore, StoreError};
+use threadkeeper::store::{Paused, PostgresStore, SqliteStore, StoreError};
 
 use super::*;
 use crate::support::wiretap::Wiretap;
 
-/// Counted on the wire, after a round in which the statements are prepared.
+/// Counts what each step costs on the wire, but for the first round, in which the statements are prepared.
+struct Meter {
+    tap: Wiretap,
+    round: usize,
+    before: usize,
+}
+
+impl Meter {
+    fn took(&mut self, trips: usize, what: &str) {
+        let now = self.tap.round_trips();
+        assert!(self.round == 0 || now - self.before == trips, "{what}: {}", now - self.before);
+        self.before = now;
+    }
+
+    fn one(&mut self, what: &str) {
+        self.took(1, what);
+    }
+}
+
 #[tokio::test]
 async fn each_step_is_one_round_trip_on_postgres() {
     let database = TestDatabase::postgres().await;
@@ -21,33 +39,360 @@ async fn each_step_is_one_round_trip_on_postgres() {
     let store = PostgresStore::connect(&config).await.unwrap();
     let end =
         || RunEnd { upstream_thread_id: Some(UpstreamThreadId("c".to_owned())), ..completed(Some("hi")) };
+    let mut meter = Meter { before: tap.round_trips(), tap, round: 0 };
     for round in 0..2 {
-        let mut before = tap.round_trips();
-        let mut one = |what: &str| {
-            let now = tap.round_trips();
-            assert!(round == 0 || now - before == 1, "{what}: {}", now - before);
-            before = now;
-        };
+        meter.round = round;
         let key = user(&round.to_string());
         let turn = started(store.admit(&admission(&key)).await.unwrap());
-        one("admission on a new key");
-        store.finish(&turn.lease, &end()).await.unwrap().unwrap();
-        one("an end");
+        meter.one("admission on a new key");
+        closed(store.finish(&turn.lease, &end()).await.unwrap());
+        meter.one("an end");
         let turn = started(store.admit(&admission(&key)).await.unwrap());
-        one("admission on a known thread");
+        meter.one("admission on a known thread");
         let (waiting, ..) = queued(store.admit(&admission(&key)).await.unwrap());
-        one("admission to the queue");
+        meter.one("admission to the queue");
         let reject = Admission { strategy: MultitaskStrategy::Reject, ..admission(&key) };
         assert_eq!(store.admit(&reject).await.unwrap(), Admitted::Busy);
-        one("a refusal");
-        store.finish(&turn.lease, &end()).await.unwrap().unwrap();
-        one("an end with another waiting");
+        meter.one("a refusal");
+        closed(store.finish(&turn.lease, &end()).await.unwrap());
+        meter.one("an end with another waiting");
         claimed(store.claim(&waiting).await.unwrap());
-        one("a claim");
-        store.finish(&waiting, &end()).await.unwrap().unwrap();
-        one("the last end");
+        meter.one("a claim");
+        closed(store.finish(&waiting, &end()).await.unwrap());
+        meter.one("the last end");
         store.ready().await.unwrap();
-        one("readiness");
+        meter.one("readiness");
+    }
+}
+
+#[tokio::test]
+async fn the_rest_of_a_run_s_life_is_cheap_on_postgres_too() {
+    let database = TestDatabase::postgres().await;
+    let tap = Wiretap::on(&database.url()).await;
+    let config = StoreConfig { url: Some(tap.url.clone().into()), ..database.config() };
+    let store = PostgresStore::connect(&config).await.unwrap();
+    let mut meter = Meter { before: tap.round_trips(), tap, round: 0 };
+    for round in 0..2 {
+        meter.round = round;
+        let key = user(&round.to_string());
+        let with = |strategy| Admission { strategy, ..admission(&key) };
+        let once = || Admission { idempotency: Some(idempotency("k")), ..admission(&key) };
+        assert_eq!(store.repeated(&key, "k", Duration::from_hours(1)).await.unwrap(), None);
+        meter.one("a look at an idempotency key");
+        let turn = started(store.admit(&once()).await.unwrap());
+        meter.one("admission with an idempotency key");
+        assert_eq!(store.admit(&once()).await.unwrap(), Admitted::Repeated);
+        meter.one("a repetition");
+        queued(store.admit(&with(MultitaskStrategy::Merge)).await.unwrap());
+        meter.took(2, "a merge that finds nobody, over the connection that a repetition did not spoil");
+        assert!(matches!(
+            store.admit(&with(MultitaskStrategy::Merge)).await.unwrap(),
+            Admitted::Merged { .. }
+        ));
+        meter.one("a merge");
+        let (rollback, ..) = queued(store.admit(&with(MultitaskStrategy::Rollback)).await.unwrap());
+        meter.one("a rollback");
+        store.pause(&turn.lease, &pause(&["call_1"], 0)).await.unwrap();
+        meter.one("a pause");
+        store.answer_tools(&key, turn.run.id, &answer(&["call_1"])).await.unwrap();
+        meter.one("an answer");
+        store.requests(ReplicaId::new()).await.unwrap();
+        meter.one("requests");
+        store.displace(&rollback, true).await.unwrap().unwrap();
+        meter.one("a displacement");
+        assert_eq!(store.finish(&turn.lease, &completed(None)).await.unwrap(), Closing::MustDiscard);
+        meter.one("an end that is held back");
+        closed(store.finish(&turn.lease, &RunEnd { discard: true, ..completed(None) }).await.unwrap());
+        meter.one("a discarding end");
+        claimed(store.claim(&rollback).await.unwrap());
+        meter.one("a claim of a run that goes first");
+        store.backlog(rollback.run_id).await.unwrap();
+        meter.one("a backlog");
+        assert!(store.settled(&rollback, turn.run.id, Context::Present, false).await.unwrap());
+        meter.one("settling");
+        let id = UpstreamThreadId("c".to_owned());
+        assert!(store.bind_upstream_thread(&rollback, &id, true).await.unwrap());
+        meter.one("rebuilding");
+        store.request_cancel(&key, rollback.run_id).await.unwrap().unwrap();
+        meter.one("a cancel");
+        store.events(rollback.run_id, 0).await.unwrap();
+        meter.one("a log");
+        let end =
+            RunEnd { status: RunStatus::Cancelled, synced: true, said: Context::Missing, ..completed(None) };
+        closed(store.finish(&rollback, &end).await.unwrap());
+        meter.one("an end that says much");
+    }
+}
+
+/// The same request comes to both replicas at once, several times.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_request_that_comes_twice_at_once_is_one_run() {
+    let database = TestDatabase::postgres().await;
+    let replicas = [database.store().await, database.store().await];
+    for (round, strategy) in MultitaskStrategy::ALL.iter().cycle().take(15).enumerate() {
+        let key = user(&round.to_string());
+        let busy = round % 3;
+        for _ in 0..busy {
+            replicas[0].admit(&admission(&key)).await.unwrap();
+        }
+        let request =
+            || Admission { strategy: *strategy, idempotency: Some(idempotency("k")), ..admission(&key) };
+        let requests: Vec<_> = (0..12).map(|_| request()).collect();
+        let admitted = requests.iter().enumerate().map(|(n, request)| replicas[n % 2].admit(request));
+        let admitted = futures_util::future::join_all(admitted).await;
+        let (again, taken): (Vec<_>, Vec<_>) =
+            admitted.into_iter().map(Result::unwrap).partition(|it| *it == Admitted::Repeated);
+        match (&taken[..], strategy) {
+            ([Admitted::Started(_)], _) => assert_eq!(busy, 0, "{strategy}"),
+            ([Admitted::Merged { .. }], MultitaskStrategy::Merge) => assert_eq!(busy, 2),
+            ([Admitted::Queued { .. }], _) => assert_ne!(busy, 0, "{strategy}"),
+            (refused, MultitaskStrategy::Reject) => {
+                assert!(busy > 0 && refused.iter().all(|it| *it == Admitted::Busy), "{refused:?}");
+            }
+            other => panic!("{strategy}: {other:?}"),
+        }
+        assert_eq!(again.len() + taken.len(), 12);
+        let used = i64::from(busy == 0 || *strategy != MultitaskStrategy::Reject);
+        let keys = format!("SELECT count(*) FROM idempotency_keys WHERE user_key = '{round}'");
+        assert_eq!(database.number(&keys).await, used, "{strategy}");
+        check_invariants(&database).await;
+    }
+    for store in replicas {
+        store.close().await;
+    }
+}
+
+/// A claim that began before a run came which goes first is refused if that one was faster.
+#[tokio::test]
+async fn a_claim_that_is_overtaken_comes_again() {
+    let database = TestDatabase::postgres().await;
+    let store = database.store().await;
+    let key = user("alice");
+    let first = started(store.admit(&admission(&key)).await.unwrap());
+    let (second, ..) = queued(store.admit(&admission(&key)).await.unwrap());
+    closed(store.finish(&first.lease, &completed(None)).await.unwrap());
+
+    let mut holder = sqlx::PgConnection::connect(&database.url()).await.unwrap();
+    holder.execute("BEGIN; SELECT FROM runs WHERE seq = 2 FOR UPDATE").await.unwrap();
+    let meanwhile = async {
+        blocked(&database, 1).await;
+        let interrupt = Admission { strategy: MultitaskStrategy::Interrupt, ..admission(&key) };
+        let (third, ..) = queued(store.admit(&interrupt).await.unwrap());
+        claimed(store.claim(&third).await.unwrap());
+        holder.execute("ROLLBACK").await.unwrap();
+        third
+    };
+    let (overtaken, third) = tokio::join!(store.claim(&second), meanwhile);
+    assert_eq!(overtaken.unwrap(), Claim::NotYet);
+    check_invariants(&database).await;
+    closed(store.finish(&third, &completed(None)).await.unwrap());
+    claimed(store.claim(&second).await.unwrap());
+}
+
+/// A message whose run begins while it is about to join it waits by itself.
+#[tokio::test]
+async fn a_run_that_begins_is_not_joined() {
+    let database = TestDatabase::postgres().await;
+    let store = database.store().await;
+    let key = user("alice");
+    let first = started(store.admit(&admission(&key)).await.unwrap());
+    let (second, ..) = queued(store.admit(&admission(&key)).await.unwrap());
+    closed(store.finish(&first.lease, &completed(None)).await.unwrap());
+
+    let mut holder = sqlx::PgConnection::connect(&database.url()).await.unwrap();
+    let begin = "BEGIN; UPDATE runs SET status = 'in_progress', input = NULL, started_at = now(), \
+                 deadline_at = now() WHERE seq = 2";
+    holder.execute(begin).await.unwrap();
+    let merge = Admission { strategy: MultitaskStrategy::Merge, ..admission(&key) };
+    let meanwhile = async {
+        blocked(&database, 1).await;
+        holder.execute("COMMIT").await.unwrap();
+    };
+    let (admitted, ()) = tokio::join!(store.admit(&merge), meanwhile);
+    let (third, _, run, position) = queued(admitted.unwrap());
+    assert_eq!((run.seq, position), (3, 1));
+    closed(store.finish(&second, &completed(None)).await.unwrap());
+    assert_eq!(claimed(store.claim(&third).await.unwrap()).input, [merge.message]);
+    check_invariants(&database).await;
+}
+
+/// Waits until so many statements wait for a lock.
+async fn blocked(database: &TestDatabase, wanted: i64) {
+    let blocked = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' \
+                   AND datname = current_database()";
+    let deadline = tokio::time::Instant::now() + Duration::from_secs(20);
+    while database.number(blocked).await < wanted {
+        assert!(tokio::time::Instant::now() < deadline, "fewer than {wanted} wait");
+    }
+}
+
+/// All that two replicas can do to one conversation, at once: nothing deadlocks, and no message is lost.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn nothing_deadlocks_and_nothing_is_lost() {
+    const MESSAGES: usize = 150;
+    let database = TestDatabase::postgres().await;
+    let replicas = [database.store().await, database.store().await];
+    let key = session("alice", "s1");
+    let (begun, removed) = (AtomicUsize::new(0), AtomicUsize::new(0));
+
+    let work = |turn: Turn, store: Arc<dyn Store>, n: usize| {
+        let (key, begun, removed) = (&key, &begun, &removed);
+        async move {
+            begun.fetch_add(turn.input.len(), Ordering::SeqCst);
+            let id = UpstreamThreadId("c".to_owned());
+            assert!(store.bind_upstream_thread(&turn.lease, &id, n.is_multiple_of(7)).await.unwrap());
+            assert!(store.settled(&turn.lease, turn.run.id, Context::Present, false).await.unwrap());
+            if n.is_multiple_of(3)
+                && let Paused::Waiting(_) = store.pause(&turn.lease, &pause(&["call_1"], 0)).await.unwrap()
+            {
+                let answer = ToolAnswer {
+                    idempotency: Some(idempotency(&format!("answer {n}"))),
+                    ..answer(&["call_1"])
+                };
+                store.answer_tools(key, turn.run.id, &answer).await.unwrap();
+            }
+            let said = if n.is_multiple_of(4) { Context::Missing } else { Context::Present };
+            let mut end = RunEnd { said, synced: n.is_multiple_of(5), ..completed(Some("hi")) };
+            end.events.first = 4;
+            if store.finish(&turn.lease, &end).await.unwrap() == Closing::MustDiscard {
+                removed.fetch_add(turn.input.len(), Ordering::SeqCst);
+                closed(store.finish(&turn.lease, &RunEnd { discard: true, ..end }).await.unwrap());
+            }
+        }
+    };
+    let send = |n: usize| {
+        let (store, other) = (Arc::clone(&replicas[n % 2]), Arc::clone(&replicas[(n + 1) % 2]));
+        let (key, work) = (&key, &work);
+        async move {
+            let strategy = [
+                MultitaskStrategy::Enqueue,
+                MultitaskStrategy::Interrupt,
+                MultitaskStrategy::Merge,
+                MultitaskStrategy::Rollback,
+                MultitaskStrategy::Merge,
+            ][n % 5];
+            let request =
+                Admission { strategy, idempotency: Some(idempotency(&n.to_string())), ..admission(key) };
+            match store.admit(&request).await.unwrap() {
+                Admitted::Started(turn) => work(*turn, store, n).await,
+                Admitted::Merged { .. } => {}
+                Admitted::Queued { lease, .. } => loop {
+                    if matches!(strategy, MultitaskStrategy::Interrupt | MultitaskStrategy::Rollback) {
+                        other.displace(&lease, strategy == MultitaskStrategy::Rollback).await.unwrap();
+                    }
+                    match store.claim(&lease).await.unwrap() {
+                        Claim::Started(turn) => break work(*turn, store, n).await,
+                        Claim::NotYet => tokio::task::yield_now().await,
+                        Claim::Lost => panic!("{lease:?}"),
+                    }
+                },
+                other => panic!("{other:?}"),
+            }
+        }
+    };
+    let all = futures_util::future::join_all((0..MESSAGES).map(send));
+    tokio::time::timeout(Duration::from_mins(2), all).await.expect("every run gets its turn");
+
+    assert_eq!(begun.into_inner(), MESSAGES);
+    let left = i64::try_from(MESSAGES - removed.into_inner()).unwrap();
+    assert_eq!(database.number("SELECT count(*) FROM messages WHERE role = 'user'").await, left);
+    let keys = "SELECT count(*) FROM idempotency_keys WHERE key NOT LIKE 'answer%'";
+    assert_eq!(database.number(keys).await, i64::try_from(MESSAGES).unwrap());
+    check_invariants(&database).await;
+    for store in replicas {
+        store.close().await;
+    }
+}
+
+/// Beside a long history, no step reads more than a few rows, counted by the server.
+#[tokio::test]
+async fn no_step_scans_what_grows() {
+    let database = TestDatabase::postgres().await;
+    let key = user("alice");
+    let store = database.store().await;
+    exchange(&*store, &key).await;
+    store.close().await;
+    // A thread with a long history, many others, and much that was missing there once or still is.
+    database
+        .execute(
+            "INSERT INTO threads (id, tenant, user_key, scope_kind, scope_name, upstream, lifecycle, message_count, \
+             last_position, backlog, run_count, created_at, last_active_at) \
+             SELECT gen_random_uuid(), 'default', 'u' || n, 'user', '', 'main', 'current', 1, 1, 1, 1, now(), now() \
+             FROM generate_series(1, 5000) n; \
+             INSERT INTO runs (id, thread_id, seq, status, strategy, assistant, fence, timeout_ms, created_at, \
+             started_at, finished_at, deadline_at) \
+             SELECT gen_random_uuid(), id, 1, 'completed', 'enqueue', 'default', 1, 1, now(), now(), now(), now() \
+             FROM threads WHERE user_key <> 'alice'; \
+             INSERT INTO messages (id, thread_id, position, role, content, run_id, context, created_at) \
+             SELECT gen_random_uuid(), thread_id, 1, 'user', '[]', id, 'missing', now() FROM runs \
+             WHERE thread_id <> (SELECT id FROM threads WHERE user_key = 'alice'); \
+             INSERT INTO run_events (run_id, n, event, created_at) SELECT id, 4, '[]', now() FROM runs; \
+             INSERT INTO idempotency_keys SELECT tenant, user_key, scope_kind, scope_name, 'k', r.id, \
+             decode(repeat('00', 32), 'hex'), now() FROM runs r JOIN threads t ON t.id = r.thread_id; \
+             INSERT INTO runs (id, thread_id, seq, status, strategy, assistant, fence, timeout_ms, created_at, \
+             started_at, finished_at, deadline_at) \
+             SELECT gen_random_uuid(), id, 1 + n, 'completed', 'enqueue', 'default', 1, 1, now(), now(), now(), now() \
+             FROM threads, generate_series(1, 5000) n WHERE user_key = 'alice'; \
+             INSERT INTO messages (id, thread_id, position, role, content, run_id, upstream_message_id, created_at) \
+             SELECT gen_random_uuid(), thread_id, seq + 1, 'assistant', '[]', id, 'm', now() FROM runs \
+             WHERE seq > 1; \
+             UPDATE threads SET run_count = 5001, message_count = 5002, last_position = 5002 \
+             WHERE user_key = 'alice'; \
+             ANALYZE",
+        )
+        .await;
+    check_invariants(&database).await;
+    alone(&database).await;
+    database.execute("SELECT pg_stat_reset()").await;
+
+    let store = database.store().await;
+    let replica = ReplicaId::new();
+    let with = |strategy| Admission { strategy, ..admission(&key) };
+    store.repeated(&key, "k", Duration::from_hours(1)).await.unwrap();
+    let once = Admission { idempotency: Some(idempotency("new")), replica, ..admission(&key) };
+    let turn = started(store.admit(&once).await.unwrap());
+    queued(store.admit(&with(MultitaskStrategy::Merge)).await.unwrap());
+    store.admit(&with(MultitaskStrategy::Merge)).await.unwrap();
+    let (next, ..) = queued(store.admit(&with(MultitaskStrategy::Interrupt)).await.unwrap());
+    store.pause(&turn.lease, &pause(&["call_1"], 0)).await.unwrap();
+    store.answer_tools(&key, turn.run.id, &answer(&["call_1"])).await.unwrap();
+    assert_eq!(store.requests(replica).await.unwrap().len(), 1);
+    store.displace(&next, true).await.unwrap().unwrap();
+    closed(store.finish(&turn.lease, &RunEnd { discard: true, ..completed(None) }).await.unwrap());
+    claimed(store.claim(&next).await.unwrap());
+    assert_eq!(store.backlog(next.run_id).await.unwrap(), []);
+    store.baseline(next.run_id).await.unwrap();
+    assert!(store.settled(&next, turn.run.id, Context::Missing, false).await.unwrap());
+    store.request_cancel(&key, next.run_id).await.unwrap().unwrap();
+    store.events(next.run_id, 0).await.unwrap();
+    let end =
+        RunEnd { status: RunStatus::Failed, synced: true, said: Context::Missing, ..completed(Some("x")) };
+    closed(store.finish(&next, &end).await.unwrap());
+    store.thread(&key).await.unwrap();
+    store.run(&key, next.run_id).await.unwrap();
+    store.close().await;
+
+    alone(&database).await;
+    for column in ["seq_scan", "idx_tup_fetch"] {
+        for table in ["threads", "runs", "messages", "run_events", "idempotency_keys"] {
+            let number =
+                format!("SELECT COALESCE({column}, 0) FROM pg_stat_user_tables WHERE relname = '{table}'");
+            let number = database.number(&number).await;
+            let most = if column == "seq_scan" { 0 } else { 300 };
+            assert!(number <= most, "{table}.{column}: {number}");
+        }
+    }
+    let read = "SELECT idx_scan FROM pg_stat_user_tables WHERE relname = 'messages'";
+    assert!(database.number(read).await > 0, "the server counts");
+}
+
+/// Waits until all connections but the asking one are gone: with its end each tells the server what it read.
+async fn alone(database: &TestDatabase) {
+    let connections = "SELECT count(*) FROM pg_stat_activity WHERE backend_type = 'client backend' \
+                       AND datname = current_database()";
+    let deadline = tokio::time::Instant::now() + Duration::from_secs(20);
+    while database.number(connections).await > 1 {
+        assert!(tokio::time::Instant::now() < deadline, "somebody stays connected");
     }
 }
 
@@ -67,7 +412,7 @@ async fn two_replicas_never_get_two_active_runs() {
             order.lock().unwrap().push(turn.run.seq);
             tokio::task::yield_now().await;
             assert_eq!(active.fetch_sub(1, Ordering::SeqCst), 1);
-            store.finish(&turn.lease, &completed(Some("hi"))).await.unwrap().unwrap();
+            closed(store.finish(&turn.lease, &completed(Some("hi"))).await.unwrap());
         }
     };
     let turn = |n: usize| {
@@ -115,12 +460,7 @@ async fn an_old_snapshot_starts_no_run() {
         let request = Admission { strategy, ..admission(&key) };
         let waiting = store.admit(&request);
         let meanwhile = async {
-            let blocked = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' \
-                           AND datname = current_database()";
-            let deadline = tokio::time::Instant::now() + Duration::from_secs(20);
-            while database.number(blocked).await == 0 {
-                assert!(tokio::time::Instant::now() < deadline, "the admission does not wait");
-            }
+            blocked(&database, 1).await;
             let run = "INSERT INTO runs (id, thread_id, seq, status, strategy, assistant, input, fence, timeout_ms, \
                        created_at) SELECT gen_random_uuid(), id, run_count, 'queued', 'enqueue', 'x', '[]', 1, 1, \
                        now() FROM threads";
@@ -152,13 +492,8 @@ async fn a_flood_of_admissions_does_not_keep_a_run_from_ending() {
     let admissions: Vec<_> = (0..64).map(|_| admission(&key)).collect();
     let flood = futures_util::future::join_all(admissions.iter().map(|it| store.admit(it)));
     let work = async {
-        let deadline = tokio::time::Instant::now() + Duration::from_secs(20);
-        let blocked = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' \
-                       AND datname = current_database()";
-        while database.number(blocked).await < 12 {
-            assert!(tokio::time::Instant::now() < deadline, "the flood does not rise");
-        }
-        store.finish(&turn.lease, &completed(Some("hi"))).await.unwrap().unwrap();
+        blocked(&database, 12).await;
+        closed(store.finish(&turn.lease, &completed(Some("hi"))).await.unwrap());
         store.ready().await.unwrap();
         store.renew_replica(ReplicaId::new(), "127.0.0.1:1", Duration::from_secs(1)).await.unwrap();
         holder.execute("ROLLBACK").await.unwrap();
@@ -237,4 +572,92 @@ async fn what_a_dead_process_left_in_a_sqlite_file_is_free_at_once() {
     let store = database.store().await;
     let orphans = store.adopt_orphans(me, &[], 10).await.unwrap();
     assert_eq!(orphans.iter().map(|orphan| orphan.run.id).collect::<Vec<_>>(), [turn.run.id]);
+}
+
+/// What stood in the database before messages could be removed keeps its places. `id` and `time` are spelled as the
+/// backend wants them.
+async fn an_old_transcript_goes_on(database: &TestDatabase, migrations: [&str; 2], id: &str, time: &str) {
+    for table in ["idempotency_keys", "run_events", "messages", "runs", "threads", "replicas"] {
+        database.execute(&format!("DROP TABLE {table}")).await;
+    }
+    database.execute(migrations[0]).await;
+    let tenant = TenantKey::default();
+    let tenant = tenant.as_str();
+    database
+        .execute(&format!(
+            "INSERT INTO threads (id, tenant, user_key, scope_kind, scope_name, upstream, lifecycle, message_count, \
+             run_count, created_at, last_active_at) \
+             VALUES ({id}, '{tenant}', 'alice', 'user', '', 'main', 'current', 1, 1, {time}, {time}); \
+             INSERT INTO runs (id, thread_id, seq, status, strategy, assistant, fence, timeout_ms, created_at, \
+             started_at, finished_at, deadline_at) \
+             VALUES ({id}, {id}, 1, 'failed', 'enqueue', 'default', 1, 1, {time}, {time}, {time}, {time}); \
+             INSERT INTO messages (id, thread_id, position, role, content, run_id, created_at) \
+             VALUES ({id}, {id}, 1, 'user', '[]', {id}, {time})"
+        ))
+        .await;
+    database.execute(migrations[1]).await;
+    let store = database.store().await;
+    let finished = exchange(&*store, &user("alice")).await;
+    assert_eq!((finished.message.unwrap().position, finished.thread.message_count), (3, 3));
+    let page = store.messages(&user("alice"), &first_page()).await.unwrap().unwrap();
+    assert_eq!((page.data[0].context, page.data[0].ended), (Context::Present, None));
+    check_invariants(database).await;
+    store.close().await;
+}
+
+#[tokio::test]
+async fn an_old_transcript_goes_on_in_postgres() {
+    let migrations = [
+        include_str!("../../../migrations/postgres/0001_initial.sql"),
+        include_str!("../../../migrations/postgres/0002_runs.sql"),
+    ];
+    let id = "'01890a5d-ac96-774b-bcce-b302099a8057'";
+    an_old_transcript_goes_on(&TestDatabase::postgres().await, migrations, id, "now()").await;
+}
+
+#[tokio::test]
+async fn an_old_transcript_goes_on_in_sqlite() {
+    let migrations = [
+        include_str!("../../../migrations/sqlite/0001_initial.sql"),
+        include_str!("../../../migrations/sqlite/0002_runs.sql"),
+    ];
+    let id = "x'01890a5dac96774bbcceb302099a8057'";
+    an_old_transcript_goes_on(&TestDatabase::sqlite().await, migrations, id, "1700000000000").await;
+}
+
+/// A claim whose caller gave up on it commits while the end of the run waits for the row: what it put into the transcript
+/// must be marked like all that the run said.
+#[tokio::test]
+async fn an_end_sees_what_came_while_it_waited_on_postgres() {
+    let database = TestDatabase::postgres().await;
+    let store = database.store().await;
+    let key = user("alice");
+    let first = started(store.admit(&admission(&key)).await.unwrap());
+    let (waiting, ..) = queued(store.admit(&admission(&key)).await.unwrap());
+    closed(store.finish(&first.lease, &completed(Some("hi"))).await.unwrap());
+    let id = waiting.run_id.uuid();
+    let claim = format!(
+        "BEGIN;
+        INSERT INTO messages (id, thread_id, position, role, content, run_id, created_at)
+        SELECT gen_random_uuid(), thread_id, 3, 'user', '[{{\"type\": \"text\", \"text\": \"late\"}}]', id, now()
+        FROM runs WHERE id = '{id}';
+        UPDATE runs SET status = 'in_progress', input = NULL, started_at = now(), deadline_at = now() WHERE id = '{id}';
+        UPDATE threads SET message_count = 3, last_position = 3;
+        SELECT pg_sleep(0.5);
+        COMMIT"
+    );
+    let cancelled = RunEnd { status: RunStatus::Cancelled, said: Context::Withheld, ..completed(None) };
+    let end = async {
+        let asleep = "SELECT count(*) FROM pg_stat_activity WHERE query LIKE '%pg_sleep%' \
+                      AND wait_event = 'PgSleep' AND pid <> pg_backend_pid()";
+        while database.number(asleep).await == 0 {
+            tokio::task::yield_now().await;
+        }
+        store.finish(&waiting, &cancelled).await.unwrap()
+    };
+    let ((), closing) = tokio::join!(database.execute(&claim), end);
+    closed(closing);
+    let withheld = "SELECT count(*) FROM messages WHERE context = 'withheld' AND ended = 'cancelled'";
+    assert_eq!(database.number(withheld).await, 1);
+    check_invariants(&database).await;
 }

@@ -14,6 +14,7 @@ on_every_backend!(
     a_stale_fence_cannot_write,
     adopters_share_the_orphans,
     strays_of_ones_own_are_found,
+    an_orphan_comes_with_what_it_was_at,
 );
 
 const ALIVE: Duration = Duration::from_mins(1);
@@ -36,7 +37,7 @@ async fn only_the_dead_leave_orphans(_: &TestDatabase, store: &dyn Store) {
     let of_lapsed = busy(store, &user("c"), lapsed).await;
     let of_unknown = started(store.admit(&admission(&user("d"))).await.unwrap());
     let done = busy(store, &user("e"), retired).await;
-    store.finish(&done.lease, &completed(None)).await.unwrap().unwrap();
+    closed(store.finish(&done.lease, &completed(None)).await.unwrap());
     store.renew_replica(me, "127.0.0.1:2", ALIVE).await.unwrap();
     store.retire_replica(retired).await.unwrap();
     store.renew_replica(lapsed, "127.0.0.1:1", Duration::ZERO).await.unwrap();
@@ -78,7 +79,7 @@ async fn orphans_come_in_order_and_in_parts(database: &TestDatabase, store: &dyn
         if orphan.run.status == RunStatus::Queued {
             claimed(store.claim(&orphan.lease).await.unwrap());
         }
-        store.finish(&orphan.lease, &end).await.unwrap().unwrap();
+        closed(store.finish(&orphan.lease, &end).await.unwrap());
     }
     assert_eq!(transcript(store, &first).await.len(), 5);
     check_invariants(database).await;
@@ -91,7 +92,7 @@ async fn a_lapsed_session_can_be_renewed(_: &TestDatabase, store: &dyn Store) {
     // In time: nobody has adopted yet.
     store.renew_replica(late, "127.0.0.1:1", ALIVE).await.unwrap();
     assert_eq!(store.adopt_orphans(me, &[], 100).await.unwrap(), []);
-    assert!(store.finish(&turn.lease, &completed(None)).await.unwrap().is_some());
+    closed(store.finish(&turn.lease, &completed(None)).await.unwrap());
 }
 
 async fn a_stale_fence_cannot_write(database: &TestDatabase, store: &dyn Store) {
@@ -106,15 +107,15 @@ async fn a_stale_fence_cannot_write(database: &TestDatabase, store: &dyn Store) 
 
     // The dead replica was only paused, and goes on.
     let id = UpstreamThreadId("conv_late".to_owned());
-    assert!(!store.bind_upstream_thread(&turn.lease, &id).await.unwrap());
-    assert_eq!(store.finish(&turn.lease, &completed(Some("late"))).await.unwrap(), None);
-    assert_eq!(store.finish(&waiting, &completed(None)).await.unwrap(), None);
+    assert!(!store.bind_upstream_thread(&turn.lease, &id, false).await.unwrap());
+    assert_eq!(store.finish(&turn.lease, &completed(Some("late"))).await.unwrap(), Closing::Lost);
+    assert_eq!(store.finish(&waiting, &completed(None)).await.unwrap(), Closing::Lost);
     assert_eq!(store.claim(&waiting).await.unwrap(), Claim::Lost);
     let after = (store.thread(&key).await.unwrap(), store.runs(&key, &first_page()).await.unwrap());
     assert_eq!(before, after);
 
-    store.finish(&orphans[0].lease, &completed(Some("hi"))).await.unwrap().unwrap();
-    assert_eq!(store.finish(&turn.lease, &completed(Some("hi"))).await.unwrap(), None);
+    closed(store.finish(&orphans[0].lease, &completed(Some("hi"))).await.unwrap());
+    assert_eq!(store.finish(&turn.lease, &completed(Some("hi"))).await.unwrap(), Closing::Lost);
     assert_eq!(store.claim(&waiting).await.unwrap(), Claim::Lost);
     claimed(store.claim(&orphans[1].lease).await.unwrap());
     assert_eq!(transcript(store, &key).await, ["user: hello", "assistant: hi", "user: hello"]);
@@ -168,4 +169,55 @@ async fn strays_of_ones_own_are_found(database: &TestDatabase, store: &dyn Store
     assert_eq!((runs(&stray), stray[0].lease.fence), (vec![own], 2));
     // Another replica leaves both alone: their owner lives.
     assert_eq!(store.adopt_orphans(ReplicaId::new(), &[], 100).await.unwrap(), []);
+}
+
+async fn an_orphan_comes_with_what_it_was_at(database: &TestDatabase, store: &dyn Store) {
+    let (dead, me) = (ReplicaId::new(), ReplicaId::new());
+    let (plain, waits, answered, late) = (user("a"), user("b"), user("c"), user("d"));
+    let calls = pause(&["call_1"], 0);
+    busy(store, &plain, dead).await;
+    queued(store.admit(&Admission { replica: dead, ..admission(&plain) }).await.unwrap());
+    let turn = busy(store, &waits, dead).await;
+    store.pause(&turn.lease, &calls).await.unwrap();
+    let turn = busy(store, &answered, dead).await;
+    store.pause(&turn.lease, &calls).await.unwrap();
+    store.answer_tools(&answered, turn.run.id, &answer(&["call_1"])).await.unwrap();
+    let turn = busy(store, &late, dead).await;
+    database
+        .execute(&format!(
+            "UPDATE runs SET deadline_at = started_at WHERE thread_id IN (SELECT id FROM threads \
+         WHERE user_key = '{}')",
+            late.user.as_str()
+        ))
+        .await;
+    store.request_cancel(&late, turn.run.id).await.unwrap().unwrap();
+    store.retire_replica(dead).await.unwrap();
+    store.renew_replica(me, "127.0.0.1:2", ALIVE).await.unwrap();
+
+    let (said, outputs) = (text("let me see"), answer(&["call_1"]).outputs);
+    let wanted = [
+        (RunStatus::InProgress, true, vec![], None),
+        (RunStatus::Queued, false, vec![], None),
+        (RunStatus::RequiresAction, true, said.clone(), None),
+        (RunStatus::InProgress, true, said, Some(outputs)),
+        (RunStatus::Cancelling, false, vec![], None),
+    ];
+    let mut orphans = store.adopt_orphans(me, &[], 10).await.unwrap();
+    assert_eq!(orphans.len(), wanted.len());
+    for (orphan, (status, has_time, content, outputs)) in orphans.iter().zip(&wanted) {
+        assert_eq!((orphan.run.status, &orphan.content, &orphan.outputs), (*status, content, outputs));
+        assert!(orphan.time_left <= Duration::from_mins(1), "{:?}", orphan.time_left);
+        assert_eq!(orphan.time_left > Duration::from_secs(30), *has_time, "{status}: {:?}", orphan.time_left);
+        assert_eq!(orphan.time_left.is_zero(), !has_time, "{status}: {:?}", orphan.time_left);
+    }
+    // The new owner is asked what the old one was asked, and can go on.
+    let requests = store.requests(me).await.unwrap();
+    assert_eq!(requests.len(), 2, "{requests:?}");
+    let orphan = orphans.remove(2);
+    assert_eq!(orphan.run.required_action, Some(calls.required_action.clone()));
+    store.answer_tools(&waits, orphan.run.id, &answer(&["call_1"])).await.unwrap();
+    let calls = pause(&["call_2"], 4);
+    let paused = store.pause(&orphan.lease, &calls).await.unwrap();
+    assert!(matches!(paused, threadkeeper::store::Paused::Waiting(_)), "{paused:?}");
+    check_invariants(database).await;
 }

@@ -34,7 +34,7 @@ async fn runs_start_in_order_of_admission(database: &TestDatabase, store: &dyn S
     for waiting in [&second, &third] {
         assert_eq!(store.claim(waiting).await.unwrap(), Claim::NotYet);
     }
-    store.finish(&first.lease, &completed(Some("one"))).await.unwrap().unwrap();
+    closed(store.finish(&first.lease, &completed(Some("one"))).await.unwrap());
     assert_eq!(store.claim(&third).await.unwrap(), Claim::NotYet, "the second waits before it");
 
     let turn = claimed(store.claim(&second).await.unwrap());
@@ -42,9 +42,9 @@ async fn runs_start_in_order_of_admission(database: &TestDatabase, store: &dyn S
     assert_eq!((turn.input.len(), turn.thread.message_count), (1, 3));
     assert_eq!(turn.run.deadline_at.unwrap() - turn.run.started_at.unwrap(), chrono::TimeDelta::seconds(60));
     assert_eq!(store.claim(&third).await.unwrap(), Claim::NotYet);
-    store.finish(&second, &completed(Some("two"))).await.unwrap().unwrap();
+    closed(store.finish(&second, &completed(Some("two"))).await.unwrap());
     claimed(store.claim(&third).await.unwrap());
-    store.finish(&third, &completed(Some("three"))).await.unwrap().unwrap();
+    closed(store.finish(&third, &completed(Some("three"))).await.unwrap());
 
     let wanted = ["user: 1", "assistant: one", "user: 2", "assistant: two", "user: 3", "assistant: three"];
     assert_eq!(transcript(store, &key).await, wanted);
@@ -62,7 +62,7 @@ async fn a_claim_is_for_waiting_runs_only(_: &TestDatabase, store: &dyn Store) {
     let (second, ..) = queued(store.admit(&admission(&key)).await.unwrap());
     let stale = RunLease { fence: second.fence - 1, ..second };
     assert_eq!(store.claim(&stale).await.unwrap(), Claim::Lost);
-    store.finish(&first.lease, &completed(None)).await.unwrap().unwrap();
+    closed(store.finish(&first.lease, &completed(None)).await.unwrap());
     assert_eq!(store.claim(&first.lease).await.unwrap(), Claim::Lost, "it has ended");
     assert_eq!(store.claim(&stale).await.unwrap(), Claim::Lost);
     let turn = claimed(store.claim(&second).await.unwrap());
@@ -72,7 +72,7 @@ async fn a_claim_is_for_waiting_runs_only(_: &TestDatabase, store: &dyn Store) {
         "a claim whose answer was lost can be repeated"
     );
     assert_eq!(store.claim(&stale).await.unwrap(), Claim::Lost);
-    store.finish(&second, &completed(None)).await.unwrap().unwrap();
+    closed(store.finish(&second, &completed(None)).await.unwrap());
     assert_eq!(store.claim(&second).await.unwrap(), Claim::Lost, "it has ended");
 }
 
@@ -80,7 +80,7 @@ async fn many_claims_start_the_run_once(database: &TestDatabase, store: &dyn Sto
     let key = user("alice");
     let first = started(store.admit(&admission(&key)).await.unwrap());
     let (second, ..) = queued(store.admit(&admission(&key)).await.unwrap());
-    store.finish(&first.lease, &completed(None)).await.unwrap().unwrap();
+    closed(store.finish(&first.lease, &completed(None)).await.unwrap());
     let claims = futures_util::future::join_all((0..8).map(|_| store.claim(&second))).await;
     let turns: Vec<_> = claims.into_iter().map(|claim| claimed(claim.unwrap())).collect();
     assert!(turns.iter().all(|turn| *turn == turns[0]), "{turns:#?}");
@@ -105,9 +105,11 @@ async fn the_end_of_a_run_tells_all(_: &TestDatabase, store: &dyn Store) {
                 ContentPart::Refusal { refusal: "no".to_owned() },
             ],
             upstream_message_id: Some("msg_upstream".to_owned()),
+            context: Context::Present,
         }),
+        ..completed(None)
     };
-    let finished = store.finish(&turn.lease, &end).await.unwrap().unwrap();
+    let finished = closed(store.finish(&turn.lease, &end).await.unwrap());
 
     let reply = end.reply.as_ref().unwrap();
     let message = finished.message.clone().unwrap();
@@ -134,7 +136,7 @@ async fn ending_twice_is_harmless(database: &TestDatabase, store: &dyn Store) {
     let turn = started(store.admit(&admission(&key)).await.unwrap());
     let end = completed(Some("hi"));
     let ends = futures_util::future::join_all((0..8).map(|_| store.finish(&turn.lease, &end))).await;
-    let answers: Vec<Finished> = ends.into_iter().map(|end| end.unwrap().unwrap()).collect();
+    let answers: Vec<Finished> = ends.into_iter().map(|end| closed(end.unwrap())).collect();
     assert!(answers.iter().all(|answer| *answer == answers[0]), "{answers:#?}");
     assert_eq!(answers[0].activity.state, ThreadState::Idle);
     assert_eq!(transcript(store, &key).await, ["user: hello", "assistant: hi"]);
@@ -145,11 +147,11 @@ async fn another_end_changes_nothing(_: &TestDatabase, store: &dyn Store) {
     let key = user("alice");
     let turn = started(store.admit(&admission(&key)).await.unwrap());
     let stale = RunLease { fence: turn.lease.fence - 1, ..turn.lease };
-    assert_eq!(store.finish(&stale, &completed(Some("hi"))).await.unwrap(), None);
-    store.finish(&turn.lease, &completed(Some("hi"))).await.unwrap().unwrap();
+    assert_eq!(store.finish(&stale, &completed(Some("hi"))).await.unwrap(), Closing::Lost);
+    closed(store.finish(&turn.lease, &completed(Some("hi"))).await.unwrap());
     let failed = RunEnd { status: RunStatus::Failed, ..completed(Some("no")) };
-    assert_eq!(store.finish(&turn.lease, &failed).await.unwrap(), None);
-    assert_eq!(store.finish(&stale, &completed(Some("hi"))).await.unwrap(), None);
+    assert_eq!(store.finish(&turn.lease, &failed).await.unwrap(), Closing::Lost);
+    assert_eq!(store.finish(&stale, &completed(Some("hi"))).await.unwrap(), Closing::Lost);
     assert_eq!(transcript(store, &key).await, ["user: hello", "assistant: hi"]);
     assert_eq!(store.run(&key, turn.run.id).await.unwrap().unwrap().0.status, RunStatus::Completed);
 }
@@ -164,14 +166,14 @@ async fn a_run_that_never_started_keeps_its_message(database: &TestDatabase, sto
     let (second, ..) = queued(store.admit(&waiting).await.unwrap());
     let (third, ..) = queued(store.admit(&admission(&key)).await.unwrap());
     let cancelled = RunEnd { status: RunStatus::Cancelled, ..completed(None) };
-    let finished = store.finish(&second, &cancelled).await.unwrap().unwrap();
+    let finished = closed(store.finish(&second, &cancelled).await.unwrap());
     assert_eq!((finished.run.status, finished.run.started_at), (RunStatus::Cancelled, None));
     assert_eq!((finished.activity.state, finished.activity.queue_depth), (ThreadState::Active, 1));
     assert_eq!((finished.message, finished.thread.message_count), (None, 2));
-    assert_eq!(store.finish(&second, &cancelled).await.unwrap().unwrap().thread, finished.thread);
+    assert_eq!(closed(store.finish(&second, &cancelled).await.unwrap()).thread, finished.thread);
     assert_eq!(store.claim(&second).await.unwrap(), Claim::Lost);
 
-    store.finish(&first.lease, &completed(Some("hi"))).await.unwrap().unwrap();
+    closed(store.finish(&first.lease, &completed(Some("hi"))).await.unwrap());
     claimed(store.claim(&third).await.unwrap());
     let lines = transcript(store, &key).await;
     assert_eq!(lines, ["user: hello", "user: never mind", "assistant: hi", "user: hello"]);
@@ -185,7 +187,7 @@ async fn a_reply_with_nul_characters_ends_its_run(_: &TestDatabase, store: &dyn 
     let turn = started(store.admit(&admission(&key)).await.unwrap());
     let error = Some(RunError { code: RunErrorCode::UpstreamFailed, message: "a\0b".to_owned() });
     let end = RunEnd { status: RunStatus::Failed, error, ..completed(Some("x\0\\u0000\\\0")) };
-    let finished = store.finish(&turn.lease, &end).await.unwrap().unwrap();
+    let finished = closed(store.finish(&turn.lease, &end).await.unwrap());
     assert_eq!(finished.message.unwrap().content, text("x\u{fffd}\\u0000\\\u{fffd}"));
     assert_eq!(finished.run.error.unwrap().message, "a\u{fffd}b");
 }
@@ -196,17 +198,17 @@ async fn the_upstream_thread_is_remembered(_: &TestDatabase, store: &dyn Store) 
     let (waiting, ..) = queued(store.admit(&admission(&key)).await.unwrap());
     let id = UpstreamThreadId("conv_1".to_owned());
     let stale = RunLease { fence: turn.lease.fence - 1, ..turn.lease };
-    assert!(!store.bind_upstream_thread(&stale, &id).await.unwrap());
-    assert!(!store.bind_upstream_thread(&waiting, &id).await.unwrap(), "it has not started");
+    assert!(!store.bind_upstream_thread(&stale, &id, false).await.unwrap());
+    assert!(!store.bind_upstream_thread(&waiting, &id, false).await.unwrap(), "it has not started");
     assert_eq!(store.thread(&key).await.unwrap().unwrap().0.upstream_thread_id, None);
-    assert!(store.bind_upstream_thread(&turn.lease, &id).await.unwrap());
-    assert!(store.bind_upstream_thread(&turn.lease, &id).await.unwrap(), "again is harmless");
+    assert!(store.bind_upstream_thread(&turn.lease, &id, false).await.unwrap());
+    assert!(store.bind_upstream_thread(&turn.lease, &id, false).await.unwrap(), "again is harmless");
 
     // An end that says nothing of it leaves it alone.
-    let finished = store.finish(&turn.lease, &completed(None)).await.unwrap().unwrap();
+    let finished = closed(store.finish(&turn.lease, &completed(None)).await.unwrap());
     assert_eq!(finished.thread.upstream_thread_id.as_ref(), Some(&id));
     let late = UpstreamThreadId("conv_2".to_owned());
-    assert!(!store.bind_upstream_thread(&turn.lease, &late).await.unwrap(), "it has ended");
+    assert!(!store.bind_upstream_thread(&turn.lease, &late, false).await.unwrap(), "it has ended");
     let next = claimed(store.claim(&waiting).await.unwrap());
     assert_eq!(next.thread.upstream_thread_id, Some(id));
 }
@@ -214,8 +216,8 @@ async fn the_upstream_thread_is_remembered(_: &TestDatabase, store: &dyn Store) 
 async fn an_unknown_run_is_lost(_: &TestDatabase, store: &dyn Store) {
     let lease = RunLease { run_id: RunId::new(), fence: 1 };
     assert_eq!(store.claim(&lease).await.unwrap(), Claim::Lost);
-    assert_eq!(store.finish(&lease, &completed(None)).await.unwrap(), None);
-    assert!(!store.bind_upstream_thread(&lease, &UpstreamThreadId("x".to_owned())).await.unwrap());
+    assert_eq!(store.finish(&lease, &completed(None)).await.unwrap(), Closing::Lost);
+    assert!(!store.bind_upstream_thread(&lease, &UpstreamThreadId("x".to_owned()), false).await.unwrap());
 }
 
 async fn the_database_refuses_a_second_active_run(database: &TestDatabase, store: &dyn Store) {
@@ -231,7 +233,7 @@ async fn the_database_refuses_a_second_active_run(database: &TestDatabase, store
         let kind = error.as_database_error().map(sqlx::error::DatabaseError::kind);
         assert!(matches!(kind, Some(sqlx::error::ErrorKind::UniqueViolation)), "{status}: {error}");
     }
-    store.finish(&first.lease, &completed(None)).await.unwrap().unwrap();
+    closed(store.finish(&first.lease, &completed(None)).await.unwrap());
     check_invariants(database).await;
 }
 
@@ -262,7 +264,7 @@ async fn a_call_that_is_dropped_is_done_or_not_done(database: &TestDatabase, sto
         store.close().await;
 
         let store = database.store().await;
-        if let Some(finished) = store.finish(&lease, &end).await.unwrap() {
+        if let Closing::Finished(finished) = store.finish(&lease, &end).await.unwrap() {
             runs += 1;
             lines += 2;
             assert_eq!(finished.run.seq, runs, "after {polls} polls");

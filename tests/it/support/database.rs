@@ -85,26 +85,55 @@ impl TestDatabase {
 
     /// Lets all threads have been made, used and expire so much earlier.
     pub(crate) async fn age_threads(&self, by: Duration) {
-        let ms = by.as_millis();
-        let shift = match &self.place {
-            Place::Postgres { .. } => format!("- {ms} * interval '1 millisecond'"),
-            Place::Sqlite { .. } => format!("- {ms}"),
-        };
+        let by = self.interval(by);
         self.execute(&format!(
-            "UPDATE threads SET created_at = created_at {shift}, last_active_at = last_active_at {shift}, \
-             expires_at = expires_at {shift}"
+            "UPDATE threads SET created_at = created_at - {by}, last_active_at = last_active_at - {by}, \
+             expires_at = expires_at - {by}"
         ))
         .await;
     }
 
-    /// Lets all runs have been admitted so much earlier.
-    pub(crate) async fn age_runs(&self, by: Duration) {
+    /// Lets all idempotency keys have been used so much earlier.
+    pub(crate) async fn age_idempotency_keys(&self, by: Duration) {
         let ms = by.as_millis();
         let shift = match &self.place {
             Place::Postgres { .. } => format!("- {ms} * interval '1 millisecond'"),
             Place::Sqlite { .. } => format!("- {ms}"),
         };
-        self.execute(&format!("UPDATE runs SET created_at = created_at {shift}")).await;
+        self.execute(&format!("UPDATE idempotency_keys SET created_at = created_at {shift}")).await;
+    }
+
+    /// Lets all runs have been admitted so much earlier.
+    pub(crate) async fn age_runs(&self, by: Duration) {
+        let by = self.interval(by);
+        self.execute(&format!("UPDATE runs SET created_at = created_at - {by}")).await;
+    }
+
+    /// Lets all that has happened to the runs so far have happened so much earlier.
+    pub(crate) async fn age_starts(&self, by: Duration) {
+        let by = self.interval(by);
+        self.execute(&format!(
+            "UPDATE runs SET started_at = started_at - {by}, finished_at = finished_at - {by}"
+        ))
+        .await;
+    }
+
+    /// Lets an idempotency key have been used so much earlier.
+    pub(crate) async fn age_keys(&self, by: Duration, key: &str) {
+        let by = self.interval(by);
+        self.execute(&format!(
+            "UPDATE idempotency_keys SET created_at = created_at - {by} WHERE key = '{key}'"
+        ))
+        .await;
+    }
+
+    /// What to subtract from a time.
+    fn interval(&self, by: Duration) -> String {
+        let ms = by.as_millis();
+        match &self.place {
+            Place::Postgres { .. } => format!("{ms} * interval '1 millisecond'"),
+            Place::Sqlite { .. } => ms.to_string(),
+        }
     }
 
     /// Runs statements that must work.

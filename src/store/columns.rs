@@ -1,0 +1,156 @@
+//! Pieces of statements that both backends share.
+
+/// `table.column AS prefix_column`, for each column.
+macro_rules! columns {
+    ($table:literal, $prefix:literal, $first:ident $(, $column:ident)*) => {
+        concat!(
+            $table, ".", stringify!($first), " AS ", $prefix, stringify!($first),
+            $(", ", $table, ".", stringify!($column), " AS ", $prefix, stringify!($column)),*
+        )
+    };
+}
+
+/// The columns of [`ThreadRow`](super::rows::ThreadRow), of a table named `t` unless another name is given.
+macro_rules! thread_columns {
+    () => {
+        $crate::store::columns::thread_columns!("t")
+    };
+    ($table:literal) => {
+        $crate::store::columns::columns!(
+            $table,
+            "t_",
+            id,
+            tenant,
+            user_key,
+            scope_kind,
+            scope_name,
+            upstream,
+            upstream_thread_id,
+            lifecycle,
+            previous_thread,
+            metadata,
+            message_count,
+            run_count,
+            created_at,
+            last_active_at,
+            expires_at,
+            backlog,
+            leftover
+        )
+    };
+}
+
+/// The columns of [`RunRow`](super::rows::RunRow), of a table named `r` unless another name is given.
+macro_rules! run_columns {
+    () => {
+        $crate::store::columns::run_columns!("r")
+    };
+    ($table:literal) => {
+        $crate::store::columns::columns!(
+            $table,
+            "r_",
+            id,
+            thread_id,
+            seq,
+            status,
+            strategy,
+            assistant,
+            metadata,
+            fence,
+            upstream_run_id,
+            required_action,
+            error,
+            usage,
+            created_at,
+            started_at,
+            finished_at,
+            deadline_at,
+            discard
+        )
+    };
+}
+
+/// The current thread of a key, of a table named `t`: tenant, user, scope's kind and name are the first parameters.
+macro_rules! current_of_key {
+    () => {
+        "t.tenant = $1 AND t.user_key = $2 AND t.scope_kind = $3 AND t.scope_name = $4 AND t.lifecycle = 'current'"
+    };
+}
+
+/// The columns of [`MessageRow`](super::rows::MessageRow), of a table named `m` unless another name is given.
+macro_rules! message_columns {
+    () => {
+        $crate::store::columns::message_columns!("m")
+    };
+    ($table:literal) => {
+        $crate::store::columns::columns!(
+            $table,
+            "m_",
+            id,
+            thread_id,
+            position,
+            role,
+            content,
+            run_id,
+            upstream_message_id,
+            context,
+            ended,
+            created_at
+        )
+    };
+}
+
+/// Where the messages of a run begin, given the name of a table that has its `id`; past all others if it has none yet.
+macro_rules! first_position {
+    ($run:literal) => {
+        concat!(
+            "COALESCE((SELECT min(f.position) FROM messages f WHERE f.run_id = ",
+            $run,
+            ".id), 9223372036854775807)"
+        )
+    };
+}
+
+/// Where the messages of a run that has started stand or, if they were removed, stood: before all that came into the
+/// transcript since it started.
+macro_rules! started_position {
+    ($run:literal) => {
+        concat!(
+            "COALESCE((SELECT min(f.position) FROM messages f WHERE f.run_id = ",
+            $run,
+            ".id), (
+                SELECT min(f.position) FROM runs o JOIN messages f ON f.run_id = o.id
+                WHERE o.thread_id = ",
+            $run,
+            ".thread_id AND COALESCE(o.started_at, o.finished_at) >= ",
+            $run,
+            ".started_at
+            ))"
+        )
+    };
+}
+
+/// What a [`ThreadWithActivity`](super::rows::ThreadWithActivity) has besides the columns of the thread `t`.
+macro_rules! activity {
+    () => {
+        concat!(
+            $crate::store::columns::queue_depth!(),
+            ", (
+                SELECT o.status FROM runs o
+                WHERE o.thread_id = t.id AND o.status IN ('in_progress', 'requires_action', 'cancelling')
+            ) AS active_status"
+        )
+    };
+}
+
+/// How many runs of the thread `t` wait for their turn.
+macro_rules! queue_depth {
+    () => {
+        "(SELECT count(*) FROM runs o WHERE o.thread_id = t.id AND o.status = 'queued') AS queue_depth"
+    };
+}
+
+pub(super) use {
+    activity, columns, current_of_key, first_position, message_columns, queue_depth, run_columns,
+    started_position, thread_columns,
+};

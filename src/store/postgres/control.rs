@@ -1,0 +1,106 @@
+//! What others ask of a run: to end, or to change hands. They lock the run's row alone.
+
+use sqlx::PgConnection;
+use uuid::Uuid;
+
+use crate::domain::{ConversationKey, ReplicaId, Run, RunId};
+use crate::store::columns::run_columns;
+use crate::store::rows::{RequestRow, RunRow};
+use crate::store::{Request, RunLease, StoreError};
+
+/// Implements [`Store::displace`](crate::store::Store::displace). A repetition that has nothing to change writes
+/// nothing.
+pub(super) async fn displace(
+    connection: &mut PgConnection,
+    lease: &RunLease,
+    discard: bool,
+) -> Result<Option<RunId>, StoreError> {
+    let id: Option<Uuid> = sqlx::query_scalar(
+        "WITH active AS MATERIALIZED (
+            SELECT r.id FROM runs w JOIN runs r ON r.thread_id = w.thread_id AND r.seq < w.seq
+            WHERE w.id = $1 AND w.fence = $2 AND w.status = 'queued'
+                AND r.status IN ('in_progress', 'requires_action', 'cancelling')
+            FOR NO KEY UPDATE OF r
+        ), marked AS (
+            UPDATE runs r SET status = 'cancelling', discard = r.discard OR $3
+            FROM active a
+            WHERE r.id = a.id AND (r.status <> 'cancelling' OR ($3 AND NOT r.discard))
+        )
+        SELECT a.id FROM active a",
+    )
+    .bind(lease.run_id.uuid())
+    .bind(lease.fence)
+    .bind(discard)
+    .fetch_optional(connection)
+    .await?;
+    Ok(id.map(RunId::from_uuid))
+}
+
+/// Implements [`Store::request_cancel`](crate::store::Store::request_cancel). The run is locked even if there is
+/// nothing to change, so that the answer is not out of date.
+pub(super) async fn request_cancel(
+    connection: &mut PgConnection,
+    key: &ConversationKey,
+    id: RunId,
+) -> Result<Option<Run>, StoreError> {
+    let row: Option<RunRow> = sqlx::query_as(concat!(
+        "WITH found AS MATERIALIZED (
+            SELECT r.* FROM runs r JOIN threads t ON t.id = r.thread_id
+            WHERE r.id = $5 AND t.tenant = $1 AND t.user_key = $2 AND t.scope_kind = $3 AND t.scope_name = $4
+            FOR NO KEY UPDATE OF r
+        ), marked AS (
+            UPDATE runs r SET status = 'cancelling' FROM found f
+            WHERE r.id = f.id AND r.status IN ('in_progress', 'requires_action')
+            RETURNING r.*
+        )
+        SELECT ",
+        run_columns!(),
+        " FROM marked r
+        UNION ALL
+        SELECT ",
+        run_columns!(),
+        " FROM found r WHERE NOT EXISTS (SELECT FROM marked)",
+    ))
+    .bind(key.tenant.as_str())
+    .bind(key.user.as_str())
+    .bind(key.scope.kind())
+    .bind(key.scope.name())
+    .bind(id.uuid())
+    .fetch_optional(connection)
+    .await?;
+    row.map(Run::try_from).transpose()
+}
+
+/// Implements [`Store::take_queued`](crate::store::Store::take_queued).
+pub(super) async fn take_queued(
+    connection: &mut PgConnection,
+    replica: ReplicaId,
+    id: RunId,
+) -> Result<Option<RunLease>, StoreError> {
+    let fence: Option<i64> = sqlx::query_scalar(
+        "UPDATE runs SET owner = $1, fence = fence + 1 WHERE id = $2 AND status = 'queued' RETURNING fence",
+    )
+    .bind(replica.uuid())
+    .bind(id.uuid())
+    .fetch_optional(connection)
+    .await?;
+    Ok(fence.map(|fence| RunLease { run_id: id, fence }))
+}
+
+/// Implements [`Store::requests`](crate::store::Store::requests). Looks at the active runs of all replicas, which are
+/// few, rather than have each turn pay for an index of its own.
+pub(super) async fn requests(
+    connection: &mut PgConnection,
+    replica: ReplicaId,
+) -> Result<Vec<Request>, StoreError> {
+    let rows: Vec<RequestRow> = sqlx::query_as(
+        "SELECT r.id, r.status, r.discard, r.tool_outputs FROM runs r
+        WHERE r.status IN ('in_progress', 'requires_action', 'cancelling') AND r.owner = $1
+            AND (r.status = 'cancelling' OR (r.status = 'in_progress' AND r.tool_outputs IS NOT NULL
+                AND NOT r.outputs_sent))",
+    )
+    .bind(replica.uuid())
+    .fetch_all(connection)
+    .await?;
+    rows.into_iter().map(Request::try_from).collect()
+}

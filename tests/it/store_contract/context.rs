@@ -1,0 +1,479 @@
+//! What is upstream and what is not, and what is taken out of the transcript.
+
+use threadkeeper::domain::{Baseline, Leftover, UpstreamThreadId};
+
+use super::*;
+
+on_every_backend!(
+    an_end_says_where_its_messages_stand,
+    a_run_that_completed_leaves_no_marks,
+    what_never_started_is_marked_too,
+    the_backlog_is_what_others_left_out,
+    what_went_along_is_present,
+    what_came_later_did_not_go_along,
+    a_leftover_stays_until_it_is_void,
+    what_is_looked_at_is_settled,
+    what_went_along_with_a_run_is_settled_with_it,
+    what_went_along_with_a_discarded_run_is_settled_too,
+    a_rebuilt_thread_holds_all_that_came_before,
+    a_baseline_begins_at_the_newest_known_message,
+    a_discarded_run_leaves_no_messages,
+    a_discarded_run_that_waited_moves_nothing,
+    a_marked_run_must_be_discarded,
+);
+
+fn say(key: &ConversationKey, words: &str) -> Admission {
+    Admission { message: InputMessage { id: MessageId::new(), content: text(words) }, ..admission(key) }
+}
+
+fn failed(said: Context) -> RunEnd {
+    RunEnd { status: RunStatus::Failed, said, ..completed(None) }
+}
+
+fn reply(words: &str, upstream: Option<&str>, context: Context) -> Reply {
+    let upstream_message_id = upstream.map(ToOwned::to_owned);
+    Reply { id: MessageId::new(), content: text(words), upstream_message_id, context }
+}
+
+fn leftover(run: RunId) -> Leftover {
+    Leftover {
+        run,
+        thread: Some(UpstreamThreadId("conv_1".to_owned())),
+        upstream_run: Some(UpstreamRunId("resp_1".to_owned())),
+        open_calls: pause(&["call_1"], 0).required_action.tool_calls,
+        baseline: Baseline { anchor: Some("msg_0".to_owned()), skip: 2 },
+        inputs: 1,
+        synced: false,
+        remove: true,
+    }
+}
+
+/// Each message of the key's transcript: its text, its context, and how its run ended.
+async fn contexts(store: &dyn Store, key: &ConversationKey) -> Vec<(String, Context, Option<RunStatus>)> {
+    let lines = transcript(store, key).await;
+    let page = store.messages(key, &first_page()).await.unwrap().unwrap();
+    let words = lines.into_iter().map(|line| line.split_once(": ").unwrap().1.to_owned());
+    words.zip(page.data).map(|(words, message)| (words, message.context, message.ended)).collect()
+}
+
+/// Admits a message on a free thread and ends its run.
+async fn turn(store: &dyn Store, key: &ConversationKey, words: &str, end: &RunEnd) -> Finished {
+    let turn = started(store.admit(&say(key, words)).await.unwrap());
+    closed(store.finish(&turn.lease, end).await.unwrap())
+}
+
+/// The texts of a run's backlog.
+async fn backlog(store: &dyn Store, run: RunId) -> Vec<String> {
+    let text = |message: Message| match &message.content[..] {
+        [ContentPart::Text { text }] => text.clone(),
+        other => panic!("{other:?}"),
+    };
+    store.backlog(run).await.unwrap().into_iter().map(text).collect()
+}
+
+async fn an_end_says_where_its_messages_stand(database: &TestDatabase, store: &dyn Store) {
+    use Context::{Missing, Present, Unknown, Withheld};
+    let key = user("alice");
+    let mut missing = 0;
+    let mut wanted = vec![];
+    for said in [Present, Missing, Withheld, Unknown] {
+        for replied in [Present, Missing, Withheld, Unknown] {
+            let status = RunStatus::Cancelled;
+            let end = RunEnd { status, reply: Some(reply("reply", None, replied)), ..failed(said) };
+            let finished = turn(store, &key, "message", &end).await;
+            missing += i64::from(said == Missing) + i64::from(replied == Missing);
+            assert_eq!(finished.thread.backlog, missing, "{said} {replied}");
+            let message = finished.message.unwrap();
+            assert_eq!((message.context, message.ended), (replied, Some(status)));
+            wanted.push(("message".to_owned(), said, Some(status)));
+            wanted.push(("reply".to_owned(), replied, Some(status)));
+        }
+    }
+    assert_eq!(contexts(store, &key).await, wanted);
+    assert_eq!(store.thread(&key).await.unwrap().unwrap().0.backlog, 8);
+    check_invariants(database).await;
+}
+
+async fn a_run_that_completed_leaves_no_marks(database: &TestDatabase, store: &dyn Store) {
+    let key = user("alice");
+    let finished = turn(store, &key, "1", &completed(Some("one"))).await;
+    assert_eq!((finished.thread.backlog, &finished.thread.leftover), (0, &None));
+    // Nothing forbids one that completed but is not known upstream.
+    let end = RunEnd { said: Context::Missing, ..completed(Some("two")) };
+    assert_eq!(turn(store, &key, "2", &end).await.thread.backlog, 1);
+    let wanted = [("1", "present"), ("one", "present"), ("2", "missing"), ("two", "present")];
+    for ((words, context, ended), wanted) in contexts(store, &key).await.iter().zip(wanted) {
+        assert_eq!((words.as_str(), context.as_str(), *ended), (wanted.0, wanted.1, None));
+    }
+    check_invariants(database).await;
+}
+
+async fn what_never_started_is_marked_too(database: &TestDatabase, store: &dyn Store) {
+    let key = user("alice");
+    started(store.admit(&say(&key, "1")).await.unwrap());
+    let mut missing = 0;
+    for said in [Context::Withheld, Context::Missing] {
+        let (waiting, ..) = queued(store.admit(&say(&key, "2")).await.unwrap());
+        let merge = Admission { strategy: MultitaskStrategy::Merge, ..say(&key, "3") };
+        assert!(matches!(store.admit(&merge).await.unwrap(), Admitted::Merged { .. }));
+        let finished = closed(store.finish(&waiting, &failed(said)).await.unwrap());
+        missing += if said == Context::Missing { 2 } else { 0 };
+        assert_eq!(finished.thread.backlog, missing);
+        let all = contexts(store, &key).await;
+        let failed = Some(RunStatus::Failed);
+        assert_eq!(all[all.len() - 2..], [("2".to_owned(), said, failed), ("3".to_owned(), said, failed)]);
+        assert_eq!(all[0], ("1".to_owned(), Context::Present, None));
+    }
+    check_invariants(database).await;
+}
+
+async fn the_backlog_is_what_others_left_out(database: &TestDatabase, store: &dyn Store) {
+    use Context::{Missing, Present, Unknown, Withheld};
+    let key = user("alice");
+    turn(store, &key, "1", &failed(Missing)).await;
+    turn(store, &key, "2", &failed(Withheld)).await;
+    turn(store, &key, "3", &failed(Unknown)).await;
+    let partial = RunEnd { reply: Some(reply("four", None, Missing)), ..failed(Present) };
+    turn(store, &key, "4", &partial).await;
+    turn(store, &user("bob"), "other", &failed(Missing)).await;
+    let now = started(store.admit(&say(&key, "5")).await.unwrap());
+    assert_eq!(now.thread.backlog, 2);
+    assert_eq!(backlog(store, now.run.id).await, ["1", "four"]);
+    assert_eq!(backlog(store, RunId::new()).await, [""; 0]);
+    // Nothing went along: it stays.
+    let own = RunEnd { reply: Some(reply("five", None, Missing)), ..failed(Missing) };
+    let finished = closed(store.finish(&now.lease, &own).await.unwrap());
+    assert_eq!(finished.thread.backlog, 4);
+    let next = started(store.admit(&say(&key, "6")).await.unwrap());
+    assert_eq!(backlog(store, next.run.id).await, ["1", "four", "5", "five"]);
+    let (waiting, ..) = queued(store.admit(&say(&key, "7")).await.unwrap());
+    assert_eq!(backlog(store, waiting.run_id).await, ["1", "four", "5", "five"]);
+    check_invariants(database).await;
+}
+
+async fn what_went_along_is_present(database: &TestDatabase, store: &dyn Store) {
+    use Context::{Missing, Present, Unknown, Withheld};
+    let key = user("alice");
+    turn(store, &key, "1", &failed(Missing)).await;
+    turn(store, &key, "2", &failed(Withheld)).await;
+    turn(store, &key, "3", &failed(Unknown)).await;
+    let others = turn(store, &user("bob"), "other", &failed(Missing)).await;
+
+    // The run itself may have been left out all the same.
+    let end = RunEnd { synced: true, reply: Some(reply("four", None, Missing)), ..failed(Missing) };
+    let finished = turn(store, &key, "4", &end).await;
+    assert_eq!(finished.thread.backlog, 2);
+    let told = |all: Vec<(String, Context, Option<RunStatus>)>| {
+        all.into_iter().map(|(words, context, _)| (words, context)).collect::<Vec<_>>()
+    };
+    let wanted = |context| {
+        [("1", Present), ("2", Withheld), ("3", Present), ("4", context), ("four", context)]
+            .map(|(words, context)| (words.to_owned(), context))
+    };
+    assert_eq!(told(contexts(store, &key).await), wanted(Missing));
+    check_invariants(database).await;
+
+    let end = RunEnd { synced: true, ..completed(Some("five")) };
+    let finished = turn(store, &key, "5", &end).await;
+    assert_eq!(finished.thread.backlog, 0);
+    assert_eq!(told(contexts(store, &key).await)[..5], wanted(Present));
+    let (bob, _) = store.thread(&user("bob")).await.unwrap().unwrap();
+    assert_eq!(bob, others.thread, "no other thread is touched");
+    check_invariants(database).await;
+}
+
+async fn what_came_later_did_not_go_along(database: &TestDatabase, store: &dyn Store) {
+    let key = user("alice");
+    turn(store, &key, "1", &failed(Context::Missing)).await;
+    let now = started(store.admit(&say(&key, "2")).await.unwrap());
+    let (waiting, ..) = queued(store.admit(&say(&key, "3")).await.unwrap());
+    closed(store.finish(&waiting, &failed(Context::Missing)).await.unwrap());
+    assert_eq!(backlog(store, now.run.id).await, ["1"]);
+    let end = RunEnd { synced: true, ..completed(Some("two")) };
+    let finished = closed(store.finish(&now.lease, &end).await.unwrap());
+    assert_eq!(finished.thread.backlog, 1);
+    let next = started(store.admit(&say(&key, "4")).await.unwrap());
+    assert_eq!(backlog(store, next.run.id).await, ["3"]);
+
+    // A run that has no messages yet comes after all others.
+    let (waiting, ..) = queued(store.admit(&say(&key, "5")).await.unwrap());
+    let end = RunEnd { synced: true, ..failed(Context::Missing) };
+    assert_eq!(closed(store.finish(&waiting, &end).await.unwrap()).thread.backlog, 1);
+    check_invariants(database).await;
+}
+
+async fn a_leftover_stays_until_it_is_void(_: &TestDatabase, store: &dyn Store) {
+    let key = user("alice");
+    let left = |run| RunEnd { leftover: Some(leftover(run)), ..failed(Context::Unknown) };
+    let (one, two) = (RunId::new(), RunId::new());
+    assert_eq!(turn(store, &key, "1", &left(one)).await.thread.leftover, Some(leftover(one)));
+    assert_eq!(store.thread(&key).await.unwrap().unwrap().0.leftover, Some(leftover(one)));
+    let finished = turn(store, &key, "2", &completed(None)).await;
+    assert_eq!(finished.thread.leftover, Some(leftover(one)), "the end does not say");
+    assert_eq!(turn(store, &key, "3", &left(two)).await.thread.leftover, Some(leftover(two)));
+    let both = RunEnd { synced: true, ..left(one) };
+    assert_eq!(turn(store, &key, "4", &both).await.thread.leftover, Some(leftover(one)));
+    let synced = RunEnd { synced: true, ..completed(None) };
+    assert_eq!(turn(store, &key, "5", &synced).await.thread.leftover, None);
+}
+
+async fn what_is_looked_at_is_settled(database: &TestDatabase, store: &dyn Store) {
+    use Context::{Missing, Present, Unknown, Withheld};
+    let key = user("alice");
+    for (found, missing) in [(Present, 0), (Missing, 1), (Withheld, 1)] {
+        let end = RunEnd { reply: Some(reply("reply", None, Withheld)), ..failed(Unknown) };
+        let earlier = turn(store, &key, "message", &end).await.run.id;
+        let end = RunEnd { leftover: Some(leftover(earlier)), ..completed(Some("other")) };
+        turn(store, &key, "other", &end).await;
+        let other = turn(store, &key, "unknown", &failed(Unknown)).await.run.id;
+        let now = started(store.admit(&say(&key, "now")).await.unwrap());
+        let (waiting, ..) = queued(store.admit(&say(&key, "waits")).await.unwrap());
+        let stale = RunLease { fence: now.lease.fence - 1, ..now.lease };
+        assert!(!store.settled(&stale, earlier, found, false).await.unwrap());
+        assert!(!store.settled(&waiting, earlier, found, false).await.unwrap(), "it is not active");
+        for _ in 0..2 {
+            assert!(store.settled(&now.lease, earlier, found, false).await.unwrap());
+        }
+        let (thread, _) = store.thread(&key).await.unwrap().unwrap();
+        assert_eq!((thread.backlog, thread.leftover), (missing, None), "{found}");
+        let page = PageRequest { ascending: false, ..first_page() };
+        let of = |run| move |message: &&Message| message.run_id == Some(run);
+        let data = store.messages(&key, &page).await.unwrap().unwrap().data;
+        let contexts: Vec<_> = data.iter().filter(of(earlier)).map(|it| it.context).collect();
+        assert_eq!(contexts, [Withheld, found], "only what was not known");
+        assert!(data.iter().filter(of(other)).all(|it| it.context == Unknown));
+        check_invariants(database).await;
+
+        assert!(store.settled(&now.lease, other, Present, false).await.unwrap());
+        closed(store.finish(&now.lease, &completed(None)).await.unwrap());
+        assert!(!store.settled(&now.lease, other, Missing, false).await.unwrap(), "it has ended");
+        claimed(store.claim(&waiting).await.unwrap());
+        closed(store.finish(&waiting, &completed(None)).await.unwrap());
+    }
+    check_invariants(database).await;
+}
+
+async fn what_went_along_with_a_run_is_settled_with_it(database: &TestDatabase, store: &dyn Store) {
+    use Context::{Missing, Present, Unknown, Withheld};
+    for (found, own) in [(Present, 0), (Missing, 2), (Withheld, 0)] {
+        let key = user(found.as_str());
+        turn(store, &key, "1", &failed(Missing)).await;
+        let partial = RunEnd { reply: Some(reply("two", None, Missing)), ..failed(Withheld) };
+        turn(store, &key, "2", &partial).await;
+        let forgotten = turn(store, &key, "3", &failed(Unknown)).await.run.id;
+        let others = turn(store, &session("bob", found.as_str()), "other", &failed(Missing)).await;
+
+        let now = started(store.admit(&say(&key, "4")).await.unwrap());
+        let (waiting, ..) = queued(store.admit(&say(&key, "5")).await.unwrap());
+        closed(store.finish(&waiting, &failed(Missing)).await.unwrap());
+        let end = RunEnd {
+            leftover: Some(Leftover { synced: true, ..leftover(now.run.id) }),
+            reply: Some(reply("four", None, Unknown)),
+            ..failed(Unknown)
+        };
+        assert_eq!(closed(store.finish(&now.lease, &end).await.unwrap()).thread.backlog, 3);
+        turn(store, &key, "6", &failed(Missing)).await;
+
+        let next = started(store.admit(&say(&key, "7")).await.unwrap());
+        assert_eq!(next.thread.backlog, 4);
+        let before = contexts(store, &key).await;
+        let stale = RunLease { fence: next.lease.fence - 1, ..next.lease };
+        assert!(!store.settled(&stale, now.run.id, found, true).await.unwrap());
+        assert_eq!(contexts(store, &key).await, before);
+        for _ in 0..2 {
+            assert!(store.settled(&next.lease, now.run.id, found, true).await.unwrap());
+            let (thread, _) = store.thread(&key).await.unwrap().unwrap();
+            assert_eq!((thread.backlog, thread.leftover), (2 + own, None), "{found}");
+            let wanted = [
+                ("1", Present),
+                ("2", Withheld),
+                ("two", Present),
+                ("3", Unknown),
+                ("4", found),
+                ("5", Missing),
+                ("four", found),
+                ("6", Missing),
+                ("7", Present),
+            ];
+            let all = contexts(store, &key).await;
+            let all: Vec<_> = all.iter().map(|(words, context, _)| (words.as_str(), *context)).collect();
+            assert_eq!(all, wanted, "what came later did not go along; what is not known stays so");
+            check_invariants(database).await;
+        }
+        // It alone is not known any more, and nothing was missing before it that is not sent.
+        assert!(store.settled(&next.lease, forgotten, Missing, true).await.unwrap());
+        let (thread, _) = store.thread(&key).await.unwrap().unwrap();
+        assert_eq!(thread.backlog, 3 + own);
+        let (bob, _) = store.thread(&others.thread.key).await.unwrap().unwrap();
+        assert_eq!(bob, others.thread, "no other thread is touched");
+        check_invariants(database).await;
+    }
+}
+
+/// Of such a run no message is left that could say where it stood.
+async fn what_went_along_with_a_discarded_run_is_settled_too(database: &TestDatabase, store: &dyn Store) {
+    use Context::{Missing, Present};
+    let key = user("alice");
+    turn(store, &key, "1", &failed(Missing)).await;
+    let now = started(store.admit(&say(&key, "2")).await.unwrap());
+    database.age_starts(Duration::from_secs(1)).await;
+    let (waiting, ..) = queued(store.admit(&say(&key, "3")).await.unwrap());
+    closed(store.finish(&waiting, &failed(Missing)).await.unwrap());
+    let left = Leftover { synced: true, ..leftover(now.run.id) };
+    let end = RunEnd { discard: true, leftover: Some(left), ..failed(Missing) };
+    closed(store.finish(&now.lease, &end).await.unwrap());
+    turn(store, &key, "4", &failed(Missing)).await;
+    let next = started(store.admit(&say(&key, "5")).await.unwrap());
+    for _ in 0..2 {
+        assert!(store.settled(&next.lease, now.run.id, Missing, true).await.unwrap());
+        let all = contexts(store, &key).await;
+        let all: Vec<_> = all.iter().map(|(words, context, _)| (words.as_str(), *context)).collect();
+        assert_eq!(all, [("1", Present), ("3", Missing), ("4", Missing), ("5", Present)]);
+        assert_eq!(store.thread(&key).await.unwrap().unwrap().0.backlog, 2);
+        check_invariants(database).await;
+    }
+    assert_eq!(backlog(store, next.run.id).await, ["3", "4"]);
+}
+
+async fn a_rebuilt_thread_holds_all_that_came_before(database: &TestDatabase, store: &dyn Store) {
+    use Context::{Missing, Present, Unknown, Withheld};
+    let key = user("alice");
+    let ids = |words: &str| RunEnd { reply: Some(reply(words, Some(words), Present)), ..completed(None) };
+    turn(store, &key, "1", &ids("one")).await;
+    turn(store, &key, "2", &failed(Missing)).await;
+    let partial = RunEnd { reply: Some(reply("three", Some("m3"), Missing)), ..failed(Unknown) };
+    turn(store, &key, "3", &partial).await;
+    let withheld = RunEnd { leftover: Some(leftover(RunId::new())), ..failed(Withheld) };
+    turn(store, &key, "4", &withheld).await;
+    let others = turn(store, &user("bob"), "other", &ids("bob")).await;
+    let now = started(store.admit(&say(&key, "5")).await.unwrap());
+    let (waiting, ..) = queued(store.admit(&say(&key, "6")).await.unwrap());
+    closed(store.finish(&waiting, &failed(Missing)).await.unwrap());
+
+    let id = UpstreamThreadId("conv_2".to_owned());
+    let before = store.thread(&key).await.unwrap().unwrap().0;
+    assert_eq!(before.backlog, 3);
+    let stale = RunLease { fence: now.lease.fence - 1, ..now.lease };
+    assert!(!store.bind_upstream_thread(&stale, &id, true).await.unwrap());
+    assert_eq!(store.thread(&key).await.unwrap().unwrap().0, before);
+    // To learn where a thread lives makes nothing known of what it holds.
+    assert!(store.bind_upstream_thread(&now.lease, &id, false).await.unwrap());
+    let bound = store.thread(&key).await.unwrap().unwrap().0;
+    assert_eq!((bound.backlog, &bound.leftover), (3, &before.leftover));
+
+    for _ in 0..2 {
+        assert!(store.bind_upstream_thread(&now.lease, &id, true).await.unwrap());
+        let (thread, _) = store.thread(&key).await.unwrap().unwrap();
+        assert_eq!((thread.upstream_thread_id.as_ref(), thread.leftover), (Some(&id), None));
+        assert_eq!(thread.backlog, 1, "what came after the run's own is not in it");
+        let all: Vec<_> = contexts(store, &key).await.into_iter().map(|it| it.1).collect();
+        assert_eq!(all, [Present, Present, Present, Present, Present, Withheld, Present, Missing]);
+        let page = store.messages(&key, &first_page()).await.unwrap().unwrap();
+        assert!(page.data.iter().all(|it| it.upstream_message_id.is_none()));
+    }
+    let page = store.messages(&user("bob"), &first_page()).await.unwrap().unwrap();
+    assert_eq!(page.data[1], others.message.unwrap(), "no other thread is touched");
+    check_invariants(database).await;
+}
+
+async fn a_baseline_begins_at_the_newest_known_message(_: &TestDatabase, store: &dyn Store) {
+    use Context::{Missing, Present, Unknown, Withheld};
+    let key = user("alice");
+    let replied =
+        |id: Option<&str>, context| RunEnd { reply: Some(reply("x", id, context)), ..completed(None) };
+    let baseline = |anchor: Option<&str>, skip| Baseline { anchor: anchor.map(ToOwned::to_owned), skip };
+    assert_eq!(store.baseline(RunId::new()).await.unwrap(), Baseline::default());
+    for (said, end, wanted) in [
+        (Present, replied(None, Present), baseline(None, 0)),
+        (Present, replied(None, Present), baseline(None, 1)),
+        (Missing, replied(None, Present), baseline(None, 2)),
+        (Present, replied(Some("m4"), Present), baseline(None, 2)),
+        (Present, replied(None, Present), baseline(Some("m4"), 0)),
+        (Withheld, replied(Some("m6"), Missing), baseline(Some("m4"), 1)),
+        (Unknown, replied(Some("m7"), Unknown), baseline(Some("m4"), 1)),
+        (Present, replied(None, Present), baseline(Some("m4"), 1)),
+        (Present, replied(Some("m9"), Present), baseline(Some("m4"), 2)),
+        (Present, replied(None, Present), baseline(Some("m9"), 0)),
+    ] {
+        let now = started(store.admit(&say(&key, "x")).await.unwrap());
+        assert_eq!(store.baseline(now.run.id).await.unwrap(), wanted);
+        closed(store.finish(&now.lease, &RunEnd { said, ..end }).await.unwrap());
+    }
+    // A run without a message yet comes after all.
+    started(store.admit(&say(&key, "x")).await.unwrap());
+    let (waiting, ..) = queued(store.admit(&say(&key, "y")).await.unwrap());
+    let (cancelled, ..) = queued(store.admit(&say(&key, "z")).await.unwrap());
+    assert_eq!(store.baseline(waiting.run_id).await.unwrap(), baseline(Some("m9"), 2));
+    // What others add afterwards does not matter.
+    closed(store.finish(&cancelled, &failed(Present)).await.unwrap());
+    assert_eq!(store.baseline(waiting.run_id).await.unwrap(), baseline(Some("m9"), 3));
+    assert_eq!(store.baseline(cancelled.run_id).await.unwrap(), baseline(Some("m9"), 2));
+}
+
+async fn a_discarded_run_leaves_no_messages(database: &TestDatabase, store: &dyn Store) {
+    let key = user("alice");
+    turn(store, &key, "1", &completed(Some("one"))).await;
+    let now = started(store.admit(&say(&key, "2")).await.unwrap());
+    let (cancelled, ..) = queued(store.admit(&say(&key, "3")).await.unwrap());
+    let (next, ..) = queued(store.admit(&say(&key, "4")).await.unwrap());
+    closed(store.finish(&cancelled, &failed(Context::Missing)).await.unwrap());
+    let end = RunEnd {
+        status: RunStatus::Cancelled,
+        discard: true,
+        leftover: Some(leftover(now.run.id)),
+        said: Context::Missing,
+        ..completed(Some("two"))
+    };
+    let finished = closed(store.finish(&now.lease, &end).await.unwrap());
+    assert_eq!((finished.run.status, finished.run.discarded), (RunStatus::Cancelled, true));
+    assert_eq!((&finished.message, finished.thread.message_count), (&None, 3));
+    assert_eq!((finished.thread.backlog, &finished.thread.leftover), (1, &end.leftover));
+    assert_eq!(closed(store.finish(&now.lease, &end).await.unwrap()), finished, "again is harmless");
+    assert_eq!(store.run(&key, now.run.id).await.unwrap().unwrap(), (finished.run, None));
+    assert_eq!(transcript(store, &key).await, ["user: 1", "assistant: one", "user: 3"]);
+    check_invariants(database).await;
+
+    // No position is given twice, not even that of the last message.
+    let turn = claimed(store.claim(&next).await.unwrap());
+    closed(store.finish(&turn.lease, &end).await.unwrap());
+    exchange(store, &key).await;
+    let page = store.messages(&key, &first_page()).await.unwrap().unwrap();
+    assert_eq!(page.data.iter().map(|it| it.position).collect::<Vec<_>>(), [1, 2, 4, 6, 7]);
+    check_invariants(database).await;
+}
+
+async fn a_discarded_run_that_waited_moves_nothing(database: &TestDatabase, store: &dyn Store) {
+    let key = user("alice");
+    started(store.admit(&say(&key, "1")).await.unwrap());
+    let (waiting, ..) = queued(store.admit(&say(&key, "2")).await.unwrap());
+    let end = RunEnd { discard: true, ..failed(Context::Missing) };
+    let finished = closed(store.finish(&waiting, &end).await.unwrap());
+    assert_eq!((finished.thread.message_count, finished.thread.backlog), (1, 0));
+    assert!(finished.run.discarded);
+    assert_eq!(transcript(store, &key).await, ["user: 1"]);
+    check_invariants(database).await;
+}
+
+async fn a_marked_run_must_be_discarded(database: &TestDatabase, store: &dyn Store) {
+    let key = user("alice");
+    let now = started(store.admit(&say(&key, "1")).await.unwrap());
+    let (rollback, ..) = queued(store.admit(&say(&key, "2")).await.unwrap());
+    store.displace(&rollback, true).await.unwrap().unwrap();
+    let before = (store.thread(&key).await.unwrap(), store.run(&key, now.run.id).await.unwrap());
+    let end = RunEnd { synced: true, leftover: Some(leftover(now.run.id)), ..completed(Some("one")) };
+    for end in [&end, &failed(Context::Missing)] {
+        assert_eq!(store.finish(&now.lease, end).await.unwrap(), Closing::MustDiscard);
+    }
+    let after = (store.thread(&key).await.unwrap(), store.run(&key, now.run.id).await.unwrap());
+    assert_eq!(before, after);
+    assert_eq!(store.events(now.run.id, 0).await.unwrap(), []);
+    assert_eq!(transcript(store, &key).await, ["user: 1"]);
+    let stale = RunLease { fence: now.lease.fence - 1, ..now.lease };
+    assert_eq!(store.finish(&stale, &end).await.unwrap(), Closing::Lost);
+
+    let discarded = RunEnd { discard: true, ..end };
+    let finished = closed(store.finish(&now.lease, &discarded).await.unwrap());
+    assert_eq!((finished.thread.message_count, finished.message), (0, None));
+    claimed(store.claim(&rollback).await.unwrap());
+    check_invariants(database).await;
+}

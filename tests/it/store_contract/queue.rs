@@ -1,0 +1,245 @@
+//! Who goes before whom, who joins whom, and who has to go.
+
+use std::time::Duration;
+
+use threadkeeper::domain::{MultitaskStrategy, RunStatus};
+use threadkeeper::store::MAX_MERGED;
+
+use super::*;
+
+on_every_backend!(
+    an_interrupt_goes_before_all_that_wait,
+    an_interrupt_on_a_free_thread_starts,
+    a_merged_message_joins_the_last_that_waits,
+    a_message_joins_only_its_like,
+    a_full_run_takes_no_more,
+    a_message_that_finds_nobody_waits_by_itself,
+    only_what_was_admitted_before_is_displaced,
+    a_mark_to_discard_stays,
+    a_cancel_reaches_active_runs_only,
+    a_waiting_run_can_be_taken_over,
+);
+
+fn with(key: &ConversationKey, strategy: MultitaskStrategy, words: &str) -> Admission {
+    Admission {
+        strategy,
+        message: InputMessage { id: MessageId::new(), content: text(words) },
+        ..admission(key)
+    }
+}
+
+async fn an_interrupt_goes_before_all_that_wait(database: &TestDatabase, store: &dyn Store) {
+    use MultitaskStrategy::{Enqueue, Interrupt, Rollback};
+    let key = user("alice");
+    let mut active = started(store.admit(&with(&key, Enqueue, "first")).await.unwrap()).lease;
+    let mut waiting = vec![];
+    for (strategy, words, place) in [
+        (Enqueue, "a", 1),
+        (Enqueue, "b", 2),
+        (Interrupt, "c", 1),
+        (Enqueue, "d", 4),
+        (Rollback, "e", 1),
+        (Interrupt, "f", 1),
+        (Enqueue, "g", 7),
+    ] {
+        let (lease, _, run, position) = queued(store.admit(&with(&key, strategy, words)).await.unwrap());
+        assert_eq!((position, run.strategy), (place, strategy), "{words}");
+        waiting.push((words, lease));
+    }
+    for next in ["f", "e", "c", "a", "b", "d", "g"] {
+        for (words, lease) in &waiting {
+            assert_eq!(store.claim(lease).await.unwrap(), Claim::NotYet, "{words}");
+        }
+        closed(store.finish(&active, &completed(None)).await.unwrap());
+        for (words, lease) in waiting.iter().filter(|(words, _)| *words != next) {
+            assert_eq!(store.claim(lease).await.unwrap(), Claim::NotYet, "{words}");
+        }
+        let at = waiting.iter().position(|(words, _)| *words == next).unwrap();
+        active = waiting.remove(at).1;
+        assert_eq!(claimed(store.claim(&active).await.unwrap()).input[0].content, text(next));
+    }
+    assert_eq!(transcript(store, &key).await.len(), 8);
+    check_invariants(database).await;
+}
+
+async fn an_interrupt_on_a_free_thread_starts(_: &TestDatabase, store: &dyn Store) {
+    let key = user("alice");
+    for (strategy, seq) in [(MultitaskStrategy::Interrupt, 1), (MultitaskStrategy::Rollback, 2)] {
+        let turn = started(store.admit(&with(&key, strategy, "x")).await.unwrap());
+        assert_eq!((turn.run.seq, turn.run.strategy), (seq, strategy));
+        closed(store.finish(&turn.lease, &completed(None)).await.unwrap());
+    }
+}
+
+async fn a_merged_message_joins_the_last_that_waits(database: &TestDatabase, store: &dyn Store) {
+    use MultitaskStrategy::{Enqueue, Interrupt, Merge};
+    let key = user("alice");
+    let first = started(store.admit(&with(&key, Enqueue, "1")).await.unwrap());
+    queued(store.admit(&with(&key, Enqueue, "2")).await.unwrap());
+    let (last, _, before, _) = queued(store.admit(&with(&key, Enqueue, "3")).await.unwrap());
+    // It came later, but does not stand last.
+    queued(store.admit(&with(&key, Interrupt, "0")).await.unwrap());
+
+    let joins = [with(&key, Merge, "4"), with(&key, Merge, "5")];
+    for join in &joins {
+        match store.admit(join).await.unwrap() {
+            Admitted::Merged { thread, run } => {
+                assert_eq!(*run, before, "it stays what it was");
+                assert_eq!((thread.id, thread.run_count, thread.message_count), (first.thread.id, 4, 1));
+                assert!(thread.last_active_at >= first.thread.last_active_at);
+            }
+            other => panic!("{other:?}"),
+        }
+        assert_eq!(store.run(&key, join.run_id).await.unwrap(), None, "it is no run of its own");
+    }
+    let cancelled = RunEnd { status: RunStatus::Cancelled, ..completed(None) };
+    let finished = closed(store.finish(&last, &cancelled).await.unwrap());
+    assert_eq!(finished.thread.message_count, 4);
+    assert_eq!(transcript(store, &key).await, ["user: 1", "user: 3", "user: 4", "user: 5"]);
+    let page = store.messages(&key, &first_page()).await.unwrap().unwrap();
+    assert_eq!(page.data[2..].iter().map(|it| it.id).collect::<Vec<_>>(), joins.map(|it| it.message.id));
+    assert!(page.data[1..].iter().all(|it| it.run_id == Some(last.run_id)));
+    check_invariants(database).await;
+}
+
+async fn a_message_joins_only_its_like(database: &TestDatabase, store: &dyn Store) {
+    use MultitaskStrategy::Merge;
+    let key = user("alice");
+    let pairs = metadata(&[("a", "1"), ("b", "2")]);
+    started(store.admit(&admission(&key)).await.unwrap());
+    let plain = queued(store.admit(&with(&key, Merge, "x")).await.unwrap()).2;
+    assert_eq!(plain.strategy, Merge);
+    let other = Admission { assistant: "other".to_owned(), ..with(&key, Merge, "x") };
+    let other = queued(store.admit(&other).await.unwrap()).2;
+    // The like of the run before the last.
+    let behind = queued(store.admit(&with(&key, Merge, "x")).await.unwrap()).2;
+    assert!(plain.id != other.id && behind.seq == 4);
+    let tagged = || Admission { metadata: pairs.clone(), ..with(&key, Merge, "x") };
+    let (_, _, with_metadata, position) = queued(store.admit(&tagged()).await.unwrap());
+    assert_eq!(position, 4);
+    match store.admit(&tagged()).await.unwrap() {
+        Admitted::Merged { run, .. } => assert_eq!(run.id, with_metadata.id),
+        other => panic!("{other:?}"),
+    }
+    check_invariants(database).await;
+}
+
+async fn a_full_run_takes_no_more(database: &TestDatabase, store: &dyn Store) {
+    use MultitaskStrategy::Merge;
+    let key = user("alice");
+    let first = started(store.admit(&admission(&key)).await.unwrap());
+    let (full, ..) = queued(store.admit(&with(&key, Merge, "0")).await.unwrap());
+    for n in 1..MAX_MERGED {
+        let admitted = store.admit(&with(&key, Merge, &n.to_string())).await.unwrap();
+        assert!(matches!(admitted, Admitted::Merged { .. }), "{n}: {admitted:?}");
+    }
+    let (_, _, next, position) = queued(store.admit(&with(&key, Merge, "next")).await.unwrap());
+    assert_eq!((next.seq, position), (3, 2));
+    closed(store.finish(&first.lease, &completed(None)).await.unwrap());
+    let turn = claimed(store.claim(&full).await.unwrap());
+    let words: Vec<_> = (0..MAX_MERGED).map(|n| text(&n.to_string())).collect();
+    assert_eq!(turn.input.iter().map(|it| it.content.clone()).collect::<Vec<_>>(), words);
+    assert_eq!(claimed(store.claim(&full).await.unwrap()), turn);
+    check_invariants(database).await;
+}
+
+async fn a_message_that_finds_nobody_waits_by_itself(database: &TestDatabase, store: &dyn Store) {
+    use MultitaskStrategy::Merge;
+    let key = session("alice", "s1");
+    let merge = || Admission { thread_ttl: Some(Duration::from_mins(1)), ..with(&key, Merge, "x") };
+    let first = started(store.admit(&merge()).await.unwrap());
+    assert_eq!(first.run.strategy, Merge);
+    // Nobody waits, and what is at work is not joined.
+    let (second, _, _, position) = queued(store.admit(&merge()).await.unwrap());
+    assert_eq!(position, 1);
+    let elsewhere = Admission { upstream: "spare".to_owned(), ..merge() };
+    assert_eq!(store.admit(&elsewhere).await.unwrap(), Admitted::OtherUpstream("main".to_owned()));
+    // Who waits on a thread that has expired is not joined either.
+    database.age_threads(Duration::from_mins(1)).await;
+    let fresh = started(store.admit(&merge()).await.unwrap());
+    assert_eq!(fresh.thread.previous_thread, Some(first.thread.id));
+    closed(store.finish(&first.lease, &completed(None)).await.unwrap());
+    assert_eq!(claimed(store.claim(&second).await.unwrap()).input.len(), 1);
+    check_invariants(database).await;
+}
+
+async fn only_what_was_admitted_before_is_displaced(database: &TestDatabase, store: &dyn Store) {
+    use MultitaskStrategy::{Enqueue, Interrupt};
+    let key = user("alice");
+    let first = started(store.admit(&with(&key, Enqueue, "1")).await.unwrap());
+    let (second, ..) = queued(store.admit(&with(&key, Interrupt, "2")).await.unwrap());
+    let stale = RunLease { fence: second.fence - 1, ..second };
+    assert_eq!(store.displace(&stale, false).await.unwrap(), None);
+    assert_eq!(store.displace(&first.lease, false).await.unwrap(), None, "it does not wait");
+    for _ in 0..2 {
+        assert_eq!(store.displace(&second, false).await.unwrap(), Some(first.run.id));
+        let (run, _) = store.run(&key, first.run.id).await.unwrap().unwrap();
+        assert_eq!((run.status, run.discarded), (RunStatus::Cancelling, false));
+    }
+    assert_eq!(store.claim(&second).await.unwrap(), Claim::NotYet, "it still holds the thread");
+    // Another interrupt takes the place that was made.
+    let (third, ..) = queued(store.admit(&with(&key, Interrupt, "3")).await.unwrap());
+    let cancelled = RunEnd { status: RunStatus::Cancelled, ..completed(None) };
+    closed(store.finish(&first.lease, &cancelled).await.unwrap());
+    assert_eq!(store.displace(&second, false).await.unwrap(), None, "none is active");
+    claimed(store.claim(&third).await.unwrap());
+    assert_eq!(store.displace(&second, true).await.unwrap(), None, "it came later");
+    let (run, _) = store.run(&key, third.run_id).await.unwrap().unwrap();
+    assert_eq!((run.status, run.discarded), (RunStatus::InProgress, false));
+    // One of another thread does not matter.
+    started(store.admit(&admission(&user("bob"))).await.unwrap());
+    closed(store.finish(&third, &completed(None)).await.unwrap());
+    assert_eq!(store.displace(&second, true).await.unwrap(), None);
+    claimed(store.claim(&second).await.unwrap());
+    check_invariants(database).await;
+}
+
+async fn a_mark_to_discard_stays(_: &TestDatabase, store: &dyn Store) {
+    let key = user("alice");
+    let first = started(store.admit(&admission(&key)).await.unwrap());
+    let (second, ..) = queued(store.admit(&with(&key, MultitaskStrategy::Rollback, "2")).await.unwrap());
+    store.request_cancel(&key, first.run.id).await.unwrap().unwrap();
+    for (discard, discarded) in [(false, false), (true, true), (false, true)] {
+        assert_eq!(store.displace(&second, discard).await.unwrap(), Some(first.run.id));
+        let (run, _) = store.run(&key, first.run.id).await.unwrap().unwrap();
+        assert_eq!((run.status, run.discarded), (RunStatus::Cancelling, discarded));
+    }
+}
+
+async fn a_cancel_reaches_active_runs_only(_: &TestDatabase, store: &dyn Store) {
+    let key = user("alice");
+    let first = started(store.admit(&admission(&key)).await.unwrap());
+    let (second, _, waiting, _) = queued(store.admit(&admission(&key)).await.unwrap());
+    assert_eq!(store.request_cancel(&key, RunId::new()).await.unwrap(), None);
+    assert_eq!(store.request_cancel(&user("bob"), first.run.id).await.unwrap(), None);
+    assert_eq!(store.run(&key, first.run.id).await.unwrap().unwrap().0, first.run);
+    assert_eq!(store.request_cancel(&key, second.run_id).await.unwrap(), Some(waiting));
+
+    let marked = Run { status: RunStatus::Cancelling, ..first.run.clone() };
+    for _ in 0..2 {
+        assert_eq!(store.request_cancel(&key, first.run.id).await.unwrap().as_ref(), Some(&marked));
+    }
+    assert_eq!(store.run(&key, first.run.id).await.unwrap().unwrap().0, marked);
+    assert_eq!(store.claim(&first.lease).await.unwrap(), Claim::Lost, "it does not start again");
+    let finished = closed(store.finish(&first.lease, &completed(Some("hi"))).await.unwrap());
+    assert_eq!(store.request_cancel(&key, first.run.id).await.unwrap(), Some(finished.run));
+}
+
+async fn a_waiting_run_can_be_taken_over(database: &TestDatabase, store: &dyn Store) {
+    let key = user("alice");
+    let me = ReplicaId::new();
+    store.renew_replica(me, "127.0.0.1:1", Duration::from_mins(1)).await.unwrap();
+    let first = started(store.admit(&Admission { replica: me, ..admission(&key) }).await.unwrap());
+    let (second, ..) = queued(store.admit(&admission(&key)).await.unwrap());
+    assert_eq!(store.take_queued(me, first.run.id).await.unwrap(), None, "it does not wait");
+    assert_eq!(store.take_queued(me, RunId::new()).await.unwrap(), None);
+    let lease = store.take_queued(me, second.run_id).await.unwrap().unwrap();
+    assert_eq!((lease.run_id, lease.fence), (second.run_id, second.fence + 1));
+    assert_eq!(store.adopt_orphans(ReplicaId::new(), &[], 10).await.unwrap(), [], "its owner lives now");
+
+    let cancelled = RunEnd { status: RunStatus::Cancelled, ..completed(None) };
+    assert_eq!(store.finish(&second, &cancelled).await.unwrap(), Closing::Lost);
+    closed(store.finish(&lease, &cancelled).await.unwrap());
+    assert_eq!(store.take_queued(me, second.run_id).await.unwrap(), None, "it has ended");
+    check_invariants(database).await;
+}

@@ -1,0 +1,264 @@
+//! Runs that wait for tool outputs, what others ask of runs, and their log.
+
+use threadkeeper::domain::{LoggedEvent, ThreadState, ToolOutput, UpstreamRunId, Usage};
+use threadkeeper::store::{Answered, Paused, Request, Waiting};
+
+use super::*;
+
+on_every_backend!(
+    a_pause_holds_the_thread,
+    pausing_again_is_harmless,
+    a_pause_is_for_runs_at_work,
+    an_answer_must_fit,
+    an_answer_comes_too_late,
+    an_answer_is_taken_once,
+    a_call_with_nul_characters_can_be_answered,
+    a_run_may_wait_more_than_once,
+    requests_reach_their_owner_until_they_are_met,
+    a_run_that_waits_may_end,
+    a_log_comes_in_batches,
+);
+
+fn waiting(paused: Paused) -> Waiting {
+    match paused {
+        Paused::Waiting(waiting) => *waiting,
+        other => panic!("waiting was expected, not {other:?}"),
+    }
+}
+
+fn resumed(answered: Answered) -> Waiting {
+    match answered {
+        Answered::Resumed(waiting) => *waiting,
+        other => panic!("resumed was expected, not {other:?}"),
+    }
+}
+
+async fn a_pause_holds_the_thread(database: &TestDatabase, store: &dyn Store) {
+    let key = user("alice");
+    let turn = started(store.admit(&admission(&key)).await.unwrap());
+    let (next, ..) = queued(store.admit(&admission(&key)).await.unwrap());
+    let wanted = pause(&["call_1", "call_2"], 0);
+    let paused = waiting(store.pause(&turn.lease, &wanted).await.unwrap());
+
+    assert_eq!((paused.thread.id, paused.thread.run_count), (turn.thread.id, 2));
+    assert_eq!((paused.activity.state, paused.activity.queue_depth), (ThreadState::RequiresAction, 1));
+    assert_eq!(paused.run.status, RunStatus::RequiresAction);
+    assert_eq!(paused.run.required_action.as_ref(), Some(&wanted.required_action));
+    assert_eq!(paused.run.upstream_run_id.as_ref(), Some(&wanted.upstream_run_id));
+    assert_eq!(paused.run.usage, wanted.usage);
+    assert_eq!(paused.run.deadline_at, turn.run.deadline_at);
+    assert_eq!(store.thread(&key).await.unwrap().unwrap(), (paused.thread, paused.activity));
+    assert_eq!(store.run(&key, turn.run.id).await.unwrap().unwrap(), (paused.run, None));
+    assert_eq!(store.claim(&next).await.unwrap(), Claim::NotYet);
+    assert_eq!(store.claim(&turn.lease).await.unwrap(), Claim::Lost);
+    check_invariants(database).await;
+}
+
+async fn pausing_again_is_harmless(_: &TestDatabase, store: &dyn Store) {
+    let key = user("alice");
+    let request = admission(&key);
+    let turn = started(store.admit(&request).await.unwrap());
+    let first = pause(&["call_1"], 0);
+    let paused = waiting(store.pause(&turn.lease, &first).await.unwrap());
+    assert_eq!(waiting(store.pause(&turn.lease, &first).await.unwrap()), paused);
+
+    // The answer came before the repetition: the run does not wait for it again.
+    let answer = answer(&["call_1"]);
+    let answered = resumed(store.answer_tools(&key, turn.run.id, &answer).await.unwrap());
+    assert_eq!(waiting(store.pause(&turn.lease, &first).await.unwrap()), answered);
+    let resume = Request::Resume { run: turn.run.id, outputs: answer.outputs };
+    assert_eq!(store.requests(request.replica).await.unwrap(), [resume]);
+    assert_eq!(store.events(turn.run.id, 0).await.unwrap(), [first.events]);
+}
+
+async fn a_pause_is_for_runs_at_work(_: &TestDatabase, store: &dyn Store) {
+    let key = user("alice");
+    let turn = started(store.admit(&admission(&key)).await.unwrap());
+    let (next, ..) = queued(store.admit(&admission(&key)).await.unwrap());
+    let calls = pause(&["call_1"], 0);
+    let stale = RunLease { fence: turn.lease.fence - 1, ..turn.lease };
+    assert_eq!(store.pause(&stale, &calls).await.unwrap(), Paused::Lost);
+    assert_eq!(store.pause(&next, &calls).await.unwrap(), Paused::Lost, "it has not started");
+    waiting(store.pause(&turn.lease, &calls).await.unwrap());
+    let others = pause(&["call_2"], 5);
+    assert_eq!(store.pause(&turn.lease, &others).await.unwrap(), Paused::Lost, "it waits for others");
+
+    store.request_cancel(&key, turn.run.id).await.unwrap().unwrap();
+    assert_eq!(store.pause(&turn.lease, &calls).await.unwrap(), Paused::Cancelling);
+    closed(store.finish(&turn.lease, &completed(None)).await.unwrap());
+    assert_eq!(store.pause(&turn.lease, &calls).await.unwrap(), Paused::Lost, "it has ended");
+
+    let turn = claimed(store.claim(&next).await.unwrap());
+    store.request_cancel(&key, turn.run.id).await.unwrap().unwrap();
+    assert_eq!(store.pause(&turn.lease, &calls).await.unwrap(), Paused::Cancelling);
+    assert_eq!(store.events(turn.run.id, 0).await.unwrap(), [], "nothing was recorded");
+}
+
+async fn an_answer_must_fit(_: &TestDatabase, store: &dyn Store) {
+    let key = user("alice");
+    let turn = started(store.admit(&admission(&key)).await.unwrap());
+    let fitting = answer(&["call_1", "call_2"]);
+    let id = turn.run.id;
+    assert_eq!(store.answer_tools(&key, id, &fitting).await.unwrap(), Answered::NotWaiting, "not yet");
+    let paused = waiting(store.pause(&turn.lease, &pause(&["call_1", "call_2"], 0)).await.unwrap());
+    for other in [answer(&["call_1"]), answer(&["call_2", "call_1"]), answer(&["call_1", "call_2", "call_3"])]
+    {
+        assert_eq!(store.answer_tools(&key, id, &other).await.unwrap(), Answered::NotWaiting);
+    }
+    assert_eq!(store.answer_tools(&user("bob"), id, &fitting).await.unwrap(), Answered::NotWaiting);
+    assert_eq!(store.answer_tools(&key, RunId::new(), &fitting).await.unwrap(), Answered::NotWaiting);
+    assert_eq!(store.run(&key, id).await.unwrap().unwrap(), (paused.run, None));
+    resumed(store.answer_tools(&key, id, &fitting).await.unwrap());
+}
+
+async fn an_answer_comes_too_late(database: &TestDatabase, store: &dyn Store) {
+    let (key, other) = (user("alice"), user("bob"));
+    let calls = pause(&["call_1"], 0);
+    let turn = started(store.admit(&admission(&key)).await.unwrap());
+    waiting(store.pause(&turn.lease, &calls).await.unwrap());
+    database.execute("UPDATE runs SET deadline_at = started_at").await;
+    let late = store.answer_tools(&key, turn.run.id, &answer(&["call_1"])).await.unwrap();
+    assert_eq!(late, Answered::NotWaiting, "its deadline has passed");
+    assert_eq!(
+        store.run(&key, turn.run.id).await.unwrap().unwrap().0.required_action,
+        Some(calls.required_action.clone())
+    );
+
+    let turn = started(store.admit(&admission(&other)).await.unwrap());
+    waiting(store.pause(&turn.lease, &calls).await.unwrap());
+    store.request_cancel(&other, turn.run.id).await.unwrap().unwrap();
+    let late = store.answer_tools(&other, turn.run.id, &answer(&["call_1"])).await.unwrap();
+    assert_eq!(late, Answered::NotWaiting, "somebody wants it to end");
+}
+
+async fn an_answer_is_taken_once(database: &TestDatabase, store: &dyn Store) {
+    let key = user("alice");
+    let turn = started(store.admit(&admission(&key)).await.unwrap());
+    queued(store.admit(&admission(&key)).await.unwrap());
+    waiting(store.pause(&turn.lease, &pause(&["call_1"], 0)).await.unwrap());
+    let answer = answer(&["call_1"]);
+    let answers = (0..8).map(|_| store.answer_tools(&key, turn.run.id, &answer));
+    let answers: Vec<_> = futures_util::future::join_all(answers).await;
+    let mut taken = answers.into_iter().map(Result::unwrap).filter(|it| *it != Answered::NotWaiting);
+    let resumed = resumed(taken.next().unwrap());
+    assert_eq!(taken.next(), None);
+    assert_eq!((resumed.run.status, &resumed.run.required_action), (RunStatus::InProgress, &None));
+    assert_eq!((resumed.activity.state, resumed.activity.queue_depth), (ThreadState::Active, 1));
+    assert_eq!(store.thread(&key).await.unwrap().unwrap(), (resumed.thread, resumed.activity));
+    assert_eq!(store.run(&key, turn.run.id).await.unwrap().unwrap().0, resumed.run);
+    check_invariants(database).await;
+}
+
+async fn a_call_with_nul_characters_can_be_answered(_: &TestDatabase, store: &dyn Store) {
+    let key = user("alice");
+    let turn = started(store.admit(&admission(&key)).await.unwrap());
+    let mut odd = pause(&["call_1"], 0);
+    odd.required_action.tool_calls[0].arguments.push_str("\0 \u{fffd} \\u0000 \\\"");
+    let paused = waiting(store.pause(&turn.lease, &odd).await.unwrap());
+    // The caller answers what it was shown.
+    let shown = paused.run.required_action.unwrap();
+    let outputs = vec![ToolOutput { tool_call_id: "call_1".to_owned(), output: "\0".to_owned() }];
+    let answer = ToolAnswer { expected: shown, outputs, idempotency: None };
+    resumed(store.answer_tools(&key, turn.run.id, &answer).await.unwrap());
+}
+
+async fn a_run_may_wait_more_than_once(database: &TestDatabase, store: &dyn Store) {
+    let key = user("alice");
+    let request = admission(&key);
+    let turn = started(store.admit(&request).await.unwrap());
+    for (call, first) in [("call_1", 0), ("call_2", 4), ("call_3", 8)] {
+        let upstream_run_id = UpstreamRunId(format!("resp_{call}"));
+        let usage =
+            Some(Usage { input_tokens: 1, output_tokens: 2, total_tokens: first.try_into().unwrap() });
+        let pause = Pause { upstream_run_id, usage, ..pause(&[call], first) };
+        let paused = waiting(store.pause(&turn.lease, &pause).await.unwrap());
+        assert_eq!(paused.run.upstream_run_id, Some(pause.upstream_run_id));
+        assert_eq!(paused.run.usage, usage);
+        assert_eq!(store.requests(request.replica).await.unwrap(), [], "the last outputs were sent");
+        let answer = answer(&[call]);
+        resumed(store.answer_tools(&key, turn.run.id, &answer).await.unwrap());
+        let resume = Request::Resume { run: turn.run.id, outputs: answer.outputs };
+        assert_eq!(store.requests(request.replica).await.unwrap(), [resume]);
+    }
+    let finished = closed(store.finish(&turn.lease, &completed(Some("done"))).await.unwrap());
+    assert_eq!(finished.run.upstream_run_id, Some(UpstreamRunId("resp_call_3".to_owned())));
+    assert_eq!(store.requests(request.replica).await.unwrap(), []);
+    check_invariants(database).await;
+}
+
+async fn requests_reach_their_owner_until_they_are_met(_: &TestDatabase, store: &dyn Store) {
+    let (me, other) = (ReplicaId::new(), ReplicaId::new());
+    let (a, b, c) = (user("a"), user("b"), user("c"));
+    let mine = started(store.admit(&Admission { replica: me, ..admission(&a) }).await.unwrap());
+    let (waits, ..) = queued(store.admit(&Admission { replica: me, ..admission(&a) }).await.unwrap());
+    let tools = started(store.admit(&Admission { replica: me, ..admission(&b) }).await.unwrap());
+    let others = started(store.admit(&Admission { replica: other, ..admission(&c) }).await.unwrap());
+    assert_eq!(store.requests(me).await.unwrap(), []);
+
+    store.request_cancel(&a, mine.run.id).await.unwrap().unwrap();
+    let cancel = |run, discard| Request::Cancel { run, discard };
+    assert_eq!(store.requests(me).await.unwrap(), [cancel(mine.run.id, false)]);
+    store.displace(&waits, true).await.unwrap().unwrap();
+    assert_eq!(store.requests(me).await.unwrap(), [cancel(mine.run.id, true)]);
+    let discarded = RunEnd { status: RunStatus::Cancelled, discard: true, ..completed(None) };
+    closed(store.finish(&mine.lease, &discarded).await.unwrap());
+    assert_eq!(store.requests(me).await.unwrap(), []);
+
+    waiting(store.pause(&tools.lease, &pause(&["call_1"], 0)).await.unwrap());
+    store.request_cancel(&c, others.run.id).await.unwrap().unwrap();
+    assert_eq!(store.requests(me).await.unwrap(), [], "neither a question nor another's");
+    let answer = answer(&["call_1"]);
+    resumed(store.answer_tools(&b, tools.run.id, &answer).await.unwrap());
+    let resume = Request::Resume { run: tools.run.id, outputs: answer.outputs };
+    assert_eq!(store.requests(me).await.unwrap(), [resume]);
+    // Who wants it to end does not want it to go on.
+    store.request_cancel(&b, tools.run.id).await.unwrap().unwrap();
+    assert_eq!(store.requests(me).await.unwrap(), [cancel(tools.run.id, false)]);
+    assert_eq!(store.requests(other).await.unwrap(), [cancel(others.run.id, false)]);
+}
+
+async fn a_run_that_waits_may_end(database: &TestDatabase, store: &dyn Store) {
+    let key = user("alice");
+    let turn = started(store.admit(&admission(&key)).await.unwrap());
+    waiting(store.pause(&turn.lease, &pause(&["call_1"], 0)).await.unwrap());
+    let end = RunEnd { status: RunStatus::Expired, ..completed(Some("as far as it came")) };
+    let finished = closed(store.finish(&turn.lease, &end).await.unwrap());
+    assert_eq!((finished.run.status, &finished.run.required_action), (RunStatus::Expired, &None));
+    assert_eq!(finished.run.upstream_run_id, Some(pause(&[], 0).upstream_run_id), "it keeps what it had");
+    assert_eq!(finished.activity.state, ThreadState::Idle);
+    let late = store.answer_tools(&key, turn.run.id, &answer(&["call_1"])).await.unwrap();
+    assert_eq!(late, Answered::NotWaiting);
+    check_invariants(database).await;
+}
+
+async fn a_log_comes_in_batches(_: &TestDatabase, store: &dyn Store) {
+    let key = user("alice");
+    let turn = started(store.admit(&admission(&key)).await.unwrap());
+    let delta = |text: &str| LoggedEvent::Delta(text.to_owned());
+    assert_eq!(store.events(turn.run.id, 0).await.unwrap(), []);
+    assert_eq!(store.events(RunId::new(), 0).await.unwrap(), []);
+
+    let first = pause(&["call_1"], 0);
+    waiting(store.pause(&turn.lease, &first).await.unwrap());
+    resumed(store.answer_tools(&key, turn.run.id, &answer(&["call_1"])).await.unwrap());
+    let rest =
+        EventBatch { first: 4, events: vec![delta("more \"\u{1f980}\""), delta("queued"), delta("a\0b")] };
+    let end = RunEnd { events: rest, ..completed(Some("hi")) };
+    for _ in 0..2 {
+        closed(store.finish(&turn.lease, &end).await.unwrap());
+    }
+    let rest = EventBatch {
+        first: 4,
+        events: vec![delta("more \"\u{1f980}\""), delta("queued"), delta("a\u{fffd}b")],
+    };
+    let both = [first.events, rest];
+    for (from, skipped) in [(0, 0), (1, 0), (3, 0), (4, 1), (5, 1), (7, 1), (100, 1)] {
+        assert_eq!(store.events(turn.run.id, from).await.unwrap(), both[skipped..], "from {from}");
+    }
+
+    // A run without events tells where the numbers of what the record says go on.
+    let turn = started(store.admit(&admission(&key)).await.unwrap());
+    let end = RunEnd { events: EventBatch { first: 1, events: vec![] }, ..completed(None) };
+    closed(store.finish(&turn.lease, &end).await.unwrap());
+    assert_eq!(store.events(turn.run.id, 0).await.unwrap(), [end.events]);
+}
