@@ -63,6 +63,7 @@ impl App {
             sessions: config.sessions.clone(),
             admission_timeout: config.store.acquire_timeout,
             replica: ReplicaId::new(),
+            attend_every: config.replica.session_ttl / 3,
             tasks: tasks.clone(),
             draining: draining.clone(),
             stop: stop.clone(),
@@ -100,7 +101,9 @@ impl App {
             ended = &mut server => Some(format!("the server ended by itself: {ended:?}")),
             ended = &mut session => Some(format!("the session's keeper ended by itself: {ended:?}")),
         };
-        tracing::info!(grace_ms = u64::try_from(self.config.server.shutdown_grace.as_millis())?, "stopping");
+        let (runs, lines) = self.runs.load();
+        let grace_ms = u64::try_from(self.config.server.shutdown_grace.as_millis())?;
+        tracing::info!(runs, lines, grace_ms, "stopping");
         self.draining.cancel();
         self.tasks.close();
         tokio::select! {
@@ -174,7 +177,7 @@ fn upstreams(config: &Config) -> anyhow::Result<BTreeMap<String, Arc<dyn Upstrea
 fn build_upstream(name: &str, config: &UpstreamConfig) -> anyhow::Result<Arc<dyn Upstream>> {
     let client = UpstreamClient::new(name, config)?;
     Ok(match config.kind {
-        UpstreamKind::Assistants => Arc::new(AssistantsUpstream::new(client)),
-        UpstreamKind::Responses => Arc::new(ResponsesUpstream::new(client, config.conversations)),
+        UpstreamKind::Assistants => Arc::new(AssistantsUpstream::new(client, config)),
+        UpstreamKind::Responses => Arc::new(ResponsesUpstream::new(client, config)),
     })
 }

@@ -34,8 +34,14 @@ pub enum Error {
     OtherUpstream { thread: String, assistant: String },
     #[error("the thread's queue is full: {limit} runs wait already")]
     QueueFull { limit: usize },
+    /// The idempotency key was used for another request.
+    #[error("this idempotency key was used for another request of this conversation; use a new one")]
+    IdempotencyMismatch,
+    /// Outputs for a run that does not wait for them (any more).
     #[error("{0}")]
-    NotSupported(&'static str),
+    RunNotWaiting(String),
+    #[error("the upstream failed too often and is left alone for a while; nothing was stored")]
+    UpstreamUnavailable { retry_after: Duration },
     /// The run ended without a reply that could be called one.
     #[error("{}", run.error.as_ref().map_or("the run did not complete", |error| error.message.as_str()))]
     RunFailed { run: Box<Run>, retry_after: Option<Duration> },

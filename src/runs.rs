@@ -1,20 +1,27 @@
-//! The use cases: submit a message, read what became of it. HTTP is above, store and upstreams below.
+//! The use cases: submit a message, answer its function calls, follow or cancel its run, read what became of it. HTTP
+//! is above, store and upstreams below.
 
+mod cancel;
 mod drive;
 mod end;
+mod failure;
 mod feed;
+mod follow;
+mod progress;
 mod replica;
+mod retries;
+mod tools;
 mod turn;
+mod work;
 
 use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
 
-use futures_util::future::join_all;
 use rand::RngExt;
 use tokio::sync::{Mutex, oneshot};
-use tokio::time::{Instant, timeout};
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tracing::Instrument;
@@ -22,15 +29,19 @@ use tracing::Instrument;
 use crate::config::{AssistantConfig, RunsConfig, SessionsConfig};
 use crate::domain::{
     ConversationKey, Message, MessageId, Metadata, MultitaskStrategy, Page, PageRequest, ReplicaId, Run,
-    RunId, RunStatus, Scope, Thread, ThreadActivity, ThreadId, UserContent,
+    RunId, Scope, Thread, ThreadActivity, ThreadId, UserContent,
 };
 use crate::error::Error;
-use crate::locks::LockMap;
-use crate::store::{Admission, InputMessage, Store};
+use crate::locks::{LockMap, QueueFull};
+use crate::store::{Admission, Idempotency, InputMessage, Store};
 use crate::upstream::Upstream;
 
-pub use feed::{Feed, Outcome, RunEvent};
+pub use cancel::Which;
+pub use feed::{Outcome, RunEvent};
+pub use follow::{Answer, Follow};
 use replica::Standing;
+pub use tools::NewOutputs;
+use turn::Taken;
 
 /// Threads and runs of this replica. Clones share everything.
 #[derive(Clone)]
@@ -50,6 +61,8 @@ pub struct RunsParts {
     /// Longest wait for the runs before a new one to be recorded.
     pub admission_timeout: Duration,
     pub replica: ReplicaId,
+    /// How often a replica looks for what others ask of its runs.
+    pub attend_every: Duration,
     /// Tracks every run.
     pub tasks: TaskTracker,
     /// Cancelled when no new runs are taken.
@@ -77,27 +90,19 @@ pub struct NewMessage {
     pub metadata: Metadata,
     /// `None`: the assistant's, else the configured one.
     pub timeout: Option<Duration>,
-    /// Cancels the run, from its admission on; harmless once it has ended.
+    /// Cancels the run, from its admission on; harmless once it has ended. A message that joins a run of others, or
+    /// repeats an earlier one, does not take that along.
     pub cancel: CancellationToken,
+    pub idempotency: Option<Idempotency>,
 }
 
-/// A run that was admitted.
+/// A run that was admitted, now or, if `replayed`, by an earlier request with the same idempotency key.
 #[derive(Clone, Debug)]
 pub struct Submitted {
     pub thread: Thread,
     pub run: Run,
-    pub feed: Feed,
-}
-
-/// Which of a thread's runs are meant.
-#[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub enum Which {
-    /// The one at work.
-    Active,
-    /// Those that wait.
-    Queued,
-    /// Both.
-    All,
+    pub follow: Follow,
+    pub replayed: bool,
 }
 
 impl Runs {
@@ -109,16 +114,13 @@ impl Runs {
 
     /// Admits a message: its run is durable, started or waiting, when this returns. The run goes on whatever
     /// becomes of the caller; if this future is dropped, the message may or may not have been admitted.
+    ///
+    /// A message whose idempotency key was used before, with the same request, gets the run of then.
     pub async fn submit(&self, key: ConversationKey, new: NewMessage) -> Result<Submitted, Error> {
         let parts = &self.parts.given;
         // Keeps a stop from finding no task between this check and the spawn below.
         let _token = parts.tasks.token();
-        if parts.draining.is_cancelled() {
-            return Err(Error::Draining);
-        }
-        if self.parts.standing.has_lapsed() {
-            return Err(Error::StoreUnavailable(None));
-        }
+        self.takes_work()?;
         let name = new.assistant.unwrap_or_else(|| parts.default_assistant.clone());
         let Some(assistant) = parts.assistants.get(&name) else {
             let known: Vec<_> = parts.assistants.keys().map(String::as_str).collect();
@@ -132,23 +134,23 @@ impl Runs {
             let max = parts.runs.max_timeout.as_millis();
             return Err(Error::Invalid(format!("`timeout_ms` must be between 1 and {max}")));
         }
+        if let Some(earlier) = self.repeated(&key, new.idempotency.as_ref()).await? {
+            return Ok(earlier);
+        }
+        self.is_reachable(&assistant.upstream)?;
+        let full = |full: QueueFull| Error::QueueFull { limit: full.max_waiting };
+        let locks = &self.parts.locks;
         let place = match new.strategy {
-            MultitaskStrategy::Enqueue => self
-                .parts
-                .locks
-                .join(key.clone())
-                .map_err(|full| Error::QueueFull { limit: full.max_waiting })?,
-            MultitaskStrategy::Reject => self.parts.locks.join_idle(key.clone()).ok_or(Error::ThreadBusy)?,
-            MultitaskStrategy::Interrupt | MultitaskStrategy::Rollback | MultitaskStrategy::Merge => {
-                return Err(Error::NotSupported(
-                    "of the multitask strategies only `enqueue` and `reject` are supported yet",
-                ));
+            MultitaskStrategy::Enqueue | MultitaskStrategy::Merge => locks.join(key.clone()).map_err(full)?,
+            MultitaskStrategy::Interrupt | MultitaskStrategy::Rollback => {
+                locks.join_next(key.clone()).map_err(full)?
             }
+            MultitaskStrategy::Reject => locks.join_idle(key.clone()).ok_or(Error::ThreadBusy)?,
         };
         let admission = Admission {
             new_thread: ThreadId::new(),
             thread_ttl: matches!(key.scope, Scope::Session(_)).then_some(parts.sessions.ttl),
-            key,
+            key: key.clone(),
             upstream: assistant.upstream.clone(),
             run_id: RunId::new(),
             assistant: name,
@@ -157,12 +159,56 @@ impl Runs {
             message: InputMessage { id: MessageId::new(), content: new.content.into_parts() },
             timeout: run_timeout,
             replica: parts.replica,
+            idempotency: new.idempotency.clone(),
         };
         // From here on the work belongs to a task: a caller that leaves must not leave a recorded run undone.
         let (answer, answered) = oneshot::channel();
-        let working = self.parts.standing.works_on(admission.run_id, new.cancel);
+        let working = self.parts.standing.works_on(admission.run_id, 1, new.cancel);
         parts.tasks.spawn(turn::conduct(self.clone(), working, place, admission, answer).in_current_span());
-        answered.await.unwrap_or(Err(Error::Internal(None)))
+        match answered.await.unwrap_or(Err(Error::Internal(None)))? {
+            Taken::Run(submitted) => Ok(*submitted),
+            // Another request with the key was faster.
+            Taken::Repeated => {
+                self.repeated(&key, new.idempotency.as_ref()).await?.ok_or(Error::StoreUnavailable(None))
+            }
+        }
+    }
+
+    /// The run that an idempotency key stands for, if it was used before.
+    async fn repeated(
+        &self,
+        key: &ConversationKey,
+        idempotency: Option<&Idempotency>,
+    ) -> Result<Option<Submitted>, Error> {
+        let Some(Idempotency { key: idempotency_key, request_hash }) = idempotency else { return Ok(None) };
+        let remember = self.parts.given.runs.idempotency_ttl;
+        let Some(earlier) = self.store().repeated(key, idempotency_key, remember).await? else {
+            return Ok(None);
+        };
+        if earlier.request_hash != *request_hash {
+            return Err(Error::IdempotencyMismatch);
+        }
+        let follow = Follow::of(self, &earlier.thread, earlier.run.id);
+        Ok(Some(Submitted { thread: earlier.thread, run: earlier.run, follow, replayed: true }))
+    }
+
+    /// This replica takes new work.
+    fn takes_work(&self) -> Result<(), Error> {
+        if self.parts.given.draining.is_cancelled() {
+            return Err(Error::Draining);
+        }
+        if self.parts.standing.has_lapsed() {
+            return Err(Error::StoreUnavailable(None));
+        }
+        Ok(())
+    }
+
+    /// The upstream of this name is not being left alone because it failed too often.
+    fn is_reachable(&self, upstream: &str) -> Result<(), Error> {
+        match self.parts.given.upstreams.get(upstream).map(|upstream| upstream.available()) {
+            Some(Err(retry_after)) => Err(Error::UpstreamUnavailable { retry_after }),
+            _ => Ok(()),
+        }
     }
 
     /// The key's current thread and what it is doing.
@@ -189,72 +235,19 @@ impl Runs {
         self.store().run(key, id).await?.ok_or(Error::NotFound("this conversation has no such run"))
     }
 
-    /// Cancels a run and waits, within a bound, for its end. A run that has ended is given as it is: a cancel that
-    /// comes too late is no error.
-    pub async fn cancel(&self, key: &ConversationKey, id: RunId) -> Result<(Run, Option<Message>), Error> {
-        let (run, message) = self.run(key, id).await?;
-        if run.status.is_final() {
-            return Ok((run, message));
-        }
-        self.end_all(key, &[run]).await?;
-        self.run(key, id).await
+    /// Runs that tasks of this process work on, and conversations with somebody in line.
+    pub fn load(&self) -> (usize, usize) {
+        (self.parts.given.tasks.len(), self.parts.locks.len())
     }
 
-    /// Cancels unfinished runs of the current thread and waits, within a bound, for their end; those that wait go
-    /// first, so that none of them starts in between. Gives them as they are then, in order of admission.
-    pub async fn cancel_some(&self, key: &ConversationKey, which: Which) -> Result<Vec<Run>, Error> {
-        let unfinished = self.store().unfinished(key).await?.ok_or(NO_THREAD)?;
-        let meant: Vec<Run> = unfinished
-            .into_iter()
-            .filter(|run| match which {
-                Which::Active => run.status.is_active(),
-                Which::Queued => run.status == RunStatus::Queued,
-                Which::All => true,
-            })
-            .collect();
-        self.end_all(key, &meant).await?;
-        let mut ended = Vec::with_capacity(meant.len());
-        for run in meant {
-            ended.push(self.run(key, run.id).await?.0);
-        }
-        Ok(ended)
-    }
-
-    /// Tells the tasks of these runs to end, the last one first, and waits for them.
-    async fn end_all(&self, key: &ConversationKey, runs: &[Run]) -> Result<(), Error> {
-        let mut handles = Vec::with_capacity(runs.len());
-        for run in runs.iter().rev() {
-            match self.parts.standing.handle(run.id) {
-                Some(handle) => handles.push(handle),
-                // It has ended in the meantime, or it is another replica's.
-                None if self.run(key, run.id).await?.0.status.is_final() => {}
-                None => {
-                    return Err(Error::NotSupported("a run of another replica cannot be cancelled here yet"));
-                }
-            }
-        }
-        let ends: Vec<_> = handles
-            .into_iter()
-            .map(|handle| {
-                handle.cancel.cancel();
-                handle.feed.ended()
-            })
-            .collect();
-        let limit = self.parts.given.runs.settle_timeout + CANCEL_SLACK;
-        if timeout(limit, join_all(ends)).await.is_err() {
-            tracing::warn!("a cancelled run did not end in time");
-        }
-        Ok(())
+    /// This replica is shutting down.
+    pub fn is_draining(&self) -> bool {
+        self.parts.given.draining.is_cancelled()
     }
 
     /// This replica takes new runs, and its store is in order, or was a second ago.
     pub async fn ready(&self) -> Result<(), Error> {
-        if self.parts.given.draining.is_cancelled() {
-            return Err(Error::Draining);
-        }
-        if self.parts.standing.has_lapsed() {
-            return Err(Error::StoreUnavailable(None));
-        }
+        self.takes_work()?;
         let mut seen = self.parts.seen_ready.lock().await;
         if seen.is_none_or(|seen| seen.elapsed() > READY_FOR) {
             *seen = None;
@@ -281,8 +274,6 @@ impl fmt::Debug for RunsParts {
     }
 }
 
-/// How much longer than the settling a cancel waits for the end of its run.
-const CANCEL_SLACK: Duration = Duration::from_secs(2);
 /// How long the store counts as in order once it was seen to be.
 const READY_FOR: Duration = Duration::from_secs(1);
 

@@ -1,201 +1,469 @@
-//! The upstream side of a turn: the thread, the call, the stream.
+//! The upstream side of a round: the thread, the call, the stream, and what to do when one of them fails.
 
 use std::time::Duration;
 
 use futures_util::StreamExt;
-use tokio::time::sleep;
+use tokio::time::{Instant, sleep};
 
-use super::end::Failure;
+use super::failure::Failure;
 use super::feed::FeedWriter;
+use super::progress::{Progress, Reach};
+use super::retries::{FIRST_BACK_OFF, Retries};
 use super::{RunEvent, Runs, jittered};
 use crate::config::AssistantConfig;
-use crate::domain::{ContentPart, Message, Thread, UpstreamRunId, UpstreamThreadId};
+use crate::domain::{
+    ContentPart, Context, Leftover, Message, MultitaskStrategy, Role, Thread, ToolOutput, UpstreamRunId,
+};
 use crate::error::Chain;
 use crate::store::{StoreError, Turn};
-use crate::upstream::{Ended, EventStream, Ownership, StartRun, Upstream, UpstreamError, UpstreamEvent};
+use crate::upstream::{
+    AnswerTools, Ended, EventStream, Ownership, Recovered, Settled, StartRun, Upstream, UpstreamError,
+    UpstreamEvent,
+};
 
 /// What each streamed piece of a reply counts at least towards the limit on replies, bytes: the log of a run keeps
 /// the pieces apart.
 const MIN_PIECE_COST: usize = 64;
-/// Pauses before a request is sent again, where the upstream names none.
-const FIRST_BACK_OFF: Duration = Duration::from_millis(500);
-const LONGEST_BACK_OFF: Duration = Duration::from_secs(8);
-/// An upstream that wants a longer pause is not waited for: the caller hears of it.
-const LONGEST_RETRY_AFTER: Duration = Duration::from_mins(1);
 /// Messages read at a time when an upstream thread is made again.
 const HISTORY_PAGE: u32 = 500;
+/// Looks at what became of one request, before it is given up.
+const MAX_LOOKS: u32 = 3;
+/// How often a stream that breaks is taken up again.
+const MAX_BREAKS: u32 = 5;
 
-/// What is known of a turn while it goes on; it survives when the turn is cut off.
-#[derive(Default)]
-pub(super) struct Progress {
-    pub(super) thread: Option<UpstreamThreadId>,
-    pub(super) upstream_run: Option<UpstreamRunId>,
-    pub(super) text: String,
-    cost: usize,
-    /// The upstream says that something else holds the thread.
-    pub(super) busy: bool,
+/// What a round sends.
+#[derive(Clone, Copy)]
+pub(super) enum Round<'a> {
+    Message,
+    Outputs(&'a [ToolOutput]),
 }
 
-/// Sends the input and relays the reply until the upstream says how the run ended. May be dropped at any await: what
-/// is known by then is in `progress`. The stream comes back to be [drained](drain).
-pub(super) async fn drive(
-    runs: &Runs,
-    upstream: &dyn Upstream,
-    assistant: &AssistantConfig,
-    turn: &Turn,
-    progress: &mut Progress,
-    feed: &FeedWriter,
-) -> Result<(Ended, EventStream), Failure> {
-    let parts = &runs.parts.given;
-    progress.thread.clone_from(&turn.thread.upstream_thread_id);
-    let Thread { id, key, expires_at, .. } = &turn.thread;
-    let owner = Ownership { key: key.clone(), thread: *id, expires_at: *expires_at };
-    let mut history = Vec::new();
-    let (mut needs_thread, mut created_again) = (progress.thread.is_none(), false);
-    let mut retries = Retries { left: parts.runs.max_retries, made: 0 };
-    let mut pause = Duration::from_millis(250);
-    let mut events = loop {
-        if needs_thread {
-            match create_thread(runs, upstream, turn, &owner, &history, progress).await {
-                Ok(()) => needs_thread = false,
-                Err(Failure::Upstream(error)) => {
-                    retries.wait_after(error).await?;
-                    continue;
-                }
-                Err(failure) => return Err(failure),
-            }
-        }
-        let request = StartRun {
-            run: turn.run.id,
-            thread: progress.thread.as_ref(),
-            owner: &owner,
-            history: &history,
-            assistant,
-            input: &turn.input,
-            metadata: &turn.run.metadata,
+/// One round at the upstream.
+pub(super) struct Drive<'a> {
+    pub(super) runs: &'a Runs,
+    pub(super) upstream: &'a dyn Upstream,
+    pub(super) assistant: &'a AssistantConfig,
+    pub(super) turn: &'a Turn,
+    pub(super) feed: &'a FeedWriter,
+    pub(super) progress: &'a mut Progress,
+}
+
+/// What a failure leads to.
+enum Next {
+    /// The upstream has the run, and this is what it still says.
+    Follow(EventStream),
+    /// It provably does not have it.
+    SendAgain,
+}
+
+impl Drive<'_> {
+    /// Sends what the round is about and relays the reply until the upstream says how the round ended. May be dropped at
+    /// any await: what is known by then is in the progress. The stream comes back to be [drained](drain).
+    pub(super) async fn round(mut self, round: Round<'_>) -> Result<(Ended, EventStream), Failure> {
+        let before = self.progress.usage;
+        let id_before = self.progress.upstream_run.clone();
+        let result = match round {
+            Round::Message => self.message().await,
+            Round::Outputs(outputs) => self.outputs(outputs).await,
         };
-        match upstream.start(request).await {
-            Ok(events) => break events,
-            Err(UpstreamError::Busy { blocking_run }) => {
-                tracing::warn!(
-                    blocking_run = blocking_run.map(|id| id.0),
-                    "the upstream thread is held by another run"
-                );
-                progress.busy = true;
-                sleep(jittered(pause)).await;
-                pause = (pause * 2).min(Duration::from_secs(4));
-            }
-            Err(UpstreamError::ThreadGone) if !created_again => {
-                history = history_before(runs, turn).await?;
-                tracing::warn!(
-                    messages = history.len(),
-                    "the upstream thread is gone; making it again from the transcript"
-                );
-                (needs_thread, created_again) = (true, true);
-            }
-            Err(error) => {
-                progress.busy = false;
-                retries.wait_after(error).await?;
-            }
+        let (mut ended, events) = result?;
+        // An upstream that counts each round by itself gives each an id of its own.
+        if let (Some(before), Some(now)) = (before, ended.usage)
+            && id_before != self.progress.upstream_run
+        {
+            ended.usage = Some(before + now);
         }
-    };
-    progress.busy = false;
-    while let Some(event) = events.next().await {
-        match event.map_err(Failure::Upstream)? {
-            UpstreamEvent::Accepted(id) => progress.upstream_run = Some(id),
-            UpstreamEvent::Text(text) => {
-                progress.cost += text.len().max(MIN_PIECE_COST);
-                if progress.cost > parts.runs.max_reply_bytes {
-                    return Err(Failure::ReplyTooLarge);
+        Ok((ended, events))
+    }
+
+    async fn message(&mut self) -> Result<(Ended, EventStream), Failure> {
+        let Thread { id, key, expires_at, .. } = &self.turn.thread;
+        let owner = Ownership { key: key.clone(), thread: *id, expires_at: *expires_at };
+        let is_sound = self.settle_earlier().await?;
+        let (mut needs_thread, mut rebuilt) = (self.progress.thread.is_none(), !is_sound);
+        let mut history = if rebuilt {
+            needs_thread = true;
+            self.start_anew().await?
+        } else if self.turn.thread.backlog > 0 || self.turn.thread.leftover.is_some() {
+            self.backlog().await?
+        } else {
+            Vec::new()
+        };
+        let mut retries = Retries::new(self.runs);
+        loop {
+            if needs_thread {
+                let seed = if rebuilt { &history[..] } else { &[] };
+                match self.create_thread(&owner, seed, rebuilt).await {
+                    Ok(holds_seed) => {
+                        needs_thread = false;
+                        if rebuilt && holds_seed {
+                            history.clear();
+                        }
+                    }
+                    Err(Failure::Upstream(error)) => {
+                        retries.wait_after(error).await?;
+                        continue;
+                    }
+                    Err(failure) => return Err(failure),
                 }
-                progress.text.push_str(&text);
-                feed.push(RunEvent::Delta(text.into()));
             }
-            UpstreamEvent::Ended(ended) => {
-                let size: usize = ended.content.iter().map(content_size).sum();
-                if size > parts.runs.max_reply_bytes {
-                    return Err(Failure::ReplyTooLarge);
+            let users = history.iter().filter(|message| message.role == Role::User).count();
+            self.progress.history_users = u32::try_from(users).unwrap_or(u32::MAX);
+            self.progress.synced = !history.is_empty();
+            self.progress.reach = self.progress.reach.max(Reach::Sent);
+            let thread = self.progress.thread.clone();
+            let request = StartRun {
+                run: self.turn.run.id,
+                thread: thread.as_ref(),
+                owner: &owner,
+                history: &history,
+                assistant: self.assistant,
+                input: &self.turn.input,
+                metadata: &self.turn.run.metadata,
+            };
+            let error = match self.upstream.start(request).await {
+                Ok(events) => match self.relay(events).await {
+                    // A thread that turns out to be broken only after it took the run.
+                    Err(Failure::Upstream(error @ UpstreamError::ThreadGone))
+                        if self.progress.text.is_empty() =>
+                    {
+                        error
+                    }
+                    relayed => return relayed,
+                },
+                Err(error) => error,
+            };
+            match error {
+                UpstreamError::ThreadGone if !rebuilt => {
+                    self.refused();
+                    history = self.start_anew().await?;
+                    (needs_thread, rebuilt) = (true, true);
                 }
-                return Ok((*ended, events));
+                error => {
+                    // What holds the thread may be what an earlier run left there after all.
+                    let was_busy = matches!(error, UpstreamError::Busy { .. });
+                    match self.after(error, &mut retries).await? {
+                        Next::Follow(events) => return self.relay(events).await,
+                        Next::SendAgain if was_busy && !rebuilt => {
+                            self.take_away_earlier().await?;
+                        }
+                        Next::SendAgain => {}
+                    }
+                }
             }
         }
     }
-    Err(Failure::Upstream(UpstreamError::Broken { timeout: false }))
-}
 
-/// Sending again what was refused. Only what was provably not taken is: a user's message must not reach the upstream
-/// twice.
-struct Retries {
-    left: u32,
-    made: u32,
-}
+    async fn outputs(&mut self, outputs: &[ToolOutput]) -> Result<(Ended, EventStream), Failure> {
+        let Thread { id, key, expires_at, .. } = &self.turn.thread;
+        let owner = Ownership { key: key.clone(), thread: *id, expires_at: *expires_at };
+        let mut retries = Retries::new(self.runs);
+        let Some(upstream_run) = self.progress.upstream_run.clone() else { return Err(Failure::ReplicaLost) };
+        if std::mem::take(&mut self.progress.is_uncertain) {
+            // As if the answer had been lost: it is looked up before anything is sent.
+            let lost = UpstreamError::Broken { timeout: false };
+            if let Next::Follow(events) = self.after(lost, &mut retries).await? {
+                return self.relay(events).await;
+            }
+        }
+        self.announce_outputs().await?;
+        loop {
+            let thread = self.progress.thread.clone();
+            let request = AnswerTools {
+                run: self.turn.run.id,
+                thread: thread.as_ref(),
+                owner: &owner,
+                upstream_run: &upstream_run,
+                assistant: self.assistant,
+                outputs,
+                metadata: &self.turn.run.metadata,
+            };
+            let error = match self.upstream.answer_tools(request).await {
+                Ok(events) => return self.relay(events).await,
+                Err(error) => error,
+            };
+            match self.after(error, &mut retries).await? {
+                Next::Follow(events) => return self.relay(events).await,
+                Next::SendAgain => {}
+            }
+        }
+    }
 
-impl Retries {
-    /// Waits as long as the upstream asks, else a while that grows.
-    ///
-    /// # Errors
-    /// The error itself, if the request must not or shall not be sent again.
-    async fn wait_after(&mut self, error: UpstreamError) -> Result<(), Failure> {
-        let Some(wait) = self.pause(&error) else { return Err(Failure::Upstream(error)) };
-        let wait_ms = u64::try_from(wait.as_millis()).unwrap_or(u64::MAX);
-        tracing::warn!(error = %Chain(&error), wait_ms, "the upstream did not take the request; trying again");
-        sleep(wait).await;
+    /// Whoever takes the run over must know that the outputs may be there.
+    async fn announce_outputs(&self) -> Result<(), Failure> {
+        loop {
+            match self.runs.parts.given.store.sends_outputs(&self.turn.lease).await {
+                Ok(true) => return Ok(()),
+                Ok(false) => return Err(Failure::LeaseLost),
+                Err(error) => wait_out(error).await?,
+            }
+        }
+    }
+
+    /// Decides what to do after a request was refused or broke off.
+    async fn after(&mut self, error: UpstreamError, retries: &mut Retries) -> Result<Next, Failure> {
+        match error {
+            UpstreamError::Busy { blocking_run } => {
+                self.refused();
+                self.conflict(blocking_run, retries).await?;
+                Ok(Next::SendAgain)
+            }
+            error if error.is_ambiguous() => match self.recover(&error).await? {
+                Some(Recovered::Running(events)) => {
+                    tracing::warn!(error = %Chain(&error), "the upstream has the run all the same; following it");
+                    Ok(Next::Follow(events))
+                }
+                Some(Recovered::Absent) => {
+                    self.refused();
+                    retries.wait_after(error).await?;
+                    Ok(Next::SendAgain)
+                }
+                Some(Recovered::Unknown) | None => Err(Failure::Upstream(error)),
+            },
+            error => {
+                self.refused();
+                retries.wait_after(error).await?;
+                Ok(Next::SendAgain)
+            }
+        }
+    }
+
+    /// Nothing of what was sent is at the upstream; what an earlier round left there is.
+    fn refused(&mut self) {
+        self.progress.busy = false;
+        if self.progress.reach == Reach::Sent {
+            self.progress.reach = Reach::Here;
+        }
+    }
+
+    /// Something else holds the thread: what the caller wants done on a busy thread is done here too.
+    async fn conflict(
+        &mut self,
+        blocking_run: Option<UpstreamRunId>,
+        retries: &mut Retries,
+    ) -> Result<(), Failure> {
+        tracing::warn!(
+            blocking_run = blocking_run.as_ref().map(UpstreamRunId::as_str),
+            "the upstream thread is held by another run"
+        );
+        self.progress.busy = true;
+        let since = *retries.busy_since.get_or_insert_with(Instant::now);
+        let strategy = self.turn.run.strategy;
+        // A lock without a name may be what is left of our own last run, for a while.
+        let lingers = blocking_run.is_none() && since.elapsed() < self.upstream.capabilities().lock_window;
+        if strategy == MultitaskStrategy::Reject && !lingers {
+            return Err(Failure::Conflict { blocking_run });
+        }
+        let Some(thread) = self.progress.thread.clone() else {
+            sleep(jittered(FIRST_BACK_OFF)).await;
+            return Ok(());
+        };
+        let cancel = matches!(strategy, MultitaskStrategy::Interrupt | MultitaskStrategy::Rollback);
+        if let Err(error) = self.upstream.clear(&thread, blocking_run.as_ref(), cancel).await {
+            tracing::warn!(error = %Chain(&error), "cannot see what holds the upstream thread");
+            sleep(jittered(FIRST_BACK_OFF)).await;
+        }
         Ok(())
     }
 
-    fn pause(&mut self, error: &UpstreamError) -> Option<Duration> {
-        let asked = match error {
-            UpstreamError::Connect => None,
-            UpstreamError::RateLimited { retry_after, quota: false } => *retry_after,
-            _ => return None,
+    /// Relays the stream to its end. One that breaks is followed up as long as the upstream has the run.
+    async fn relay(&mut self, mut events: EventStream) -> Result<(Ended, EventStream), Failure> {
+        let mut breaks = 0;
+        let mut followed_up = false;
+        loop {
+            let error = match self.relay_once(&mut events, followed_up).await {
+                Ok(ended) => return Ok((ended, events)),
+                Err(Failure::Upstream(error)) if error.is_ambiguous() => error,
+                Err(failure) => return Err(failure),
+            };
+            breaks += 1;
+            if breaks > MAX_BREAKS {
+                return Err(Failure::Upstream(error));
+            }
+            match self.recover(&error).await? {
+                Some(Recovered::Running(rest)) => {
+                    tracing::warn!(error = %Chain(&error), "the stream broke; following the run to its end");
+                    (events, followed_up) = (rest, true);
+                }
+                _ => return Err(Failure::Upstream(error)),
+            }
+        }
+    }
+
+    async fn relay_once(&mut self, events: &mut EventStream, followed_up: bool) -> Result<Ended, Failure> {
+        let progress = &mut *self.progress;
+        let limit = self.runs.parts.given.runs.max_reply_bytes;
+        while let Some(event) = events.next().await {
+            match event.map_err(Failure::Upstream)? {
+                UpstreamEvent::Accepted(id) => {
+                    progress.upstream_run = Some(id);
+                    (progress.reach, progress.busy) = (Reach::Accepted, false);
+                    progress.open_calls.clear();
+                }
+                UpstreamEvent::Text(text) => {
+                    progress.cost += text.len().max(MIN_PIECE_COST);
+                    if progress.cost > limit {
+                        return Err(Failure::ReplyTooLarge);
+                    }
+                    progress.text.push_str(&text);
+                    self.feed.push(RunEvent::Delta(text.into()));
+                }
+                UpstreamEvent::Ended(mut ended) => {
+                    let calls = ended.tool_calls.iter().map(|it| it.arguments.len() + MIN_PIECE_COST);
+                    progress.cost += calls.sum::<usize>();
+                    let size: usize = ended.content.iter().chain(&progress.content).map(content_size).sum();
+                    if size.max(progress.cost) > limit {
+                        return Err(Failure::ReplyTooLarge);
+                    }
+                    if followed_up {
+                        if ended.content.starts_with(&progress.content) {
+                            ended.content.drain(..progress.content.len());
+                        }
+                        // Whoever reads the deltas alone shall have the whole text too.
+                        let text: String = ended.content.iter().filter_map(plain).collect();
+                        if let Some(rest) = text.strip_prefix(&progress.text).filter(|rest| !rest.is_empty())
+                        {
+                            self.feed.push(RunEvent::Delta(rest.into()));
+                        }
+                    }
+                    return Ok(*ended);
+                }
+            }
+        }
+        Err(Failure::Upstream(UpstreamError::Broken { timeout: false }))
+    }
+
+    /// Finds out what became of a request. `None` if the upstream does not say.
+    async fn recover(&mut self, error: &UpstreamError) -> Result<Option<Recovered>, Failure> {
+        let sent = leftover(self.runs, self.turn, self.progress).await?;
+        for look in 0..MAX_LOOKS {
+            if look > 0 {
+                sleep(jittered(FIRST_BACK_OFF * 2_u32.pow(look))).await;
+            }
+            match self.upstream.recover(&sent, error).await {
+                Ok(recovered) => return Ok(Some(recovered)),
+                Err(error) => {
+                    tracing::warn!(error = %Chain(&error), "cannot find out what became of a request");
+                }
+            }
+        }
+        Ok(None)
+    }
+
+    /// What an earlier run may have left is looked at before anything is sent: its remains are taken away, and what
+    /// the transcript holds of it goes along with this turn. `false` if the thread is in no state to tell.
+    async fn settle_earlier(&self) -> Result<bool, Failure> {
+        let Some(left) = &self.turn.thread.leftover else { return Ok(true) };
+        let was_there = match self.take_away_earlier().await {
+            Err(Failure::Upstream(UpstreamError::Protocol(_))) => return Ok(false),
+            was_there => was_there?,
         };
-        self.left = self.left.checked_sub(1)?;
-        let back_off = FIRST_BACK_OFF.saturating_mul(2_u32.saturating_pow(self.made)).min(LONGEST_BACK_OFF);
-        self.made += 1;
-        match asked {
-            Some(wait) => (wait <= LONGEST_RETRY_AFTER).then_some(wait),
-            None => Some(jittered(back_off)),
+        let reached_the_model = left.upstream_run.is_some() || was_there.said;
+        let found = if reached_the_model { Context::Missing } else { Context::Withheld };
+        // A chain goes on from before that run, and there nothing went along with it.
+        let synced = left.synced && was_there.said && was_there.thread.is_none();
+        let store = &self.runs.parts.given.store;
+        loop {
+            match store.settled(&self.turn.lease, left.run, found, synced).await {
+                Ok(true) => return Ok(true),
+                Ok(false) => return Err(Failure::LeaseLost),
+                Err(error) => wait_out(error).await?,
+            }
+        }
+    }
+
+    /// Gives the upstream thread up. What a new one has to be told.
+    async fn start_anew(&mut self) -> Result<Vec<Message>, Failure> {
+        let history = self.history_before().await?;
+        tracing::warn!(
+            messages = history.len(),
+            "the upstream thread is gone or broken; making it again from the transcript"
+        );
+        self.progress.thread = None;
+        Ok(history)
+    }
+
+    /// Ends and removes what an earlier run left at the upstream, if it may have left something. What was there.
+    async fn take_away_earlier(&self) -> Result<Settled, Failure> {
+        let Some(left) = &self.turn.thread.leftover else { return Ok(Settled::default()) };
+        let settled = self.upstream.settle(left).await.map_err(Failure::Upstream)?;
+        if settled.said || left.remove {
+            self.upstream.remove(left).await.map_err(Failure::Upstream)?;
+        }
+        Ok(settled)
+    }
+
+    /// What the upstream thread lacks of the transcript.
+    async fn backlog(&self) -> Result<Vec<Message>, Failure> {
+        loop {
+            match self.runs.parts.given.store.backlog(self.turn.run.id).await {
+                Ok(messages) => return Ok(messages),
+                Err(error) => wait_out(error).await?,
+            }
+        }
+    }
+
+    /// The thread's transcript up to this run, as far as the model may know it.
+    async fn history_before(&self) -> Result<Vec<Message>, Failure> {
+        let mut history: Vec<Message> = Vec::new();
+        let mut after = 0;
+        loop {
+            match self.runs.parts.given.store.transcript(self.turn.thread.id, after, HISTORY_PAGE).await {
+                Ok(page) => {
+                    let Some(last) = page.last() else { break };
+                    after = last.position;
+                    history.extend(page);
+                }
+                Err(error) => wait_out(error).await?,
+            }
+        }
+        let own = Some(self.turn.run.id);
+        history.retain(|message| message.run_id != own && message.context != Context::Withheld);
+        Ok(history)
+    }
+
+    /// Makes the upstream thread and records it before it is used. Whether there is one that holds the seed: where
+    /// threads are chains of responses the first run makes it.
+    async fn create_thread(
+        &mut self,
+        owner: &Ownership,
+        seed: &[Message],
+        rebuilt: bool,
+    ) -> Result<bool, Failure> {
+        self.progress.thread = self.upstream.create_thread(owner, seed).await.map_err(Failure::Upstream)?;
+        let Some(id) = &self.progress.thread else { return Ok(false) };
+        loop {
+            match self.runs.parts.given.store.bind_upstream_thread(&self.turn.lease, id, rebuilt).await {
+                Ok(true) => return Ok(true),
+                Ok(false) => return Err(Failure::LeaseLost),
+                Err(error) => wait_out(error).await?,
+            }
         }
     }
 }
 
-/// Makes the upstream thread and records it before it is used. Leaves `progress.thread` unset where threads are chains
-/// of responses.
-async fn create_thread(
-    runs: &Runs,
-    upstream: &dyn Upstream,
-    turn: &Turn,
-    owner: &Ownership,
-    history: &[Message],
-    progress: &mut Progress,
-) -> Result<(), Failure> {
-    progress.thread = upstream.create_thread(owner, history).await.map_err(Failure::Upstream)?;
-    let Some(id) = &progress.thread else { return Ok(()) };
-    loop {
-        match runs.parts.given.store.bind_upstream_thread(&turn.lease, id).await {
-            Ok(true) => return Ok(()),
-            Ok(false) => return Err(Failure::LeaseLost),
+/// What a turn may have left at the upstream, with what is needed to find it there.
+pub(super) async fn leftover(runs: &Runs, turn: &Turn, progress: &Progress) -> Result<Leftover, Failure> {
+    let mut baseline = loop {
+        match runs.parts.given.store.baseline(turn.run.id).await {
+            Ok(baseline) => break baseline,
             Err(error) => wait_out(error).await?,
         }
-    }
+    };
+    baseline.skip += progress.history_users;
+    Ok(Leftover {
+        run: turn.run.id,
+        thread: progress.thread.clone(),
+        upstream_run: progress.upstream_run.clone(),
+        open_calls: progress.open_calls.clone(),
+        baseline,
+        inputs: progress.inputs,
+        synced: progress.synced,
+        remove: false,
+    })
 }
 
-/// The thread's transcript up to this run.
-async fn history_before(runs: &Runs, turn: &Turn) -> Result<Vec<Message>, Failure> {
-    let mut history: Vec<Message> = Vec::new();
-    loop {
-        let after = history.last().map_or(0, |message| message.position);
-        match runs.parts.given.store.transcript(turn.thread.id, after, HISTORY_PAGE).await {
-            Ok(page) if page.is_empty() => break,
-            Ok(page) => history.extend(page),
-            Err(error) => wait_out(error).await?,
-        }
-    }
-    history.retain(|message| message.run_id != Some(turn.run.id));
-    Ok(history)
-}
-
-/// Pauses before another try, if there is a point in one. The run's deadline bounds the tries.
+/// Pauses before another try, if there is a point in one. The caller bounds the tries.
 async fn wait_out(error: StoreError) -> Result<(), Failure> {
     tracing::error!(error = %Chain(&error), "the store failed in the middle of a turn");
     if !matches!(error, StoreError::Unavailable(_)) {
@@ -212,52 +480,18 @@ pub(super) async fn drain(rest: Option<EventStream>) {
     }
 }
 
+fn plain(part: &ContentPart) -> Option<&str> {
+    match part {
+        ContentPart::Text { text } => Some(text),
+        _ => None,
+    }
+}
+
 fn content_size(part: &ContentPart) -> usize {
     match part {
         ContentPart::Text { text } => text.len(),
         ContentPart::Refusal { refusal } => refusal.len(),
         ContentPart::ImageUrl { image_url } => image_url.url.len(),
         ContentPart::ImageFile { image_file } => image_file.file_id.len(),
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use proptest::prelude::*;
-
-    use super::*;
-
-    proptest! {
-        #[test]
-        fn a_back_off_stays_within_its_bounds_and_ends(left in 0..70_u32, asked in proptest::option::of(0..200_u64)) {
-            let mut retries = Retries { left, made: 0 };
-            let retry_after = asked.map(Duration::from_secs);
-            let error = UpstreamError::RateLimited { retry_after, quota: false };
-            let pauses: Vec<_> = std::iter::from_fn(|| retries.pause(&error)).take(100).collect();
-            match retry_after {
-                Some(wait) if wait > LONGEST_RETRY_AFTER => prop_assert!(pauses.is_empty()),
-                Some(wait) => prop_assert_eq!(pauses, vec![wait; left as usize]),
-                None => {
-                    prop_assert_eq!(pauses.len(), left as usize);
-                    for pause in pauses {
-                        prop_assert!(pause >= FIRST_BACK_OFF / 2 && pause <= LONGEST_BACK_OFF);
-                    }
-                }
-            }
-        }
-    }
-
-    #[test]
-    fn what_may_have_been_taken_is_not_sent_again() {
-        for error in [
-            UpstreamError::RateLimited { retry_after: None, quota: true },
-            UpstreamError::Unavailable { status: 503, retry_after: Some(Duration::ZERO) },
-            UpstreamError::Broken { timeout: false },
-            UpstreamError::Protocol(String::new()),
-            UpstreamError::Refused { status: 400, code: None },
-            UpstreamError::ThreadGone,
-        ] {
-            assert_eq!(Retries { left: 9, made: 0 }.pause(&error), None, "{error:?}");
-        }
     }
 }

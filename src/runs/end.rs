@@ -1,4 +1,4 @@
-//! How runs end: cleanly or not, what they leave upstream, and the commit before the announcement.
+//! How runs end: what they leave upstream, where their messages stand then, and the commit before the announcement.
 
 use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
@@ -7,86 +7,347 @@ use std::time::Duration;
 use futures_util::FutureExt;
 use tokio::time::sleep;
 
+use super::drive::{drain, leftover};
+use super::failure::{Failure, internal, stopped};
 use super::feed::FeedWriter;
+use super::progress::{Progress, Reach};
+use super::replica::Working;
 use super::{Outcome, RunEvent, Runs, jittered};
 use crate::domain::{
-    ContentPart, MessageId, Run, RunError, RunErrorCode, RunStatus, Thread, ThreadActivity, ThreadState,
-    ToolCall,
+    ContentPart, Context, EventBatch, Leftover, MessageId, MultitaskStrategy, Run, RunError, RunErrorCode,
+    RunStatus, Step, Thread, ThreadActivity, ThreadState, UpstreamThreadId,
 };
 use crate::error::Chain;
-use crate::store::{Finished, Reply, RunEnd, RunLease, StoreError};
-use crate::upstream::{Ended, Leftover, Upstream, UpstreamError};
+use crate::store::{Closing, Finished, Reply, RunEnd, RunLease, StoreError, Turn};
+use crate::upstream::{Ended, EventStream, Settled, Upstream, UpstreamError};
 
 /// How long to try to end what a run left upstream once the process is told to stop.
 const LAST_SETTLE_TIMEOUT: Duration = Duration::from_secs(2);
 /// How often the database may refuse an end before a simpler one is tried.
 const MAX_REFUSALS: u32 = 3;
 
-/// Ends what the run left upstream, within a bound; what cannot be ended is logged.
-pub(super) async fn settle(runs: &Runs, upstream: &dyn Upstream, leftover: &Leftover) {
-    let parts = &runs.parts.given;
-    let limit = async {
-        let last_moment = async {
-            parts.stop.cancelled().await;
-            sleep(LAST_SETTLE_TIMEOUT).await;
-        };
-        tokio::select! {
-            () = sleep(parts.runs.settle_timeout) => {}
-            () = last_moment => {}
+/// Ends a turn that came to an end upstream, or failed on the way there: first what it left upstream, then, with the
+/// knowledge of what is there, the run.
+pub(super) async fn bound_turn(
+    runs: &Runs,
+    working: &Working,
+    turn: &Turn,
+    result: Result<(Ended, EventStream), Failure>,
+    mut progress: Progress,
+) -> Outcome {
+    let (result, rest) = match result {
+        Ok((ended, rest)) => (Ok(ended), Some(rest)),
+        // Who did not want to wait is not told so by the deadline either, nor is anything kept then.
+        Err(Failure::Deadline) if progress.busy && turn.run.strategy == MultitaskStrategy::Reject => {
+            (Err(Failure::Conflict { blocking_run: None }), None)
+        }
+        Err(failure) => (Err(failure), None),
+    };
+    let retry_after = result.as_ref().err().and_then(Failure::retry_after);
+    if matches!(result, Err(Failure::LeaseLost)) {
+        return lease_lost(runs, &turn.thread, &turn.run).await;
+    }
+    let mut verdict = Verdict::of(result, &mut progress);
+    verdict.discard |= working.cancel.discards() && verdict.status == RunStatus::Cancelled;
+    let mut traces =
+        if verdict.is_clean() { Traces::Clean } else { look_after(runs, turn, &progress, &verdict).await };
+    let finished = loop {
+        let end = compose(&verdict, &traces, &progress, working.feed.unstored(None));
+        match finish_in_store(runs, &turn.lease, end).await {
+            Closed::Finished(finished) => break Ok(finished),
+            // It was to be removed all along, which only the store knew.
+            Closed::MustDiscard => {
+                (verdict.discard, verdict.status, verdict.error) = (true, RunStatus::Cancelled, None);
+                traces = look_after(runs, turn, &progress, &verdict).await;
+            }
+            other => break Err(other),
         }
     };
-    // A panic in here must not keep the run from ending.
-    let settled = AssertUnwindSafe(upstream.settle(leftover)).catch_unwind();
-    tokio::select! {
-        settled = settled => match settled {
-            Ok(Ok(())) => {}
-            Ok(Err(error)) => {
-                tracing::warn!(error = %Chain(&error), "what the run left upstream could not be ended");
+    let outcome = match finished {
+        Ok(finished) => {
+            let Finished { thread, activity, run, message } = *finished;
+            Outcome { thread, activity, run, message, retry_after }
+        }
+        Err(Closed::Stopped) => uncommitted(&turn.thread, &turn.run, stopped()),
+        Err(_) => lease_lost(runs, &turn.thread, &turn.run).await,
+    };
+    drain(rest).await;
+    outcome
+}
+
+/// Ends a run that never started.
+pub(super) async fn bound_waiting(
+    runs: &Runs,
+    working: &Working,
+    lease: &RunLease,
+    thread: &Thread,
+    run: &Run,
+    end: RunEnd,
+) -> Outcome {
+    let mut end = RunEnd { events: working.feed.unstored(None), discard: working.cancel.discards(), ..end };
+    loop {
+        return match finish_in_store(runs, lease, end.clone()).await {
+            Closed::Finished(finished) => {
+                let Finished { thread, activity, run, message } = *finished;
+                Outcome { thread, activity, run, message, retry_after: None }
             }
-            Err(_) => tracing::error!("ending what the run left upstream panicked"),
-        },
-        () = limit => tracing::warn!("what the run left upstream could not be ended in time"),
+            // It started just now, without this process knowing, and was to be removed at once.
+            Closed::MustDiscard if !end.discard => {
+                end.discard = true;
+                continue;
+            }
+            Closed::Stopped => uncommitted(thread, run, stopped()),
+            Closed::LeaseLost | Closed::MustDiscard => lease_lost(runs, thread, run).await,
+        };
     }
 }
 
+/// How a turn ended as far as the gateway saw it.
+#[derive(Clone, Debug)]
+struct Verdict {
+    status: RunStatus,
+    error: Option<RunError>,
+    /// A cancel, a deadline or a broken connection cut it off: the upstream may know of a better end.
+    cut_off: bool,
+    /// Where the thread stands upstream from now on, if the run moved it.
+    thread: Option<UpstreamThreadId>,
+    upstream_message_id: Option<String>,
+    discard: bool,
+}
+
+impl Verdict {
+    /// Moves what was said into the progress.
+    fn of(result: Result<Ended, Failure>, progress: &mut Progress) -> Self {
+        let ended = match result {
+            Ok(ended) => ended,
+            Err(failure) => {
+                let cut_off = failure.cuts_off();
+                let discard = matches!(failure, Failure::Conflict { .. });
+                let (status, error) = failure.end(progress.busy);
+                let text = std::mem::take(&mut progress.text);
+                if text.is_empty() {
+                    progress.rounds_before = progress.content.len();
+                } else {
+                    progress.said(vec![ContentPart::Text { text }], None);
+                }
+                return Self { status, error, cut_off, thread: None, upstream_message_id: None, discard };
+            }
+        };
+        let (status, error) = if let Ok(status) = RunStatus::InProgress.on(Step::End(ended.status)) {
+            (status, ended.error)
+        } else {
+            let message =
+                format!("the upstream ended the run with the status {}, which is none", ended.status);
+            (RunStatus::Failed, Some(RunError { code: RunErrorCode::UpstreamFailed, message }))
+        };
+        if status != RunStatus::Completed {
+            progress.open_calls = ended.tool_calls;
+        }
+        progress.said(ended.content, ended.usage);
+        Self {
+            status,
+            error,
+            cut_off: false,
+            thread: ended.thread,
+            upstream_message_id: ended.upstream_message_id,
+            discard: false,
+        }
+    }
+
+    fn is_clean(&self) -> bool {
+        self.status == RunStatus::Completed && !self.discard
+    }
+}
+
+/// What is known of a run's traces upstream.
+#[derive(Clone, Debug)]
+enum Traces {
+    /// All of it is there, as it should be.
+    Clean,
+    /// Nothing was taken.
+    None,
+    /// It was looked at. `removed`: and taken away.
+    Seen { settled: Settled, removed: bool },
+    /// It could not be looked at, or not taken away: to be done before the thread is used again.
+    Unknown(Leftover),
+}
+
+/// Ends what the run left upstream, within a bound, and takes it away if it is to be discarded.
+async fn look_after(runs: &Runs, turn: &Turn, progress: &Progress, verdict: &Verdict) -> Traces {
+    if progress.reach == Reach::Here {
+        return Traces::None;
+    }
+    let parts = &runs.parts.given;
+    let Some(upstream) = parts.upstreams.get(&turn.thread.upstream) else { return Traces::None };
+    let limit = within(runs);
+    let work = async {
+        let mut left = leftover(runs, turn, progress).await?;
+        left.remove = verdict.discard;
+        // A panic in here must not keep the run from ending.
+        let settled = AssertUnwindSafe(settle(&**upstream, &left)).catch_unwind().await;
+        Ok::<_, Failure>(match settled {
+            // To be looked at once more before the thread is used again.
+            Ok(Ok(settled)) if settled.unsure => Traces::Unknown(left),
+            Ok(Ok(settled)) => Traces::Seen { settled, removed: left.remove },
+            Ok(Err(error)) => {
+                tracing::warn!(error = %Chain(&error), "what the run left upstream could not be ended");
+                Traces::Unknown(left)
+            }
+            Err(_) => {
+                tracing::error!("ending what the run left upstream panicked");
+                Traces::Unknown(left)
+            }
+        })
+    };
+    let seen = tokio::select! {
+        seen = work => seen.ok(),
+        () = limit => {
+            tracing::warn!("what the run left upstream could not be ended in time");
+            None
+        }
+    };
+    if let Some(traces) = seen {
+        return traces;
+    }
+    // Nor was there time to find out where to look. Without that the run cannot be ended either, so this waits as long.
+    let stopped = async {
+        parts.stop.cancelled().await;
+        sleep(LAST_SETTLE_TIMEOUT).await;
+    };
+    let left = tokio::select! {
+        left = leftover(runs, turn, progress) => left.ok(),
+        () = stopped => None,
+    };
+    left.map_or(Traces::None, |left| Traces::Unknown(Leftover { remove: verdict.discard, ..left }))
+}
+
+async fn settle(upstream: &dyn Upstream, left: &Leftover) -> Result<Settled, UpstreamError> {
+    let settled = upstream.settle(left).await?;
+    if left.remove && settled.said {
+        upstream.remove(left).await?;
+    }
+    Ok(settled)
+}
+
+/// Resolves when the time to look after a run's traces is over.
+async fn within(runs: &Runs) {
+    let parts = &runs.parts.given;
+    let last_moment = async {
+        parts.stop.cancelled().await;
+        sleep(LAST_SETTLE_TIMEOUT).await;
+    };
+    tokio::select! {
+        () = sleep(parts.runs.settle_timeout) => {}
+        () = last_moment => {}
+    }
+}
+
+/// The end of a run, from what the gateway saw of it and what is left of it upstream. Pure.
+///
+/// The rules: a message whose run never reached the model is withheld from it for good; so is one whose run the
+/// upstream reported as failed, unless the thread holds it, lest it break every turn to come. What else the thread lacks
+/// goes along with the next turn, so that in the end the upstream thread and the transcript say the same.
+fn compose(verdict: &Verdict, traces: &Traces, progress: &Progress, events: EventBatch) -> RunEnd {
+    let mut end = RunEnd {
+        status: verdict.status,
+        error: verdict.error.clone(),
+        usage: progress.usage,
+        upstream_run_id: progress.upstream_run.clone(),
+        upstream_thread_id: verdict.thread.clone(),
+        reply: None,
+        said: Context::Present,
+        synced: progress.synced,
+        leftover: None,
+        discard: verdict.discard,
+        events,
+    };
+    let mut content = progress.content.clone();
+    let mut upstream_message_id = verdict.upstream_message_id.clone();
+    let mut reply_context = Context::Present;
+    match traces {
+        Traces::Clean => {}
+        Traces::None => {
+            (end.said, reply_context, end.synced) = (Context::Withheld, Context::Withheld, false);
+            (end.upstream_thread_id, upstream_message_id) = (None, None);
+        }
+        Traces::Unknown(left) => {
+            (end.said, reply_context, end.synced) = (Context::Unknown, Context::Unknown, false);
+            (end.leftover, end.upstream_thread_id) = (Some(left.clone()), None);
+            // What is not known to be there is no mark to go by.
+            upstream_message_id = None;
+        }
+        Traces::Seen { settled, removed } => {
+            let late = verdict.cut_off && settled.status == Some(RunStatus::Completed) && !verdict.discard;
+            if late {
+                // It was done before the cancel, or whatever cut it off, came: then it is done here too.
+                (end.status, end.error) = (RunStatus::Completed, None);
+            }
+            end.usage = settled.usage.or(end.usage);
+            end.synced &= settled.said;
+            // Where the run's own turn is not, the next one must not build on.
+            let moved = settled.thread.clone().or(end.upstream_thread_id);
+            end.upstream_thread_id = moved.filter(|_| settled.said);
+            end.said = if settled.said {
+                Context::Present
+            } else if (verdict.status == RunStatus::Failed && !verdict.cut_off)
+                || progress.reach < Reach::Accepted
+            {
+                Context::Withheld
+            } else {
+                Context::Missing
+            };
+            if settled.said && !settled.content.is_empty() {
+                // On a chain it is that of the last round alone.
+                content = if settled.thread.is_none() { Vec::new() } else { content_before(progress) };
+                content.extend(settled.content.iter().cloned());
+                upstream_message_id.clone_from(&settled.upstream_message_id);
+            } else {
+                reply_context = match end.said {
+                    Context::Present => Context::Missing,
+                    other => other,
+                };
+                upstream_message_id = None;
+            }
+            if *removed {
+                // A chain that does not move has not taken in what went along either.
+                end.synced &= settled.thread.is_none();
+                end.upstream_thread_id = None;
+            }
+        }
+    }
+    if !verdict.discard && !content.is_empty() {
+        end.reply =
+            Some(Reply { id: MessageId::new(), content, upstream_message_id, context: reply_context });
+    }
+    end
+}
+
+/// What the rounds before the last one said.
+fn content_before(progress: &Progress) -> Vec<ContentPart> {
+    progress.content[..progress.rounds_before].to_vec()
+}
+
 /// What became of the attempt to commit an end.
-pub(super) enum Closed {
+enum Closed {
     Finished(Box<Finished>),
+    MustDiscard,
     /// The run is not ours to end.
     LeaseLost,
     /// The process is told to stop while the database is away.
     Stopped,
 }
 
-/// Commits the end. Nothing is announced yet.
-pub(super) async fn finish(
-    runs: &Runs,
-    lease: &RunLease,
-    end: RunEnd,
-    thread: &Thread,
-    run: &Run,
-    retry_after: Option<Duration>,
-) -> Outcome {
-    match finish_in_store(runs, lease, end).await {
-        Closed::Finished(finished) => {
-            let Finished { thread, activity, run, message } = *finished;
-            Outcome { thread, activity, run, message, retry_after }
-        }
-        Closed::LeaseLost => lease_lost(runs, thread, run).await,
-        Closed::Stopped => uncommitted(thread, run, stopped()),
-    }
-}
-
-/// Commits the end of a run, for as long as it takes: a run that has ended upstream must not stay open here. An end
+/// Commits the end, for as long as it takes: a run that has ended upstream must not stay open here. An end
 /// that the database refuses time and again is replaced by a bare failure.
-pub(super) async fn finish_in_store(runs: &Runs, lease: &RunLease, mut end: RunEnd) -> Closed {
+async fn finish_in_store(runs: &Runs, lease: &RunLease, mut end: RunEnd) -> Closed {
     let parts = &runs.parts.given;
     let mut pause = Duration::from_millis(50);
     let mut refusals = 0;
     loop {
         let error = match parts.store.finish(lease, &end).await {
-            Ok(Some(finished)) => return Closed::Finished(Box::new(finished)),
-            Ok(None) => return Closed::LeaseLost,
+            Ok(Closing::Finished(finished)) => return Closed::Finished(finished),
+            Ok(Closing::MustDiscard) => return Closed::MustDiscard,
+            Ok(Closing::Lost) => return Closed::LeaseLost,
             Err(error) => error,
         };
         tracing::error!(error = %Chain(&error), "cannot record the end of a run yet");
@@ -95,17 +356,24 @@ pub(super) async fn finish_in_store(runs: &Runs, lease: &RunLease, mut end: RunE
         }
         refusals += u32::from(!matches!(error, StoreError::Unavailable(_)));
         if refusals == MAX_REFUSALS {
-            end = failed_end(RunStatus::Failed, internal());
+            end = RunEnd { leftover: end.leftover.take(), ..bare_end(RunStatus::Failed, Some(internal())) };
         }
         sleep(jittered(pause)).await;
         pause = (pause * 2).min(Duration::from_secs(2));
     }
 }
 
+/// Ends a run of which it is not known whether it was recorded: its sender heard that it was not. `true` if it was, and
+/// has ended.
+pub(super) async fn void(runs: &Runs, lease: RunLease) -> bool {
+    let (status, error) = Failure::NotRecorded.end(false);
+    let end = bare_end(status, error);
+    matches!(finish_in_store(runs, &lease, end).await, Closed::Finished(_))
+}
+
 /// The outcome of a run that somebody else writes about now: as it is recorded, or, if it has not ended yet, as a
 /// failure to follow it.
 pub(super) async fn lease_lost(runs: &Runs, thread: &Thread, run: &Run) -> Outcome {
-    tracing::error!("the lease of a run was lost");
     let error = RunError {
         code: RunErrorCode::ReplicaLost,
         message: "another gateway process took the run over; ask for the run to learn how it ends".to_owned(),
@@ -113,7 +381,10 @@ pub(super) async fn lease_lost(runs: &Runs, thread: &Thread, run: &Run) -> Outco
     let as_far_as_known = uncommitted(thread, run, error);
     match runs.parts.given.store.run(&thread.key, run.id).await {
         Ok(Some((run, message))) if run.status.is_final() => Outcome { run, message, ..as_far_as_known },
-        _ => as_far_as_known,
+        _ => {
+            tracing::error!("the lease of a run was lost");
+            as_far_as_known
+        }
     }
 }
 
@@ -136,159 +407,22 @@ pub(super) fn announce(feed: &FeedWriter, outcome: Outcome) {
     feed.push(RunEvent::Ended(Arc::new(outcome)));
 }
 
-pub(super) fn end_of(ended: Ended) -> RunEnd {
-    let reply = (!ended.content.is_empty()).then(|| Reply {
-        id: MessageId::new(),
-        content: ended.content,
-        upstream_message_id: ended.upstream_message_id,
-    });
-    let (status, error) = match ended.status {
-        RunStatus::RequiresAction => (RunStatus::Failed, Some(tool_calls_not_supported(&ended.tool_calls))),
-        status if status.is_final() => (status, ended.error),
-        status => {
-            let message = format!("the upstream ended the run with the status {status}, which is none");
-            (RunStatus::Failed, Some(RunError { code: RunErrorCode::UpstreamFailed, message }))
-        }
-    };
+/// The end of a run of which nothing went upstream.
+pub(super) fn bare_end(status: RunStatus, error: Option<RunError>) -> RunEnd {
     RunEnd {
         status,
         error,
-        usage: ended.usage,
-        upstream_run_id: None,
-        upstream_thread_id: ended.thread,
-        reply,
-    }
-}
-
-fn tool_calls_not_supported(calls: &[ToolCall]) -> RunError {
-    let names: Vec<_> = calls.iter().map(|call| call.name.as_str()).collect();
-    RunError {
-        code: RunErrorCode::ToolCallsNotSupported,
-        message: format!(
-            "the model asked for function calls ({}), which this version cannot hand to the caller: remove the functions from the assistant",
-            names.join(", ")
-        ),
-    }
-}
-
-pub(super) fn failed_end(status: RunStatus, error: RunError) -> RunEnd {
-    RunEnd {
-        status,
-        error: Some(error),
         usage: None,
         upstream_run_id: None,
         upstream_thread_id: None,
         reply: None,
+        said: Context::Withheld,
+        synced: false,
+        leftover: None,
+        discard: false,
+        events: EventBatch { first: 0, events: Vec::new() },
     }
 }
 
-/// The end of a run that somebody wanted to end. That is no error.
-pub(super) fn cancelled_end() -> RunEnd {
-    RunEnd { error: None, ..failed_end(RunStatus::Cancelled, internal()) }
-}
-
-pub(super) fn internal() -> RunError {
-    let message = "something went wrong inside the gateway".to_owned();
-    RunError { code: RunErrorCode::Internal, message }
-}
-
-pub(super) fn stopped() -> RunError {
-    RunError {
-        code: RunErrorCode::GatewayStopped,
-        message: "the gateway was stopped before the run ended".to_owned(),
-    }
-}
-
-pub(super) fn partial(text: String) -> Option<Reply> {
-    (!text.is_empty()).then(|| Reply {
-        id: MessageId::new(),
-        content: vec![ContentPart::Text { text }],
-        upstream_message_id: None,
-    })
-}
-
-/// Why a turn did not reach its end at the upstream.
-pub(super) enum Failure {
-    Upstream(UpstreamError),
-    LeaseLost,
-    Store,
-    Deadline,
-    Cancelled,
-    Stopped,
-    ReplyTooLarge,
-    NotConfigured,
-    Panic,
-}
-
-impl Failure {
-    pub(super) fn name(&self) -> String {
-        match self {
-            Self::Upstream(error) => error.to_string(),
-            Self::LeaseLost => "lease lost".to_owned(),
-            Self::Store => "the store failed".to_owned(),
-            Self::Deadline => "deadline".to_owned(),
-            Self::Cancelled => "cancelled".to_owned(),
-            Self::Stopped => "the gateway is stopping".to_owned(),
-            Self::ReplyTooLarge => "the reply is too large".to_owned(),
-            Self::NotConfigured => "not configured".to_owned(),
-            Self::Panic => "panic".to_owned(),
-        }
-    }
-
-    /// The upstream may still work on the run, or keep traces of it.
-    pub(super) fn may_leave_something(&self) -> bool {
-        match self {
-            Self::Upstream(error) => error.is_ambiguous(),
-            Self::Deadline | Self::Cancelled | Self::Stopped | Self::ReplyTooLarge | Self::Panic => true,
-            Self::LeaseLost | Self::Store | Self::NotConfigured => false,
-        }
-    }
-
-    pub(super) fn retry_after(&self) -> Option<Duration> {
-        match self {
-            Self::Upstream(
-                UpstreamError::RateLimited { retry_after, quota: false }
-                | UpstreamError::Unavailable { retry_after, .. },
-            ) => *retry_after,
-            _ => None,
-        }
-    }
-
-    /// The end of the run. `busy`: it was waiting for the upstream thread to be free.
-    pub(super) fn end(self, busy: bool) -> RunEnd {
-        let (code, message) = match self {
-            Self::Upstream(error) => {
-                let code = match error {
-                    UpstreamError::ThreadGone => RunErrorCode::UpstreamThreadGone,
-                    UpstreamError::Busy { .. } => RunErrorCode::UpstreamBusy,
-                    UpstreamError::Broken { timeout: true } => RunErrorCode::UpstreamTimeout,
-                    UpstreamError::Broken { timeout: false } => RunErrorCode::StreamBroken,
-                    _ => RunErrorCode::UpstreamError,
-                };
-                (code, error.to_string())
-            }
-            Self::Deadline if busy => (
-                RunErrorCode::UpstreamBusy,
-                "the upstream thread was held by another run until the deadline".to_owned(),
-            ),
-            Self::Deadline => {
-                let message = "the run did not end before its deadline".to_owned();
-                return failed_end(
-                    RunStatus::Expired,
-                    RunError { code: RunErrorCode::DeadlineExceeded, message },
-                );
-            }
-            Self::Cancelled => return cancelled_end(),
-            Self::Stopped => return failed_end(RunStatus::Failed, stopped()),
-            Self::ReplyTooLarge => {
-                (RunErrorCode::ReplyTooLarge, "the reply grew past the configured limit".to_owned())
-            }
-            Self::NotConfigured => (
-                RunErrorCode::NotConfigured,
-                "the run's assistant or the thread's upstream is no longer configured".to_owned(),
-            ),
-            Self::LeaseLost | Self::Store | Self::Panic => return failed_end(RunStatus::Failed, internal()),
-        };
-        failed_end(RunStatus::Failed, RunError { code, message })
-    }
-}
+#[cfg(test)]
+mod tests;

@@ -1,22 +1,28 @@
-//! This process among its peers: it keeps its session alive and takes over what nobody works on.
+//! This process among its peers: it keeps its session alive, does what others ask of its runs, and takes over those
+//! that nobody works on.
 
 use std::collections::HashMap;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use tokio::sync::watch;
 use tokio::time::{Instant, MissedTickBehavior, interval, timeout};
 use tokio_util::sync::CancellationToken;
 use tracing::Instrument;
 
+use super::failure::Failure;
 use super::feed::{Feed, FeedWriter};
-use super::{Runs, turn};
-use crate::domain::{RunId, RunStatus};
+use super::{Runs, turn, work};
+use crate::domain::{RunId, RunStatus, ToolOutput};
 use crate::error::Chain;
-use crate::store::{Orphan, StoreError};
+use crate::store::{Orphan, Request, StoreError};
 
 /// Orphans taken at a time.
 const ADOPT_BATCH: u32 = 64;
+/// The events of a run that changes hands are numbered on from here, as a power of two for each change: beyond all
+/// that the one before can have shown.
+const EVENTS_PER_FENCE: u32 = 32;
 /// Longest time for the last word to the store.
 const RETIRE_TIMEOUT: Duration = Duration::from_secs(2);
 
@@ -34,8 +40,43 @@ pub(super) struct Standing {
 pub(super) struct Handle {
     /// Tells this task's entry from a later one of the same run.
     serial: u64,
-    pub(super) cancel: CancellationToken,
+    pub(super) cancel: Cancel,
     pub(super) feed: Feed,
+    outputs: Arc<watch::Sender<Vec<ToolOutput>>>,
+}
+
+impl Handle {
+    /// Hands the run outputs of its function calls. Those that it does not wait for (any more) are passed over.
+    pub(super) fn answer(&self, outputs: Vec<ToolOutput>) {
+        self.outputs.send_replace(outputs);
+    }
+}
+
+/// Somebody wants a run to end.
+#[derive(Clone, Debug)]
+pub(super) struct Cancel {
+    token: CancellationToken,
+    discard: Arc<AtomicBool>,
+}
+
+impl Cancel {
+    pub(super) fn new(token: CancellationToken) -> Self {
+        Self { token, discard: Arc::default() }
+    }
+
+    /// `discard`: and its messages to be removed.
+    pub(super) fn request(&self, discard: bool) {
+        self.discard.fetch_or(discard, Ordering::SeqCst);
+        self.token.cancel();
+    }
+
+    pub(super) async fn requested(&self) {
+        self.token.cancelled().await;
+    }
+
+    pub(super) fn discards(&self) -> bool {
+        self.discard.load(Ordering::SeqCst)
+    }
 }
 
 /// Says, while it lives, that this process works on a run.
@@ -43,9 +84,10 @@ pub(super) struct Handle {
 pub(super) struct Working {
     run: RunId,
     serial: u64,
-    /// Cancelled when somebody wants the run to end.
-    pub(super) cancel: CancellationToken,
+    pub(super) cancel: Cancel,
     pub(super) feed: FeedWriter,
+    /// What was [handed](Handle::answer) last.
+    pub(super) outputs: watch::Receiver<Vec<ToolOutput>>,
     all: Arc<Mutex<HashMap<RunId, Handle>>>,
 }
 
@@ -54,11 +96,15 @@ impl Standing {
         Self { working: Arc::default(), good_until: Mutex::new(Instant::now()) }
     }
 
-    pub(super) fn works_on(&self, run: RunId, cancel: CancellationToken) -> Working {
+    /// Says that a task works on a run under a lease with this fence.
+    pub(super) fn works_on(&self, run: RunId, fence: i64, cancel: CancellationToken) -> Working {
         static SERIAL: AtomicU64 = AtomicU64::new(0);
-        let (serial, feed) = (SERIAL.fetch_add(1, Ordering::Relaxed), FeedWriter::default());
-        lock(&self.working).insert(run, Handle { serial, cancel: cancel.clone(), feed: feed.feed() });
-        Working { run, serial, cancel, feed, all: Arc::clone(&self.working) }
+        let serial = SERIAL.fetch_add(1, Ordering::Relaxed);
+        let (cancel, feed) = (Cancel::new(cancel), FeedWriter::new((fence - 1) << EVENTS_PER_FENCE));
+        let (sender, outputs) = watch::channel(Vec::new());
+        let handle = Handle { serial, cancel: cancel.clone(), feed: feed.feed(), outputs: Arc::new(sender) };
+        lock(&self.working).insert(run, handle);
+        Working { run, serial, cancel, feed, outputs, all: Arc::clone(&self.working) }
     }
 
     pub(super) fn handle(&self, run: RunId) -> Option<Handle> {
@@ -125,6 +171,7 @@ impl Runs {
                 );
                 adopt_from = Instant::now() + ttl;
             }
+            self.attend(ttl / 3).await;
             while Instant::now() >= adopt_from && !parts.draining.is_cancelled() && self.adopt(ttl / 3).await
             {
                 if self.renew(&address, ttl).await.is_err() {
@@ -149,8 +196,34 @@ impl Runs {
         }
     }
 
-    /// Takes over runs that nobody works on: those that waited wait on here, those at work are ended. `true` if
-    /// there may be more.
+    /// Does what other replicas asked of the runs that this one works on.
+    async fn attend(&self, limit: Duration) {
+        let parts = &self.parts.given;
+        let requests = match timeout(limit, parts.store.requests(parts.replica)).await {
+            Ok(Ok(requests)) => requests,
+            Ok(Err(error)) => {
+                return tracing::error!(error = %Chain(&error), "cannot ask what others want of our runs");
+            }
+            Err(_) => return tracing::error!("cannot ask in time what others want of our runs"),
+        };
+        for request in requests {
+            match request {
+                Request::Cancel { run, discard } => {
+                    if let Some(handle) = self.parts.standing.handle(run) {
+                        handle.cancel.request(discard);
+                    }
+                }
+                Request::Resume { run, outputs } => {
+                    if let Some(handle) = self.parts.standing.handle(run) {
+                        handle.answer(outputs);
+                    }
+                }
+            }
+        }
+    }
+
+    /// Takes over runs that nobody works on: those that waited, in line or for tool outputs, wait on here, those at
+    /// work are ended. `true` if there may be more.
     async fn adopt(&self, limit: Duration) -> bool {
         let parts = &self.parts.given;
         let working: Vec<RunId> = lock(&self.parts.standing.working).keys().copied().collect();
@@ -165,19 +238,26 @@ impl Runs {
                 }
             };
         let may_be_more = orphans.len() == ADOPT_BATCH as usize;
-        for Orphan { lease, previous_owner, thread, run } in orphans {
-            let working = self.parts.standing.works_on(run.id, CancellationToken::new());
+        for orphan in orphans {
+            let Orphan { lease, thread, run, .. } = &orphan;
+            let working = self.parts.standing.works_on(run.id, lease.fence, CancellationToken::new());
             let span = tracing::info_span!("run", run.id = %run.id, key = %thread.key.fingerprint());
             span.in_scope(|| tracing::warn!(status = %run.status, "took over a run that nobody worked on"));
             // Its admission failed as far as its sender knows, so it must not run.
-            let was_refused = previous_owner == Some(parts.replica) && lease.fence == 2;
-            if run.status == RunStatus::Queued && !was_refused {
-                parts
-                    .tasks
-                    .spawn(turn::resume_queued(self.clone(), working, lease, thread, run).instrument(span));
-            } else {
-                parts.tasks.spawn(turn::bury(self.clone(), working, lease, thread, run).instrument(span));
-            }
+            let was_refused = orphan.previous_owner == Some(parts.replica) && lease.fence == 2;
+            let runs = self.clone();
+            let task = async move {
+                match orphan.run.status {
+                    RunStatus::Queued if !was_refused => turn::resume_queued(runs, working, orphan).await,
+                    RunStatus::RequiresAction => work::resume_waiting(runs, working, orphan).await,
+                    RunStatus::InProgress if orphan.outputs.is_some() => {
+                        work::resume_waiting(runs, working, orphan).await;
+                    }
+                    _ if was_refused => work::bury(runs, working, orphan, Failure::NotRecorded).await,
+                    _ => work::bury(runs, working, orphan, Failure::ReplicaLost).await,
+                }
+            };
+            parts.tasks.spawn(task.instrument(span));
         }
         may_be_more
     }

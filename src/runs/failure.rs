@@ -1,0 +1,137 @@
+//! Why a turn did not reach its end at the upstream, and how its run ends by that.
+
+use std::time::Duration;
+
+use crate::domain::{RunError, RunErrorCode, RunStatus, UpstreamRunId};
+use crate::upstream::UpstreamError;
+
+/// Why a turn did not reach its end at the upstream.
+pub(super) enum Failure {
+    Upstream(UpstreamError),
+    /// Something that is not ours holds the upstream thread, and the caller did not want to wait.
+    Conflict {
+        blocking_run: Option<UpstreamRunId>,
+    },
+    LeaseLost,
+    Store,
+    Deadline,
+    Cancelled,
+    Stopped,
+    /// The process that worked on it died.
+    ReplicaLost,
+    /// Its sender heard that the message was not taken.
+    NotRecorded,
+    ReplyTooLarge,
+    NotConfigured,
+    Panic,
+}
+
+impl Failure {
+    pub(super) fn name(&self) -> String {
+        match self {
+            Self::Upstream(error) => error.to_string(),
+            Self::Conflict { .. } => "the upstream thread is busy".to_owned(),
+            Self::LeaseLost => "lease lost".to_owned(),
+            Self::Store => "the store failed".to_owned(),
+            Self::Deadline => "deadline".to_owned(),
+            Self::Cancelled => "cancelled".to_owned(),
+            Self::Stopped => "the gateway is stopping".to_owned(),
+            Self::ReplicaLost => "its process died".to_owned(),
+            Self::NotRecorded => "not recorded, as far as its sender knows".to_owned(),
+            Self::ReplyTooLarge => "the reply is too large".to_owned(),
+            Self::NotConfigured => "not configured".to_owned(),
+            Self::Panic => "panic".to_owned(),
+        }
+    }
+
+    /// Something else than the upstream ended the run, so that one may have reached its end there all the same.
+    pub(super) fn cuts_off(&self) -> bool {
+        match self {
+            Self::Upstream(error) => error.is_ambiguous(),
+            Self::Deadline
+            | Self::Cancelled
+            | Self::Stopped
+            | Self::ReplicaLost
+            | Self::NotRecorded
+            | Self::Store
+            | Self::Panic => true,
+            Self::Conflict { .. } | Self::LeaseLost | Self::ReplyTooLarge | Self::NotConfigured => false,
+        }
+    }
+
+    pub(super) fn retry_after(&self) -> Option<Duration> {
+        match self {
+            Self::Upstream(
+                UpstreamError::RateLimited { retry_after, quota: false }
+                | UpstreamError::Unavailable { retry_after, .. },
+            ) => *retry_after,
+            Self::Upstream(UpstreamError::Resting { retry_after }) => Some(*retry_after),
+            _ => None,
+        }
+    }
+
+    /// How the run ends by it. `busy`: it was waiting for the upstream thread to be free.
+    pub(super) fn end(self, busy: bool) -> (RunStatus, Option<RunError>) {
+        let failed = |code, message: String| (RunStatus::Failed, Some(RunError { code, message }));
+        match self {
+            Self::Upstream(error) => {
+                let code = match error {
+                    UpstreamError::ThreadGone => RunErrorCode::UpstreamThreadGone,
+                    UpstreamError::Busy { .. } => RunErrorCode::UpstreamBusy,
+                    UpstreamError::Resting { .. } => RunErrorCode::UpstreamUnavailable,
+                    UpstreamError::Broken { timeout: true } => RunErrorCode::UpstreamTimeout,
+                    UpstreamError::Broken { timeout: false } => RunErrorCode::StreamBroken,
+                    _ => RunErrorCode::UpstreamError,
+                };
+                failed(code, error.to_string())
+            }
+            Self::Conflict { blocking_run } => {
+                let by = blocking_run.map_or_else(String::new, |id| format!(" `{id}`"));
+                let message =
+                    format!("the upstream thread is held by another run{by} that is not the gateway's");
+                failed(RunErrorCode::UpstreamBusy, message)
+            }
+            Self::Deadline if busy => {
+                let message = "the upstream thread was held by another run until the deadline".to_owned();
+                failed(RunErrorCode::UpstreamBusy, message)
+            }
+            Self::Deadline => {
+                let message = "the run did not end before its deadline".to_owned();
+                (RunStatus::Expired, Some(RunError { code: RunErrorCode::DeadlineExceeded, message }))
+            }
+            Self::Cancelled => (RunStatus::Cancelled, None),
+            Self::Stopped => (RunStatus::Failed, Some(stopped())),
+            Self::ReplicaLost => {
+                let message =
+                    "the gateway process that worked on the run died; the reply, if there was one, is lost";
+                failed(RunErrorCode::ReplicaLost, message.to_owned())
+            }
+            Self::NotRecorded => {
+                let message = "the database failed while the message was recorded; its sender was told so";
+                failed(RunErrorCode::NotRecorded, message.to_owned())
+            }
+            Self::ReplyTooLarge => {
+                failed(RunErrorCode::ReplyTooLarge, "the reply grew past the configured limit".to_owned())
+            }
+            Self::NotConfigured => failed(
+                RunErrorCode::NotConfigured,
+                "the run's assistant or the thread's upstream is no longer configured".to_owned(),
+            ),
+            Self::LeaseLost | Self::Store | Self::Panic => (RunStatus::Failed, Some(internal())),
+        }
+    }
+}
+
+pub(super) fn internal() -> RunError {
+    RunError {
+        code: RunErrorCode::Internal,
+        message: "the gateway failed in the middle of the run".to_owned(),
+    }
+}
+
+pub(super) fn stopped() -> RunError {
+    RunError {
+        code: RunErrorCode::GatewayStopped,
+        message: "the gateway was stopped before the run ended".to_owned(),
+    }
+}

@@ -1,0 +1,486 @@
+//! Following a run: live where a task of this process works on it, else by what the store knows.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures_util::StreamExt;
+use futures_util::stream::{self, BoxStream, Stream};
+use tokio::time::sleep;
+
+use super::feed::{Feed, Outcome, RunEvent};
+use super::{NO_THREAD, Runs, jittered};
+use crate::domain::{
+    ConversationKey, EventBatch, LoggedEvent, Message, RequiredAction, Run, RunId, Thread, ThreadActivity,
+    ThreadState,
+};
+use crate::error::{Chain, Error};
+use crate::store::Waiting;
+
+/// How often the store is asked for news of a run that another process works on.
+const POLL: Duration = Duration::from_millis(500);
+
+/// A run that can be followed.
+#[derive(Clone)]
+pub struct Follow {
+    runs: Runs,
+    thread: Thread,
+    run: RunId,
+    live: Option<Feed>,
+}
+
+/// What a caller waits for.
+#[derive(Clone, Debug)]
+pub enum Answer {
+    /// The run has ended.
+    Ended(Arc<Outcome>),
+    /// The run waits for tool outputs.
+    RequiresAction(Box<Waiting>),
+}
+
+impl Follow {
+    /// A run that a task of this process works on.
+    pub(super) fn live(runs: &Runs, thread: &Thread, run: RunId, feed: Feed) -> Self {
+        Self { runs: runs.clone(), thread: thread.clone(), run, live: Some(feed) }
+    }
+
+    /// Any run.
+    pub(super) fn of(runs: &Runs, thread: &Thread, run: RunId) -> Self {
+        let live = runs.parts.standing.handle(run).map(|handle| handle.feed);
+        Self { runs: runs.clone(), thread: thread.clone(), run, live }
+    }
+
+    /// The events from number `from` on, each with its number, up to the last one of the run. A stream that ends without
+    /// that one broke off: ask again from where it broke. May be dropped at any point; it does nothing to the run.
+    pub fn events(&self, from: i64) -> BoxStream<'static, (i64, RunEvent)> {
+        match &self.live {
+            Some(feed) if from >= feed.first() => feed.follow(from).boxed(),
+            Some(feed) => {
+                // The run was taken over: what it showed before is in the store.
+                let (follow, feed, first) = (self.clone(), feed.clone(), feed.first());
+                let whole = async move {
+                    match follow.recorded(from).await {
+                        Some(known) => stream::iter(known.until(first)).chain(feed.follow(first)).boxed(),
+                        // The stream breaks off: what it missed a reader would not notice.
+                        None => stream::empty().boxed(),
+                    }
+                };
+                stream::once(whole).flatten().boxed()
+            }
+            None => self.polled(from).boxed(),
+        }
+    }
+
+    /// Waits for the next event from number `from` on that answers a caller. `None` if it cannot be told.
+    pub async fn answer(&self, from: i64) -> Option<Answer> {
+        let event = match &self.live {
+            Some(feed) if from >= feed.first() => feed.clone().answer(from).await,
+            _ => {
+                let mut events = self.events(from).filter(|(_, event)| {
+                    std::future::ready(matches!(event, RunEvent::RequiresAction(_) | RunEvent::Ended(_)))
+                });
+                events.next().await.map(|(_, event)| event)
+            }
+        };
+        if let RunEvent::Ended(outcome) = event? {
+            return Some(Answer::Ended(outcome));
+        }
+        let (run, _) = self.runs.store().run(&self.thread.key, self.run).await.ok()??;
+        let (thread, activity) = self.thread_now().await;
+        Some(Answer::RequiresAction(Box::new(Waiting { thread, activity, run })))
+    }
+
+    /// The number after the event by which the run asked for these calls; 0 if it cannot be told.
+    pub(super) async fn after(&self, action: &RequiredAction) -> i64 {
+        if let Some(asked) = self.live.as_ref().and_then(|feed| feed.asked(action)) {
+            return asked + 1;
+        }
+        let asked = |(_, event): &(i64, LoggedEvent)| matches!(event, LoggedEvent::RequiresAction(it) if it == action);
+        match self.runs.store().events(self.run, 0).await {
+            Ok(batches) => numbered(batches).filter(asked).last().map_or(0, |(n, _)| n + 1),
+            Err(_) => 0,
+        }
+    }
+
+    /// The calls for which the run asked last, of those that these outputs answer.
+    pub(super) async fn asked(&self, answers: impl Fn(&RequiredAction) -> bool) -> Option<RequiredAction> {
+        let batches = self.runs.store().events(self.run, 0).await.ok()?;
+        let asked = numbered(batches).filter_map(|(_, event)| match event {
+            LoggedEvent::RequiresAction(action) if answers(&action) => Some(action),
+            _ => None,
+        });
+        asked.last()
+    }
+
+    /// Asks the store, time and again, until the run has ended.
+    fn polled(&self, from: i64) -> impl Stream<Item = (i64, RunEvent)> + Send + use<> {
+        let state = (self.clone(), from, false);
+        stream::unfold(state, |(follow, from, over)| async move {
+            if over {
+                return None;
+            }
+            loop {
+                if let Some(handle) = follow.runs.parts.standing.handle(follow.run) {
+                    // It was taken over by this process.
+                    let live = Self { live: Some(handle.feed), ..follow.clone() };
+                    return Some((live.events(from), (follow, from, true)));
+                }
+                if let Some(known) = follow.recorded(from).await {
+                    let (next, over) = (known.next, known.ended);
+                    if over || next > from {
+                        return Some((stream::iter(known.events).boxed(), (follow, next, over)));
+                    }
+                }
+                sleep(jittered(POLL)).await;
+            }
+        })
+        .flatten()
+    }
+
+    /// What the store knows of the run from number `from` on, if it answers.
+    async fn recorded(&self, from: i64) -> Option<Recorded> {
+        self.read(from)
+            .await
+            .inspect_err(|error| tracing::warn!(error = %Chain(error), "cannot read the events of a run"))
+            .ok()
+    }
+
+    async fn read(&self, from: i64) -> Result<Recorded, Error> {
+        let store = self.runs.store();
+        // The run first: if it has ended, its log is whole.
+        let found = store.run(&self.thread.key, self.run).await?;
+        let batches = store.events(self.run, from).await?;
+        let mut next = batches.last().map_or(from, |batch| batch.first + count(&batch.events));
+        let mut events: Vec<_> = numbered(batches)
+            .filter(|(n, _)| *n >= from)
+            .map(|(n, event)| (n, RunEvent::from(event)))
+            .collect();
+        let Some((run, message)) = found.filter(|(run, _)| run.status.is_final()) else {
+            return Ok(Recorded { events, next: next.max(from), ended: false });
+        };
+        if let Some(message) = &message {
+            events.push((next, RunEvent::MessageCompleted(Arc::new(message.clone()))));
+            next += 1;
+        }
+        let outcome = self.outcome(run, message).await;
+        events.push((next, RunEvent::Ended(Arc::new(outcome))));
+        events.retain(|(n, _)| *n >= from);
+        Ok(Recorded { events, next: next + 1, ended: true })
+    }
+
+    async fn outcome(&self, run: Run, message: Option<Message>) -> Outcome {
+        let (thread, activity) = self.thread_now().await;
+        Outcome { thread, activity, run, message, retry_after: None }
+    }
+
+    /// The run's thread as it is now, or as it was last known if its key has another one by now.
+    async fn thread_now(&self) -> (Thread, ThreadActivity) {
+        match self.runs.store().thread(&self.thread.key).await {
+            Ok(Some((thread, activity))) if thread.id == self.thread.id => (thread, activity),
+            _ => (self.thread.clone(), ThreadActivity { state: ThreadState::Idle, queue_depth: 0 }),
+        }
+    }
+}
+
+/// What the store knows of a run from some number on.
+struct Recorded {
+    events: Vec<(i64, RunEvent)>,
+    /// Where to ask on.
+    next: i64,
+    ended: bool,
+}
+
+impl Recorded {
+    fn until(self, end: i64) -> Vec<(i64, RunEvent)> {
+        self.events.into_iter().filter(|(n, _)| *n < end).collect()
+    }
+}
+
+fn numbered(batches: Vec<EventBatch>) -> impl Iterator<Item = (i64, LoggedEvent)> {
+    batches.into_iter().flat_map(|batch| (batch.first..).zip(batch.events))
+}
+
+fn count(events: &[LoggedEvent]) -> i64 {
+    i64::try_from(events.len()).unwrap_or(i64::MAX)
+}
+
+impl std::fmt::Debug for Follow {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Follow")
+            .field("run", &self.run)
+            .field("live", &self.live.is_some())
+            .finish_non_exhaustive()
+    }
+}
+
+impl Runs {
+    /// A run of any of the key's threads and how to follow it.
+    pub async fn follow(&self, key: &ConversationKey, id: RunId) -> Result<(Run, Follow), Error> {
+        let (run, _) = self.run(key, id).await?;
+        // Of the thread only key and id matter here.
+        let thread = match self.store().thread(key).await? {
+            Some((thread, _)) => Thread { id: run.thread_id, ..thread },
+            None => return Err(NO_THREAD),
+        };
+        let follow = Follow::of(self, &thread, id);
+        Ok((run, follow))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use futures_util::FutureExt;
+    use tempfile::TempDir;
+    use tokio_util::sync::CancellationToken;
+    use tokio_util::task::TaskTracker;
+
+    use super::*;
+    use crate::config::{Config, StoreConfig};
+    use crate::domain::{
+        ContentPart, Context, MessageId, Metadata, MultitaskStrategy, ReplicaId, RunStatus, Scope, TenantKey,
+        ThreadId, ToolCall, ToolOutput, UpstreamRunId, UserKey,
+    };
+    use crate::runs::RunsParts;
+    use crate::runs::end::bare_end;
+    use crate::store::{
+        Admission, Admitted, InputMessage, Pause, Paused, Reply, RunEnd, RunLease, SqliteStore, Store,
+        ToolAnswer, Turn,
+    };
+
+    /// A process of its own on a database of its own, with a run that asked for outputs once.
+    struct World {
+        runs: Runs,
+        store: Arc<dyn Store>,
+        turn: Turn,
+        _folder: TempDir,
+    }
+
+    /// The run's log so far: numbers 0 to 2.
+    fn begun() -> Vec<LoggedEvent> {
+        vec![LoggedEvent::Started, delta("a"), LoggedEvent::RequiresAction(action("1"))]
+    }
+
+    fn delta(text: &str) -> LoggedEvent {
+        LoggedEvent::Delta(text.to_owned())
+    }
+
+    fn action(id: &str) -> RequiredAction {
+        let call = ToolCall { id: id.to_owned(), name: "f".to_owned(), arguments: "{}".to_owned() };
+        RequiredAction { tool_calls: vec![call] }
+    }
+
+    fn text(text: &str) -> Vec<ContentPart> {
+        vec![ContentPart::Text { text: text.to_owned() }]
+    }
+
+    impl World {
+        async fn new() -> Self {
+            let folder = TempDir::new().unwrap();
+            let url = format!("sqlite:{}", folder.path().join("t.db").display());
+            let settings = StoreConfig { url: Some(url.into()), ..StoreConfig::default() };
+            let store = SqliteStore::open(&settings).await.unwrap();
+            store.migrate().await.unwrap();
+            let store: Arc<dyn Store> = Arc::new(store);
+            let config = Config::default();
+            let runs = Runs::new(RunsParts {
+                store: Arc::clone(&store),
+                upstreams: BTreeMap::new(),
+                assistants: BTreeMap::new(),
+                default_assistant: String::new(),
+                runs: config.runs,
+                sessions: config.sessions,
+                admission_timeout: Duration::from_secs(5),
+                replica: ReplicaId::new(),
+                attend_every: Duration::from_secs(3),
+                tasks: TaskTracker::new(),
+                draining: CancellationToken::new(),
+                stop: CancellationToken::new(),
+            });
+            let user = UserKey::try_from("alice".to_owned()).unwrap();
+            let admission = Admission {
+                key: ConversationKey { tenant: TenantKey::default(), user, scope: Scope::User },
+                new_thread: ThreadId::new(),
+                thread_ttl: None,
+                upstream: "main".to_owned(),
+                run_id: RunId::new(),
+                assistant: "default".to_owned(),
+                strategy: MultitaskStrategy::Enqueue,
+                metadata: Metadata::default(),
+                message: InputMessage { id: MessageId::new(), content: text("hello") },
+                timeout: Duration::from_mins(1),
+                replica: ReplicaId::new(),
+                idempotency: None,
+            };
+            let Admitted::Started(turn) = store.admit(&admission).await.unwrap() else {
+                panic!("the thread is free")
+            };
+            let world = Self { runs, store, turn: *turn, _folder: folder };
+            world.pause(&world.turn.lease, EventBatch { first: 0, events: begun() }).await;
+            world
+        }
+
+        async fn pause(&self, lease: &RunLease, events: EventBatch) {
+            let pause = Pause {
+                required_action: action("1"),
+                upstream_run_id: UpstreamRunId("run".to_owned()),
+                content: text("a"),
+                usage: None,
+                events,
+            };
+            let paused = self.store.pause(lease, &pause).await.unwrap();
+            assert!(matches!(paused, Paused::Waiting(_)), "{paused:?}");
+        }
+
+        fn follow(&self) -> Follow {
+            Follow::of(&self.runs, &self.turn.thread, self.turn.run.id)
+        }
+
+        /// Ends the run, with a log that goes on at `first`.
+        async fn finish(&self, lease: &RunLease, first: i64, events: Vec<LoggedEvent>) {
+            let reply = Reply {
+                id: MessageId::new(),
+                content: text("ab"),
+                upstream_message_id: None,
+                context: Context::Present,
+            };
+            let events = EventBatch { first, events };
+            let end = bare_end(RunStatus::Completed, None);
+            self.store.finish(lease, &RunEnd { reply: Some(reply), events, ..end }).await.unwrap();
+        }
+    }
+
+    /// An event as a word.
+    fn word(event: &RunEvent) -> String {
+        match event {
+            RunEvent::Queued { position } => format!("queued {position}"),
+            RunEvent::Started => "started".to_owned(),
+            RunEvent::Delta(text) => text.to_string(),
+            RunEvent::RequiresAction(action) => format!("asks {}", action.tool_calls[0].id),
+            RunEvent::MessageCompleted(message) => format!("message {}", message.role),
+            RunEvent::Ended(outcome) => outcome.run.status.to_string(),
+        }
+    }
+
+    async fn read(follow: &Follow, from: i64) -> Vec<(i64, String)> {
+        follow.events(from).map(|(n, event)| (n, word(&event))).collect().await
+    }
+
+    fn numbered_from(first: i64, words: &[&str]) -> Vec<(i64, String)> {
+        (first..).zip(words.iter().map(|word| (*word).to_owned())).collect()
+    }
+
+    #[test]
+    fn batches_may_leave_a_gap() {
+        let batch = |first, events: &[&str]| EventBatch {
+            first,
+            events: events.iter().map(|text| delta(text)).collect(),
+        };
+        let all: Vec<_> = numbered(vec![batch(0, &["a", "b"]), batch(2, &[]), batch(7, &["c"])]).collect();
+        assert_eq!(all, [(0, delta("a")), (1, delta("b")), (7, delta("c"))]);
+    }
+
+    #[tokio::test]
+    async fn a_run_that_has_ended_is_read_from_the_record() {
+        let world = World::new().await;
+        world.finish(&world.turn.lease, 3, vec![delta("b")]).await;
+        let whole = numbered_from(0, &["started", "a", "asks 1", "b", "message assistant", "completed"]);
+        let follow = world.follow();
+        for from in 0..8 {
+            let rest: Vec<_> = whole.iter().filter(|(n, _)| *n >= from).cloned().collect();
+            assert_eq!(read(&follow, from).await, rest, "{from}");
+        }
+        assert!(matches!(follow.answer(0).await, Some(Answer::RequiresAction(_))));
+        assert!(matches!(follow.answer(3).await, Some(Answer::Ended(_))));
+        assert!(follow.answer(6).await.is_none(), "the end was seen already");
+    }
+
+    #[tokio::test]
+    async fn a_run_of_another_process_is_polled_until_it_ends() {
+        let world = World::new().await;
+        let follow = world.follow();
+        let mut events = follow.events(1);
+        for wanted in numbered_from(1, &["a", "asks 1"]) {
+            let (n, event) = events.next().await.unwrap();
+            assert_eq!((n, word(&event)), wanted);
+        }
+        assert!(events.next().now_or_never().is_none());
+        world.finish(&world.turn.lease, 3, vec![]).await;
+        let rest: Vec<_> = events.map(|(n, event)| (n, word(&event))).collect().await;
+        assert_eq!(rest, numbered_from(3, &["message assistant", "completed"]));
+    }
+
+    #[tokio::test]
+    async fn a_run_that_changed_hands_is_read_from_the_record_and_then_live() {
+        let world = World::new().await;
+        let (key, run, first) = (&world.turn.thread.key, world.turn.run.id, 1 << 32);
+        let follow = {
+            let lease = world.store.adopt_orphans(ReplicaId::new(), &[], 1).await.unwrap().remove(0).lease;
+            let working = world.runs.parts.standing.works_on(run, lease.fence, CancellationToken::new());
+            let follow = world.follow();
+            assert_eq!(follow.after(&action("1")).await, 3, "as the store tells it");
+            assert!(follow.answer(3).now_or_never().is_none());
+
+            // It asks for the same again; that it did is told live and by the record, and is to be seen once.
+            let output = ToolOutput { tool_call_id: "1".to_owned(), output: String::new() };
+            let answer = ToolAnswer { expected: action("1"), outputs: vec![output], idempotency: None };
+            world.store.answer_tools(key, run, &answer).await.unwrap();
+            working.feed.push(RunEvent::Delta("b".into()));
+            let asks = LoggedEvent::RequiresAction(action("1"));
+            world.pause(&lease, working.feed.unstored(Some(asks.clone()))).await;
+            let by_record = Follow { live: None, ..follow.clone() };
+            assert_eq!(by_record.after(&action("1")).await, first + 2, "as it has asked last");
+            working.feed.push(asks.into());
+            working.feed.push(RunEvent::Delta("c".into()));
+            assert_eq!(follow.after(&action("1")).await, first + 2);
+            let live = numbered_from(first, &["b", "asks 1", "c"]);
+            let mut events = follow.events(1);
+            for wanted in [numbered_from(1, &["a", "asks 1"]), live.clone()].concat() {
+                let (n, event) = events.next().await.unwrap();
+                assert_eq!((n, word(&event)), wanted);
+            }
+            assert!(events.next().now_or_never().is_none());
+            let (n, event) = follow.events(first).next().await.unwrap();
+            assert_eq!((n, word(&event)), live[0]);
+            assert!(matches!(follow.answer(1).await, Some(Answer::RequiresAction(_))));
+            follow
+        };
+        assert_eq!(read(&follow, first + 3).await, [], "its task is gone: it breaks off");
+        assert!(follow.answer(first + 2).await.is_none());
+    }
+
+    #[tokio::test]
+    async fn a_reader_goes_on_where_its_run_is_taken_over() {
+        let world = World::new().await;
+        let mut events = world.follow().events(0);
+        for _ in begun() {
+            events.next().await.unwrap();
+        }
+        let working = world.runs.parts.standing.works_on(world.turn.run.id, 2, CancellationToken::new());
+        working.feed.push(RunEvent::Delta("b".into()));
+        let (n, event) = tokio::time::timeout(Duration::from_secs(10), events.next()).await.unwrap().unwrap();
+        assert_eq!((n, word(&event)), (1 << 32, "b".to_owned()));
+        drop(working);
+        assert!(events.next().await.is_none(), "it breaks off");
+    }
+
+    #[tokio::test]
+    async fn a_record_that_cannot_be_read_is_not_passed_over() {
+        let world = World::new().await;
+        let working = world.runs.parts.standing.works_on(world.turn.run.id, 2, CancellationToken::new());
+        working.feed.push(RunEvent::Delta("b".into()));
+        let follow = world.follow();
+        world.store.close().await;
+        assert!(follow.events(0).next().await.is_none(), "what comes before is missing");
+        assert!(follow.events(1 << 32).next().await.is_some());
+    }
+
+    #[tokio::test]
+    async fn the_calls_that_outputs_answered_are_found() {
+        let world = World::new().await;
+        let follow = world.follow();
+        assert_eq!(follow.asked(|_| true).await, Some(action("1")));
+        assert_eq!(follow.asked(|it| *it == action("2")).await, None);
+        assert_eq!((follow.after(&action("1")).await, follow.after(&action("2")).await), (3, 0));
+    }
+}

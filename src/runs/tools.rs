@@ -1,0 +1,162 @@
+//! Answers to the function calls of a run.
+
+use super::work::answers;
+use super::{Runs, Submitted};
+use crate::domain::{ConversationKey, RequiredAction, Run, RunId, RunStatus, ToolOutput};
+use crate::error::Error;
+use crate::runs::Follow;
+use crate::store::{Answered, Idempotency, ToolAnswer};
+
+/// Outputs of the functions that a run asked for: all at once.
+#[derive(Clone, Debug)]
+pub struct NewOutputs {
+    pub outputs: Vec<ToolOutput>,
+    pub idempotency: Option<Idempotency>,
+}
+
+impl Runs {
+    /// Hands a run the outputs of the function calls that it waits for. They are durable when this returns, and the run goes
+    /// on; the number is that of the first event after the wait.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] if the outputs are not one for each call; [`Error::RunNotWaiting`] if the run does not wait
+    /// (any more).
+    pub async fn answer_tools(
+        &self,
+        key: &ConversationKey,
+        id: RunId,
+        new: NewOutputs,
+    ) -> Result<(Submitted, i64), Error> {
+        let _token = self.parts.given.tasks.token();
+        self.takes_work()?;
+        if let Some(earlier) = self.repeated(key, new.idempotency.as_ref()).await? {
+            return Ok(self.after_outputs(earlier, &new.outputs).await);
+        }
+        let (run, follow) = self.follow(key, id).await?;
+        let expected = match &run.required_action {
+            Some(action) if run.status == RunStatus::RequiresAction => action.clone(),
+            _ => return self.not_waiting(key, &run, &follow, new).await,
+        };
+        if let Some(wrong) = wrong(&new.outputs, &expected) {
+            return Err(Error::Invalid(wrong));
+        }
+        let (thread, _) = self.thread(key).await?;
+        self.is_reachable(&thread.upstream)?;
+        let answer = ToolAnswer {
+            expected: expected.clone(),
+            outputs: new.outputs.clone(),
+            idempotency: new.idempotency.clone(),
+        };
+        match self.store().answer_tools(key, id, &answer).await? {
+            Answered::Resumed(waiting) => {
+                // Another replica's run is resumed by that replica, which looks for such requests.
+                if let Some(handle) = self.parts.standing.handle(id) {
+                    handle.answer(new.outputs);
+                }
+                let from = follow.after(&expected).await;
+                let submitted =
+                    Submitted { thread: waiting.thread, run: waiting.run, follow, replayed: false };
+                Ok((submitted, from))
+            }
+            Answered::Repeated | Answered::NotWaiting => {
+                let (run, _) = self.run(key, id).await?;
+                self.not_waiting(key, &run, &follow, new).await
+            }
+        }
+    }
+
+    /// The run does not wait for these outputs: another request with the same idempotency key was faster, or they
+    /// are too late.
+    async fn not_waiting(
+        &self,
+        key: &ConversationKey,
+        run: &Run,
+        follow: &Follow,
+        new: NewOutputs,
+    ) -> Result<(Submitted, i64), Error> {
+        match self.repeated(key, new.idempotency.as_ref()).await? {
+            Some(earlier) => Ok(self.after_outputs(earlier, &new.outputs).await),
+            None => Err(Error::RunNotWaiting(self.why_not_waiting(run, follow, &new.outputs).await)),
+        }
+    }
+
+    /// An earlier request with the same outputs, from where these let the run go on.
+    async fn after_outputs(&self, earlier: Submitted, outputs: &[ToolOutput]) -> (Submitted, i64) {
+        let from = match earlier.follow.asked(|action| answers(outputs, action)).await {
+            Some(action) => earlier.follow.after(&action).await,
+            None => 0,
+        };
+        (earlier, from)
+    }
+
+    async fn why_not_waiting(&self, run: &Run, follow: &Follow, outputs: &[ToolOutput]) -> String {
+        let status = run.status;
+        if follow.asked(|action| answers(outputs, action)).await.is_some() && !late(status) {
+            return format!("these calls were answered already; the run is {status}");
+        }
+        match status {
+            RunStatus::Expired => {
+                "the outputs came after the run's deadline; post a new message to go on".to_owned()
+            }
+            status if status.is_final() => format!("the run has ended ({status}) and takes no outputs"),
+            RunStatus::RequiresAction => {
+                "the run waits for other calls by now; ask for the run to see which".to_owned()
+            }
+            status => format!("the run is {status} and waits for no outputs"),
+        }
+    }
+}
+
+/// The run ended without going on after its wait.
+fn late(status: RunStatus) -> bool {
+    matches!(status, RunStatus::Expired | RunStatus::Cancelled)
+}
+
+/// What is wrong with outputs for these calls.
+fn wrong(outputs: &[ToolOutput], expected: &RequiredAction) -> Option<String> {
+    if answers(outputs, expected) {
+        return None;
+    }
+    let expected: Vec<&str> = expected.tool_calls.iter().map(|call| call.id.as_str()).collect();
+    let given: Vec<&str> = outputs.iter().map(|output| output.tool_call_id.as_str()).collect();
+    let list = |ids: Vec<&str>| ids.iter().map(|id| format!("`{id}`")).collect::<Vec<_>>().join(", ");
+    let missing: Vec<&str> = expected.iter().copied().filter(|id| !given.contains(id)).collect();
+    let unknown: Vec<&str> = given.iter().copied().filter(|id| !expected.contains(id)).collect();
+    Some(if !unknown.is_empty() {
+        format!(
+            "`tool_outputs` names calls that the run does not wait for: {}; it waits for {}",
+            list(unknown),
+            list(expected)
+        )
+    } else if !missing.is_empty() {
+        format!("`tool_outputs` must answer all calls at once; missing: {}", list(missing))
+    } else {
+        "`tool_outputs` answers a call more than once".to_owned()
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::domain::ToolCall;
+
+    #[test]
+    fn what_is_wrong_is_told() {
+        let call = |id: &str| ToolCall { id: id.to_owned(), name: "f".to_owned(), arguments: String::new() };
+        let action = RequiredAction { tool_calls: vec![call("a"), call("b")] };
+        let outputs = |ids: &[&str]| -> Vec<ToolOutput> {
+            ids.iter()
+                .map(|id| ToolOutput { tool_call_id: (*id).to_owned(), output: String::new() })
+                .collect()
+        };
+        assert_eq!(wrong(&outputs(&["b", "a"]), &action), None);
+        for (ids, told) in [
+            (&["a"][..], "missing: `b`"),
+            (&[], "missing: `a`, `b`"),
+            (&["a", "b", "c"], "does not wait for: `c`"),
+            (&["a", "b", "b"], "more than once"),
+        ] {
+            assert!(wrong(&outputs(ids), &action).unwrap().contains(told), "{ids:?}");
+        }
+    }
+}

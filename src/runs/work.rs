@@ -1,0 +1,257 @@
+//! A turn at work, as a task of its own: its rounds at the upstream, its waits for tool outputs, its end.
+
+use std::panic::AssertUnwindSafe;
+use std::time::Duration;
+
+use futures_util::FutureExt;
+use tokio::time::{Instant, sleep, sleep_until};
+
+use super::drive::{Drive, Round, drain};
+use super::end::{announce, bound_turn};
+use super::failure::Failure;
+use super::progress::Progress;
+use super::replica::Working;
+use super::{Outcome, RunEvent, Runs, jittered};
+use crate::config::AssistantConfig;
+use crate::domain::{LoggedEvent, RequiredAction, Run, RunStatus, ToolOutput};
+use crate::error::Chain;
+use crate::store::{Orphan, Pause, Paused, RunLease, Store, StoreError, Turn};
+use crate::upstream::{Ended, EventStream, Upstream};
+
+/// What a run that was taken over from another process begins with.
+enum Begin {
+    /// Its message is to be sent.
+    Message,
+    /// It waits for the outputs of these calls.
+    Waiting(RequiredAction),
+    /// Outputs came that may or may not have been sent.
+    Outputs(Vec<ToolOutput>),
+}
+
+/// Does the turn and commits its end, whatever happens on the way. `None` if the run goes on in another process.
+pub(super) async fn work(runs: &Runs, working: &mut Working, turn: &Turn) -> Option<Outcome> {
+    let progress = Progress::new(turn);
+    carry_out(runs, working, turn, Begin::Message, progress, time_left(&turn.run)).await
+}
+
+/// Goes on with a run that waited for tool outputs, or had just got them, when its process ended.
+pub(super) async fn resume_waiting(runs: Runs, mut working: Working, orphan: Orphan) {
+    let Orphan { lease, thread, run, time_left, content, outputs, outputs_sent, .. } = orphan;
+    let begin = match (outputs, run.required_action.clone()) {
+        (Some(outputs), _) => Begin::Outputs(outputs),
+        (None, required) => Begin::Waiting(required.unwrap_or(RequiredAction { tool_calls: Vec::new() })),
+    };
+    let turn = Turn { lease, thread, run, input: Vec::new() };
+    let mut progress = Progress::new(&turn);
+    progress.taken_over(content);
+    if let Begin::Outputs(outputs) = &begin {
+        progress.answers(outputs, outputs_sent);
+    }
+    if let Some(outcome) = carry_out(&runs, &mut working, &turn, begin, progress, time_left).await {
+        announce(&working.feed, outcome);
+    }
+}
+
+/// Ends a run on which nobody works any more: first whatever still goes on upstream, then the run. If the upstream can
+/// tell how it ended there, it ends so here.
+pub(super) async fn bury(runs: Runs, working: Working, orphan: Orphan, why: Failure) {
+    let Orphan { lease, thread, run, content, .. } = orphan;
+    let failure = if run.status == RunStatus::Cancelling { Failure::Cancelled } else { why };
+    let turn = Turn { lease, thread, run, input: Vec::new() };
+    let mut progress = Progress::new(&turn);
+    progress.taken_over(content);
+    let outcome = bound_turn(&runs, &working, &turn, Err(failure), progress).await;
+    announce(&working.feed, outcome);
+}
+
+async fn carry_out(
+    runs: &Runs,
+    working: &mut Working,
+    turn: &Turn,
+    begin: Begin,
+    mut progress: Progress,
+    time_left: Duration,
+) -> Option<Outcome> {
+    let started = Instant::now();
+    let parts = &runs.parts.given;
+    // The configuration may have changed since the run was admitted.
+    let assistant =
+        parts.assistants.get(&turn.run.assistant).filter(|it| it.upstream == turn.thread.upstream);
+    let upstream = parts.upstreams.get(&turn.thread.upstream);
+    let result = match (upstream, assistant) {
+        (Some(upstream), Some(assistant)) => {
+            let deadline = started + time_left;
+            let rounds =
+                Rounds { runs, upstream: &**upstream, assistant, turn, deadline, progress: &mut progress };
+            rounds.go(working, begin).await?
+        }
+        _ => Err(Failure::NotConfigured),
+    };
+    if let Err(failure) = &result {
+        tracing::warn!(failure = failure.name(), "the run did not reach its end upstream");
+    }
+    let outcome = bound_turn(runs, working, turn, result, progress).await;
+    tracing::info!(
+        thread.id = %turn.thread.id,
+        assistant = %turn.run.assistant,
+        status = %outcome.run.status,
+        error = outcome.run.error.as_ref().map(|error| error.code.as_str()),
+        duration_ms = u64::try_from(started.elapsed().as_millis()).unwrap_or(u64::MAX),
+        "run ended"
+    );
+    Some(outcome)
+}
+
+/// The rounds of one turn: what is sent, what comes back, and the waits in between.
+struct Rounds<'a> {
+    runs: &'a Runs,
+    upstream: &'a dyn Upstream,
+    assistant: &'a AssistantConfig,
+    turn: &'a Turn,
+    deadline: Instant,
+    progress: &'a mut Progress,
+}
+
+/// How the upstream ended a round, with what is left to read of its answer.
+type Rounded = Result<(Ended, EventStream), Failure>;
+
+impl Rounds<'_> {
+    /// `None` if the run goes on in another process.
+    async fn go(mut self, working: &mut Working, begin: Begin) -> Option<Rounded> {
+        let mut waiting = None;
+        let mut outputs = None;
+        match begin {
+            Begin::Message => {}
+            Begin::Waiting(action) => waiting = Some(action),
+            Begin::Outputs(given) => outputs = Some(given),
+        }
+        loop {
+            if let Some(action) = waiting.take() {
+                match self.wait(working, &action).await? {
+                    Ok(given) => outputs = Some(given),
+                    Err(failure) => return Some(Err(failure)),
+                }
+            }
+            let ended = match self.round(working, outputs.take()).await {
+                Ok((ended, rest)) if ended.asks() => {
+                    drain(Some(rest)).await;
+                    ended
+                }
+                end => return Some(end),
+            };
+            let action = RequiredAction { tool_calls: ended.tool_calls.clone() };
+            self.progress.asked(ended);
+            match self.pause(working, &action).await {
+                Ok(()) => waiting = Some(action),
+                Err(failure) => return Some(Err(failure)),
+            }
+        }
+    }
+
+    /// One request and what it leads to.
+    async fn round(&mut self, working: &Working, outputs: Option<Vec<ToolOutput>>) -> Rounded {
+        let parts = &self.runs.parts.given;
+        let round = outputs.as_deref().map_or(Round::Message, Round::Outputs);
+        let drive = Drive {
+            runs: self.runs,
+            upstream: self.upstream,
+            assistant: self.assistant,
+            turn: self.turn,
+            feed: &working.feed,
+            progress: self.progress,
+        };
+        tokio::select! {
+            biased;
+            () = parts.stop.cancelled() => Err(Failure::Stopped),
+            () = working.cancel.requested() => Err(Failure::Cancelled),
+            () = sleep_until(self.deadline) => Err(Failure::Deadline),
+            result = AssertUnwindSafe(drive.round(round)).catch_unwind() => result.unwrap_or(Err(Failure::Panic)),
+        }
+    }
+
+    /// Lets the run wait: from here on the outputs may come, and whoever takes the run over knows what it said.
+    async fn pause(&mut self, working: &Working, action: &RequiredAction) -> Result<(), Failure> {
+        let Some(upstream_run_id) = self.progress.upstream_run.clone() else { return Err(Failure::Store) };
+        let pause = Pause {
+            required_action: action.clone(),
+            upstream_run_id,
+            content: self.progress.content.clone(),
+            usage: self.progress.usage,
+            events: working.feed.unstored(Some(LoggedEvent::RequiresAction(action.clone()))),
+        };
+        let parts = &self.runs.parts.given;
+        let store = &*parts.store;
+        let paused = tokio::select! {
+            biased;
+            () = parts.stop.cancelled() => return Err(Failure::Stopped),
+            () = sleep_until(self.deadline) => return Err(Failure::Deadline),
+            paused = patiently_pause(store, &self.turn.lease, &pause) => paused,
+        };
+        match paused {
+            Ok(Paused::Waiting(_)) => {
+                working.feed.push(RunEvent::RequiresAction(action.clone().into()));
+                working.feed.all_stored();
+                Ok(())
+            }
+            Ok(Paused::Cancelling) => Err(Failure::Cancelled),
+            Ok(Paused::Lost) => Err(Failure::LeaseLost),
+            Err(error) => {
+                tracing::error!(error = %Chain(&error), "cannot let the run wait for its tool outputs");
+                Err(Failure::Store)
+            }
+        }
+    }
+
+    /// Waits for outputs of exactly these calls. `None` when this process stops: the run waits on in another one.
+    async fn wait(
+        &mut self,
+        working: &mut Working,
+        action: &RequiredAction,
+    ) -> Option<Result<Vec<ToolOutput>, Failure>> {
+        let parts = &self.runs.parts.given;
+        let outputs = &mut working.outputs;
+        let answered = async {
+            loop {
+                let given = outputs.borrow_and_update().clone();
+                if answers(&given, action) {
+                    return given;
+                }
+                if outputs.changed().await.is_err() {
+                    return std::future::pending().await;
+                }
+            }
+        };
+        tokio::select! {
+            biased;
+            () = working.cancel.requested() => Some(Err(Failure::Cancelled)),
+            given = answered => Some(Ok(given)),
+            () = sleep_until(self.deadline) => Some(Err(Failure::Deadline)),
+            () = parts.draining.cancelled() => None,
+        }
+    }
+}
+
+/// The outputs answer each of the calls once, and nothing else.
+pub(super) fn answers(outputs: &[ToolOutput], action: &RequiredAction) -> bool {
+    let calls = &action.tool_calls;
+    outputs.len() == calls.len()
+        && calls.iter().all(|call| outputs.iter().filter(|it| it.tool_call_id == call.id).count() == 1)
+}
+
+/// Asks the store until it answers; an answer that is lost on its way does no harm.
+async fn patiently_pause(store: &dyn Store, lease: &RunLease, pause: &Pause) -> Result<Paused, StoreError> {
+    loop {
+        match store.pause(lease, pause).await {
+            Err(StoreError::Unavailable(_)) => sleep(jittered(Duration::from_millis(500))).await,
+            paused => return paused,
+        }
+    }
+}
+
+/// How long the run may take, from now: the store has just set its deadline by its own clock.
+fn time_left(run: &Run) -> Duration {
+    run.deadline_at
+        .zip(run.started_at)
+        .and_then(|(deadline, start)| (deadline - start).to_std().ok())
+        .unwrap_or_default()
+}

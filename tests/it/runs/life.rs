@@ -1,0 +1,354 @@
+//! The life of runs where it cannot be steered over HTTP.
+
+use threadkeeper::domain::{
+    ContentPart, Context, Message, MessageId, PageRequest, Run, ToolOutput, UpstreamThreadId,
+};
+use threadkeeper::runs::{NewOutputs, Outcome, Submitted};
+use threadkeeper::store::{Admission, Admitted, Claim, InputMessage, RunLease};
+
+use tokio::task::JoinSet;
+
+use super::*;
+use crate::support::gateway::PATIENCE;
+
+/// A test's stores: two processes' views of one database.
+struct Stores {
+    database: TestDatabase,
+    one: Arc<dyn Store>,
+    other: Arc<dyn Store>,
+}
+
+impl Stores {
+    /// A process with the first of them, and its upstream.
+    async fn process(&self, chain: bool) -> (Process, Arc<Scripted>) {
+        let upstream = Scripted::new(chain);
+        (Process::alive(Arc::clone(&self.one), upstream.clone()).await, upstream)
+    }
+}
+
+/// Runs a case with each backend. A file can be open once only.
+async fn on_both(case: impl AsyncFn(Stores)) {
+    let database = TestDatabase::sqlite().await;
+    let one = database.store().await;
+    case(Stores { database, other: Arc::clone(&one), one }).await;
+    let database = TestDatabase::postgres().await;
+    let (one, other) = (database.store().await, database.store().await);
+    case(Stores { database, one, other }).await;
+}
+
+/// What must come to pass soon.
+async fn soon<T>(what: impl Future<Output = T>) -> T {
+    tokio::time::timeout(PATIENCE, what).await.expect("it never came")
+}
+
+async fn ended(submitted: &Submitted) -> Arc<Outcome> {
+    let mut from = 0;
+    soon(async {
+        loop {
+            match submitted.follow.answer(from).await {
+                Some(Answer::Ended(outcome)) => return outcome,
+                Some(Answer::RequiresAction(_)) => from += 1,
+                None => panic!("the log broke off"),
+            }
+        }
+    })
+    .await
+}
+
+async fn stored(store: &dyn Store, run: &Run) -> Run {
+    store.run(&key(), run.id).await.unwrap().unwrap().0
+}
+
+/// The transcript: texts and where they stand.
+async fn transcript(store: &dyn Store) -> Vec<(String, Context)> {
+    let page = PageRequest::<MessageId> { limit: 100, ascending: true, after: None, before: None };
+    let page = store.messages(&key(), &page).await.unwrap().unwrap();
+    page.data.into_iter().map(|message| (said(&message), message.context)).collect()
+}
+
+fn said(message: &Message) -> String {
+    let [ContentPart::Text { text }] = &message.content[..] else { panic!("{message:?}") };
+    text.clone()
+}
+
+fn lines(wanted: &[(&str, Context)]) -> Vec<(String, Context)> {
+    wanted.iter().map(|(text, context)| ((*text).to_owned(), *context)).collect()
+}
+
+/// A message past all processes.
+fn admission(words: &str, strategy: MultitaskStrategy) -> Admission {
+    let message = InputMessage { id: MessageId::new(), content: text(words) };
+    Admission { strategy, message, ..crate::store_contract::admission(&key()) }
+}
+
+async fn queue(store: &dyn Store, words: &str, strategy: MultitaskStrategy) -> RunLease {
+    match store.admit(&admission(words, strategy)).await.unwrap() {
+        Admitted::Queued { lease, .. } => lease,
+        other => panic!("the thread is busy, and yet: {other:?}"),
+    }
+}
+
+#[tokio::test]
+async fn a_run_that_waits_for_outputs_is_handed_over_by_a_process_that_drains() {
+    on_both(async |stores: Stores| {
+        let (process, upstream) = stores.process(false).await;
+        let submitted = process.runs.submit(key(), message("ask")).await.unwrap();
+        let waiting = match soon(submitted.follow.answer(0)).await {
+            Some(Answer::RequiresAction(waiting)) => waiting,
+            other => panic!("{other:?}"),
+        };
+        let next = process.runs.submit(key(), message("and then?")).await.unwrap();
+        let events = submitted.follow.events(0).map(|(_, event)| event).collect::<Vec<_>>();
+        // The one that waits in line ends with the stop, the other does not.
+        process.draining.cancel();
+        process.stop.cancel();
+        process.tasks.close();
+        soon(process.tasks.wait()).await;
+
+        let events = soon(events).await;
+        assert!(matches!(events.last(), Some(RunEvent::RequiresAction(_))), "{events:?}");
+        assert_eq!(stored(&*stores.one, &submitted.run).await, waiting.run);
+        assert_eq!(stored(&*stores.one, &next.run).await.status, RunStatus::Failed);
+        assert_eq!(upstream.calls(), ["start [] ask"], "nothing is ended upstream");
+        process.runs.retire().await;
+
+        let heir = Process::alive(Arc::clone(&stores.other), upstream.clone()).await;
+        let keeper = heir.runs.clone();
+        let mut session = JoinSet::new();
+        session.spawn(async move { keeper.keep_session("127.0.0.1:2".to_owned(), ALIVE).await });
+        // Not before it is taken over: then there is somebody to go on at once.
+        soon(async {
+            while heir.runs.load().0 == 0 {
+                tokio::task::yield_now().await;
+            }
+        })
+        .await;
+        let calls = &waiting.run.required_action.as_ref().unwrap().tool_calls;
+        let outputs =
+            calls.iter().map(|call| ToolOutput { tool_call_id: call.id.clone(), output: "4".to_owned() });
+        let new = NewOutputs { outputs: outputs.collect(), idempotency: None };
+        let (resumed, from) = heir.runs.answer_tools(&key(), submitted.run.id, new).await.unwrap();
+        let Some(Answer::Ended(outcome)) = soon(resumed.follow.answer(from)).await else { panic!("it ends") };
+        assert_eq!(outcome.run.status, RunStatus::Completed);
+        let content = outcome.message.as_ref().unwrap().content.clone();
+        assert_eq!(content, [text("let me see"), text("thanks")].concat(), "with what it had said before");
+        assert_eq!(upstream.calls(), ["answer 4"]);
+        heir.stop.cancel();
+        soon(session.join_all()).await;
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_mark_that_only_the_store_knows_removes_all_that_the_run_left() {
+    on_both(async |stores: Stores| {
+        // However the run ends, or would go on.
+        for (words, chain) in [("hold", false), ("hold", true)] {
+            let (process, upstream) = stores.process(chain).await;
+            let before = transcript_or_none(&*stores.one).await;
+            let submitted = process.runs.submit(key(), message(words)).await.unwrap();
+            let place = submitted.run.seq;
+            let rollback = queue(&*stores.other, "instead", MultitaskStrategy::Rollback).await;
+            assert_eq!(stores.other.displace(&rollback, true).await.unwrap(), Some(submitted.run.id));
+            upstream.let_go();
+
+            let outcome = ended(&submitted).await;
+            assert_eq!((outcome.run.status, &outcome.run.error), (RunStatus::Cancelled, &None), "{place}");
+            assert_eq!((outcome.run.discarded, &outcome.message), (true, &None));
+            let run = format!("run of {words}");
+            assert_eq!(
+                upstream.calls()[1..],
+                [format!("settle {run}"), format!("remove {run}")],
+                "it is ended and taken away upstream"
+            );
+            assert_eq!(transcript_or_none(&*stores.one).await, before);
+            let moved = outcome.thread.upstream_thread_id.as_ref().map(UpstreamThreadId::as_str);
+            assert_ne!(moved, Some(run.as_str()), "the chain does not move");
+            assert_eq!(outcome.thread.leftover, None);
+            let Claim::Started(turn) = stores.other.claim(&rollback).await.unwrap() else {
+                panic!("it is next")
+            };
+            assert_eq!(turn.run.id, rollback.run_id);
+            // Makes room for the next case.
+            stores.database.execute("DELETE FROM idempotency_keys").await;
+            stores.database.execute("UPDATE threads SET lifecycle = 'archived'").await;
+        }
+    })
+    .await;
+}
+
+async fn transcript_or_none(store: &dyn Store) -> Vec<(String, Context)> {
+    if store.thread(&key()).await.unwrap().is_some() { transcript(store).await } else { Vec::new() }
+}
+
+#[tokio::test]
+async fn what_a_marked_run_left_is_remembered_where_it_cannot_be_removed() {
+    on_both(async |stores: Stores| {
+        let (process, upstream) = stores.process(false).await;
+        upstream.settles(Settling::Fails);
+        let submitted = process.runs.submit(key(), message("hold")).await.unwrap();
+        let rollback = queue(&*stores.other, "instead", MultitaskStrategy::Rollback).await;
+        stores.other.displace(&rollback, true).await.unwrap();
+        upstream.let_go();
+        let outcome = ended(&submitted).await;
+        assert_eq!((outcome.run.status, outcome.run.discarded), (RunStatus::Cancelled, true));
+        let leftover = outcome.thread.leftover.as_ref().expect("it is to be looked at");
+        assert_eq!((leftover.run, leftover.remove), (submitted.run.id, true));
+        assert_eq!(transcript(&*stores.one).await, []);
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_mark_that_only_the_store_knows_keeps_a_run_from_waiting() {
+    on_both(async |stores: Stores| {
+        let (process, upstream) = stores.process(false).await;
+        let submitted = process.runs.submit(key(), message("ponder")).await.unwrap();
+        let rollback = queue(&*stores.other, "instead", MultitaskStrategy::Rollback).await;
+        stores.other.displace(&rollback, true).await.unwrap();
+        upstream.let_go();
+        let outcome = ended(&submitted).await;
+        assert_eq!((outcome.run.status, outcome.run.discarded), (RunStatus::Cancelled, true));
+        assert_eq!(transcript(&*stores.one).await, []);
+        let run = "run of ponder";
+        let calls = upstream.calls();
+        assert_eq!(calls[calls.len() - 2..], [format!("settle {run}"), format!("remove {run}")]);
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_deadline_that_passes_while_an_earlier_run_is_settled_sends_nothing() {
+    on_both(async |stores: Stores| {
+        let (process, upstream) = stores.process(false).await;
+        upstream.settles(Settling::Fails);
+        let broken = process.runs.submit(key(), message("break")).await.unwrap();
+        let outcome = ended(&broken).await;
+        let leftover = outcome.thread.leftover.clone().expect("it is to be looked at");
+        upstream.calls();
+
+        upstream.settles(Settling::Hangs);
+        let hasty = NewMessage { timeout: Some(Duration::from_millis(100)), ..message("hasty") };
+        let hasty = process.runs.submit(key(), hasty).await.unwrap();
+        let outcome = ended(&hasty).await;
+        assert_eq!(outcome.run.status, RunStatus::Expired);
+        assert_eq!(outcome.run.error.as_ref().unwrap().code, RunErrorCode::DeadlineExceeded);
+        assert_eq!(outcome.thread.leftover, Some(leftover), "it is still to be looked at");
+        assert_eq!(upstream.calls(), ["settle run of break"], "nothing is sent, and nothing of it settled");
+        let wanted = lines(&[("break", Context::Unknown), ("hasty", Context::Withheld)]);
+        assert_eq!(transcript(&*stores.one).await, wanted);
+
+        upstream.settles(Settling::Held);
+        let next = process.runs.submit(key(), message("next")).await.unwrap();
+        let outcome = ended(&next).await;
+        assert_eq!((outcome.run.status, &outcome.thread.leftover), (RunStatus::Completed, &None));
+        assert_eq!(
+            upstream.calls(),
+            ["settle run of break", "remove run of break", "start [break] next"],
+            "what was said goes along, what came too late does not"
+        );
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn what_went_along_with_a_run_that_a_chain_gives_up_goes_along_again() {
+    on_both(async |stores: Stores| {
+        let (process, upstream) = stores.process(true).await;
+        upstream.settles(Settling::Absent);
+        ended(&process.runs.submit(key(), message("break 1")).await.unwrap()).await;
+        upstream.settles(Settling::Fails);
+        ended(&process.runs.submit(key(), message("break 2")).await.unwrap()).await;
+        upstream.settles(Settling::Held);
+        let outcome = ended(&process.runs.submit(key(), message("next")).await.unwrap()).await;
+        let starts: Vec<_> = upstream.calls().into_iter().filter(|call| call.starts_with("start")).collect();
+        // The chain goes on from before both.
+        let wanted = ["start [] break 1", "start [break 1] break 2", "start [break 1 + break 2] next"];
+        assert_eq!(starts, wanted);
+        assert_eq!((outcome.thread.backlog, &outcome.thread.leftover), (0, &None));
+        let moved = outcome.thread.upstream_thread_id.as_ref().map(UpstreamThreadId::as_str);
+        assert_eq!(moved, Some("run of next"));
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_message_that_joins_a_run_while_it_is_cancelled_is_kept_and_answered() {
+    on_both(async |stores: Stores| {
+        let (process, upstream) = stores.process(false).await;
+        let first = process.runs.submit(key(), message("hold")).await.unwrap();
+        let mut joined = 0;
+        let mut wanted = vec!["hold".to_owned()];
+        for n in 0..20 {
+            let waiting = process.runs.submit(key(), message(&format!("waits {n}"))).await.unwrap();
+            let joins = format!("joins {n}");
+            wanted.extend([format!("waits {n}"), joins.clone()]);
+            let merge = NewMessage { strategy: MultitaskStrategy::Merge, ..message(&joins) };
+            let merge = process.runs.submit(key(), merge);
+            let (key, id) = (key(), waiting.run.id);
+            // Ever later, as far as the scheduler has it.
+            let cancel = async {
+                for _ in 0..n {
+                    tokio::task::yield_now().await;
+                }
+                process.runs.cancel(&key, id).await
+            };
+            let (merged, cancelled) = tokio::join!(merge, cancel);
+            let merged = merged.unwrap();
+            assert_eq!(cancelled.unwrap().0.status, RunStatus::Cancelled);
+            if merged.run.id == id {
+                joined += 1;
+                assert_eq!(ended(&merged).await.run.status, RunStatus::Cancelled, "{n}");
+            } else {
+                // The cancel was first: it waits by itself.
+                process.runs.cancel(&key, merged.run.id).await.unwrap();
+            }
+            assert_eq!(ended(&waiting).await.run.status, RunStatus::Cancelled);
+            assert_eq!(ended(&merged).await.run.status, RunStatus::Cancelled);
+        }
+        println!("{joined} of 20 joined");
+        upstream.let_go();
+        ended(&first).await;
+        wanted.push("re hold".to_owned());
+        let all: Vec<_> = transcript(&*stores.one).await.into_iter().map(|(words, _)| words).collect();
+        assert_eq!(all, wanted, "each message once");
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_message_whose_sender_heard_that_it_was_not_taken_does_not_run() {
+    on_both(async |stores: Stores| {
+        let (process, upstream) = stores.process(false).await;
+        // The answers to these were lost on the way.
+        let mut strays = Vec::new();
+        for words in ["at work", "in line"] {
+            let lost = Admission { replica: process.replica, ..admission(words, MultitaskStrategy::Enqueue) };
+            stores.one.admit(&lost).await.unwrap();
+            strays.push(lost.run_id);
+        }
+        stores.database.age_runs(ALIVE).await;
+        let keeper = process.runs.clone();
+        let mut session = JoinSet::new();
+        session.spawn(async move { keeper.keep_session("127.0.0.1:1".to_owned(), ALIVE).await });
+        for id in strays {
+            let run = soon(async {
+                loop {
+                    let (run, _) = process.runs.run(&key(), id).await.unwrap();
+                    if run.status.is_final() {
+                        return run;
+                    }
+                }
+            })
+            .await;
+            assert_eq!(run.status, RunStatus::Failed);
+            assert_eq!(run.error.unwrap().code, RunErrorCode::NotRecorded);
+        }
+        assert!(upstream.calls().iter().all(|call| call == "settle what nobody named"), "nothing is sent");
+        let wanted = lines(&[("at work", Context::Withheld), ("in line", Context::Withheld)]);
+        assert_eq!(transcript(&*stores.one).await, wanted);
+        process.stop.cancel();
+        soon(session.join_all()).await;
+    })
+    .await;
+}

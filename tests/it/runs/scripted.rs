@@ -1,0 +1,191 @@
+//! An upstream that does what the first word of a message says, and settles as it is told.
+
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use async_trait::async_trait;
+use futures_util::{FutureExt, StreamExt, stream};
+use threadkeeper::domain::{
+    ContentPart, Leftover, Message, RunStatus, ToolCall, UpstreamRunId, UpstreamThreadId, Usage,
+};
+use threadkeeper::upstream::{
+    AnswerTools, Capabilities, Ended, EventStream, Ownership, Recovered, Settled, StartRun, Upstream,
+    UpstreamError, UpstreamEvent,
+};
+use tokio::sync::Semaphore;
+
+/// `hold`: replies once it is let go; `ask`: asks for outputs, then replies; `ponder`: asks once it is let go; `break`: accepts and breaks off, and does
+/// not say what became of the run; `panic` and `falter`: panics, at once or in the stream. Anything else is replied to.
+#[derive(Debug)]
+pub(super) struct Scripted {
+    /// Threads are chains of responses.
+    chain: bool,
+    /// What was called, in words.
+    calls: Mutex<Vec<String>>,
+    settling: Mutex<Settling>,
+    gate: Arc<Semaphore>,
+}
+
+/// How it settles what a run left.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub(super) enum Settling {
+    Fails,
+    Hangs,
+    Panics,
+    /// Nothing of the run is there.
+    Absent,
+    /// It completed and is all there.
+    Held,
+}
+
+impl Scripted {
+    pub(super) fn new(chain: bool) -> Arc<Self> {
+        Arc::new(Self {
+            chain,
+            calls: Mutex::default(),
+            settling: Mutex::new(Settling::Held),
+            gate: Arc::new(Semaphore::new(0)),
+        })
+    }
+
+    /// Lets a run go that is on hold, now or when it comes.
+    pub(super) fn let_go(&self) {
+        self.gate.add_permits(1);
+    }
+
+    pub(super) fn settles(&self, settling: Settling) {
+        *self.settling.lock().unwrap() = settling;
+    }
+
+    /// What was called since the last time.
+    pub(super) fn calls(&self) -> Vec<String> {
+        std::mem::take(&mut *self.calls.lock().unwrap())
+    }
+
+    fn note(&self, call: String) {
+        self.calls.lock().unwrap().push(call);
+    }
+
+    fn ended(&self, status: RunStatus, content: &str, run: &UpstreamRunId) -> Ended {
+        Ended {
+            status,
+            error: None,
+            content: vec![ContentPart::Text { text: content.to_owned() }],
+            upstream_message_id: None,
+            usage: Some(Usage { input_tokens: 1, output_tokens: 1, total_tokens: 2 }),
+            tool_calls: Vec::new(),
+            thread: (self.chain && status == RunStatus::Completed).then(|| UpstreamThreadId(run.0.clone())),
+        }
+    }
+
+    /// Accepts a run and ends it as it says.
+    fn events(&self, run: UpstreamRunId, held: bool, ended: Ended) -> EventStream {
+        let gate = Arc::clone(&self.gate);
+        let end = async move {
+            if held {
+                gate.acquire().await.expect("the gate is never closed").forget();
+            }
+            Ok(UpstreamEvent::Ended(Box::new(ended)))
+        };
+        stream::iter([Ok(UpstreamEvent::Accepted(run))]).chain(end.into_stream()).boxed()
+    }
+}
+
+/// The texts of messages.
+fn words<'a>(contents: impl IntoIterator<Item = &'a Vec<ContentPart>>) -> String {
+    let texts = contents.into_iter().flatten().map(|part| match part {
+        ContentPart::Text { text } => text.as_str(),
+        other => unreachable!("the tests send text, not {other:?}"),
+    });
+    texts.collect::<Vec<_>>().join(" + ")
+}
+
+fn name(left: &Leftover) -> &str {
+    left.upstream_run.as_ref().map_or("what nobody named", UpstreamRunId::as_str)
+}
+
+#[async_trait]
+impl Upstream for Scripted {
+    fn capabilities(&self) -> Capabilities {
+        Capabilities { lock_window: Duration::ZERO }
+    }
+
+    fn available(&self) -> Result<(), Duration> {
+        Ok(())
+    }
+
+    async fn create_thread(
+        &self,
+        _: &Ownership,
+        _: &[Message],
+    ) -> Result<Option<UpstreamThreadId>, UpstreamError> {
+        Ok((!self.chain).then(|| UpstreamThreadId("thread".to_owned())))
+    }
+
+    async fn start(&self, request: StartRun<'_>) -> Result<EventStream, UpstreamError> {
+        let input = words(request.input.iter().map(|message| &message.content));
+        let history = words(request.history.iter().map(|message| &message.content));
+        self.note(format!("start [{history}] {input}"));
+        let run = UpstreamRunId(format!("run of {input}"));
+        let ended = self.ended(RunStatus::Completed, &format!("re {input}"), &run);
+        Ok(match input.split_once(' ').map_or(&*input, |(first, _)| first) {
+            "panic" => panic!("planted"),
+            "falter" => {
+                let accepted = stream::iter([Ok(UpstreamEvent::Accepted(run))]);
+                accepted.chain(stream::once(async { panic!("planted") })).boxed()
+            }
+            "break" => stream::iter([Ok(UpstreamEvent::Accepted(run))]).boxed(),
+            first @ ("ask" | "ponder") => {
+                let call =
+                    ToolCall { id: "call".to_owned(), name: "f".to_owned(), arguments: "{}".to_owned() };
+                let asks = self.ended(RunStatus::RequiresAction, "let me see", &run);
+                self.events(run, first == "ponder", Ended { tool_calls: vec![call], ..asks })
+            }
+            first => self.events(run, first == "hold", ended),
+        })
+    }
+
+    async fn answer_tools(&self, request: AnswerTools<'_>) -> Result<EventStream, UpstreamError> {
+        self.note(format!("answer {}", request.outputs[0].output));
+        let run = request.upstream_run.clone();
+        let ended = self.ended(RunStatus::Completed, "thanks", &run);
+        Ok(self.events(run, false, ended))
+    }
+
+    async fn recover(&self, _: &Leftover, _: &UpstreamError) -> Result<Recovered, UpstreamError> {
+        Ok(Recovered::Unknown)
+    }
+
+    async fn clear(
+        &self,
+        _: &UpstreamThreadId,
+        _: Option<&UpstreamRunId>,
+        _: bool,
+    ) -> Result<(), UpstreamError> {
+        Ok(())
+    }
+
+    async fn settle(&self, left: &Leftover) -> Result<Settled, UpstreamError> {
+        self.note(format!("settle {}", name(left)));
+        let Some(run) = left.upstream_run.clone() else { return Ok(Settled::default()) };
+        let settling = *self.settling.lock().unwrap();
+        match settling {
+            Settling::Fails => Err(UpstreamError::Broken { timeout: false }),
+            Settling::Panics => panic!("planted"),
+            Settling::Hangs => std::future::pending().await,
+            Settling::Absent => Ok(Settled::default()),
+            Settling::Held => Ok(Settled {
+                said: true,
+                status: Some(RunStatus::Completed),
+                content: vec![ContentPart::Text { text: "held".to_owned() }],
+                thread: self.chain.then(|| UpstreamThreadId(run.0)),
+                ..Settled::default()
+            }),
+        }
+    }
+
+    async fn remove(&self, left: &Leftover) -> Result<(), UpstreamError> {
+        self.note(format!("remove {}", name(left)));
+        Ok(())
+    }
+}
