@@ -9,6 +9,7 @@ mod problem;
 mod runs;
 mod sse;
 mod threads;
+mod turn;
 mod views;
 
 use std::any::Any;
@@ -45,6 +46,8 @@ pub fn router(state: AppState) -> Router {
             .route(&format!("{scope}/thread"), get(threads::show))
             .route(&format!("{scope}/thread/cancel"), post(threads::cancel))
             .route(&format!("{scope}/runs/{{run}}/cancel"), post(runs::cancel))
+            .route(&format!("{scope}/runs/{{run}}/tool_outputs"), post(runs::tool_outputs))
+            .route(&format!("{scope}/runs/{{run}}/events"), get(runs::events))
             .route(&format!("{scope}/runs"), get(runs::list))
             .route(&format!("{scope}/runs/{{run}}"), get(runs::show));
     }

@@ -1,16 +1,19 @@
 //! Our extractors: what they refuse is a problem document like every other error.
 
 use axum::extract::{FromRequest, FromRequestParts, Query, RawPathParams, Request};
+use axum::http::HeaderMap;
 use axum::http::header::CONTENT_TYPE;
 use axum::http::request::Parts;
 use http_body_util::{BodyExt, LengthLimitError, Limited};
 use serde::de::DeserializeOwned;
+use sha2::{Digest, Sha256};
 use tokio::time::timeout;
 
 use super::AppState;
 use crate::domain::{ConversationKey, InvalidKey, PageRequest, RunId, Scope, TenantKey};
 use crate::error::Error;
 use crate::runs::Which;
+use crate::store::Idempotency;
 
 /// The conversation that the path names. There is one tenant until callers can say which is theirs.
 #[derive(Debug)]
@@ -58,9 +61,33 @@ async fn path_params<S: Send + Sync>(parts: &mut Parts, state: &S) -> Result<Raw
         .map_err(|_| Error::Malformed("the path is not percent-encoded UTF-8".to_owned()))
 }
 
-/// A JSON object as the body, which has to arrive within `server.body_read_timeout`.
+/// Up to where a caller has seen a run's events: the header `last-event-id`, `<run>:<n>`.
 #[derive(Debug)]
-pub(super) struct ApiJson<T>(pub(super) T);
+pub(super) struct LastEventId(pub(super) Option<(RunId, i64)>);
+
+impl<S: Send + Sync> FromRequestParts<S> for LastEventId {
+    type Rejection = Error;
+
+    async fn from_request_parts(parts: &mut Parts, _state: &S) -> Result<Self, Error> {
+        let Some(value) = parts.headers.get("last-event-id") else { return Ok(Self(None)) };
+        let text = value.to_str().unwrap_or_default();
+        let number = |n: &str| n.parse().ok().filter(|n: &i64| *n >= 0);
+        let read = |(run, n): (&str, &str)| Some((run.parse().ok()?, number(n)?));
+        match text.split_once(':').and_then(read) {
+            Some(last) => Ok(Self(Some(last))),
+            // What an `EventSource` sends that has seen no event.
+            None if text.is_empty() => Ok(Self(None)),
+            None => Err(Error::Malformed(
+                "`last-event-id` must be the id of an event of this run, as the stream showed it".to_owned(),
+            )),
+        }
+    }
+}
+
+/// A JSON object as the body, which has to arrive within `server.body_read_timeout`; and what makes the request known
+/// should it be repeated.
+#[derive(Debug)]
+pub(super) struct ApiJson<T>(pub(super) T, pub(super) Option<Idempotency>);
 
 impl<T: DeserializeOwned> FromRequest<AppState> for ApiJson<T> {
     type Rejection = Error;
@@ -69,6 +96,8 @@ impl<T: DeserializeOwned> FromRequest<AppState> for ApiJson<T> {
         if !is_json(&request) {
             return Err(Error::UnsupportedMediaType);
         }
+        let idempotency_key = idempotency_key(request.headers())?;
+        let path = request.uri().path().to_owned();
         let limit = state.server.max_body_bytes;
         let body = Limited::new(request.into_body(), limit).collect();
         let body = match timeout(state.server.body_read_timeout, body).await {
@@ -93,8 +122,33 @@ impl<T: DeserializeOwned> FromRequest<AppState> for ApiJson<T> {
             }
         })?;
         deserializer.end().map_err(|error| Error::Malformed(format!("the body is not JSON: {error}")))?;
-        Ok(Self(value))
+        let idempotency = idempotency_key.map(|key| {
+            // By meaning, not by spelling: blanks and the order of fields do not matter.
+            let canonical = serde_json::from_slice::<serde_json::Value>(&body).map(|body| body.to_string());
+            let mut hash = Sha256::new();
+            hash.update(path.as_bytes());
+            hash.update([0]);
+            hash.update(canonical.unwrap_or_default().as_bytes());
+            Idempotency { key, request_hash: hash.finalize().into() }
+        });
+        Ok(Self(value, idempotency))
     }
+}
+
+/// The header `idempotency-key`: 1 to 255 visible ASCII characters.
+fn idempotency_key(headers: &HeaderMap) -> Result<Option<String>, Error> {
+    let mut values = headers.get_all("idempotency-key").iter();
+    let Some(value) = values.next() else { return Ok(None) };
+    if values.next().is_some() {
+        return Err(Error::Malformed("give one `idempotency-key`, not several".to_owned()));
+    }
+    let key = value.to_str().unwrap_or_default();
+    if (1..=255).contains(&key.len()) && key.bytes().all(|byte| byte.is_ascii_graphic()) {
+        return Ok(Some(key.to_owned()));
+    }
+    Err(Error::Malformed(
+        "`idempotency-key` must have 1 to 255 visible ASCII characters, such as a UUID".to_owned(),
+    ))
 }
 
 fn is_json(request: &Request) -> bool {

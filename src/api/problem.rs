@@ -6,7 +6,7 @@ use axum::http::{HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use serde::Serialize;
 
-use crate::domain::{RunErrorCode, RunId, ThreadId};
+use crate::domain::{MultitaskStrategy, Run, RunErrorCode, RunId, ThreadId};
 use crate::error::{Chain, Error};
 use crate::store::StoreError;
 
@@ -103,14 +103,16 @@ impl From<&Error> for Problem {
             Error::MethodNotAllowed => {
                 ("method-not-allowed", "Method not allowed", StatusCode::METHOD_NOT_ALLOWED)
             }
-            Error::ThreadBusy => ("thread-busy", "Thread busy", StatusCode::CONFLICT),
+            Error::ThreadBusy => THREAD_BUSY,
             Error::QueueFull { .. } => ("queue-full", "Queue full", StatusCode::TOO_MANY_REQUESTS),
-            Error::NotSupported(_) => NOT_SUPPORTED,
-            Error::RunFailed { run, .. } => of_run(run.error.as_ref().map(|error| error.code)),
-            Error::Draining => DRAINING,
-            Error::StoreUnavailable(_) => {
-                ("store-unavailable", "Store unavailable", StatusCode::SERVICE_UNAVAILABLE)
+            Error::IdempotencyMismatch => {
+                ("idempotency-mismatch", "Idempotency mismatch", StatusCode::UNPROCESSABLE_ENTITY)
             }
+            Error::RunNotWaiting(_) => ("run-not-waiting", "Run not waiting", StatusCode::CONFLICT),
+            Error::UpstreamUnavailable { .. } => UPSTREAM_ERROR,
+            Error::RunFailed { run, .. } => of_run(run),
+            Error::Draining => DRAINING,
+            Error::StoreUnavailable(_) => STORE_UNAVAILABLE,
             Error::Internal(_) => INTERNAL,
         };
         let (name, title, status) = kind;
@@ -119,9 +121,11 @@ impl From<&Error> for Problem {
                 Some(Duration::from_secs(1))
             }
             Error::Draining => Some(Duration::from_secs(2)),
-            Error::RunFailed { .. } if kind == DRAINING || kind == REPLICA_LOST => {
+            Error::RunFailed { .. } if [DRAINING, REPLICA_LOST, STORE_UNAVAILABLE].contains(&kind) => {
                 Some(Duration::from_secs(2))
             }
+            Error::RunFailed { .. } if kind == THREAD_BUSY => Some(Duration::from_secs(1)),
+            Error::UpstreamUnavailable { retry_after } => Some(*retry_after),
             Error::RunFailed { retry_after, .. } => *retry_after,
             _ => None,
         };
@@ -143,25 +147,29 @@ type Kind = (&'static str, &'static str, StatusCode);
 
 const INVALID_REQUEST: Kind = ("invalid-request", "Invalid request", StatusCode::BAD_REQUEST);
 const UNPROCESSABLE: Kind = ("invalid-request", "Invalid request", StatusCode::UNPROCESSABLE_ENTITY);
-const NOT_SUPPORTED: Kind = ("not-supported", "Not supported yet", StatusCode::NOT_IMPLEMENTED);
+const THREAD_BUSY: Kind = ("thread-busy", "Thread busy", StatusCode::CONFLICT);
+const STORE_UNAVAILABLE: Kind = ("store-unavailable", "Store unavailable", StatusCode::SERVICE_UNAVAILABLE);
 const DRAINING: Kind = ("draining", "Shutting down", StatusCode::SERVICE_UNAVAILABLE);
 const REPLICA_LOST: Kind = ("replica-lost", "Replica lost", StatusCode::SERVICE_UNAVAILABLE);
 const INTERNAL: Kind = ("internal", "Internal error", StatusCode::INTERNAL_SERVER_ERROR);
 const UPSTREAM_ERROR: Kind = ("upstream-error", "Upstream error", StatusCode::BAD_GATEWAY);
 const UPSTREAM_TIMEOUT: Kind = ("upstream-timeout", "Upstream timeout", StatusCode::GATEWAY_TIMEOUT);
 
-fn of_run(code: Option<RunErrorCode>) -> Kind {
-    match code {
+fn of_run(run: &Run) -> Kind {
+    match run.error.as_ref().map(|error| error.code) {
+        // The caller did not want to wait, and nothing of its message was kept.
+        Some(RunErrorCode::UpstreamBusy) if run.strategy == MultitaskStrategy::Reject => THREAD_BUSY,
         Some(RunErrorCode::DeadlineExceeded | RunErrorCode::UpstreamBusy | RunErrorCode::UpstreamTimeout) => {
             UPSTREAM_TIMEOUT
         }
         Some(RunErrorCode::GatewayStopped) => DRAINING,
         Some(RunErrorCode::ReplicaLost) => REPLICA_LOST,
-        Some(RunErrorCode::ToolCallsNotSupported) => NOT_SUPPORTED,
+        Some(RunErrorCode::NotRecorded) => STORE_UNAVAILABLE,
         Some(RunErrorCode::Internal | RunErrorCode::NotConfigured) => INTERNAL,
         Some(
             RunErrorCode::UpstreamError
             | RunErrorCode::UpstreamFailed
+            | RunErrorCode::UpstreamUnavailable
             | RunErrorCode::UpstreamThreadGone
             | RunErrorCode::StreamBroken
             | RunErrorCode::ReplyTooLarge,

@@ -2,12 +2,18 @@
 
 use axum::Json;
 use axum::extract::State;
+use axum::http::{HeaderMap, StatusCode, Uri};
+use axum::response::{IntoResponse, Response};
+use futures_util::StreamExt;
+use futures_util::stream;
 
-use super::AppState;
-use super::extract::{ApiKey, ApiPage, ApiRun};
-use super::views::{ListView, RunAndMessageView, RunView};
+use super::extract::{ApiJson, ApiKey, ApiPage, ApiRun, LastEventId};
+use super::turn::{Form, answer};
+use super::views::{ListView, PostOutputs, RunAndMessageView, RunView};
+use super::{AppState, sse};
 use crate::domain::RunId;
 use crate::error::Error;
+use crate::runs::NewOutputs;
 
 pub(super) async fn list(
     State(state): State<AppState>,
@@ -35,4 +41,43 @@ pub(super) async fn cancel(
 ) -> Result<Json<RunAndMessageView>, Error> {
     let (run, message) = state.runs.cancel(&key, id).await?;
     Ok(Json(RunAndMessageView { run: run.into(), message: message.map(Into::into) }))
+}
+
+/// Hands a run the outputs of its function calls, and answers like a message from there on.
+pub(super) async fn tool_outputs(
+    State(state): State<AppState>,
+    ApiKey(key): ApiKey,
+    ApiRun(id): ApiRun,
+    uri: Uri,
+    headers: HeaderMap,
+    ApiJson(body, idempotency): ApiJson<PostOutputs>,
+) -> Result<Response, Error> {
+    let new = NewOutputs { outputs: body.tool_outputs, idempotency };
+    let (submitted, from) = state.runs.answer_tools(&key, id, new).await?;
+    let form = Form { stream: body.stream, headers: &headers, uri: &uri, on_drop: None };
+    answer(&state, &key, submitted, from, form).await
+}
+
+/// The run's events, from the first one or after the one that the caller saw last, to its end. A caller that saw the
+/// end hears that nothing more will come (204), so that an `EventSource` stops asking.
+pub(super) async fn events(
+    State(state): State<AppState>,
+    ApiKey(key): ApiKey,
+    ApiRun(id): ApiRun,
+    LastEventId(last): LastEventId,
+) -> Result<Response, Error> {
+    let (run, follow) = state.runs.follow(&key, id).await?;
+    let from = match last {
+        None => 0,
+        Some((of, n)) if of == id => n.saturating_add(1),
+        Some((of, _)) => {
+            return Err(Error::Malformed(format!("`last-event-id` names the run {of}, the path {id}")));
+        }
+    };
+    let mut events = follow.events(from);
+    if run.status.is_final() {
+        let Some(first) = events.next().await else { return Ok(StatusCode::NO_CONTENT.into_response()) };
+        events = stream::iter([first]).chain(events).boxed();
+    }
+    Ok(sse::until_ended(&run, events, state.server.keep_alive))
 }

@@ -7,34 +7,64 @@ use axum::http::{HeaderName, HeaderValue};
 use axum::response::sse::{Event, KeepAlive, Sse};
 use axum::response::{IntoResponse, Response};
 use futures_util::StreamExt;
+use futures_util::stream::{self, BoxStream};
 use serde_json::{Value, json};
 use tokio_util::sync::DropGuard;
 
 use super::views::{MessageView, RunView};
-use crate::domain::{RunId, RunStatus, ThreadId};
-use crate::runs::{RunEvent, Submitted};
+use crate::domain::{Run, RunId, RunStatus, ThreadId};
+use crate::runs::RunEvent;
 
-/// Streams the run from its first event to its last. Each event's id is `<run>:<n>`, counted from 0. `on_drop` lives
-/// as long as the stream.
-pub(super) fn follow(submitted: &Submitted, on_drop: Option<DropGuard>, keep_alive: Duration) -> Response {
-    let (run, thread) = (submitted.run.id, submitted.thread.id);
-    let events = submitted.feed.follow(0).map(move |(n, event)| {
-        let _alive = &on_drop;
-        Ok::<_, Infallible>(render(run, thread, n, &event))
+/// The events of a run, each with its number.
+type Events = BoxStream<'static, (i64, RunEvent)>;
+
+/// Streams until the run has ended, or waits for tool outputs. Each event's id is `<run>:<n>`. `on_drop` lives
+/// as long as the stream, unless that ends because of a wait: leaving to make function calls is no disconnect.
+pub(super) fn until_answered(
+    run: &Run,
+    events: Events,
+    on_drop: Option<DropGuard>,
+    keep_alive: Duration,
+) -> Response {
+    let answered = stream::unfold(Some((events, on_drop)), |state| async move {
+        let (mut events, on_drop) = state?;
+        let (n, event) = events.next().await?;
+        let rest = if matches!(event, RunEvent::RequiresAction(_)) {
+            drop(on_drop.map(DropGuard::disarm));
+            None
+        } else {
+            Some((events, on_drop))
+        };
+        Some(((n, event), rest))
     });
+    stream_of(run, answered.boxed(), keep_alive)
+}
+
+/// Streams until the run has ended.
+pub(super) fn until_ended(run: &Run, events: Events, keep_alive: Duration) -> Response {
+    stream_of(run, events, keep_alive)
+}
+
+fn stream_of(run: &Run, events: Events, keep_alive: Duration) -> Response {
+    let (run, thread) = (run.id, run.thread_id);
+    let events = events.map(move |(n, event)| Ok::<_, Infallible>(render(run, thread, n, &event)));
     let sse = Sse::new(events).keep_alive(KeepAlive::new().interval(keep_alive).text("keep-alive"));
     // Without the hint, a reverse proxy may hold the events back until its buffer is full.
     let unbuffered = (HeaderName::from_static("x-accel-buffering"), HeaderValue::from_static("no"));
     ([unbuffered], sse).into_response()
 }
 
-fn render(run: RunId, thread: ThreadId, n: usize, event: &RunEvent) -> Event {
+fn render(run: RunId, thread: ThreadId, n: i64, event: &RunEvent) -> Event {
     let (name, data): (&str, Value) = match event {
         RunEvent::Queued { position } => {
             ("run.queued", json!({"run_id": run, "thread_id": thread, "position": position}))
         }
         RunEvent::Started => ("run.started", json!({"run_id": run, "thread_id": thread})),
         RunEvent::Delta(text) => ("message.delta", json!({"text": **text})),
+        RunEvent::RequiresAction(action) => (
+            "run.requires_action",
+            json!({"run_id": run, "thread_id": thread, "tool_calls": action.tool_calls}),
+        ),
         RunEvent::MessageCompleted(message) => {
             ("message.completed", json!({"message": MessageView::from((**message).clone())}))
         }

@@ -6,8 +6,9 @@ use serde::de::{self, SeqAccess, Visitor};
 use serde::{Deserialize, Deserializer, Serialize};
 
 use crate::domain::{
-    ContentPart, Message, MessageId, Metadata, MultitaskStrategy, Page, RequiredAction, Role, Run, RunError,
-    RunId, RunStatus, Thread, ThreadActivity, ThreadId, ThreadState, Timestamp, UpstreamThreadId, Usage,
+    ContentPart, Context, Message, MessageId, Metadata, MultitaskStrategy, Page, RequiredAction, Role, Run,
+    RunError, RunId, RunStatus, Thread, ThreadActivity, ThreadId, ThreadState, Timestamp, ToolOutput,
+    UpstreamThreadId, Usage,
 };
 
 /// The body of `POST …/messages`.
@@ -21,6 +22,30 @@ pub(super) struct PostMessage {
     pub(super) on_disconnect: Option<OnDisconnect>,
     pub(super) metadata: Option<Metadata>,
     pub(super) timeout_ms: Option<u64>,
+}
+
+/// The body of `POST …/runs/{run}/tool_outputs`.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct PostOutputs {
+    #[serde(deserialize_with = "outputs")]
+    pub(super) tool_outputs: Vec<ToolOutput>,
+    pub(super) stream: Option<bool>,
+}
+
+/// Closed, unlike the domain's own shape, which must be able to grow in the store.
+fn outputs<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<ToolOutput>, D::Error> {
+    #[derive(Deserialize)]
+    #[serde(deny_unknown_fields)]
+    struct Output {
+        tool_call_id: String,
+        output: String,
+    }
+    let given = Vec::<Output>::deserialize(deserializer)?;
+    if given.iter().any(|it| it.output.contains('\0') || it.tool_call_id.contains('\0')) {
+        return Err(de::Error::custom("must not contain NUL characters"));
+    }
+    Ok(given.into_iter().map(|Output { tool_call_id, output }| ToolOutput { tool_call_id, output }).collect())
 }
 
 /// What becomes of the run when its caller leaves.
@@ -141,6 +166,8 @@ pub(super) struct RunView {
     usage: Option<Usage>,
     error: Option<RunError>,
     required_action: Option<RequiredAction>,
+    /// It was rolled back: its messages are not in the transcript.
+    rolled_back: bool,
     metadata: Metadata,
 }
 
@@ -159,6 +186,7 @@ impl From<Run> for RunView {
             usage: run.usage,
             error: run.error,
             required_action: run.required_action,
+            rolled_back: run.discarded,
             metadata: run.metadata,
         }
     }
@@ -171,9 +199,22 @@ pub(super) struct MessageView {
     content: Vec<ContentPart>,
     run_id: Option<RunId>,
     thread_id: ThreadId,
-    /// 1 for the thread's first message.
+    /// Ascending from 1; a gap is where messages were rolled back.
     position: i64,
+    status: MessageStatus,
+    /// Why it is incomplete: its run's end.
+    incomplete_reason: Option<RunStatus>,
+    /// The model knows of it, or will with the next turn.
+    in_context: bool,
     created_at: Timestamp,
+}
+
+/// Whether a message belongs to a turn that came to its proper end, as far as that is known.
+#[derive(Clone, Copy, Debug, Serialize)]
+#[serde(rename_all = "lowercase")]
+enum MessageStatus {
+    Completed,
+    Incomplete,
 }
 
 impl From<Message> for MessageView {
@@ -185,6 +226,13 @@ impl From<Message> for MessageView {
             run_id: message.run_id,
             thread_id: message.thread_id,
             position: message.position,
+            status: if message.ended.is_some() {
+                MessageStatus::Incomplete
+            } else {
+                MessageStatus::Completed
+            },
+            incomplete_reason: message.ended,
+            in_context: message.context != Context::Withheld,
             created_at: message.created_at,
         }
     }

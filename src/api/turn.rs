@@ -1,0 +1,151 @@
+//! The three forms in which a run is answered: when it has ended or asks for function calls, as a stream of events, or
+//! with where to look.
+
+use axum::Json;
+use axum::http::{HeaderMap, HeaderName, HeaderValue, StatusCode, Uri, header};
+use axum::response::{IntoResponse, Response};
+use tokio::time::timeout;
+use tokio_util::sync::DropGuard;
+
+use super::prefer::{PREFERENCE_APPLIED, Prefer};
+use super::views::{ThreadView, TurnView};
+use super::{AppState, sse};
+use crate::domain::{ConversationKey, RunStatus, ThreadActivity, ThreadState};
+use crate::error::Error;
+use crate::runs::{Answer, Outcome, Submitted};
+
+/// Says that a run is that of an earlier request with the same idempotency key.
+const REPLAYED: HeaderName = HeaderName::from_static("idempotent-replayed");
+
+/// The form that a caller wants.
+pub(super) struct Form<'a> {
+    pub(super) stream: Option<bool>,
+    pub(super) headers: &'a HeaderMap,
+    pub(super) uri: &'a Uri,
+    /// Cancels the run when it is dropped.
+    pub(super) on_drop: Option<DropGuard>,
+}
+
+/// Answers with what the run does from event number `from` on.
+pub(super) async fn answer(
+    state: &AppState,
+    key: &ConversationKey,
+    submitted: Submitted,
+    from: i64,
+    form: Form<'_>,
+) -> Result<Response, Error> {
+    let replayed = submitted.replayed;
+    let response = in_form(state, key, submitted, from, form).await;
+    if !replayed {
+        return response;
+    }
+    // A failure is repeated too, and says so.
+    let mut response = response.into_response();
+    response.headers_mut().insert(REPLAYED, HeaderValue::from_static("true"));
+    Ok(response)
+}
+
+async fn in_form(
+    state: &AppState,
+    key: &ConversationKey,
+    submitted: Submitted,
+    from: i64,
+    form: Form<'_>,
+) -> Result<Response, Error> {
+    let Form { stream, headers, uri, on_drop } = form;
+    if stream.unwrap_or_else(|| accepts_events(headers)) {
+        let events = submitted.follow.events(from);
+        return Ok(sse::until_answered(&submitted.run, events, on_drop, state.server.keep_alive));
+    }
+    let prefer = Prefer::of(headers);
+    let waits = submitted.follow.answer(from);
+    let answered = match prefer.patience() {
+        None => Ok(waits.await),
+        Some(wait) => timeout(wait, waits).await,
+    };
+    if let Ok(answered) = answered {
+        let answered = match answered {
+            Some(answered) => answered,
+            // Its task is gone without a word: it goes on in another process, or something went badly wrong.
+            None if state.runs.is_draining() => return Err(Error::Draining),
+            None => return Err(Error::Internal(None)),
+        };
+        // Asking for function calls is no end: leaving to make them is no disconnect.
+        drop(on_drop.map(DropGuard::disarm));
+        return Ok(Json(turn(&answered)?).into_response());
+    }
+    // The message was taken, so nothing that fails from here on may look as if it was not.
+    let (run, message) = state.runs.run(key, submitted.run.id).await.unwrap_or((submitted.run, None));
+    let (thread, activity) = match state.runs.thread(key).await {
+        Ok((thread, activity)) if thread.id == run.thread_id => (thread, activity),
+        _ => (submitted.thread, ThreadActivity { state: ThreadState::Active, queue_depth: 0 }),
+    };
+    let place = format!("{}/runs/{}", scope_of(uri), run.id);
+    // The caller is told where to look: leaving now is no disconnect.
+    drop(on_drop.map(DropGuard::disarm));
+    let view = TurnView {
+        thread: ThreadView::new(thread, activity),
+        run: run.into(),
+        message: message.map(Into::into),
+    };
+    let headers = [(header::LOCATION, place), (PREFERENCE_APPLIED, prefer.to_string())];
+    Ok((StatusCode::ACCEPTED, headers, Json(view)).into_response())
+}
+
+fn turn(answered: &Answer) -> Result<TurnView, Error> {
+    let outcome = match answered {
+        Answer::Ended(outcome) => outcome,
+        Answer::RequiresAction(waiting) => {
+            return Ok(TurnView {
+                thread: ThreadView::new(waiting.thread.clone(), waiting.activity),
+                run: waiting.run.clone().into(),
+                message: None,
+            });
+        }
+    };
+    let Outcome { thread, activity, run, message, retry_after } = &**outcome;
+    match run.status {
+        RunStatus::Failed | RunStatus::Expired => {
+            Err(Error::RunFailed { run: Box::new(run.clone()), retry_after: *retry_after })
+        }
+        _ => Ok(TurnView {
+            thread: ThreadView::new(thread.clone(), *activity),
+            run: run.clone().into(),
+            message: message.clone().map(Into::into),
+        }),
+    }
+}
+
+/// The path of the conversation, as the caller wrote it: what stands before `/messages` or `/runs/…`.
+fn scope_of(uri: &Uri) -> &str {
+    let path = uri.path();
+    path.strip_suffix("/messages").unwrap_or_else(|| {
+        let up = |path: &str| path.rfind('/').map_or(0, |at| at);
+        // …/runs/{run}/tool_outputs
+        let mut end = path.len();
+        for _ in 0..3 {
+            end = up(&path[..end]);
+        }
+        &path[..end]
+    })
+}
+
+fn accepts_events(headers: &HeaderMap) -> bool {
+    headers.get_all(header::ACCEPT).iter().filter_map(|value| value.to_str().ok()).any(|value| {
+        value.split(',').any(|kind| {
+            kind.split(';').next().is_some_and(|kind| kind.trim().eq_ignore_ascii_case("text/event-stream"))
+        })
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_run_is_found_below_its_conversation() {
+        for path in ["/v1/users/a%2Fb/messages", "/v1/users/a%2Fb/runs/run_1/tool_outputs"] {
+            assert_eq!(scope_of(&path.parse().unwrap()), "/v1/users/a%2Fb");
+        }
+    }
+}
