@@ -3,8 +3,9 @@
 use reqwest::Method;
 use serde_json::{Value, json};
 
-use crate::support::gateway::{Gateway, PATIENCE, text, text_of};
-use crate::support::scene::{Protocol, Scene, on_every_scene};
+use crate::support::gateway::{EventReader, Gateway, PATIENCE, text, text_of};
+use crate::support::history::assert_same;
+use crate::support::scene::{Backend, Protocol, Scene, on_every_scene};
 
 on_every_scene!(
     a_run_at_work_can_be_cancelled,
@@ -12,9 +13,14 @@ on_every_scene!(
     a_thread_can_be_cleared,
     a_cancel_that_comes_too_late_is_no_error,
     a_caller_that_leaves_can_take_its_run_along,
+    whoever_follows_a_run_hears_that_it_was_cancelled,
+    any_process_can_cancel_a_run,
 );
 
 const SCOPE: &str = "/v1/users/alice";
+
+/// Lets a process see soon what others ask of its runs, or that another one is gone.
+const SHORT: &str = "[replica]\nsession_ttl = \"900ms\"\n";
 
 async fn cancel(gateway: &Gateway, path: &str) -> crate::support::gateway::Answer {
     gateway.send(gateway.request(Method::POST, &format!("{SCOPE}/{path}"))).await
@@ -150,4 +156,63 @@ async fn a_caller_that_leaves_can_take_its_run_along(scene: Scene) {
     }
     scene.simulator.release();
     works_again(&gateway, &scene).await;
+}
+
+async fn whoever_follows_a_run_hears_that_it_was_cancelled(scene: Scene) {
+    let gateway = scene.gateway().await;
+    let mut own = gateway.stream(SCOPE, "a long story [[sim: silent_after=3]]").await;
+    let started = own.next().await.unwrap();
+    let run = format!("{SCOPE}/runs/{}", started.data["run_id"].as_str().unwrap());
+    let follow = |gateway: &Gateway| gateway.request(Method::GET, &format!("{run}/events")).send();
+    let mut other = EventReader::new(follow(&gateway).await.unwrap());
+    assert_eq!(other.next().await.unwrap(), started, "both see the same");
+    for _ in 0..3 {
+        assert_eq!(other.next().await, own.next().await);
+    }
+    let cancelled = gateway.send(gateway.request(Method::POST, &format!("{run}/cancel"))).await.ok();
+    let (own, other) = (own.rest().await, other.rest().await);
+    assert_eq!(own, other);
+    assert_eq!(own.last().unwrap().name, "run.cancelled");
+    assert_eq!(own.last().unwrap().data["run"], cancelled["run"]);
+    let late = EventReader::new(follow(&gateway).await.unwrap()).rest().await;
+    assert_eq!(late[late.len() - own.len()..], own, "and so does whoever comes later");
+    works_again(&gateway, &scene).await;
+}
+
+/// One at work, one in line and one that waits for outputs, each asked to end by a process that does not work on it.
+async fn any_process_can_cancel_a_run(scene: Scene) {
+    if scene.backend == Backend::Sqlite {
+        // A file has one process.
+        return;
+    }
+    let (owner, other) = tokio::join!(scene.gateway_with(SHORT), scene.gateway_with(SHORT));
+    let mut first = owner.stream(SCOPE, "a long story [[sim: silent_after=3]]").await;
+    let at_work = first.next().await.unwrap().data["run_id"].as_str().unwrap().to_owned();
+    let mut second = owner.stream(SCOPE, "in line").await;
+    let in_line = second.next().await.unwrap().data["run_id"].as_str().unwrap().to_owned();
+    // Whoever follows it there hears of it too.
+    let path = format!("{SCOPE}/runs/{at_work}/events");
+    let follower = EventReader::new(other.request(Method::GET, &path).send().await.unwrap());
+
+    let cancelled = cancel(&other, &format!("runs/{in_line}/cancel")).await.ok();
+    assert_eq!((&cancelled["run"]["status"], &cancelled["message"]), (&json!("cancelled"), &Value::Null));
+    for _ in 0..3 {
+        assert_eq!(first.next().await.unwrap().name, "message.delta", "the one before it goes on");
+    }
+    let cancelled = cancel(&other, &format!("runs/{at_work}/cancel")).await.ok();
+    assert_eq!(cancelled["run"]["status"], "cancelled");
+    let (first, follower) = (first.rest().await, follower.rest().await);
+    assert_eq!(first.last().unwrap().name, "run.cancelled");
+    assert_eq!(follower[follower.len() - first.len()..], first);
+    assert_eq!(second.rest().await.last().unwrap().name, "run.cancelled");
+
+    let asked = owner.say(SCOPE, "weather? [[sim: tool=get_weather]]").await;
+    assert_eq!(asked["run"]["status"], "requires_action");
+    let waits = asked["run"]["id"].as_str().unwrap();
+    let cancelled = cancel(&other, &format!("runs/{waits}/cancel")).await.ok();
+    assert_eq!(cancelled["run"]["status"], "cancelled");
+    assert_eq!(cancelled["run"]["required_action"], Value::Null);
+    works_again(&other, &scene).await;
+    works_again(&owner, &scene).await;
+    assert_same(&scene, &owner, SCOPE).await;
 }

@@ -32,9 +32,7 @@ async fn bad_requests_are_refused_with_a_typed_problem() {
         (json!({"content": "a", "timeout_ms": 0}), 422, "invalid-request", "timeout_ms"),
         (json!({"content": "a", "timeout_ms": 600_001}), 422, "invalid-request", "600000"),
         (json!({"content": "a", "multitask_strategy": "panic"}), 422, "invalid-request", "enqueue"),
-        (json!({"content": "a", "multitask_strategy": "merge"}), 501, "not-supported", "enqueue"),
-        (json!({"content": "a", "multitask_strategy": "interrupt"}), 501, "not-supported", "enqueue"),
-        (json!({"content": "a", "multitask_strategy": "rollback"}), 501, "not-supported", "enqueue"),
+        (json!({"content": "a", "multitask_strategy": "queue"}), 422, "invalid-request", "rollback"),
         (json!({"content": "a", "on_disconnect": "explode"}), 422, "invalid-request", "continue"),
         (json!({"content": "x".repeat(5000)}), 413, "payload-too-large", "4096"),
     ] {

@@ -7,6 +7,7 @@ use serde_json::{Value, json};
 use threadkeeper::domain::Timestamp;
 
 use crate::support::gateway::{PATIENCE, text_of};
+use crate::support::history::{all, messages};
 use crate::support::scene::{Backend, Protocol, Scene, on_every_scene};
 
 on_every_scene!(
@@ -30,27 +31,9 @@ async fn two_hundred_messages_to_one_key_run_one_by_one_in_order_of_admission(sc
     );
 
     // Order of admission (the runs' own order) = order of the turns = order of the transcript.
-    let mut runs = Vec::new();
-    let mut after = String::new();
-    loop {
-        let page = gateway.get(&format!("/v1/users/alice/runs?order=asc&limit=100{after}")).await.ok();
-        runs.extend(page["data"].as_array().unwrap().clone());
-        if page["has_more"] == false {
-            break;
-        }
-        after = format!("&after={}", page["last_id"].as_str().unwrap());
-    }
+    let runs = all(&gateway, "/v1/users/alice/runs").await;
     assert_eq!(runs.len(), 200);
-    let mut messages = Vec::new();
-    let mut after = String::new();
-    loop {
-        let page = gateway.get(&format!("/v1/users/alice/messages?order=asc&limit=100{after}")).await.ok();
-        messages.extend(page["data"].as_array().unwrap().clone());
-        if page["has_more"] == false {
-            break;
-        }
-        after = format!("&after={}", page["last_id"].as_str().unwrap());
-    }
+    let messages = messages(&gateway, "/v1/users/alice").await;
     assert_eq!(messages.len(), 400);
     for (n, (run, turn)) in runs.iter().zip(messages.chunks(2)).enumerate() {
         assert_eq!([&turn[0]["run_id"], &turn[1]["run_id"]], [&run["id"], &run["id"]], "turn {n}");

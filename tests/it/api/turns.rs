@@ -330,9 +330,12 @@ async fn the_answer_has_the_documented_shape() {
         ],
         "created_at": "[created_at]",
         "id": "[id]",
+        "in_context": true,
+        "incomplete_reason": null,
         "position": 2,
         "role": "assistant",
         "run_id": "[run_id]",
+        "status": "completed",
         "thread_id": "[thread_id]"
       },
       "run": {
@@ -345,6 +348,7 @@ async fn the_answer_has_the_documented_shape() {
         "metadata": {},
         "multitask_strategy": "enqueue",
         "required_action": null,
+        "rolled_back": false,
         "started_at": "[started_at]",
         "status": "completed",
         "thread_id": "[thread_id]",

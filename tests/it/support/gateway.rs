@@ -108,6 +108,11 @@ impl Gateway {
         Self { child, url: format!("http://{address}"), logs, client, _config: config }
     }
 
+    /// Of the process.
+    pub(crate) fn id(&self) -> u32 {
+        self.child.id()
+    }
+
     pub(crate) fn address(&self) -> &str {
         self.url.strip_prefix("http://").unwrap()
     }

@@ -2,6 +2,7 @@
 
 mod database;
 pub(crate) mod gateway;
+pub(crate) mod history;
 pub(crate) mod openapi;
 mod postgres;
 pub(crate) mod scene;

@@ -65,9 +65,38 @@ impl Scene {
         Gateway::start(&self.config(more)).await
     }
 
+    /// A gateway with further settings (TOML) of its upstream.
+    pub(crate) async fn gateway_upstream(&self, upstream: &str) -> Gateway {
+        self.gateway_both("", upstream).await
+    }
+
+    /// A gateway with further settings of its own and of its upstream.
+    pub(crate) async fn gateway_both(&self, more: &str, upstream: &str) -> Gateway {
+        Gateway::start(&self.config_with(more, upstream)).await
+    }
+
+    /// A gateway in the place of another one.
+    pub(crate) async fn gateway_instead(&self, mut other: Gateway, upstream: &str) -> Gateway {
+        other.terminate();
+        other.exit().await;
+        self.gateway_upstream(upstream).await
+    }
+
+    /// Adds items to a conversation, as somebody else may.
+    pub(crate) async fn add_items(&self, conversation: &str, items: &serde_json::Value) {
+        let url = format!("{}/conversations/{conversation}/items", self.upstream_url);
+        let request = reqwest::Client::new().post(url).bearer_auth("sk-other");
+        let answer = request.json(&serde_json::json!({"items": items})).send().await.unwrap();
+        assert!(answer.status().is_success(), "{:?}", answer.text().await);
+    }
+
     /// A configuration that leads to this scene's database and simulator. `more` may open tables of its own and
     /// must not repeat one.
     pub(crate) fn config(&self, more: &str) -> String {
+        self.config_with(more, "")
+    }
+
+    fn config_with(&self, more: &str, upstream: &str) -> String {
         let (kind, assistant) = match self.protocol {
             Protocol::Assistants => ("assistants", "assistant_id = \"asst_test\""),
             Protocol::Responses | Protocol::Chain => ("responses", "model = \"test-model\""),
@@ -76,7 +105,7 @@ impl Scene {
         let conversations = if conversations { "" } else { "conversations = false" };
         format!(
             "{more}\n[store]\nurl = {store:?}\n\
-             [upstreams.simulated]\nkind = \"{kind}\"\nbase_url = \"{url}\"\napi_key = \"sk-planted-key\"\n{conversations}\n\
+             [upstreams.simulated]\nkind = \"{kind}\"\nbase_url = \"{url}\"\napi_key = \"sk-planted-key\"\n{conversations}\n{upstream}\n\
              [assistants.default]\nupstream = \"simulated\"\n{assistant}\ninstructions = \"Be kind.\"\n",
             store = self.database.url(),
             url = self.upstream_url,

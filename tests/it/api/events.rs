@@ -1,0 +1,166 @@
+//! A run's events, read again: from the start or from where a reader stopped, while it goes on and after its end.
+
+use std::time::Duration;
+
+use reqwest::{Method, StatusCode};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpStream;
+
+use crate::support::gateway::{Event, EventReader, Gateway, PATIENCE, text_of};
+use crate::support::scene::{Backend, Scene, on_every_scene};
+
+on_every_scene!(
+    a_stream_can_be_read_again_at_any_time,
+    a_reader_joins_a_run_that_goes_on,
+    a_stream_shows_how_a_run_failed,
+    only_events_of_the_run_can_be_asked_for,
+    a_run_of_another_process_can_be_followed,
+    slow_readers_stall_nobody_and_cost_little,
+);
+
+const SCOPE: &str = "/v1/users/alice";
+
+async fn open(gateway: &Gateway, run: &str, last: Option<&str>) -> reqwest::Response {
+    let mut request = gateway.request(Method::GET, &format!("{SCOPE}/runs/{run}/events"));
+    if let Some(last) = last {
+        request = request.header("last-event-id", last);
+    }
+    request.send().await.unwrap()
+}
+
+async fn replay(gateway: &Gateway, run: &str, last: Option<&str>) -> Vec<Event> {
+    EventReader::new(open(gateway, run, last).await).rest().await
+}
+
+fn run_of(event: &Event) -> String {
+    event.data["run_id"].as_str().unwrap().to_owned()
+}
+
+async fn a_stream_can_be_read_again_at_any_time(scene: Scene) {
+    let gateway = scene.gateway().await;
+    let original = gateway.stream(SCOPE, "tell me [[sim: tokens=30]]").await.rest().await;
+    let run = run_of(&original[0]);
+    assert_eq!(original.last().unwrap().name, "run.completed");
+    let started = scene.simulator.stats().runs_started;
+    // In this process, and in one that never saw the run.
+    let mut gateway = gateway;
+    for round in 0..2 {
+        assert_eq!(replay(&gateway, &run, None).await, original, "round {round}");
+        for at in [0, 1, 5, original.len() - 3, original.len() - 2] {
+            let rest = replay(&gateway, &run, Some(&original[at].id)).await;
+            assert_eq!(rest, original[at + 1..], "round {round}, after {at}");
+        }
+        let over = open(&gateway, &run, Some(&original.last().unwrap().id)).await;
+        assert_eq!(over.status(), StatusCode::NO_CONTENT, "nothing more will come");
+        if round == 0 {
+            gateway.kill();
+            gateway = scene.gateway().await;
+        }
+    }
+    assert_eq!(scene.simulator.stats().runs_started, started, "reading starts nothing");
+}
+
+async fn a_reader_joins_a_run_that_goes_on(scene: Scene) {
+    let gateway = scene.gateway().await;
+    let mut original = gateway.stream(SCOPE, "tell me [[sim: tokens=40 rate=10ms]]").await;
+    let mut seen = Vec::new();
+    for _ in 0..6 {
+        seen.push(original.next().await.unwrap());
+    }
+    let run = run_of(&seen[0]);
+    let whole = EventReader::new(open(&gateway, &run, None).await);
+    let later = EventReader::new(open(&gateway, &run, Some(&seen[5].id)).await);
+    // The one who asked leaves; the others read on.
+    drop(original);
+    let (whole, later) = tokio::join!(whole.rest(), later.rest());
+    assert_eq!(whole[..6], seen);
+    assert_eq!(whole[6..], later);
+    assert_eq!(whole.last().unwrap().name, "run.completed");
+    assert_eq!(scene.simulator.stats().runs_started, 1);
+}
+
+async fn a_stream_shows_how_a_run_failed(scene: Scene) {
+    let gateway = scene.gateway().await;
+    for content in ["oh [[sim: fail]]", "oh [[sim: status=401]]", "oh [[sim: incomplete]]"] {
+        let original = gateway.stream(SCOPE, content).await.rest().await;
+        assert_eq!(replay(&gateway, &run_of(&original[0]), None).await, original, "{content}");
+    }
+}
+
+async fn only_events_of_the_run_can_be_asked_for(scene: Scene) {
+    let gateway = scene.gateway().await;
+    let first = gateway.stream(SCOPE, "one").await.rest().await;
+    let second = gateway.stream(SCOPE, "two").await.rest().await;
+    let run = run_of(&second[0]);
+    for last in [&*first[0].id, "nonsense", "run_1:x", &format!("{run}:-1")] {
+        let request = gateway.request(Method::GET, &format!("{SCOPE}/runs/{run}/events"));
+        let refused = gateway.send(request.header("last-event-id", last)).await;
+        assert_eq!(refused.problem(), (400, "invalid-request"), "{last}");
+    }
+    let unknown = gateway.get(&format!("{SCOPE}/runs/run_0198f000000070008000000000000000/events")).await;
+    assert_eq!(unknown.problem(), (404, "not-found"));
+    let elsewhere = gateway.get(&format!("/v1/users/bob/runs/{run}/events")).await;
+    assert_eq!(elsewhere.problem(), (404, "not-found"));
+}
+
+async fn a_run_of_another_process_can_be_followed(scene: Scene) {
+    if scene.backend == Backend::Sqlite {
+        return; // serves one process
+    }
+    let (gateway, other) = (scene.gateway().await, scene.gateway().await);
+    scene.simulator.hold();
+    let mut original = gateway.stream(SCOPE, "tell me").await;
+    let first = original.next().await.unwrap();
+    let run = run_of(&first);
+    let follower = EventReader::new(open(&other, &run, None).await);
+    scene.simulator.release();
+    let (rest, seen) = tokio::join!(original.rest(), follower.rest());
+    let whole: Vec<_> = std::iter::once(first).chain(rest).collect();
+    assert_eq!(seen, whole);
+}
+
+async fn slow_readers_stall_nobody_and_cost_little(scene: Scene) {
+    let gateway = scene.gateway().await;
+    let mut readers = Vec::new();
+    scene.simulator.hold();
+    let original = gateway.stream(SCOPE, "tell me all [[sim: tokens=20000]]").await;
+    let runs = gateway.get(&format!("{SCOPE}/runs")).await.ok();
+    let run = runs["data"][0]["id"].as_str().unwrap().to_owned();
+    let before = resident(&gateway);
+    for _ in 0..40 {
+        // They ask, and then read nothing.
+        let mut socket = TcpStream::connect(gateway.address()).await.unwrap();
+        let request = format!("GET {SCOPE}/runs/{run}/events HTTP/1.1\r\nhost: x\r\n\r\n");
+        socket.write_all(request.as_bytes()).await.unwrap();
+        let mut head = [0; 12];
+        socket.read_exact(&mut head).await.unwrap();
+        assert_eq!(&head, b"HTTP/1.1 200");
+        readers.push(socket);
+    }
+    scene.simulator.release();
+    let events = tokio::time::timeout(PATIENCE, original.rest()).await.unwrap();
+    assert_eq!(events.last().unwrap().name, "run.completed");
+    assert!(text_of(&events).split(' ').count() >= 20_000);
+    let grown = resident(&gateway).saturating_sub(before);
+    assert!(grown < 64 * 1024, "40 slow readers of one long reply made the process grow by {grown} KiB");
+    gateway.say(SCOPE, "and now?").await;
+    // The rest of the story is there for those who wake up.
+    let mut late = readers.pop().unwrap();
+    let mut text = String::new();
+    let read = tokio::time::timeout(Duration::from_secs(20), async {
+        let mut buffer = vec![0; 64 * 1024];
+        while !text.contains("run.completed") {
+            let n = late.read(&mut buffer).await.unwrap();
+            assert!(n > 0, "the stream broke off");
+            text.push_str(&String::from_utf8_lossy(&buffer[..n]));
+        }
+    });
+    read.await.expect("the rest comes");
+}
+
+/// Memory of the process, KiB.
+fn resident(gateway: &Gateway) -> u64 {
+    let status = std::fs::read_to_string(format!("/proc/{}/status", gateway.id())).unwrap();
+    let line = status.lines().find(|line| line.starts_with("VmRSS")).unwrap();
+    line.split_whitespace().nth(1).unwrap().parse().unwrap()
+}

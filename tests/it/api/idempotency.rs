@@ -1,0 +1,225 @@
+//! `Idempotency-Key`: a request that is sent twice does one thing.
+
+use std::collections::BTreeSet;
+use std::time::Duration;
+
+use futures_util::future::join_all;
+use reqwest::{Method, StatusCode};
+use serde_json::{Value, json};
+
+use crate::support::gateway::{Answer, EventReader, Gateway, text};
+use crate::support::history::assert_same;
+use crate::support::scene::{Backend, Scene, on_every_scene};
+
+on_every_scene!(
+    a_repeated_message_gets_the_run_of_the_first,
+    a_repeat_joins_a_run_that_goes_on,
+    another_request_with_the_key_is_refused,
+    a_key_belongs_to_its_conversation,
+    many_at_once_make_one_run,
+    a_merged_message_is_remembered_too,
+    repeated_outputs_are_taken_once,
+    a_failure_is_repeated_as_a_failure,
+    a_refusal_is_not_remembered,
+    a_key_is_forgotten_in_time,
+    a_key_has_a_form,
+);
+
+const SCOPE: &str = "/v1/users/alice";
+
+async fn send(gateway: &Gateway, path: &str, key: &str, body: &Value) -> Answer {
+    let request = gateway.request(Method::POST, path).header("idempotency-key", key);
+    gateway.send(request.json(body)).await
+}
+
+async fn say(gateway: &Gateway, key: &str, content: &str) -> Answer {
+    send(gateway, &format!("{SCOPE}/messages"), key, &json!({"content": content})).await
+}
+
+fn is_replay(answer: &Answer) -> bool {
+    answer.headers.get("idempotent-replayed").is_some_and(|value| value == "true")
+}
+
+async fn a_repeated_message_gets_the_run_of_the_first(scene: Scene) {
+    let gateway = scene.gateway().await;
+    let first = say(&gateway, "k1", "hello").await;
+    assert!(!is_replay(&first));
+    let first = first.ok();
+    // Blanks and the order of fields do not make it another request.
+    let again = gateway.request(Method::POST, &format!("{SCOPE}/messages")).header("idempotency-key", "k1");
+    let again = again.header("content-type", "application/json").body("{ \"content\" :\"hello\"}");
+    let again = gateway.send(again).await;
+    assert!(is_replay(&again));
+    let again = again.ok();
+    assert_eq!((&again["run"], &again["message"]), (&first["run"], &first["message"]));
+    // In any form, and in another process.
+    let run = first["run"]["id"].as_str().unwrap();
+    gateway.kill();
+    let gateway = scene.gateway().await;
+    let request = gateway.request(Method::POST, &format!("{SCOPE}/messages")).header("idempotency-key", "k1");
+    let request = request.header("accept", "text/event-stream").json(&json!({"content": "hello"}));
+    let response = request.send().await.unwrap();
+    assert_eq!(response.headers()["idempotent-replayed"], "true");
+    let events = EventReader::new(response).rest().await;
+    assert_eq!(
+        (events[0].name.as_str(), events.last().unwrap().name.as_str()),
+        ("run.started", "run.completed")
+    );
+    assert_eq!(events.last().unwrap().data["run"], first["run"]);
+    let request = gateway.request(Method::POST, &format!("{SCOPE}/messages")).header("idempotency-key", "k1");
+    let request = request.header("prefer", "respond-async").json(&json!({"content": "hello"}));
+    let taken = gateway.send(request).await;
+    assert!(taken.status == StatusCode::ACCEPTED || taken.status == StatusCode::OK, "{taken:?}");
+    assert_eq!(taken.body["run"]["id"], run);
+    assert_eq!(scene.simulator.stats().runs_started, 1);
+    assert_eq!(gateway.get(&format!("{SCOPE}/thread")).await.ok()["run_count"], 1);
+}
+
+async fn a_repeat_joins_a_run_that_goes_on(scene: Scene) {
+    let gateway = scene.gateway().await;
+    scene.simulator.hold();
+    let (first, second, ()) =
+        tokio::join!(say(&gateway, "k1", "hello"), say(&gateway, "k1", "hello"), async {
+            scene.simulator.wait_for(|stats| stats.runs_started == 1).await;
+            scene.simulator.release();
+        });
+    assert!(is_replay(&first) != is_replay(&second), "one of them was first");
+    assert_eq!(first.ok(), second.ok());
+    assert_eq!(scene.simulator.stats().runs_started, 1);
+}
+
+async fn another_request_with_the_key_is_refused(scene: Scene) {
+    let gateway = scene.gateway().await;
+    say(&gateway, "k1", "hello").await.ok();
+    assert_eq!(say(&gateway, "k1", "something else").await.problem(), (422, "idempotency-mismatch"));
+    let body = json!({"content": "hello", "metadata": {"a": "b"}});
+    let refused = send(&gateway, &format!("{SCOPE}/messages"), "k1", &body).await;
+    assert_eq!(refused.problem(), (422, "idempotency-mismatch"));
+    assert_eq!(scene.simulator.stats().runs_started, 1);
+}
+
+async fn a_key_belongs_to_its_conversation(scene: Scene) {
+    let gateway = scene.gateway().await;
+    let mut runs = BTreeSet::new();
+    for scope in [SCOPE, "/v1/users/bob", "/v1/users/alice/sessions/s", "/v1/users/alice/topics/s"] {
+        let body = json!({"content": "hello"});
+        let answer = send(&gateway, &format!("{scope}/messages"), "k1", &body).await;
+        assert!(!is_replay(&answer));
+        runs.insert(answer.ok()["run"]["id"].to_string());
+    }
+    assert_eq!(runs.len(), 4);
+    // Not to a generation of it: the session's thread has expired, and the answer is still the one of then.
+    scene.database.age_threads(Duration::from_hours(25)).await;
+    let path = "/v1/users/alice/sessions/s/messages";
+    let again = send(&gateway, path, "k1", &json!({"content": "hello"})).await;
+    assert!(is_replay(&again), "{again:?}");
+    assert!(runs.contains(&again.ok()["run"]["id"].to_string()));
+}
+
+async fn many_at_once_make_one_run(scene: Scene) {
+    let mut gateways = vec![scene.gateway().await];
+    if scene.backend == Backend::Postgres {
+        gateways.push(scene.gateway().await);
+    }
+    let all = (0..16).map(|n| say(&gateways[n % gateways.len()], "k1", "hello"));
+    let answers: Vec<Value> = join_all(all).await.into_iter().map(Answer::ok).collect();
+    for answer in &answers {
+        assert_eq!((&answer["run"], &answer["message"]), (&answers[0]["run"], &answers[0]["message"]));
+    }
+    assert_eq!(scene.simulator.stats().runs_started, 1);
+    let runs = gateways[0].get(&format!("{SCOPE}/runs")).await.ok();
+    assert_eq!(runs["data"].as_array().map(Vec::len), Some(1));
+}
+
+async fn a_merged_message_is_remembered_too(scene: Scene) {
+    let gateway = scene.gateway().await;
+    scene.simulator.hold();
+    let mut active = gateway.stream(SCOPE, "first").await;
+    active.next().await.unwrap();
+    let mut waiting = gateway.stream(SCOPE, "second").await;
+    let run = waiting.next().await.unwrap().data["run_id"].clone();
+    let body = json!({"content": "third", "multitask_strategy": "merge"});
+    for round in 0..3 {
+        let request =
+            gateway.request(Method::POST, &format!("{SCOPE}/messages")).header("idempotency-key", "k1");
+        let taken = gateway.send(request.header("prefer", "respond-async").json(&body)).await;
+        assert_eq!((taken.status, is_replay(&taken)), (StatusCode::ACCEPTED, round > 0));
+        assert_eq!(taken.body["run"]["id"], run);
+    }
+    scene.simulator.release();
+    active.rest().await;
+    waiting.rest().await;
+    let messages = gateway.get(&format!("{SCOPE}/messages?order=asc")).await.ok();
+    let thirds = messages["data"].as_array().unwrap().iter().filter(|it| text(it) == "third").count();
+    assert_eq!(thirds, 1);
+}
+
+async fn repeated_outputs_are_taken_once(scene: Scene) {
+    let gateway = scene.gateway().await;
+    let asked = gateway.say(SCOPE, "weather? [[sim: tool=get_weather]]").await;
+    let path = format!("{SCOPE}/runs/{}/tool_outputs", asked["run"]["id"].as_str().unwrap());
+    let call = &asked["run"]["required_action"]["tool_calls"][0]["id"];
+    let body = json!({"tool_outputs": [{"tool_call_id": call, "output": "4 °C"}]});
+    let answers = join_all((0..6).map(|_| send(&gateway, &path, "k1", &body))).await;
+    assert_eq!(answers.iter().filter(|answer| !is_replay(answer)).count(), 1);
+    let answers: Vec<_> = answers.into_iter().map(Answer::ok).collect();
+    for answer in &answers {
+        assert_eq!(answer["run"]["status"], "completed");
+        assert_eq!(answer["message"], answers[0]["message"]);
+    }
+    let later = send(&gateway, &path, "k1", &body).await;
+    assert!(is_replay(&later));
+    assert_eq!(later.ok()["message"], answers[0]["message"]);
+    let other = json!({"tool_outputs": [{"tool_call_id": call, "output": "5 °C"}]});
+    assert_eq!(send(&gateway, &path, "k1", &other).await.problem(), (422, "idempotency-mismatch"));
+    assert_same(&scene, &gateway, SCOPE).await;
+}
+
+async fn a_failure_is_repeated_as_a_failure(scene: Scene) {
+    let gateway = scene.gateway().await;
+    let first = say(&gateway, "k1", "oh [[sim: fail]]").await;
+    assert_eq!(first.problem(), (502, "upstream-error"));
+    let again = say(&gateway, "k1", "oh [[sim: fail]]").await;
+    assert!(is_replay(&again) && !is_replay(&first));
+    assert_eq!(again.problem(), (502, "upstream-error"));
+    assert_eq!(again.body["run_id"], first.body["run_id"]);
+    assert_eq!(scene.simulator.stats().runs_started, 1);
+}
+
+async fn a_refusal_is_not_remembered(scene: Scene) {
+    let gateway = scene.gateway().await;
+    scene.simulator.hold();
+    let mut active = gateway.stream(SCOPE, "first").await;
+    active.next().await.unwrap();
+    let body = json!({"content": "second", "multitask_strategy": "reject"});
+    let path = format!("{SCOPE}/messages");
+    assert_eq!(send(&gateway, &path, "k1", &body).await.problem(), (409, "thread-busy"));
+    scene.simulator.release();
+    active.rest().await;
+    let answer = send(&gateway, &path, "k1", &body).await;
+    assert!(!is_replay(&answer));
+    answer.ok();
+}
+
+async fn a_key_is_forgotten_in_time(scene: Scene) {
+    let gateway = scene.gateway_with("[runs]\nidempotency_ttl = \"1h\"\n").await;
+    let first = say(&gateway, "k1", "hello").await.ok();
+    scene.database.age_idempotency_keys(Duration::from_secs(3595)).await;
+    assert!(is_replay(&say(&gateway, "k1", "hello").await));
+    scene.database.age_idempotency_keys(Duration::from_secs(10)).await;
+    let second = say(&gateway, "k1", "something else").await;
+    assert!(!is_replay(&second));
+    assert_ne!(second.ok()["run"]["id"], first["run"]["id"]);
+}
+
+async fn a_key_has_a_form(scene: Scene) {
+    let gateway = scene.gateway().await;
+    for key in ["", "with blank", &"x".repeat(256)] {
+        assert_eq!(say(&gateway, key, "hello").await.problem(), (400, "invalid-request"), "{key:?}");
+    }
+    let twice = gateway.request(Method::POST, &format!("{SCOPE}/messages"));
+    let twice = twice.header("idempotency-key", "a").header("idempotency-key", "b");
+    let twice = gateway.send(twice.json(&json!({"content": "hello"}))).await;
+    assert_eq!(twice.problem(), (400, "invalid-request"));
+    assert_eq!(scene.simulator.stats().requests, 0);
+}

@@ -1,0 +1,288 @@
+//! Everything at once, at random: messages, cancels, tool outputs, readers that leave, and an upstream that fails. What
+//! must hold afterwards is checked; the seed of a failure is printed.
+
+use std::collections::BTreeMap;
+use std::hash::{BuildHasher, RandomState};
+use std::sync::Mutex;
+use std::time::{Duration, Instant};
+
+use futures_util::future::join_all;
+use rand::rngs::StdRng;
+use rand::seq::IndexedRandom;
+use rand::{RngExt, SeedableRng};
+use reqwest::{Method, StatusCode};
+use serde_json::{Value, json};
+use threadkeeper::simulator::Fault;
+
+use crate::support::gateway::{Answer, EventReader, Gateway, PATIENCE};
+use crate::support::history::assert_same;
+use crate::support::scene::{Scene, on_every_scene};
+
+on_every_scene!(whatever_happens_the_promises_hold);
+
+const OPERATIONS: usize = 2000;
+const WORKERS: usize = 16;
+const USERS: usize = 12;
+/// So short that lost locks and silent upstreams do not take the test's time.
+const SETTINGS: &str = "[runs]\nsettle_timeout = \"2s\"\nmax_retries = 2\n";
+const UPSTREAM: &str = "lock_window = \"50ms\"\nmax_failures = 0\n";
+
+/// What a turn may be made to do.
+const TURNS: [&str; 16] = [
+    "",
+    "",
+    "",
+    "",
+    "tokens=30 rate=1ms",
+    "tool=f",
+    "tool=f tool=g",
+    "fail",
+    "incomplete",
+    "refusal",
+    "silent_after=2",
+    "silent",
+    "mid_error",
+    "parts=2",
+    "cut=3 tokens=20 rate=1ms",
+    "no_terminal",
+];
+const FAULTS: [&str; 8] = [
+    "status=503 retry_after=0.01",
+    "status=429 retry_after=0.01",
+    "status=500 retry_after=0.01",
+    "status=401",
+    "drop=before",
+    "drop=after",
+    "cut=2",
+    "latency=30ms",
+];
+const STRATEGIES: [&str; 6] = ["enqueue", "enqueue", "reject", "interrupt", "rollback", "merge"];
+
+/// What the workers share.
+struct World<'a> {
+    scene: &'a Scene,
+    gateway: &'a Gateway,
+    /// Runs that were admitted, with their user.
+    admitted: Mutex<Vec<(usize, String)>>,
+    /// Runs that asked for function calls.
+    asked: Mutex<Vec<(usize, Value)>>,
+    answers: Mutex<BTreeMap<String, usize>>,
+}
+
+fn scope(user: usize) -> String {
+    format!("/v1/users/user-{user}")
+}
+
+async fn whatever_happens_the_promises_hold(scene: Scene) {
+    let seed = match std::env::var("THREADKEEPER_TEST_SEED") {
+        Ok(text) => text.parse().unwrap(),
+        Err(_) => RandomState::new().hash_one(0_u8),
+    };
+    println!("THREADKEEPER_TEST_SEED={seed}");
+    let mut gateway = scene.gateway_both(SETTINGS, UPSTREAM).await;
+    // A warm-up, so that what is opened once is open.
+    join_all((0..USERS).map(|user| gateway.say(&scope(user), "hello"))).await;
+    let descriptors = open_files(&gateway);
+    let world = World {
+        scene: &scene,
+        gateway: &gateway,
+        admitted: Mutex::default(),
+        asked: Mutex::default(),
+        answers: Mutex::default(),
+    };
+    let workers = (0..WORKERS).map(|worker| {
+        let mut rng = StdRng::seed_from_u64(seed.wrapping_add(worker as u64));
+        let world = &world;
+        async move {
+            for _ in 0..OPERATIONS / WORKERS {
+                operate(world, &mut rng).await;
+            }
+        }
+    });
+    join_all(workers).await;
+    println!("answers: {:?}", world.answers.lock().unwrap());
+    scene.simulator.clear_faults();
+
+    // Every run that was admitted has ended, or does so by its deadline.
+    all_end(&scene).await;
+    let admitted = world.admitted.lock().unwrap().clone();
+    for (user, run) in admitted {
+        let read = gateway.get(&format!("{}/runs/{run}", scope(user))).await.ok();
+        assert!(read["run"]["finished_at"].is_string(), "{read:#}");
+    }
+    // The next message of everybody works, and after it both sides say the same.
+    for user in 0..USERS {
+        for text in ["and now?", "and on"] {
+            let answer = gateway.post(&format!("{}/messages", scope(user)), &json!({"content": text})).await;
+            assert_eq!(answer.status, StatusCode::OK, "user {user}: {:#}", answer.body);
+        }
+        assert_same(&scene, &gateway, &scope(user)).await;
+    }
+    let stats = scene.simulator.stats();
+    assert_eq!(
+        (stats.max_generating_runs_per_thread, stats.messages_added_while_active),
+        (1, 0),
+        "{stats:?}"
+    );
+    assert_eq!(stats.active_runs, 0, "nothing goes on upstream");
+
+    // Nothing is left behind in the process.
+    let grown = open_files(&gateway).saturating_sub(descriptors);
+    assert!(grown < 64, "{grown} more files and connections are open than before");
+    gateway.terminate();
+    assert!(gateway.exit().await.success());
+    let stopping = gateway.logs().into_iter().find(|line| line.contains("\"stopping\"")).expect("it says so");
+    let stopping: Value = serde_json::from_str(&stopping).unwrap();
+    let left = (&stopping["runs"], &stopping["lines"]);
+    assert_eq!(left, (&json!(0), &json!(0)), "tasks or places in line are left: {stopping}");
+}
+
+async fn all_end(scene: &Scene) {
+    let start = Instant::now();
+    let unfinished = "SELECT count(*) FROM runs WHERE finished_at IS NULL";
+    while scene.database.number(unfinished).await > 0 {
+        assert!(start.elapsed() < PATIENCE, "some runs never end");
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+}
+
+/// Open files and sockets of the process.
+fn open_files(gateway: &Gateway) -> usize {
+    std::fs::read_dir(format!("/proc/{}/fd", gateway.id())).unwrap().count()
+}
+
+async fn operate(world: &World<'_>, rng: &mut StdRng) {
+    let user = rng.random_range(0..USERS);
+    match rng.random_range(0..100) {
+        0..50 => say(world, rng, user).await,
+        50..60 => {
+            let which = ["active", "queued", "all"].choose(rng).unwrap();
+            let path = format!("{}/thread/cancel?which={which}", scope(user));
+            seen(world, &world.gateway.send(world.gateway.request(Method::POST, &path)).await, &[200]);
+        }
+        60..68 => {
+            let Some((user, run)) = world.admitted.lock().unwrap().choose(rng).cloned() else { return };
+            let path = format!("{}/runs/{run}/cancel", scope(user));
+            seen(world, &world.gateway.send(world.gateway.request(Method::POST, &path)).await, &[200]);
+        }
+        68..82 => give(world, rng).await,
+        82..90 => {
+            let fault = FAULTS.choose(rng).unwrap();
+            // A cut is for streams, the rest for anything.
+            let on = if fault.starts_with("cut") || rng.random_bool(0.7) { "start" } else { "any" };
+            let fault = Fault { on: on.to_owned(), fault: (*fault).to_owned(), times: 1 };
+            world.scene.simulator.add_fault(fault).unwrap();
+        }
+        90..95 => {
+            let Some((user, run)) = world.admitted.lock().unwrap().choose(rng).cloned() else { return };
+            let path = format!("{}/runs/{run}/events", scope(user));
+            let response = world.gateway.request(Method::GET, &path).send().await.unwrap();
+            assert_eq!(response.status(), StatusCode::OK);
+            let events = EventReader::new(response);
+            if rng.random_bool(0.5) {
+                assert!(ends(&events.rest().await.last().unwrap().name));
+            }
+        }
+        _ => {
+            let path = ["thread", "messages", "runs"].choose(rng).unwrap();
+            seen(world, &world.gateway.get(&format!("{}/{path}", scope(user))).await, &[200]);
+        }
+    }
+}
+
+fn ends(name: &str) -> bool {
+    ["run.completed", "run.incomplete", "run.failed", "run.cancelled", "run.expired"].contains(&name)
+}
+
+/// Counts an answer, which must be one of those that are documented.
+fn seen(world: &World<'_>, answer: &Answer, expected: &[u16]) {
+    let kind = answer.body["type"].as_str().unwrap_or_default().rsplit(':').next().unwrap_or_default();
+    let what =
+        format!("{} {kind} {}", answer.status.as_u16(), answer.body["code"].as_str().unwrap_or_default());
+    assert!(expected.contains(&answer.status.as_u16()), "{what}: {:#}", answer.body);
+    *world.answers.lock().unwrap().entry(what).or_default() += 1;
+}
+
+async fn say(world: &World<'_>, rng: &mut StdRng, user: usize) {
+    let turn = TURNS.choose(rng).unwrap();
+    let turn = if turn.is_empty() { String::new() } else { format!(" [[sim: {turn}]]") };
+    let mut body = json!({
+        "content": format!("message {}{turn}", rng.random_range(0..1_000_000)),
+        "multitask_strategy": STRATEGIES.choose(rng).unwrap(),
+        // Some meet their deadline, most have time.
+        "timeout_ms": if rng.random_bool(0.3) { 150 } else { 3000 },
+    });
+    if rng.random_bool(0.2) {
+        body["on_disconnect"] = "cancel".into();
+    }
+    let path = format!("{}/messages", scope(user));
+    let mut request = world.gateway.request(Method::POST, &path);
+    if rng.random_bool(0.3) {
+        request = request.header("idempotency-key", format!("k{}", rng.random_range(0..1_000_000_000_u32)));
+    }
+    match rng.random_range(0..4) {
+        0 => {
+            let answer = world.gateway.send(request.json(&body)).await;
+            seen(world, &answer, &[200, 409, 502, 503, 504]);
+            noted(world, user, &answer.body["run"]);
+        }
+        1 => {
+            let answer = world.gateway.send(request.header("prefer", "respond-async").json(&body)).await;
+            seen(world, &answer, &[200, 202, 409, 502, 504]);
+            noted(world, user, &answer.body["run"]);
+        }
+        form => {
+            body["stream"] = true.into();
+            let response = request.json(&body).send().await.unwrap();
+            if response.status() != StatusCode::OK {
+                assert_eq!(response.status(), StatusCode::CONFLICT);
+                return;
+            }
+            let mut events = EventReader::new(response);
+            // The reader leaves in the middle, or stays to the end.
+            let mut left = if form == 2 { rng.random_range(1..6) } else { usize::MAX };
+            let mut last = None;
+            while left > 0 {
+                let Some(event) = events.next().await else { break };
+                if let Some(run) = event.data["run_id"].as_str() {
+                    noted(world, user, &json!({"id": run}));
+                }
+                if event.name == "run.requires_action" {
+                    let action = json!({"tool_calls": event.data["tool_calls"]});
+                    noted(world, user, &json!({"id": event.data["run_id"], "required_action": action}));
+                }
+                left -= 1;
+                last = Some(event);
+            }
+            if form == 3 {
+                let last = last.unwrap();
+                assert!(ends(&last.name) || last.name == "run.requires_action", "the stream broke: {last:?}");
+            }
+        }
+    }
+}
+
+fn noted(world: &World<'_>, user: usize, run: &Value) {
+    let Some(id) = run["id"].as_str() else { return };
+    world.admitted.lock().unwrap().push((user, id.to_owned()));
+    if run["required_action"].is_object() {
+        world.asked.lock().unwrap().push((user, run.clone()));
+    }
+}
+
+/// Answers a run that asked for function calls: in time or not, all of them or not.
+async fn give(world: &World<'_>, rng: &mut StdRng) {
+    let Some((user, run)) = world.asked.lock().unwrap().last().cloned() else { return };
+    let calls = run["required_action"]["tool_calls"].as_array().unwrap();
+    let output = if rng.random_bool(0.2) { "again [[sim: tool=h]]" } else { "4 °C" };
+    let mut outputs: Vec<Value> =
+        calls.iter().map(|call| json!({"tool_call_id": call["id"], "output": output})).collect();
+    if rng.random_bool(0.1) {
+        outputs.pop();
+    }
+    let path = format!("{}/runs/{}/tool_outputs", scope(user), run["id"].as_str().unwrap());
+    let answer = world.gateway.post(&path, &json!({"tool_outputs": outputs})).await;
+    seen(world, &answer, &[200, 409, 422, 502, 504]);
+    noted(world, user, &answer.body["run"]);
+    world.asked.lock().unwrap().retain(|(_, other)| other != &run);
+}

@@ -1,0 +1,348 @@
+//! What is uncertain is looked up, what is safe is repeated, what is broken is mended; nothing is sent twice on a guess.
+
+use std::time::{Duration, Instant};
+
+use reqwest::{Method, StatusCode};
+use serde_json::{Value, json};
+use threadkeeper::simulator::Fault;
+
+use crate::support::gateway::{Answer, Gateway, PATIENCE, text, text_of};
+use crate::support::history::{assert_same, messages, upstream};
+use crate::support::scene::{Protocol, Scene, on_every_scene};
+
+on_every_scene!(
+    a_request_whose_answer_is_lost_is_looked_up_before_it_is_sent_again,
+    an_answer_that_is_no_acceptance_is_safe_to_repeat,
+    a_stream_that_breaks_is_followed_to_the_end_where_that_can_be,
+    outputs_whose_answer_is_lost_are_not_lost,
+    a_dead_upstream_fails_fast_and_is_found_again,
+    a_foreign_run_is_handled_by_the_callers_strategy,
+    a_stream_that_was_taken_up_again_can_be_cancelled,
+    a_cancel_that_is_never_honoured_is_not_waited_for,
+    a_cancel_that_loses_the_race_is_no_error,
+    a_message_that_never_reached_the_model_is_never_sent_later,
+    what_a_run_left_is_looked_at_when_the_upstream_is_back,
+    a_conversation_that_others_broke_is_mended,
+);
+
+const SCOPE: &str = "/v1/users/alice";
+/// A lock window that a test can wait for.
+const WINDOW: &str = "lock_window = \"300ms\"\n";
+
+async fn post(gateway: &Gateway, body: &Value) -> Answer {
+    gateway.post(&format!("{SCOPE}/messages"), body).await
+}
+
+async fn say(gateway: &Gateway, content: &str) -> Answer {
+    post(gateway, &json!({"content": content})).await
+}
+
+fn fault(scene: &Scene, on: &str, fault: &str, times: u32) {
+    scene.simulator.add_fault(Fault { on: on.to_owned(), fault: fault.to_owned(), times }).unwrap();
+}
+
+/// The operation that starts a run.
+fn start(scene: &Scene) -> &'static str {
+    if scene.protocol == Protocol::Assistants { "create_run" } else { "create_response" }
+}
+
+/// How often the upstream has a message.
+async fn heard(scene: &Scene, gateway: &Gateway, content: &str) -> usize {
+    let lines = upstream(scene, gateway, SCOPE).await;
+    lines.iter().filter(|(role, text)| role == "user" && text == content).count()
+}
+
+async fn a_request_whose_answer_is_lost_is_looked_up_before_it_is_sent_again(scene: Scene) {
+    let gateway = scene.gateway_upstream(WINDOW).await;
+    say(&gateway, "hello").await.ok();
+    for (n, when) in ["drop=after", "drop=before"].into_iter().enumerate() {
+        fault(&scene, start(&scene), when, 1);
+        let content = format!("question {n}");
+        let answer = say(&gateway, &content).await;
+        if scene.protocol == Protocol::Chain {
+            // A response whose id was never told cannot be looked up, and so must not be made again.
+            assert_eq!(answer.problem(), (502, "upstream-error"), "{when}");
+            assert_eq!(answer.body["code"], "stream_broken");
+        } else {
+            assert!(text(&answer.ok()["message"]).contains(&content), "{when}");
+            assert_eq!(heard(&scene, &gateway, &content).await, 1, "{when}");
+        }
+    }
+    say(&gateway, "and now?").await.ok();
+    assert_same(&scene, &gateway, SCOPE).await;
+}
+
+async fn an_answer_that_is_no_acceptance_is_safe_to_repeat(scene: Scene) {
+    let gateway = scene.gateway().await;
+    say(&gateway, "hello").await.ok();
+    for refusal in
+        ["status=500 retry_after=0.01", "status=503 retry_after=0.01", "status=429 retry_after=0.01"]
+    {
+        fault(&scene, start(&scene), refusal, 2);
+        let before = scene.simulator.stats().requests_by_operation[start(&scene)];
+        let answer = say(&gateway, refusal).await.ok();
+        assert!(text(&answer["message"]).contains(refusal));
+        assert_eq!(heard(&scene, &gateway, refusal).await, 1);
+        assert_eq!(scene.simulator.stats().requests_by_operation[start(&scene)] - before, 3);
+    }
+    assert_same(&scene, &gateway, SCOPE).await;
+}
+
+async fn a_stream_that_breaks_is_followed_to_the_end_where_that_can_be(scene: Scene) {
+    let background = if scene.protocol == Protocol::Assistants { "" } else { "background = true\n" };
+    let gateway = scene.gateway_upstream(&format!("{WINDOW}{background}")).await;
+    say(&gateway, "hello").await.ok();
+    for cut in [1, 5, 12] {
+        let content = format!("a story [[sim: cut={cut} tokens=40 rate=2ms]]");
+        let events = gateway.stream(SCOPE, &content).await.rest().await;
+        assert_eq!(events.last().unwrap().name, "run.completed", "{cut}: {events:#?}");
+        let message = &events[events.len() - 2].data["message"];
+        assert_eq!(text(message), text_of(&events), "whoever reads the deltas has the whole text");
+        assert_eq!(heard(&scene, &gateway, &content).await, 1);
+    }
+    assert_same(&scene, &gateway, SCOPE).await;
+    // Without background a response stops with its connection; that is told, and what was said goes along later.
+    if scene.protocol != Protocol::Assistants {
+        let plain = scene.gateway_instead(gateway, WINDOW).await;
+        let answer = say(&plain, "a story [[sim: cut=5 tokens=40 rate=2ms]]").await;
+        assert_eq!(answer.problem(), (502, "upstream-error"));
+        assert_eq!(answer.body["code"], "stream_broken");
+        say(&plain, "and now?").await.ok();
+        assert_same(&scene, &plain, SCOPE).await;
+    }
+}
+
+async fn outputs_whose_answer_is_lost_are_not_lost(scene: Scene) {
+    let gateway = scene.gateway_upstream(WINDOW).await;
+    for when in ["drop=before", "status=503 retry_after=0.01", "drop=after"] {
+        let asked = say(&gateway, &format!("weather? {when} [[sim: tool=get_weather]]")).await.ok();
+        let operation =
+            if scene.protocol == Protocol::Assistants { "submit_tool_outputs" } else { start(&scene) };
+        fault(&scene, operation, when, 1);
+        let path = format!("{SCOPE}/runs/{}/tool_outputs", asked["run"]["id"].as_str().unwrap());
+        let call = &asked["run"]["required_action"]["tool_calls"][0]["id"];
+        let body = json!({"tool_outputs": [{"tool_call_id": call, "output": "4 °C"}]});
+        let answer = gateway.post(&path, &body).await;
+        if scene.protocol == Protocol::Chain && when.starts_with("drop") {
+            assert_eq!(answer.body["code"], "stream_broken", "{when}: {:#}", answer.body);
+        } else {
+            let answer = answer.ok();
+            assert!(text(&answer["message"]).contains("4 °C"), "{when}: {answer:#}");
+        }
+        say(&gateway, "thanks").await.ok();
+        assert_same(&scene, &gateway, SCOPE).await;
+    }
+}
+
+async fn a_dead_upstream_fails_fast_and_is_found_again(scene: Scene) {
+    let settings = "max_failures = 2\nrest = \"4s\"\n";
+    let gateway = scene.gateway_both("[runs]\nmax_retries = 0\n", settings).await;
+    say(&gateway, "hello").await.ok();
+    fault(&scene, "any", "status=503", 1000);
+    // Two failures: of messages, or of the looks at what became of them.
+    for _ in 0..2 {
+        assert_eq!(say(&gateway, "anybody?").await.problem(), (502, "upstream-error"));
+    }
+    let (before, runs) = (scene.simulator.stats().requests, run_count(&gateway).await);
+    for _ in 0..5 {
+        let refused = say(&gateway, "anybody?").await;
+        assert_eq!(refused.problem(), (502, "upstream-error"));
+        assert!(refused.headers.contains_key("retry-after"), "{refused:?}");
+    }
+    assert!(scene.simulator.stats().requests <= before + 1, "it is left alone, but for a probe");
+    assert!(run_count(&gateway).await <= runs + 1, "nothing was stored");
+    scene.simulator.clear_faults();
+    let found = Instant::now();
+    loop {
+        let answer = say(&gateway, "and now?").await;
+        if answer.status == StatusCode::OK {
+            break;
+        }
+        assert!(found.elapsed() < PATIENCE, "it is never found again: {answer:?}");
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    assert_same(&scene, &gateway, SCOPE).await;
+}
+
+async fn run_count(gateway: &Gateway) -> i64 {
+    gateway.get(&format!("{SCOPE}/thread")).await.ok()["run_count"].as_i64().unwrap()
+}
+
+async fn a_foreign_run_is_handled_by_the_callers_strategy(scene: Scene) {
+    if scene.protocol == Protocol::Chain {
+        return; // a chain has no lock
+    }
+    let gateway = scene.gateway_upstream(WINDOW).await;
+    say(&gateway, "hello").await.ok();
+    let thread = scene.upstream_threads().remove(0);
+    let foreign = scene.simulator.start_foreign_run(&thread).unwrap();
+
+    // Who does not want to wait is told, with the run where the protocol names it; nothing is kept of the message.
+    let refused = post(&gateway, &json!({"content": "may I?", "multitask_strategy": "reject"})).await;
+    assert_eq!(refused.problem(), (409, "thread-busy"));
+    let detail = refused.body["detail"].as_str().unwrap();
+    assert_eq!(detail.contains(&foreign), scene.protocol == Protocol::Assistants, "{detail}");
+    assert!(messages(&gateway, SCOPE).await.iter().all(|message| text(message) != "may I?"));
+
+    // Who wants it gone has it cancelled, where that can be; else it is waited out.
+    let urgent = json!({"content": "now!", "multitask_strategy": "interrupt"});
+    let answered = post(&gateway, &urgent);
+    let answer = if scene.protocol == Protocol::Assistants {
+        answered.await
+    } else {
+        let refusals = scene.simulator.stats().lock_refusals;
+        let (answer, ()) = tokio::join!(answered, async {
+            scene.simulator.wait_for(|stats| stats.lock_refusals > refusals).await;
+            assert!(scene.simulator.stop_foreign_run(&thread));
+        });
+        answer
+    };
+    assert!(text(&answer.ok()["message"]).contains("now!"));
+    assert!(!scene.simulator.stop_foreign_run(&thread), "it is gone");
+    assert_eq!(heard(&scene, &gateway, "now!").await, 1);
+
+    // Other servers say it with a 409.
+    fault(&scene, start(&scene), "status=409 code=conflict", 2);
+    assert!(text(&say(&gateway, "hello again").await.ok()["message"]).contains("hello again"));
+    assert_eq!(heard(&scene, &gateway, "hello again").await, 1);
+    assert_same(&scene, &gateway, SCOPE).await;
+}
+
+async fn a_stream_that_was_taken_up_again_can_be_cancelled(scene: Scene) {
+    let background = if scene.protocol == Protocol::Assistants { "" } else { "background = true\n" };
+    let gateway = scene.gateway_upstream(&format!("{WINDOW}{background}")).await;
+    say(&gateway, "hello").await.ok();
+    let mut stream = gateway.stream(SCOPE, "a story [[sim: cut=2 tokens=5000 rate=10ms]]").await;
+    let run = stream.next().await.unwrap().data["run_id"].as_str().unwrap().to_owned();
+    // The connection is gone after two tokens, and the run is looked up.
+    let looked_up = |stats: &threadkeeper::simulator::Stats| {
+        ["get_run", "get_response"].iter().any(|name| stats.requests_by_operation.contains_key(*name))
+    };
+    tokio::time::timeout(PATIENCE, scene.simulator.wait_for(looked_up)).await.expect("it is looked up");
+    let path = format!("{SCOPE}/runs/{run}/cancel");
+    let cancelled = gateway.send(gateway.request(Method::POST, &path)).await.ok();
+    assert_eq!(
+        (&cancelled["run"]["status"], &cancelled["run"]["error"]),
+        (&json!("cancelled"), &Value::Null)
+    );
+    assert_eq!(stream.rest().await.last().unwrap().name, "run.cancelled");
+    assert_eq!(scene.simulator.stats().active_runs, 0, "it goes on no longer");
+    say(&gateway, "and now?").await.ok();
+    assert_same(&scene, &gateway, SCOPE).await;
+}
+
+async fn a_cancel_that_is_never_honoured_is_not_waited_for(scene: Scene) {
+    let background = if scene.protocol == Protocol::Assistants { "" } else { "background = true\n" };
+    let gateway = scene.gateway_both("[runs]\nsettle_timeout = \"300ms\"\n", background).await;
+    say(&gateway, "hello").await.ok();
+    let mut stream = gateway.stream(SCOPE, "a story [[sim: silent_after=2 stuck_cancel]]").await;
+    let run = stream.next().await.unwrap().data["run_id"].as_str().unwrap().to_owned();
+    stream.next().await.unwrap();
+    let began = Instant::now();
+    let path = format!("{SCOPE}/runs/{run}/cancel");
+    let cancelled = gateway.send(gateway.request(Method::POST, &path)).await.ok();
+    assert_eq!(cancelled["run"]["status"], "cancelled");
+    assert!(began.elapsed() < Duration::from_secs(10), "{:?}", began.elapsed());
+    // The next message finds the thread still held, and says so at its deadline.
+    if scene.protocol != Protocol::Chain {
+        let answer = post(&gateway, &json!({"content": "and now?", "timeout_ms": 500})).await;
+        assert!(matches!(answer.problem(), (504 | 502, _)), "{answer:?}");
+    }
+}
+
+async fn a_cancel_that_loses_the_race_is_no_error(scene: Scene) {
+    let background = if scene.protocol == Protocol::Assistants { "" } else { "background = true\n" };
+    let gateway = scene.gateway_upstream(background).await;
+    say(&gateway, "hello").await.ok();
+    let operation = if scene.protocol == Protocol::Assistants { "cancel_run" } else { "cancel_response" };
+    // The cancel takes longer on its way than the run to its end.
+    fault(&scene, operation, "latency=1s", 1);
+    let mut stream = gateway.stream(SCOPE, "a story [[sim: tokens=20 rate=10ms]]").await;
+    let run = stream.next().await.unwrap().data["run_id"].as_str().unwrap().to_owned();
+    stream.next().await.unwrap();
+    let path = format!("{SCOPE}/runs/{run}/cancel");
+    let cancelled = gateway.send(gateway.request(Method::POST, &path)).await.ok();
+    assert_eq!(
+        (&cancelled["run"]["status"], &cancelled["run"]["error"]),
+        (&json!("completed"), &Value::Null)
+    );
+    assert!(text(&cancelled["message"]).contains("a story"));
+    assert_eq!(stream.rest().await.last().unwrap().name, "run.completed");
+    assert_same(&scene, &gateway, SCOPE).await;
+    say(&gateway, "and now?").await.ok();
+    assert_same(&scene, &gateway, SCOPE).await;
+}
+
+async fn a_message_that_never_reached_the_model_is_never_sent_later(scene: Scene) {
+    let gateway = scene.gateway_with("[runs]\nmax_retries = 0\n").await;
+    say(&gateway, "hello").await.ok();
+    for refusal in ["status=400", "status=401", "status=403", "status=404", "status=500", "status=429"] {
+        let threads = scene.upstream_threads();
+        assert_eq!(say(&gateway, &format!("oh [[sim: {refusal}]]")).await.problem(), (502, "upstream-error"));
+        assert_eq!(scene.upstream_threads(), threads, "nothing is made again for a {refusal}");
+    }
+    // So for one that was cancelled while it waited.
+    scene.simulator.hold();
+    let mut active = gateway.stream(SCOPE, "first").await;
+    active.next().await.unwrap();
+    let mut waiting = gateway.stream(SCOPE, "forget it").await;
+    waiting.next().await.unwrap();
+    let path = format!("{SCOPE}/thread/cancel?which=queued");
+    gateway.send(gateway.request(Method::POST, &path)).await.ok();
+    scene.simulator.release();
+    active.rest().await;
+    let answer = say(&gateway, "and now?").await.ok();
+    assert!(text(&answer["message"]).contains("turn 3 of"), "{answer:#}");
+    let kept = messages(&gateway, SCOPE).await;
+    let withheld: Vec<_> = kept.iter().filter(|message| message["in_context"] == false).collect();
+    assert_eq!(withheld.len(), 7, "they stay in the transcript, marked");
+    assert!(withheld.iter().all(|message| message["status"] == "incomplete"));
+    assert_same(&scene, &gateway, SCOPE).await;
+    // Nor when the thread is made again.
+    scene.simulator.reset();
+    let answer = say(&gateway, "and now again?").await.ok();
+    assert!(text(&answer["message"]).contains("turn 4 of"), "{answer:#}");
+    assert_same(&scene, &gateway, SCOPE).await;
+}
+
+async fn what_a_run_left_is_looked_at_when_the_upstream_is_back(scene: Scene) {
+    let gateway = scene
+        .gateway_both("[runs]\nsettle_timeout = \"300ms\"\nmax_retries = 0\n", "max_failures = 0\n")
+        .await;
+    say(&gateway, "hello").await.ok();
+    let mut stream = gateway.stream(SCOPE, "a story [[sim: silent_after=2]]").await;
+    let run = stream.next().await.unwrap().data["run_id"].as_str().unwrap().to_owned();
+    for _ in 0..2 {
+        stream.next().await.unwrap();
+    }
+    // From here on the upstream answers nothing, so what the run left cannot be seen.
+    fault(&scene, "any", "status=503", 1000);
+    let path = format!("{SCOPE}/runs/{run}/cancel");
+    let cancelled = gateway.send(gateway.request(Method::POST, &path)).await.ok();
+    assert_eq!(cancelled["run"]["status"], "cancelled");
+    let failed = say(&gateway, "are you there?").await;
+    assert_eq!(failed.problem(), (502, "upstream-error"));
+    scene.simulator.clear_faults();
+    say(&gateway, "and now?").await.ok();
+    say(&gateway, "and on").await.ok();
+    assert_same(&scene, &gateway, SCOPE).await;
+    assert_eq!(scene.simulator.stats().active_runs, 0);
+}
+
+async fn a_conversation_that_others_broke_is_mended(scene: Scene) {
+    if scene.protocol != Protocol::Responses {
+        return; // nobody else can write to a chain, and a thread has no such items
+    }
+    let gateway = scene.gateway().await;
+    say(&gateway, "hello").await.ok();
+    let conversation = scene.upstream_threads().remove(0);
+    let call = json!({"type": "function_call", "call_id": "call_x", "name": "f", "arguments": "{}"});
+    let reasoning = json!({"type": "reasoning", "id": "rs_x", "summary": []});
+    for items in [json!([call]), json!([reasoning.clone()])] {
+        scene.add_items(&conversation, &items).await;
+        let answer = say(&gateway, "and now?").await.ok();
+        assert!(text(&answer["message"]).contains("and now?"), "{answer:#}");
+    }
+    assert_eq!(scene.upstream_threads(), [conversation], "it is the same conversation");
+    assert_same(&scene, &gateway, SCOPE).await;
+}

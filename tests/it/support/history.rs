@@ -1,0 +1,111 @@
+//! What was said, as the gateway and as the upstream know it.
+
+use serde_json::Value;
+
+use super::gateway::Gateway;
+use super::scene::Scene;
+
+/// Role and text of one entry; a reply in several parts or messages counts as one.
+pub(crate) type Line = (String, String);
+
+/// The whole transcript of a conversation, oldest first, as the gateway tells it.
+pub(crate) async fn messages(gateway: &Gateway, scope: &str) -> Vec<Value> {
+    all(gateway, &format!("{scope}/messages")).await
+}
+
+/// All entries of a list, oldest first.
+pub(crate) async fn all(gateway: &Gateway, list: &str) -> Vec<Value> {
+    let mut entries = Vec::new();
+    let mut after = String::new();
+    loop {
+        let page = gateway.get(&format!("{list}?order=asc&limit=100{after}")).await.ok();
+        entries.extend(page["data"].as_array().unwrap().clone());
+        if page["has_more"] == false {
+            return entries;
+        }
+        after = format!("&after={}", page["last_id"].as_str().unwrap());
+    }
+}
+
+/// Roles and texts of all that the model may know.
+pub(crate) async fn transcript(gateway: &Gateway, scope: &str) -> Vec<Line> {
+    let messages = messages(gateway, scope).await;
+    let known = messages.iter().filter(|message| message["in_context"] == true);
+    joined(known.map(|message| {
+        let parts = message["content"].as_array().unwrap().iter();
+        let text: String =
+            parts.map(|part| part["text"].as_str().or(part["refusal"].as_str()).unwrap()).collect();
+        (message["role"].as_str().unwrap().to_owned(), text)
+    }))
+}
+
+/// The same as the upstream has it.
+pub(crate) async fn upstream(scene: &Scene, gateway: &Gateway, scope: &str) -> Vec<Line> {
+    let thread = gateway.get(&format!("{scope}/thread")).await.ok();
+    let id = thread["upstream_thread_id"].as_str().unwrap_or_default();
+    joined(scene.simulator.thread_history(id).into_iter())
+}
+
+/// Transcript and upstream say the same.
+pub(crate) async fn assert_same(scene: &Scene, gateway: &Gateway, scope: &str) {
+    let (here, there) = (transcript(gateway, scope).await, upstream(scene, gateway, scope).await);
+    let first = here.iter().zip(&there).position(|(here, there)| here != there);
+    let at = first.unwrap_or(here.len().min(there.len()));
+    if here != there {
+        tell(scene, gateway, scope, &there).await;
+    }
+    let around =
+        |lines: &[Line]| lines[at.saturating_sub(3).min(lines.len())..(at + 4).min(lines.len())].to_vec();
+    assert!(
+        here == there,
+        "{scope}: the transcript is not what the upstream has, from line {at} on:\nhere {:#?}\nthere {:#?}",
+        around(&here),
+        around(&there)
+    );
+}
+
+/// Assistant's lines in a row become one.
+fn joined(lines: impl Iterator<Item = Line>) -> Vec<Line> {
+    let mut all: Vec<Line> = Vec::new();
+    for (role, text) in lines {
+        match all.last_mut() {
+            Some((last, before)) if *last == role && role == "assistant" => before.push_str(&text),
+            _ => all.push((role, text)),
+        }
+    }
+    all
+}
+
+/// Prints the transcript with what became of each run, and the log of those that the upstream does not know, for the
+/// report of a failure.
+async fn tell(scene: &Scene, gateway: &Gateway, scope: &str, there: &[Line]) {
+    for message in messages(gateway, scope).await {
+        let run = gateway.get(&format!("{scope}/runs/{}", message["run_id"].as_str().unwrap())).await.body;
+        let run = &run["run"];
+        println!(
+            "{} {} known={} | {} {} {} {} | {}",
+            message["position"],
+            message["role"],
+            message["in_context"],
+            run["id"],
+            run["status"],
+            run["error"]["code"],
+            run["multitask_strategy"],
+            message["content"].to_string().chars().take(90).collect::<String>(),
+        );
+        let text = message["content"][0]["text"].as_str().unwrap_or_default();
+        if message["in_context"] == true && !there.iter().any(|(_, known)| known.contains(text)) {
+            let id = run["id"].as_str().unwrap();
+            let user = scope.rsplit('/').next().unwrap();
+            for context in ["present", "missing", "unknown"] {
+                let sql = format!(
+                    "SELECT count(*) FROM messages m JOIN threads t ON t.id = m.thread_id \
+                     WHERE t.user_key = '{user}' AND m.position = {} AND m.context = '{context}'",
+                    message["position"]
+                );
+                println!("  {context}: {}", scene.database.number(&sql).await);
+            }
+            gateway.logs().iter().filter(|line| line.contains(id)).for_each(|line| println!("  LOG {line}"));
+        }
+    }
+}
