@@ -98,6 +98,9 @@ pub trait Store: Send + Sync + std::fmt::Debug {
     /// outputs which are not [being sent](Self::sends_outputs) yet.
     async fn requests(&self, replica: ReplicaId) -> Result<Vec<Request>, StoreError>;
 
+    /// Those of these runs that others have taken over from the replica.
+    async fn lost(&self, replica: ReplicaId, working: &[RunId]) -> Result<Vec<RunId>, StoreError>;
+
     /// Records where the thread of a run lives upstream. `rebuilt`: it was made again from the transcript, so it holds
     /// all earlier messages that are not withheld, under new ids: what was missing or unknown is present, the ids of
     /// messages upstream and the leftover are void. `false` if the lease was lost.

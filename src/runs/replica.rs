@@ -43,6 +43,7 @@ pub(super) struct Handle {
     pub(super) cancel: Cancel,
     pub(super) feed: Feed,
     outputs: Arc<watch::Sender<Vec<ToolOutput>>>,
+    lost: CancellationToken,
 }
 
 impl Handle {
@@ -88,6 +89,8 @@ pub(super) struct Working {
     pub(super) feed: FeedWriter,
     /// What was [handed](Handle::answer) last.
     pub(super) outputs: watch::Receiver<Vec<ToolOutput>>,
+    /// Cancelled when others have taken the run over.
+    pub(super) lost: CancellationToken,
     all: Arc<Mutex<HashMap<RunId, Handle>>>,
 }
 
@@ -102,9 +105,21 @@ impl Standing {
         let serial = SERIAL.fetch_add(1, Ordering::Relaxed);
         let (cancel, feed) = (Cancel::new(cancel), FeedWriter::new((fence - 1) << EVENTS_PER_FENCE));
         let (sender, outputs) = watch::channel(Vec::new());
-        let handle = Handle { serial, cancel: cancel.clone(), feed: feed.feed(), outputs: Arc::new(sender) };
+        let (feed_end, lost) = (feed.feed(), CancellationToken::new());
+        let handle = Handle {
+            serial,
+            cancel: cancel.clone(),
+            feed: feed_end,
+            outputs: Arc::new(sender),
+            lost: lost.clone(),
+        };
         lock(&self.working).insert(run, handle);
-        Working { run, serial, cancel, feed, outputs, all: Arc::clone(&self.working) }
+        Working { run, serial, cancel, feed, outputs, lost, all: Arc::clone(&self.working) }
+    }
+
+    /// The runs that tasks of this process work on.
+    fn runs(&self) -> Vec<RunId> {
+        lock(&self.working).keys().copied().collect()
     }
 
     pub(super) fn handle(&self, run: RunId) -> Option<Handle> {
@@ -172,6 +187,7 @@ impl Runs {
                 adopt_from = Instant::now() + ttl;
             }
             self.attend(ttl / 3).await;
+            self.give_up_lost(ttl / 3).await;
             while Instant::now() >= adopt_from && !parts.draining.is_cancelled() && self.adopt(ttl / 3).await
             {
                 if self.renew(&address, ttl).await.is_err() {
@@ -222,11 +238,25 @@ impl Runs {
         }
     }
 
+    /// Tells the tasks of runs that others have taken over, one that was to be cancelled in line among them.
+    async fn give_up_lost(&self, limit: Duration) {
+        let (parts, working) = (&self.parts.given, self.parts.standing.runs());
+        if working.is_empty() {
+            return;
+        }
+        // What cannot be asked now is asked again with the next renewal.
+        if let Ok(Ok(lost)) = timeout(limit, parts.store.lost(parts.replica, &working)).await {
+            for handle in lost.into_iter().filter_map(|run| self.parts.standing.handle(run)) {
+                handle.lost.cancel();
+            }
+        }
+    }
+
     /// Takes over runs that nobody works on: those that waited, in line or for tool outputs, wait on here, those at
     /// work are ended. `true` if there may be more.
     async fn adopt(&self, limit: Duration) -> bool {
         let parts = &self.parts.given;
-        let working: Vec<RunId> = lock(&self.parts.standing.working).keys().copied().collect();
+        let working = self.parts.standing.runs();
         let adopted = timeout(limit, parts.store.adopt_orphans(parts.replica, &working, ADOPT_BATCH)).await;
         // What an answer that is given up had taken over, the next look finds as strays.
         let orphans =

@@ -170,7 +170,7 @@ async fn wait_for_turn(
     thread: &Thread,
     run: &Run,
 ) -> Result<Turn, Box<Outcome>> {
-    let cancelled = {
+    let why = {
         let mut pause = CLAIM_POLL;
         let longest = if place.is_some() { CLAIM_POLL } else { LONGEST_CLAIM_POLL };
         displace(runs, run, &lease).await;
@@ -178,7 +178,7 @@ async fn wait_for_turn(
             if let Some(place) = &mut place {
                 tokio::select! {
                     biased;
-                    cancelled = called_off(runs, working) => break cancelled,
+                    why = called_off(runs, working) => break why,
                     () = place.turn() => {}
                 }
             }
@@ -200,30 +200,45 @@ async fn wait_for_turn(
             }
             tokio::select! {
                 biased;
-                cancelled = called_off(runs, working) => break cancelled,
+                why = called_off(runs, working) => break why,
                 () = sleep(jittered(pause)) => {}
             }
             pause = (pause * 2).min(longest);
         }
     };
-    let end = if cancelled {
-        bare_end(RunStatus::Queued.on(Step::Cancel).unwrap_or(RunStatus::Cancelled), None)
-    } else {
-        // All that wait end now: in line, so that their messages come into the transcript in their order.
-        if let Some(place) = place {
-            place.turn().await;
+    let end = match why {
+        CalledOff::Lost => return Err(Box::new(lease_lost(runs, thread, run).await)),
+        CalledOff::Cancelled => {
+            bare_end(RunStatus::Queued.on(Step::Cancel).unwrap_or(RunStatus::Cancelled), None)
         }
-        bare_end(RunStatus::Failed, Some(stopped()))
+        CalledOff::Stopped => {
+            // All that wait end now: in line, so that their messages come into the transcript in their order.
+            if let Some(place) = place {
+                place.turn().await;
+            }
+            bare_end(RunStatus::Failed, Some(stopped()))
+        }
     };
     Err(Box::new(bound_waiting(runs, working, &lease, thread, run, end).await))
 }
 
-/// Resolves when a run need not wait any longer: `true` if somebody wants it to end, `false` if the process stops.
-async fn called_off(runs: &Runs, working: &Working) -> bool {
+/// Why a run need not wait any longer.
+enum CalledOff {
+    /// The process stops.
+    Stopped,
+    /// Somebody wants it to end.
+    Cancelled,
+    /// Others have taken it over.
+    Lost,
+}
+
+/// Resolves when a run need not wait any longer.
+async fn called_off(runs: &Runs, working: &Working) -> CalledOff {
     tokio::select! {
         biased;
-        () = runs.parts.given.stop.cancelled() => false,
-        () = working.cancel.requested() => true,
+        () = runs.parts.given.stop.cancelled() => CalledOff::Stopped,
+        () = working.lost.cancelled() => CalledOff::Lost,
+        () = working.cancel.requested() => CalledOff::Cancelled,
     }
 }
 

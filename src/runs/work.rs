@@ -163,6 +163,7 @@ impl Rounds<'_> {
         tokio::select! {
             biased;
             () = parts.stop.cancelled() => Err(Failure::Stopped),
+            () = working.lost.cancelled() => Err(Failure::LeaseLost),
             () = working.cancel.requested() => Err(Failure::Cancelled),
             () = sleep_until(self.deadline) => Err(Failure::Deadline),
             result = AssertUnwindSafe(drive.round(round)).catch_unwind() => result.unwrap_or(Err(Failure::Panic)),
@@ -223,6 +224,7 @@ impl Rounds<'_> {
         };
         tokio::select! {
             biased;
+            () = working.lost.cancelled() => Some(Err(Failure::LeaseLost)),
             () = working.cancel.requested() => Some(Err(Failure::Cancelled)),
             given = answered => Some(Ok(given)),
             () = sleep_until(self.deadline) => Some(Err(Failure::Deadline)),

@@ -139,6 +139,10 @@ impl Store for PostgresStore {
         on!(self.vital, c => control::requests(c, replica))
     }
 
+    async fn lost(&self, replica: ReplicaId, working: &[RunId]) -> Result<Vec<RunId>, StoreError> {
+        on!(self.vital, c => control::lost(c, replica, working))
+    }
+
     async fn bind_upstream_thread(
         &self,
         lease: &RunLease,

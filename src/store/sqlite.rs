@@ -22,6 +22,7 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use sqlx::migrate::Migrator;
+use sqlx::types::Json;
 use sqlx::{Connection, Sqlite, SqliteConnection, Transaction};
 
 use super::errors::check_version;
@@ -149,6 +150,10 @@ impl Store for SqliteStore {
         on!(self.readers, c => control::requests(c, replica))
     }
 
+    async fn lost(&self, replica: ReplicaId, working: &[RunId]) -> Result<Vec<RunId>, StoreError> {
+        on!(self.readers, c => control::lost(c, replica, working))
+    }
+
     async fn bind_upstream_thread(
         &self,
         lease: &RunLease,
@@ -244,6 +249,11 @@ impl Store for SqliteStore {
         // Ends with the file handle at the latest.
         let _ = self.lock.unlock();
     }
+}
+
+/// Ids as a parameter that a statement can take apart: a list, in hexadecimal.
+fn listed(runs: &[RunId]) -> Json<Vec<String>> {
+    Json(runs.iter().map(|run| run.uuid().simple().to_string()).collect())
 }
 
 #[cfg(test)]

@@ -104,3 +104,19 @@ pub(super) async fn requests(
     .await?;
     rows.into_iter().map(Request::try_from).collect()
 }
+
+/// Implements [`Store::lost`](crate::store::Store::lost).
+pub(super) async fn lost(
+    connection: &mut PgConnection,
+    replica: ReplicaId,
+    working: &[RunId],
+) -> Result<Vec<RunId>, StoreError> {
+    let working: Vec<Uuid> = working.iter().map(|run| run.uuid()).collect();
+    let lost: Vec<Uuid> =
+        sqlx::query_scalar("SELECT r.id FROM runs r WHERE r.id = ANY($2) AND r.owner <> $1")
+            .bind(replica.uuid())
+            .bind(working)
+            .fetch_all(connection)
+            .await?;
+    Ok(lost.into_iter().map(RunId::from_uuid).collect())
+}

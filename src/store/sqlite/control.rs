@@ -3,7 +3,7 @@
 use sqlx::SqliteConnection;
 use uuid::Uuid;
 
-use super::read;
+use super::{listed, read};
 use crate::domain::{ConversationKey, ReplicaId, Run, RunId};
 use crate::store::rows::RequestRow;
 use crate::store::{Request, RunLease, StoreError};
@@ -97,4 +97,20 @@ pub(super) async fn requests(
     .fetch_all(connection)
     .await?;
     rows.into_iter().map(Request::try_from).collect()
+}
+
+/// Implements [`Store::lost`](crate::store::Store::lost).
+pub(super) async fn lost(
+    connection: &mut SqliteConnection,
+    replica: ReplicaId,
+    working: &[RunId],
+) -> Result<Vec<RunId>, StoreError> {
+    let lost: Vec<Uuid> = sqlx::query_scalar(
+        "SELECT r.id FROM json_each($2) w JOIN runs r ON r.id = unhex(w.value) WHERE r.owner <> $1",
+    )
+    .bind(replica.uuid())
+    .bind(listed(working))
+    .fetch_all(connection)
+    .await?;
+    Ok(lost.into_iter().map(RunId::from_uuid).collect())
 }

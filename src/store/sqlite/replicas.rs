@@ -4,10 +4,9 @@
 use std::time::Duration;
 
 use sqlx::SqliteConnection;
-use sqlx::types::Json;
 use uuid::Uuid;
 
-use super::{now, write};
+use super::{listed, now, write};
 use crate::domain::{ReplicaId, RunId};
 use crate::store::columns::{run_columns, thread_columns};
 use crate::store::rows::{OrphanRow, millis};
@@ -63,7 +62,6 @@ pub(super) async fn adopt_orphans(
 ) -> Result<Vec<Orphan>, StoreError> {
     let mut tx = write(connection).await?;
     // Thread ids sort by age, and within a thread the runs must come in order of admission.
-    let working = Json(working.iter().map(|run| run.uuid().simple().to_string()).collect::<Vec<_>>());
     let orphans: Vec<(Uuid, Option<Uuid>)> = sqlx::query_as(concat!(
         "SELECT r.id, r.owner FROM runs r INDEXED BY runs_unfinished
         WHERE r.status IN ('queued', 'in_progress', 'requires_action', 'cancelling')
@@ -81,7 +79,7 @@ pub(super) async fn adopt_orphans(
     ))
     .bind(i64::from(limit))
     .bind(id.uuid())
-    .bind(working)
+    .bind(listed(working))
     .fetch_all(&mut *tx)
     .await?;
     let mut adopted = Vec::with_capacity(orphans.len());

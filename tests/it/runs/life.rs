@@ -352,3 +352,31 @@ async fn a_message_whose_sender_heard_that_it_was_not_taken_does_not_run() {
     })
     .await;
 }
+
+#[tokio::test]
+async fn runs_that_others_took_over_are_given_up_and_left_alone_upstream() {
+    on_both(async |stores: Stores| {
+        let (process, upstream) = stores.process(false).await;
+        let waits = process.runs.submit(key(), message("ask")).await.unwrap();
+        assert!(matches!(soon(waits.follow.answer(0)).await, Some(Answer::RequiresAction(_))));
+        let in_line = process.runs.submit(key(), message("in line")).await.unwrap();
+        let other_key = crate::store_contract::user("bob");
+        let at_work = process.runs.submit(other_key, message("hold")).await.unwrap();
+        stores.one.retire_replica(process.replica).await.unwrap();
+        assert_eq!(stores.other.adopt_orphans(ReplicaId::new(), &[], 10).await.unwrap().len(), 3);
+        upstream.calls();
+
+        let keeper = process.runs.clone();
+        let mut session = JoinSet::new();
+        session.spawn(async move { keeper.keep_session("127.0.0.1:1".to_owned(), ALIVE).await });
+        for run in [&waits, &in_line, &at_work] {
+            let outcome = ended(run).await;
+            assert_eq!(outcome.run.error.as_ref().unwrap().code, RunErrorCode::ReplicaLost);
+        }
+        assert_eq!(upstream.calls(), [""; 0], "whoever has them now goes on");
+        assert_eq!(stored(&*stores.one, &waits.run).await.status, RunStatus::RequiresAction);
+        process.stop.cancel();
+        soon(session.join_all()).await;
+    })
+    .await;
+}

@@ -15,6 +15,7 @@ on_every_backend!(
     adopters_share_the_orphans,
     strays_of_ones_own_are_found,
     an_orphan_comes_with_what_it_was_at,
+    what_others_took_over_is_lost,
 );
 
 const ALIVE: Duration = Duration::from_mins(1);
@@ -220,4 +221,29 @@ async fn an_orphan_comes_with_what_it_was_at(database: &TestDatabase, store: &dy
     let paused = store.pause(&orphan.lease, &calls).await.unwrap();
     assert!(matches!(paused, threadkeeper::store::Paused::Waiting(_)), "{paused:?}");
     check_invariants(database).await;
+}
+
+async fn what_others_took_over_is_lost(_: &TestDatabase, store: &dyn Store) {
+    let (me, other) = (ReplicaId::new(), ReplicaId::new());
+    let mine = busy(store, &user("a"), me).await.run.id;
+    let (waiting, ..) =
+        queued(store.admit(&Admission { replica: me, ..admission(&user("a")) }).await.unwrap());
+    let ended = busy(store, &user("b"), me).await;
+    let others = busy(store, &user("c"), other).await.run.id;
+    closed(store.finish(&ended.lease, &completed(None)).await.unwrap());
+    // One that is not recorded yet is not lost.
+    let working = [mine, waiting.run_id, ended.run.id, RunId::new()];
+    assert_eq!(store.lost(me, &working).await.unwrap(), []);
+    assert_eq!(store.lost(me, &[]).await.unwrap(), []);
+    assert_eq!(store.lost(me, &[others, mine]).await.unwrap(), [others]);
+
+    let taken = store.take_queued(other, waiting.run_id).await.unwrap().unwrap();
+    assert_eq!(store.lost(me, &working).await.unwrap(), [waiting.run_id]);
+    closed(store.finish(&taken, &completed(None)).await.unwrap());
+    assert_eq!(store.lost(me, &working).await.unwrap(), [waiting.run_id], "even if it has ended there");
+    assert_eq!(store.lost(me, &[mine, ended.run.id]).await.unwrap(), [], "only of those that were named");
+
+    store.retire_replica(me).await.unwrap();
+    store.adopt_orphans(other, &[others], 10).await.unwrap();
+    assert_eq!(store.lost(me, &[mine, ended.run.id]).await.unwrap(), [mine]);
 }
