@@ -362,8 +362,10 @@ async fn runs_that_others_took_over_are_given_up_and_left_alone_upstream() {
         let in_line = process.runs.submit(key(), message("in line")).await.unwrap();
         let other_key = crate::store_contract::user("bob");
         let at_work = process.runs.submit(other_key, message("hold")).await.unwrap();
+        let other = ReplicaId::new();
+        stores.other.renew_replica(other, "127.0.0.1:2", ALIVE).await.unwrap();
         stores.one.retire_replica(process.replica).await.unwrap();
-        assert_eq!(stores.other.adopt_orphans(ReplicaId::new(), &[], 10).await.unwrap().len(), 3);
+        assert_eq!(stores.other.adopt_orphans(other, &[], 10).await.unwrap().len(), 3);
         upstream.calls();
 
         let keeper = process.runs.clone();
