@@ -44,8 +44,10 @@ pub(super) async fn resume_waiting(runs: Runs, mut working: Working, orphan: Orp
     let turn = Turn { lease, thread, run, input: Vec::new() };
     let mut progress = Progress::new(&turn);
     progress.taken_over(content);
-    if let Begin::Outputs(outputs) = &begin {
-        progress.answers(outputs, outputs_sent);
+    match &begin {
+        Begin::Message => {}
+        Begin::Waiting(action) => progress.open_calls.clone_from(&action.tool_calls),
+        Begin::Outputs(outputs) => progress.answers(outputs, outputs_sent),
     }
     if let Some(outcome) = carry_out(&runs, &mut working, &turn, begin, progress, time_left).await {
         announce(&working.feed, outcome);

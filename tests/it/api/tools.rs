@@ -2,6 +2,7 @@
 
 use reqwest::{Method, StatusCode};
 use serde_json::{Value, json};
+use threadkeeper::simulator::Fault;
 
 use crate::support::gateway::{Answer, EventReader, Gateway, text, text_of};
 use crate::support::history::assert_same;
@@ -18,6 +19,7 @@ on_every_scene!(
     a_wait_outlives_its_process,
     a_wait_outlives_an_orderly_stop,
     outputs_outlive_their_process,
+    outputs_whose_answer_is_lost_after_a_takeover_are_looked_up,
     a_message_that_waits_behind_a_tool_call_gets_its_turn,
 );
 
@@ -250,6 +252,26 @@ async fn outputs_outlive_their_process(scene: Scene) {
         assert_eq!(read["run"]["error"]["code"], "stream_broken", "{read:#}");
     } else {
         assert!(text(&read["message"]).contains("4 °C"), "{read:#}");
+    }
+    gateway.say(SCOPE, "thanks").await;
+    assert_same(&scene, &gateway, SCOPE).await;
+}
+
+async fn outputs_whose_answer_is_lost_after_a_takeover_are_looked_up(scene: Scene) {
+    let upstream = "lock_window = \"300ms\"\n";
+    let gateway = scene.gateway_both(SHORT, upstream).await;
+    let asked = ask(&gateway, "weather? [[sim: tool=get_weather]]").await;
+    gateway.kill();
+    let gateway = scene.gateway_both(SHORT, upstream).await;
+    let (on, fault) = (answers(&scene).to_owned(), "drop=before".to_owned());
+    scene.simulator.add_fault(Fault { on, fault, times: 1 }).unwrap();
+    let answer = give(&gateway, &asked, "4 °C").await;
+    if scene.protocol == Protocol::Chain {
+        assert_eq!(answer.body["code"], "stream_broken", "{answer:?}");
+    } else {
+        let answer = answer.ok();
+        assert_eq!(answer["run"]["status"], "completed", "{answer:#}");
+        assert!(text(&answer["message"]).contains("4 °C"), "{answer:#}");
     }
     gateway.say(SCOPE, "thanks").await;
     assert_same(&scene, &gateway, SCOPE).await;
