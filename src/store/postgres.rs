@@ -115,7 +115,7 @@ impl Store for PostgresStore {
     }
 
     async fn take_queued(&self, replica: ReplicaId, id: RunId) -> Result<Option<RunLease>, StoreError> {
-        on!(self.general, c => control::take_queued(c, replica, id))
+        on!(self.general, c => read::take_queued(c, replica, id))
     }
 
     async fn pause(&self, lease: &RunLease, pause: &Pause) -> Result<Paused, StoreError> {

@@ -6,12 +6,12 @@ macro_rules! reads {
         use uuid::Uuid;
 
         use crate::domain::{
-            Baseline, ConversationKey, EventBatch, Message, MessageId, Page, PageRequest, Run, RunId, Thread,
+            Baseline, ConversationKey, EventBatch, Message, MessageId, Page, PageRequest, ReplicaId, Run, RunId, Thread,
             ThreadActivity, ThreadId,
         };
         use crate::store::columns::{activity, current_of_key, first_position, message_columns, queue_depth, run_columns, thread_columns};
         use crate::store::rows::{EventRow, MessageRow, RunRow, RunWithReply, Span, ThreadAndRun, ThreadWithActivity, WaitingRow, cursor};
-        use crate::store::{Claim, InputMessage, RunLease, StoreError, Turn, Waiting};
+        use crate::store::{Claim, Idempotency, InputMessage, RunLease, StoreError, Turn, Waiting};
 
         /// Implements [`Store::thread`](crate::store::Store::thread).
         pub(super) async fn thread(
@@ -222,6 +222,45 @@ macro_rules! reads {
             .execute(&mut *connection)
             .await?;
             Ok(done.rows_affected() == 1)
+        }
+
+        /// Implements [`Store::take_queued`](crate::store::Store::take_queued). No read either.
+        pub(super) async fn take_queued(
+            connection: &mut <$database as sqlx::Database>::Connection,
+            replica: ReplicaId,
+            id: RunId,
+        ) -> Result<Option<RunLease>, StoreError> {
+            let fence: Option<i64> = sqlx::query_scalar(
+                "UPDATE runs SET owner = $1, fence = fence + 1 WHERE id = $2 AND status = 'queued' RETURNING fence",
+            )
+            .bind(replica.uuid())
+            .bind(id.uuid())
+            .fetch_optional(connection)
+            .await?;
+            Ok(fence.map(|fence| RunLease { run_id: id, fence }))
+        }
+
+        /// Whether an idempotency key is in use.
+        pub(super) async fn is_used(
+            connection: &mut <$database as sqlx::Database>::Connection,
+            key: &ConversationKey,
+            idempotency: Option<&Idempotency>,
+        ) -> Result<bool, StoreError> {
+            let Some(idempotency) = idempotency else { return Ok(false) };
+            let used = sqlx::query_scalar(
+                "SELECT EXISTS (
+                    SELECT 1 FROM idempotency_keys k
+                    WHERE k.tenant = $1 AND k.user_key = $2 AND k.scope_kind = $3 AND k.scope_name = $4 AND k.key = $5
+                )",
+            )
+            .bind(key.tenant.as_str())
+            .bind(key.user.as_str())
+            .bind(key.scope.kind())
+            .bind(key.scope.name())
+            .bind(&idempotency.key)
+            .fetch_one(connection)
+            .await?;
+            Ok(used)
         }
 
         /// The answer to a repeated `claim`: the run is in progress under the same lease. Otherwise it is not for the caller.

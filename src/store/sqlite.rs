@@ -126,7 +126,7 @@ impl Store for SqliteStore {
     }
 
     async fn take_queued(&self, replica: ReplicaId, id: RunId) -> Result<Option<RunLease>, StoreError> {
-        on!(self.writer, c => control::take_queued(c, replica, id))
+        on!(self.writer, c => read::take_queued(c, replica, id))
     }
 
     async fn pause(&self, lease: &RunLease, pause: &Pause) -> Result<Paused, StoreError> {

@@ -7,6 +7,7 @@ use sqlx::postgres::PgRow;
 use sqlx::{Connection, FromRow, PgConnection, Row};
 
 use super::once;
+use super::read::is_used;
 use crate::domain::{ConversationKey, MultitaskStrategy, Run, RunStatus, Thread};
 use crate::store::columns::{current_of_key, run_columns, thread_columns};
 use crate::store::rows::{ThreadAndRun, corrupt, json, millis};
@@ -26,7 +27,7 @@ pub(super) async fn admit(
         Ok(admitted) => admitted,
     };
     let refused = matches!(admitted, Admitted::Busy | Admitted::OtherUpstream(_));
-    if refused && once::is_used(connection, &admission.key, admission.idempotency.as_ref()).await? {
+    if refused && is_used(connection, &admission.key, admission.idempotency.as_ref()).await? {
         return Ok(Admitted::Repeated);
     }
     Ok(admitted)

@@ -71,22 +71,6 @@ pub(super) async fn request_cancel(
     row.map(Run::try_from).transpose()
 }
 
-/// Implements [`Store::take_queued`](crate::store::Store::take_queued).
-pub(super) async fn take_queued(
-    connection: &mut PgConnection,
-    replica: ReplicaId,
-    id: RunId,
-) -> Result<Option<RunLease>, StoreError> {
-    let fence: Option<i64> = sqlx::query_scalar(
-        "UPDATE runs SET owner = $1, fence = fence + 1 WHERE id = $2 AND status = 'queued' RETURNING fence",
-    )
-    .bind(replica.uuid())
-    .bind(id.uuid())
-    .fetch_optional(connection)
-    .await?;
-    Ok(fence.map(|fence| RunLease { run_id: id, fence }))
-}
-
 /// Implements [`Store::requests`](crate::store::Store::requests). Looks at the active runs of all replicas, which are
 /// few, rather than have each turn pay for an index of its own.
 pub(super) async fn requests(

@@ -8,7 +8,7 @@ use sqlx::error::DatabaseError;
 use crate::domain::{ConversationKey, RunErrorCode};
 use crate::store::columns::{run_columns, thread_columns};
 use crate::store::rows::{RepeatedRow, millis};
-use crate::store::{Idempotency, Repeated, StoreError};
+use crate::store::{Repeated, StoreError};
 
 /// Implements [`Store::repeated`](crate::store::Store::repeated).
 pub(super) async fn repeated(
@@ -47,29 +47,6 @@ pub(super) async fn repeated(
     .fetch_optional(connection)
     .await?;
     row.map(Repeated::try_from).transpose()
-}
-
-/// Whether the key of a request that was refused is in use: then that is the reason to give.
-pub(super) async fn is_used(
-    connection: &mut PgConnection,
-    key: &ConversationKey,
-    idempotency: Option<&Idempotency>,
-) -> Result<bool, StoreError> {
-    let Some(idempotency) = idempotency else { return Ok(false) };
-    let used = sqlx::query_scalar(
-        "SELECT EXISTS (
-            SELECT FROM idempotency_keys k
-            WHERE k.tenant = $1 AND k.user_key = $2 AND k.scope_kind = $3 AND k.scope_name = $4 AND k.key = $5
-        )",
-    )
-    .bind(key.tenant.as_str())
-    .bind(key.user.as_str())
-    .bind(key.scope.kind())
-    .bind(key.scope.name())
-    .bind(&idempotency.key)
-    .fetch_one(connection)
-    .await?;
-    Ok(used)
 }
 
 /// Whether a statement failed because the idempotency key is in use. Nothing of it was stored then.

@@ -4,6 +4,7 @@ use sqlx::postgres::PgRow;
 use sqlx::{FromRow, PgConnection, Row};
 
 use super::once;
+use super::read::is_used;
 use super::read::waiting;
 use crate::domain::{ConversationKey, RunId, RunStatus};
 use crate::store::columns::{queue_depth, run_columns, thread_columns};
@@ -116,9 +117,7 @@ pub(super) async fn answer_tools(
     .await;
     match found {
         Ok(Some(row)) => Ok(Answered::Resumed(Box::new(row.try_into()?))),
-        Ok(None) if once::is_used(connection, key, answer.idempotency.as_ref()).await? => {
-            Ok(Answered::Repeated)
-        }
+        Ok(None) if is_used(connection, key, answer.idempotency.as_ref()).await? => Ok(Answered::Repeated),
         Ok(None) => Ok(Answered::NotWaiting),
         Err(error) if once::is_repeated(&error) => Ok(Answered::Repeated),
         Err(error) => Err(error.into()),

@@ -3,6 +3,7 @@
 use sqlx::{FromRow, Row, SqliteConnection};
 use uuid::Uuid;
 
+use super::read::is_used;
 use super::{now, once, write};
 use crate::domain::{ConversationKey, MultitaskStrategy, Run, RunStatus, Thread};
 use crate::store::columns::{current_of_key, run_columns, thread_columns};
@@ -15,7 +16,7 @@ pub(super) async fn admit(
     admission: &Admission,
 ) -> Result<Admitted, StoreError> {
     let mut tx = write(connection).await?;
-    if once::is_used(&mut tx, &admission.key, admission.idempotency.as_ref()).await? {
+    if is_used(&mut tx, &admission.key, admission.idempotency.as_ref()).await? {
         return Ok(Admitted::Repeated);
     }
     if admission.strategy == MultitaskStrategy::Merge

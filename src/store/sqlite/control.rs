@@ -66,22 +66,6 @@ pub(super) async fn request_cancel(
     Ok(found.map(|(run, _)| run))
 }
 
-/// Implements [`Store::take_queued`](crate::store::Store::take_queued).
-pub(super) async fn take_queued(
-    connection: &mut SqliteConnection,
-    replica: ReplicaId,
-    id: RunId,
-) -> Result<Option<RunLease>, StoreError> {
-    let fence: Option<i64> = sqlx::query_scalar(
-        "UPDATE runs SET owner = $1, fence = fence + 1 WHERE id = $2 AND status = 'queued' RETURNING fence",
-    )
-    .bind(replica.uuid())
-    .bind(id.uuid())
-    .fetch_optional(connection)
-    .await?;
-    Ok(fence.map(|fence| RunLease { run_id: id, fence }))
-}
-
 /// Implements [`Store::requests`](crate::store::Store::requests).
 pub(super) async fn requests(
     connection: &mut SqliteConnection,

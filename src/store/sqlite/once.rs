@@ -47,29 +47,6 @@ pub(super) async fn repeated(
     row.map(Repeated::try_from).transpose()
 }
 
-/// Whether a key is in use.
-pub(super) async fn is_used(
-    tx: &mut SqliteConnection,
-    key: &ConversationKey,
-    idempotency: Option<&Idempotency>,
-) -> Result<bool, StoreError> {
-    let Some(idempotency) = idempotency else { return Ok(false) };
-    let used = sqlx::query_scalar(
-        "SELECT EXISTS (
-            SELECT 1 FROM idempotency_keys k
-            WHERE k.tenant = $1 AND k.user_key = $2 AND k.scope_kind = $3 AND k.scope_name = $4 AND k.key = $5
-        )",
-    )
-    .bind(key.tenant.as_str())
-    .bind(key.user.as_str())
-    .bind(key.scope.kind())
-    .bind(key.scope.name())
-    .bind(&idempotency.key)
-    .fetch_one(tx)
-    .await?;
-    Ok(used)
-}
-
 /// Lets a key stand for a run from now on.
 pub(super) async fn note(
     tx: &mut SqliteConnection,

@@ -2,6 +2,7 @@
 
 use sqlx::SqliteConnection;
 
+use super::read::is_used;
 use super::read::waiting;
 use super::{now, once, write};
 use crate::domain::{ConversationKey, RunId, RunStatus};
@@ -72,7 +73,7 @@ pub(super) async fn answer_tools(
     answer: &ToolAnswer,
 ) -> Result<Answered, StoreError> {
     let mut tx = write(connection).await?;
-    if once::is_used(&mut tx, key, answer.idempotency.as_ref()).await? {
+    if is_used(&mut tx, key, answer.idempotency.as_ref()).await? {
         return Ok(Answered::Repeated);
     }
     let fence: Option<i64> = sqlx::query_scalar(concat!(
