@@ -3,6 +3,7 @@
 mod content;
 mod id;
 mod key;
+mod life;
 mod metadata;
 mod records;
 mod run;
@@ -10,8 +11,11 @@ mod trace;
 mod transition;
 
 pub use content::{ContentPart, ImageFile, ImageUrl, InvalidContent, UserContent};
-pub use id::{InvalidId, MessageId, ReplicaId, RunId, ThreadId, UpstreamRunId, UpstreamThreadId};
+pub use id::{
+    DeletionId, InvalidId, MessageId, RemnantId, ReplicaId, RunId, ThreadId, UpstreamRunId, UpstreamThreadId,
+};
 pub use key::{ConversationKey, InvalidKey, KeyText, Scope, SessionKey, TenantKey, TopicKey, UserKey};
+pub use life::{Chore, Deletion, Keeping, Lifetimes, Limits, NewLife, Removed, Ttl, UpstreamOutcome};
 pub use metadata::{InvalidMetadata, Metadata};
 pub use records::{Lifecycle, Message, Page, PageRequest, Role, Run, Thread, ThreadActivity, ThreadState};
 pub use run::{

@@ -5,12 +5,16 @@
 
 mod backend;
 mod columns;
+mod discreet;
 mod errors;
+mod life;
 mod pool;
 mod postgres;
 mod read;
 mod rows;
+mod shared;
 mod sqlite;
+mod threads;
 
 use std::error::Error as StdError;
 use std::time::Duration;
@@ -19,23 +23,34 @@ use async_trait::async_trait;
 use serde::{Deserialize, Serialize};
 
 use crate::domain::{
-    Baseline, ContentPart, Context, ConversationKey, EventBatch, Leftover, Message, MessageId, Metadata,
-    MultitaskStrategy, Page, PageRequest, ReplicaId, RequiredAction, Run, RunError, RunId, RunStatus, Thread,
-    ThreadActivity, ThreadId, ToolOutput, UpstreamRunId, UpstreamThreadId, Usage,
+    Baseline, ContentPart, Context, ConversationKey, EventBatch, Leftover, Limits, Message, MessageId,
+    Metadata, MultitaskStrategy, Page, PageRequest, ReplicaId, RequiredAction, Run, RunError, RunId,
+    RunStatus, Thread, ThreadActivity, ThreadId, ToolOutput, Ttl, UpstreamRunId, UpstreamThreadId, Usage,
 };
 
 pub use backend::BackendKind;
+pub use discreet::Discreet;
+pub use life::{
+    Binding, DeletedThread, DeletionReport, DeletionRequest, DeletionTarget, Due, Foreign, Imported,
+    ImportedMessage, ImportedThread, Life, Pruned, Pruning, Remnant, RemnantKind, RemnantName, Rolled,
+    Rollover, ThreadFilter, ThreadName, ThreadReport, ThreadUpdate,
+};
 pub use postgres::PostgresStore;
 pub use sqlite::SqliteStore;
 
 /// Threads, runs and transcripts of all tenants, in one database that several replicas may share.
 #[async_trait]
-pub trait Store: Send + Sync + std::fmt::Debug {
+pub trait Store: Life + Send + Sync + std::fmt::Debug {
+    /// What is said is stored. If not, it is known to the process that works on the run alone, until the run has ended.
+    fn keeps_content(&self) -> bool {
+        true
+    }
+
     /// The database answers and its schema is the one that this binary knows.
     async fn ready(&self) -> Result<(), StoreError>;
 
-    /// Records a new run: resolves the key's current thread or creates it (an expired one is archived and a
-    /// fresh one takes its place), and admits the run, all in one step.
+    /// Records a new run: resolves the key's current thread or creates it (an expired one is archived, and a
+    /// fresh one that names it takes its place), and admits the run, all in one step.
     ///
     /// The run starts at once if the thread has no unfinished run. Otherwise its strategy decides:
     /// [`Enqueue`](MultitaskStrategy::Enqueue) queues it last; [`Interrupt`](MultitaskStrategy::Interrupt) and
@@ -60,7 +75,8 @@ pub trait Store: Send + Sync + std::fmt::Debug {
     ) -> Result<Option<Repeated>, StoreError>;
 
     /// Starts a queued run if no run of its thread is active and none before it waits; its messages move into
-    /// the transcript in the same step, and its deadline begins to count.
+    /// the transcript in the same step, and its deadline begins to count. What waits on a thread that is being deleted
+    /// is not started any more.
     ///
     /// Repeating the call with the same lease is harmless: while the run is in progress it answers the same, so
     /// that an answer which was lost on its way does not strand a run that has started.
@@ -101,15 +117,14 @@ pub trait Store: Send + Sync + std::fmt::Debug {
     /// Those of these runs that others have taken over from the replica.
     async fn lost(&self, replica: ReplicaId, working: &[RunId]) -> Result<Vec<RunId>, StoreError>;
 
-    /// Records where the thread of a run lives upstream. `rebuilt`: it was made again from the transcript, so it holds
-    /// all earlier messages that are not withheld, under new ids: what was missing or unknown is present, the ids of
-    /// messages upstream and the leftover are void. `false` if the lease was lost.
-    async fn bind_upstream_thread(
-        &self,
-        lease: &RunLease,
-        id: &UpstreamThreadId,
-        rebuilt: bool,
-    ) -> Result<bool, StoreError>;
+    /// Records where the thread of a run lives upstream, and that what was [intended](Life::intend) is done. `false` if
+    /// the lease was lost; what was made is a remnant then. Harmless to repeat.
+    async fn bind_upstream_thread(&self, lease: &RunLease, binding: &Binding<'_>)
+    -> Result<bool, StoreError>;
+
+    /// Withholds all messages before those of a run, for good: its upstream thread is to begin without them. `false` if
+    /// the lease was lost. Harmless to repeat.
+    async fn withhold_earlier(&self, lease: &RunLease) -> Result<bool, StoreError>;
 
     /// Messages of the runs before it that the upstream thread of a run lacks, oldest first.
     async fn backlog(&self, run: RunId) -> Result<Vec<Message>, StoreError>;
@@ -138,23 +153,22 @@ pub trait Store: Send + Sync + std::fmt::Debug {
     /// The stored log of a run from number `from` on: batches in order, the first of which may begin before `from`.
     async fn events(&self, run: RunId, from: i64) -> Result<Vec<EventBatch>, StoreError>;
 
-    /// The key's current thread, even if it has expired and no message came since.
-    async fn thread(&self, key: &ConversationKey) -> Result<Option<(Thread, ThreadActivity)>, StoreError>;
-
-    /// A page of the current thread's transcript by position; `None` if the key has no thread.
+    /// A page of a transcript by position, or `across` all threads that the key has and had, the oldest thread first, but
+    /// for those that are being deleted; `None` if there is no such thread.
     ///
     /// # Errors
-    /// [`StoreError::UnknownCursor`] if `after` or `before` names no message of the thread.
+    /// [`StoreError::UnknownCursor`] if `after` or `before` names no message of it.
     async fn messages(
         &self,
-        key: &ConversationKey,
+        name: ThreadName<'_>,
+        across: bool,
         page: &PageRequest<MessageId>,
     ) -> Result<Option<Page<Message>>, StoreError>;
 
     /// Up to `limit` messages of any thread that stand after a position (0: from the first on), oldest first.
     async fn transcript(&self, thread: ThreadId, after: i64, limit: u32) -> Result<Vec<Message>, StoreError>;
 
-    /// A page of the current thread's runs by order of admission; `None` if the key has no thread.
+    /// A page of the runs of the key's newest thread by order of admission; `None` if the key has no thread.
     ///
     /// # Errors
     /// [`StoreError::UnknownCursor`] if `after` or `before` names no run of the thread.
@@ -164,7 +178,7 @@ pub trait Store: Send + Sync + std::fmt::Debug {
         page: &PageRequest<RunId>,
     ) -> Result<Option<Page<Run>>, StoreError>;
 
-    /// The unfinished runs of the current thread, in order of admission; `None` if the key has no thread.
+    /// The unfinished runs of the key's newest thread, in order of admission; `None` if the key has no thread.
     async fn unfinished(&self, key: &ConversationKey) -> Result<Option<Vec<Run>>, StoreError>;
 
     /// A run of any of the key's threads, archived ones included, and its reply if it has one.
@@ -226,8 +240,10 @@ pub struct Admission {
     pub key: ConversationKey,
     /// Id of the thread, should one have to be made.
     pub new_thread: ThreadId,
-    /// How long a new thread lives; `None`: for ever.
-    pub thread_ttl: Option<Duration>,
+    /// How long a thread of this scope may be used, unless it has limits of its own.
+    pub limits: Limits,
+    /// How long the caller wants it to live, from now on.
+    pub ttl: Option<Ttl>,
     /// Name of the assistant's upstream. A thread lives on the upstream of its first run.
     pub upstream: String,
     pub run_id: RunId,
@@ -441,4 +457,6 @@ pub struct Orphan {
     pub outputs: Option<Vec<ToolOutput>>,
     /// They may have been sent to the upstream.
     pub outputs_sent: bool,
+    /// What it was to send is not known any more: it can only end.
+    pub content_lost: bool,
 }

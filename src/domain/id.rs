@@ -1,4 +1,4 @@
-//! Ids: ours are UUIDv7 behind a prefix (`thr_`, `run_`, `msg_`), the upstream's are opaque text.
+//! Ids: ours are UUIDv7 behind a prefix (`thr_`, `run_`, `msg_`, …), the upstream's are opaque text.
 
 use std::fmt;
 use std::str::FromStr;
@@ -90,6 +90,16 @@ prefixed_id!(
     /// One running gateway process.
     ReplicaId,
     "rep_"
+);
+prefixed_id!(
+    /// A request to delete.
+    DeletionId,
+    "del_"
+);
+prefixed_id!(
+    /// Something at an upstream besides the threads' own.
+    RemnantId,
+    "rem_"
 );
 
 macro_rules! upstream_id {

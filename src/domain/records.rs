@@ -2,8 +2,9 @@
 
 use super::run::text_enum;
 use super::{
-    ContentPart, Context, ConversationKey, Leftover, MessageId, Metadata, MultitaskStrategy, RequiredAction,
-    RunError, RunId, RunStatus, ThreadId, Timestamp, UpstreamRunId, UpstreamThreadId, Usage,
+    ContentPart, Context, ConversationKey, Deletion, Leftover, Limits, MessageId, Metadata,
+    MultitaskStrategy, Removed, RequiredAction, RunError, RunId, RunStatus, ThreadId, Timestamp,
+    UpstreamRunId, UpstreamThreadId, Usage,
 };
 use serde::{Deserialize, Serialize};
 use std::fmt;
@@ -39,8 +40,17 @@ pub struct Thread {
     pub run_count: i64,
     pub created_at: Timestamp,
     pub last_active_at: Timestamp,
-    /// From this instant on no new message goes to it.
-    pub expires_at: Option<Timestamp>,
+    /// Its own; if there are any, the configured ones do not count. See [`Lifetimes::expiry`](super::Lifetimes::expiry).
+    pub limits: Limits,
+    pub archived_at: Option<Timestamp>,
+    /// What its deletion ends in, if it is being deleted.
+    pub deletion: Option<Deletion>,
+    /// It is to be rolled over before its next turn.
+    pub rolls: bool,
+    /// Last messages of the thread before with which its upstream thread begins, or is to begin.
+    pub carried: i64,
+    /// What was deleted of it upstream.
+    pub removed: Removed,
     /// Messages of the transcript that its upstream thread lacks.
     pub backlog: i64,
     /// What an earlier run may have left at the upstream, if that is not known yet.

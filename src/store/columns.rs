@@ -33,7 +33,13 @@ macro_rules! thread_columns {
             run_count,
             created_at,
             last_active_at,
-            expires_at,
+            max_age_ms,
+            max_idle_ms,
+            archived_at,
+            deletion,
+            rolls,
+            carried,
+            removed,
             backlog,
             leftover
         )
@@ -74,6 +80,42 @@ macro_rules! run_columns {
 macro_rules! current_of_key {
     () => {
         "t.tenant = $1 AND t.user_key = $2 AND t.scope_kind = $3 AND t.scope_name = $4 AND t.lifecycle = 'current'"
+    };
+}
+
+/// All threads of a key, of a table named `t`, but for those that are being deleted: parameters as above.
+macro_rules! lasting_of_key {
+    () => {
+        "t.tenant = $1 AND t.user_key = $2 AND t.scope_kind = $3 AND t.scope_name = $4 AND t.lifecycle <> 'deleting'"
+    };
+}
+
+/// The newest archived thread of a key: parameters as above.
+macro_rules! newest_archived_of_key {
+    () => {
+        "(
+            SELECT a.id FROM threads a
+            WHERE a.tenant = $1 AND a.user_key = $2 AND a.scope_kind = $3 AND a.scope_name = $4
+                AND a.lifecycle = 'archived'
+            ORDER BY a.id DESC
+            LIMIT 1
+        )"
+    };
+}
+
+/// The thread of a key, of a table named `t`, that is current or else the newest that is archived: parameters as above.
+/// The archive is not looked at if there is a current one.
+macro_rules! newest_of_key {
+    () => {
+        concat!(
+            "t.id = COALESCE((
+                SELECT c.id FROM threads c
+                WHERE c.tenant = $1 AND c.user_key = $2 AND c.scope_kind = $3 AND c.scope_name = $4
+                    AND c.lifecycle = 'current'
+            ), ",
+            $crate::store::columns::newest_archived_of_key!(),
+            ")"
+        )
     };
 }
 
@@ -151,6 +193,6 @@ macro_rules! queue_depth {
 }
 
 pub(super) use {
-    activity, columns, current_of_key, first_position, message_columns, queue_depth, run_columns,
-    started_position, thread_columns,
+    activity, columns, current_of_key, first_position, lasting_of_key, message_columns,
+    newest_archived_of_key, newest_of_key, queue_depth, run_columns, started_position, thread_columns,
 };

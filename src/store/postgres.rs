@@ -2,15 +2,23 @@
 //!
 //! Isolation is READ COMMITTED, the server's default. Statements that change a run, messages that its thread counts,
 //! and the thread lock them in this order; admission locks the thread and then only adds rows. An idempotency key comes last.
-//! So no two of them wait for each other.
+//! Those that take several requests to delete, runs or threads take them in this order, and each kind by id. So no two of them
+//! wait for each other.
 
 mod admit;
 mod connect;
 mod control;
+mod deletion;
+mod dialect;
 mod end;
+mod keeping;
+mod life;
 mod once;
 mod read;
+mod remnants;
 mod replicas;
+mod rollover;
+mod threads;
 mod tools;
 mod turn;
 
@@ -20,21 +28,80 @@ use std::time::Duration;
 use async_trait::async_trait;
 use sqlx::migrate::Migrator;
 use sqlx::postgres::PgConnectOptions;
-use sqlx::{ConnectOptions, Connection, Executor, PgConnection};
+use sqlx::{ConnectOptions, Connection, Executor, PgConnection, Postgres, Transaction};
 
 use super::errors::check_version;
 use super::pool::{Pool, on};
 use super::{
-    Admission, Admitted, Answered, Claim, Closing, Orphan, Pause, Paused, Repeated, Request, RunEnd,
-    RunLease, Store, StoreError, ToolAnswer,
+    Admission, Admitted, Answered, Binding, Claim, Closing, Orphan, Pause, Paused, Repeated, Request, RunEnd,
+    RunLease, Store, StoreError, ThreadName, ToolAnswer,
 };
 use crate::config::StoreConfig;
 use crate::domain::{
     Baseline, Context, ConversationKey, EventBatch, Message, MessageId, Page, PageRequest, ReplicaId, Run,
-    RunId, Thread, ThreadActivity, ThreadId, UpstreamThreadId,
+    RunId, ThreadId,
 };
 
 static MIGRATOR: Migrator = sqlx::migrate!("migrations/postgres");
+
+/// When the thread `t` expires; NULL if never. The parameters with these names hold the configured limits, in milliseconds.
+/// Says what [`Lifetimes::expiry`](crate::domain::Lifetimes::expiry) says.
+macro_rules! expiry {
+    ($max_age:literal, $max_idle:literal) => {
+        concat!(
+            "CASE WHEN t.max_age_ms IS NULL AND t.max_idle_ms IS NULL THEN ",
+            $crate::store::postgres::earlier!($max_age, $max_idle),
+            " ELSE ",
+            $crate::store::postgres::earlier!("t.max_age_ms", "t.max_idle_ms"),
+            " END"
+        )
+    };
+}
+use expiry;
+
+/// The earlier end of the thread `t` by two limits, or by the one that there is.
+macro_rules! earlier {
+    ($max_age:literal, $max_idle:literal) => {
+        concat!(
+            "LEAST(t.created_at + ",
+            $max_age,
+            " * interval '1 millisecond', t.last_active_at + ",
+            $max_idle,
+            " * interval '1 millisecond')"
+        )
+    };
+}
+use earlier;
+
+/// What to set of the thread `t` so that it lives as long as its caller wants, if that is said: parameters as made by
+/// [`ttl_millis`](super::rows::ttl_millis). It is active now, too.
+macro_rules! live_on {
+    ($from_now:literal, $from_last_activity:literal) => {
+        concat!(
+            "last_active_at = clock_timestamp(),
+            max_age_ms = CASE WHEN ",
+            $from_now,
+            " IS NOT NULL
+                THEN GREATEST(0, ceil(EXTRACT(epoch FROM clock_timestamp() - t.created_at) * 1000)::bigint + ",
+            $from_now,
+            ")
+                WHEN ",
+            $from_last_activity,
+            " IS NULL THEN t.max_age_ms END,
+            max_idle_ms = CASE WHEN ",
+            $from_now,
+            " IS NULL THEN COALESCE(",
+            $from_last_activity,
+            ", t.max_idle_ms) END,
+            due_at = COALESCE(clock_timestamp() + COALESCE(",
+            $from_now,
+            ", ",
+            $from_last_activity,
+            ") * interval '1 millisecond', t.due_at)"
+        )
+    };
+}
+use live_on;
 
 /// Longest time for one step, once it has a connection: somewhat more than the server gives a statement.
 const CALL_TIMEOUT: Duration = Duration::from_secs(12);
@@ -80,6 +147,11 @@ impl PostgresStore {
         MIGRATOR.run(&mut connection).await?;
         Ok(connection.close().await?)
     }
+}
+
+/// Begins a transaction. Dropped before its commit, it leaves nothing behind.
+async fn write(connection: &mut PgConnection) -> Result<Transaction<'_, Postgres>, StoreError> {
+    Ok(connection.begin().await?)
 }
 
 #[async_trait]
@@ -146,10 +218,13 @@ impl Store for PostgresStore {
     async fn bind_upstream_thread(
         &self,
         lease: &RunLease,
-        id: &UpstreamThreadId,
-        rebuilt: bool,
+        binding: &Binding<'_>,
     ) -> Result<bool, StoreError> {
-        on!(self.vital, c => turn::bind_upstream_thread(c, lease, id, rebuilt))
+        on!(self.vital, c => turn::bind_upstream_thread(c, lease, binding))
+    }
+
+    async fn withhold_earlier(&self, lease: &RunLease) -> Result<bool, StoreError> {
+        on!(self.vital, c => turn::withhold_earlier(c, lease))
     }
 
     async fn backlog(&self, run: RunId) -> Result<Vec<Message>, StoreError> {
@@ -178,16 +253,13 @@ impl Store for PostgresStore {
         on!(self.general, c => read::events(c, run, from))
     }
 
-    async fn thread(&self, key: &ConversationKey) -> Result<Option<(Thread, ThreadActivity)>, StoreError> {
-        on!(self.general, c => read::thread(c, key))
-    }
-
     async fn messages(
         &self,
-        key: &ConversationKey,
+        name: ThreadName<'_>,
+        across: bool,
         page: &PageRequest<MessageId>,
     ) -> Result<Option<Page<Message>>, StoreError> {
-        on!(self.general, c => read::messages(c, key, page))
+        on!(self.general, c => read::messages(c, name, across, page))
     }
 
     async fn transcript(&self, thread: ThreadId, after: i64, limit: u32) -> Result<Vec<Message>, StoreError> {

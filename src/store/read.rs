@@ -6,56 +6,52 @@ macro_rules! reads {
         use uuid::Uuid;
 
         use crate::domain::{
-            Baseline, ConversationKey, EventBatch, Message, MessageId, Page, PageRequest, ReplicaId, Run, RunId, Thread,
-            ThreadActivity, ThreadId,
+            Baseline, ConversationKey, EventBatch, Message, MessageId, Page, PageRequest, ReplicaId, Run, RunId, ThreadId,
         };
-        use crate::store::columns::{activity, current_of_key, first_position, message_columns, queue_depth, run_columns, thread_columns};
-        use crate::store::rows::{EventRow, MessageRow, RunRow, RunWithReply, Span, ThreadAndRun, ThreadWithActivity, WaitingRow, cursor};
-        use crate::store::{Claim, Idempotency, InputMessage, RunLease, StoreError, Turn, Waiting};
-
-        /// Implements [`Store::thread`](crate::store::Store::thread).
-        pub(super) async fn thread(
-            connection: &mut <$database as sqlx::Database>::Connection,
-            key: &ConversationKey,
-        ) -> Result<Option<(Thread, ThreadActivity)>, StoreError> {
-            let row: Option<ThreadWithActivity> = sqlx::query_as(concat!(
-                "SELECT ",
-                thread_columns!(),
-                ", ",
- activity!(),
- "
-                FROM threads t
-                WHERE ",
-                current_of_key!(),
-            ))
-            .bind(key.tenant.as_str())
-            .bind(key.user.as_str())
-            .bind(key.scope.kind())
-            .bind(key.scope.name())
-            .fetch_optional(&mut *connection)
-            .await?;
-            row.map(ThreadWithActivity::into_parts).transpose()
-        }
+        use crate::store::columns::{
+            first_position, lasting_of_key, message_columns, newest_of_key, queue_depth, run_columns, thread_columns,
+        };
+        use crate::store::rows::{EventRow, MessageRow, RunRow, RunWithReply, Span, ThreadAndRun, WaitingRow, cursor};
+        use crate::store::{Claim, Idempotency, InputMessage, RunLease, StoreError, ThreadName, Turn, Waiting};
 
         /// Implements [`Store::messages`](crate::store::Store::messages).
         pub(super) async fn messages(
             connection: &mut <$database as sqlx::Database>::Connection,
-            key: &ConversationKey,
+            name: ThreadName<'_>,
+            across: bool,
             page: &PageRequest<MessageId>,
         ) -> Result<Option<Page<Message>>, StoreError> {
-            let found: Option<(Uuid, Option<i64>)> = sqlx::query_as(concat!(
-                "SELECT t.id, (SELECT m.position FROM messages m WHERE m.id = $5 AND m.thread_id = t.id)
-                FROM threads t
-                WHERE ",
-                current_of_key!(),
-                ))
-            .bind(key.tenant.as_str())
-            .bind(key.user.as_str())
-            .bind(key.scope.kind())
-            .bind(key.scope.name())
-            .bind(page.after.or(page.before).map(MessageId::uuid))
-            .fetch_optional(&mut *connection)
-            .await?;
+            let cursor_id = page.after.or(page.before).map(MessageId::uuid);
+            if across {
+                return messages_across(connection, name, cursor_id, page).await;
+            }
+            let found: Option<(Uuid, Option<i64>)> = match name {
+                ThreadName::Newest(key) => {
+                    sqlx::query_as(concat!(
+                        "SELECT t.id, (SELECT m.position FROM messages m WHERE m.id = $5 AND m.thread_id = t.id)
+                        FROM threads t WHERE ",
+                        newest_of_key!(),
+                    ))
+                    .bind(key.tenant.as_str())
+                    .bind(key.user.as_str())
+                    .bind(key.scope.kind())
+                    .bind(key.scope.name())
+                    .bind(cursor_id)
+                    .fetch_optional(&mut *connection)
+                    .await?
+                }
+                ThreadName::Id(tenant, id) => {
+                    sqlx::query_as(
+                        "SELECT t.id, (SELECT m.position FROM messages m WHERE m.id = $3 AND m.thread_id = t.id)
+                        FROM threads t WHERE t.id = $2 AND t.tenant = $1",
+                    )
+                    .bind(tenant.as_str())
+                    .bind(id.uuid())
+                    .bind(cursor_id)
+                    .fetch_optional(&mut *connection)
+                    .await?
+                }
+            };
             let Some((thread, position)) = found else {
                 return Ok(None);
             };
@@ -79,6 +75,68 @@ macro_rules! reads {
                 .bind(thread)
                 .bind(span.above)
                 .bind(span.below)
+                .bind(span.fetch)
+                .fetch_all(&mut *connection)
+                .await?;
+            span.page(rows).map(Some)
+        }
+
+        /// The part of [`messages`] that reads all threads of a key.
+        async fn messages_across(
+            connection: &mut <$database as sqlx::Database>::Connection,
+            name: ThreadName<'_>,
+            cursor_id: Option<Uuid>,
+            page: &PageRequest<MessageId>,
+        ) -> Result<Option<Page<Message>>, StoreError> {
+            let [tenant, user, kind, scope] = match name {
+                ThreadName::Newest(key) => {
+                    [key.tenant.as_str(), key.user.as_str(), key.scope.kind(), key.scope.name()].map(str::to_owned)
+                }
+                ThreadName::Id(tenant, id) => {
+                    let key: Option<(String, String, String, String)> = sqlx::query_as(
+                        "SELECT t.tenant, t.user_key, t.scope_kind, t.scope_name FROM threads t
+                        WHERE t.id = $2 AND t.tenant = $1",
+                    )
+                    .bind(tenant.as_str())
+                    .bind(id.uuid())
+                    .fetch_optional(&mut *connection)
+                    .await?;
+                    let Some((tenant, user, kind, scope)) = key else { return Ok(None) };
+                    [tenant, user, kind, scope]
+                }
+            };
+            let found: Option<(Option<Uuid>, Option<i64>)> = sqlx::query_as(concat!(
+                "SELECT m.thread_id, m.position FROM threads t
+                LEFT JOIN messages m ON m.id = $5 AND EXISTS (
+                    SELECT 1 FROM threads o
+                    WHERE o.id = m.thread_id AND o.tenant = $1 AND o.user_key = $2 AND o.scope_kind = $3
+                        AND o.scope_name = $4 AND o.lifecycle <> 'deleting'
+                )
+                WHERE ",
+                lasting_of_key!(),
+                " LIMIT 1",
+            ))
+            .bind(&tenant)
+            .bind(&user)
+            .bind(&kind)
+            .bind(&scope)
+            .bind(cursor_id)
+            .fetch_optional(&mut *connection)
+            .await?;
+            let Some((thread, position)) = found else { return Ok(None) };
+            let span = Span::new(page, cursor(page, position)?);
+            let (statement, first, bound) = if span.upwards {
+                (ACROSS_UPWARDS, Uuid::nil(), span.above)
+            } else {
+                (ACROSS_DOWNWARDS, Uuid::max(), span.below)
+            };
+            let rows: Vec<MessageRow> = sqlx::query_as(statement)
+                .bind(&tenant)
+                .bind(&user)
+                .bind(&kind)
+                .bind(&scope)
+                .bind(thread.unwrap_or(first))
+                .bind(bound)
                 .bind(span.fetch)
                 .fetch_all(&mut *connection)
                 .await?;
@@ -115,8 +173,8 @@ macro_rules! reads {
                 "SELECT t.id, (SELECT r.seq FROM runs r WHERE r.id = $5 AND r.thread_id = t.id)
                 FROM threads t
                 WHERE ",
-                current_of_key!(),
-                ))
+                newest_of_key!(),
+            ))
             .bind(key.tenant.as_str())
             .bind(key.user.as_str())
             .bind(key.scope.kind())
@@ -159,8 +217,8 @@ macro_rules! reads {
             let thread: Option<Uuid> = sqlx::query_scalar(concat!(
                 "SELECT t.id FROM threads t
                 WHERE ",
-                current_of_key!(),
-                ))
+                newest_of_key!(),
+            ))
             .bind(key.tenant.as_str())
             .bind(key.user.as_str())
             .bind(key.scope.kind())
@@ -168,17 +226,7 @@ macro_rules! reads {
             .fetch_optional(&mut *connection)
             .await?;
             let Some(thread) = thread else { return Ok(None) };
-            let rows: Vec<RunRow> = sqlx::query_as(concat!(
-                "SELECT ",
-                run_columns!(),
-                " FROM runs r
-                WHERE r.thread_id = $1 AND r.status IN ('queued', 'in_progress', 'requires_action', 'cancelling')
-                ORDER BY r.seq",
-            ))
-            .bind(thread)
-            .fetch_all(&mut *connection)
-            .await?;
-            rows.into_iter().map(Run::try_from).collect::<Result<_, _>>().map(Some)
+            super::threads::unfinished_of(connection, ThreadId::from_uuid(thread)).await.map(Some)
         }
 
         /// Implements [`Store::run`](crate::store::Store::run).
@@ -361,12 +409,15 @@ macro_rules! reads {
             connection: &mut <$database as sqlx::Database>::Connection,
             run: RunId,
         ) -> Result<Baseline, StoreError> {
-            let place: Option<(Uuid, i64)> =
-                sqlx::query_as(concat!("SELECT r.thread_id, ", first_position!("r"), " FROM runs r WHERE r.id = $1"))
-                    .bind(run.uuid())
-                    .fetch_optional(&mut *connection)
-                    .await?;
-            let Some((thread, first)) = place else {
+            let place: Option<(Uuid, i64, i64)> = sqlx::query_as(concat!(
+                "SELECT r.thread_id, ",
+                first_position!("r"),
+                ", t.carried_users FROM runs r JOIN threads t ON t.id = r.thread_id WHERE r.id = $1",
+            ))
+            .bind(run.uuid())
+            .fetch_optional(&mut *connection)
+            .await?;
+            let Some((thread, first, carried)) = place else {
                 return Ok(Baseline::default());
             };
             let anchor: Option<(i64, String)> = sqlx::query_as(
@@ -391,6 +442,8 @@ macro_rules! reads {
             .bind(first)
             .fetch_one(connection)
             .await?;
+            // Without an anchor, what was carried over comes first.
+            let skip = if anchor.is_none() { skip + carried } else { skip };
             Ok(Baseline { anchor, skip: u32::try_from(skip).unwrap_or(u32::MAX) })
         }
     };

@@ -7,23 +7,24 @@ use std::time::Duration;
 
 use chrono::{DateTime, Utc};
 use serde::Serialize;
+use sqlx::encode::IsNull;
 use sqlx::error::BoxDynError;
-use sqlx::postgres::{PgTypeInfo, PgValueRef, Postgres};
-use sqlx::sqlite::{Sqlite, SqliteTypeInfo, SqliteValueRef};
+use sqlx::postgres::{PgArgumentBuffer, PgTypeInfo, PgValueRef, Postgres};
+use sqlx::sqlite::{Sqlite, SqliteArgumentsBuffer, SqliteTypeInfo, SqliteValueRef};
 use sqlx::types::Json;
-use sqlx::{ColumnIndex, Decode, FromRow, Row, Type};
+use sqlx::{ColumnIndex, Decode, Encode, FromRow, Row, Type};
 use uuid::Uuid;
 
-use super::{Finished, InputMessage, Orphan, Repeated, Request, RunLease, StoreError, Waiting};
+use super::{Finished, InputMessage, Orphan, Repeated, Request, RunLease, StoreError, ThreadReport, Waiting};
 use crate::domain::{
-    ContentPart, ConversationKey, EventBatch, Leftover, LoggedEvent, Message, MessageId, Metadata, Page,
-    PageRequest, ReplicaId, RequiredAction, Run, RunError, RunId, RunStatus, Scope, TenantKey, Thread,
-    ThreadActivity, ThreadId, ThreadState, Timestamp, ToolOutput, UpstreamRunId, UpstreamThreadId, Usage,
-    UserKey,
+    ContentPart, ConversationKey, EventBatch, Leftover, Limits, LoggedEvent, Message, MessageId, Metadata,
+    Page, PageRequest, Removed, ReplicaId, RequiredAction, Run, RunError, RunId, RunStatus, Scope, TenantKey,
+    Thread, ThreadActivity, ThreadId, ThreadState, Timestamp, ToolOutput, Ttl, UpstreamRunId,
+    UpstreamThreadId, Usage, UserKey,
 };
 
 /// A point in time: `timestamptz` in Postgres, milliseconds since 1970 in SQLite.
-pub(super) struct At(Timestamp);
+pub(super) struct At(pub(super) Timestamp);
 
 impl Type<Postgres> for At {
     fn type_info() -> PgTypeInfo {
@@ -37,6 +38,12 @@ impl Decode<'_, Postgres> for At {
     }
 }
 
+impl Encode<'_, Postgres> for At {
+    fn encode_by_ref(&self, buffer: &mut PgArgumentBuffer) -> Result<IsNull, BoxDynError> {
+        <DateTime<Utc> as Encode<'_, Postgres>>::encode_by_ref(&self.0, buffer)
+    }
+}
+
 impl Type<Sqlite> for At {
     fn type_info() -> SqliteTypeInfo {
         <i64 as Type<Sqlite>>::type_info()
@@ -47,6 +54,12 @@ impl Decode<'_, Sqlite> for At {
     fn decode(value: SqliteValueRef<'_>) -> Result<Self, BoxDynError> {
         let millis = <i64 as Decode<'_, Sqlite>>::decode(value)?;
         DateTime::from_timestamp_millis(millis).map(Self).ok_or_else(|| format!("time {millis}").into())
+    }
+}
+
+impl Encode<'_, Sqlite> for At {
+    fn encode_by_ref(&self, buffer: &mut SqliteArgumentsBuffer) -> Result<IsNull, BoxDynError> {
+        <i64 as Encode<'_, Sqlite>>::encode_by_ref(&self.0.timestamp_millis(), buffer)
     }
 }
 
@@ -67,7 +80,13 @@ pub(super) struct ThreadRow {
     t_run_count: i64,
     t_created_at: At,
     t_last_active_at: At,
-    t_expires_at: Option<At>,
+    t_max_age_ms: Option<i64>,
+    t_max_idle_ms: Option<i64>,
+    t_archived_at: Option<At>,
+    t_deletion: Option<String>,
+    t_rolls: bool,
+    t_carried: i64,
+    t_removed: Option<Json<Removed>>,
     t_backlog: i64,
     t_leftover: Option<Json<Leftover>>,
 }
@@ -93,7 +112,15 @@ impl TryFrom<ThreadRow> for Thread {
             run_count: row.t_run_count,
             created_at: row.t_created_at.0,
             last_active_at: row.t_last_active_at.0,
-            expires_at: row.t_expires_at.map(|at| at.0),
+            limits: Limits {
+                max_age: row.t_max_age_ms.map(duration),
+                max_idle: row.t_max_idle_ms.map(duration),
+            },
+            archived_at: row.t_archived_at.map(|at| at.0),
+            deletion: row.t_deletion.as_deref().map(word).transpose()?,
+            rolls: row.t_rolls,
+            carried: row.t_carried,
+            removed: row.t_removed.map(|json| json.0).unwrap_or_default(),
             backlog: row.t_backlog,
             leftover: row.t_leftover.map(|json| json.0),
         })
@@ -219,6 +246,56 @@ impl ThreadWithActivity {
     }
 }
 
+impl TryFrom<ThreadWithActivity> for (Thread, ThreadActivity) {
+    type Error = StoreError;
+
+    fn try_from(row: ThreadWithActivity) -> Result<Self, StoreError> {
+        row.into_parts()
+    }
+}
+
+/// All that is told of a thread: its last run if the statement's outer join found one.
+pub(super) struct ReportRow {
+    thread: ThreadWithActivity,
+    last_run: Option<RunRow>,
+    next_thread: Option<Uuid>,
+}
+
+impl<'r, R> FromRow<'r, R> for ReportRow
+where
+    R: Row,
+    &'static str: ColumnIndex<R>,
+    ThreadWithActivity: FromRow<'r, R>,
+    RunRow: FromRow<'r, R>,
+    Option<Uuid>: Decode<'r, R::Database> + Type<R::Database>,
+{
+    fn from_row(row: &'r R) -> sqlx::Result<Self> {
+        let last_run = match row.try_get::<Option<Uuid>, _>("r_id")? {
+            Some(_) => Some(RunRow::from_row(row)?),
+            None => None,
+        };
+        Ok(Self {
+            thread: ThreadWithActivity::from_row(row)?,
+            last_run,
+            next_thread: row.try_get("next_thread")?,
+        })
+    }
+}
+
+impl TryFrom<ReportRow> for ThreadReport {
+    type Error = StoreError;
+
+    fn try_from(row: ReportRow) -> Result<Self, StoreError> {
+        let (thread, activity) = row.thread.into_parts()?;
+        Ok(Self {
+            thread,
+            activity,
+            last_run: row.last_run.map(Run::try_from).transpose()?,
+            next_thread: row.next_thread.map(ThreadId::from_uuid),
+        })
+    }
+}
+
 /// A run, and its reply if the statement's outer join found one.
 pub(super) struct RunWithReply {
     run: RunRow,
@@ -338,6 +415,7 @@ impl TryFrom<OrphanRow> for Orphan {
             content: row.partial.map(|json| json.0).unwrap_or_default(),
             outputs: row.tool_outputs.map(|json| json.0),
             outputs_sent: row.outputs_sent,
+            content_lost: false,
         })
     }
 }
@@ -446,6 +524,21 @@ pub(super) fn json<T: Serialize>(value: &T) -> Result<String, StoreError> {
 pub(super) fn millis(duration: Duration) -> i64 {
     const MAX: i64 = 1000 * 365 * 24 * 3600 * 1000;
     i64::try_from(duration.as_millis()).unwrap_or(MAX).min(MAX)
+}
+
+/// A caller's wish for a thread's life as two parameters, of which one is set at most: milliseconds from now, and from
+/// the last activity on.
+pub(super) fn ttl_millis(ttl: Option<Ttl>) -> (Option<i64>, Option<i64>) {
+    match ttl {
+        Some(Ttl::FromNow(ttl)) => (Some(millis(ttl)), None),
+        Some(Ttl::FromLastActivity(ttl)) => (None, Some(millis(ttl))),
+        None => (None, None),
+    }
+}
+
+/// The inverse of [`millis`].
+fn duration(millis: i64) -> Duration {
+    Duration::from_millis(millis.try_into().unwrap_or(0))
 }
 
 pub(super) fn corrupt(what: &str) -> StoreError {

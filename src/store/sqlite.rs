@@ -8,11 +8,18 @@
 
 mod admit;
 mod control;
+mod deletion;
+mod dialect;
 mod end;
+mod keeping;
+mod life;
 mod once;
 mod open;
 mod read;
+mod remnants;
 mod replicas;
+mod rollover;
+mod threads;
 mod tools;
 mod turn;
 
@@ -28,13 +35,13 @@ use sqlx::{Connection, Sqlite, SqliteConnection, Transaction};
 use super::errors::check_version;
 use super::pool::{Pool, on};
 use super::{
-    Admission, Admitted, Answered, Claim, Closing, Orphan, Pause, Paused, Repeated, Request, RunEnd,
-    RunLease, Store, StoreError, ToolAnswer,
+    Admission, Admitted, Answered, Binding, Claim, Closing, Orphan, Pause, Paused, Repeated, Request, RunEnd,
+    RunLease, Store, StoreError, ThreadName, ToolAnswer,
 };
 use crate::config::StoreConfig;
 use crate::domain::{
     Baseline, Context, ConversationKey, EventBatch, Message, MessageId, Page, PageRequest, ReplicaId, Run,
-    RunId, Thread, ThreadActivity, ThreadId, UpstreamThreadId,
+    RunId, ThreadId,
 };
 
 static MIGRATOR: Migrator = sqlx::migrate!("migrations/sqlite");
@@ -46,6 +53,73 @@ macro_rules! now {
     };
 }
 use now;
+
+/// When the thread `t` expires; NULL if never. The parameters with these names hold the configured limits, in milliseconds.
+/// Says what [`Lifetimes::expiry`](crate::domain::Lifetimes::expiry) says.
+macro_rules! expiry {
+    ($max_age:literal, $max_idle:literal) => {
+        concat!(
+            "CASE WHEN t.max_age_ms IS NULL AND t.max_idle_ms IS NULL THEN ",
+            $crate::store::sqlite::earlier!($max_age, $max_idle),
+            " ELSE ",
+            $crate::store::sqlite::earlier!("t.max_age_ms", "t.max_idle_ms"),
+            " END"
+        )
+    };
+}
+use expiry;
+
+/// The earlier end of the thread `t` by two limits, or by the one that there is: `min` knows nothing if one of them is NULL.
+macro_rules! earlier {
+    ($max_age:literal, $max_idle:literal) => {
+        concat!(
+            "min(COALESCE(t.created_at + ",
+            $max_age,
+            ", t.last_active_at + ",
+            $max_idle,
+            "), COALESCE(t.last_active_at + ",
+            $max_idle,
+            ", t.created_at + ",
+            $max_age,
+            "))"
+        )
+    };
+}
+use earlier;
+
+/// What to set of the thread `t` so that it lives as long as its caller wants, if that is said: parameters as made by
+/// [`ttl_millis`](super::rows::ttl_millis). It is active now, too.
+macro_rules! live_on {
+    ($from_now:literal, $from_last_activity:literal) => {
+        concat!(
+            "last_active_at = ",
+            $crate::store::sqlite::now!(),
+            ",
+            max_age_ms = CASE WHEN ",
+            $from_now,
+            " IS NOT NULL THEN max(0, ",
+            $crate::store::sqlite::now!(),
+            " - t.created_at + ",
+            $from_now,
+            ") WHEN ",
+            $from_last_activity,
+            " IS NULL THEN t.max_age_ms END,
+            max_idle_ms = CASE WHEN ",
+            $from_now,
+            " IS NULL THEN COALESCE(",
+            $from_last_activity,
+            ", t.max_idle_ms) END,
+            due_at = COALESCE(",
+            $crate::store::sqlite::now!(),
+            " + COALESCE(",
+            $from_now,
+            ", ",
+            $from_last_activity,
+            "), t.due_at)"
+        )
+    };
+}
+use live_on;
 
 /// The store in a SQLite file.
 #[derive(Clone, Debug)]
@@ -157,10 +231,13 @@ impl Store for SqliteStore {
     async fn bind_upstream_thread(
         &self,
         lease: &RunLease,
-        id: &UpstreamThreadId,
-        rebuilt: bool,
+        binding: &Binding<'_>,
     ) -> Result<bool, StoreError> {
-        on!(self.writer, c => turn::bind_upstream_thread(c, lease, id, rebuilt))
+        on!(self.writer, c => turn::bind_upstream_thread(c, lease, binding))
+    }
+
+    async fn withhold_earlier(&self, lease: &RunLease) -> Result<bool, StoreError> {
+        on!(self.writer, c => turn::withhold_earlier(c, lease))
     }
 
     async fn backlog(&self, run: RunId) -> Result<Vec<Message>, StoreError> {
@@ -189,16 +266,13 @@ impl Store for SqliteStore {
         on!(self.readers, c => read::events(c, run, from))
     }
 
-    async fn thread(&self, key: &ConversationKey) -> Result<Option<(Thread, ThreadActivity)>, StoreError> {
-        on!(self.readers, c => read::thread(c, key))
-    }
-
     async fn messages(
         &self,
-        key: &ConversationKey,
+        name: ThreadName<'_>,
+        across: bool,
         page: &PageRequest<MessageId>,
     ) -> Result<Option<Page<Message>>, StoreError> {
-        on!(self.readers, c => read::messages(c, key, page))
+        on!(self.readers, c => read::messages(c, name, across, page))
     }
 
     async fn transcript(&self, thread: ThreadId, after: i64, limit: u32) -> Result<Vec<Message>, StoreError> {
@@ -268,14 +342,17 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn what_each_message_costs_does_not_grow_with_the_tables() {
+    async fn what_each_call_costs_does_not_grow_with_the_tables() {
         let mut connection = SqliteConnection::connect("sqlite::memory:").await.unwrap();
         MIGRATOR.run(&mut connection).await.unwrap();
-        for statement in [admit::ADMIT, end::FINISH].into_iter().flat_map(|script| script.split(';')) {
+        let scripts = [admit::ADMIT, end::FINISH, read::ACROSS_UPWARDS, read::ACROSS_DOWNWARDS];
+        for statement in scripts.into_iter().flat_map(|script| script.split(';')) {
             let explain = AssertSqlSafe(format!("EXPLAIN QUERY PLAN {statement}"));
             let plan: Vec<(i64, i64, i64, String)> =
                 sqlx::query_as(explain).fetch_all(&mut connection).await.unwrap();
-            assert!(!plan.iter().any(|step| is_scan(&step.3)), "{statement}\n{plan:#?}");
+            // To sort what one thread gave is fine: it is a page at most.
+            let sorts = plan.iter().any(|step| step.3 == "USE TEMP B-TREE FOR ORDER BY");
+            assert!(!sorts && !plan.iter().any(|step| is_scan(&step.3)), "{statement}\n{plan:#?}");
         }
     }
 }

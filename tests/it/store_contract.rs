@@ -3,11 +3,18 @@
 mod admission;
 mod backends;
 mod context;
+mod deletion;
+mod expiry;
+mod import;
+mod keeping;
 mod once;
 mod queue;
 mod random;
 mod reading;
+mod remnants;
 mod replicas;
+mod rollover;
+mod threads;
 mod tools;
 mod turns;
 
@@ -15,13 +22,14 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use threadkeeper::domain::{
-    ContentPart, Context, ConversationKey, EventBatch, LoggedEvent, Message, MessageId, Metadata,
-    MultitaskStrategy, PageRequest, ReplicaId, RequiredAction, Run, RunId, RunStatus, Scope, SessionKey,
-    TenantKey, Thread, ThreadId, ToolCall, ToolOutput, TopicKey, UpstreamRunId, Usage, UserKey,
+    ContentPart, Context, ConversationKey, EventBatch, Limits, LoggedEvent, Message, MessageId, Metadata,
+    MultitaskStrategy, PageRequest, RemnantId, ReplicaId, RequiredAction, Run, RunId, RunStatus, Scope,
+    SessionKey, TenantKey, Thread, ThreadActivity, ThreadId, ToolCall, ToolOutput, TopicKey, UpstreamRunId,
+    UpstreamThreadId, Usage, UserKey,
 };
 use threadkeeper::store::{
-    Admission, Admitted, Claim, Closing, Finished, Idempotency, InputMessage, Pause, Reply, RunEnd, RunLease,
-    Store, ToolAnswer, Turn,
+    Admission, Admitted, Binding, Claim, Closing, Finished, Idempotency, InputMessage, Pause, Reply, RunEnd,
+    RunLease, Store, ThreadFilter, ThreadName, ToolAnswer, Turn,
 };
 
 use crate::support::TestDatabase;
@@ -81,7 +89,8 @@ pub(crate) fn admission(key: &ConversationKey) -> Admission {
     Admission {
         key: key.clone(),
         new_thread: ThreadId::new(),
-        thread_ttl: None,
+        limits: Limits::NONE,
+        ttl: None,
         upstream: "main".to_owned(),
         run_id: RunId::new(),
         assistant: "default".to_owned(),
@@ -94,7 +103,7 @@ pub(crate) fn admission(key: &ConversationKey) -> Admission {
     }
 }
 
-fn completed(reply: Option<&str>) -> RunEnd {
+pub(crate) fn completed(reply: Option<&str>) -> RunEnd {
     RunEnd {
         status: RunStatus::Completed,
         error: None,
@@ -183,6 +192,35 @@ fn claimed(claim: Claim) -> Turn {
     }
 }
 
+/// The key's newest thread, and what it is doing.
+async fn seen(store: &dyn Store, key: &ConversationKey) -> Option<(Thread, ThreadActivity)> {
+    let report = store.report(ThreadName::Newest(key)).await.unwrap()?;
+    Some((report.thread, report.activity))
+}
+
+fn every_thread() -> ThreadFilter {
+    ThreadFilter {
+        tenant: TenantKey::default(),
+        user: None,
+        upstream: None,
+        lifecycle: None,
+        state: None,
+        created_before: None,
+        inactive_since: None,
+    }
+}
+
+/// A thread may be used for so long from its making.
+fn limits(max_age: Duration) -> Limits {
+    Limits { max_age: Some(max_age), max_idle: None }
+}
+
+/// Binds the upstream thread of a run's thread, as the outcome of some intent.
+async fn bind(store: &dyn Store, lease: &RunLease, id: &UpstreamThreadId, seeded: bool) -> bool {
+    let binding = Binding { id, intent: RemnantId::new(), seeded, carried_users: 0 };
+    store.bind_upstream_thread(lease, &binding).await.unwrap()
+}
+
 /// Admits a message of the key and ends its run.
 async fn exchange(store: &dyn Store, key: &ConversationKey) -> Finished {
     let turn = started(store.admit(&admission(key)).await.unwrap());
@@ -191,8 +229,8 @@ async fn exchange(store: &dyn Store, key: &ConversationKey) -> Finished {
 
 /// The roles and texts of a key's transcript, after checking that it ascends and is counted right.
 async fn transcript(store: &dyn Store, key: &ConversationKey) -> Vec<String> {
-    let (thread, _) = store.thread(key).await.unwrap().unwrap();
-    let page = store.messages(key, &first_page()).await.unwrap().unwrap();
+    let (thread, _) = seen(store, key).await.unwrap();
+    let page = store.messages(ThreadName::Newest(key), false, &first_page()).await.unwrap().unwrap();
     assert!(!page.has_more, "more than a page");
     assert_eq!(thread.message_count, i64::try_from(page.data.len()).unwrap(), "message_count is off");
     assert!(page.data.is_sorted_by(|one, next| one.position < next.position), "{:#?}", page.data);

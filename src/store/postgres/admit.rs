@@ -6,11 +6,11 @@
 use sqlx::postgres::PgRow;
 use sqlx::{Connection, FromRow, PgConnection, Row};
 
-use super::once;
 use super::read::is_used;
-use crate::domain::{ConversationKey, MultitaskStrategy, Run, RunStatus, Thread};
-use crate::store::columns::{current_of_key, run_columns, thread_columns};
-use crate::store::rows::{ThreadAndRun, corrupt, json, millis};
+use super::{expiry, live_on, once};
+use crate::domain::{ConversationKey, MultitaskStrategy, Run, RunStatus, Thread, ThreadId};
+use crate::store::columns::{current_of_key, newest_archived_of_key, run_columns, thread_columns};
+use crate::store::rows::{ThreadAndRun, corrupt, json, millis, ttl_millis};
 use crate::store::{Admission, Admitted, InputMessage, MAX_MERGED, RunLease, StoreError, Turn};
 
 /// Times that the key's thread may change hands under an admission before it gives up.
@@ -40,7 +40,7 @@ async fn try_admit(connection: &mut PgConnection, admission: &Admission) -> Resu
         return Ok(merged);
     }
     for _ in 0..MAX_ATTEMPTS {
-        let attempt = admit_directly(connection, admission).await?;
+        let attempt = admit_directly(connection, admission, None).await?;
         let settled = match attempt {
             Attempt::Settled(admitted) => Some(admitted),
             Attempt::Open => admit_under_lock(connection, admission).await?,
@@ -85,23 +85,36 @@ enum Attempt {
 /// run is queued, which is always safe: should the thread be free after all, the first `claim` starts the run.
 ///
 /// A run that goes before all that wait gets a rank that is lower than any before: less its own number.
+///
+/// Whether the thread has expired is asked of the clock when its row is had, not of the time at which the statement
+/// began to wait for it. A fresh thread names the one before: the one given, the one that the snapshot has but that is not
+/// current any more, or else the newest archived one, which is looked up only then. `due_at` is indexed, and a message
+/// writes it only if it says for how long the thread is to live: it stays the same value otherwise.
 const ADMIT: &str = concat!(
     "WITH seen AS MATERIALIZED (
-        SELECT t.id, t.upstream, t.run_count, COALESCE(t.expires_at <= now(), false) AS expired,
+        SELECT t.id, t.upstream, t.run_count, COALESCE(",
+    expiry!("$7", "$19"),
+    " <= clock_timestamp(), false) AS expired,
             EXISTS (
                 SELECT FROM runs r
                 WHERE r.thread_id = t.id AND r.status IN ('in_progress', 'requires_action', 'cancelling')
             ) AS active,
             (SELECT count(*) FROM runs r WHERE r.thread_id = t.id AND r.status = 'queued') AS queued
         FROM threads t
-        WHERE t.tenant = $1 AND t.user_key = $2 AND t.scope_kind = $3 AND t.scope_name = $4
-            AND t.lifecycle = 'current'
+        WHERE ",
+    current_of_key!(),
+    "
     ), bound AS (
         INSERT INTO threads AS t (
-            id, tenant, user_key, scope_kind, scope_name, upstream, lifecycle,
-            message_count, last_position, run_count, created_at, last_active_at, expires_at
+            id, tenant, user_key, scope_kind, scope_name, upstream, lifecycle, previous_thread,
+            message_count, last_position, run_count, created_at, last_active_at, max_age_ms, max_idle_ms, due_at
         )
-        VALUES ($5, $1, $2, $3, $4, $6, 'current', 1, 1, 1, now(), now(), now() + $7 * interval '1 millisecond')
+        VALUES (
+            $5, $1, $2, $3, $4, $6, 'current', COALESCE($22, (SELECT s.id FROM seen s), ",
+    newest_archived_of_key!(),
+    "), 1, 1, 1, statement_timestamp(), statement_timestamp(), $20, $21,
+            statement_timestamp() + COALESCE($20, $21, LEAST($7, $19)) * interval '1 millisecond'
+        )
         ON CONFLICT (tenant, user_key, scope_kind, scope_name) WHERE lifecycle = 'current'
         DO UPDATE SET
             run_count = t.run_count + 1,
@@ -113,8 +126,12 @@ const ADMIT: &str = concat!(
                 SELECT count(*) FROM seen s
                 WHERE s.id = t.id AND s.run_count = t.run_count AND NOT s.active AND s.queued = 0
             ),
-            last_active_at = clock_timestamp()
-        WHERE (t.expires_at IS NULL OR t.expires_at > now())
+            ",
+    live_on!("$20", "$21"),
+    "
+        WHERE COALESCE(",
+    expiry!("$7", "$19"),
+    " > clock_timestamp(), true)
             AND t.upstream = excluded.upstream
             AND ($8 <> 'reject' OR EXISTS (
                 SELECT FROM seen s
@@ -166,8 +183,14 @@ const ADMIT: &str = concat!(
     LEFT JOIN admitted r ON true",
 );
 
-async fn admit_directly(connection: &mut PgConnection, admission: &Admission) -> Result<Attempt, Failure> {
+/// `previous`: the thread that a fresh one takes the place of.
+async fn admit_directly(
+    connection: &mut PgConnection,
+    admission: &Admission,
+    previous: Option<ThreadId>,
+) -> Result<Attempt, Failure> {
     let ConversationKey { tenant, user, scope } = &admission.key;
+    let (from_now, from_last_activity) = ttl_millis(admission.ttl);
     let row = sqlx::query(ADMIT)
         .bind(tenant.as_str())
         .bind(user.as_str())
@@ -175,7 +198,7 @@ async fn admit_directly(connection: &mut PgConnection, admission: &Admission) ->
         .bind(scope.name())
         .bind(admission.new_thread.uuid())
         .bind(&admission.upstream)
-        .bind(admission.thread_ttl.map(millis))
+        .bind(admission.limits.max_age.map(millis))
         .bind(admission.strategy.as_str())
         .bind(admission.run_id.uuid())
         .bind(&admission.assistant)
@@ -187,6 +210,10 @@ async fn admit_directly(connection: &mut PgConnection, admission: &Admission) ->
         .bind(admission.message.id.uuid())
         .bind(admission.idempotency.as_ref().map(|used| &used.key))
         .bind(admission.idempotency.as_ref().map(|used| &used.request_hash[..]))
+        .bind(admission.limits.max_idle.map(millis))
+        .bind(from_now)
+        .bind(from_last_activity)
+        .bind(previous.map(ThreadId::uuid))
         .fetch_one(connection)
         .await?;
 
@@ -219,47 +246,38 @@ async fn admit_under_lock(
 ) -> Result<Option<Admitted>, Failure> {
     let ConversationKey { tenant, user, scope } = &admission.key;
     let mut tx = connection.begin().await?;
-    let replaced: Option<(uuid::Uuid, bool)> = sqlx::query_as(
-        "SELECT t.id, COALESCE(t.expires_at <= now(), false)
+    let replaced: Option<(uuid::Uuid, bool)> = sqlx::query_as(concat!(
+        "SELECT t.id, COALESCE(",
+        expiry!("$5", "$6"),
+        " <= clock_timestamp(), false)
         FROM threads t
-        WHERE t.tenant = $1 AND t.user_key = $2 AND t.scope_kind = $3 AND t.scope_name = $4
-            AND t.lifecycle = 'current'
-        FOR NO KEY UPDATE",
-    )
+        WHERE ",
+        current_of_key!(),
+        " FOR NO KEY UPDATE",
+    ))
     .bind(tenant.as_str())
     .bind(user.as_str())
     .bind(scope.kind())
     .bind(scope.name())
+    .bind(admission.limits.max_age.map(millis))
+    .bind(admission.limits.max_idle.map(millis))
     .fetch_optional(&mut *tx)
     .await?;
     let Some((current, expired)) = replaced else {
         return Ok(None);
     };
     if expired {
-        sqlx::query("UPDATE threads SET lifecycle = 'archived' WHERE id = $1")
-            .bind(current)
-            .execute(&mut *tx)
-            .await?;
-        // Nobody can be faster: the old row, which this transaction holds, was the key's current one until now.
         sqlx::query(
-            "INSERT INTO threads (
-                id, tenant, user_key, scope_kind, scope_name, upstream, lifecycle, previous_thread,
-                created_at, last_active_at, expires_at
-            )
-            VALUES ($1, $2, $3, $4, $5, $6, 'current', $7, now(), now(), now() + $8 * interval '1 millisecond')",
+            "UPDATE threads SET lifecycle = 'archived', archived_at = clock_timestamp(), due_at = clock_timestamp()
+            WHERE id = $1",
         )
-        .bind(admission.new_thread.uuid())
-        .bind(tenant.as_str())
-        .bind(user.as_str())
-        .bind(scope.kind())
-        .bind(scope.name())
-        .bind(&admission.upstream)
         .bind(current)
-        .bind(admission.thread_ttl.map(millis))
         .execute(&mut *tx)
         .await?;
     }
-    match admit_directly(&mut tx, admission).await? {
+    // Nobody can be faster with a fresh thread: the old row, which this transaction holds, was the key's current one.
+    let previous = expired.then(|| ThreadId::from_uuid(current));
+    match admit_directly(&mut tx, admission, previous).await? {
         Attempt::Settled(admitted) => {
             tx.commit().await?;
             Ok(Some(admitted))
@@ -272,9 +290,11 @@ async fn admit_under_lock(
 /// Adds the message to the run that waits last, if it fits there. `None`: it does not, and nothing was stored.
 ///
 /// Takes the run before the thread, as all do that change a run which is there. If the run is not the last any more
-/// by the time that it is locked, it was when the call began, which is good enough; but it must still wait.
+/// by the time that it is locked, it was when the call began, which is good enough; but it must still wait, and on the
+/// same thread.
 async fn merge(connection: &mut PgConnection, admission: &Admission) -> Result<Option<Admitted>, Failure> {
     let ConversationKey { tenant, user, scope } = &admission.key;
+    let (from_now, from_last_activity) = ttl_millis(admission.ttl);
     let row: Option<ThreadAndRun> = sqlx::query_as(concat!(
         "WITH last AS MATERIALIZED (
             SELECT (
@@ -282,20 +302,25 @@ async fn merge(connection: &mut PgConnection, admission: &Admission) -> Result<O
                 WHERE r.thread_id = t.id AND r.status = 'queued'
                 ORDER BY r.rank DESC, r.seq DESC
                 LIMIT 1
-            ) AS id
+            ) AS id, ",
+        expiry!("$13", "$14"),
+        " AS expires_at, t.id AS thread_id
             FROM threads t
             WHERE ",
         current_of_key!(),
-        " AND t.upstream = $5 AND (t.expires_at IS NULL OR t.expires_at > now())
+        " AND t.upstream = $5
         ), merged AS (
             UPDATE runs r
             SET input = r.input || jsonb_build_array(jsonb_build_object('id', $8, 'content', $9::jsonb))
             FROM last l
-            WHERE r.id = l.id AND r.status = 'queued' AND r.assistant = $6 AND r.metadata = $7::jsonb
-                AND jsonb_array_length(r.input) < $10
+            WHERE r.id = l.id AND r.status = 'queued' AND r.thread_id = l.thread_id AND r.assistant = $6
+                AND r.metadata = $7::jsonb
+                AND jsonb_array_length(r.input) < $10 AND COALESCE(l.expires_at > clock_timestamp(), true)
             RETURNING r.*
         ), bound AS (
-            UPDATE threads t SET last_active_at = clock_timestamp() FROM merged r WHERE t.id = r.thread_id
+            UPDATE threads t SET ",
+        live_on!("$15", "$16"),
+        " FROM merged r WHERE t.id = r.thread_id
             RETURNING t.*
         ), used AS (
             INSERT INTO idempotency_keys (
@@ -321,6 +346,10 @@ async fn merge(connection: &mut PgConnection, admission: &Admission) -> Result<O
     .bind(i32::try_from(MAX_MERGED).unwrap_or(i32::MAX))
     .bind(admission.idempotency.as_ref().map(|used| &used.key))
     .bind(admission.idempotency.as_ref().map(|used| &used.request_hash[..]))
+    .bind(admission.limits.max_age.map(millis))
+    .bind(admission.limits.max_idle.map(millis))
+    .bind(from_now)
+    .bind(from_last_activity)
     .fetch_optional(connection)
     .await?;
     let Some(both) = row else { return Ok(None) };

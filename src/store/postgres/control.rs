@@ -37,8 +37,20 @@ pub(super) async fn displace(
 }
 
 /// Implements [`Store::request_cancel`](crate::store::Store::request_cancel). The run is locked even if there is
-/// nothing to change, so that the answer is not out of date.
+/// nothing to change, so that the answer is not out of date. One that moves to a fresh thread meanwhile is not found the
+/// first time.
 pub(super) async fn request_cancel(
+    connection: &mut PgConnection,
+    key: &ConversationKey,
+    id: RunId,
+) -> Result<Option<Run>, StoreError> {
+    match try_request_cancel(connection, key, id).await? {
+        None => try_request_cancel(connection, key, id).await,
+        found => Ok(found),
+    }
+}
+
+async fn try_request_cancel(
     connection: &mut PgConnection,
     key: &ConversationKey,
     id: RunId,

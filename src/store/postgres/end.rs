@@ -12,8 +12,8 @@ use crate::store::{Closing, Finished, RunEnd, RunLease, StoreError};
 /// `held` is the run, `ending` is empty if it must be discarded and the end does not do that.
 ///
 /// The statement's snapshot is taken before it gets the run's row, and may be out of date by then: if the run moved on
-/// meanwhile (a claim whose caller did not wait for it puts messages into the transcript), the snapshot lacks what came
-/// with that. `s` is the run as in the snapshot, so that this shows; then nothing is changed, and it is tried again.
+/// meanwhile (a claim whose caller did not wait for it puts messages into the transcript, a rollover takes it to a fresh
+/// thread), the snapshot lacks what came with that. `s` is the run as in the snapshot, so that this shows; then nothing is changed, and it is tried again.
 ///
 /// What concerns other messages than the new ones hangs on a parameter alone, so that a run which ended well does not
 /// look at any. The run comes first, then the messages that the thread counts, then the thread.
@@ -26,12 +26,15 @@ const FINISH: &str = concat!(
     ), ending AS MATERIALIZED (
         SELECT h.id, h.thread_id, CASE WHEN $15 THEN '[]' ELSE h.input END AS input
         FROM held h
-        JOIN runs s ON s.id = h.id AND s.status = h.status
+        JOIN runs s ON s.id = h.id AND s.status = h.status AND s.thread_id = h.thread_id
         WHERE $15 OR NOT h.discard
     ), ended AS (
         UPDATE runs r SET status = $3, error = $4::jsonb, usage = $5::jsonb,
-            upstream_run_id = COALESCE($6, r.upstream_run_id), discard = $15, required_action = NULL,
-            partial = NULL, tool_outputs = NULL, input = NULL, finished_at = clock_timestamp()
+            upstream_run_id = COALESCE($6, r.upstream_run_id),
+            earlier_upstream_runs = CASE WHEN r.upstream_run_id <> $6
+                THEN COALESCE(r.earlier_upstream_runs, '[]') || to_jsonb(r.upstream_run_id)
+                ELSE r.earlier_upstream_runs END,
+            discard = $15, required_action = NULL, partial = NULL, tool_outputs = NULL, input = NULL, finished_at = clock_timestamp()
         FROM ending e
         WHERE r.id = e.id
         RETURNING r.*

@@ -6,6 +6,43 @@ use crate::store::read::reads;
 
 reads!(sqlx::Postgres);
 
+/// The messages of all threads of a key behind the position `$6` of the thread `$5`, up to `$7`. So many are read of each
+/// thread at most: a sort over all of them would read whole transcripts.
+const ACROSS_UPWARDS: &str = concat!(
+    "SELECT ",
+    message_columns!(),
+    " FROM threads t
+    CROSS JOIN LATERAL (
+        SELECT f.* FROM messages f
+        WHERE f.thread_id = t.id AND f.position > CASE WHEN t.id = $5 THEN $6 ELSE 0 END
+        ORDER BY f.position ASC
+        LIMIT $7
+    ) m
+    WHERE ",
+    lasting_of_key!(),
+    " AND t.id >= $5
+    ORDER BY t.id ASC, m.position ASC
+    LIMIT $7",
+);
+
+/// The same before that position, backwards.
+const ACROSS_DOWNWARDS: &str = concat!(
+    "SELECT ",
+    message_columns!(),
+    " FROM threads t
+    CROSS JOIN LATERAL (
+        SELECT f.* FROM messages f
+        WHERE f.thread_id = t.id AND f.position < CASE WHEN t.id = $5 THEN $6 ELSE 9223372036854775807 END
+        ORDER BY f.position DESC
+        LIMIT $7
+    ) m
+    WHERE ",
+    lasting_of_key!(),
+    " AND t.id <= $5
+    ORDER BY t.id DESC, m.position DESC
+    LIMIT $7",
+);
+
 /// The newest migration that was applied; `None` if none was.
 pub(super) async fn schema_version(connection: &mut PgConnection) -> Result<Option<i64>, StoreError> {
     let found = sqlx::query_scalar("SELECT max(version) FROM _sqlx_migrations WHERE success")

@@ -32,6 +32,9 @@ pub(super) async fn pause(
             RETURNING run_id
         ), paused AS (
             UPDATE runs r SET status = 'requires_action', required_action = $3::jsonb, upstream_run_id = $4,
+                earlier_upstream_runs = CASE WHEN r.upstream_run_id <> $4
+                    THEN COALESCE(r.earlier_upstream_runs, '[]') || to_jsonb(r.upstream_run_id)
+                    ELSE r.earlier_upstream_runs END,
                 partial = $5::jsonb, usage = $6::jsonb, tool_outputs = NULL
             FROM logged l
             WHERE r.id = l.run_id

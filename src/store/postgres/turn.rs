@@ -5,10 +5,10 @@ use sqlx::types::Json;
 use sqlx::{FromRow, PgConnection, Row};
 
 use super::read::started_before;
-use crate::domain::{Context, RunId, UpstreamThreadId};
+use crate::domain::{Context, RemnantId, RunId};
 use crate::store::columns::{first_position, run_columns, started_position, thread_columns};
 use crate::store::rows::ThreadAndRun;
-use crate::store::{Claim, InputMessage, RunLease, StoreError, Turn};
+use crate::store::{Binding, Claim, InputMessage, RunLease, StoreError, Turn};
 
 /// Implements [`Store::claim`](crate::store::Store::claim).
 ///
@@ -16,16 +16,20 @@ use crate::store::{Claim, InputMessage, RunLease, StoreError, Turn};
 /// can be claimed. The snapshot may be out of date in one way: it may lack a run that came just now and goes first.
 /// If both are claimed at once, the index `runs_active` refuses one, which is told to come again; and a run that
 /// started although another went before it by then has done so before that one came, as far as anybody can tell.
+///
+/// And the run may have moved to a fresh thread while its row was waited for: `s` is the run as in the snapshot, so that
+/// this shows; then it has to come again.
 pub(super) async fn claim(connection: &mut PgConnection, lease: &RunLease) -> Result<Claim, StoreError> {
     let found = sqlx::query(concat!(
         "WITH waiting AS MATERIALIZED (
-            SELECT r.id, r.input FROM runs r
+            SELECT r.id, r.thread_id, r.input FROM runs r
             WHERE r.id = $1 AND r.fence = $2 AND r.status = 'queued'
             FOR NO KEY UPDATE
         ), started AS (
             UPDATE runs r SET status = 'in_progress', input = NULL, started_at = now(),
                 deadline_at = now() + r.timeout_ms * interval '1 millisecond'
             FROM waiting w
+            JOIN runs s ON s.id = w.id AND s.thread_id = w.thread_id
             WHERE r.id = w.id AND r.status = 'queued'
                 AND NOT EXISTS (
                     SELECT FROM runs o
@@ -35,6 +39,8 @@ pub(super) async fn claim(connection: &mut PgConnection, lease: &RunLease) -> Re
                     SELECT FROM runs o
                     WHERE o.thread_id = r.thread_id AND o.status = 'queued' AND (o.rank, o.seq) < (r.rank, r.seq)
                 )
+                -- What waits on a thread that is being deleted is only to be ended.
+                AND NOT EXISTS (SELECT FROM threads o WHERE o.id = r.thread_id AND o.lifecycle = 'deleting')
             RETURNING r.*
         ), bound AS (
             UPDATE threads t SET message_count = t.message_count + jsonb_array_length(w.input),
@@ -85,12 +91,12 @@ fn is_refused(error: &sqlx::Error) -> bool {
 
 /// Implements [`Store::bind_upstream_thread`](crate::store::Store::bind_upstream_thread).
 ///
-/// What was missing is told from the rest, since the thread counts it.
+/// What was missing is told from the rest, since the thread counts it. If the lease was lost, nothing of the thread is
+/// changed, and the intent becomes what is to be deleted.
 pub(super) async fn bind_upstream_thread(
     connection: &mut PgConnection,
     lease: &RunLease,
-    id: &UpstreamThreadId,
-    rebuilt: bool,
+    binding: &Binding<'_>,
 ) -> Result<bool, StoreError> {
     // The run is locked, so that nobody takes it over between the check and the write.
     let done = sqlx::query(concat!(
@@ -112,16 +118,29 @@ pub(super) async fn bind_upstream_thread(
             WHERE $4 AND m.thread_id = h.thread_id AND m.position < ",
         first_position!("h"),
         " AND m.context <> 'missing' AND (m.context = 'unknown' OR m.upstream_message_id IS NOT NULL)
+        ), done AS (
+            DELETE FROM remnants x USING held h WHERE x.id = $5
+        ), unused AS (
+            UPDATE remnants x SET upstream_id = $3, due_at = now() WHERE x.id = $5 AND NOT EXISTS (SELECT FROM held)
+        ), replaced AS (
+            INSERT INTO remnants (id, thread_id, upstream, kind, upstream_id, created_at, due_at)
+            SELECT $6, t.id, t.upstream, 'thread', t.upstream_thread_id, now(), now()
+            FROM held h JOIN threads t ON t.id = h.thread_id
+            WHERE $4 AND t.upstream_thread_id <> $3
         )
         UPDATE threads t SET upstream_thread_id = $3, backlog = t.backlog - (SELECT count(*) FROM sent),
-            leftover = CASE WHEN NOT $4 THEN t.leftover END
+            leftover = CASE WHEN NOT $4 THEN t.leftover END,
+            carried_users = CASE WHEN $4 THEN $7 ELSE t.carried_users END
         FROM held h
         WHERE t.id = h.thread_id",
     ))
     .bind(lease.run_id.uuid())
     .bind(lease.fence)
-    .bind(id.as_str())
-    .bind(rebuilt)
+    .bind(binding.id.as_str())
+    .bind(binding.seeded)
+    .bind(binding.intent.uuid())
+    .bind(RemnantId::new().uuid())
+    .bind(i64::from(binding.carried_users))
     .execute(&mut *connection)
     .await?;
     Ok(done.rows_affected() == 1)
@@ -164,6 +183,41 @@ pub(super) async fn settled(
     .bind(run.uuid())
     .bind(found.as_str())
     .bind(synced)
+    .execute(&mut *connection)
+    .await?;
+    Ok(done.rows_affected() == 1)
+}
+
+/// Implements [`Store::withhold_earlier`](crate::store::Store::withhold_earlier).
+pub(super) async fn withhold_earlier(
+    connection: &mut PgConnection,
+    lease: &RunLease,
+) -> Result<bool, StoreError> {
+    let done = sqlx::query(concat!(
+        "WITH held AS MATERIALIZED (
+            SELECT r.id, r.thread_id FROM runs r
+            WHERE r.id = $1 AND r.fence = $2 AND r.status IN ('in_progress', 'requires_action', 'cancelling')
+            FOR SHARE
+        ), missing AS (
+            UPDATE messages m SET context = 'withheld', upstream_message_id = NULL
+            FROM held h
+            WHERE m.thread_id = h.thread_id AND m.position < ",
+        first_position!("h"),
+        " AND m.context = 'missing'
+            RETURNING m.id
+        ), others AS (
+            UPDATE messages m SET context = 'withheld', upstream_message_id = NULL
+            FROM held h
+            WHERE m.thread_id = h.thread_id AND m.position < ",
+        first_position!("h"),
+        " AND m.context <> 'missing' AND (m.context <> 'withheld' OR m.upstream_message_id IS NOT NULL)
+        )
+        UPDATE threads t SET backlog = t.backlog - (SELECT count(*) FROM missing)
+        FROM held h
+        WHERE t.id = h.thread_id",
+    ))
+    .bind(lease.run_id.uuid())
+    .bind(lease.fence)
     .execute(&mut *connection)
     .await?;
     Ok(done.rows_affected() == 1)

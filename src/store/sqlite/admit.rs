@@ -4,10 +4,10 @@ use sqlx::{FromRow, Row, SqliteConnection};
 use uuid::Uuid;
 
 use super::read::is_used;
-use super::{now, once, write};
+use super::{expiry, live_on, now, once, write};
 use crate::domain::{ConversationKey, MultitaskStrategy, Run, RunStatus, Thread};
-use crate::store::columns::{current_of_key, run_columns, thread_columns};
-use crate::store::rows::{RunRow, ThreadAndRun, ThreadRow, json, millis};
+use crate::store::columns::{current_of_key, newest_archived_of_key, run_columns, thread_columns};
+use crate::store::rows::{RunRow, ThreadAndRun, ThreadRow, json, millis, ttl_millis};
 use crate::store::{Admission, Admitted, InputMessage, MAX_MERGED, RunLease, StoreError, Turn};
 
 /// Implements [`Store::admit`](crate::store::Store::admit).
@@ -25,11 +25,11 @@ pub(super) async fn admit(
         tx.commit().await?;
         return Ok(merged);
     }
-    let admitted = match try_admit(&mut tx, admission).await? {
+    let admitted = match try_admit(&mut tx, admission, None).await? {
         Some(admitted) => admitted,
         None => match refusal(&mut tx, admission).await? {
-            Some(refused) => return Ok(refused),
-            None => try_admit(&mut tx, admission)
+            Refusal::Final(refused) => return Ok(refused),
+            Refusal::Expired(previous) => try_admit(&mut tx, admission, Some(previous))
                 .await?
                 .ok_or_else(|| StoreError::Corrupt("a fresh thread that admits nothing".to_owned()))?,
         },
@@ -44,19 +44,27 @@ pub(super) async fn admit(
 /// The thread counts one more run, or is made; unless it takes no run of this kind: then nothing was changed, which
 /// the next statement asks for, and the rest finds no run.
 ///
-/// A run that goes before all that wait gets a rank that is lower than any before: less its own number.
+/// A run that goes before all that wait gets a rank that is lower than any before: less its own number. A fresh thread
+/// names the one before: the one given, or the newest archived one, which is looked up only if there is no current one.
 pub(super) const ADMIT: &str = concat!(
     "INSERT INTO threads AS t (
-        id, tenant, user_key, scope_kind, scope_name, upstream, lifecycle,
-        message_count, last_position, run_count, created_at, last_active_at, expires_at
+        id, tenant, user_key, scope_kind, scope_name, upstream, lifecycle, previous_thread,
+        message_count, last_position, run_count, created_at, last_active_at, max_age_ms, max_idle_ms, due_at
     )
-    VALUES ($5, $1, $2, $3, $4, $6, 'current', 1, 1, 1, ",
+    VALUES ($5, $1, $2, $3, $4, $6, 'current', CASE
+            WHEN $20 IS NOT NULL THEN $20
+            WHEN NOT EXISTS (SELECT 1 FROM threads t WHERE ",
+    current_of_key!(),
+    ") THEN ",
+    newest_archived_of_key!(),
+    "
+        END, 1, 1, 1, ",
     now!(),
     ", ",
     now!(),
-    ", ",
+    ", $18, $19, ",
     now!(),
-    " + $7)
+    " + COALESCE($18, $19, min(COALESCE($7, $17), COALESCE($17, $7))))
     ON CONFLICT (tenant, user_key, scope_kind, scope_name) WHERE lifecycle = 'current'
     DO UPDATE SET
         run_count = t.run_count + 1,
@@ -72,8 +80,12 @@ pub(super) const ADMIT: &str = concat!(
         ) AND NOT EXISTS (
             SELECT 1 FROM runs r WHERE r.thread_id = t.id AND r.status = 'queued'
         )),
-        last_active_at = excluded.last_active_at
-    WHERE (t.expires_at IS NULL OR t.expires_at > excluded.created_at)
+        ",
+    live_on!("$18", "$19"),
+    "
+    WHERE COALESCE(",
+    expiry!("$7", "$17"),
+    " > excluded.created_at, 1)
         AND t.upstream = excluded.upstream
         AND ($8 <> 'reject' OR NOT EXISTS (
             SELECT 1 FROM runs r
@@ -92,8 +104,9 @@ pub(super) const ADMIT: &str = concat!(
                 SELECT 1 FROM runs r WHERE r.thread_id = t.id AND r.status = 'queued'
             ) AS busy
         FROM threads t
-        WHERE t.tenant = $1 AND t.user_key = $2 AND t.scope_kind = $3 AND t.scope_name = $4
-            AND t.lifecycle = 'current' AND changes() = 1
+        WHERE ",
+    current_of_key!(),
+    " AND changes() = 1
     )
     INSERT INTO runs (
         id, thread_id, seq, rank, status, strategy, assistant, metadata, input, owner, fence, timeout_ms,
@@ -122,9 +135,15 @@ pub(super) const ADMIT: &str = concat!(
     WHERE r.id = $9",
 );
 
-/// `None` if the key's current thread takes no run of this kind; nothing is written then.
-async fn try_admit(tx: &mut SqliteConnection, admission: &Admission) -> Result<Option<Admitted>, StoreError> {
+/// `None` if the key's current thread takes no run of this kind; nothing is written then. `previous`: the thread that a
+/// fresh one takes the place of.
+async fn try_admit(
+    tx: &mut SqliteConnection,
+    admission: &Admission,
+    previous: Option<Uuid>,
+) -> Result<Option<Admitted>, StoreError> {
     let ConversationKey { tenant, user, scope } = &admission.key;
+    let (from_now, from_last_activity) = ttl_millis(admission.ttl);
     let row = sqlx::query(ADMIT)
         .bind(tenant.as_str())
         .bind(user.as_str())
@@ -132,7 +151,7 @@ async fn try_admit(tx: &mut SqliteConnection, admission: &Admission) -> Result<O
         .bind(scope.name())
         .bind(admission.new_thread.uuid())
         .bind(&admission.upstream)
-        .bind(admission.thread_ttl.map(millis))
+        .bind(admission.limits.max_age.map(millis))
         .bind(admission.strategy.as_str())
         .bind(admission.run_id.uuid())
         .bind(&admission.assistant)
@@ -142,6 +161,10 @@ async fn try_admit(tx: &mut SqliteConnection, admission: &Admission) -> Result<O
         .bind(admission.replica.uuid())
         .bind(millis(admission.timeout))
         .bind(admission.message.id.uuid())
+        .bind(admission.limits.max_idle.map(millis))
+        .bind(from_now)
+        .bind(from_last_activity)
+        .bind(previous)
         .fetch_optional(tx)
         .await?;
     let Some(row) = row else {
@@ -167,9 +190,11 @@ async fn merge(tx: &mut SqliteConnection, admission: &Admission) -> Result<Optio
             SELECT r.id FROM runs r JOIN threads t ON t.id = r.thread_id
             WHERE ",
         current_of_key!(),
-        " AND t.upstream = $5 AND (t.expires_at IS NULL OR t.expires_at > ",
+        " AND t.upstream = $5 AND COALESCE(",
+        expiry!("$11", "$12"),
+        " > ",
         now!(),
-        ") AND r.status = 'queued'
+        ", 1) AND r.status = 'queued'
             ORDER BY r.rank DESC, r.seq DESC
             LIMIT 1
         ) AND assistant = $6 AND metadata = $7 AND json_array_length(input) < $10
@@ -186,70 +211,66 @@ async fn merge(tx: &mut SqliteConnection, admission: &Admission) -> Result<Optio
     .bind(admission.message.id.to_string())
     .bind(json(&admission.message.content)?)
     .bind(i64::try_from(MAX_MERGED).unwrap_or(i64::MAX))
+    .bind(admission.limits.max_age.map(millis))
+    .bind(admission.limits.max_idle.map(millis))
     .fetch_optional(&mut *tx)
     .await?;
     let Some(run) = run else { return Ok(None) };
     let run = Run::try_from(run)?;
+    let (from_now, from_last_activity) = ttl_millis(admission.ttl);
     let thread: ThreadRow = sqlx::query_as(concat!(
-        "UPDATE threads SET last_active_at = ",
-        now!(),
-        " WHERE id = $1 RETURNING ",
+        "UPDATE threads AS t SET ",
+        live_on!("$2", "$3"),
+        " WHERE t.id = $1 RETURNING ",
         thread_columns!("threads"),
     ))
     .bind(run.thread_id.uuid())
+    .bind(from_now)
+    .bind(from_last_activity)
     .fetch_one(&mut *tx)
     .await?;
     once::note(tx, &admission.key, admission.idempotency.as_ref(), run.id).await?;
     Ok(Some(Admitted::Merged { thread: Box::new(thread.try_into()?), run: Box::new(run) }))
 }
 
-/// Why the key's current thread took no run. `None` if it had expired: then a fresh one is in its place.
-async fn refusal(tx: &mut SqliteConnection, admission: &Admission) -> Result<Option<Admitted>, StoreError> {
+/// Why the key's current thread took no run.
+enum Refusal {
+    Final(Admitted),
+    /// It had expired, and is archived now.
+    Expired(Uuid),
+}
+
+async fn refusal(tx: &mut SqliteConnection, admission: &Admission) -> Result<Refusal, StoreError> {
     let ConversationKey { tenant, user, scope } = &admission.key;
     let (current, upstream, expired): (Uuid, String, bool) = sqlx::query_as(concat!(
-        "SELECT t.id, t.upstream, COALESCE(t.expires_at <= ",
+        "SELECT t.id, t.upstream, COALESCE(",
+        expiry!("$5", "$6"),
+        " <= ",
         now!(),
-        ", 0)
-        FROM threads t
-        WHERE t.tenant = $1 AND t.user_key = $2 AND t.scope_kind = $3 AND t.scope_name = $4
-            AND t.lifecycle = 'current'",
+        ", 0) FROM threads t WHERE ",
+        current_of_key!(),
     ))
     .bind(tenant.as_str())
     .bind(user.as_str())
     .bind(scope.kind())
     .bind(scope.name())
+    .bind(admission.limits.max_age.map(millis))
+    .bind(admission.limits.max_idle.map(millis))
     .fetch_one(&mut *tx)
     .await?;
     if !expired {
         let other = upstream != admission.upstream;
-        return Ok(Some(if other { Admitted::OtherUpstream(upstream) } else { Admitted::Busy }));
+        return Ok(Refusal::Final(if other { Admitted::OtherUpstream(upstream) } else { Admitted::Busy }));
     }
-    sqlx::query("UPDATE threads SET lifecycle = 'archived' WHERE id = $1")
-        .bind(current)
-        .execute(&mut *tx)
-        .await?;
     sqlx::query(concat!(
-        "INSERT INTO threads (
-            id, tenant, user_key, scope_kind, scope_name, upstream, lifecycle, previous_thread,
-            created_at, last_active_at, expires_at
-        )
-        VALUES ($1, $2, $3, $4, $5, $6, 'current', $7, ",
+        "UPDATE threads SET lifecycle = 'archived', archived_at = ",
         now!(),
-        ", ",
+        ", due_at = ",
         now!(),
-        ", ",
-        now!(),
-        " + $8)",
+        " WHERE id = $1",
     ))
-    .bind(admission.new_thread.uuid())
-    .bind(tenant.as_str())
-    .bind(user.as_str())
-    .bind(scope.kind())
-    .bind(scope.name())
-    .bind(&admission.upstream)
     .bind(current)
-    .bind(admission.thread_ttl.map(millis))
     .execute(&mut *tx)
     .await?;
-    Ok(None)
+    Ok(Refusal::Expired(current))
 }

@@ -93,6 +93,8 @@ pub(super) const FINISH: &str = concat!(
     ";
 
     UPDATE runs AS r SET status = $3, error = $4, usage = $5, upstream_run_id = COALESCE($6, upstream_run_id),
+        earlier_upstream_runs = iif(upstream_run_id <> $6,
+            json_insert(COALESCE(earlier_upstream_runs, '[]'), '$[#]', upstream_run_id), earlier_upstream_runs),
         discard = $15, required_action = NULL, partial = NULL, tool_outputs = NULL, input = NULL, finished_at = ",
     now!(),
     "

@@ -46,8 +46,10 @@ pub(super) async fn pause(
             now!(),
             ");
 
-            UPDATE runs SET status = 'requires_action', required_action = $2, upstream_run_id = $3, partial = $4,
-                usage = $5, tool_outputs = NULL
+            UPDATE runs SET status = 'requires_action', required_action = $2, upstream_run_id = $3,
+                earlier_upstream_runs = iif(upstream_run_id <> $3,
+                    json_insert(COALESCE(earlier_upstream_runs, '[]'), '$[#]', upstream_run_id), earlier_upstream_runs),
+                partial = $4, usage = $5, tool_outputs = NULL
             WHERE id = $1",
         ))
         .bind(lease.run_id.uuid())

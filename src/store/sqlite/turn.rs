@@ -6,10 +6,10 @@ use uuid::Uuid;
 
 use super::read::started_before;
 use super::{now, write};
-use crate::domain::{Context, Run, RunId, Thread, UpstreamThreadId};
+use crate::domain::{Context, RemnantId, Run, RunId, Thread};
 use crate::store::columns::{first_position, run_columns, started_position, thread_columns};
 use crate::store::rows::{RunRow, ThreadRow, json};
-use crate::store::{Claim, InputMessage, RunLease, StoreError, Turn};
+use crate::store::{Binding, Claim, InputMessage, RunLease, StoreError, Turn};
 
 /// The messages that the thread `$2` lacks upstream, counted.
 macro_rules! missing_messages {
@@ -27,6 +27,9 @@ pub(super) async fn claim(connection: &mut SqliteConnection, lease: &RunLease) -
             WHERE o.thread_id = r.thread_id AND o.status IN ('in_progress', 'requires_action', 'cancelling')
         ) OR EXISTS (
             SELECT 1 FROM runs o WHERE o.thread_id = r.thread_id AND o.status = 'queued' AND (o.rank, o.seq) < (r.rank, r.seq)
+        ) OR EXISTS (
+            -- What waits on a thread that is being deleted is only to be ended.
+            SELECT 1 FROM threads o WHERE o.id = r.thread_id AND o.lifecycle = 'deleting'
         )
         FROM runs r
         WHERE r.id = $1 AND r.fence = $2 AND r.status = 'queued'",
@@ -64,36 +67,54 @@ pub(super) async fn claim(connection: &mut SqliteConnection, lease: &RunLease) -
 pub(super) async fn bind_upstream_thread(
     connection: &mut SqliteConnection,
     lease: &RunLease,
-    id: &UpstreamThreadId,
-    rebuilt: bool,
+    binding: &Binding<'_>,
 ) -> Result<bool, StoreError> {
     let mut tx = write(connection).await?;
     let Some(thread) = active(&mut tx, lease).await? else {
+        sqlx::query(concat!("UPDATE remnants SET upstream_id = $2, due_at = ", now!(), " WHERE id = $1"))
+            .bind(binding.intent.uuid())
+            .bind(binding.id.as_str())
+            .execute(&mut *tx)
+            .await?;
+        tx.commit().await?;
         return Ok(false);
     };
-    sqlx::query("UPDATE threads SET upstream_thread_id = $2 WHERE id = $1")
-        .bind(thread)
-        .bind(id.as_str())
-        .execute(&mut *tx)
-        .await?;
-    if rebuilt {
+    if binding.seeded {
         sqlx::query(concat!(
-            "UPDATE messages SET upstream_message_id = NULL,
+            "INSERT INTO remnants (id, thread_id, upstream, kind, upstream_id, created_at, due_at)
+            SELECT $3, t.id, t.upstream, 'thread', t.upstream_thread_id, ",
+            now!(),
+            ", ",
+            now!(),
+            " FROM threads t WHERE t.id = $2 AND t.upstream_thread_id <> $4;
+
+            UPDATE messages SET upstream_message_id = NULL,
                 context = iif(context IN ('missing', 'unknown'), 'present', context)
             WHERE thread_id = $2 AND position < (SELECT ",
             first_position!("r"),
             " FROM runs r WHERE r.id = $1)
                 AND (context IN ('missing', 'unknown') OR upstream_message_id IS NOT NULL);
 
-            UPDATE threads SET leftover = NULL, backlog = ",
+            UPDATE threads SET leftover = NULL, carried_users = $5, backlog = ",
             missing_messages!(),
             " WHERE id = $2",
         ))
         .bind(lease.run_id.uuid())
         .bind(thread)
+        .bind(RemnantId::new().uuid())
+        .bind(binding.id.as_str())
+        .bind(i64::from(binding.carried_users))
         .execute(&mut *tx)
         .await?;
     }
+    sqlx::query(
+        "UPDATE threads SET upstream_thread_id = $2 WHERE id = $1; DELETE FROM remnants WHERE id = $3",
+    )
+    .bind(thread)
+    .bind(binding.id.as_str())
+    .bind(binding.intent.uuid())
+    .execute(&mut *tx)
+    .await?;
     tx.commit().await?;
     Ok(true)
 }
@@ -126,6 +147,34 @@ pub(super) async fn settled(
     .bind(thread)
     .bind(found.as_str())
     .bind(synced)
+    .execute(&mut *tx)
+    .await?;
+    tx.commit().await?;
+    Ok(true)
+}
+
+/// Implements [`Store::withhold_earlier`](crate::store::Store::withhold_earlier).
+pub(super) async fn withhold_earlier(
+    connection: &mut SqliteConnection,
+    lease: &RunLease,
+) -> Result<bool, StoreError> {
+    let mut tx = write(connection).await?;
+    let Some(thread) = active(&mut tx, lease).await? else {
+        return Ok(false);
+    };
+    sqlx::query(concat!(
+        "UPDATE messages SET upstream_message_id = NULL, context = 'withheld'
+        WHERE thread_id = $2 AND (context <> 'withheld' OR upstream_message_id IS NOT NULL)
+            AND position < (SELECT ",
+        first_position!("r"),
+        " FROM runs r WHERE r.id = $1);
+
+        UPDATE threads SET backlog = ",
+        missing_messages!(),
+        " WHERE id = $2",
+    ))
+    .bind(lease.run_id.uuid())
+    .bind(thread)
     .execute(&mut *tx)
     .await?;
     tx.commit().await?;

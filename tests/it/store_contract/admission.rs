@@ -20,7 +20,6 @@ on_every_backend!(
     an_expired_thread_gives_way_once,
     an_expired_thread_may_be_replaced_on_another_upstream,
     a_waiting_run_survives_the_expiry_of_its_thread,
-    the_life_of_a_thread_counts_from_its_making,
     what_was_said_comes_back_as_it_was,
 );
 
@@ -71,7 +70,7 @@ async fn a_first_message_starts(_: &TestDatabase, store: &dyn Store) {
     assert_eq!((turn.thread.message_count, turn.thread.run_count), (1, 1));
     assert_eq!(turn.thread.lifecycle, Lifecycle::Current);
     assert_eq!((turn.thread.upstream.as_str(), &turn.thread.upstream_thread_id), ("main", &None));
-    assert_eq!(turn.thread.expires_at, None);
+    assert_eq!((turn.thread.limits, turn.thread.archived_at), (Limits::NONE, None));
     assert_eq!((turn.run.id, turn.run.thread_id, turn.run.seq), (request.run_id, request.new_thread, 1));
     assert_eq!((turn.run.status, turn.run.strategy), (RunStatus::InProgress, MultitaskStrategy::Enqueue));
     assert_eq!((turn.run.assistant.as_str(), &turn.run.metadata), ("default", &request.metadata));
@@ -81,7 +80,7 @@ async fn a_first_message_starts(_: &TestDatabase, store: &dyn Store) {
     );
     assert_eq!(turn.run.finished_at, None);
 
-    let (thread, activity) = store.thread(&key).await.unwrap().unwrap();
+    let (thread, activity) = seen(store, &key).await.unwrap();
     assert_eq!(thread, turn.thread);
     assert_eq!((activity.state, activity.queue_depth), (ThreadState::Active, 0));
     assert_eq!(store.run(&key, turn.run.id).await.unwrap().unwrap(), (turn.run, None));
@@ -111,7 +110,7 @@ async fn waiting_runs_have_places(_: &TestDatabase, store: &dyn Store) {
         assert_eq!(position, place);
         leases.push(lease);
     }
-    let (_, activity) = store.thread(&key).await.unwrap().unwrap();
+    let (_, activity) = seen(store, &key).await.unwrap();
     assert_eq!((activity.state, activity.queue_depth), (ThreadState::Active, 3));
 
     closed(store.finish(&leases[0], &completed(None)).await.unwrap());
@@ -124,10 +123,10 @@ async fn reject_on_a_busy_thread_stores_nothing(database: &TestDatabase, store: 
     let key = user("alice");
     let turn = started(store.admit(&admission(&key)).await.unwrap());
     let (waiting, ..) = queued(store.admit(&admission(&key)).await.unwrap());
-    let before = store.thread(&key).await.unwrap().unwrap();
+    let before = seen(store, &key).await.unwrap();
     let reject = || Admission { strategy: MultitaskStrategy::Reject, ..admission(&key) };
     assert_eq!(store.admit(&reject()).await.unwrap(), Admitted::Busy);
-    assert_eq!(store.thread(&key).await.unwrap().unwrap(), before);
+    assert_eq!(seen(store, &key).await.unwrap(), before);
 
     // A run that only waits keeps the thread busy, too.
     closed(store.finish(&turn.lease, &completed(None)).await.unwrap());
@@ -208,26 +207,23 @@ async fn keys_do_not_meet(database: &TestDatabase, store: &dyn Store) {
 async fn an_expired_thread_gives_way_to_a_fresh_one(database: &TestDatabase, store: &dyn Store) {
     let key = session("alice", "s1");
     let hour = Duration::from_hours(1);
-    let with_ttl = || Admission { thread_ttl: Some(hour), ..admission(&key) };
+    let with_ttl = || Admission { limits: limits(hour), ..admission(&key) };
     let old = started(store.admit(&with_ttl()).await.unwrap());
     closed(store.finish(&old.lease, &completed(Some("hi"))).await.unwrap());
-    let life = old.thread.expires_at.unwrap() - old.thread.created_at;
-    assert_eq!(life, chrono::TimeDelta::hours(1));
-
     database.age_threads(hour / 2).await;
     let turn = started(store.admit(&with_ttl()).await.unwrap());
     assert_eq!(turn.thread.id, old.thread.id, "half of its life is left");
     closed(store.finish(&turn.lease, &completed(None)).await.unwrap());
 
     database.age_threads(hour / 2).await;
-    let (thread, _) = store.thread(&key).await.unwrap().unwrap();
+    let (thread, _) = seen(store, &key).await.unwrap();
+    assert_eq!(thread.lifecycle, Lifecycle::Current);
     assert_eq!(thread.id, old.thread.id, "nothing happens before a message comes");
     let request = with_ttl();
     let fresh = started(store.admit(&request).await.unwrap());
     assert_eq!(fresh.thread.id, request.new_thread);
     assert_eq!(fresh.thread.previous_thread, Some(old.thread.id));
     assert_eq!((fresh.thread.message_count, fresh.thread.run_count, fresh.run.seq), (1, 1, 1));
-    assert!(fresh.thread.expires_at > thread.expires_at);
     assert_eq!(transcript(store, &key).await, ["user: hello"]);
 
     // The old generation's runs can still be had.
@@ -240,7 +236,7 @@ async fn an_expired_thread_gives_way_to_a_fresh_one(database: &TestDatabase, sto
 
 async fn an_expired_thread_gives_way_once(database: &TestDatabase, store: &dyn Store) {
     let key = session("alice", "s1");
-    let with_ttl = || Admission { thread_ttl: Some(Duration::from_mins(1)), ..admission(&key) };
+    let with_ttl = || Admission { limits: limits(Duration::from_mins(1)), ..admission(&key) };
     let old = started(store.admit(&with_ttl()).await.unwrap());
     closed(store.finish(&old.lease, &completed(None)).await.unwrap());
     database.age_threads(Duration::from_mins(1)).await;
@@ -269,14 +265,16 @@ async fn an_expired_thread_gives_way_once(database: &TestDatabase, store: &dyn S
 
 async fn an_expired_thread_may_be_replaced_on_another_upstream(database: &TestDatabase, store: &dyn Store) {
     let key = session("alice", "s1");
-    let request = Admission { thread_ttl: Some(Duration::from_mins(1)), ..admission(&key) };
+    let request = Admission { limits: limits(Duration::from_mins(1)), ..admission(&key) };
     let old = started(store.admit(&request).await.unwrap());
     database.age_threads(Duration::from_mins(1)).await;
     // The old thread's run is still active; it does not hold the new thread.
     let strategy = MultitaskStrategy::Reject;
-    let moved = Admission { upstream: "spare".to_owned(), strategy, ..admission(&key) };
+    let moved = Admission { upstream: "spare".to_owned(), strategy, ..request };
+    let moved = Admission { new_thread: ThreadId::new(), run_id: RunId::new(), ..moved };
+    let moved = Admission { message: admission(&key).message, ..moved };
     let turn = started(store.admit(&moved).await.unwrap());
-    assert_eq!((turn.thread.upstream.as_str(), turn.thread.expires_at), ("spare", None));
+    assert_eq!((turn.thread.upstream.as_str(), turn.thread.previous_thread), ("spare", Some(old.thread.id)));
     let finished = closed(store.finish(&old.lease, &completed(Some("late"))).await.unwrap());
     assert_eq!((finished.thread.lifecycle, finished.thread.message_count), (Lifecycle::Archived, 2));
     assert_eq!(transcript(store, &key).await, ["user: hello"]);
@@ -285,7 +283,7 @@ async fn an_expired_thread_may_be_replaced_on_another_upstream(database: &TestDa
 
 async fn a_waiting_run_survives_the_expiry_of_its_thread(database: &TestDatabase, store: &dyn Store) {
     let key = session("alice", "s1");
-    let with_ttl = || Admission { thread_ttl: Some(Duration::from_mins(1)), ..admission(&key) };
+    let with_ttl = || Admission { limits: limits(Duration::from_mins(1)), ..admission(&key) };
     let first = started(store.admit(&with_ttl()).await.unwrap());
     let (second, ..) = queued(store.admit(&with_ttl()).await.unwrap());
     database.age_threads(Duration::from_mins(1)).await;
@@ -300,16 +298,6 @@ async fn a_waiting_run_survives_the_expiry_of_its_thread(database: &TestDatabase
     assert_eq!(finished.thread.message_count, 4);
     assert_eq!(store.run(&key, second.run_id).await.unwrap().unwrap().1, finished.message);
     check_invariants(database).await;
-}
-
-async fn the_life_of_a_thread_counts_from_its_making(_: &TestDatabase, store: &dyn Store) {
-    let key = session("alice", "s1");
-    let ttl = |seconds| Admission { thread_ttl: Some(Duration::from_secs(seconds)), ..admission(&key) };
-    let first = started(store.admit(&ttl(60)).await.unwrap());
-    closed(store.finish(&first.lease, &completed(None)).await.unwrap());
-    let second = started(store.admit(&ttl(3600)).await.unwrap());
-    assert_eq!(second.thread.expires_at, first.thread.expires_at);
-    assert!(second.thread.last_active_at >= first.thread.last_active_at);
 }
 
 async fn what_was_said_comes_back_as_it_was(_: &TestDatabase, store: &dyn Store) {
@@ -342,7 +330,7 @@ async fn what_was_said_comes_back_as_it_was(_: &TestDatabase, store: &dyn Store)
     assert_eq!(turn.input, std::slice::from_ref(&second.message));
     assert_eq!(turn.run.metadata, second.metadata);
 
-    let page = store.messages(&key, &first_page()).await.unwrap().unwrap();
+    let page = store.messages(ThreadName::Newest(&key), false, &first_page()).await.unwrap().unwrap();
     let ids: Vec<_> = page.data.iter().map(|message| message.id).collect();
     assert_eq!(ids, [first.message.id, second.message.id]);
     assert!(page.data.iter().all(|message| message.content == content));

@@ -6,8 +6,8 @@ use std::time::Duration;
 
 use sqlx::{Connection, Executor};
 use threadkeeper::config::StoreConfig;
-use threadkeeper::domain::{RunStatus, UpstreamThreadId};
-use threadkeeper::store::{Paused, PostgresStore, SqliteStore, StoreError};
+use threadkeeper::domain::{Lifecycle, RunStatus, ThreadState, UpstreamThreadId};
+use threadkeeper::store::{Paused, PostgresStore, SqliteStore, StoreError, ThreadFilter, ThreadUpdate};
 
 use super::*;
 use crate::support::wiretap::Wiretap;
@@ -111,7 +111,7 @@ async fn the_rest_of_a_run_s_life_is_cheap_on_postgres_too() {
         assert!(store.settled(&rollback, turn.run.id, Context::Present, false).await.unwrap());
         meter.one("settling");
         let id = UpstreamThreadId("c".to_owned());
-        assert!(store.bind_upstream_thread(&rollback, &id, true).await.unwrap());
+        assert!(bind(&store, &rollback, &id, true).await);
         meter.one("rebuilding");
         store.request_cancel(&key, rollback.run_id).await.unwrap().unwrap();
         meter.one("a cancel");
@@ -217,7 +217,7 @@ async fn a_run_that_begins_is_not_joined() {
 }
 
 /// Waits until so many statements wait for a lock.
-async fn blocked(database: &TestDatabase, wanted: i64) {
+pub(super) async fn blocked(database: &TestDatabase, wanted: i64) {
     let blocked = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' \
                    AND datname = current_database()";
     let deadline = tokio::time::Instant::now() + Duration::from_secs(20);
@@ -240,7 +240,7 @@ async fn nothing_deadlocks_and_nothing_is_lost() {
         async move {
             begun.fetch_add(turn.input.len(), Ordering::SeqCst);
             let id = UpstreamThreadId("c".to_owned());
-            assert!(store.bind_upstream_thread(&turn.lease, &id, n.is_multiple_of(7)).await.unwrap());
+            assert!(bind(&*store, &turn.lease, &id, n.is_multiple_of(7)).await);
             assert!(store.settled(&turn.lease, turn.run.id, Context::Present, false).await.unwrap());
             if n.is_multiple_of(3)
                 && let Paused::Waiting(_) = store.pause(&turn.lease, &pause(&["call_1"], 0)).await.unwrap()
@@ -368,7 +368,7 @@ async fn no_step_scans_what_grows() {
     let end =
         RunEnd { status: RunStatus::Failed, synced: true, said: Context::Missing, ..completed(Some("x")) };
     closed(store.finish(&next, &end).await.unwrap());
-    store.thread(&key).await.unwrap();
+    seen(&*store, &key).await;
     store.run(&key, next.run_id).await.unwrap();
     store.close().await;
 
@@ -386,8 +386,127 @@ async fn no_step_scans_what_grows() {
     assert!(database.number(read).await > 0, "the server counts");
 }
 
+/// The column that the janitor looks for is indexed, and so are others; a message writes none of them.
+#[tokio::test]
+async fn a_message_touches_no_index_of_threads() {
+    let database = TestDatabase::postgres().await;
+    let key = session("alice", "s1");
+    let store = database.store().await;
+    let limits = Limits { max_age: Some(Duration::from_hours(1)), max_idle: Some(Duration::from_mins(30)) };
+    let with = |strategy| Admission { strategy, limits, ..admission(&key) };
+    for _ in 0..3 {
+        let turn = started(store.admit(&with(MultitaskStrategy::Enqueue)).await.unwrap());
+        let (waiting, ..) = queued(store.admit(&with(MultitaskStrategy::Enqueue)).await.unwrap());
+        assert!(matches!(
+            store.admit(&with(MultitaskStrategy::Merge)).await.unwrap(),
+            Admitted::Merged { .. }
+        ));
+        closed(store.finish(&turn.lease, &completed(Some("hi"))).await.unwrap());
+        claimed(store.claim(&waiting).await.unwrap());
+        closed(store.finish(&waiting, &completed(Some("hi"))).await.unwrap());
+    }
+    store.close().await;
+    alone(&database).await;
+    let updates = "SELECT n_tup_upd FROM pg_stat_user_tables WHERE relname = 'threads'";
+    assert_eq!(database.number(updates).await, 17);
+    let others = "SELECT n_tup_upd - n_tup_hot_upd FROM pg_stat_user_tables WHERE relname = 'threads'";
+    assert_eq!(database.number(others).await, 0);
+}
+
+/// Beside many threads, no list reads more than a few rows, and none reads a whole table.
+#[tokio::test]
+async fn no_list_scans_what_grows() {
+    let database = TestDatabase::postgres().await;
+    let key = user("alice");
+    let store = database.store().await;
+    exchange(&*store, &key).await;
+    store.close().await;
+    database
+        .execute(
+            "INSERT INTO threads (id, tenant, user_key, scope_kind, scope_name, upstream, lifecycle, message_count, \
+             last_position, run_count, created_at, last_active_at, archived_at) \
+             SELECT (lpad(to_hex((EXTRACT(epoch FROM now()) * 1000)::bigint - n::bigint * 60000), 12, '0') \
+             || substr(md5(n::text), 1, 20))::uuid, 'default', 'u' || n / 2, 'session', 's' || n, \
+             CASE n % 10 WHEN 0 THEN 'spare' ELSE 'main' END, CASE n % 4 WHEN 0 THEN 'archived' ELSE 'current' END, 1, \
+             1, 1, now() - n * interval '1 minute', now() - n * interval '1 second', \
+             CASE n % 4 WHEN 0 THEN now() END \
+             FROM generate_series(1, 20000) n; \
+             INSERT INTO runs (id, thread_id, seq, status, strategy, assistant, fence, timeout_ms, created_at, \
+             started_at, finished_at, deadline_at) \
+             SELECT gen_random_uuid(), id, 1, 'completed', 'enqueue', 'default', 1, 1, now(), now(), now(), now() \
+             FROM threads WHERE user_key <> 'alice'; \
+             INSERT INTO messages (id, thread_id, position, role, content, run_id, created_at) \
+             SELECT gen_random_uuid(), thread_id, n, 'user', '[]', id, now() FROM runs, generate_series(1, 3) n \
+             WHERE thread_id <> (SELECT id FROM threads WHERE user_key = 'alice'); \
+             UPDATE threads SET message_count = 3, last_position = 3 WHERE user_key <> 'alice'; \
+             INSERT INTO messages (id, thread_id, position, role, content, created_at) \
+             SELECT gen_random_uuid(), id, n + 2, 'user', '[]', now() FROM threads, generate_series(1, 5000) n \
+             WHERE user_key = 'alice'; \
+             UPDATE threads SET message_count = 5002, last_position = 5002 WHERE user_key = 'alice'; \
+             ANALYZE",
+        )
+        .await;
+    check_invariants(&database).await;
+    alone(&database).await;
+    database.execute("SELECT pg_stat_reset()").await;
+
+    let store = database.store().await;
+    let turn = started(store.admit(&admission(&key)).await.unwrap());
+    let page = PageRequest { limit: 20, ..first_page() };
+    let recent = turn.thread.created_at - chrono::TimeDelta::hours(1);
+    let all = ThreadFilter { tenant: TenantKey::default(), ..every_thread() };
+    let filters = [
+        all.clone(),
+        ThreadFilter { user: Some(key.user.clone()), ..all.clone() },
+        ThreadFilter { upstream: Some("spare".to_owned()), ..all.clone() },
+        ThreadFilter { lifecycle: Some(Lifecycle::Archived), ..all.clone() },
+        ThreadFilter { lifecycle: Some(Lifecycle::Deleting), ..all.clone() },
+        ThreadFilter { lifecycle: Some(Lifecycle::Current), ..all.clone() },
+        ThreadFilter { state: Some(ThreadState::Idle), ..all.clone() },
+        ThreadFilter { state: Some(ThreadState::Active), ..all.clone() },
+        ThreadFilter { state: Some(ThreadState::RequiresAction), ..all.clone() },
+        ThreadFilter { created_before: Some(recent), ..all.clone() },
+        ThreadFilter { inactive_since: Some(recent), ..all },
+    ];
+    for filter in &filters {
+        for ascending in [true, false] {
+            let page = PageRequest { ascending, ..page.clone() };
+            let got = store.threads(filter, &page).await.unwrap();
+            if let Some((thread, _)) = got.data.last() {
+                let page = PageRequest { after: Some(thread.id), ..page };
+                store.threads(filter, &page).await.unwrap();
+            }
+        }
+    }
+    for ascending in [true, false] {
+        for across in [true, false] {
+            let page = PageRequest { limit: 20, ascending, ..first_page() };
+            let got = store.messages(ThreadName::Newest(&key), across, &page).await.unwrap().unwrap();
+            let page = PageRequest { after: Some(got.data[9].id), ..page };
+            store.messages(ThreadName::Newest(&key), across, &page).await.unwrap().unwrap();
+        }
+    }
+    store.report(ThreadName::Newest(&key)).await.unwrap().unwrap();
+    store.unfinished(&key).await.unwrap().unwrap();
+    store.runs_of(turn.thread.id, 0, 10).await.unwrap();
+    store.update_thread(&key, &ThreadUpdate::default()).await.unwrap().unwrap();
+    store.import_messages(turn.thread.id, &[]).await.unwrap();
+    store.close().await;
+
+    alone(&database).await;
+    for column in ["seq_scan", "idx_tup_fetch"] {
+        for table in ["threads", "runs", "messages"] {
+            let number =
+                format!("SELECT COALESCE({column}, 0) FROM pg_stat_user_tables WHERE relname = '{table}'");
+            let number = database.number(&number).await;
+            let most = if column == "seq_scan" { 0 } else { 5_000 };
+            assert!(number <= most, "{table}.{column}: {number}");
+        }
+    }
+}
+
 /// Waits until all connections but the asking one are gone: with its end each tells the server what it read.
-async fn alone(database: &TestDatabase) {
+pub(super) async fn alone(database: &TestDatabase) {
     let connections = "SELECT count(*) FROM pg_stat_activity WHERE backend_type = 'client backend' \
                        AND datname = current_database()";
     let deadline = tokio::time::Instant::now() + Duration::from_secs(20);
@@ -555,7 +674,7 @@ async fn a_sqlite_file_keeps_what_was_written() {
     store.close().await;
     drop(store);
     let store = database.store().await;
-    assert_eq!(store.thread(&key).await.unwrap().unwrap(), (finished.thread, finished.activity));
+    assert_eq!(seen(&*store, &key).await.unwrap(), (finished.thread, finished.activity));
     assert_eq!(transcript(&*store, &key).await, ["user: hello", "assistant: hi"]);
 }
 
@@ -574,20 +693,31 @@ async fn what_a_dead_process_left_in_a_sqlite_file_is_free_at_once() {
     assert_eq!(orphans.iter().map(|orphan| orphan.run.id).collect::<Vec<_>>(), [turn.run.id]);
 }
 
-/// What stood in the database before messages could be removed keeps its places. `id` and `time` are spelled as the
-/// backend wants them.
-async fn an_old_transcript_goes_on(database: &TestDatabase, migrations: [&str; 2], id: &str, time: &str) {
-    for table in ["idempotency_keys", "run_events", "messages", "runs", "threads", "replicas"] {
+/// What stood in the database before messages could be removed keeps its places, and the end of its life. `id` and `time`
+/// are spelled as the backend wants them.
+async fn an_old_transcript_goes_on(database: &TestDatabase, migrations: [&str; 3], id: &str, time: &str) {
+    for table in [
+        "deleted_threads",
+        "deletions",
+        "remnants",
+        "idempotency_keys",
+        "run_events",
+        "messages",
+        "runs",
+        "threads",
+        "replicas",
+    ] {
         database.execute(&format!("DROP TABLE {table}")).await;
     }
     database.execute(migrations[0]).await;
     let tenant = TenantKey::default();
     let tenant = tenant.as_str();
+    let expires_at = database.after(time, Duration::from_hours(1));
     database
         .execute(&format!(
             "INSERT INTO threads (id, tenant, user_key, scope_kind, scope_name, upstream, lifecycle, message_count, \
-             run_count, created_at, last_active_at) \
-             VALUES ({id}, '{tenant}', 'alice', 'user', '', 'main', 'current', 1, 1, {time}, {time}); \
+             run_count, created_at, last_active_at, expires_at) \
+             VALUES ({id}, '{tenant}', 'alice', 'user', '', 'main', 'current', 1, 1, {time}, {time}, {expires_at}); \
              INSERT INTO runs (id, thread_id, seq, status, strategy, assistant, fence, timeout_ms, created_at, \
              started_at, finished_at, deadline_at) \
              VALUES ({id}, {id}, 1, 'failed', 'enqueue', 'default', 1, 1, {time}, {time}, {time}, {time}); \
@@ -596,10 +726,13 @@ async fn an_old_transcript_goes_on(database: &TestDatabase, migrations: [&str; 2
         ))
         .await;
     database.execute(migrations[1]).await;
+    database.execute(migrations[2]).await;
     let store = database.store().await;
     let finished = exchange(&*store, &user("alice")).await;
     assert_eq!((finished.message.unwrap().position, finished.thread.message_count), (3, 3));
-    let page = store.messages(&user("alice"), &first_page()).await.unwrap().unwrap();
+    assert_eq!(finished.thread.limits, limits(Duration::from_hours(1)));
+    let page =
+        store.messages(ThreadName::Newest(&user("alice")), false, &first_page()).await.unwrap().unwrap();
     assert_eq!((page.data[0].context, page.data[0].ended), (Context::Present, None));
     check_invariants(database).await;
     store.close().await;
@@ -610,9 +743,11 @@ async fn an_old_transcript_goes_on_in_postgres() {
     let migrations = [
         include_str!("../../../migrations/postgres/0001_initial.sql"),
         include_str!("../../../migrations/postgres/0002_runs.sql"),
+        include_str!("../../../migrations/postgres/0003_life.sql"),
     ];
     let id = "'01890a5d-ac96-774b-bcce-b302099a8057'";
-    an_old_transcript_goes_on(&TestDatabase::postgres().await, migrations, id, "now()").await;
+    let database = TestDatabase::postgres().await;
+    an_old_transcript_goes_on(&database, migrations, id, database.now()).await;
 }
 
 #[tokio::test]
@@ -620,9 +755,11 @@ async fn an_old_transcript_goes_on_in_sqlite() {
     let migrations = [
         include_str!("../../../migrations/sqlite/0001_initial.sql"),
         include_str!("../../../migrations/sqlite/0002_runs.sql"),
+        include_str!("../../../migrations/sqlite/0003_life.sql"),
     ];
     let id = "x'01890a5dac96774bbcceb302099a8057'";
-    an_old_transcript_goes_on(&TestDatabase::sqlite().await, migrations, id, "1700000000000").await;
+    let database = TestDatabase::sqlite().await;
+    an_old_transcript_goes_on(&database, migrations, id, database.now()).await;
 }
 
 /// A claim whose caller gave up on it commits while the end of the run waits for the row: what it put into the transcript

@@ -16,6 +16,7 @@ on_every_backend!(
     what_went_along_with_a_run_is_settled_with_it,
     what_went_along_with_a_discarded_run_is_settled_too,
     a_rebuilt_thread_holds_all_that_came_before,
+    all_that_came_before_can_be_withheld,
     a_baseline_begins_at_the_newest_known_message,
     a_discarded_run_leaves_no_messages,
     a_discarded_run_that_waited_moves_nothing,
@@ -51,7 +52,7 @@ fn leftover(run: RunId) -> Leftover {
 /// Each message of the key's transcript: its text, its context, and how its run ended.
 async fn contexts(store: &dyn Store, key: &ConversationKey) -> Vec<(String, Context, Option<RunStatus>)> {
     let lines = transcript(store, key).await;
-    let page = store.messages(key, &first_page()).await.unwrap().unwrap();
+    let page = store.messages(ThreadName::Newest(key), false, &first_page()).await.unwrap().unwrap();
     let words = lines.into_iter().map(|line| line.split_once(": ").unwrap().1.to_owned());
     words.zip(page.data).map(|(words, message)| (words, message.context, message.ended)).collect()
 }
@@ -90,7 +91,7 @@ async fn an_end_says_where_its_messages_stand(database: &TestDatabase, store: &d
         }
     }
     assert_eq!(contexts(store, &key).await, wanted);
-    assert_eq!(store.thread(&key).await.unwrap().unwrap().0.backlog, 8);
+    assert_eq!(seen(store, &key).await.unwrap().0.backlog, 8);
     check_invariants(database).await;
 }
 
@@ -177,7 +178,7 @@ async fn what_went_along_is_present(database: &TestDatabase, store: &dyn Store) 
     let finished = turn(store, &key, "5", &end).await;
     assert_eq!(finished.thread.backlog, 0);
     assert_eq!(told(contexts(store, &key).await)[..5], wanted(Present));
-    let (bob, _) = store.thread(&user("bob")).await.unwrap().unwrap();
+    let (bob, _) = seen(store, &user("bob")).await.unwrap();
     assert_eq!(bob, others.thread, "no other thread is touched");
     check_invariants(database).await;
 }
@@ -207,7 +208,7 @@ async fn a_leftover_stays_until_it_is_void(_: &TestDatabase, store: &dyn Store) 
     let left = |run| RunEnd { leftover: Some(leftover(run)), ..failed(Context::Unknown) };
     let (one, two) = (RunId::new(), RunId::new());
     assert_eq!(turn(store, &key, "1", &left(one)).await.thread.leftover, Some(leftover(one)));
-    assert_eq!(store.thread(&key).await.unwrap().unwrap().0.leftover, Some(leftover(one)));
+    assert_eq!(seen(store, &key).await.unwrap().0.leftover, Some(leftover(one)));
     let finished = turn(store, &key, "2", &completed(None)).await;
     assert_eq!(finished.thread.leftover, Some(leftover(one)), "the end does not say");
     assert_eq!(turn(store, &key, "3", &left(two)).await.thread.leftover, Some(leftover(two)));
@@ -234,11 +235,11 @@ async fn what_is_looked_at_is_settled(database: &TestDatabase, store: &dyn Store
         for _ in 0..2 {
             assert!(store.settled(&now.lease, earlier, found, false).await.unwrap());
         }
-        let (thread, _) = store.thread(&key).await.unwrap().unwrap();
+        let (thread, _) = seen(store, &key).await.unwrap();
         assert_eq!((thread.backlog, thread.leftover), (missing, None), "{found}");
         let page = PageRequest { ascending: false, ..first_page() };
         let of = |run| move |message: &&Message| message.run_id == Some(run);
-        let data = store.messages(&key, &page).await.unwrap().unwrap().data;
+        let data = store.messages(ThreadName::Newest(&key), false, &page).await.unwrap().unwrap().data;
         let contexts: Vec<_> = data.iter().filter(of(earlier)).map(|it| it.context).collect();
         assert_eq!(contexts, [Withheld, found], "only what was not known");
         assert!(data.iter().filter(of(other)).all(|it| it.context == Unknown));
@@ -282,7 +283,7 @@ async fn what_went_along_with_a_run_is_settled_with_it(database: &TestDatabase, 
         assert_eq!(contexts(store, &key).await, before);
         for _ in 0..2 {
             assert!(store.settled(&next.lease, now.run.id, found, true).await.unwrap());
-            let (thread, _) = store.thread(&key).await.unwrap().unwrap();
+            let (thread, _) = seen(store, &key).await.unwrap();
             assert_eq!((thread.backlog, thread.leftover), (2 + own, None), "{found}");
             let wanted = [
                 ("1", Present),
@@ -302,9 +303,9 @@ async fn what_went_along_with_a_run_is_settled_with_it(database: &TestDatabase, 
         }
         // It alone is not known any more, and nothing was missing before it that is not sent.
         assert!(store.settled(&next.lease, forgotten, Missing, true).await.unwrap());
-        let (thread, _) = store.thread(&key).await.unwrap().unwrap();
+        let (thread, _) = seen(store, &key).await.unwrap();
         assert_eq!(thread.backlog, 3 + own);
-        let (bob, _) = store.thread(&others.thread.key).await.unwrap().unwrap();
+        let (bob, _) = seen(store, &others.thread.key).await.unwrap();
         assert_eq!(bob, others.thread, "no other thread is touched");
         check_invariants(database).await;
     }
@@ -329,7 +330,7 @@ async fn what_went_along_with_a_discarded_run_is_settled_too(database: &TestData
         let all = contexts(store, &key).await;
         let all: Vec<_> = all.iter().map(|(words, context, _)| (words.as_str(), *context)).collect();
         assert_eq!(all, [("1", Present), ("3", Missing), ("4", Missing), ("5", Present)]);
-        assert_eq!(store.thread(&key).await.unwrap().unwrap().0.backlog, 2);
+        assert_eq!(seen(store, &key).await.unwrap().0.backlog, 2);
         check_invariants(database).await;
     }
     assert_eq!(backlog(store, next.run.id).await, ["3", "4"]);
@@ -351,28 +352,50 @@ async fn a_rebuilt_thread_holds_all_that_came_before(database: &TestDatabase, st
     closed(store.finish(&waiting, &failed(Missing)).await.unwrap());
 
     let id = UpstreamThreadId("conv_2".to_owned());
-    let before = store.thread(&key).await.unwrap().unwrap().0;
+    let before = seen(store, &key).await.unwrap().0;
     assert_eq!(before.backlog, 3);
     let stale = RunLease { fence: now.lease.fence - 1, ..now.lease };
-    assert!(!store.bind_upstream_thread(&stale, &id, true).await.unwrap());
-    assert_eq!(store.thread(&key).await.unwrap().unwrap().0, before);
+    assert!(!bind(store, &stale, &id, true).await);
+    assert_eq!(seen(store, &key).await.unwrap().0, before);
     // To learn where a thread lives makes nothing known of what it holds.
-    assert!(store.bind_upstream_thread(&now.lease, &id, false).await.unwrap());
-    let bound = store.thread(&key).await.unwrap().unwrap().0;
+    assert!(bind(store, &now.lease, &id, false).await);
+    let bound = seen(store, &key).await.unwrap().0;
     assert_eq!((bound.backlog, &bound.leftover), (3, &before.leftover));
 
     for _ in 0..2 {
-        assert!(store.bind_upstream_thread(&now.lease, &id, true).await.unwrap());
-        let (thread, _) = store.thread(&key).await.unwrap().unwrap();
+        assert!(bind(store, &now.lease, &id, true).await);
+        let (thread, _) = seen(store, &key).await.unwrap();
         assert_eq!((thread.upstream_thread_id.as_ref(), thread.leftover), (Some(&id), None));
         assert_eq!(thread.backlog, 1, "what came after the run's own is not in it");
         let all: Vec<_> = contexts(store, &key).await.into_iter().map(|it| it.1).collect();
         assert_eq!(all, [Present, Present, Present, Present, Present, Withheld, Present, Missing]);
-        let page = store.messages(&key, &first_page()).await.unwrap().unwrap();
+        let page = store.messages(ThreadName::Newest(&key), false, &first_page()).await.unwrap().unwrap();
         assert!(page.data.iter().all(|it| it.upstream_message_id.is_none()));
     }
-    let page = store.messages(&user("bob"), &first_page()).await.unwrap().unwrap();
+    let page = store.messages(ThreadName::Newest(&user("bob")), false, &first_page()).await.unwrap().unwrap();
     assert_eq!(page.data[1], others.message.unwrap(), "no other thread is touched");
+    check_invariants(database).await;
+}
+
+async fn all_that_came_before_can_be_withheld(database: &TestDatabase, store: &dyn Store) {
+    use Context::{Missing, Present, Unknown, Withheld};
+    let key = user("alice");
+    for said in [Present, Missing, Withheld, Unknown] {
+        let end = RunEnd { reply: Some(reply("reply", Some("msg_1"), Present)), ..failed(said) };
+        turn(store, &key, "message", &end).await;
+    }
+    let turn = started(store.admit(&say(&key, "and now?")).await.unwrap());
+    assert!(!store.withhold_earlier(&RunLease { fence: 2, ..turn.lease }).await.unwrap());
+    assert_eq!(seen(store, &key).await.unwrap().0.backlog, 1, "the lease was lost");
+    for _ in 0..2 {
+        assert!(store.withhold_earlier(&turn.lease).await.unwrap());
+    }
+    let mut contexts: Vec<_> =
+        contexts(store, &key).await.into_iter().map(|(_, context, _)| context).collect();
+    assert_eq!(contexts.pop(), Some(Present));
+    assert_eq!(contexts, [Withheld; 8]);
+    assert_eq!(seen(store, &key).await.unwrap().0.backlog, 0);
+    assert_eq!(store.baseline(turn.run.id).await.unwrap(), Baseline::default());
     check_invariants(database).await;
 }
 
@@ -437,7 +460,7 @@ async fn a_discarded_run_leaves_no_messages(database: &TestDatabase, store: &dyn
     let turn = claimed(store.claim(&next).await.unwrap());
     closed(store.finish(&turn.lease, &end).await.unwrap());
     exchange(store, &key).await;
-    let page = store.messages(&key, &first_page()).await.unwrap().unwrap();
+    let page = store.messages(ThreadName::Newest(&key), false, &first_page()).await.unwrap().unwrap();
     assert_eq!(page.data.iter().map(|it| it.position).collect::<Vec<_>>(), [1, 2, 4, 6, 7]);
     check_invariants(database).await;
 }
@@ -459,12 +482,12 @@ async fn a_marked_run_must_be_discarded(database: &TestDatabase, store: &dyn Sto
     let now = started(store.admit(&say(&key, "1")).await.unwrap());
     let (rollback, ..) = queued(store.admit(&say(&key, "2")).await.unwrap());
     store.displace(&rollback, true).await.unwrap().unwrap();
-    let before = (store.thread(&key).await.unwrap(), store.run(&key, now.run.id).await.unwrap());
+    let before = (seen(store, &key).await, store.run(&key, now.run.id).await.unwrap());
     let end = RunEnd { synced: true, leftover: Some(leftover(now.run.id)), ..completed(Some("one")) };
     for end in [&end, &failed(Context::Missing)] {
         assert_eq!(store.finish(&now.lease, end).await.unwrap(), Closing::MustDiscard);
     }
-    let after = (store.thread(&key).await.unwrap(), store.run(&key, now.run.id).await.unwrap());
+    let after = (seen(store, &key).await, store.run(&key, now.run.id).await.unwrap());
     assert_eq!(before, after);
     assert_eq!(store.events(now.run.id, 0).await.unwrap(), []);
     assert_eq!(transcript(store, &key).await, ["user: 1"]);

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use threadkeeper::domain::{MultitaskStrategy, RunError, RunErrorCode};
+use threadkeeper::domain::{Lifecycle, MultitaskStrategy, RunError, RunErrorCode};
 use threadkeeper::store::{Answered, Idempotency, Repeated};
 
 use super::*;
@@ -34,20 +34,20 @@ async fn a_key_in_use_stores_nothing(database: &TestDatabase, store: &dyn Store)
     let key = user("alice");
     let turn = started(store.admit(&once(&key, "k")).await.unwrap());
     queued(store.admit(&once(&key, "other")).await.unwrap());
-    let before = store.thread(&key).await.unwrap();
+    let before = seen(store, &key).await;
     for strategy in MultitaskStrategy::ALL {
         let again = Admission { strategy: *strategy, ..once(&key, "k") };
         assert_eq!(store.admit(&again).await.unwrap(), Admitted::Repeated, "{strategy}");
         assert_eq!(store.run(&key, again.run_id).await.unwrap(), None, "{strategy}");
     }
-    assert_eq!(store.thread(&key).await.unwrap(), before);
+    assert_eq!(seen(store, &key).await, before);
 
     // A free thread makes no difference, nor does a thread that would have to be made.
     closed(store.finish(&turn.lease, &completed(None)).await.unwrap());
     assert_eq!(store.admit(&once(&key, "k")).await.unwrap(), Admitted::Repeated);
-    database.execute("UPDATE threads SET lifecycle = 'archived'").await;
+    database.archive_threads().await;
     assert_eq!(store.admit(&once(&key, "k")).await.unwrap(), Admitted::Repeated);
-    assert_eq!(store.thread(&key).await.unwrap(), None);
+    assert_eq!(seen(store, &key).await.unwrap().0.lifecycle, Lifecycle::Archived);
     assert_eq!(database.number("SELECT count(*) FROM runs").await, 2);
     started(store.admit(&once(&key, "new")).await.unwrap());
     check_invariants(database).await;
@@ -128,7 +128,7 @@ async fn a_key_is_the_conversation_s_own(_: &TestDatabase, store: &dyn Store) {
 
 async fn a_key_outlives_its_thread(database: &TestDatabase, store: &dyn Store) {
     let key = session("alice", "s1");
-    let with_ttl = |name| Admission { thread_ttl: Some(Duration::from_mins(1)), ..once(&key, name) };
+    let with_ttl = |name| Admission { limits: limits(Duration::from_mins(1)), ..once(&key, name) };
     let old = started(store.admit(&with_ttl("a")).await.unwrap());
     database.age_threads(Duration::from_mins(1)).await;
     // Nothing is put in the place of the expired thread for it.

@@ -96,7 +96,7 @@ async fn a_merged_message_joins_the_last_that_waits(database: &TestDatabase, sto
     let finished = closed(store.finish(&last, &cancelled).await.unwrap());
     assert_eq!(finished.thread.message_count, 4);
     assert_eq!(transcript(store, &key).await, ["user: 1", "user: 3", "user: 4", "user: 5"]);
-    let page = store.messages(&key, &first_page()).await.unwrap().unwrap();
+    let page = store.messages(ThreadName::Newest(&key), false, &first_page()).await.unwrap().unwrap();
     assert_eq!(page.data[2..].iter().map(|it| it.id).collect::<Vec<_>>(), joins.map(|it| it.message.id));
     assert!(page.data[1..].iter().all(|it| it.run_id == Some(last.run_id)));
     check_invariants(database).await;
@@ -146,7 +146,7 @@ async fn a_full_run_takes_no_more(database: &TestDatabase, store: &dyn Store) {
 async fn a_message_that_finds_nobody_waits_by_itself(database: &TestDatabase, store: &dyn Store) {
     use MultitaskStrategy::Merge;
     let key = session("alice", "s1");
-    let merge = || Admission { thread_ttl: Some(Duration::from_mins(1)), ..with(&key, Merge, "x") };
+    let merge = || Admission { limits: limits(Duration::from_mins(1)), ..with(&key, Merge, "x") };
     let first = started(store.admit(&merge()).await.unwrap());
     assert_eq!(first.run.strategy, Merge);
     // Nobody waits, and what is at work is not joined.

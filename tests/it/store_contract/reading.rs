@@ -30,12 +30,12 @@ async fn a_store_is_ready(database: &TestDatabase, store: &dyn Store) {
 
 async fn nothing_is_known_of_a_new_key(_: &TestDatabase, store: &dyn Store) {
     let key = user("nobody");
-    assert_eq!(store.thread(&key).await.unwrap(), None);
-    assert_eq!(store.messages(&key, &first_page()).await.unwrap(), None);
+    assert_eq!(seen(store, &key).await, None);
+    assert_eq!(store.messages(ThreadName::Newest(&key), false, &first_page()).await.unwrap(), None);
     assert_eq!(store.runs(&key, &first_page()).await.unwrap(), None);
     assert_eq!(store.run(&key, RunId::new()).await.unwrap(), None);
     let after = PageRequest { after: Some(MessageId::new()), ..first_page() };
-    assert_eq!(store.messages(&key, &after).await.unwrap(), None);
+    assert_eq!(store.messages(ThreadName::Newest(&key), false, &after).await.unwrap(), None);
 }
 
 async fn transcripts_have_pages(_: &TestDatabase, store: &dyn Store) {
@@ -44,7 +44,7 @@ async fn transcripts_have_pages(_: &TestDatabase, store: &dyn Store) {
         exchange(store, &key).await;
     }
     exchange(store, &user("bob")).await;
-    let all = store.messages(&key, &first_page()).await.unwrap().unwrap();
+    let all = store.messages(ThreadName::Newest(&key), false, &first_page()).await.unwrap().unwrap();
     assert_eq!((all.data.len(), all.has_more), (6, false));
     let id = |position: usize| all.data[position - 1].id;
 
@@ -66,7 +66,7 @@ async fn transcripts_have_pages(_: &TestDatabase, store: &dyn Store) {
         (2, false, None, Some(4), vec![6, 5], false),
     ] {
         let page = PageRequest { limit, ascending, after: after.map(id), before: before.map(id) };
-        let got = store.messages(&key, &page).await.unwrap().unwrap();
+        let got = store.messages(ThreadName::Newest(&key), false, &page).await.unwrap().unwrap();
         let positions: Vec<_> = got.data.iter().map(|message| message.position).collect();
         assert_eq!((positions, got.has_more), (wanted, has_more), "{page:?}");
     }
@@ -105,7 +105,10 @@ async fn a_cursor_of_another_list_is_unknown(_: &TestDatabase, store: &dyn Store
     let message = others.message.unwrap().id;
     for (after, before) in [(Some(message), None), (None, Some(message)), (Some(MessageId::new()), None)] {
         let page = PageRequest { after, before, ..first_page() };
-        assert!(matches!(store.messages(&mine, &page).await, Err(StoreError::UnknownCursor)));
+        assert!(matches!(
+            store.messages(ThreadName::Newest(&mine), false, &page).await,
+            Err(StoreError::UnknownCursor)
+        ));
     }
     for (after, before) in [(Some(others.run.id), None), (None, Some(RunId::new()))] {
         let page = PageRequest { after, before, ..first_page() };

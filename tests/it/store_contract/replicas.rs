@@ -104,15 +104,15 @@ async fn a_stale_fence_cannot_write(database: &TestDatabase, store: &dyn Store) 
     store.retire_replica(dead).await.unwrap();
     store.renew_replica(me, "127.0.0.1:2", ALIVE).await.unwrap();
     let orphans = store.adopt_orphans(me, &[], 100).await.unwrap();
-    let before = (store.thread(&key).await.unwrap(), store.runs(&key, &first_page()).await.unwrap());
+    let before = (seen(store, &key).await, store.runs(&key, &first_page()).await.unwrap());
 
     // The dead replica was only paused, and goes on.
     let id = UpstreamThreadId("conv_late".to_owned());
-    assert!(!store.bind_upstream_thread(&turn.lease, &id, false).await.unwrap());
+    assert!(!bind(store, &turn.lease, &id, false).await);
     assert_eq!(store.finish(&turn.lease, &completed(Some("late"))).await.unwrap(), Closing::Lost);
     assert_eq!(store.finish(&waiting, &completed(None)).await.unwrap(), Closing::Lost);
     assert_eq!(store.claim(&waiting).await.unwrap(), Claim::Lost);
-    let after = (store.thread(&key).await.unwrap(), store.runs(&key, &first_page()).await.unwrap());
+    let after = (seen(store, &key).await, store.runs(&key, &first_page()).await.unwrap());
     assert_eq!(before, after);
 
     closed(store.finish(&orphans[0].lease, &completed(Some("hi"))).await.unwrap());

@@ -47,7 +47,7 @@ async fn a_pause_holds_the_thread(database: &TestDatabase, store: &dyn Store) {
     assert_eq!(paused.run.upstream_run_id.as_ref(), Some(&wanted.upstream_run_id));
     assert_eq!(paused.run.usage, wanted.usage);
     assert_eq!(paused.run.deadline_at, turn.run.deadline_at);
-    assert_eq!(store.thread(&key).await.unwrap().unwrap(), (paused.thread, paused.activity));
+    assert_eq!(seen(store, &key).await.unwrap(), (paused.thread, paused.activity));
     assert_eq!(store.run(&key, turn.run.id).await.unwrap().unwrap(), (paused.run, None));
     assert_eq!(store.claim(&next).await.unwrap(), Claim::NotYet);
     assert_eq!(store.claim(&turn.lease).await.unwrap(), Claim::Lost);
@@ -144,7 +144,7 @@ async fn an_answer_is_taken_once(database: &TestDatabase, store: &dyn Store) {
     assert_eq!(taken.next(), None);
     assert_eq!((resumed.run.status, &resumed.run.required_action), (RunStatus::InProgress, &None));
     assert_eq!((resumed.activity.state, resumed.activity.queue_depth), (ThreadState::Active, 1));
-    assert_eq!(store.thread(&key).await.unwrap().unwrap(), (resumed.thread, resumed.activity));
+    assert_eq!(seen(store, &key).await.unwrap(), (resumed.thread, resumed.activity));
     assert_eq!(store.run(&key, turn.run.id).await.unwrap().unwrap().0, resumed.run);
     check_invariants(database).await;
 }

@@ -127,7 +127,7 @@ async fn the_end_of_a_run_tells_all(_: &TestDatabase, store: &dyn Store) {
     assert_eq!((finished.activity.state, finished.activity.queue_depth), (ThreadState::Idle, 1));
 
     // Another request reads the same.
-    assert_eq!(store.thread(&key).await.unwrap().unwrap(), (finished.thread, finished.activity));
+    assert_eq!(seen(store, &key).await.unwrap(), (finished.thread, finished.activity));
     assert_eq!(store.run(&key, turn.run.id).await.unwrap().unwrap(), (finished.run, finished.message));
 }
 
@@ -177,7 +177,7 @@ async fn a_run_that_never_started_keeps_its_message(database: &TestDatabase, sto
     claimed(store.claim(&third).await.unwrap());
     let lines = transcript(store, &key).await;
     assert_eq!(lines, ["user: hello", "user: never mind", "assistant: hi", "user: hello"]);
-    let page = store.messages(&key, &first_page()).await.unwrap().unwrap();
+    let page = store.messages(ThreadName::Newest(&key), false, &first_page()).await.unwrap().unwrap();
     assert_eq!((page.data[1].id, page.data[1].run_id), (waiting.message.id, Some(second.run_id)));
     check_invariants(database).await;
 }
@@ -198,17 +198,17 @@ async fn the_upstream_thread_is_remembered(_: &TestDatabase, store: &dyn Store) 
     let (waiting, ..) = queued(store.admit(&admission(&key)).await.unwrap());
     let id = UpstreamThreadId("conv_1".to_owned());
     let stale = RunLease { fence: turn.lease.fence - 1, ..turn.lease };
-    assert!(!store.bind_upstream_thread(&stale, &id, false).await.unwrap());
-    assert!(!store.bind_upstream_thread(&waiting, &id, false).await.unwrap(), "it has not started");
-    assert_eq!(store.thread(&key).await.unwrap().unwrap().0.upstream_thread_id, None);
-    assert!(store.bind_upstream_thread(&turn.lease, &id, false).await.unwrap());
-    assert!(store.bind_upstream_thread(&turn.lease, &id, false).await.unwrap(), "again is harmless");
+    assert!(!bind(store, &stale, &id, false).await);
+    assert!(!bind(store, &waiting, &id, false).await, "it has not started");
+    assert_eq!(seen(store, &key).await.unwrap().0.upstream_thread_id, None);
+    assert!(bind(store, &turn.lease, &id, false).await);
+    assert!(bind(store, &turn.lease, &id, false).await, "again is harmless");
 
     // An end that says nothing of it leaves it alone.
     let finished = closed(store.finish(&turn.lease, &completed(None)).await.unwrap());
     assert_eq!(finished.thread.upstream_thread_id.as_ref(), Some(&id));
     let late = UpstreamThreadId("conv_2".to_owned());
-    assert!(!store.bind_upstream_thread(&turn.lease, &late, false).await.unwrap(), "it has ended");
+    assert!(!bind(store, &turn.lease, &late, false).await, "it has ended");
     let next = claimed(store.claim(&waiting).await.unwrap());
     assert_eq!(next.thread.upstream_thread_id, Some(id));
 }
@@ -217,7 +217,7 @@ async fn an_unknown_run_is_lost(_: &TestDatabase, store: &dyn Store) {
     let lease = RunLease { run_id: RunId::new(), fence: 1 };
     assert_eq!(store.claim(&lease).await.unwrap(), Claim::Lost);
     assert_eq!(store.finish(&lease, &completed(None)).await.unwrap(), Closing::Lost);
-    assert!(!store.bind_upstream_thread(&lease, &UpstreamThreadId("x".to_owned()), false).await.unwrap());
+    assert!(!bind(store, &lease, &UpstreamThreadId("x".to_owned()), false).await);
 }
 
 async fn the_database_refuses_a_second_active_run(database: &TestDatabase, store: &dyn Store) {

@@ -1,0 +1,116 @@
+//! From rows to values.
+
+use sqlx::FromRow;
+use sqlx::types::Json;
+use uuid::Uuid;
+
+use crate::domain::{RemnantId, Removed, ThreadId};
+use crate::store::rows::{At, ThreadRow, corrupt};
+use crate::store::{DeletedThread, Due, Remnant, RemnantKind, RemnantName, StoreError};
+
+#[derive(FromRow)]
+pub(in crate::store) struct DueRow {
+    #[sqlx(flatten)]
+    thread: ThreadRow,
+    now: At,
+    attempts: i64,
+}
+
+impl TryFrom<DueRow> for Due {
+    type Error = StoreError;
+
+    fn try_from(row: DueRow) -> Result<Self, StoreError> {
+        Ok(Self { thread: row.thread.try_into()?, now: row.now.0, attempts: row.attempts })
+    }
+}
+
+#[derive(FromRow)]
+pub(in crate::store) struct RemnantRow {
+    id: Uuid,
+    thread_id: Uuid,
+    upstream: String,
+    kind: String,
+    upstream_id: Option<String>,
+    attempts: i64,
+}
+
+impl RemnantRow {
+    pub(in crate::store) fn id(&self) -> Uuid {
+        self.id
+    }
+}
+
+impl TryFrom<RemnantRow> for Remnant {
+    type Error = StoreError;
+
+    fn try_from(row: RemnantRow) -> Result<Self, StoreError> {
+        Ok(Self {
+            name: RemnantName::Row(RemnantId::from_uuid(row.id)),
+            thread: ThreadId::from_uuid(row.thread_id),
+            upstream: row.upstream,
+            kind: match &*row.kind {
+                "thread" => RemnantKind::Thread,
+                "run" => RemnantKind::Run,
+                _ => return Err(corrupt("the kind of a remnant")),
+            },
+            upstream_id: row.upstream_id,
+            attempts: row.attempts,
+        })
+    }
+}
+
+/// All ids that a run has upstream, the earliest first.
+pub(in crate::store) fn upstream_ids(
+    newest: Option<String>,
+    earlier: Option<Json<Vec<String>>>,
+) -> impl Iterator<Item = String> {
+    earlier.map(|json| json.0).unwrap_or_default().into_iter().chain(newest)
+}
+
+/// A request to delete that is not finished.
+#[derive(FromRow)]
+pub(in crate::store) struct RequestedRow {
+    pub(in crate::store) id: Uuid,
+    pub(in crate::store) tenant: String,
+    pub(in crate::store) user_key: String,
+    pub(in crate::store) scope_kind: Option<String>,
+    pub(in crate::store) scope_name: Option<String>,
+    pub(in crate::store) archive: bool,
+}
+
+/// A request to delete, and how far it came.
+#[derive(FromRow)]
+pub(in crate::store) struct DeletionRow {
+    pub(in crate::store) requested_at: At,
+    pub(in crate::store) finished_at: Option<At>,
+    pub(in crate::store) archive: bool,
+    pub(in crate::store) done: i64,
+    pub(in crate::store) pending: i64,
+}
+
+#[derive(FromRow)]
+pub(in crate::store) struct DeletedThreadRow {
+    thread_id: Uuid,
+    upstream: String,
+    messages: i64,
+    runs: i64,
+    removed: Option<Json<Removed>>,
+    finished_at: Option<At>,
+    attempts: i64,
+    last_failure: Option<String>,
+}
+
+impl From<DeletedThreadRow> for DeletedThread {
+    fn from(row: DeletedThreadRow) -> Self {
+        Self {
+            id: ThreadId::from_uuid(row.thread_id),
+            upstream: row.upstream,
+            messages: row.messages,
+            runs: row.runs,
+            removed: row.removed.map(|json| json.0).unwrap_or_default(),
+            finished_at: row.finished_at.map(|at| at.0),
+            attempts: row.attempts,
+            last_failure: row.last_failure,
+        }
+    }
+}

@@ -1,0 +1,300 @@
+//! How long threads live.
+
+use threadkeeper::domain::{Lifecycle, Lifetimes, NewLife, Timestamp, Ttl};
+use threadkeeper::store::ThreadUpdate;
+
+use super::*;
+
+on_every_backend!(
+    the_database_and_the_domain_agree_on_the_end,
+    a_fresh_thread_is_due_when_it_expires,
+    limits_of_its_own_replace_the_configured_ones,
+    idleness_counts_from_the_last_message,
+    a_caller_sets_how_long_a_thread_lives,
+    a_merged_message_sets_it_too,
+    a_refused_message_does_not,
+    no_message_joins_a_run_of_an_expired_thread,
+    an_expired_thread_is_archived_and_due,
+    a_fresh_thread_names_the_archived_one,
+    an_update_changes_what_it_says,
+    an_update_ends_or_frees_a_thread,
+    an_expired_thread_is_not_updated,
+);
+
+const HOUR: Duration = Duration::from_hours(1);
+const MINUTE: Duration = Duration::from_mins(1);
+
+fn idle(max_idle: Duration) -> Limits {
+    Limits { max_age: None, max_idle: Some(max_idle) }
+}
+
+fn within(limits: Limits, key: &ConversationKey) -> Admission {
+    Admission { limits, ..admission(key) }
+}
+
+async fn talk(store: &dyn Store, request: Admission) -> Thread {
+    let turn = started(store.admit(&request).await.unwrap());
+    closed(store.finish(&turn.lease, &completed(None)).await.unwrap());
+    turn.thread
+}
+
+async fn thread(store: &dyn Store, key: &ConversationKey) -> Thread {
+    seen(store, key).await.unwrap().0
+}
+
+/// The same but for what a clock shows between two looks at it.
+#[track_caller]
+fn close_to(one: Option<Timestamp>, other: Timestamp) {
+    let off = (one.unwrap() - other).abs();
+    assert!(off <= chrono::TimeDelta::seconds(2), "{one:?} is not {other}");
+}
+
+/// Moves the end of a thread over the present in steps of a millisecond, and looks who gets the next message: by the
+/// database's own times, never one that had expired, and never a fresh one too early.
+async fn the_database_and_the_domain_agree_on_the_end(database: &TestDatabase, store: &dyn Store) {
+    let ms = Duration::from_millis;
+    let (mut kept, mut replaced) = (0, 0);
+    // What the thread and the configuration say, in milliseconds.
+    for (case, (own_age, own_idle, age, idle)) in [
+        (None, None, Some(40_000), None),
+        (None, None, None, Some(30_000)),
+        (None, None, Some(40_000), Some(60_000)),
+        (None, None, Some(90_000), Some(30_000)),
+        (Some(40_000), None, None, None),
+        (Some(40_000), None, Some(1), Some(1)),
+        (None, Some(30_000), Some(1), Some(1)),
+        (Some(90_000), Some(30_000), None, Some(1)),
+        (Some(40_000), Some(70_000), Some(70_000), None),
+        (None, None, None, None),
+        (Some(90_000), None, Some(1), None),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let configured = Limits { max_age: age.map(ms), max_idle: idle.map(ms) };
+        let lifetimes = Lifetimes { sessions: Limits::NONE, others: configured };
+        for step in 0..12 {
+            let name = format!("u{case}-{step}");
+            let key = user(&name);
+            let old = talk(store, admission(&key)).await;
+            let number = |limit: Option<u64>| limit.map_or("NULL".to_owned(), |limit| limit.to_string());
+            let own = format!(
+                "UPDATE threads SET max_age_ms = {}, max_idle_ms = {} WHERE user_key = '{name}'",
+                number(own_age),
+                number(own_idle),
+            );
+            database.execute(&own).await;
+            let early = 2 * step;
+            database.date_threads(&name, ms(40_000 - early), ms(30_000 - early)).await;
+            let end = lifetimes.expiry(&thread(store, &key).await);
+            let turn = started(store.admit(&within(configured, &key)).await.unwrap());
+            if turn.thread.id == old.id {
+                kept += 1;
+                // The time is written a moment after it was looked at.
+                let used = turn.thread.last_active_at - chrono::TimeDelta::milliseconds(1);
+                assert!(end.is_none_or(|end| end > used), "{case}: {end:?} {used}");
+            } else {
+                replaced += 1;
+                assert!(end.unwrap() <= turn.thread.created_at, "{case}: {end:?} {:?}", turn.thread);
+            }
+        }
+    }
+    assert!(kept > 10 && replaced > 10, "{kept} {replaced}");
+    check_invariants(database).await;
+}
+
+async fn a_fresh_thread_is_due_when_it_expires(database: &TestDatabase, store: &dyn Store) {
+    let (both, later) = (
+        Limits { max_age: Some(HOUR), max_idle: Some(MINUTE) },
+        Limits { max_age: Some(MINUTE), max_idle: Some(HOUR) },
+    );
+    for (n, limits) in [Limits::NONE, limits(HOUR), idle(HOUR), both, later].into_iter().enumerate() {
+        let key = user(&n.to_string());
+        let thread = talk(store, within(limits, &key)).await;
+        assert_eq!(thread.limits, Limits::NONE, "the configuration is not copied");
+        let end = limits.end(thread.created_at, thread.created_at);
+        assert_eq!(database.due_at(key.user.as_str()).await, end);
+    }
+}
+
+async fn limits_of_its_own_replace_the_configured_ones(database: &TestDatabase, store: &dyn Store) {
+    let key = user("alice");
+    let old = talk(store, within(limits(MINUTE), &key)).await;
+    database.execute("UPDATE threads SET max_idle_ms = 7200000").await;
+    database.age_threads(HOUR).await;
+    assert_eq!(talk(store, within(limits(MINUTE), &key)).await.id, old.id, "its age does not matter");
+    database.age_threads(2 * HOUR).await;
+    assert_ne!(talk(store, within(Limits::NONE, &key)).await.id, old.id);
+}
+
+async fn idleness_counts_from_the_last_message(database: &TestDatabase, store: &dyn Store) {
+    let key = user("alice");
+    let old = talk(store, within(idle(HOUR), &key)).await;
+    for _ in 0..3 {
+        database.age_threads(HOUR / 2).await;
+        assert_eq!(talk(store, within(idle(HOUR), &key)).await.id, old.id);
+    }
+    database.age_threads(HOUR).await;
+    let fresh = talk(store, within(idle(HOUR), &key)).await;
+    assert_eq!(fresh.previous_thread, Some(old.id));
+}
+
+async fn a_caller_sets_how_long_a_thread_lives(database: &TestDatabase, store: &dyn Store) {
+    let key = session("alice", "s1");
+    let none = Lifetimes::default();
+    let with = |ttl| Admission { ttl: Some(ttl), ..within(limits(MINUTE), &key) };
+    // From the first message on.
+    let old = talk(store, with(Ttl::FromNow(HOUR))).await;
+    assert_eq!(old.limits, limits(HOUR));
+    assert_eq!(none.expiry(&old), database.due_at("alice").await);
+
+    // From a later one on: the thread is older by then.
+    database.age_threads(HOUR / 2).await;
+    let same = talk(store, with(Ttl::FromNow(HOUR))).await;
+    assert_eq!((same.id, same.limits.max_idle), (old.id, None));
+    close_to(none.expiry(&same), same.last_active_at + HOUR);
+    close_to(database.due_at("alice").await, same.last_active_at + HOUR);
+
+    // A message that says nothing of it changes nothing.
+    let before = database.due_at("alice").await;
+    let again = talk(store, within(limits(MINUTE), &key)).await;
+    assert_eq!((again.limits, database.due_at("alice").await), (same.limits, before));
+
+    let same = talk(store, with(Ttl::FromLastActivity(MINUTE))).await;
+    assert_eq!((same.id, same.limits), (old.id, idle(MINUTE)));
+    close_to(database.due_at("alice").await, same.last_active_at + MINUTE);
+
+    // What has expired is not revived.
+    database.age_threads(MINUTE).await;
+    let fresh = talk(store, with(Ttl::FromLastActivity(HOUR))).await;
+    assert_eq!((fresh.previous_thread, fresh.limits), (Some(old.id), idle(HOUR)));
+    assert_eq!(none.expiry(&fresh), database.due_at("alice").await);
+}
+
+async fn a_merged_message_sets_it_too(database: &TestDatabase, store: &dyn Store) {
+    let key = user("alice");
+    started(store.admit(&admission(&key)).await.unwrap());
+    queued(store.admit(&admission(&key)).await.unwrap());
+    assert_eq!(database.due_at("alice").await, None);
+    let strategy = MultitaskStrategy::Merge;
+    let merge = Admission { strategy, ttl: Some(Ttl::FromNow(HOUR)), ..admission(&key) };
+    let Admitted::Merged { thread, .. } = store.admit(&merge).await.unwrap() else { panic!("not merged") };
+    close_to(Lifetimes::default().expiry(&thread), thread.last_active_at + HOUR);
+    close_to(database.due_at("alice").await, thread.last_active_at + HOUR);
+}
+
+async fn a_refused_message_does_not(_: &TestDatabase, store: &dyn Store) {
+    let key = user("alice");
+    started(store.admit(&admission(&key)).await.unwrap());
+    let before = seen(store, &key).await;
+    let ttl = Some(Ttl::FromNow(MINUTE));
+    let reject = Admission { strategy: MultitaskStrategy::Reject, ttl, ..admission(&key) };
+    assert_eq!(store.admit(&reject).await.unwrap(), Admitted::Busy);
+    let other = Admission { upstream: "spare".to_owned(), ttl, ..admission(&key) };
+    assert_eq!(store.admit(&other).await.unwrap(), Admitted::OtherUpstream("main".to_owned()));
+    assert_eq!(seen(store, &key).await, before);
+}
+
+async fn no_message_joins_a_run_of_an_expired_thread(database: &TestDatabase, store: &dyn Store) {
+    let key = user("alice");
+    let old = started(store.admit(&admission(&key)).await.unwrap()).thread;
+    queued(store.admit(&admission(&key)).await.unwrap());
+    database.age_threads(HOUR).await;
+    let merge = Admission { strategy: MultitaskStrategy::Merge, ..within(idle(HOUR), &key) };
+    let fresh = started(store.admit(&merge).await.unwrap()).thread;
+    assert_eq!(fresh.previous_thread, Some(old.id));
+    check_invariants(database).await;
+}
+
+async fn an_expired_thread_is_archived_and_due(database: &TestDatabase, store: &dyn Store) {
+    let key = user("alice");
+    let old = talk(store, admission(&key)).await;
+    database.age_threads(HOUR).await;
+    let fresh = talk(store, within(limits(HOUR), &key)).await;
+    let report = store.report(ThreadName::Id(&key.tenant, old.id)).await.unwrap().unwrap();
+    assert_eq!((report.thread.lifecycle, report.next_thread), (Lifecycle::Archived, Some(fresh.id)));
+    close_to(report.thread.archived_at, fresh.created_at);
+    let due = "SELECT count(*) FROM threads WHERE lifecycle = 'archived' AND due_at = archived_at";
+    assert_eq!(database.number(due).await, 1);
+}
+
+async fn a_fresh_thread_names_the_archived_one(database: &TestDatabase, store: &dyn Store) {
+    let key = user("alice");
+    talk(store, admission(&key)).await;
+    database.archive_threads().await;
+    talk(store, admission(&user("bob"))).await;
+    let second = talk(store, admission(&key)).await;
+    database.archive_threads().await;
+    let third = talk(store, admission(&key)).await;
+    assert_eq!(third.previous_thread, Some(second.id));
+    assert_eq!(talk(store, admission(&key)).await.previous_thread, Some(second.id));
+
+    // One that is on its way out is not one before.
+    let deletion = format!(
+        "UPDATE threads SET lifecycle = 'deleting', deletion = 'erase' WHERE created_at >= \
+         (SELECT t.created_at FROM threads t WHERE t.user_key = 'alice' AND t.lifecycle = 'current') \
+         AND user_key = '{}'",
+        key.user.as_str()
+    );
+    database.execute(&deletion).await;
+    assert_eq!(talk(store, admission(&key)).await.previous_thread, Some(second.id));
+    check_invariants(database).await;
+}
+
+async fn an_update_changes_what_it_says(database: &TestDatabase, store: &dyn Store) {
+    let key = user("alice");
+    let update = |metadata, life| ThreadUpdate { metadata, life, limits: limits(HOUR) };
+    let pairs = metadata(&[("plan", "gold")]);
+    assert_eq!(store.update_thread(&key, &update(Some(pairs.clone()), None)).await.unwrap(), None);
+
+    let before = talk(store, within(limits(HOUR), &key)).await;
+    let due = database.due_at("alice").await;
+    let changed = store.update_thread(&key, &update(Some(pairs.clone()), None)).await.unwrap().unwrap();
+    assert_eq!(changed, thread(store, &key).await);
+    assert_eq!(changed.metadata, pairs);
+    assert_eq!((changed.limits, database.due_at("alice").await), (Limits::NONE, due));
+
+    let same = store.update_thread(&key, &update(None, None)).await.unwrap().unwrap();
+    assert_eq!(same, changed, "nothing was asked for");
+    assert_eq!(same.id, before.id);
+    let cleared = update(Some(Metadata::default()), None);
+    assert_eq!(store.update_thread(&key, &cleared).await.unwrap().unwrap().metadata, Metadata::default());
+}
+
+async fn an_update_ends_or_frees_a_thread(database: &TestDatabase, store: &dyn Store) {
+    let key = user("alice");
+    let update = |life| ThreadUpdate { metadata: None, life: Some(life), limits: limits(HOUR) };
+    talk(store, admission(&key)).await;
+    database.age_threads(HOUR / 2).await;
+    let active = thread(store, &key).await.last_active_at;
+    let none = Lifetimes::default();
+
+    let one = store.update_thread(&key, &update(NewLife::Own(Ttl::FromNow(HOUR)))).await.unwrap().unwrap();
+    assert_eq!(one.last_active_at, active, "it is no activity");
+    let due = database.due_at("alice").await.unwrap();
+    close_to(none.expiry(&one), due);
+    assert!(due - active >= chrono::TimeDelta::minutes(90));
+
+    let two =
+        store.update_thread(&key, &update(NewLife::Own(Ttl::FromLastActivity(HOUR)))).await.unwrap().unwrap();
+    assert_eq!((two.limits, database.due_at("alice").await), (idle(HOUR), none.expiry(&two)));
+
+    let three = store.update_thread(&key, &update(NewLife::AsConfigured)).await.unwrap().unwrap();
+    let configured = Lifetimes { others: limits(HOUR), ..none };
+    assert_eq!((three.limits, database.due_at("alice").await), (Limits::NONE, configured.expiry(&three)));
+
+    let zero = update(NewLife::Own(Ttl::FromNow(Duration::ZERO)));
+    store.update_thread(&key, &zero).await.unwrap().unwrap();
+    assert_ne!(talk(store, admission(&key)).await.id, three.id);
+}
+
+async fn an_expired_thread_is_not_updated(database: &TestDatabase, store: &dyn Store) {
+    let key = user("alice");
+    talk(store, within(limits(HOUR), &key)).await;
+    database.age_threads(HOUR).await;
+    let before = seen(store, &key).await;
+    let update =
+        ThreadUpdate { life: Some(NewLife::Own(Ttl::FromNow(HOUR))), limits: limits(HOUR), metadata: None };
+    assert_eq!(store.update_thread(&key, &update).await.unwrap(), None);
+    assert_eq!(seen(store, &key).await, before);
+}

@@ -1,0 +1,313 @@
+//! Threads and messages from elsewhere.
+
+use threadkeeper::domain::{Lifecycle, Role, Timestamp, UpstreamThreadId};
+use threadkeeper::store::{Imported, ImportedMessage, ImportedThread};
+
+use super::*;
+
+on_every_backend!(
+    a_thread_comes_as_it_is_said,
+    what_is_not_said_of_a_thread_is_filled_in,
+    a_thread_comes_once,
+    a_thread_without_an_id_is_known_by_its_key,
+    an_archived_thread_comes_beside_the_current_one,
+    ids_tell_how_old_threads_are,
+    a_thread_that_came_is_used,
+    messages_come_in_their_order,
+    messages_come_once,
+    messages_of_a_thread_without_a_copy_are_missing_there,
+    messages_come_behind_those_that_are_there,
+    many_messages_come_at_once,
+);
+
+const HOUR: Duration = Duration::from_hours(1);
+
+fn thread(key: &ConversationKey) -> ImportedThread {
+    ImportedThread {
+        id: None,
+        key: key.clone(),
+        upstream: "main".to_owned(),
+        upstream_thread_id: None,
+        lifecycle: Lifecycle::Current,
+        previous_thread: None,
+        metadata: Metadata::default(),
+        created_at: None,
+        last_active_at: None,
+        archived_at: None,
+        limits: Limits::NONE,
+        configured: Limits::NONE,
+    }
+}
+
+fn upstream(id: &str) -> UpstreamThreadId {
+    UpstreamThreadId(id.to_owned())
+}
+
+fn message(role: Role, said: &str) -> ImportedMessage {
+    ImportedMessage {
+        id: MessageId::new(),
+        role,
+        content: text(said),
+        upstream_message_id: None,
+        context: None,
+        created_at: None,
+    }
+}
+
+async fn added(store: &dyn Store, thread: &ImportedThread) -> ThreadId {
+    match store.import_thread(thread).await.unwrap() {
+        Imported::Added(id) => id,
+        other => panic!("added was expected, not {other:?}"),
+    }
+}
+
+async fn by_id(store: &dyn Store, id: ThreadId) -> Thread {
+    store.report(ThreadName::Id(&TenantKey::default(), id)).await.unwrap().unwrap().thread
+}
+
+fn time(text: &str) -> Timestamp {
+    text.parse().unwrap()
+}
+
+async fn a_thread_comes_as_it_is_said(database: &TestDatabase, store: &dyn Store) {
+    let key = session("alice", "s1");
+    let said = ImportedThread {
+        id: Some(ThreadId::new()),
+        upstream_thread_id: Some(upstream("thread_abc")),
+        previous_thread: Some(ThreadId::new()),
+        metadata: metadata(&[("plan", "gold")]),
+        created_at: Some(time("2026-01-02T03:04:05.678Z")),
+        last_active_at: Some(time("2026-02-02T03:04:05.678Z")),
+        limits: Limits { max_age: Some(1000 * HOUR), max_idle: Some(500 * HOUR) },
+        configured: limits(HOUR),
+        ..thread(&key)
+    };
+    let id = added(store, &said).await;
+    assert_eq!(Some(id), said.id);
+    let got = by_id(store, id).await;
+    assert_eq!((&got.key, got.lifecycle, got.archived_at), (&key, Lifecycle::Current, None));
+    assert_eq!((got.upstream.as_str(), &got.upstream_thread_id), ("main", &said.upstream_thread_id));
+    assert_eq!((got.previous_thread, &got.metadata), (said.previous_thread, &said.metadata));
+    assert_eq!((Some(got.created_at), Some(got.last_active_at)), (said.created_at, said.last_active_at));
+    assert_eq!((got.limits, got.message_count, got.run_count), (said.limits, 0, 0));
+    let due = said.limits.end(got.created_at, got.last_active_at);
+    assert_eq!(database.due_at("alice").await, due);
+    check_invariants(database).await;
+}
+
+async fn what_is_not_said_of_a_thread_is_filled_in(database: &TestDatabase, store: &dyn Store) {
+    let now = exchange(store, &user("bob")).await.thread.created_at;
+    let id = added(store, &ImportedThread { configured: limits(HOUR), ..thread(&user("alice")) }).await;
+    let got = by_id(store, id).await;
+    assert!(got.created_at >= now && got.last_active_at == got.created_at);
+    assert_eq!(database.due_at("alice").await, limits(HOUR).end(got.created_at, got.last_active_at));
+    added(store, &thread(&user("carol"))).await;
+    assert_eq!(database.due_at("carol").await, None);
+}
+
+async fn a_thread_comes_once(database: &TestDatabase, store: &dyn Store) {
+    let key = user("alice");
+    let one = ImportedThread { id: Some(ThreadId::new()), ..thread(&key) };
+    let id = added(store, &one).await;
+    let before = by_id(store, id).await;
+    let again = ImportedThread { metadata: metadata(&[("a", "b")]), ..one.clone() };
+    assert_eq!(store.import_thread(&again).await.unwrap(), Imported::Known(id));
+    assert_eq!(by_id(store, id).await, before);
+
+    let other = ImportedThread { id: Some(ThreadId::new()), ..one.clone() };
+    assert_eq!(store.import_thread(&other).await.unwrap(), Imported::Taken(id));
+    let stolen = ImportedThread { key: user("bob"), ..one.clone() };
+    assert_eq!(store.import_thread(&stolen).await.unwrap(), Imported::OtherKey);
+    let tenant = TenantKey::try_from("other".to_owned()).unwrap();
+    let stolen = ImportedThread { key: ConversationKey { tenant, ..user("bob") }, ..one };
+    assert_eq!(store.import_thread(&stolen).await.unwrap(), Imported::OtherKey);
+    assert_eq!(database.number("SELECT count(*) FROM threads").await, 1);
+}
+
+async fn a_thread_without_an_id_is_known_by_its_key(database: &TestDatabase, store: &dyn Store) {
+    let key = user("alice");
+    let bare = thread(&key);
+    let named = |id| ImportedThread { upstream_thread_id: Some(upstream(id)), ..thread(&key) };
+    let id = added(store, &named("thread_abc")).await;
+    assert_eq!(store.import_thread(&named("thread_abc")).await.unwrap(), Imported::Known(id));
+    assert_eq!(store.import_thread(&bare).await.unwrap(), Imported::Known(id));
+    assert_eq!(store.import_thread(&named("thread_other")).await.unwrap(), Imported::Taken(id));
+    let elsewhere = ImportedThread { upstream: "spare".to_owned(), ..named("thread_abc") };
+    assert_eq!(store.import_thread(&elsewhere).await.unwrap(), Imported::Taken(id));
+
+    // It is still the same when another thread took its place, or its upstream thread was deleted.
+    database.archive_threads().await;
+    exchange(store, &key).await;
+    assert_eq!(store.import_thread(&named("thread_abc")).await.unwrap(), Imported::Known(id));
+    database
+        .execute(
+            "UPDATE threads SET upstream_thread_id = NULL, removed = '{\"upstream_thread_id\": \"thread_abc\", \
+             \"outcome\": \"deleted\"}' WHERE lifecycle = 'archived'",
+        )
+        .await;
+    assert_eq!(store.import_thread(&named("thread_abc")).await.unwrap(), Imported::Known(id));
+    assert_eq!(database.number("SELECT count(*) FROM threads").await, 2);
+
+    let many: Vec<_> = (0..16).map(|_| thread(&user("bob"))).collect();
+    let results = futures_util::future::join_all(many.iter().map(|it| store.import_thread(it))).await;
+    let new = results.iter().filter(|it| matches!(it, Ok(Imported::Added(_)))).count();
+    let known = results.iter().filter(|it| matches!(it, Ok(Imported::Known(_)))).count();
+    assert_eq!((new, known), (1, 15));
+}
+
+async fn an_archived_thread_comes_beside_the_current_one(database: &TestDatabase, store: &dyn Store) {
+    let key = user("alice");
+    let current = exchange(store, &key).await.thread;
+    let archived = |id, created_at: &str, archived_at: Option<&str>| ImportedThread {
+        id,
+        lifecycle: Lifecycle::Archived,
+        created_at: Some(time(created_at)),
+        archived_at: archived_at.map(time),
+        ..thread(&key)
+    };
+    let one = archived(Some(ThreadId::new()), "2026-01-01T00:00:00Z", Some("2026-03-01T00:00:00Z"));
+    let got = by_id(store, added(store, &one).await).await;
+    assert_eq!(
+        (got.lifecycle, got.archived_at, got.last_active_at),
+        (Lifecycle::Archived, one.archived_at, one.archived_at.unwrap())
+    );
+    let due = "SELECT count(*) FROM threads WHERE lifecycle = 'archived' AND due_at > archived_at";
+    assert_eq!(database.number(due).await, 1);
+
+    let two = archived(None, "2025-01-01T00:00:00Z", None);
+    let id = added(store, &two).await;
+    assert!(by_id(store, id).await.archived_at.unwrap() > current.created_at);
+    assert_eq!(store.import_thread(&two).await.unwrap(), Imported::Known(id));
+    let three = archived(None, "2025-02-01T00:00:00Z", None);
+    added(store, &three).await;
+    assert_eq!(seen(store, &key).await.unwrap().0.id, current.id);
+    check_invariants(database).await;
+}
+
+async fn ids_tell_how_old_threads_are(_: &TestDatabase, store: &dyn Store) {
+    let mut wanted = vec![];
+    for (name, created_at) in
+        [("c", "2026-03-01T00:00:00Z"), ("a", "2024-01-01T00:00:00Z"), ("b", "2025-01-01T00:00:00Z")]
+    {
+        let said = ImportedThread { created_at: Some(time(created_at)), ..thread(&user(name)) };
+        wanted.push((created_at, added(store, &said).await));
+    }
+    wanted.sort_unstable();
+    let wanted: Vec<_> = wanted.into_iter().map(|(_, id)| id).collect();
+    let ids = async |filter: &ThreadFilter| {
+        let page = store.threads(filter, &first_page()).await.unwrap();
+        page.data.into_iter().map(|(thread, _)| thread.id).collect::<Vec<_>>()
+    };
+    assert_eq!(ids(&every_thread()).await, wanted);
+    let early = ThreadFilter { created_before: Some(time("2025-01-01T00:00:01Z")), ..every_thread() };
+    assert_eq!(ids(&early).await, wanted[..2]);
+}
+
+async fn a_thread_that_came_is_used(database: &TestDatabase, store: &dyn Store) {
+    let key = user("alice");
+    let id =
+        added(store, &ImportedThread { upstream_thread_id: Some(upstream("thread_abc")), ..thread(&key) })
+            .await;
+    store
+        .import_messages(id, &[message(Role::User, "before"), message(Role::Assistant, "yes")])
+        .await
+        .unwrap();
+    let finished = exchange(store, &key).await;
+    assert_eq!(
+        (finished.thread.id, &finished.thread.upstream_thread_id),
+        (id, &Some(upstream("thread_abc")))
+    );
+    let wanted = ["user: before", "assistant: yes", "user: hello", "assistant: hi"];
+    assert_eq!(transcript(store, &key).await, wanted);
+    check_invariants(database).await;
+
+    let old = ImportedThread { created_at: Some(time("2024-01-01T00:00:00Z")), ..thread(&user("bob")) };
+    let old = added(store, &old).await;
+    let fresh =
+        started(store.admit(&Admission { limits: limits(HOUR), ..admission(&user("bob")) }).await.unwrap());
+    assert_eq!(fresh.thread.previous_thread, Some(old));
+}
+
+async fn messages_come_in_their_order(_: &TestDatabase, store: &dyn Store) {
+    let key = user("alice");
+    let id =
+        added(store, &ImportedThread { upstream_thread_id: Some(upstream("thread_abc")), ..thread(&key) })
+            .await;
+    let before = by_id(store, id).await;
+    let one = ImportedMessage {
+        upstream_message_id: Some("msg_up".to_owned()),
+        created_at: Some(time("2026-01-02T03:04:05.678Z")),
+        ..message(Role::User, "nul: \0")
+    };
+    let two = ImportedMessage { context: Some(Context::Withheld), ..message(Role::Assistant, "two") };
+    let three = ImportedMessage { context: Some(Context::Missing), ..message(Role::User, "three") };
+    let four = ImportedMessage { context: Some(Context::Unknown), ..message(Role::User, "four") };
+    let all = [one.clone(), two, three, four];
+    assert_eq!(store.import_messages(id, &all).await.unwrap(), 4);
+    let page = store.messages(ThreadName::Newest(&key), false, &first_page()).await.unwrap().unwrap();
+    let got = &page.data[0];
+    assert_eq!((got.id, got.role, got.position), (one.id, Role::User, 1));
+    assert_eq!((&got.content, &got.upstream_message_id), (&text("nul: \u{fffd}"), &one.upstream_message_id));
+    assert_eq!((Some(got.created_at), got.run_id, got.ended), (one.created_at, None, None));
+    assert!(page.data[1].created_at >= before.created_at);
+    let contexts: Vec<_> = page.data.iter().map(|message| message.context).collect();
+    assert_eq!(contexts, [Context::Present, Context::Withheld, Context::Missing, Context::Present]);
+    let after = by_id(store, id).await;
+    assert_eq!((after.message_count, after.backlog), (4, 1));
+    assert_eq!(after.last_active_at, before.last_active_at, "it is no activity");
+}
+
+async fn messages_come_once(database: &TestDatabase, store: &dyn Store) {
+    let id = added(store, &thread(&user("alice"))).await;
+    let [one, two, three] = ["one", "two", "three"].map(|said| message(Role::User, said));
+    let first = [one.clone(), two.clone(), one.clone()];
+    assert_eq!(store.import_messages(id, &first).await.unwrap(), 2);
+    assert_eq!(store.import_messages(id, &first).await.unwrap(), 0);
+    assert_eq!(store.import_messages(id, &[two, three.clone(), one.clone()]).await.unwrap(), 1);
+    assert_eq!(transcript(store, &user("alice")).await, ["user: one", "user: two", "user: three"]);
+    // Not in another thread either, nor in one that is not there or is on its way out.
+    let other = added(store, &thread(&user("bob"))).await;
+    assert_eq!(store.import_messages(other, &[one]).await.unwrap(), 0);
+    let four = [message(Role::User, "four")];
+    assert_eq!(store.import_messages(ThreadId::new(), &four).await.unwrap(), 0);
+    database.execute("UPDATE threads SET lifecycle = 'deleting', deletion = 'erase'").await;
+    assert_eq!(store.import_messages(id, &four).await.unwrap(), 0);
+    check_invariants(database).await;
+}
+
+async fn messages_of_a_thread_without_a_copy_are_missing_there(database: &TestDatabase, store: &dyn Store) {
+    let key = user("alice");
+    let id = added(store, &thread(&key)).await;
+    store.import_messages(id, &[message(Role::User, "one"), message(Role::Assistant, "two")]).await.unwrap();
+    assert_eq!(by_id(store, id).await.backlog, 2);
+    let turn = started(store.admit(&admission(&key)).await.unwrap());
+    let backlog = store.backlog(turn.run.id).await.unwrap();
+    assert_eq!(backlog.iter().map(|message| message.position).collect::<Vec<_>>(), [1, 2]);
+    let end = RunEnd { synced: true, ..completed(Some("hi")) };
+    assert_eq!(closed(store.finish(&turn.lease, &end).await.unwrap()).thread.backlog, 0);
+    check_invariants(database).await;
+}
+
+async fn messages_come_behind_those_that_are_there(database: &TestDatabase, store: &dyn Store) {
+    let key = user("alice");
+    let thread = exchange(store, &key).await.thread;
+    // A gap, as a rollback leaves it.
+    database.execute("UPDATE threads SET last_position = 7").await;
+    store.import_messages(thread.id, &[message(Role::User, "later")]).await.unwrap();
+    let page = store.messages(ThreadName::Newest(&key), false, &first_page()).await.unwrap().unwrap();
+    assert_eq!(page.data.iter().map(|message| message.position).collect::<Vec<_>>(), [1, 2, 8]);
+    check_invariants(database).await;
+}
+
+async fn many_messages_come_at_once(database: &TestDatabase, store: &dyn Store) {
+    let key = user("alice");
+    let id = added(store, &thread(&key)).await;
+    let many: Vec<_> = (0..250).map(|n| message(Role::User, &n.to_string())).collect();
+    assert_eq!(store.import_messages(id, &many).await.unwrap(), 250);
+    assert_eq!(store.import_messages(id, &many).await.unwrap(), 0);
+    let got = store.transcript(id, 0, 1000).await.unwrap();
+    let places: Vec<_> = got.iter().map(|message| (message.id, message.position)).collect();
+    let wanted: Vec<_> = many.iter().map(|message| message.id).zip(1..).collect();
+    assert_eq!(places, wanted);
+    check_invariants(database).await;
+}

@@ -1,0 +1,235 @@
+//! What is, or may be, at an upstream besides the threads' own.
+
+use threadkeeper::domain::Baseline;
+use threadkeeper::store::{Remnant, RemnantKind, RemnantName};
+
+use super::keeping::{HOUR, earlier, thread};
+use super::*;
+
+on_every_backend!(
+    an_intent_is_looked_at_when_nobody_heard_of_it,
+    only_who_holds_the_lease_may_intend,
+    what_came_to_nothing_is_resolved,
+    what_is_bound_is_no_remnant,
+    what_is_made_under_a_lost_lease_is_a_remnant,
+    a_thread_that_is_made_again_leaves_the_old_one,
+    a_run_remembers_all_its_ids,
+    a_run_s_ids_come_together,
+    remnants_are_claimed_by_one_at_a_time,
+    what_is_carried_over_counts_where_nothing_is_anchored,
+);
+
+async fn turn(store: &dyn Store, key: &ConversationKey) -> Turn {
+    started(store.admit(&admission(key)).await.unwrap())
+}
+
+fn upstream(id: &str) -> UpstreamThreadId {
+    UpstreamThreadId(id.to_owned())
+}
+
+/// The ids upstream of a thread's remnants.
+async fn left(store: &dyn Store, thread: ThreadId) -> Vec<Option<String>> {
+    store.remnants(thread, true, 100).await.unwrap().into_iter().map(|it| it.upstream_id).collect()
+}
+
+async fn an_intent_is_looked_at_when_nobody_heard_of_it(database: &TestDatabase, store: &dyn Store) {
+    let turn = turn(store, &user("alice")).await;
+    let intent = RemnantId::new();
+    for _ in 0..2 {
+        assert!(store.intend(&turn.lease, intent).await.unwrap());
+    }
+    let expected = Remnant {
+        name: RemnantName::Row(intent),
+        thread: turn.thread.id,
+        upstream: "main".to_owned(),
+        kind: RemnantKind::Thread,
+        upstream_id: None,
+        attempts: 0,
+    };
+    let expected = [expected];
+    assert_eq!(store.remnants(turn.thread.id, false, 10).await.unwrap(), expected);
+    assert_eq!(store.due_remnants(10).await.unwrap(), []);
+    assert_eq!(store.claim_remnants(10, HOUR).await.unwrap(), []);
+    earlier(database, "remnants", &["due_at"], HOUR).await;
+    assert_eq!(store.due_remnants(10).await.unwrap(), expected);
+}
+
+async fn only_who_holds_the_lease_may_intend(_: &TestDatabase, store: &dyn Store) {
+    let key = user("alice");
+    let turn = turn(store, &key).await;
+    let (waiting, ..) = queued(store.admit(&admission(&key)).await.unwrap());
+    let other = RunLease { fence: turn.lease.fence + 1, ..turn.lease };
+    let unknown = RunLease { run_id: RunId::new(), fence: 1 };
+    closed(store.finish(&turn.lease, &completed(None)).await.unwrap());
+    for lease in [turn.lease, other, unknown, waiting] {
+        assert!(!store.intend(&lease, RemnantId::new()).await.unwrap());
+    }
+    assert_eq!(left(store, turn.thread.id).await, []);
+}
+
+async fn what_came_to_nothing_is_resolved(_: &TestDatabase, store: &dyn Store) {
+    let turn = turn(store, &user("alice")).await;
+    let (nothing, something) = (RemnantId::new(), RemnantId::new());
+    for intent in [nothing, something] {
+        assert!(store.intend(&turn.lease, intent).await.unwrap());
+    }
+    store.resolve(nothing, None).await.unwrap();
+    store.resolve(something, Some(&upstream("t_1"))).await.unwrap();
+    store.resolve(RemnantId::new(), Some(&upstream("t_2"))).await.unwrap();
+    assert_eq!(left(store, turn.thread.id).await, [Some("t_1".to_owned())]);
+    assert_eq!(store.due_remnants(10).await.unwrap()[0].name, RemnantName::Row(something));
+}
+
+async fn what_is_bound_is_no_remnant(_: &TestDatabase, store: &dyn Store) {
+    let turn = turn(store, &user("alice")).await;
+    let intent = RemnantId::new();
+    assert!(store.intend(&turn.lease, intent).await.unwrap());
+    let binding = Binding { id: &upstream("t_1"), intent, seeded: false, carried_users: 0 };
+    for _ in 0..2 {
+        assert!(store.bind_upstream_thread(&turn.lease, &binding).await.unwrap());
+        assert_eq!(left(store, turn.thread.id).await, []);
+    }
+    let found = thread(store, turn.thread.id).await.unwrap();
+    assert_eq!(found.upstream_thread_id, Some(upstream("t_1")));
+}
+
+async fn what_is_made_under_a_lost_lease_is_a_remnant(_: &TestDatabase, store: &dyn Store) {
+    let turn = turn(store, &user("alice")).await;
+    let intent = RemnantId::new();
+    assert!(store.intend(&turn.lease, intent).await.unwrap());
+    let lost = RunLease { fence: turn.lease.fence + 1, ..turn.lease };
+    for seeded in [false, true] {
+        let binding = Binding { id: &upstream("t_1"), intent, seeded, carried_users: 1 };
+        assert!(!store.bind_upstream_thread(&lost, &binding).await.unwrap());
+        assert_eq!(left(store, turn.thread.id).await, [Some("t_1".to_owned())]);
+    }
+    assert_eq!(store.due_remnants(10).await.unwrap()[0].name, RemnantName::Row(intent));
+    assert_eq!(thread(store, turn.thread.id).await.unwrap(), turn.thread);
+    // What was bound before the lease was lost is in use.
+    let intent = RemnantId::new();
+    assert!(store.intend(&turn.lease, intent).await.unwrap());
+    let binding = Binding { id: &upstream("t_2"), intent, seeded: false, carried_users: 0 };
+    assert!(store.bind_upstream_thread(&turn.lease, &binding).await.unwrap());
+    assert!(!store.bind_upstream_thread(&lost, &binding).await.unwrap());
+    assert_eq!(left(store, turn.thread.id).await, [Some("t_1".to_owned())]);
+}
+
+async fn a_thread_that_is_made_again_leaves_the_old_one(database: &TestDatabase, store: &dyn Store) {
+    let turn = turn(store, &user("alice")).await;
+    for (id, seeded, expected) in [
+        ("t_1", false, vec![]),
+        ("t_1", true, vec![]),
+        ("t_2", true, vec!["t_1"]),
+        ("t_2", true, vec!["t_1"]),
+        ("t_3", true, vec!["t_1", "t_2"]),
+    ] {
+        assert!(bind(store, &turn.lease, &upstream(id), seeded).await);
+        let expected: Vec<_> = expected.into_iter().map(|id| Some(id.to_owned())).collect();
+        assert_eq!(left(store, turn.thread.id).await, expected);
+    }
+    let due = store.claim_remnants(10, HOUR).await.unwrap();
+    assert!(due.len() == 2 && due.iter().all(|it| it.kind == RemnantKind::Thread && it.upstream == "main"));
+    check_invariants(database).await;
+}
+
+async fn a_run_remembers_all_its_ids(_: &TestDatabase, store: &dyn Store) {
+    let key = user("alice");
+    let turn = turn(store, &key).await;
+    for (n, id) in (0..).zip(["resp_1", "resp_2", "resp_2", "resp_3"]) {
+        let pause = Pause { upstream_run_id: UpstreamRunId(id.to_owned()), ..pause(&["call_1"], n * 10) };
+        for _ in 0..2 {
+            store.pause(&turn.lease, &pause).await.unwrap();
+        }
+        store.answer_tools(&key, turn.run.id, &answer(&["call_1"])).await.unwrap();
+    }
+    let end = |id: Option<&str>| RunEnd {
+        upstream_run_id: id.map(|id| UpstreamRunId(id.to_owned())),
+        events: EventBatch { first: 100, events: vec![] },
+        ..completed(None)
+    };
+    for _ in 0..2 {
+        closed(store.finish(&turn.lease, &end(Some("resp_4"))).await.unwrap());
+    }
+    let ids = |ids: &[&str]| ids.iter().map(|id| Some((*id).to_owned())).collect::<Vec<_>>();
+    assert_eq!(left(store, turn.thread.id).await, ids(&["resp_1", "resp_2", "resp_3", "resp_4"]));
+    let remnants = store.remnants(turn.thread.id, true, 10).await.unwrap();
+    assert!(
+        remnants.iter().all(|it| it.name == RemnantName::Run(turn.run.id) && it.kind == RemnantKind::Run)
+    );
+    assert_eq!(store.remnants(turn.thread.id, false, 10).await.unwrap(), []);
+
+    // A run that keeps its id, and one that ends without any.
+    for last in [Some("run_1"), None] {
+        let key = user(last.unwrap_or("none"));
+        let turn = self::turn(store, &key).await;
+        let pause = Pause { upstream_run_id: UpstreamRunId("run_1".to_owned()), ..pause(&["call_1"], 0) };
+        store.pause(&turn.lease, &pause).await.unwrap();
+        closed(store.finish(&turn.lease, &end(last)).await.unwrap());
+        assert_eq!(left(store, turn.thread.id).await, ids(&["run_1"]));
+    }
+}
+
+async fn a_run_s_ids_come_together(_: &TestDatabase, store: &dyn Store) {
+    let key = user("alice");
+    for n in 0..3 {
+        let turn = turn(store, &key).await;
+        let id = |round: i32| UpstreamRunId(format!("resp_{n}_{round}"));
+        store.pause(&turn.lease, &Pause { upstream_run_id: id(1), ..pause(&["call_1"], 0) }).await.unwrap();
+        let mut end = RunEnd { upstream_run_id: Some(id(2)), ..completed(None) };
+        end.events.first = 4;
+        closed(store.finish(&turn.lease, &end).await.unwrap());
+    }
+    let made = seen(store, &key).await.unwrap().0.id;
+    for (limit, found) in [(1, 2), (2, 2), (3, 2), (4, 4), (5, 4), (6, 6)] {
+        assert_eq!(store.remnants(made, true, limit).await.unwrap().len(), found, "{limit}");
+    }
+}
+
+async fn remnants_are_claimed_by_one_at_a_time(database: &TestDatabase, store: &dyn Store) {
+    let turn = turn(store, &user("alice")).await;
+    let mut intents = vec![];
+    for _ in 0..5 {
+        let intent = RemnantId::new();
+        assert!(store.intend(&turn.lease, intent).await.unwrap());
+        store.resolve(intent, Some(&upstream(&intent.to_string()))).await.unwrap();
+        // Each waits longer than the next.
+        earlier(database, "remnants", &["due_at"], HOUR).await;
+        intents.push(RemnantName::Row(intent));
+    }
+    let names = |found: Vec<Remnant>| found.into_iter().map(|it| it.name).collect::<Vec<_>>();
+    assert_eq!(names(store.due_remnants(2).await.unwrap()), intents[..2]);
+    assert_eq!(names(store.claim_remnants(2, HOUR).await.unwrap()), intents[..2]);
+    assert_eq!(names(store.claim_remnants(10, HOUR).await.unwrap()), intents[2..]);
+    assert_eq!(store.claim_remnants(10, HOUR).await.unwrap(), []);
+    earlier(database, "remnants", &["due_at"], HOUR * 2).await;
+    let row = |name: &RemnantName| match name {
+        RemnantName::Row(id) => *id,
+        RemnantName::Run(_) => panic!("{name:?}"),
+    };
+    store.schedule_remnant(row(&intents[0]), None).await.unwrap();
+    store.schedule_remnant(row(&intents[1]), Some(HOUR)).await.unwrap();
+    assert_eq!(names(store.due_remnants(10).await.unwrap()), intents[2..]);
+    earlier(database, "remnants", &["due_at"], HOUR * 2).await;
+    let due = store.due_remnants(10).await.unwrap();
+    let attempts = |name| due.iter().find(|it| it.name == intents[name]).map(|it| it.attempts);
+    assert_eq!((attempts(0), attempts(1), attempts(2)), (None, Some(1), Some(0)));
+}
+
+async fn what_is_carried_over_counts_where_nothing_is_anchored(_: &TestDatabase, store: &dyn Store) {
+    let key = user("alice");
+    let turn = turn(store, &key).await;
+    let (id, other) = (upstream("t_1"), upstream("t_2"));
+    let seed = |id, carried_users| Binding { id, intent: RemnantId::new(), seeded: true, carried_users };
+    assert!(store.bind_upstream_thread(&turn.lease, &seed(&id, 3)).await.unwrap());
+    assert_eq!(store.baseline(turn.run.id).await.unwrap(), Baseline { anchor: None, skip: 3 });
+    // A binding that is not seeded leaves that alone.
+    assert!(bind(store, &turn.lease, &id, false).await);
+    let mut end = completed(Some("hi"));
+    end.reply.as_mut().unwrap().upstream_message_id = Some("m_1".to_owned());
+    closed(store.finish(&turn.lease, &end).await.unwrap());
+    let next = self::turn(store, &key).await;
+    let anchor = Some("m_1".to_owned());
+    assert_eq!(store.baseline(next.run.id).await.unwrap(), Baseline { anchor, skip: 0 });
+    assert!(store.bind_upstream_thread(&next.lease, &seed(&other, 2)).await.unwrap());
+    assert_eq!(store.baseline(next.run.id).await.unwrap(), Baseline { anchor: None, skip: 2 + 1 });
+}

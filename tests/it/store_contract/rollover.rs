@@ -1,0 +1,728 @@
+//! A fresh thread in the place of a full one, and what others wrote to the upstream thread.
+
+use std::sync::Arc;
+
+use sqlx::{Connection, Executor};
+use threadkeeper::domain::{Deletion, Leftover, Lifecycle, Role};
+use threadkeeper::store::{DeletionTarget, Foreign, Rolled, Rollover};
+
+use super::backends::blocked;
+use super::deletion::{gone_upstream, request};
+use super::keeping::{HOUR, earlier, id, thread, time};
+use super::*;
+
+on_every_backend!(
+    a_run_takes_itself_and_its_messages_along,
+    a_free_thread_is_rolled_over_at_once,
+    a_busy_thread_is_rolled_over_later,
+    who_waits_keeps_the_place,
+    holes_in_the_order_close,
+    only_the_run_at_work_rolls_its_thread_over,
+    a_repeated_rollover_is_harmless,
+    what_is_left_of_limits_goes_along,
+    the_last_messages_are_carried_over,
+    nothing_is_carried_from_what_is_erased,
+    a_moved_run_lives_on,
+    an_idempotency_key_stays_with_its_run,
+    what_others_wrote_stands_where_they_wrote_it,
+    what_others_wrote_is_put_in_once,
+    nothing_is_put_in_beside_a_run_at_work,
+);
+
+fn rollover(thread: ThreadId, by: Option<RunLease>) -> Rollover {
+    Rollover { thread, by, new_thread: ThreadId::new(), carry_over: 2, limits: Limits::NONE }
+}
+
+fn done(rolled: Rolled) -> (Thread, Option<Turn>) {
+    match rolled {
+        Rolled::Done { thread, turn } => (*thread, turn.map(|turn| *turn)),
+        other => panic!("done was expected, not {other:?}"),
+    }
+}
+
+fn said(key: &ConversationKey, words: &str, strategy: MultitaskStrategy) -> Admission {
+    Admission {
+        message: InputMessage { id: MessageId::new(), content: text(words) },
+        strategy,
+        ..admission(key)
+    }
+}
+
+fn enqueue(key: &ConversationKey, words: &str) -> Admission {
+    said(key, words, MultitaskStrategy::Enqueue)
+}
+
+/// The texts of a thread's messages, with their positions.
+async fn texts(store: &dyn Store, thread: ThreadId) -> Vec<(i64, String)> {
+    lines(store.transcript(thread, 0, 1000).await.unwrap())
+}
+
+fn lines(messages: Vec<Message>) -> Vec<(i64, String)> {
+    let line = |message: Message| {
+        let [ContentPart::Text { text }] = &message.content[..] else { panic!("one text was expected") };
+        (message.position, text.clone())
+    };
+    messages.into_iter().map(line).collect()
+}
+
+fn expect(lines: &[(i64, &str)]) -> Vec<(i64, String)> {
+    lines.iter().map(|(position, text)| (*position, (*text).to_owned())).collect()
+}
+
+async fn a_run_takes_itself_and_its_messages_along(database: &TestDatabase, store: &dyn Store) {
+    let key = session("alice", "s");
+    exchange(store, &key).await;
+    let turn = started(store.admit(&enqueue(&key, "go on")).await.unwrap());
+    let old = turn.thread.clone();
+    let tags = "UPDATE threads SET rolls = true, attempts = 2, last_failure = 'x', metadata = '{\"a\": \"b\"}', \
+                upstream_thread_id = 'c'";
+    database.execute(tags).await;
+    let leftover = Leftover {
+        run: RunId::new(),
+        thread: None,
+        upstream_run: None,
+        open_calls: vec![],
+        baseline: threadkeeper::domain::Baseline::default(),
+        inputs: 1,
+        synced: false,
+        remove: false,
+    };
+    let json = serde_json::to_string(&leftover).unwrap();
+    database.execute(&format!("UPDATE threads SET leftover = '{json}'")).await;
+    let rollover = rollover(old.id, Some(turn.lease));
+    let (fresh, moved) = done(store.roll_over(&rollover).await.unwrap());
+    let moved = moved.unwrap();
+    assert_eq!((fresh.id, fresh.previous_thread), (rollover.new_thread, Some(old.id)));
+    assert_eq!((&fresh.key, &fresh.upstream), (&old.key, &old.upstream));
+    assert_eq!(fresh.metadata, metadata(&[("a", "b")]));
+    assert_eq!((fresh.lifecycle, fresh.rolls, fresh.carried), (Lifecycle::Current, false, 2));
+    assert_eq!((fresh.message_count, fresh.run_count, fresh.backlog), (1, 1, 0));
+    assert_eq!((fresh.upstream_thread_id.clone(), fresh.leftover.clone()), (None, None));
+    assert!(fresh.created_at >= old.last_active_at && fresh.last_active_at == fresh.created_at);
+    assert_eq!((&moved.thread, moved.lease, &moved.input), (&fresh, turn.lease, &turn.input));
+    assert_eq!((moved.run.id, moved.run.thread_id, moved.run.seq), (turn.run.id, fresh.id, 1));
+    assert_eq!((moved.run.started_at, moved.run.deadline_at), (turn.run.started_at, turn.run.deadline_at));
+    assert_eq!(texts(store, fresh.id).await, expect(&[(1, "go on")]));
+    assert_eq!(texts(store, old.id).await, expect(&[(1, "hello"), (2, "hi")]));
+
+    let old = thread(store, old.id).await.unwrap();
+    assert_eq!(
+        (old.lifecycle, old.rolls, old.message_count, old.run_count),
+        (Lifecycle::Archived, false, 2, 1)
+    );
+    assert!(old.archived_at.unwrap() <= fresh.created_at && old.archived_at.unwrap() >= old.created_at);
+    assert_eq!(
+        (old.upstream_thread_id.as_ref().map(UpstreamThreadId::as_str), old.leftover.is_some()),
+        (Some("c"), true)
+    );
+    let due = store.due(10).await.unwrap();
+    assert_eq!((due.len(), due[0].thread.id, due[0].attempts), (1, old.id, 0));
+    check_invariants(database).await;
+
+    closed(store.finish(&turn.lease, &completed(Some("well"))).await.unwrap());
+    assert_eq!(texts(store, fresh.id).await, expect(&[(1, "go on"), (2, "well")]));
+    assert_eq!(exchange(store, &key).await.thread.id, fresh.id);
+    check_invariants(database).await;
+}
+
+async fn a_free_thread_is_rolled_over_at_once(database: &TestDatabase, store: &dyn Store) {
+    let key = user("alice");
+    let old = exchange(store, &key).await.thread.id;
+    let (fresh, turn) = done(store.roll_over(&rollover(old, None)).await.unwrap());
+    assert_eq!((turn, fresh.run_count, fresh.message_count, fresh.carried), (None, 0, 0, 2));
+    let next = exchange(store, &key).await.thread;
+    assert_eq!((next.id, next.run_count, next.previous_thread), (fresh.id, 1, Some(old)));
+    assert_eq!(
+        store.roll_over(&rollover(old, None)).await.unwrap(),
+        Rolled::Lost,
+        "it is not current any more"
+    );
+    assert_eq!(store.roll_over(&rollover(ThreadId::new(), None)).await.unwrap(), Rolled::Lost);
+    check_invariants(database).await;
+}
+
+async fn a_busy_thread_is_rolled_over_later(database: &TestDatabase, store: &dyn Store) {
+    let key = user("alice");
+    let turn = started(store.admit(&admission(&key)).await.unwrap());
+    let (waiting, ..) = queued(store.admit(&enqueue(&key, "next")).await.unwrap());
+    for _ in 0..2 {
+        let rolled = store.roll_over(&rollover(turn.thread.id, None)).await.unwrap();
+        let Rolled::Later(thread) = rolled else { panic!("{rolled:?}") };
+        assert_eq!((thread.id, thread.rolls, thread.lifecycle), (turn.thread.id, true, Lifecycle::Current));
+    }
+    closed(store.finish(&turn.lease, &completed(Some("hi"))).await.unwrap());
+    let next = claimed(store.claim(&waiting).await.unwrap());
+    assert!(next.thread.rolls, "the next turn sees it");
+    let (fresh, moved) = done(store.roll_over(&rollover(next.thread.id, Some(next.lease))).await.unwrap());
+    assert_eq!((moved.unwrap().input, fresh.rolls), (next.input, false));
+    check_invariants(database).await;
+}
+
+async fn who_waits_keeps_the_place(database: &TestDatabase, store: &dyn Store) {
+    use MultitaskStrategy::{Enqueue, Interrupt, Merge, Rollback};
+    let key = user("alice");
+    exchange(store, &key).await;
+    let mut active = started(store.admit(&enqueue(&key, "first")).await.unwrap()).lease;
+    let mut waiting = vec![];
+    for (strategy, words) in [(Enqueue, "a"), (Interrupt, "b"), (Enqueue, "c"), (Rollback, "d")] {
+        waiting.push((words, queued(store.admit(&said(&key, words, strategy)).await.unwrap()).0));
+    }
+    let mut current = seen(store, &key).await.unwrap().0.id;
+    let (fresh, _) = done(store.roll_over(&rollover(current, Some(active))).await.unwrap());
+    let unfinished = store.unfinished_of(fresh.id).await.unwrap();
+    assert!(unfinished.iter().map(|run| run.seq).eq(1..=5), "{unfinished:?}");
+    assert_eq!(fresh.run_count, 5);
+    assert_eq!(store.unfinished_of(current).await.unwrap(), []);
+    assert_eq!(thread(store, current).await.unwrap().run_count, 1);
+    current = fresh.id;
+    // They are joined by others, which have their places as ever; and each turn rolls the thread over again.
+    for (strategy, words) in [(Enqueue, "e"), (Interrupt, "f")] {
+        waiting.push((words, queued(store.admit(&said(&key, words, strategy)).await.unwrap()).0));
+    }
+    let merged = store.admit(&said(&key, "and", Merge)).await.unwrap();
+    assert!(matches!(merged, Admitted::Merged { .. }), "{merged:?}");
+    for next in ["f", "d", "b", "a", "c", "e"] {
+        closed(store.finish(&active, &completed(None)).await.unwrap());
+        for (words, lease) in waiting.iter().filter(|(words, _)| *words != next) {
+            assert_eq!(store.claim(lease).await.unwrap(), Claim::NotYet, "{words}");
+        }
+        let at = waiting.iter().position(|(words, _)| *words == next).unwrap();
+        active = waiting.remove(at).1;
+        let turn = claimed(store.claim(&active).await.unwrap());
+        assert_eq!(turn.input[0].content, text(next));
+        assert_eq!(turn.thread.id, current);
+        let (fresh, turn) = done(store.roll_over(&rollover(current, Some(active))).await.unwrap());
+        assert_eq!(turn.unwrap().input[0].content, text(next));
+        check_counts(database).await;
+        current = fresh.id;
+    }
+    assert_eq!(texts(store, current).await, expect(&[(1, "e"), (2, "and")]));
+    closed(store.finish(&active, &completed(None)).await.unwrap());
+    check_counts(database).await;
+}
+
+/// As `check_invariants`, but for the numbers of runs in threads of the past, which may have holes.
+async fn check_counts(database: &TestDatabase) {
+    for broken in [
+        "SELECT count(*) FROM threads t WHERE run_count <> (SELECT count(*) FROM runs r WHERE r.thread_id = t.id)",
+        "SELECT count(*) FROM threads t WHERE message_count <> (SELECT count(*) FROM messages m WHERE \
+         m.thread_id = t.id) OR last_position < (SELECT COALESCE(max(position), 0) FROM messages m WHERE \
+         m.thread_id = t.id)",
+        "SELECT count(*) FROM threads t WHERE backlog <> (SELECT count(*) FROM messages m WHERE m.thread_id = t.id \
+         AND m.context = 'missing')",
+        "SELECT count(*) FROM threads t WHERE lifecycle = 'current' AND run_count <> \
+         (SELECT COALESCE(max(seq), 0) FROM runs r WHERE r.thread_id = t.id)",
+        "SELECT count(*) FROM messages m JOIN runs r ON r.id = m.run_id WHERE r.thread_id <> m.thread_id",
+    ] {
+        assert_eq!(database.number(broken).await, 0, "{broken}");
+    }
+}
+
+async fn holes_in_the_order_close(database: &TestDatabase, store: &dyn Store) {
+    let key = user("alice");
+    let active = started(store.admit(&admission(&key)).await.unwrap());
+    let mut waiting = vec![];
+    for words in ["a", "b", "c", "d"] {
+        waiting.push(queued(store.admit(&enqueue(&key, words)).await.unwrap()).0);
+    }
+    let cancelled = RunEnd { status: RunStatus::Cancelled, said: Context::Missing, ..completed(None) };
+    for gone in [0, 2] {
+        closed(store.finish(&waiting[gone], &cancelled).await.unwrap());
+    }
+    let old = active.thread.id;
+    let (fresh, _) = done(store.roll_over(&rollover(old, Some(active.lease))).await.unwrap());
+    let unfinished = store.unfinished_of(fresh.id).await.unwrap();
+    let found: Vec<_> = unfinished.iter().map(|run| (run.id, run.seq)).collect();
+    assert_eq!(found, [(active.run.id, 1), (waiting[1].run_id, 2), (waiting[3].run_id, 3)]);
+    assert_eq!((fresh.run_count, fresh.message_count, fresh.backlog), (3, 1, 0));
+    let old = thread(store, old).await.unwrap();
+    assert_eq!((old.run_count, old.message_count, old.backlog), (2, 2, 2));
+    check_counts(database).await;
+    assert_eq!(queued(store.admit(&admission(&key)).await.unwrap()).2.seq, 4);
+}
+
+async fn only_the_run_at_work_rolls_its_thread_over(database: &TestDatabase, store: &dyn Store) {
+    let key = user("alice");
+    let turn = started(store.admit(&admission(&key)).await.unwrap());
+    let (waiting, ..) = queued(store.admit(&admission(&key)).await.unwrap());
+    let other = started(store.admit(&admission(&user("bob"))).await.unwrap());
+    let outdated = RunLease { fence: turn.lease.fence + 1, ..turn.lease };
+    for lease in [waiting, other.lease, outdated] {
+        assert_eq!(store.roll_over(&rollover(turn.thread.id, Some(lease))).await.unwrap(), Rolled::Lost);
+    }
+    store.pause(&turn.lease, &pause(&["call_1"], 0)).await.unwrap();
+    assert_eq!(store.roll_over(&rollover(turn.thread.id, Some(turn.lease))).await.unwrap(), Rolled::Lost);
+    closed(store.finish(&turn.lease, &completed(None)).await.unwrap());
+    assert_eq!(store.roll_over(&rollover(turn.thread.id, Some(turn.lease))).await.unwrap(), Rolled::Lost);
+    assert_eq!(database.number("SELECT count(*) FROM threads").await, 2);
+    let erase = request(DeletionTarget::Key(key), Deletion::Erase);
+    store.begin_deletion(&erase, 10).await.unwrap();
+    assert_eq!(store.roll_over(&rollover(turn.thread.id, None)).await.unwrap(), Rolled::Lost);
+}
+
+async fn a_repeated_rollover_is_harmless(database: &TestDatabase, store: &dyn Store) {
+    let key = user("alice");
+    let turn = started(store.admit(&admission(&key)).await.unwrap());
+    let by_run = rollover(turn.thread.id, Some(turn.lease));
+    let first = store.roll_over(&by_run).await.unwrap();
+    assert_eq!(store.roll_over(&by_run).await.unwrap(), first);
+    closed(store.finish(&turn.lease, &completed(None)).await.unwrap());
+    assert_eq!(store.roll_over(&by_run).await.unwrap(), Rolled::Lost, "the run has ended");
+    let by_caller = rollover(by_run.new_thread, None);
+    let first = store.roll_over(&by_caller).await.unwrap();
+    assert_eq!(store.roll_over(&by_caller).await.unwrap(), first);
+    assert_eq!(database.number("SELECT count(*) FROM threads").await, 3);
+    check_invariants(database).await;
+}
+
+async fn what_is_left_of_limits_goes_along(database: &TestDatabase, store: &dyn Store) {
+    let some = |age: Option<u32>, idle: Option<u32>| Limits {
+        max_age: age.map(|hours| HOUR * hours),
+        max_idle: idle.map(|hours| HOUR * hours),
+    };
+    // The thread is two hours old.
+    for (n, (own, configured, expected, end)) in [
+        (some(None, None), some(None, None), some(None, None), None),
+        (some(None, None), some(None, Some(3)), some(None, None), Some(3)),
+        (some(None, None), some(Some(5), None), some(Some(3), None), Some(3)),
+        (some(None, None), some(Some(5), Some(1)), some(Some(3), Some(1)), Some(1)),
+        (some(Some(6), None), some(Some(5), Some(1)), some(Some(4), None), Some(4)),
+        (some(None, Some(7)), some(Some(5), Some(1)), some(None, Some(7)), Some(7)),
+        (some(Some(6), Some(7)), some(None, None), some(Some(4), Some(7)), Some(4)),
+        (some(Some(1), None), some(None, None), some(Some(0), None), Some(0)),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let made = exchange(store, &user(&n.to_string())).await.thread.id;
+        earlier(database, "threads", &["created_at", "last_active_at"], HOUR * 2).await;
+        let ms =
+            |limit: Option<Duration>| limit.map_or("NULL".to_owned(), |limit| limit.as_millis().to_string());
+        database
+            .execute(&format!(
+                "UPDATE threads SET max_age_ms = {}, max_idle_ms = {} WHERE id = {}",
+                ms(own.max_age),
+                ms(own.max_idle),
+                id(database, made.uuid())
+            ))
+            .await;
+        let rollover = Rollover { limits: configured, ..rollover(made, None) };
+        let (fresh, _) = done(store.roll_over(&rollover).await.unwrap());
+        let near = |one: Option<Duration>, other: Option<Duration>| match (one, other) {
+            (Some(one), Some(other)) => one.abs_diff(other) < Duration::from_mins(1),
+            (one, other) => one == other,
+        };
+        assert!(near(fresh.limits.max_age, expected.max_age), "{n}: {fresh:?}");
+        assert_eq!(fresh.limits.max_idle, expected.max_idle, "{n}: {fresh:?}");
+        let due = time(database, "due_at", fresh.id).await;
+        match end {
+            None => assert_eq!(due, -1, "{n}"),
+            Some(hours) => {
+                let due = due - fresh.created_at.timestamp_millis();
+                assert!((due - hours * 3_600_000).abs() < 60_000, "{n}: {due}");
+            }
+        }
+    }
+}
+
+async fn the_last_messages_are_carried_over(database: &TestDatabase, store: &dyn Store) {
+    let key = user("alice");
+    for (n, said) in
+        [Context::Present, Context::Withheld, Context::Missing, Context::Present].iter().enumerate()
+    {
+        let turn = started(store.admit(&enqueue(&key, &format!("say {n}"))).await.unwrap());
+        let end = RunEnd { said: *said, ..completed(Some(&format!("reply {n}"))) };
+        closed(store.finish(&turn.lease, &end).await.unwrap());
+    }
+    let turn = started(store.admit(&enqueue(&key, "now")).await.unwrap());
+    let made = turn.thread.id;
+    for (carry_over, expected) in [
+        (0, &[][..]),
+        (1, &[(8, "reply 3")][..]),
+        (5, &[(4, "reply 1"), (5, "say 2"), (6, "reply 2"), (7, "say 3"), (8, "reply 3")][..]),
+    ] {
+        // Each time as if for the first time.
+        let place = rollover(made, Some(turn.lease));
+        let rollover = Rollover { carry_over, ..place };
+        if carry_over == 5 {
+            let (fresh, _) = done(store.roll_over(&rollover).await.unwrap());
+            assert_eq!(fresh.carried, i64::from(carry_over));
+            assert_eq!(lines(store.carried(fresh.id).await.unwrap()), expect(expected));
+            // Only what stands in the thread right before is carried.
+            closed(store.finish(&turn.lease, &completed(Some("then"))).await.unwrap());
+            let again = Rollover { carry_over: 100, ..self::rollover(fresh.id, None) };
+            let (again, _) = done(store.roll_over(&again).await.unwrap());
+            assert_eq!(again.carried, 2);
+            assert_eq!(lines(store.carried(again.id).await.unwrap()), expect(&[(1, "now"), (2, "then")]));
+        } else {
+            let other = user(&carry_over.to_string());
+            let turn = started(store.admit(&enqueue(&other, "reply 3")).await.unwrap());
+            closed(store.finish(&turn.lease, &completed(None)).await.unwrap());
+            let (fresh, _) = done(
+                store.roll_over(&Rollover { thread: turn.thread.id, by: None, ..rollover }).await.unwrap(),
+            );
+            assert_eq!(fresh.carried, i64::from(carry_over));
+            assert_eq!(store.carried(fresh.id).await.unwrap().len(), expected.len());
+        }
+    }
+    assert_eq!(store.carried(made).await.unwrap(), []);
+    assert_eq!(store.carried(ThreadId::new()).await.unwrap(), []);
+    check_counts(database).await;
+}
+
+async fn nothing_is_carried_from_what_is_erased(_: &TestDatabase, store: &dyn Store) {
+    let key = user("alice");
+    let old = exchange(store, &key).await.thread.id;
+    let (fresh, _) = done(store.roll_over(&rollover(old, None)).await.unwrap());
+    assert_eq!(store.carried(fresh.id).await.unwrap().len(), 2);
+    assert!(store.discard(old, Duration::ZERO).await.unwrap());
+    assert_eq!(store.carried(fresh.id).await.unwrap(), [], "it is to be erased");
+    gone_upstream(store, old).await;
+    assert!(store.conclude(old, 10).await.unwrap());
+    assert_eq!(store.carried(fresh.id).await.unwrap(), []);
+    exchange(store, &key).await;
+}
+
+async fn a_moved_run_lives_on(database: &TestDatabase, store: &dyn Store) {
+    let key = user("alice");
+    let turn = started(store.admit(&admission(&key)).await.unwrap());
+    let (rollback, ..) = queued(store.admit(&said(&key, "no", MultitaskStrategy::Rollback)).await.unwrap());
+    let (fresh, _) = done(store.roll_over(&rollover(turn.thread.id, Some(turn.lease))).await.unwrap());
+    assert_eq!(started_again(store, &turn.lease).await.thread.id, fresh.id);
+    assert!(bind(store, &turn.lease, &UpstreamThreadId("c".to_owned()), true).await);
+    store.pause(&turn.lease, &pause(&["call_1"], 0)).await.unwrap();
+    store.answer_tools(&key, turn.run.id, &answer(&["call_1"])).await.unwrap();
+    assert_eq!(store.displace(&rollback, true).await.unwrap(), Some(turn.run.id));
+    assert_eq!(store.finish(&turn.lease, &completed(None)).await.unwrap(), Closing::MustDiscard);
+    let end = RunEnd { discard: true, status: RunStatus::Cancelled, ..completed(None) };
+    let ended = closed(store.finish(&turn.lease, &end).await.unwrap());
+    assert_eq!((ended.thread.id, ended.thread.message_count), (fresh.id, 0));
+    let next = claimed(store.claim(&rollback).await.unwrap());
+    assert_eq!((next.thread.id, next.thread.message_count), (fresh.id, 1));
+    assert_eq!(store.run(&key, turn.run.id).await.unwrap().unwrap().0.thread_id, fresh.id);
+    closed(store.finish(&rollback, &completed(Some("hi"))).await.unwrap());
+    check_counts(database).await;
+}
+
+async fn started_again(store: &dyn Store, lease: &RunLease) -> Turn {
+    claimed(store.claim(lease).await.unwrap())
+}
+
+async fn an_idempotency_key_stays_with_its_run(_: &TestDatabase, store: &dyn Store) {
+    let key = user("alice");
+    let turn = started(store.admit(&admission(&key)).await.unwrap());
+    let once = Admission { idempotency: Some(idempotency("k")), ..admission(&key) };
+    let (waiting, ..) = queued(store.admit(&once).await.unwrap());
+    let (fresh, _) = done(store.roll_over(&rollover(turn.thread.id, Some(turn.lease))).await.unwrap());
+    let again = Admission { idempotency: Some(idempotency("k")), ..admission(&key) };
+    assert_eq!(store.admit(&again).await.unwrap(), Admitted::Repeated);
+    let repeated = store.repeated(&key, "k", HOUR).await.unwrap().unwrap();
+    assert_eq!((repeated.run.id, repeated.thread.id), (waiting.run_id, fresh.id));
+}
+
+fn foreign(after: i64, words: &str) -> Foreign {
+    Foreign {
+        id: MessageId::new(),
+        after,
+        role: Role::Assistant,
+        content: text(words),
+        upstream_message_id: Some(format!("m_{words}")),
+        created_at: None,
+    }
+}
+
+async fn what_others_wrote_stands_where_they_wrote_it(database: &TestDatabase, store: &dyn Store) {
+    let key = user("alice");
+    for _ in 0..2 {
+        exchange(store, &key).await;
+    }
+    let turn = started(store.admit(&enqueue(&key, "now")).await.unwrap());
+    let made = turn.thread.id;
+    let at = turn.thread.created_at;
+    let messages = [
+        foreign(2, "c"),
+        Foreign { role: Role::User, created_at: Some(at), ..foreign(0, "a") },
+        foreign(4, "e"),
+        foreign(2, "d"),
+        foreign(0, "b"),
+        Foreign { upstream_message_id: None, ..foreign(4, "f") },
+        foreign(99, "g"),
+    ];
+    assert_eq!(store.insert_foreign(made, Some(turn.run.id), &messages).await.unwrap(), 7);
+    let expected = [
+        (1, "a"),
+        (2, "b"),
+        (3, "hello"),
+        (4, "hi"),
+        (5, "c"),
+        (6, "d"),
+        (7, "hello"),
+        (8, "hi"),
+        (9, "e"),
+        (10, "f"),
+        (11, "now"),
+        (12, "g"),
+    ];
+    assert_eq!(texts(store, made).await, expect(&expected));
+    let page = store.transcript(made, 0, 1).await.unwrap();
+    let first = Message {
+        id: messages[1].id,
+        thread_id: made,
+        position: 1,
+        role: Role::User,
+        content: text("a"),
+        run_id: None,
+        upstream_message_id: Some("m_a".to_owned()),
+        context: Context::Present,
+        ended: None,
+        created_at: page[0].created_at,
+    };
+    assert_eq!(page, [first]);
+    assert_eq!(page[0].created_at.timestamp_millis(), at.timestamp_millis());
+    check_invariants(database).await;
+    closed(store.finish(&turn.lease, &completed(Some("well"))).await.unwrap());
+    assert_eq!(texts(store, made).await.last().unwrap(), &(13, "well".to_owned()));
+    check_invariants(database).await;
+}
+
+async fn what_others_wrote_is_put_in_once(database: &TestDatabase, store: &dyn Store) {
+    let key = user("alice");
+    let turn = started(store.admit(&admission(&key)).await.unwrap());
+    let mut end = completed(Some("hi"));
+    end.reply.as_mut().unwrap().upstream_message_id = Some("m_own".to_owned());
+    let made = closed(store.finish(&turn.lease, &end).await.unwrap()).thread.id;
+    let unnamed = Foreign { upstream_message_id: None, ..foreign(2, "x") };
+    let own = Foreign { upstream_message_id: Some("m_own".to_owned()), ..foreign(2, "hi") };
+    let messages = [own, foreign(2, "a"), foreign(2, "a"), unnamed];
+    assert_eq!(store.insert_foreign(made, None, &messages).await.unwrap(), 2);
+    assert_eq!(store.insert_foreign(made, None, &messages).await.unwrap(), 0);
+    assert_eq!(store.insert_foreign(made, None, &[]).await.unwrap(), 0);
+    assert_eq!(store.insert_foreign(ThreadId::new(), None, &messages).await.unwrap(), 0);
+    assert_eq!(texts(store, made).await, expect(&[(1, "hello"), (2, "hi"), (3, "a"), (4, "x")]));
+    // What is known of one thread may be new in another.
+    let other = exchange(store, &user("bob")).await.thread.id;
+    assert_eq!(store.insert_foreign(other, None, &[foreign(1, "a")]).await.unwrap(), 1);
+    assert_eq!(texts(store, other).await, expect(&[(1, "hello"), (2, "a"), (3, "hi")]));
+    check_invariants(database).await;
+}
+
+async fn nothing_is_put_in_beside_a_run_at_work(_: &TestDatabase, store: &dyn Store) {
+    let key = user("alice");
+    let turn = started(store.admit(&admission(&key)).await.unwrap());
+    let (waiting, ..) = queued(store.admit(&admission(&key)).await.unwrap());
+    let made = turn.thread.id;
+    for by in [None, Some(waiting.run_id)] {
+        assert_eq!(store.insert_foreign(made, by, &[foreign(0, "a")]).await.unwrap(), 0);
+    }
+    closed(store.finish(&turn.lease, &completed(None)).await.unwrap());
+    assert_eq!(
+        store.insert_foreign(made, None, &[foreign(0, "a")]).await.unwrap(),
+        1,
+        "who waits does not mind"
+    );
+}
+
+/// Messages of all kinds come to two replicas while the thread is rolled over again and again, by its runs and by callers:
+/// no message is lost or doubled, and all have their turn in the order in which they came.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn rollovers_and_messages_at_once_lose_nothing() {
+    use MultitaskStrategy::{Enqueue, Interrupt, Merge};
+    const MESSAGES: usize = 120;
+    let database = TestDatabase::postgres().await;
+    let replicas = [database.store().await, database.store().await];
+    let key = session("alice", "s1");
+    let begun = std::sync::Mutex::new(Vec::new());
+
+    let work = |turn: Turn, store: Arc<dyn Store>, n: usize| {
+        let begun = &begun;
+        async move {
+            begun.lock().unwrap().extend(turn.input.iter().map(|message| message.id));
+            let mut input = turn.input.clone();
+            if n.is_multiple_of(3) {
+                let (fresh, moved) =
+                    done(store.roll_over(&rollover(turn.thread.id, Some(turn.lease))).await.unwrap());
+                let moved = moved.unwrap();
+                assert_eq!((moved.run.thread_id, moved.thread.id), (fresh.id, fresh.id));
+                input = moved.input;
+            }
+            assert_eq!(input, turn.input);
+            closed(store.finish(&turn.lease, &completed(Some("hi"))).await.unwrap());
+        }
+    };
+    let send = |n: usize| {
+        let store = Arc::clone(&replicas[n % 2]);
+        let (key, work) = (&key, &work);
+        async move {
+            let strategy = [Enqueue, Merge, Enqueue, Interrupt, Merge][n % 5];
+            let request =
+                Admission { idempotency: Some(idempotency(&n.to_string())), ..said(key, "x", strategy) };
+            match store.admit(&request).await.unwrap() {
+                Admitted::Started(turn) => work(*turn, store, n).await,
+                Admitted::Merged { .. } => {}
+                Admitted::Queued { lease, .. } => loop {
+                    match store.claim(&lease).await.unwrap() {
+                        Claim::Started(turn) => break work(*turn, store, n).await,
+                        Claim::NotYet => tokio::task::yield_now().await,
+                        Claim::Lost => panic!("{lease:?}"),
+                    }
+                },
+                other => panic!("{other:?}"),
+            }
+        }
+    };
+    let roll = |n: usize| {
+        let (store, key) = (&replicas[n % 2], &key);
+        async move {
+            for _ in 0..20 {
+                if let Some((thread, _)) = seen(&**store, key).await {
+                    store.roll_over(&rollover(thread.id, None)).await.unwrap();
+                }
+                tokio::task::yield_now().await;
+            }
+        }
+    };
+    let sends = futures_util::future::join_all((0..MESSAGES).map(send));
+    let rolls = futures_util::future::join_all((0..2).map(roll));
+    let all = async { tokio::join!(sends, rolls) };
+    tokio::time::timeout(Duration::from_mins(2), all).await.expect("every run gets its turn");
+
+    let mut begun = begun.into_inner().unwrap();
+    assert_eq!(begun.len(), MESSAGES);
+    begun.sort_by_key(|id| id.uuid());
+    begun.dedup();
+    assert_eq!(begun.len(), MESSAGES, "none is doubled");
+    let said = "SELECT count(*) FROM messages WHERE role = 'user'";
+    assert_eq!(database.number(said).await, i64::try_from(MESSAGES).unwrap());
+    assert!(database.number("SELECT count(*) FROM threads").await > 10);
+    check_counts(&database).await;
+    for store in replicas {
+        store.close().await;
+    }
+}
+
+/// A queue that is rolled over while its runs are claimed and ended by others keeps its order.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_queue_keeps_its_order_while_it_moves() {
+    let database = TestDatabase::postgres().await;
+    let replicas = [database.store().await, database.store().await];
+    for round in 0..8 {
+        let key = user(&round.to_string());
+        let first = started(replicas[0].admit(&admission(&key)).await.unwrap());
+        let mut waiting = vec![];
+        for n in 0..8 {
+            waiting.push(queued(replicas[n % 2].admit(&enqueue(&key, &n.to_string())).await.unwrap()).0);
+        }
+        let order = std::sync::Mutex::new(Vec::new());
+        let claim = |n: usize| {
+            let (store, lease, order) = (&replicas[n % 2], waiting[n], &order);
+            async move {
+                if n == 5 {
+                    let end =
+                        RunEnd { status: RunStatus::Cancelled, said: Context::Withheld, ..completed(None) };
+                    closed(store.finish(&lease, &end).await.unwrap());
+                    return;
+                }
+                loop {
+                    match store.claim(&lease).await.unwrap() {
+                        Claim::Started(turn) => {
+                            order.lock().unwrap().push(n);
+                            closed(store.finish(&turn.lease, &completed(Some("hi"))).await.unwrap());
+                            return;
+                        }
+                        Claim::NotYet => tokio::task::yield_now().await,
+                        Claim::Lost => panic!("{n}"),
+                    }
+                }
+            }
+        };
+        let roll = async {
+            for n in 0..12_usize {
+                if let Some((thread, _)) = seen(&*replicas[n % 2], &key).await {
+                    replicas[n % 2].roll_over(&rollover(thread.id, None)).await.unwrap();
+                }
+                if n == 2 {
+                    closed(replicas[0].finish(&first.lease, &completed(None)).await.unwrap());
+                }
+            }
+        };
+        let claims = futures_util::future::join_all((0..8).map(claim));
+        let all = async { tokio::join!(claims, roll) };
+        tokio::time::timeout(Duration::from_mins(1), all).await.expect("every run gets its turn");
+        assert_eq!(order.into_inner().unwrap(), [0, 1, 2, 3, 4, 6, 7]);
+        let said = format!(
+            "SELECT count(*) FROM messages m JOIN threads t ON t.id = m.thread_id WHERE t.user_key = '{round}'"
+        );
+        assert_eq!(database.number(&said).await, 9 + 7, "nothing said is lost");
+        check_counts(&database).await;
+    }
+    for store in replicas {
+        store.close().await;
+    }
+}
+
+/// What begins while a thread is rolled over, and waits for one of its runs, does not take the run for what it was.
+#[tokio::test]
+async fn what_waits_for_a_rollover_finds_the_fresh_thread() {
+    let database = TestDatabase::postgres().await;
+    let (store, other) = (database.store().await, database.store().await);
+    for round in 0..4 {
+        let key = user(&round.to_string());
+        let first = started(store.admit(&admission(&key)).await.unwrap());
+        let (second, ..) = queued(store.admit(&enqueue(&key, "2")).await.unwrap());
+        let (third, ..) = queued(store.admit(&enqueue(&key, "3")).await.unwrap());
+        let by = (round == 3).then_some(first.lease);
+        if by.is_none() {
+            closed(store.finish(&first.lease, &completed(None)).await.unwrap());
+        }
+        let old = first.thread.id;
+        // The rollover has the runs, and waits for the thread.
+        let mut holder = sqlx::PgConnection::connect(&database.url()).await.unwrap();
+        let hold = format!("BEGIN; SELECT FROM threads WHERE id = '{}' FOR UPDATE", old.uuid());
+        holder.execute(sqlx::AssertSqlSafe(hold)).await.unwrap();
+        let roll = rollover(old, by);
+        let roll = store.roll_over(&roll);
+        let meanwhile = async {
+            blocked(&database, 1).await;
+            let release = async {
+                blocked(&database, 2).await;
+                holder.execute("ROLLBACK").await.unwrap();
+            };
+            match round {
+                0 => {
+                    let (claim, ()) = tokio::join!(other.claim(&second), release);
+                    assert_eq!(claim.unwrap(), Claim::NotYet);
+                }
+                1 => {
+                    let end =
+                        RunEnd { status: RunStatus::Cancelled, said: Context::Missing, ..completed(None) };
+                    let (end, ()) = tokio::join!(other.finish(&third, &end), release);
+                    let ended = closed(end.unwrap());
+                    assert_eq!((ended.thread.previous_thread, ended.thread.message_count), (Some(old), 1));
+                    assert_eq!(ended.thread.backlog, 1);
+                }
+                2 => {
+                    let merge = said(&key, "4", MultitaskStrategy::Merge);
+                    let (merged, ()) = tokio::join!(other.admit(&merge), release);
+                    let (_, thread, run, _) = queued(merged.unwrap());
+                    assert_eq!((thread.previous_thread, run.seq), (Some(old), 3));
+                    let merged = "SELECT count(*) FROM runs WHERE jsonb_array_length(input) > 1";
+                    assert_eq!(database.number(merged).await, 0, "it is not in two runs");
+                }
+                _ => {
+                    let (marked, ()) = tokio::join!(other.request_cancel(&key, first.run.id), release);
+                    assert_eq!(marked.unwrap().unwrap().status, RunStatus::Cancelling);
+                }
+            }
+        };
+        let (rolled, ()) = tokio::join!(roll, meanwhile);
+        let (fresh, _) = done(rolled.unwrap());
+        check_counts(&database).await;
+        if round < 3 {
+            let turn = claimed(store.claim(&second).await.unwrap());
+            assert_eq!((turn.thread.id, &turn.input[0].content), (fresh.id, &text("2")));
+        }
+    }
+    for store in [store, other] {
+        store.close().await;
+    }
+}
