@@ -30,15 +30,16 @@
 //!
 //! What [`SimulatorHandle`] offers can be had over HTTP too, below `/_simulator`: `GET stats`, `GET threads`,
 //! `GET threads/{id}/history`, `GET recorded`, `GET|POST|DELETE faults`, `POST hold`, `POST release`, `POST reset`,
-//! `POST|DELETE threads/{id}/foreign_run`.
+//! `POST|DELETE threads/{id}/foreign_run`, `GET responses`, `GET leaked_items`, `POST holds_text`.
 //!
 //! Where the protocols are not documented, it decides as follows. Messages of a refused run are not appended.
 //! A run can be cancelled in every state but `cancelling` and the final ones. Deleting a thread ends its run. Writes
 //! to the items of a locked conversation are refused like a response. A background response holds the lock until
 //! it ends. An incomplete response is appended; a failed, cancelled or abandoned one is not, unless
-//! [`SimulatorConfig::append_unfinished`] says so. A deleted conversation cannot be used or read any more, but its
-//! items can be listed, read and deleted. The events of the newest
-//! 1000 background streams can be replayed.
+//! [`SimulatorConfig::append_unfinished`] says so. A deleted conversation cannot be used, read or listed any more; items
+//! that were not deleted before it are kept for ever, and can be read and deleted by whoever knows their ids
+//! ([`SimulatorHandle::leaked_items`]). A response that ends after its conversation was deleted leaves its items so too.
+//! The runs of a thread go with it. The events of the newest 1000 background streams can be replayed.
 
 mod assistants;
 mod config;
@@ -47,7 +48,7 @@ mod error;
 mod faults;
 mod fields;
 mod handle;
-
+mod holding;
 mod operation;
 mod page;
 mod plan;

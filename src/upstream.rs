@@ -3,8 +3,11 @@
 
 mod assistants;
 mod breaker;
+mod calls;
 mod classify;
 mod client;
+mod finding;
+mod pace;
 mod patience;
 mod relay;
 mod responses;
@@ -19,13 +22,14 @@ use futures_util::stream::BoxStream;
 
 use crate::config::AssistantConfig;
 use crate::domain::{
-    ContentPart, ConversationKey, Leftover, Message, Metadata, RunError, RunId, RunStatus, Timestamp,
-    ToolCall, ToolOutput, UpstreamRunId, UpstreamThreadId, Usage,
+    ContentPart, ConversationKey, Leftover, Message, Metadata, Role, RunError, RunId, RunStatus, ThreadId,
+    Timestamp, ToolCall, ToolOutput, UpstreamRunId, UpstreamThreadId, Usage,
 };
 use crate::store::InputMessage;
 
 pub use assistants::AssistantsUpstream;
 pub use client::{InvalidUpstream, UpstreamClient};
+pub use pace::Pace;
 pub use responses::ResponsesUpstream;
 
 /// One configured upstream server.
@@ -43,7 +47,8 @@ pub trait Upstream: Send + Sync + std::fmt::Debug {
     /// Makes a thread that carries the ownership tags and holds `history`, oldest first. `None` where threads are
     /// chains of responses: there the first run makes it, and has to be given the history.
     ///
-    /// If it fails or is dropped half-way, a thread that nobody knows may be left.
+    /// If it fails in a way that is [ambiguous](UpstreamError::is_ambiguous), or is dropped half-way, a thread that nobody
+    /// knows may be left.
     async fn create_thread(
         &self,
         owner: &Ownership,
@@ -92,6 +97,48 @@ pub trait Upstream: Send + Sync + std::fmt::Debug {
     /// between. Where threads are chains nothing is to be done: the chain simply does not move. Harmless to repeat. The
     /// caller bounds it in time and may drop it.
     async fn remove(&self, leftover: &Leftover) -> Result<(), UpstreamError>;
+
+    /// Deletes an upstream thread and all that is in it, and makes sure that it is gone: runs that work on it are ended,
+    /// what outlives its thread is deleted one by one before it, which counts in `items` as it happens. Where threads
+    /// are chains, the response of that id. Harmless to repeat; may be dropped.
+    ///
+    /// `false` if the server did not have it.
+    ///
+    /// # Errors
+    /// [`UpstreamError::Refused`] if the server does not offer it.
+    async fn delete_thread(
+        &self,
+        thread: &UpstreamThreadId,
+        pace: &Pace,
+        items: &mut u64,
+    ) -> Result<bool, UpstreamError>;
+
+    /// Deletes a run that the server stores by itself ([`Capabilities::stores_runs`]), and ends it before if it is still
+    /// at work. Harmless to repeat; may be dropped. `false` if the server did not have it.
+    ///
+    /// # Errors
+    /// [`UpstreamError::Refused`] if the server does not offer it.
+    async fn delete_run(&self, run: &UpstreamRunId, pace: &Pace) -> Result<bool, UpstreamError>;
+
+    /// A page of the messages of a thread, oldest first, from its beginning or after the one of that id. `None` where it
+    /// cannot be asked for: threads are chains, or the server has no such list.
+    ///
+    /// # Errors
+    /// [`UpstreamError::ThreadGone`] if there is no such thread.
+    async fn history(
+        &self,
+        thread: &UpstreamThreadId,
+        after: Option<&str>,
+        pace: &Pace,
+    ) -> Result<Option<HistoryPage>, UpstreamError>;
+
+    /// The upstream threads that were made for a thread of ours, by the tags that they carry. `None` where the server
+    /// cannot list threads, or has so many that none was found among the newest 5000.
+    async fn find_threads(
+        &self,
+        of: ThreadId,
+        pace: &Pace,
+    ) -> Result<Option<Vec<UpstreamThreadId>>, UpstreamError>;
 }
 
 /// What an upstream server can do.
@@ -99,6 +146,30 @@ pub trait Upstream: Send + Sync + std::fmt::Debug {
 pub struct Capabilities {
     /// How long a thread can stay locked after its run has ended.
     pub lock_window: Duration,
+    /// Threads are things of their own at the server. If not, they are chains of responses.
+    pub has_threads: bool,
+    /// Runs are kept apart from their thread, and are not deleted with it.
+    pub stores_runs: bool,
+}
+
+/// Messages of an upstream thread in a row.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct HistoryPage {
+    pub entries: Vec<HistoryEntry>,
+    /// Where the next page begins; `None`: this was the last one.
+    pub next: Option<String>,
+}
+
+/// A message as an upstream thread holds it.
+#[derive(Clone, Debug, PartialEq)]
+pub struct HistoryEntry {
+    pub id: String,
+    pub role: Role,
+    /// What of it the gateway can hold; parts of other kinds are left out.
+    pub content: Vec<ContentPart>,
+    pub created_at: Option<Timestamp>,
+    /// It carries our tag, so it is ours.
+    pub is_tagged: bool,
 }
 
 /// The events of one run. To be asked until it gives `None`: past [`UpstreamEvent::Ended`] it reads what is left of
@@ -109,7 +180,7 @@ pub type EventStream = BoxStream<'static, Result<UpstreamEvent, UpstreamError>>;
 #[derive(Clone, Debug)]
 pub struct Ownership {
     pub key: ConversationKey,
-    pub thread: crate::domain::ThreadId,
+    pub thread: ThreadId,
     pub expires_at: Option<Timestamp>,
 }
 
@@ -213,13 +284,14 @@ pub enum UpstreamError {
     /// A 404 that names the thread.
     #[error("the upstream thread is gone")]
     ThreadGone,
-    /// A 4xx, or a redirect: our request, key or account was refused. `code` is a word of at most 64 characters.
+    /// A 4xx, a redirect, or a 501: our request, key or account was refused. `code` is a word of at most 64 characters.
     #[error("the upstream refused the request with status {status}{}", code.as_ref().map(|c| format!(" ({c})")).unwrap_or_default())]
     Refused { status: u16, code: Option<String> },
     /// A 429. `quota`: waiting does not help.
     #[error("the upstream limits the rate")]
     RateLimited { retry_after: Option<Duration>, quota: bool },
-    /// A 5xx, or a failure told where a run was expected. `no_retry`: the server says that trying again does not help.
+    /// A 5xx but 501, or a failure told where a run was expected. `no_retry`: the server says that trying again does
+    /// not help.
     #[error("the upstream failed with status {status}")]
     Unavailable { status: u16, retry_after: Option<Duration>, no_retry: bool },
     /// So many calls failed that none is made for a while. Nothing was sent.

@@ -2,6 +2,7 @@
 
 mod ending;
 mod generate;
+mod holding;
 mod objects;
 mod runs;
 mod threads;
@@ -14,6 +15,7 @@ use super::operation::Operation;
 use super::router::{Call, Refused};
 use super::state::Server;
 
+pub(super) use holding::search;
 pub(super) use objects::{Run, Thread};
 pub(super) use runs::{start_foreign_run, stop_foreign_run};
 
@@ -24,6 +26,7 @@ pub(super) fn answer(server: &Arc<Server>, call: Call) -> Result<Response, Refus
         Operation::CreateThreadAndRun => runs::create_with_thread(server, call),
         Operation::SubmitToolOutputs => runs::submit_tool_outputs(server, call),
         Operation::CreateThread => Ok(threads::create(server, call)?),
+        Operation::ListThreads => Ok(threads::list(server, &call)?),
         Operation::GetThread => Ok(threads::get(server, &call)?),
         Operation::ModifyThread => Ok(threads::modify(server, call)?),
         Operation::DeleteThread => Ok(threads::delete(server, &call)?),

@@ -10,6 +10,7 @@ use serde::Deserialize;
 /// How the simulator behaves. The default answers at once and enforces every rule.
 #[derive(Clone, Debug, Deserialize, clap::Args)]
 #[serde(default, deny_unknown_fields)]
+#[expect(clippy::struct_excessive_bools, reason = "each is a knob of its own")]
 pub struct SimulatorConfig {
     /// Time from the acceptance of a run to its first token.
     #[arg(long, default_value = "0ms", value_parser = parse_duration)]
@@ -43,6 +44,9 @@ pub struct SimulatorConfig {
     /// Offer `/conversations`, as some servers do not.
     #[arg(long, default_value_t = true, action = ArgAction::Set)]
     pub conversations: bool,
+    /// Offer lists of all threads and of all conversations, as few servers do.
+    #[arg(long)]
+    pub list_threads: bool,
     /// Keep in the conversation what a failed, cancelled or interrupted response has read and produced so far.
     #[arg(long)]
     pub append_unfinished: bool,
@@ -66,6 +70,7 @@ impl Default for SimulatorConfig {
             api_key: None,
             enforce_locks: true,
             conversations: true,
+            list_threads: false,
             append_unfinished: false,
             max_kept: 100_000,
             recorded: 256,
@@ -88,10 +93,12 @@ mod tests {
 
     #[test]
     fn flags_say_what_they_mean() {
-        let flags = ["simulate", "--latency", "50ms", "--enforce-locks", "false", "--api-key", "sk-secret"];
+        let flags =
+            ["simulate", "--latency=50ms", "--enforce-locks=false", "--api-key=sk-secret", "--list-threads"];
         let matches = SimulatorConfig::augment_args(Command::new("simulate")).get_matches_from(flags);
         let parsed = SimulatorConfig::from_arg_matches(&matches).unwrap();
         assert_eq!((parsed.latency, parsed.enforce_locks), (Duration::from_millis(50), false));
+        assert!(parsed.list_threads);
         assert!(!format!("{parsed:?}").contains("sk-secret"));
     }
 }

@@ -19,6 +19,9 @@ pub(super) fn answer(server: &Arc<Server>, method: &Method, path: &[&str], body:
         ["stats"] if get => json_body(&handle.stats()),
         ["threads"] if get => json_body(&handle.threads()),
         ["threads", id, "history"] if get => json_body(&handle.thread_history(id)),
+        ["responses"] if get => json_body(&handle.stored_responses()),
+        ["leaked_items"] if get => json_body(&handle.leaked_items()),
+        ["holds_text"] if post => holds_text(&handle, body),
         ["recorded"] if get => json_body(&handle.recorded()),
         ["faults"] if get => json_body(&server.world().faults.list()),
         ["faults"] if post => add_fault(&handle, body),
@@ -45,6 +48,11 @@ fn add_fault(handle: &SimulatorHandle, body: &[u8]) -> Response {
         Ok(()) => json_body(&json!({"ok": true})),
         Err(error) => ApiError::invalid(error).into_response(),
     }
+}
+
+/// The body is the text.
+fn holds_text(handle: &SimulatorHandle, body: &[u8]) -> Response {
+    json_body(&handle.holds_text(&String::from_utf8_lossy(body)))
 }
 
 fn done(act: impl FnOnce()) -> Response {

@@ -69,6 +69,12 @@ impl ApiError {
         )
     }
 
+    /// The path exists, for other methods.
+    pub(super) fn wrong_method(method: &str, path: &[&str]) -> Self {
+        let message = format!("Not allowed to {method} on /v1/{}.", path.join("/"));
+        Self::new(StatusCode::METHOD_NOT_ALLOWED, "invalid_request_error", message)
+    }
+
     pub(super) fn param(self, param: impl Into<String>) -> Self {
         Self { param: Some(param.into()), ..self }
     }

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use super::faults::Fault;
 use super::state::Server;
 use super::stats::{Line, Recorded, Stats, ThreadView};
-use super::{assistants, responses};
+use super::{assistants, holding, responses};
 
 /// Looks into a simulator and steers it. Cheap to clone; outlives the simulator harmlessly.
 #[derive(Clone, Debug)]
@@ -53,6 +53,22 @@ impl SimulatorHandle {
         } else {
             responses::chain_lines(&world, id)
         }
+    }
+
+    /// The ids of all stored responses, oldest first.
+    pub fn stored_responses(&self) -> Vec<String> {
+        self.server.world().responses.iter().map(|(id, _)| id.clone()).collect()
+    }
+
+    /// The ids of the items of deleted conversations, which were not deleted with them.
+    pub fn leaked_items(&self) -> Vec<String> {
+        responses::leaked_items(&self.server.world())
+    }
+
+    /// Where the server still holds this text, such as `item msg_1 of conversation conv_1`. Empty if it is nowhere in
+    /// what can be had from it. What was recorded of requests does not count.
+    pub fn holds_text(&self, text: &str) -> Vec<String> {
+        holding::places(&self.server.world(), text)
     }
 
     /// The last requests of either protocol, oldest first.

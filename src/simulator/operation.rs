@@ -24,6 +24,7 @@ macro_rules! operations {
 
 operations! {
     CreateThread = "create_thread",
+    ListThreads = "list_threads",
     GetThread = "get_thread",
     ModifyThread = "modify_thread",
     DeleteThread = "delete_thread",
@@ -42,6 +43,7 @@ operations! {
     ListSteps = "list_steps",
     GetStep = "get_step",
     CreateConversation = "create_conversation",
+    ListConversations = "list_conversations",
     GetConversation = "get_conversation",
     UpdateConversation = "update_conversation",
     DeleteConversation = "delete_conversation",
@@ -68,6 +70,7 @@ impl Operation {
         };
         match path {
             ["threads"] if post => Some(Self::CreateThread),
+            ["threads"] if get => Some(Self::ListThreads),
             ["threads", "runs"] if post => Some(Self::CreateThreadAndRun),
             ["threads", _] => by_verb(Self::GetThread, Self::ModifyThread, Self::DeleteThread),
             ["threads", _, "messages"] if post => Some(Self::CreateMessage),
@@ -84,6 +87,7 @@ impl Operation {
             ["threads", _, "runs", _, "steps"] if get => Some(Self::ListSteps),
             ["threads", _, "runs", _, "steps", _] if get => Some(Self::GetStep),
             ["conversations"] if post => Some(Self::CreateConversation),
+            ["conversations"] if get => Some(Self::ListConversations),
             ["conversations", _] => {
                 by_verb(Self::GetConversation, Self::UpdateConversation, Self::DeleteConversation)
             }

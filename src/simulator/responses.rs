@@ -3,6 +3,7 @@
 mod conversations;
 mod create;
 mod generate;
+mod holding;
 mod items;
 mod objects;
 mod stored;
@@ -17,6 +18,7 @@ use super::state::{Server, World};
 use super::stats::Line;
 
 pub(super) use conversations::{Conversation, start_foreign_run, stop_foreign_run};
+pub(super) use holding::{leaked_items, search};
 pub(super) use objects::StoredResponse;
 
 /// Answers a call of this protocol.
@@ -28,6 +30,7 @@ pub(super) async fn answer(server: &Arc<Server>, call: Call) -> Result<Response,
         Operation::DeleteResponse => Ok(stored::delete(server, &call)?),
         Operation::ListInputItems => Ok(stored::list_input_items(server, &call)?),
         Operation::CreateConversation => Ok(conversations::create(server, call)?),
+        Operation::ListConversations => Ok(conversations::list(server, &call)?),
         Operation::GetConversation => Ok(conversations::get(server, &call)?),
         Operation::UpdateConversation => Ok(conversations::update(server, call)?),
         Operation::DeleteConversation => Ok(conversations::delete(server, &call)?),

@@ -97,6 +97,13 @@ async fn protocol(
     if !server.config.conversations && path[0] == "conversations" {
         return Ok(bare_not_found());
     }
+    if !server.config.list_threads {
+        match operation {
+            Operation::ListThreads => return Ok(unknown_path(parts)),
+            Operation::ListConversations => return Ok(ApiError::wrong_method("GET", path).into_response()),
+            _ => {}
+        }
+    }
     if let Err(error) = admitted(server, &parts.headers, path[0]) {
         return Ok(error.into_response());
     }

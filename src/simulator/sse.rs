@@ -175,6 +175,12 @@ impl EventLog {
         event_stream(Body::from_stream(stream::unfold(reader, Reader::next)))
     }
 
+    /// All frames so far.
+    pub(super) fn text(&self) -> String {
+        let frames = self.frames.lock().unwrap_or_else(PoisonError::into_inner);
+        frames.iter().map(|frame| String::from_utf8_lossy(frame)).collect()
+    }
+
     fn push(&self, frame: Bytes) {
         self.frames.lock().unwrap_or_else(PoisonError::into_inner).push_back(frame);
         self.progress.send_modify(|progress| progress.0 += 1);

@@ -1,5 +1,7 @@
 //! The adapter for Assistants v2: threads, messages, runs.
 
+mod deleting;
+mod history;
 mod messages;
 mod request;
 mod runs;
@@ -14,16 +16,19 @@ use serde::de::DeserializeOwned;
 use serde_json::json;
 use tokio::time::sleep;
 
+use super::calls::Calls;
 use super::client::{Answer, UpstreamClient};
-use super::patience::{a_moment, patiently};
+use super::finding::find;
+use super::patience::a_moment;
 use super::relay::{public, relay};
 use super::tags::{RUN_TAG, thread_tags};
 use super::wire::Created;
 use super::{
-    AnswerTools, Capabilities, EventStream, Ownership, Recovered, Settled, StartRun, Upstream, UpstreamError,
+    AnswerTools, Capabilities, EventStream, HistoryPage, Ownership, Pace, Recovered, Settled, StartRun,
+    Upstream, UpstreamError,
 };
 use crate::config::UpstreamConfig;
-use crate::domain::{Leftover, Message, UpstreamRunId, UpstreamThreadId};
+use crate::domain::{Leftover, Message, ThreadId, UpstreamRunId, UpstreamThreadId};
 use request::{history_messages, outputs_body, run_body};
 use runs::SECOND_LOOK;
 use turn::Turn;
@@ -45,7 +50,7 @@ impl AssistantsUpstream {
 #[async_trait]
 impl Upstream for AssistantsUpstream {
     fn capabilities(&self) -> Capabilities {
-        Capabilities { lock_window: self.lock_window }
+        Capabilities { lock_window: self.lock_window, has_threads: true, stores_runs: false }
     }
 
     fn available(&self) -> Result<(), Duration> {
@@ -122,7 +127,7 @@ impl Upstream for AssistantsUpstream {
             tracing::warn!("ending a run that an earlier turn left behind");
         }
         if ours || cancel {
-            self.end(thread, blocking).await?;
+            self.end(thread, blocking, None).await?;
         } else {
             self.wait_for(thread, run.value, RunObject::has_ended).await?;
         }
@@ -143,6 +148,37 @@ impl Upstream for AssistantsUpstream {
             Err(UpstreamError::ThreadGone) => Ok(()),
             other => other,
         }
+    }
+
+    async fn delete_thread(
+        &self,
+        thread: &UpstreamThreadId,
+        pace: &Pace,
+        _: &mut u64,
+    ) -> Result<bool, UpstreamError> {
+        self.delete(thread, pace).await
+    }
+
+    /// Runs go with their thread.
+    async fn delete_run(&self, _: &UpstreamRunId, _: &Pace) -> Result<bool, UpstreamError> {
+        Ok(false)
+    }
+
+    async fn history(
+        &self,
+        thread: &UpstreamThreadId,
+        after: Option<&str>,
+        pace: &Pace,
+    ) -> Result<Option<HistoryPage>, UpstreamError> {
+        self.history_page(thread, after, pace).await
+    }
+
+    async fn find_threads(
+        &self,
+        of: ThreadId,
+        pace: &Pace,
+    ) -> Result<Option<Vec<UpstreamThreadId>>, UpstreamError> {
+        find(self.calls(Some(pace)), "threads", of).await
     }
 }
 
@@ -183,7 +219,7 @@ impl AssistantsUpstream {
         let Some(run) = run else {
             return Ok(Settled { said: self.was_said(thread, leftover).await?, ..Settled::default() });
         };
-        let ended = self.end(thread, &run).await?;
+        let ended = self.end(thread, &run, None).await?;
         let reply = self.reply(thread, &run).await?;
         Ok(Settled {
             said: true,
@@ -196,6 +232,10 @@ impl AssistantsUpstream {
         })
     }
 
+    fn calls<'a>(&'a self, pace: Option<&'a Pace>) -> Calls<'a> {
+        Calls { client: &self.client, pace }
+    }
+
     /// One call without a body, repeated as long as it fails in a way that may pass.
     async fn call<T: DeserializeOwned>(
         &self,
@@ -203,7 +243,7 @@ impl AssistantsUpstream {
         path: &[&str],
         query: &[(&str, &str)],
     ) -> Result<Answer<T>, UpstreamError> {
-        patiently(|| self.client.json(method.clone(), path, query, None)).await
+        self.calls(None).make(method, path, query).await
     }
 }
 

@@ -73,7 +73,8 @@ fn meaning(status: StatusCode, headers: &HeaderMap, detail: ErrorDetail) -> Upst
         return UpstreamError::Busy { blocking_run: detail.blocking_run() };
     }
     // A server that gave up waiting for the request (408) is as uncertain as one that broke.
-    if status.is_server_error() || status == StatusCode::REQUEST_TIMEOUT {
+    let is_broken = status.is_server_error() && status != StatusCode::NOT_IMPLEMENTED;
+    if is_broken || status == StatusCode::REQUEST_TIMEOUT {
         return UpstreamError::Unavailable {
             status: status.as_u16(),
             retry_after: retry_after(headers),
@@ -379,6 +380,7 @@ mod tests {
             (400, "\u{feff}{".into(), "refused 400 -"),
             (400, wrapped("Cannot cancel run with status 'completed'.", ""), "refused 400 -"),
             (307, String::new(), "refused 307 -"),
+            (501, r#"{"detail":"not implemented"}"#.into(), "refused 501 -"),
             (503, "upstream connect error".into(), "unavailable 503 None"),
             (408, String::new(), "unavailable 408 None"),
             (429, wrapped("slow down", "rate_limit_exceeded"), "limited None wait"),
@@ -482,7 +484,7 @@ mod tests {
         #[test]
         fn arbitrary_bytes_have_a_meaning(status in 300_u16..600, body in proptest::collection::vec(any::<u8>(), 0..200)) {
             let error = classify(StatusCode::from_u16(status).unwrap(), &HeaderMap::new(), &body).error;
-            if status >= 500 {
+            if status >= 500 && status != 501 {
                 let unavailable = matches!(error, UpstreamError::Unavailable { .. });
                 prop_assert!(unavailable);
             }

@@ -156,6 +156,13 @@ impl UpstreamClient {
         Ok(Answer { value, poll_after })
     }
 
+    /// Makes one request whose answer says no more than that it was done.
+    pub(super) async fn done(&self, method: Method, segments: &[&str]) -> Result<(), UpstreamError> {
+        let response = self.send(method, segments, &[], None, "application/json").await?;
+        // Read to its end, so that the connection can serve the next call.
+        self.read(response, self.max_bytes).await.map(drop)
+    }
+
     /// Makes one request and streams the events of the answer.
     pub(super) async fn events(
         &self,
@@ -193,7 +200,7 @@ impl UpstreamClient {
             .await
             .map_err(|_| UpstreamError::Broken { timeout: true })
             .and_then(|answer| answer.map_err(|error| failure(&error)));
-        if answer.as_ref().is_ok_and(|response| !response.status().is_server_error()) {
+        if answer.as_ref().is_ok_and(|response| !tells_failure(response.status())) {
             permit.answered();
         } else if permit.failed() {
             tracing::warn!(
@@ -337,6 +344,11 @@ fn failure(error: &reqwest::Error) -> UpstreamError {
 /// The texts of an error and its causes.
 fn chain<'a>(error: &'a (dyn std::error::Error + 'static)) -> impl Iterator<Item = String> + 'a {
     std::iter::successors(Some(error), |error| error.source()).map(ToString::to_string)
+}
+
+/// The server is broken. One that does not have the call (501) is not.
+fn tells_failure(status: StatusCode) -> bool {
+    status.is_server_error() && status != StatusCode::NOT_IMPLEMENTED
 }
 
 fn is_event_stream(headers: &HeaderMap) -> bool {

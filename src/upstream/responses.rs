@@ -1,6 +1,8 @@
 //! The adapter for Conversations + Responses, and for servers that have responses alone: there a thread is a chain,
 //! and its id that of the last response which ended well.
 
+mod deleting;
+mod history;
 mod items;
 mod mending;
 mod part;
@@ -17,17 +19,20 @@ use async_trait::async_trait;
 use http::Method;
 use serde_json::{Value, json};
 
+use super::calls::{Calls, is_missing, is_not_offered};
 use super::classify::Refusal;
 use super::client::{SseStream, UpstreamClient};
-use super::patience::{a_moment, patiently};
+use super::finding::find;
+use super::patience::a_moment;
 use super::relay::{public, relay};
 use super::tags::thread_tags;
 use super::wire::Created;
 use super::{
-    AnswerTools, Capabilities, EventStream, Ownership, Recovered, Settled, StartRun, Upstream, UpstreamError,
+    AnswerTools, Capabilities, EventStream, HistoryPage, Ownership, Pace, Recovered, Settled, StartRun,
+    Upstream, UpstreamError,
 };
 use crate::config::UpstreamConfig;
-use crate::domain::{Leftover, Message, UpstreamRunId, UpstreamThreadId};
+use crate::domain::{Leftover, Message, ThreadId, UpstreamRunId, UpstreamThreadId};
 use mending::Attempt;
 use request::{Terms, history_items, output_items};
 use source::resuming;
@@ -61,7 +66,7 @@ impl ResponsesUpstream {
 #[async_trait]
 impl Upstream for ResponsesUpstream {
     fn capabilities(&self) -> Capabilities {
-        Capabilities { lock_window: self.lock_window }
+        Capabilities { lock_window: self.lock_window, has_threads: self.conversations, stores_runs: true }
     }
 
     fn available(&self) -> Result<(), Duration> {
@@ -85,8 +90,12 @@ impl Upstream for ResponsesUpstream {
         let conversation: Created =
             self.client.json(Method::POST, &["conversations"], &[], Some(&body)).await?.value;
         let conversation = conversation.into_thread()?;
-        self.add_items(&conversation, rest).await?;
-        Ok(Some(conversation))
+        let Err(error) = self.add_items(&conversation, rest).await else { return Ok(Some(conversation)) };
+        // One that holds but a part of the history is of no use.
+        match self.delete_thread(&conversation, &Pace::UNBOUND, &mut 0).await {
+            Ok(_) => Err(error),
+            Err(_) => Err(UpstreamError::Protocol("a conversation could not be filled".to_owned())),
+        }
     }
 
     async fn start(&self, request: StartRun<'_>) -> Result<EventStream, UpstreamError> {
@@ -101,7 +110,7 @@ impl Upstream for ResponsesUpstream {
     /// where the assistant has such tools, the response that made the calls is asked.
     async fn answer_tools(&self, request: AnswerTools<'_>) -> Result<EventStream, UpstreamError> {
         let has_custom_tools = request.assistant.tools.iter().any(|tool| tool["type"] == "custom");
-        let asking = if has_custom_tools { self.response(request.upstream_run).await? } else { None };
+        let asking = if has_custom_tools { self.response(request.upstream_run, None).await? } else { None };
         let custom = asking.as_ref().map(custom_calls).unwrap_or_default();
         let asked = UpstreamThreadId(request.upstream_run.0.clone());
         let thread = if self.conversations { request.thread } else { Some(&asked) };
@@ -142,9 +151,53 @@ impl Upstream for ResponsesUpstream {
             other => other,
         }
     }
+
+    async fn delete_thread(
+        &self,
+        thread: &UpstreamThreadId,
+        pace: &Pace,
+        items: &mut u64,
+    ) -> Result<bool, UpstreamError> {
+        if self.conversations {
+            self.delete_conversation(thread, pace, items).await
+        } else {
+            self.delete_chain(thread, pace).await
+        }
+    }
+
+    async fn delete_run(&self, run: &UpstreamRunId, pace: &Pace) -> Result<bool, UpstreamError> {
+        self.delete_response(run, pace).await
+    }
+
+    async fn history(
+        &self,
+        thread: &UpstreamThreadId,
+        after: Option<&str>,
+        pace: &Pace,
+    ) -> Result<Option<HistoryPage>, UpstreamError> {
+        if !self.conversations {
+            return Ok(None);
+        }
+        self.history_page(thread, after, pace).await
+    }
+
+    async fn find_threads(
+        &self,
+        of: ThreadId,
+        pace: &Pace,
+    ) -> Result<Option<Vec<UpstreamThreadId>>, UpstreamError> {
+        if !self.conversations {
+            return Ok(Some(Vec::new()));
+        }
+        find(self.calls(Some(pace)), "conversations", of).await
+    }
 }
 
 impl ResponsesUpstream {
+    fn calls<'a>(&'a self, pace: Option<&'a Pace>) -> Calls<'a> {
+        Calls { client: &self.client, pace }
+    }
+
     /// Sends the request for a response. In the background its stream survives breaks.
     async fn open(&self, body: &Value) -> Result<SseStream, Refusal> {
         let events = self.client.events(Method::POST, &["responses"], &[], Some(body)).await?;
@@ -153,25 +206,15 @@ impl ResponsesUpstream {
 
     /// The response as it is stored; `None` if it is not, which is so for one that is not in the background until it
     /// has ended well.
-    async fn response(&self, id: &UpstreamRunId) -> Result<Option<Value>, UpstreamError> {
-        let path = ["responses", id.as_str()];
-        match patiently(|| self.client.json::<Value>(Method::GET, &path, &[], None)).await {
-            Ok(answer) => Ok(Some(answer.value)),
+    async fn response(
+        &self,
+        id: &UpstreamRunId,
+        pace: Option<&Pace>,
+    ) -> Result<Option<Value>, UpstreamError> {
+        match self.calls(pace).get(&["responses", id.as_str()]).await {
+            Ok(response) => Ok(Some(response)),
             Err(error) if is_missing(&error) => Ok(None),
             Err(error) => Err(error),
         }
     }
-}
-
-/// There is no response, or item, of that id. The text for a response is that for the end of a chain, too.
-const fn is_missing(error: &UpstreamError) -> bool {
-    matches!(error, UpstreamError::ThreadGone | UpstreamError::Refused { status: 404, .. })
-}
-
-/// The server does not have the call at all.
-const fn is_not_offered(error: &UpstreamError) -> bool {
-    matches!(
-        error,
-        UpstreamError::Refused { status: 404 | 405, .. } | UpstreamError::Unavailable { status: 501, .. }
-    )
 }

@@ -9,10 +9,15 @@ use crate::domain::{MessageId, Metadata, RunId, Scope};
 
 /// The tag by which a run is found again.
 pub(super) const RUN_TAG: &str = "threadkeeper_run";
+/// The tag of a user's message.
+pub(super) const MESSAGE_TAG: &str = "threadkeeper_message";
+/// The tag by which an upstream thread is found again.
+pub(super) const THREAD_TAG: &str = "threadkeeper_thread";
 
 /// Whose thread it is: up to five pairs, no value longer than a key may be (256 bytes).
 pub(super) fn thread_tags(owner: &Ownership) -> Map<String, Value> {
     let mut tags = Map::new();
+    tags.insert(THREAD_TAG.to_owned(), owner.thread.to_string().into());
     let mut tag =
         |name: &str, value: String| tags.insert(format!("threadkeeper_{name}"), Value::String(value));
     tag("tenant", owner.key.tenant.as_str().to_owned());
@@ -20,7 +25,6 @@ pub(super) fn thread_tags(owner: &Ownership) -> Map<String, Value> {
     if owner.key.scope != Scope::User {
         tag(owner.key.scope.kind(), owner.key.scope.name().to_owned());
     }
-    tag("thread", owner.thread.to_string());
     if let Some(expires_at) = owner.expires_at {
         tag("expires_at", expires_at.to_rfc3339_opts(SecondsFormat::Secs, true));
     }
@@ -41,7 +45,7 @@ pub(super) fn message_tags(run: Option<RunId>, message: MessageId) -> Map<String
     if let Some(run) = run {
         tags.insert(RUN_TAG.to_owned(), run.to_string().into());
     }
-    tags.insert("threadkeeper_message".to_owned(), message.to_string().into());
+    tags.insert(MESSAGE_TAG.to_owned(), message.to_string().into());
     tags
 }
 

@@ -21,6 +21,22 @@ impl Created {
     }
 }
 
+/// A page of a list.
+#[derive(Debug, Deserialize)]
+pub(super) struct List<T> {
+    pub(super) data: Vec<T>,
+    #[serde(default, deserialize_with = "lenient")]
+    pub(super) has_more: Option<bool>,
+}
+
+impl<T> List<T> {
+    /// After which element the next page begins; `None`: this is the last one.
+    pub(super) fn next<'a>(&'a self, id: impl FnOnce(&'a T) -> &'a str) -> Option<String> {
+        let last = self.data.last().filter(|_| self.has_more != Some(false))?;
+        Some(id(last).to_owned())
+    }
+}
+
 /// Why a run with this status did not complete: our words and, in brackets, the upstream's code, which has passed
 /// [`token`](super::classify::token).
 pub(super) fn failure(status: RunStatus, code: Option<String>) -> Option<RunError> {

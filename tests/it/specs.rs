@@ -84,7 +84,8 @@ async fn threads_messages_and_runs_answer_as_documented() {
     api.get(&message).await;
     api.post(&message, json!({"metadata": {"e": "f"}})).await;
     api.delete(&message).await;
-    api.get(&format!("{at}/messages?limit=2&order=asc")).await;
+    let page = api.get(&format!("{at}/messages?limit=1&order=asc")).await;
+    api.get(&format!("{at}/messages?limit=100&order=asc&after={}", page["last_id"].as_str().unwrap())).await;
     api.get(&format!("{at}/runs")).await;
     let body = json!({
         "assistant_id": "asst_1", "model": "m", "instructions": "Be kind.", "metadata": {"turn": "1"},
@@ -128,6 +129,9 @@ async fn threads_messages_and_runs_answer_as_documented() {
     api.post("/threads/runs", together).await;
     api.delete(&at).await;
     api.get(&at).await;
+    api.get(&format!("{at}/messages")).await;
+    api.get(&format!("{at}/runs")).await;
+    api.delete(&at).await;
 }
 
 #[tokio::test]
@@ -197,6 +201,7 @@ async fn conversations_and_responses_answer_as_documented() {
     let item = format!("{at}/items/{}", items["first_id"].as_str().unwrap());
     api.get(&item).await;
     api.delete(&item).await;
+    api.delete(&item).await;
     let tool =
         json!({"type": "function", "name": "look_up", "parameters": {"type": "object"}, "strict": false});
     let asked = api
@@ -211,7 +216,8 @@ async fn conversations_and_responses_answer_as_documented() {
     let body = json!({"model": "gpt-5", "conversation": {"id": id(&conversation)}, "input": output});
     let answered = api.post("/responses", body).await;
     api.post("/responses", json!({"model": "gpt-5", "input": "x", "conversation": "thread_1"})).await;
-    api.get(&format!("{at}/items?limit=100&order=asc")).await;
+    let page = api.get(&format!("{at}/items?limit=1&order=asc")).await;
+    api.get(&format!("{at}/items?limit=100&order=asc&after={}", page["last_id"].as_str().unwrap())).await;
     let response = format!("/responses/{}", id(&answered));
     api.get(&response).await;
     api.get(&format!("{response}/input_items")).await;
@@ -228,10 +234,14 @@ async fn conversations_and_responses_answer_as_documented() {
         api.post("/responses", json!({"model": "gpt-5", "input": "Hello", "background": true})).await;
     let running = format!("/responses/{}", id(&running));
     api.get(&running).await;
+    api.delete(&running).await;
     api.post(&format!("{running}/cancel"), Value::Null).await;
     api.get(&running).await;
+    api.delete(&running).await;
     api.delete(&at).await;
     api.get(&at).await;
+    api.get(&format!("{at}/items")).await;
+    api.delete(&at).await;
 }
 
 #[tokio::test]

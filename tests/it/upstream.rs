@@ -5,6 +5,7 @@ mod answers;
 mod background;
 mod breaker;
 mod clearing;
+mod deleting;
 mod mending;
 mod recovery;
 mod scene;

@@ -40,6 +40,14 @@ pub(super) fn insert(server: &Server, thread: Thread) {
     server.changed();
 }
 
+/// All threads.
+pub(super) fn list(server: &Server, call: &Call) -> Result<Response, ApiError> {
+    let paging = Paging::of_query(&call.query, true)?;
+    let world = server.world();
+    let all: Vec<&Thread> = world.threads.iter().map(|(_, thread)| thread).collect();
+    paging.answer(all.into_iter(), |thread| &thread.id)
+}
+
 pub(super) fn get(server: &Server, call: &Call) -> Result<Response, ApiError> {
     let world = server.world();
     Ok(json_body(thread(&world, call.segment(1))?))
@@ -71,6 +79,9 @@ pub(super) fn delete(server: &Server, call: &Call) -> Result<Response, ApiError>
                 world.counters.end(id, &run.id, run.work.generating, "deleted");
             }
         }
+    }
+    for run in &thread.runs {
+        world.runs.remove(run);
     }
     world.counters.stats.threads_deleted += 1;
     drop(world);

@@ -50,6 +50,10 @@ impl Conversation {
         &self.items
     }
 
+    pub(super) fn is_deleted(&self) -> bool {
+        self.deleted
+    }
+
     pub(super) fn append<'a>(&mut self, items: impl IntoIterator<Item = &'a Value>) {
         for item in items {
             self.context.absorb(item);
@@ -115,6 +119,15 @@ pub(super) fn create(server: &Server, call: Call) -> Result<Response, ApiError> 
     Ok(answer)
 }
 
+/// All conversations.
+pub(super) fn list(server: &Server, call: &Call) -> Result<Response, ApiError> {
+    let paging = Paging::of_query(&call.query, true)?;
+    let world = server.world();
+    let all = world.conversations.iter().map(|(_, conversation)| conversation);
+    let live: Vec<&Conversation> = all.filter(|conversation| !conversation.deleted).collect();
+    paging.answer(live.into_iter(), |conversation| &conversation.id)
+}
+
 pub(super) fn get(server: &Server, call: &Call) -> Result<Response, ApiError> {
     Ok(json_body(live(&mut server.world(), call.segment(1))?))
 }
@@ -169,7 +182,7 @@ pub(super) fn create_items(server: &Server, call: Call) -> Result<Response, ApiE
 pub(super) fn list_items(server: &Server, call: &Call) -> Result<Response, ApiError> {
     let paging = Paging::of_query(&call.query, false)?;
     let mut world = server.world();
-    paging.answer(any(&mut world, call.segment(1))?.items.iter(), |item| items::id(item))
+    paging.answer(live(&mut world, call.segment(1))?.items.iter(), |item| items::id(item))
 }
 
 pub(super) fn get_item(server: &Server, call: &Call) -> Result<Response, ApiError> {

@@ -4,11 +4,12 @@ use http::Method;
 use serde_json::Value;
 
 use super::AssistantsUpstream;
-use super::wire::{MessageList, MessageObject};
+use super::wire::MessageObject;
 use crate::domain::{ContentPart, Leftover, UpstreamRunId, UpstreamThreadId};
 use crate::upstream::UpstreamError;
 use crate::upstream::patience::once_unlocked;
 use crate::upstream::tags::RUN_TAG;
+use crate::upstream::wire::List;
 
 /// The longest page that a server must give.
 const PAGE: &str = "100";
@@ -99,7 +100,7 @@ impl AssistantsUpstream {
             let cursor = after.as_deref().map(|id| ("after", id));
             let query: Vec<(&str, &str)> =
                 [("limit", PAGE)].into_iter().chain(query.iter().copied()).chain(cursor).collect();
-            let page: MessageList = self.call(Method::GET, &path, &query).await?.value;
+            let page: List<MessageObject> = self.call(Method::GET, &path, &query).await?.value;
             let is_last_page = page.has_more != Some(true) || page.data.is_empty();
             for message in page.data {
                 if last(&message) {

@@ -7,14 +7,14 @@ use http::Method;
 use tokio::time::sleep;
 
 use super::AssistantsUpstream;
-use super::wire::{RunList, RunObject};
+use super::wire::RunObject;
 use crate::domain::{RunId, RunStatus, UpstreamRunId, UpstreamThreadId};
 use crate::upstream::client::Answer;
 use crate::upstream::patience::{FIRST_WAIT, LONGEST_WAIT, longer};
 use crate::upstream::relay::out_of_sight;
 use crate::upstream::tags::RUN_TAG;
-use crate::upstream::wire::failure;
-use crate::upstream::{Ended, EventStream, UpstreamError, UpstreamEvent};
+use crate::upstream::wire::{List, failure};
+use crate::upstream::{Ended, EventStream, Pace, UpstreamError, UpstreamEvent};
 
 /// Runs to look through for ours. Only one can be active where the server locks; this is for those that do not.
 const RUNS_TO_SEARCH: &str = "20";
@@ -48,7 +48,7 @@ impl AssistantsUpstream {
             }
             let path = ["threads", thread.as_str(), "runs"];
             let query = [("limit", RUNS_TO_SEARCH), ("order", "desc")];
-            let runs: RunList = self.call(Method::GET, &path, &query).await?.value;
+            let runs: List<RunObject> = self.call(Method::GET, &path, &query).await?.value;
             if let Some(found) = runs.data.into_iter().find(|run| run.tag(RUN_TAG) == Some(&tag)) {
                 return Ok(Some(found));
             }
@@ -107,14 +107,16 @@ impl AssistantsUpstream {
         &self,
         thread: &UpstreamThreadId,
         run: &UpstreamRunId,
+        pace: Option<&Pace>,
     ) -> Result<RunObject, UpstreamError> {
+        let calls = self.calls(pace);
         let path = ["threads", thread.as_str(), "runs", run.as_str()];
         let cancel = ["threads", thread.as_str(), "runs", run.as_str(), "cancel"];
         let mut wait = FIRST_WAIT;
         let mut cancelling = false;
         loop {
             if !cancelling {
-                match self.call::<RunObject>(Method::POST, &cancel, &[]).await {
+                match calls.make::<RunObject>(Method::POST, &cancel, &[]).await {
                     Ok(cancelled) if cancelled.value.has_ended() => return Ok(cancelled.value),
                     // The run moved before the cancel came, or cannot be cancelled where it stands: its own status
                     // tells which.
@@ -122,7 +124,7 @@ impl AssistantsUpstream {
                     Err(error) => return Err(error),
                 }
             }
-            let seen = self.call::<RunObject>(Method::GET, &path, &[]).await?;
+            let seen = calls.make::<RunObject>(Method::GET, &path, &[]).await?;
             if seen.value.has_ended() {
                 return Ok(seen.value);
             }

@@ -3,14 +3,9 @@
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
 
-use crate::domain::{ContentPart, ImageFile, ImageUrl, RunStatus, ToolCall, Usage};
+use crate::domain::{ContentPart, ImageFile, ImageUrl, Role, RunStatus, Timestamp, ToolCall, Usage};
 use crate::upstream::classify::token;
 use crate::upstream::wire::{lenient, usage};
-
-#[derive(Debug, Deserialize)]
-pub(super) struct RunList {
-    pub(super) data: Vec<RunObject>,
-}
 
 #[derive(Debug, Deserialize)]
 pub(super) struct RunObject {
@@ -111,17 +106,12 @@ struct WireFunction {
 }
 
 #[derive(Debug, Deserialize)]
-pub(super) struct MessageList {
-    pub(super) data: Vec<MessageObject>,
-    #[serde(default, deserialize_with = "lenient")]
-    pub(super) has_more: Option<bool>,
-}
-
-#[derive(Debug, Deserialize)]
 pub(super) struct MessageObject {
     pub(super) id: String,
     #[serde(default, deserialize_with = "lenient")]
     pub(super) run_id: Option<String>,
+    #[serde(default, deserialize_with = "lenient")]
+    created_at: Option<i64>,
     #[serde(default, deserialize_with = "lenient")]
     metadata: Option<Map<String, Value>>,
     #[serde(default)]
@@ -131,6 +121,15 @@ pub(super) struct MessageObject {
 }
 
 impl MessageObject {
+    /// Whose it is; `None` for someone who is no part of a conversation of ours.
+    pub(super) fn speaker(&self) -> Option<Role> {
+        self.role.as_deref().unwrap_or("assistant").parse().ok()
+    }
+
+    pub(super) fn created_at(&self) -> Option<Timestamp> {
+        Timestamp::from_timestamp(self.created_at?, 0)
+    }
+
     /// The message is (part of) the reply. A server that names no role sends no other messages.
     pub(super) fn is_reply(&self) -> bool {
         self.role.as_deref().is_none_or(|role| role == "assistant")

@@ -5,12 +5,13 @@ use serde_json::{Value, json};
 use tokio::time::sleep;
 
 use super::part::id_of;
-use super::wire::{ItemList, OpenCall};
+use super::wire::OpenCall;
 use super::{ITEMS_PER_REQUEST, ResponsesUpstream, is_missing};
 use crate::domain::UpstreamThreadId;
 use crate::upstream::UpstreamError;
 use crate::upstream::client::Answer;
 use crate::upstream::patience::{FIRST_WAIT, longer, once_unlocked, patiently};
+use crate::upstream::wire::List;
 
 /// The longest page that a server must give.
 const PAGE: usize = 100;
@@ -49,9 +50,9 @@ impl ResponsesUpstream {
             let after = newest_first.last().and_then(id_of).map(str::to_owned);
             let cursor = after.as_deref().map(|id| ("after", id));
             let query: Vec<_> = [("limit", PAGE_TEXT), ("order", "desc")].into_iter().chain(cursor).collect();
-            let page: Answer<ItemList> =
+            let page: Answer<List<Value>> =
                 patiently(|| self.client.json(Method::GET, &path, &query, None)).await?;
-            let ItemList { data, has_more } = page.value;
+            let List { data, has_more } = page.value;
             let is_last = data.is_empty() || !has_more.unwrap_or(data.len() >= PAGE);
             let before = newest_first.len();
             newest_first.extend(data);

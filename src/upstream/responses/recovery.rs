@@ -37,7 +37,7 @@ impl ResponsesUpstream {
         }
         let mut accepted = sent.upstream_run.as_ref();
         if let Some(id) = accepted {
-            match self.response(id).await? {
+            match self.response(id, None).await? {
                 // The response that asked. The one that its answers led to is not known.
                 Some(response) if asked_for(&response, sent) => accepted = None,
                 Some(response) if self.goes_on_or_is_over(&response) => {
@@ -83,7 +83,7 @@ impl ResponsesUpstream {
         loop {
             let is_last = Instant::now() >= until;
             if let Some(id) = accepted
-                && let Some(response) = self.response(id).await?
+                && let Some(response) = self.response(id, None).await?
                 && as_event(&response).1
             {
                 return Ok(Found::Response(id.clone(), response));

@@ -11,8 +11,8 @@ use super::part::{id_of, is_said, own_part};
 use super::wire::{OpenCall, Output, ResponseObject, answered_calls, open_calls};
 use super::{ResponsesUpstream, is_missing, is_not_offered};
 use crate::domain::{Leftover, RunStatus, ToolCall, UpstreamRunId, UpstreamThreadId};
-use crate::upstream::patience::{FIRST_WAIT, longer, patiently};
-use crate::upstream::{Settled, UpstreamError};
+use crate::upstream::patience::{FIRST_WAIT, longer};
+use crate::upstream::{Pace, Settled, UpstreamError};
 
 /// Pages that are read back to a run's baseline.
 pub(super) const MAX_PAGES: usize = 10;
@@ -22,7 +22,7 @@ pub(super) const MAX_PAGES: usize = 10;
 const DROP_GRACE: Duration = Duration::from_millis(200);
 
 /// A response that has ended.
-struct Last {
+pub(super) struct Last {
     status: RunStatus,
     response: ResponseObject,
 }
@@ -102,10 +102,19 @@ impl ResponsesUpstream {
     /// background has stopped with its connection.
     async fn end(&self, id: &UpstreamRunId) -> Result<Option<Last>, UpstreamError> {
         if !self.background {
-            return Ok(self.response(id).await?.and_then(|response| last(&response)));
+            return Ok(self.response(id, None).await?.and_then(|response| last(&response)));
         }
+        self.cancel(id, None).await
+    }
+
+    /// Cancels a response, waits until it has ended, and gives it; `None` if it is not stored.
+    pub(super) async fn cancel(
+        &self,
+        id: &UpstreamRunId,
+        pace: Option<&Pace>,
+    ) -> Result<Option<Last>, UpstreamError> {
         let path = ["responses", id.as_str(), "cancel"];
-        match patiently(|| self.client.json::<Value>(Method::POST, &path, &[], None)).await {
+        match self.calls(pace).make::<Value>(Method::POST, &path, &[]).await {
             Ok(cancelled) => {
                 if let Some(last) = last(&cancelled.value) {
                     return Ok(Some(last));
@@ -118,7 +127,7 @@ impl ResponsesUpstream {
         }
         let mut wait = FIRST_WAIT;
         loop {
-            let Some(response) = self.response(id).await? else { return Ok(None) };
+            let Some(response) = self.response(id, pace).await? else { return Ok(None) };
             if let Some(last) = last(&response) {
                 return Ok(Some(last));
             }

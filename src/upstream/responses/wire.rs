@@ -5,16 +5,9 @@ use serde::Deserialize;
 use serde_json::value::RawValue;
 use serde_json::{Map, Value, json};
 
-use crate::domain::{ContentPart, Message, Role, RunStatus, ToolCall, Usage};
+use crate::domain::{ContentPart, ImageFile, ImageUrl, Message, Role, RunStatus, ToolCall, Usage};
 use crate::upstream::classify::{Damage, ErrorDetail, token};
 use crate::upstream::wire::{lenient, usage};
-
-#[derive(Debug, Deserialize)]
-pub(super) struct ItemList {
-    pub(super) data: Vec<Value>,
-    #[serde(default, deserialize_with = "lenient")]
-    pub(super) has_more: Option<bool>,
-}
 
 /// The outside of an event; what it holds is read when its type is known.
 #[derive(Debug, Deserialize)]
@@ -116,6 +109,35 @@ fn part(part: &Value) -> Option<ContentPart> {
     match part.get("type").and_then(Value::as_str)? {
         "output_text" => text("text").map(|text| ContentPart::Text { text }),
         "refusal" => text("refusal").map(|refusal| ContentPart::Refusal { refusal }),
+        _ => None,
+    }
+}
+
+/// The parts of a message that we know, the user's or the assistant's.
+pub(super) fn said(item: &Value) -> Vec<ContentPart> {
+    match item.get("content") {
+        Some(Value::String(text)) => vec![ContentPart::Text { text: text.clone() }],
+        Some(Value::Array(parts)) => {
+            parts.iter().filter_map(|it| part(it).or_else(|| input_part_said(it))).collect()
+        }
+        _ => Vec::new(),
+    }
+}
+
+fn input_part_said(part: &Value) -> Option<ContentPart> {
+    let text = |field: &str| part.get(field).and_then(Value::as_str).map(str::to_owned);
+    match part.get("type").and_then(Value::as_str)? {
+        "input_text" | "text" => text("text").map(|text| ContentPart::Text { text }),
+        "input_image" => {
+            let detail = text("detail");
+            let by_url = text("image_url")
+                .map(|url| ContentPart::ImageUrl { image_url: ImageUrl { url, detail: detail.clone() } });
+            let by_file = || {
+                text("file_id")
+                    .map(|file_id| ContentPart::ImageFile { image_file: ImageFile { file_id, detail } })
+            };
+            by_url.or_else(by_file)
+        }
         _ => None,
     }
 }
@@ -229,7 +251,6 @@ fn input_part(part: &ContentPart) -> Value {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::domain::{ImageFile, ImageUrl};
 
     #[test]
     fn content_of_a_message_takes_the_shape_of_input_items() {

@@ -255,6 +255,55 @@ async fn a_cancel_can_stay_without_effect() {
 }
 
 #[tokio::test]
+async fn a_thread_is_deleted_once_and_takes_all_with_it() {
+    let sim = Sim::instant().await;
+    let thread = sim.thread().await;
+    let path = format!("/threads/{thread}");
+    sim.post(&path, json!({"metadata": {"note": "about a needle"}})).await;
+    let events = sim.events(&format!("{path}/runs"), streamed("A needle [[sim: tool=look_up]]")).await;
+    let run = events.iter().find(|event| event.name == "thread.run.requires_action").unwrap().json();
+    let call = run["required_action"]["submit_tool_outputs"]["tool_calls"][0]["id"].clone();
+    let outputs =
+        json!({"tool_outputs": [{"tool_call_id": call, "output": "found the needle"}], "stream": true});
+    sim.events(&format!("{path}/runs/{}/submit_tool_outputs", id(&run)), outputs).await;
+    let places = sim.handle.holds_text("needle");
+    assert_eq!(places[0], format!("thread {thread}"));
+    assert_eq!(places.iter().filter(|place| place.starts_with("message ")).count(), 2, "{places:?}");
+    assert!(places.last().unwrap().ends_with(&format!("of run {}", id(&run))), "{places:?}");
+    assert_eq!(sim.delete(&path).await, json!({"id": thread, "object": "thread.deleted", "deleted": true}));
+    assert_eq!(sim.handle.holds_text("needle"), [""; 0]);
+    for (method, below) in
+        [(Method::DELETE, ""), (Method::GET, ""), (Method::GET, "/messages"), (Method::GET, "/runs")]
+    {
+        let (status, answer) = sim.send(method, &format!("{path}{below}"), None).await;
+        let text = format!("No thread found with id '{thread}'.");
+        assert_eq!((status, answer["error"]["message"].as_str()), (404, Some(&*text)), "{below}");
+    }
+    assert_eq!(sim.handle.stats().violations, [""; 0]);
+}
+
+#[tokio::test]
+async fn threads_are_listed_only_where_that_is_offered() {
+    let sim = Sim::instant().await;
+    let (status, answer) = sim.send(Method::GET, "/threads", None).await;
+    assert_eq!((status, answer["error"]["message"].as_str()), (404, Some("Invalid URL (GET /v1/threads)")));
+    let sim = Sim::start(SimulatorConfig { list_threads: true, ..SimulatorConfig::default() }).await;
+    assert_eq!(sim.get("/threads").await["data"], json!([]));
+    let mut made = Vec::new();
+    for n in 0..5 {
+        made.push(id(&sim.post("/threads", json!({"metadata": {"n": n.to_string()}})).await));
+    }
+    sim.delete(&format!("/threads/{}", made.remove(1))).await;
+    let ids = |list: &Value| list["data"].as_array().unwrap().iter().map(id).collect::<Vec<_>>();
+    let page = sim.get("/threads?limit=3&order=asc").await;
+    assert_eq!(ids(&page), made[..3]);
+    assert_eq!((&page["has_more"], page["data"][0]["metadata"]["n"].as_str()), (&json!(true), Some("0")));
+    let after = page["last_id"].as_str().unwrap();
+    let page = sim.get(&format!("/threads?limit=3&order=asc&after={after}")).await;
+    assert_eq!((ids(&page), &page["has_more"]), (vec![made[3].clone()], &json!(false)));
+}
+
+#[tokio::test]
 async fn the_next_turn_knows_nothing_of_a_deleted_message() {
     let sim = Sim::instant().await;
     let thread = sim.thread().await;

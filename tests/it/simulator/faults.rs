@@ -268,6 +268,14 @@ async fn the_handle_can_be_had_over_http() {
     let history: Vec<(String, String)> =
         client.get(at(&format!("threads/{thread}/history"))).send().await.unwrap().json().await.unwrap();
     assert_eq!(history, sim.handle.thread_history(&thread));
+    let places: Vec<String> =
+        client.post(at("holds_text")).body("Hi").send().await.unwrap().json().await.unwrap();
+    assert_eq!(places, sim.handle.holds_text("Hi"));
+    assert_eq!(places.len(), 2, "what was said, and the reply");
+    for list in ["responses", "leaked_items"] {
+        let none: Vec<String> = client.get(at(list)).send().await.unwrap().json().await.unwrap();
+        assert_eq!(none, [""; 0]);
+    }
     let foreign = at(&format!("threads/{thread}/foreign_run"));
     assert_eq!(client.post(&foreign).send().await.unwrap().status(), 200);
     assert_eq!(client.post(&foreign).send().await.unwrap().status(), 404);

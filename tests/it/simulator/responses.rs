@@ -380,12 +380,108 @@ async fn a_deleted_conversation_leaves_its_items() {
         assert_eq!((status, answer["error"]["message"].as_str()), (404, Some(&*text)));
     }
     assert_eq!(sim.refused("/responses", turn(&conversation, "x")).await.0, 404);
-    let items = sim.get(&format!("{path}/items")).await;
-    for item in items["data"].as_array().unwrap() {
-        sim.get(&format!("{path}/items/{}", id(item))).await;
-        sim.delete(&format!("{path}/items/{}", id(item))).await;
+    assert_eq!(sim.send(Method::GET, &format!("{path}/items"), None).await.0, 404);
+    let leaked = sim.handle.leaked_items();
+    assert_eq!(leaked.len(), 2);
+    let places = sim.handle.holds_text("Remember me");
+    assert_eq!(places[0], format!("leaked item {} of conversation {conversation}", leaked[0]));
+    for item in leaked {
+        let item = format!("{path}/items/{item}");
+        sim.get(&item).await;
+        sim.delete(&item).await;
+        let (status, answer) = sim.send(Method::DELETE, &item, None).await;
+        assert_eq!(status, 404);
+        assert!(answer["error"]["message"].as_str().unwrap().ends_with("not found in conversation."));
     }
-    assert_eq!(sim.get(&format!("{path}/items")).await["data"], json!([]));
+    assert_eq!(sim.handle.leaked_items(), [""; 0]);
+}
+
+#[tokio::test]
+async fn a_conversation_that_is_emptied_first_leaves_only_its_responses() {
+    let sim = Sim::instant().await;
+    let conversation = sim.conversation().await;
+    let path = format!("/conversations/{conversation}");
+    sim.post(&path, json!({"metadata": {"note": "about a needle"}})).await;
+    let body = streamed(background(turn(&conversation, "A needle")));
+    let response = id(&sim.events("/responses", body).await[0].json()["response"]);
+    sim.wait_for(|stats| stats.active_runs == 0).await;
+    let items = sim.get(&format!("{path}/items?order=asc")).await;
+    let (said, answered) = (id(&items["data"][0]), id(&items["data"][1]));
+    let of_the_response = [
+        format!("response {response}"),
+        format!("input of response {response}"),
+        format!("events of response {response}"),
+    ];
+    let of_the_conversation = [
+        format!("conversation {conversation}"),
+        format!("item {said} of conversation {conversation}"),
+        format!("item {answered} of conversation {conversation}"),
+    ];
+    assert_eq!(sim.handle.holds_text("needle"), [of_the_conversation, of_the_response.clone()].concat());
+    for item in [said, answered] {
+        sim.delete(&format!("{path}/items/{item}")).await;
+    }
+    sim.delete(&path).await;
+    assert_eq!(sim.handle.leaked_items(), [""; 0]);
+    assert_eq!(sim.handle.holds_text("needle"), of_the_response);
+    assert_eq!(sim.handle.stored_responses(), [response.as_str()]);
+    sim.delete(&format!("/responses/{response}")).await;
+    assert_eq!(sim.handle.holds_text("needle"), [""; 0]);
+    assert_eq!(sim.handle.stored_responses(), [""; 0]);
+}
+
+#[tokio::test]
+async fn a_response_that_outlives_its_conversation_leaves_its_items() {
+    let sim = Sim::instant().await;
+    let conversation = sim.conversation().await;
+    sim.handle.hold();
+    sim.post("/responses", background(turn(&conversation, "A needle"))).await;
+    sim.delete(&format!("/conversations/{conversation}")).await;
+    sim.handle.release();
+    let stats = sim.wait_for(|stats| stats.active_runs == 0).await;
+    assert_eq!(stats.violations.len(), 1);
+    assert_eq!(sim.handle.leaked_items().len(), 2);
+}
+
+#[tokio::test]
+async fn a_response_is_deleted_once_and_not_before_it_has_ended() {
+    let sim = Sim::instant().await;
+    sim.handle.hold();
+    let running = id(&sim.post("/responses", background(json!({"model": "m", "input": "One"}))).await);
+    let path = format!("/responses/{running}");
+    let (status, answer) = sim.send(Method::DELETE, &path, None).await;
+    assert_eq!((status, answer["error"]["type"].as_str()), (400, Some("invalid_request_error")));
+    sim.handle.release();
+    sim.wait_for(|stats| stats.active_runs == 0).await;
+    assert_eq!(
+        sim.delete(&path).await,
+        json!({"id": running, "object": "response.deleted", "deleted": true})
+    );
+    for method in [Method::DELETE, Method::GET] {
+        let (status, answer) = sim.send(method, &path, None).await;
+        let text = format!("Response with id '{running}' not found.");
+        assert_eq!((status, answer["error"]["message"].as_str()), (404, Some(&*text)));
+    }
+}
+
+#[tokio::test]
+async fn conversations_are_listed_only_where_that_is_offered() {
+    let sim = Sim::instant().await;
+    let (status, answer) = sim.send(Method::GET, "/conversations", None).await;
+    assert_eq!((status, answer["error"]["type"].as_str()), (405, Some("invalid_request_error")));
+    let sim = Sim::start(SimulatorConfig { list_threads: true, ..SimulatorConfig::default() }).await;
+    let mut made = Vec::new();
+    for n in 0..5 {
+        made.push(id(&sim.post("/conversations", json!({"metadata": {"n": n.to_string()}})).await));
+    }
+    sim.delete(&format!("/conversations/{}", made.remove(1))).await;
+    let ids = |list: &Value| list["data"].as_array().unwrap().iter().map(id).collect::<Vec<_>>();
+    let page = sim.get("/conversations?limit=3").await;
+    assert_eq!(ids(&page), [made[3].as_str(), &made[2], &made[1]]);
+    assert_eq!((&page["has_more"], page["data"][0]["metadata"]["n"].as_str()), (&json!(true), Some("4")));
+    let after = page["last_id"].as_str().unwrap();
+    let page = sim.get(&format!("/conversations?limit=3&after={after}")).await;
+    assert_eq!((ids(&page), &page["has_more"]), (vec![made[0].clone()], &json!(false)));
 }
 
 #[tokio::test]

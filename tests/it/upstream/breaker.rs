@@ -93,3 +93,17 @@ async fn it_can_be_switched_off() {
     }
     assert_eq!(server.requests().len(), 20);
 }
+
+#[tokio::test]
+async fn a_call_that_the_server_does_not_have_says_nothing_against_the_server() {
+    let bad = |status| json_answer(status, &[], "");
+    let server = Scripted::start(vec![bad(503), bad(501), bad(503)]).await;
+    let mut settings = config(UpstreamKind::Responses, &server.url);
+    settings.max_failures = 2;
+    let upstream = adapter(&settings);
+    for status in [503, 501, 503] {
+        let error = turn(&*upstream, Some(&thread())).await.unwrap_err();
+        assert_eq!(matches!(error, UpstreamError::Refused { .. }), status == 501, "{error:?}");
+    }
+    assert!(upstream.available().is_ok());
+}

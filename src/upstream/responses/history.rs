@@ -1,0 +1,100 @@
+//! Reading a conversation from its beginning.
+
+use serde_json::Value;
+
+use super::part::id_of;
+use super::wire::said;
+use super::{ResponsesUpstream, is_not_offered};
+use crate::domain::{Timestamp, UpstreamThreadId};
+use crate::upstream::{HistoryEntry, HistoryPage, Pace, UpstreamError};
+
+impl ResponsesUpstream {
+    pub(super) async fn history_page(
+        &self,
+        conversation: &UpstreamThreadId,
+        after: Option<&str>,
+        pace: &Pace,
+    ) -> Result<Option<HistoryPage>, UpstreamError> {
+        let path = ["conversations", conversation.as_str(), "items"];
+        let items = match self.calls(Some(pace)).page::<Value>(&path, "asc", after).await {
+            Ok(items) => items,
+            Err(error) if is_not_offered(&error) => return Ok(None),
+            Err(error) => return Err(error),
+        };
+        let next = items.next(|item| id_of(item).unwrap_or_default()).filter(|id| !id.is_empty());
+        Ok(Some(HistoryPage { entries: items.data.iter().filter_map(entry).collect(), next }))
+    }
+}
+
+/// An item as an entry, if it is a message of the user or of the assistant. Items carry no tags.
+fn entry(item: &Value) -> Option<HistoryEntry> {
+    let text = |field: &str| item.get(field)?.as_str();
+    text("type").filter(|kind| *kind == "message")?;
+    Some(HistoryEntry {
+        id: id_of(item)?.to_owned(),
+        role: text("role")?.parse().ok()?,
+        content: said(item),
+        created_at: item
+            .get("created_at")
+            .and_then(Value::as_i64)
+            .and_then(|at| Timestamp::from_timestamp(at, 0)),
+        is_tagged: false,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+    use crate::domain::{ContentPart, ImageFile, ImageUrl, Role};
+
+    #[test]
+    fn messages_of_user_and_assistant_become_entries() {
+        let text = |text: &str| ContentPart::Text { text: text.to_owned() };
+        let asked = entry(&json!({
+            "type": "message", "id": "msg_1", "role": "user", "created_at": 1_795_000_000, "content": [
+                {"type": "input_text", "text": "a"},
+                {"type": "input_image", "image_url": "https://i/1.png", "detail": "low"},
+                {"type": "input_image", "file_id": "file_1", "image_url": null, "detail": null},
+                {"type": "input_file", "file_id": "file_2"},
+                7,
+            ],
+        }))
+        .unwrap();
+        assert_eq!((asked.id.as_str(), asked.role, asked.is_tagged), ("msg_1", Role::User, false));
+        assert_eq!(asked.created_at, Some("2026-11-18T11:06:40Z".parse().unwrap()));
+        let (url, detail) = ("https://i/1.png".to_owned(), Some("low".to_owned()));
+        assert_eq!(
+            asked.content,
+            [
+                text("a"),
+                ContentPart::ImageUrl { image_url: ImageUrl { url, detail } },
+                ContentPart::ImageFile {
+                    image_file: ImageFile { file_id: "file_1".to_owned(), detail: None }
+                },
+            ]
+        );
+        let said = entry(&json!({"type": "message", "id": "msg_2", "role": "assistant", "content": [
+            {"type": "output_text", "text": "b", "annotations": []}, {"type": "refusal", "refusal": "c"},
+        ]}))
+        .unwrap();
+        assert_eq!((said.role, said.created_at), (Role::Assistant, None));
+        assert_eq!(said.content, [text("b"), ContentPart::Refusal { refusal: "c".to_owned() }]);
+        let bare = entry(&json!({"type": "message", "id": "msg_3", "role": "user", "content": "d"})).unwrap();
+        assert_eq!(bare.content, [text("d")]);
+    }
+
+    #[test]
+    fn other_items_are_left_out() {
+        for item in [
+            json!({"type": "message", "id": "msg_1", "role": "system", "content": []}),
+            json!({"type": "message", "role": "user", "content": []}),
+            json!({"type": "reasoning", "id": "rs_1", "summary": []}),
+            json!({"type": "function_call", "id": "fc_1", "role": "user"}),
+            json!(7),
+        ] {
+            assert_eq!(entry(&item), None, "{item}");
+        }
+    }
+}

@@ -1,0 +1,577 @@
+//! Deleting threads and runs, reading a thread from its beginning, and finding lost ones.
+
+use std::num::NonZeroU32;
+use std::time::Duration;
+
+use futures_util::StreamExt;
+use reqwest::Method;
+use serde_json::{Value, json};
+use threadkeeper::config::UpstreamKind;
+use threadkeeper::domain::{ContentPart, Role, ThreadId, UpstreamRunId, UpstreamThreadId};
+use threadkeeper::simulator::SimulatorConfig;
+use threadkeeper::upstream::{HistoryEntry, Ownership, Pace, Upstream, UpstreamError, UpstreamEvent};
+
+use super::scene::{ALL, Flavour, Scene};
+use super::scripted::{Play, Scripted, json_answer};
+use super::{adapter, assistants, config, owner, responses, thread};
+use crate::support::wire::id;
+
+/// One that is never waited for long.
+fn pace() -> Pace {
+    Pace::new(NonZeroU32::new(10_000).unwrap())
+}
+
+/// Whether there was a thread, and how many items were deleted one by one.
+async fn delete(upstream: &dyn Upstream, thread: &UpstreamThreadId) -> Result<(bool, u64), UpstreamError> {
+    let mut items = 0;
+    let was_there = upstream.delete_thread(thread, &pace(), &mut items).await?;
+    Ok((was_there, items))
+}
+
+impl Scene {
+    fn thread(&self) -> UpstreamThreadId {
+        self.thread.clone().unwrap()
+    }
+
+    fn calls_of(&self, operation: &str) -> u64 {
+        self.sim.handle.stats().requests_by_operation.get(operation).copied().unwrap_or_default()
+    }
+
+    /// Puts user messages into the thread, as somebody else may.
+    async fn add(&self, texts: &[String]) {
+        let (thread, says) = (self.thread(), |text: &String| json!({"role": "user", "content": text}));
+        if self.flavour == Flavour::Assistants {
+            for text in texts {
+                self.sim.post(&format!("/threads/{thread}/messages"), says(text)).await;
+            }
+        } else {
+            for some in texts.chunks(20) {
+                let items: Vec<Value> = some.iter().map(says).collect();
+                self.sim.post(&format!("/conversations/{thread}/items"), json!({"items": items})).await;
+            }
+        }
+    }
+
+    /// Nothing that could be had from the server says `text`.
+    fn assert_forgotten(&self, text: &str) {
+        assert_eq!(self.sim.handle.holds_text(text), [""; 0], "{:?}", self.flavour);
+        assert_eq!(self.sim.handle.leaked_items(), [""; 0], "{:?}", self.flavour);
+    }
+}
+
+fn numbered(count: usize) -> Vec<String> {
+    (1..=count).map(|n| format!("needle {n}")).collect()
+}
+
+const WITH_THREADS: [Flavour; 2] = [Flavour::Assistants, Flavour::Conversations];
+
+#[tokio::test]
+async fn a_thread_is_deleted_with_all_that_is_in_it() {
+    for flavour in WITH_THREADS {
+        let scene = Scene::new(flavour).await;
+        scene.add(&numbered(248)).await;
+        let said = scene.say("needle [[sim: tool=look_up]]").await;
+        scene.answer(&said, "needle").await;
+        let expected = if flavour == Flavour::Assistants { 0 } else { 248 + 4 };
+        assert_eq!(delete(&*scene.upstream, &scene.thread()).await.unwrap(), (true, expected));
+        for response in scene.sim.handle.stored_responses() {
+            assert!(scene.upstream.delete_run(&UpstreamRunId(response), &pace()).await.unwrap());
+        }
+        scene.assert_forgotten("needle");
+        // Once more: there is nothing.
+        assert_eq!(delete(&*scene.upstream, &scene.thread()).await.unwrap(), (false, 0));
+        scene.assert_sound();
+    }
+}
+
+#[tokio::test]
+async fn a_deletion_that_is_dropped_half_way_can_be_repeated() {
+    let scene = Scene::new(Flavour::Conversations).await;
+    scene.add(&numbered(250)).await;
+    let (thread, pace) = (scene.thread(), pace());
+    let mut items = 0;
+    tokio::select! {
+        deleted = scene.upstream.delete_thread(&thread, &pace, &mut items) => panic!("too fast: {deleted:?}"),
+        _ = scene.sim.wait_for(|stats| stats.requests_by_operation.get("delete_item") >= Some(&120)) => {}
+    }
+    // The one under way may have been deleted without having been counted.
+    let left = scene.sim.handle.holds_text("needle").len() as u64;
+    assert!(items >= 119 && (249..=250).contains(&(items + left)), "{items} and {left}");
+    let (was_there, rest) = delete(&*scene.upstream, &thread).await.unwrap();
+    assert!(was_there && (249..=250).contains(&(items + rest)), "{items} and {rest}");
+    scene.assert_forgotten("needle");
+    scene.assert_sound();
+}
+
+#[tokio::test]
+async fn what_works_on_a_thread_is_ended_before_it_is_deleted() {
+    let delay = Duration::from_millis(50);
+    let simulator = SimulatorConfig { cancel_delay: delay, ..SimulatorConfig::default() };
+    let scene = Scene::with(Flavour::Assistants, simulator, |_| ()).await;
+    scene.say("needle").await;
+    scene.sim.handle.hold();
+    let mut events = scene.start("needle").await.unwrap();
+    assert!(matches!(events.next().await, Some(Ok(UpstreamEvent::Accepted(_)))));
+    assert_eq!(delete(&*scene.upstream, &scene.thread()).await.unwrap(), (true, 0));
+    let stats = scene.sim.handle.stats();
+    assert_eq!((stats.runs_ended.get("cancelled"), stats.threads_deleted), (Some(&1), 1));
+    scene.assert_forgotten("needle");
+    scene.assert_sound();
+}
+
+#[tokio::test]
+async fn a_run_that_comes_in_between_is_ended_too() {
+    let busy = json!({"error": {"message": "Thread t_1 already has an active run run_7.", "type": "x"}});
+    let gone = || json_answer(404, &[], &not_found("No thread found with id 't_1'."));
+    let run = |status: &str| json_answer(200, &[], &json!({"id": "run_7", "status": status}).to_string());
+    let runs = |status: &str| {
+        let runs =
+            json!({"data": [{"id": "run_7", "status": status}, {"id": "run_6", "status": "completed"}]});
+        json_answer(200, &[], &runs.to_string())
+    };
+    let server = Scripted::start(vec![
+        object(),
+        list(&json!([])),
+        json_answer(400, &[], &busy.to_string()),
+        runs("in_progress"),
+        run("cancelling"),
+        run("cancelled"),
+        object(),
+        gone(),
+    ])
+    .await;
+    assert_eq!(delete(&*assistants(&server), &thread()).await.unwrap(), (true, 0));
+    let at = "/threads/t_1";
+    assert_eq!(
+        server.targets(),
+        [
+            format!("GET {at}"),
+            format!("GET {at}/runs?limit=100&order=desc"),
+            format!("DELETE {at}"),
+            format!("GET {at}/runs?limit=100&order=desc"),
+            format!("POST {at}/runs/run_7/cancel"),
+            format!("GET {at}/runs/run_7"),
+            format!("DELETE {at}"),
+            format!("GET {at}"),
+        ]
+    );
+}
+
+#[tokio::test]
+async fn a_locked_conversation_is_waited_out() {
+    let scene = Scene::new(Flavour::Conversations).await;
+    scene.add(&numbered(3)).await;
+    let thread = scene.thread();
+    scene.sim.handle.start_foreign_run(thread.as_str()).unwrap();
+    let stop = async {
+        scene.sim.wait_for(|stats| stats.lock_refusals >= 2).await;
+        scene.sim.handle.stop_foreign_run(thread.as_str());
+    };
+    let (deleted, ()) = tokio::join!(delete(&*scene.upstream, &thread), stop);
+    assert_eq!(deleted.unwrap(), (true, 3));
+    scene.assert_forgotten("needle");
+}
+
+#[tokio::test]
+async fn what_never_was_is_already_gone() {
+    for flavour in ALL {
+        let scene = Scene::new(flavour).await;
+        let unknown = match &scene.thread {
+            Some(thread) => UpstreamThreadId(format!("{thread}0")),
+            None => UpstreamThreadId("resp_0".to_owned()),
+        };
+        assert_eq!(delete(&*scene.upstream, &unknown).await.unwrap(), (false, 0), "{flavour:?}");
+        let run = UpstreamRunId("resp_0".to_owned());
+        assert!(!scene.upstream.delete_run(&run, &pace()).await.unwrap(), "{flavour:?}");
+        if !flavour.is_chain() {
+            let gone = scene.upstream.history(&unknown, None, &pace()).await.unwrap_err();
+            assert!(matches!(gone, UpstreamError::ThreadGone), "{flavour:?}: {gone:?}");
+        }
+        scene.assert_sound();
+    }
+}
+
+#[tokio::test]
+async fn stored_responses_are_deleted_whether_or_not_they_have_ended() {
+    for flavour in ALL.into_iter().filter(|flavour| *flavour != Flavour::Assistants) {
+        let scene = Scene::new(flavour).await;
+        let said = scene.say("needle").await.accepted;
+        assert!(scene.upstream.delete_run(&said, &pace()).await.unwrap());
+        assert!(!scene.upstream.delete_run(&said, &pace()).await.unwrap(), "{flavour:?}");
+        if flavour.is_background() {
+            scene.sim.handle.hold();
+            let mut events = scene.start("needle").await.unwrap();
+            let Some(Ok(UpstreamEvent::Accepted(running))) = events.next().await else {
+                panic!("not accepted")
+            };
+            assert!(scene.upstream.delete_run(&running, &pace()).await.unwrap());
+            assert_eq!(scene.sim.handle.stats().runs_ended["cancelled"], 1);
+        }
+        assert_eq!(scene.sim.handle.stored_responses(), [""; 0], "{flavour:?}");
+        scene.assert_sound();
+    }
+}
+
+#[tokio::test]
+async fn a_chain_is_deleted_response_by_response() {
+    for flavour in [Flavour::Chain, Flavour::BackgroundChain] {
+        let mut scene = Scene::new(flavour).await;
+        let first = scene.say("needle").await;
+        scene.thread = first.ended.thread;
+        let last = scene.say("needle").await.ended.thread.unwrap();
+        assert_eq!(delete(&*scene.upstream, &last).await.unwrap(), (true, 0));
+        assert_eq!(delete(&*scene.upstream, &last).await.unwrap(), (false, 0));
+        assert!(scene.upstream.delete_run(&first.accepted, &pace()).await.unwrap());
+        scene.assert_forgotten("needle");
+        assert_eq!(scene.upstream.history(&last, None, &pace()).await.unwrap(), None);
+        scene.assert_sound();
+    }
+}
+
+#[tokio::test]
+async fn failures_that_pass_are_waited_out() {
+    for flavour in [Flavour::Assistants, Flavour::Conversations, Flavour::Chain] {
+        let mut scene = Scene::new(flavour).await;
+        scene.thread = scene.say("needle").await.ended.thread.or(scene.thread);
+        for (on, fault) in [
+            ("get_thread", "status=503"),
+            ("list_runs", "status=429 retry_after=0"),
+            ("delete_thread", "drop=after"),
+            ("get_conversation", "drop=before"),
+            ("list_items", "status=500"),
+            ("delete_item", "status=429 retry_after=0"),
+            ("delete_conversation", "drop=after"),
+            ("delete_response", "drop=after"),
+            ("get_response", "status=503"),
+        ] {
+            scene.plant(on, fault);
+        }
+        let items = if flavour == Flavour::Conversations { 2 } else { 0 };
+        // Deleted by the try whose answer was lost.
+        assert_eq!(delete(&*scene.upstream, &scene.thread()).await.unwrap(), (true, items), "{flavour:?}");
+        assert_eq!(delete(&*scene.upstream, &scene.thread()).await.unwrap(), (false, 0), "{flavour:?}");
+        scene.assert_sound();
+    }
+}
+
+fn not_found(message: &str) -> String {
+    json!({"error": {"message": message, "type": "invalid_request_error", "param": null, "code": null}})
+        .to_string()
+}
+
+fn object() -> Play {
+    json_answer(200, &[], r#"{"id":"t_1"}"#)
+}
+
+fn list(data: &Value) -> Play {
+    json_answer(200, &[], &json!({"data": data, "has_more": false}).to_string())
+}
+
+fn framework_404() -> Play {
+    json_answer(404, &[], r#"{"detail":"Not Found"}"#)
+}
+
+#[tokio::test]
+async fn an_endpoint_that_is_not_there_is_no_thread_that_is_gone() {
+    for (status, body) in [
+        (404, r#"{"detail":"Not Found"}"#),
+        (404, r#"{"error":{"message":"Invalid URL (GET /v1/threads/t_1)","type":"invalid_request_error"}}"#),
+        (401, r#"{"error":{"message":"No thread found with id 't_1'.","type":"invalid_request_error"}}"#),
+        (403, ""),
+        (405, r#"{"detail":"Method Not Allowed"}"#),
+        (501, ""),
+    ] {
+        for kind in [UpstreamKind::Assistants, UpstreamKind::Responses] {
+            for conversations in [true, false] {
+                let server = Scripted::start(vec![json_answer(status, &[], body)]).await;
+                let mut settings = config(kind, &server.url);
+                settings.conversations = conversations;
+                let error = delete(&*adapter(&settings), &thread()).await.unwrap_err();
+                let refused = matches!(error, UpstreamError::Refused { status: told, .. } if told == status);
+                assert!(refused, "{kind:?} {status}: {error:?}");
+            }
+        }
+        let server = Scripted::start(vec![json_answer(status, &[], body)]).await;
+        let run = UpstreamRunId("r_1".to_owned());
+        let error = responses(&server).delete_run(&run, &pace()).await.unwrap_err();
+        assert!(matches!(error, UpstreamError::Refused { .. }), "{status}: {error:?}");
+    }
+}
+
+#[tokio::test]
+async fn a_server_that_has_no_deletion_says_so() {
+    let server = Scripted::start(vec![
+        object(),
+        list(&json!([])),
+        json_answer(405, &[], ""),
+        object(),
+        list(&json!([])),
+    ])
+    .await;
+    let error = delete(&*assistants(&server), &thread()).await.unwrap_err();
+    assert!(matches!(error, UpstreamError::Refused { status: 405, .. }), "{error:?}");
+
+    // A 404 of the endpoint, where the thread is still to be had.
+    let plays = [object(), list(&json!([])), framework_404()].into_iter().chain((0..4).map(|_| object()));
+    let server = Scripted::start(plays.collect()).await;
+    let error = delete(&*assistants(&server), &thread()).await.unwrap_err();
+    assert!(matches!(error, UpstreamError::Refused { status: 404, .. }), "{error:?}");
+    assert_eq!(server.requests().len(), 7);
+}
+
+#[tokio::test]
+async fn a_deletion_without_effect_is_no_deletion() {
+    let plays = [object(), list(&json!([])), object()].into_iter().chain((0..4).map(|_| object()));
+    let server = Scripted::start(plays.collect()).await;
+    let error = delete(&*assistants(&server), &thread()).await.unwrap_err();
+    assert!(matches!(error, UpstreamError::Protocol(_)), "{error:?}");
+
+    // Items that are listed again and again: deleted in words only, or by a call that does not exist.
+    let items = json!([{"id": "msg_1"}, {"id": "msg_2"}, {"type": "odd"}]);
+    for (answer, expected) in [(200, "still listed"), (404, "status 404")] {
+        let deleted = || json_answer(answer, &[], "");
+        let mut plays = vec![object(), list(&items), deleted(), deleted()];
+        plays.extend((0..4).map(|_| list(&items)));
+        let server = Scripted::start(plays).await;
+        let error = delete(&*responses(&server), &thread()).await.unwrap_err();
+        assert!(error.to_string().contains(expected), "{error}");
+        assert_eq!(server.targets().iter().filter(|target| target.starts_with("DELETE")).count(), 2);
+    }
+}
+
+#[tokio::test]
+async fn a_server_without_a_list_of_items_loses_the_conversation_alone() {
+    for status in [404, 405, 501] {
+        let server = Scripted::start(vec![
+            object(),
+            json_answer(status, &[], ""),
+            json_answer(204, &[], ""),
+            // A 404 in whatever words: the same call had an answer before.
+            framework_404(),
+        ])
+        .await;
+        assert_eq!(delete(&*responses(&server), &thread()).await.unwrap(), (true, 0));
+        let at = "/conversations/t_1";
+        let expected = [
+            format!("GET {at}"),
+            format!("GET {at}/items?limit=100&order=asc"),
+            format!("DELETE {at}"),
+            format!("GET {at}"),
+        ];
+        assert_eq!(server.targets(), expected);
+    }
+}
+
+#[tokio::test]
+async fn items_that_come_or_go_meanwhile_are_seen() {
+    let gone = || json_answer(404, &[], &not_found("Item with id 'msg_1' not found in conversation."));
+    let server = Scripted::start(vec![
+        object(),
+        list(&json!([{"id": "msg_1"}, {"id": "rs_2"}])),
+        gone(),
+        json_answer(200, &[], "{}"),
+        list(&json!([{"id": "rs_2"}, {"id": "msg_3"}])),
+        json_answer(200, &[], "{}"),
+        list(&json!([])),
+        json_answer(200, &[], "{}"),
+        json_answer(404, &[], &not_found("Conversation with id 't_1' not found.")),
+    ])
+    .await;
+    assert_eq!(delete(&*responses(&server), &thread()).await.unwrap(), (true, 2));
+    let at = "DELETE /conversations/t_1";
+    let deletions: Vec<_> = server.targets().into_iter().filter(|it| it.starts_with("DELETE")).collect();
+    assert_eq!(deletions, ["/items/msg_1", "/items/rs_2", "/items/msg_3", ""].map(|it| format!("{at}{it}")));
+}
+
+#[tokio::test]
+async fn pages_that_are_too_long_to_read_are_asked_for_in_parts() {
+    let scene = Scene::with(Flavour::Conversations, SimulatorConfig::default(), |settings| {
+        settings.max_event_bytes = 64 * 1024;
+    })
+    .await;
+    let long: Vec<String> =
+        numbered(30).iter().map(|text| format!("{text} {}", "x".repeat(10_000))).collect();
+    scene.add(&long).await;
+    let (entries, _) = whole_history(&scene).await;
+    assert_eq!(entries.len(), 30);
+    assert_eq!(delete(&*scene.upstream, &scene.thread()).await.unwrap(), (true, 30));
+    scene.assert_forgotten("needle");
+}
+
+/// All entries, and the number of pages.
+async fn whole_history(scene: &Scene) -> (Vec<HistoryEntry>, usize) {
+    let (mut entries, mut pages, mut after) = (Vec::new(), 0, None);
+    loop {
+        let page = scene.upstream.history(&scene.thread(), after.as_deref(), &pace()).await.unwrap().unwrap();
+        entries.extend(page.entries);
+        pages += 1;
+        after = page.next;
+        if after.is_none() {
+            return (entries, pages);
+        }
+    }
+}
+
+fn text_of(entry: &HistoryEntry) -> &str {
+    match &entry.content[..] {
+        [ContentPart::Text { text }] => text,
+        other => panic!("no text: {other:?}"),
+    }
+}
+
+#[tokio::test]
+async fn a_thread_is_read_from_its_beginning_over_several_pages() {
+    for flavour in WITH_THREADS {
+        let scene = Scene::new(flavour).await;
+        assert_eq!(whole_history(&scene).await, (Vec::new(), 1));
+        scene.say("ours").await;
+        let foreign = numbered(120);
+        scene.add(&foreign).await;
+        if flavour == Flavour::Conversations {
+            // A whole page of what is no message.
+            let calls: Vec<Value> = (0..100)
+                .map(|n| json!({"type": "reasoning", "id": format!("rs_{n}"), "summary": []}))
+                .collect();
+            for some in calls.chunks(20) {
+                scene
+                    .sim
+                    .post(&format!("/conversations/{}/items", scene.thread()), json!({"items": some}))
+                    .await;
+            }
+        }
+        scene.add(&["last".to_owned()]).await;
+        let (entries, pages) = whole_history(&scene).await;
+        assert_eq!(pages, if flavour == Flavour::Assistants { 2 } else { 3 });
+        let mut expected =
+            vec!["ours".to_owned(), "You said: ours. (This is turn 1 of this conversation.)".to_owned()];
+        expected.extend(foreign);
+        expected.push("last".to_owned());
+        assert_eq!(entries.iter().map(text_of).collect::<Vec<_>>(), expected, "{flavour:?}");
+        let roles: Vec<Role> = entries[..3].iter().map(|entry| entry.role).collect();
+        assert_eq!(roles, [Role::User, Role::Assistant, Role::User]);
+        let tagged = entries.iter().filter(|entry| entry.is_tagged).count();
+        assert_eq!(tagged, usize::from(flavour == Flavour::Assistants), "the message of our run");
+        assert_eq!(entries[0].is_tagged, flavour == Flavour::Assistants);
+        let dated = entries.iter().all(|entry| entry.created_at.is_some());
+        assert_eq!(dated, flavour == Flavour::Assistants);
+        assert_eq!(scene.calls_of("list_messages") + scene.calls_of("list_items"), 1 + pages as u64);
+        scene.assert_sound();
+    }
+}
+
+#[tokio::test]
+async fn what_cannot_be_read_is_told_from_what_is_gone() {
+    for upstream_of in [assistants as fn(&Scripted) -> Box<dyn Upstream>, responses] {
+        let plays = [404, 405, 501].map(|status| json_answer(status, &[], r#"{"detail":"no"}"#));
+        let server = Scripted::start(plays.into()).await;
+        for _ in 0..3 {
+            assert_eq!(upstream_of(&server).history(&thread(), None, &pace()).await.unwrap(), None);
+        }
+        let server = Scripted::start(vec![json_answer(401, &[], "")]).await;
+        let error = upstream_of(&server).history(&thread(), None, &pace()).await.unwrap_err();
+        assert!(matches!(error, UpstreamError::Refused { status: 401, .. }), "{error:?}");
+    }
+}
+
+#[tokio::test]
+async fn lost_threads_are_found_by_their_tags_where_the_server_has_a_list() {
+    for flavour in WITH_THREADS {
+        let simulator = SimulatorConfig { list_threads: true, ..SimulatorConfig::default() };
+        let scene = Scene::with(flavour, simulator, |_| ()).await;
+        let path = if flavour == Flavour::Assistants { "/threads" } else { "/conversations" };
+        let sought = owner();
+        let mut made = Vec::new();
+        for at in 0..210 {
+            if at % 100 == 0 {
+                made.push(scene.upstream.create_thread(&sought, &[]).await.unwrap().unwrap());
+            } else {
+                scene.sim.post(path, json!({"metadata": {"threadkeeper_thread": "other"}})).await;
+            }
+        }
+        // One that is deleted is not found.
+        delete(&*scene.upstream, &made.remove(0)).await.unwrap();
+        made.reverse();
+        let found = scene.upstream.find_threads(sought.thread, &pace()).await.unwrap();
+        assert_eq!(found, Some(made), "{flavour:?}");
+        assert_eq!(scene.upstream.find_threads(ThreadId::new(), &pace()).await.unwrap(), Some(Vec::new()));
+        assert_eq!(scene.calls_of("list_threads") + scene.calls_of("list_conversations"), 6);
+        assert_eq!(scene.sim.handle.stats().violations, [""; 0]);
+    }
+}
+
+#[tokio::test]
+async fn without_a_list_nothing_can_be_told_of_lost_threads() {
+    for flavour in ALL {
+        let scene = Scene::new(flavour).await;
+        let Ownership { thread, .. } = owner();
+        let found = scene.upstream.find_threads(thread, &pace()).await.unwrap();
+        assert_eq!(found, flavour.is_chain().then(Vec::new), "{flavour:?}");
+    }
+    let refusals = [
+        (404, r#"{"detail":"Not Found"}"#, true),
+        (405, "", true),
+        (501, "", true),
+        (401, r#"{"error":{"message":"m","type":"invalid_request_error","code":"missing_scope"}}"#, true),
+        (403, "", true),
+        (401, r#"{"error":{"message":"m","type":"invalid_request_error","code":"invalid_api_key"}}"#, false),
+    ];
+    for upstream_of in [assistants as fn(&Scripted) -> Box<dyn Upstream>, responses] {
+        for (status, body, is_told) in refusals {
+            let server = Scripted::start(vec![json_answer(status, &[], body)]).await;
+            let found = upstream_of(&server).find_threads(ThreadId::new(), &pace()).await;
+            assert_eq!(matches!(found, Ok(None)), is_told, "{status}: {found:?}");
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_list_without_an_end_is_not_read_for_ever() {
+    let sought = ThreadId::new();
+    let other = |id: &str| json!({"id": id, "metadata": {"threadkeeper_thread": "other"}});
+    let ours = json!({"id": "t_9", "metadata": {"threadkeeper_thread": sought.to_string()}});
+    let endless = |page: &Value| json_answer(200, &[], &json!({"data": page, "has_more": true}).to_string());
+    // A server that does not know the cursor.
+    let server = Scripted::start((0..2).map(|_| endless(&json!([ours, other("t_1")]))).collect()).await;
+    let found = assistants(&server).find_threads(sought, &pace()).await.unwrap();
+    assert_eq!(found, Some(vec![UpstreamThreadId("t_9".to_owned())]));
+    // One that has more threads than can be looked through: silence means nothing, a find does.
+    for (first, expected) in [(other("t_0"), None), (ours, Some(vec![UpstreamThreadId("t_9".to_owned())]))] {
+        let pages = (1..50).map(|n| endless(&json!([other(&format!("t_1{n}")), {"id": format!("t_2{n}")}])));
+        let plays = std::iter::once(endless(&json!([first]))).chain(pages).collect();
+        let server = Scripted::start(plays).await;
+        assert_eq!(assistants(&server).find_threads(sought, &pace()).await.unwrap(), expected);
+        let targets = server.targets();
+        assert_eq!(
+            (targets.len(), targets[2].as_str()),
+            (50, "GET /threads?limit=100&order=desc&after=t_21")
+        );
+    }
+}
+
+#[tokio::test]
+async fn every_call_waits_its_turn() {
+    let scene = Scene::new(Flavour::Conversations).await;
+    scene.add(&numbered(4)).await;
+    let before = scene.sim.handle.stats().requests;
+    let started = std::time::Instant::now();
+    let slow = Pace::new(NonZeroU32::new(50).unwrap());
+    let mut items = 0;
+    assert!(scene.upstream.delete_thread(&scene.thread(), &slow, &mut items).await.unwrap());
+    let calls = u32::try_from(scene.sim.handle.stats().requests - before).unwrap();
+    // Two looks at the conversation, two lists, four items and itself. The first turn is at once.
+    assert_eq!((items, calls), (4, 9));
+    assert!(started.elapsed() >= Duration::from_millis(20) * (calls - 1), "{:?}", started.elapsed());
+}
+
+#[tokio::test]
+async fn items_of_a_conversation_that_others_deleted_stay_where_they_are() {
+    let scene = Scene::new(Flavour::Conversations).await;
+    scene.add(&numbered(2)).await;
+    let path = format!("/conversations/{}", scene.thread());
+    let item = id(&scene.sim.get(&format!("{path}/items")).await["data"][0]);
+    scene.sim.delete(&path).await;
+    assert_eq!(delete(&*scene.upstream, &scene.thread()).await.unwrap(), (false, 0));
+    assert_eq!(scene.sim.handle.leaked_items().len(), 2);
+    let (status, _) = scene.sim.send(Method::DELETE, &format!("{path}/items/{item}"), None).await;
+    assert_eq!((status, scene.sim.handle.leaked_items().len()), (200, 1));
+}
