@@ -1,15 +1,18 @@
 //! The HTTP surface: routes, and the middleware that every answer passes.
 
+mod deletions;
 mod extract;
 mod health;
 mod messages;
 mod observe;
+mod operators;
 mod prefer;
 mod problem;
 mod runs;
 mod sse;
 mod threads;
 mod turn;
+mod users;
 mod views;
 
 use std::any::Any;
@@ -18,17 +21,19 @@ use std::sync::Arc;
 use axum::Router;
 use axum::middleware::from_fn;
 use axum::response::{IntoResponse, Response};
-use axum::routing::{get, post};
+use axum::routing::{delete, get, post};
 use tower_http::catch_panic::CatchPanicLayer;
 
 use crate::config::ServerConfig;
 use crate::error::Error;
+use crate::life::Keeper;
 use crate::runs::Runs;
 
 /// What handlers reach.
 #[derive(Clone, Debug)]
 pub struct AppState {
     pub runs: Runs,
+    pub keeper: Keeper,
     pub server: Arc<ServerConfig>,
 }
 
@@ -43,7 +48,11 @@ pub fn router(state: AppState) -> Router {
     for scope in SCOPES {
         router = router
             .route(&format!("{scope}/messages"), post(messages::create).get(messages::list))
-            .route(&format!("{scope}/thread"), get(threads::show))
+            .route(
+                &format!("{scope}/thread"),
+                get(threads::show).patch(threads::update).delete(threads::delete),
+            )
+            .route(&format!("{scope}/thread/rollover"), post(threads::roll_over))
             .route(&format!("{scope}/thread/cancel"), post(threads::cancel))
             .route(&format!("{scope}/runs/{{run}}/cancel"), post(runs::cancel))
             .route(&format!("{scope}/runs/{{run}}/tool_outputs"), post(runs::tool_outputs))
@@ -51,6 +60,15 @@ pub fn router(state: AppState) -> Router {
             .route(&format!("{scope}/runs"), get(runs::list))
             .route(&format!("{scope}/runs/{{run}}"), get(runs::show));
     }
+    router = router
+        .route("/v1/users/{user}", delete(users::delete))
+        .route("/v1/users/{user}/threads", get(users::threads))
+        .route("/v1/users/{user}/export", get(users::export))
+        .route("/v1/deletions/{deletion}", get(deletions::show))
+        .route("/v1/threads", get(operators::threads))
+        .route("/v1/threads/{thread}", get(operators::thread))
+        .route("/v1/threads/{thread}/messages", get(operators::messages))
+        .route("/v1/admin/cleanup", post(operators::cleanup));
     finished(router).with_state(state)
 }
 

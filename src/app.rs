@@ -1,13 +1,16 @@
 //! The composition root: builds the parts from the configuration, starts them, stops them. The only file that
 //! names concrete backends.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
+use std::io::{BufRead, Write};
 use std::net::SocketAddr;
+use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, bail};
 use axum::Router;
+use futures_util::TryStreamExt;
 use secrecy::ExposeSecret;
 use tokio::net::TcpListener;
 use tokio::time::{sleep, timeout};
@@ -15,11 +18,13 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::api::{self, AppState};
-use crate::config::{Config, StoreConfig, UpstreamConfig, UpstreamKind};
-use crate::domain::ReplicaId;
+use crate::config::{Config, StoreConfig, Transcript, UpstreamConfig, UpstreamKind};
+use crate::domain::{Keeping, ReplicaId, TenantKey};
+use crate::life::{Keeper, KeeperParts};
+use crate::records::{self, Refused, Summary, What};
 use crate::runs::{Runs, RunsParts};
 use crate::server::{self, ServerStop};
-use crate::store::{BackendKind, PostgresStore, SqliteStore, Store};
+use crate::store::{BackendKind, Discreet, PostgresStore, SqliteStore, Store};
 use crate::upstream::{AssistantsUpstream, ResponsesUpstream, Upstream, UpstreamClient};
 
 /// Time for runs to record their end once they are told to stop, and for connections to close after that.
@@ -32,6 +37,7 @@ pub struct App {
     address: SocketAddr,
     router: Router,
     runs: Runs,
+    keeper: Keeper,
     store: Arc<dyn Store>,
     config: Config,
     tasks: TaskTracker,
@@ -56,11 +62,14 @@ impl App {
             (TaskTracker::new(), CancellationToken::new(), CancellationToken::new());
         let runs = Runs::new(RunsParts {
             store: Arc::clone(&store),
-            upstreams,
+            upstreams: upstreams.clone(),
             assistants: config.assistants.clone(),
             default_assistant,
             runs: config.runs.clone(),
+            lifetimes: config.lifetimes(),
             sessions: config.sessions.clone(),
+            threads: config.threads.clone(),
+            shared: names(&config, |upstream| upstream.shared),
             admission_timeout: config.store.acquire_timeout,
             replica: ReplicaId::new(),
             attend_every: config.replica.session_ttl / 3,
@@ -71,8 +80,36 @@ impl App {
         runs.renew(&address.to_string(), config.replica.session_ttl)
             .await
             .context("cannot register this replica in the store")?;
-        let state = AppState { runs: runs.clone(), server: Arc::new(config.server.clone()) };
-        Ok(Self { listener, address, router: api::router(state), runs, store, config, tasks, draining, stop })
+        let keeper = Keeper::new(KeeperParts {
+            store: Arc::clone(&store),
+            upstreams,
+            runs: runs.clone(),
+            lifetimes: config.lifetimes(),
+            keeping: Keeping {
+                transcript: Some(config.archive.keep),
+                upstream: config.archive.keep_upstream,
+            },
+            retention: config.retention.clone(),
+            idempotency_ttl: config.runs.idempotency_ttl,
+            janitor: config.janitor.clone(),
+            patience: config.runs.settle_timeout,
+            tasks: tasks.clone(),
+            draining: draining.clone(),
+        });
+        let state =
+            AppState { runs: runs.clone(), keeper: keeper.clone(), server: Arc::new(config.server.clone()) };
+        Ok(Self {
+            listener,
+            address,
+            router: api::router(state),
+            runs,
+            keeper,
+            store,
+            config,
+            tasks,
+            draining,
+            stop,
+        })
     }
 
     /// Where it listens; tells the port if the configuration left it open.
@@ -90,6 +127,7 @@ impl App {
         let server_stop = ServerStop::default();
         let mut session = parts
             .spawn(self.runs.clone().keep_session(self.address.to_string(), self.config.replica.session_ttl));
+        let mut janitor = parts.spawn(self.keeper.work());
         let (listener, router, settings, stop) =
             (self.listener, self.router, self.config.server.clone(), server_stop.clone());
         let mut server = parts.spawn(async move { server::serve(listener, router, &settings, stop).await });
@@ -99,6 +137,7 @@ impl App {
         let ended = tokio::select! {
             () = signals() => None,
             ended = &mut server => Some(format!("the server ended by itself: {ended:?}")),
+            ended = &mut janitor => Some(format!("the janitor ended by itself: {ended:?}")),
             ended = &mut session => Some(format!("the session's keeper ended by itself: {ended:?}")),
         };
         let (runs, lines) = self.runs.load();
@@ -144,6 +183,39 @@ pub async fn migrate(config: &StoreConfig) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// Writes all that a tenant has as lines to what `open` gives once the store is there. How many it were.
+///
+/// The schema is left as it is: taking out must not change what a running gateway may still use.
+pub async fn export<W: Write>(
+    config: &StoreConfig,
+    tenant: TenantKey,
+    open: impl FnOnce() -> anyhow::Result<W>,
+) -> anyhow::Result<u64> {
+    let store = open_store(&StoreConfig { migrate_on_start: false, ..config.clone() }).await?;
+    let mut out = open()?;
+    let mut lines = pin!(records::export(Arc::clone(&store), What::All(tenant)));
+    let mut written = 0;
+    while let Some(line) = lines.try_next().await? {
+        out.write_all(line.as_bytes()).context("cannot write")?;
+        written += 1;
+    }
+    out.flush().context("cannot write")?;
+    store.close().await;
+    Ok(written)
+}
+
+/// Reads lines and adds what they say. `refused` is told of each line that is not taken.
+pub async fn import(
+    config: &Config,
+    input: impl BufRead,
+    refused: impl FnMut(Refused),
+) -> anyhow::Result<Summary> {
+    let store = open_store(&config.store).await?;
+    let summary = records::import(&*store, config, input, refused).await?;
+    store.close().await;
+    Ok(summary)
+}
+
 async fn open_store(config: &StoreConfig) -> anyhow::Result<Arc<dyn Store>> {
     let url = config.url.as_ref().context("no store is configured: set store.url or DATABASE_URL")?;
     let store: Arc<dyn Store> = match BackendKind::of(url.expose_secret())? {
@@ -163,7 +235,10 @@ async fn open_store(config: &StoreConfig) -> anyhow::Result<Arc<dyn Store>> {
         }
     };
     store.ready().await?;
-    Ok(store)
+    Ok(match config.transcript {
+        Transcript::On => store,
+        Transcript::Off => Arc::new(Discreet::new(store)),
+    })
 }
 
 fn upstreams(config: &Config) -> anyhow::Result<BTreeMap<String, Arc<dyn Upstream>>> {
@@ -172,6 +247,11 @@ fn upstreams(config: &Config) -> anyhow::Result<BTreeMap<String, Arc<dyn Upstrea
         .iter()
         .map(|(name, upstream)| Ok((name.clone(), build_upstream(name, upstream)?)))
         .collect()
+}
+
+/// The names of the upstreams of which something holds.
+fn names(config: &Config, holds: impl Fn(&UpstreamConfig) -> bool) -> BTreeSet<String> {
+    config.upstreams.iter().filter(|(_, upstream)| holds(upstream)).map(|(name, _)| name.clone()).collect()
 }
 
 fn build_upstream(name: &str, config: &UpstreamConfig) -> anyhow::Result<Arc<dyn Upstream>> {

@@ -12,12 +12,15 @@ mod upstreams;
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
+use std::num::NonZeroU32;
 use std::path::PathBuf;
 use std::time::Duration;
 
 use secrecy::SecretString;
 use serde::Deserialize;
 use tracing_subscriber::EnvFilter;
+
+use crate::domain::{Lifetimes, Limits};
 
 pub use check::reserved_parameters;
 pub use load::{ConfigFile, Sources, utf8_variables};
@@ -33,6 +36,10 @@ pub struct Config {
     pub log: LogConfig,
     pub runs: RunsConfig,
     pub sessions: SessionsConfig,
+    pub threads: ThreadsConfig,
+    pub archive: ArchiveConfig,
+    pub retention: RetentionConfig,
+    pub janitor: JanitorConfig,
     pub replica: ReplicaConfig,
     pub upstreams: BTreeMap<String, UpstreamConfig>,
     pub assistants: BTreeMap<String, AssistantConfig>,
@@ -88,8 +95,18 @@ pub struct StoreConfig {
     pub startup_timeout: Duration,
     /// Bring the schema up to date at start. If false, `serve` refuses to start on an old one.
     pub migrate_on_start: bool,
+    /// `off`: what is said is never stored, here.
+    pub transcript: Transcript,
     /// SQLite only: `normal` (a power loss may lose the last commits) or `full`.
     pub synchronous: Synchronous,
+}
+
+/// Whether the content of messages is stored.
+#[derive(Clone, Copy, Debug, Deserialize, Eq, PartialEq)]
+#[serde(rename_all = "lowercase")]
+pub enum Transcript {
+    On,
+    Off,
 }
 
 #[derive(Clone, Copy, Debug, Deserialize, Eq, PartialEq)]
@@ -145,9 +162,80 @@ pub struct RunsConfig {
 #[derive(Clone, Debug, Deserialize)]
 #[serde(default)]
 pub struct SessionsConfig {
-    /// Life of a session's thread, from its creation.
+    /// Life of a session's thread. The session's next message then starts a new one.
     #[serde(with = "humantime_serde")]
     pub ttl: Duration,
+    /// From when on that counts.
+    pub ttl_from: TtlFrom,
+}
+
+#[derive(Clone, Copy, Debug, Deserialize, Eq, PartialEq)]
+#[serde(rename_all = "snake_case")]
+pub enum TtlFrom {
+    /// The thread's creation.
+    Creation,
+    /// The thread's last activity: each message makes it live longer.
+    LastActivity,
+}
+
+/// Threads of all scopes.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(default)]
+pub struct ThreadsConfig {
+    /// Life of the threads of users and topics, from their creation; for ever if left out.
+    #[serde(with = "humantime_serde")]
+    pub max_age: Option<Duration>,
+    /// The same from their last activity.
+    #[serde(with = "humantime_serde")]
+    pub max_idle: Option<Duration>,
+    /// The longest life that a request may ask for.
+    #[serde(with = "humantime_serde")]
+    pub max_ttl: Duration,
+    /// A thread with so many messages is archived before its next turn, and a fresh one takes its place.
+    pub max_messages: Option<NonZeroU32>,
+    /// How many of its last messages the fresh one begins with.
+    pub carry_over_messages: u32,
+}
+
+/// Threads that are archived.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(default)]
+pub struct ArchiveConfig {
+    /// How long their transcripts are kept.
+    #[serde(with = "humantime_serde")]
+    pub keep: Duration,
+    /// Keep their upstream threads for as long, too.
+    pub keep_upstream: bool,
+}
+
+/// How long the record keeps what conversations do not need.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(default)]
+pub struct RetentionConfig {
+    /// Runs that have ended. Their messages stay.
+    #[serde(with = "humantime_serde")]
+    pub runs: Duration,
+    /// The events of runs that have ended.
+    #[serde(with = "humantime_serde")]
+    pub events: Duration,
+    /// Receipts of deletions.
+    #[serde(with = "humantime_serde")]
+    pub receipts: Duration,
+}
+
+/// The work in the background.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(default)]
+pub struct JanitorConfig {
+    /// How often this replica looks for work, more or less.
+    #[serde(with = "humantime_serde")]
+    pub every: Duration,
+    /// Threads taken at a time.
+    pub batch: NonZeroU32,
+    /// Threads worked on at once.
+    pub concurrency: NonZeroU32,
+    /// Calls to all upstreams together.
+    pub calls_per_second: NonZeroU32,
 }
 
 /// This process among its peers.
@@ -160,6 +248,18 @@ pub struct ReplicaConfig {
 }
 
 impl Config {
+    /// How long threads live that have no limits of their own.
+    pub fn lifetimes(&self) -> Lifetimes {
+        let Self { sessions, threads, .. } = self;
+        Lifetimes {
+            sessions: match sessions.ttl_from {
+                TtlFrom::Creation => Limits { max_age: Some(sessions.ttl), max_idle: None },
+                TtlFrom::LastActivity => Limits { max_age: None, max_idle: Some(sessions.ttl) },
+            },
+            others: Limits { max_age: threads.max_age, max_idle: threads.max_idle },
+        }
+    }
+
     /// The assistant that answers where a message names none: the one called `default`, or the only one.
     pub fn default_assistant(&self) -> Option<&str> {
         match self.assistants.get_key_value("default") {
@@ -207,6 +307,7 @@ impl Default for StoreConfig {
             acquire_timeout: Duration::from_secs(5),
             startup_timeout: Duration::from_secs(30),
             migrate_on_start: true,
+            transcript: Transcript::On,
             synchronous: Synchronous::Normal,
         }
     }
@@ -234,7 +335,47 @@ impl Default for RunsConfig {
 
 impl Default for SessionsConfig {
     fn default() -> Self {
-        Self { ttl: Duration::from_hours(24) }
+        Self { ttl: Duration::from_hours(24), ttl_from: TtlFrom::Creation }
+    }
+}
+
+impl Default for ThreadsConfig {
+    fn default() -> Self {
+        Self {
+            max_age: None,
+            max_idle: None,
+            max_ttl: Duration::from_hours(90 * 24),
+            max_messages: None,
+            carry_over_messages: 20,
+        }
+    }
+}
+
+impl Default for ArchiveConfig {
+    fn default() -> Self {
+        Self { keep: Duration::from_hours(30 * 24), keep_upstream: false }
+    }
+}
+
+impl Default for RetentionConfig {
+    fn default() -> Self {
+        Self {
+            runs: Duration::from_hours(90 * 24),
+            events: Duration::from_hours(24),
+            receipts: Duration::from_hours(365 * 24),
+        }
+    }
+}
+
+impl Default for JanitorConfig {
+    fn default() -> Self {
+        let number = |n| NonZeroU32::new(n).unwrap_or(NonZeroU32::MIN);
+        Self {
+            every: Duration::from_secs(30),
+            batch: number(100),
+            concurrency: number(4),
+            calls_per_second: number(10),
+        }
     }
 }
 
@@ -287,7 +428,12 @@ mod tests {
                 ["openai", "azure", "default", "support"].iter().any(|name| all.get(&at(name)).is_some());
             assert!(is_mentioned, "{setting:?} is not in config/gateway.toml");
             // Settings with a default are live, so that the test above compares them.
-            let has_none = matches!(setting.as_slice(), ["store", "url" | "url_file"] | ["log", "format"]);
+            let has_none = matches!(
+                setting.as_slice(),
+                ["store", "url" | "url_file"]
+                    | ["log", "format"]
+                    | ["threads", "max_age" | "max_idle" | "max_messages"]
+            );
             if setting.len() == 2 && !has_none {
                 assert!(live.get(&at("")).is_some(), "{setting:?} is switched off in config/gateway.toml");
             }

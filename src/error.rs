@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use crate::domain::Run;
 use crate::store::StoreError;
+use crate::upstream::UpstreamError;
 
 /// Why a request was not answered as asked. Display texts are safe to show to the caller.
 #[derive(Debug, thiserror::Error)]
@@ -40,8 +41,16 @@ pub enum Error {
     /// Outputs for a run that does not wait for them (any more).
     #[error("{0}")]
     RunNotWaiting(String),
+    /// Outputs for a run of another replica, to which they cannot be handed over.
+    #[error(
+        "nothing that is said is stored here, so outputs can be taken only by the replica that works on the run, and this is another one: send them again on a new connection"
+    )]
+    OtherReplica,
     #[error("the upstream failed too often and is left alone for a while; nothing was stored")]
     UpstreamUnavailable { retry_after: Duration },
+    /// A call to the upstream that a request needed.
+    #[error("the upstream did not answer as it should: {0}")]
+    UpstreamFailed(#[source] UpstreamError),
     /// The run ended without a reply that could be called one.
     #[error("{}", run.error.as_ref().map_or("the run did not complete", |error| error.message.as_str()))]
     RunFailed { run: Box<Run>, retry_after: Option<Duration> },

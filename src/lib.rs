@@ -16,6 +16,8 @@ pub mod server;
 
 pub mod telemetry;
 
+pub mod life;
+
 pub mod runs;
 
 pub mod error;
@@ -23,6 +25,8 @@ pub mod error;
 pub mod locks;
 
 pub mod upstream;
+
+pub mod records;
 
 pub mod store;
 

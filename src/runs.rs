@@ -7,18 +7,22 @@ mod end;
 mod failure;
 mod feed;
 mod follow;
+mod making;
 mod progress;
+mod reconcile;
 mod replica;
 mod retries;
+mod rollover;
 mod tools;
 mod turn;
 mod work;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
 
+use futures_util::Stream;
 use rand::RngExt;
 use tokio::sync::{Mutex, oneshot};
 use tokio::time::Instant;
@@ -26,20 +30,27 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tracing::Instrument;
 
-use crate::config::{AssistantConfig, RunsConfig, SessionsConfig};
+use crate::config::{AssistantConfig, RunsConfig, SessionsConfig, ThreadsConfig, TtlFrom};
 use crate::domain::{
-    ConversationKey, Message, MessageId, Metadata, MultitaskStrategy, Page, PageRequest, ReplicaId, Run,
-    RunId, Scope, Thread, ThreadActivity, ThreadId, UserContent,
+    ConversationKey, Lifetimes, Message, MessageId, Metadata, MultitaskStrategy, NewLife, Page, PageRequest,
+    ReplicaId, Run, RunId, Scope, TenantKey, Thread, ThreadActivity, ThreadId, Timestamp, Ttl, UserContent,
+    UserKey,
 };
 use crate::error::Error;
 use crate::locks::{LockMap, QueueFull};
-use crate::store::{Admission, Idempotency, InputMessage, Store};
+use crate::records;
+use crate::store::{
+    Admission, Idempotency, InputMessage, Store, StoreError, ThreadFilter, ThreadName, ThreadReport,
+    ThreadUpdate,
+};
 use crate::upstream::Upstream;
 
 pub use cancel::Which;
 pub use feed::{Outcome, RunEvent};
 pub use follow::{Answer, Follow};
+pub use reconcile::{Differences, Unverified, Verified};
 use replica::Standing;
+pub use rollover::Renewed;
 pub use tools::NewOutputs;
 use turn::Taken;
 
@@ -57,7 +68,11 @@ pub struct RunsParts {
     /// Name of the assistant of a message that names none.
     pub default_assistant: String,
     pub runs: RunsConfig,
+    pub lifetimes: Lifetimes,
     pub sessions: SessionsConfig,
+    pub threads: ThreadsConfig,
+    /// Names of the upstreams to whose threads others may write.
+    pub shared: BTreeSet<String>,
     /// Longest wait for the runs before a new one to be recorded.
     pub admission_timeout: Duration,
     pub replica: ReplicaId,
@@ -90,6 +105,8 @@ pub struct NewMessage {
     pub metadata: Metadata,
     /// `None`: the assistant's, else the configured one.
     pub timeout: Option<Duration>,
+    /// How long the thread is to live, from now on; `None`: as long as it would anyway.
+    pub ttl: Option<Duration>,
     /// Cancels the run, from its admission on; harmless once it has ended. A message that joins a run of others, or
     /// repeats an earlier one, does not take that along.
     pub cancel: CancellationToken,
@@ -149,7 +166,8 @@ impl Runs {
         };
         let admission = Admission {
             new_thread: ThreadId::new(),
-            thread_ttl: matches!(key.scope, Scope::Session(_)).then_some(parts.sessions.ttl),
+            limits: parts.lifetimes.of(&key.scope),
+            ttl: new.ttl.map(|ttl| self.ttl(&key, ttl)).transpose()?,
             key: key.clone(),
             upstream: assistant.upstream.clone(),
             run_id: RunId::new(),
@@ -172,6 +190,38 @@ impl Runs {
                 self.repeated(&key, new.idempotency.as_ref()).await?.ok_or(Error::StoreUnavailable(None))
             }
         }
+    }
+
+    /// Changes the key's current thread: all of its metadata, or how long it lives; what is `None` stays.
+    pub async fn update_thread(
+        &self,
+        key: &ConversationKey,
+        metadata: Option<Metadata>,
+        life: Option<NewLife>,
+    ) -> Result<ThreadReport, Error> {
+        let update = ThreadUpdate { metadata, life, limits: self.parts.given.lifetimes.of(&key.scope) };
+        let thread = self.store().update_thread(key, &update).await?.ok_or(NO_THREAD)?;
+        self.thread(ThreadName::Id(&key.tenant, thread.id)).await
+    }
+
+    /// The life that lasts so long.
+    ///
+    /// # Errors
+    /// It is longer than a caller may ask for, or none.
+    pub fn life(&self, key: &ConversationKey, ttl: Duration) -> Result<NewLife, Error> {
+        self.ttl(key, ttl).map(NewLife::Own)
+    }
+
+    /// What a caller's `ttl_ms` means for a thread of that key.
+    fn ttl(&self, key: &ConversationKey, ttl: Duration) -> Result<Ttl, Error> {
+        let (sessions, max) = (&self.parts.given.sessions, self.parts.given.threads.max_ttl);
+        if ttl.is_zero() || ttl > max {
+            return Err(Error::Invalid(format!("`ttl_ms` must be between 1 and {}", max.as_millis())));
+        }
+        Ok(match (&key.scope, sessions.ttl_from) {
+            (Scope::Session(_), TtlFrom::LastActivity) => Ttl::FromLastActivity(ttl),
+            _ => Ttl::FromNow(ttl),
+        })
     }
 
     /// The run that an idempotency key stands for, if it was used before.
@@ -211,18 +261,42 @@ impl Runs {
         }
     }
 
-    /// The key's current thread and what it is doing.
-    pub async fn thread(&self, key: &ConversationKey) -> Result<(Thread, ThreadActivity), Error> {
-        self.store().thread(key).await?.ok_or(NO_THREAD)
+    /// A thread and what it is doing.
+    pub async fn thread(&self, name: ThreadName<'_>) -> Result<ThreadReport, Error> {
+        self.store().report(name).await?.ok_or(NO_THREAD)
     }
 
-    /// A page of the current thread's transcript.
+    /// A page of threads, by age.
+    pub async fn threads(
+        &self,
+        filter: &ThreadFilter,
+        page: &PageRequest<ThreadId>,
+    ) -> Result<Page<(Thread, ThreadActivity)>, Error> {
+        Ok(self.store().threads(filter, page).await?)
+    }
+
+    /// All that is held of a user, as lines of text.
+    pub fn export(
+        &self,
+        tenant: TenantKey,
+        user: UserKey,
+    ) -> impl Stream<Item = Result<String, StoreError>> + Send + 'static {
+        records::export(Arc::clone(&self.parts.given.store), records::What::User(tenant, user))
+    }
+
+    /// From then on no new message goes to the thread.
+    pub fn expiry(&self, thread: &Thread) -> Option<Timestamp> {
+        self.parts.given.lifetimes.expiry(thread)
+    }
+
+    /// A page of a thread's transcript, or of those of all threads that its key has and had.
     pub async fn messages(
         &self,
-        key: &ConversationKey,
+        name: ThreadName<'_>,
+        across: bool,
         page: &PageRequest<MessageId>,
     ) -> Result<Page<Message>, Error> {
-        self.store().messages(key, page).await?.ok_or(NO_THREAD)
+        self.store().messages(name, across, page).await?.ok_or(NO_THREAD)
     }
 
     /// A page of the current thread's runs.

@@ -1,9 +1,9 @@
 //! Our extractors: what they refuse is a problem document like every other error.
 
 use axum::extract::{FromRequest, FromRequestParts, Query, RawPathParams, Request};
-use axum::http::HeaderMap;
 use axum::http::header::CONTENT_TYPE;
 use axum::http::request::Parts;
+use axum::http::{HeaderMap, Uri};
 use http_body_util::{BodyExt, LengthLimitError, Limited};
 use serde::de::DeserializeOwned;
 use sha2::{Digest, Sha256};
@@ -158,9 +158,15 @@ fn is_json(request: &Request) -> bool {
     essence == "application/json" || (essence.starts_with("application/") && essence.ends_with("+json"))
 }
 
-/// Which page of a list is wanted: `limit` 1 to 100 (20), `order` `asc` or `desc` (newest first), `after`, `before`.
+/// Which page of a list is wanted: `limit` 1 to 100 (20), `order` `asc` or `desc` (newest first), `after`, `before`; and
+/// what else the query may hold.
 #[derive(Debug)]
-pub(super) struct ApiPage<Id>(pub(super) PageRequest<Id>);
+pub(super) struct ApiPage<Id, More = Nothing>(pub(super) PageRequest<Id>, pub(super) More);
+
+/// A query that holds nothing else.
+#[derive(Debug, serde::Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Nothing {}
 
 #[derive(serde::Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -171,6 +177,8 @@ struct PageQuery {
     before: Option<String>,
 }
 
+const PAGE_FIELDS: [&str; 4] = ["limit", "order", "after", "before"];
+
 #[derive(serde::Deserialize)]
 #[serde(rename_all = "lowercase")]
 enum Order {
@@ -178,20 +186,27 @@ enum Order {
     Desc,
 }
 
-impl<S, Id> FromRequestParts<S> for ApiPage<Id>
+impl<S, Id, More> FromRequestParts<S> for ApiPage<Id, More>
 where
     S: Send + Sync,
     Id: std::str::FromStr<Err: std::fmt::Display>,
+    More: DeserializeOwned,
 {
     type Rejection = Error;
 
     async fn from_request_parts(parts: &mut Parts, _state: &S) -> Result<Self, Error> {
-        let query: PageQuery = query(parts)?;
-        let limit = query.limit.unwrap_or(20);
+        let given = parts.uri.query().unwrap_or_default();
+        let some = |of_page: bool| {
+            let pairs = url::form_urlencoded::parse(given.as_bytes());
+            let wanted = pairs.filter(|(name, _)| PAGE_FIELDS.contains(&&**name) == of_page);
+            url::form_urlencoded::Serializer::new(String::new()).extend_pairs(wanted).finish()
+        };
+        let page: PageQuery = read(&some(true))?;
+        let limit = page.limit.unwrap_or(20);
         if !(1..=100).contains(&limit) {
             return Err(Error::Malformed("`limit` must be between 1 and 100".to_owned()));
         }
-        if query.after.is_some() && query.before.is_some() {
+        if page.after.is_some() && page.before.is_some() {
             return Err(Error::Malformed("give `after` or `before`, not both".to_owned()));
         }
         let cursor = |name: &str, text: Option<String>| {
@@ -200,12 +215,43 @@ where
             })
             .transpose()
         };
-        Ok(Self(PageRequest {
+        let request = PageRequest {
             limit,
-            ascending: matches!(query.order, Some(Order::Asc)),
-            after: cursor("after", query.after)?,
-            before: cursor("before", query.before)?,
-        }))
+            ascending: matches!(page.order, Some(Order::Asc)),
+            after: cursor("after", page.after)?,
+            before: cursor("before", page.before)?,
+        };
+        Ok(Self(request, read(&some(false))?))
+    }
+}
+
+/// What the query holds.
+#[derive(Debug)]
+pub(super) struct ApiQuery<T>(pub(super) T);
+
+impl<S: Send + Sync, T: DeserializeOwned> FromRequestParts<S> for ApiQuery<T> {
+    type Rejection = Error;
+
+    async fn from_request_parts(parts: &mut Parts, _state: &S) -> Result<Self, Error> {
+        query(parts).map(Self)
+    }
+}
+
+/// The id that the path names.
+#[derive(Debug)]
+pub(super) struct ApiId<Id>(pub(super) Id);
+
+impl<S, Id> FromRequestParts<S> for ApiId<Id>
+where
+    S: Send + Sync,
+    Id: std::str::FromStr<Err: std::fmt::Display>,
+{
+    type Rejection = Error;
+
+    async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, Error> {
+        let params = path_params(parts, state).await?;
+        let text = params.iter().next().map_or("", |(_, value)| value);
+        text.parse().map(Self).map_err(|error| Error::Malformed(format!("the id in the path: {error}")))
     }
 }
 
@@ -241,7 +287,13 @@ impl<S: Send + Sync> FromRequestParts<S> for ApiWhich {
 }
 
 fn query<T: DeserializeOwned>(parts: &Parts) -> Result<T, Error> {
-    Query::try_from_uri(&parts.uri)
+    read(parts.uri.query().unwrap_or_default())
+}
+
+fn read<T: DeserializeOwned>(query: &str) -> Result<T, Error> {
+    let uri = Uri::builder().path_and_query(format!("/?{query}")).build();
+    let uri = uri.map_err(|_| Error::Malformed("the query cannot be read".to_owned()))?;
+    Query::try_from_uri(&uri)
         .map(|Query(query)| query)
         .map_err(|rejection| Error::Malformed(format!("the query: {}", rejection.body_text())))
 }

@@ -6,6 +6,7 @@ use axum::Json;
 use axum::extract::State;
 use axum::http::{HeaderMap, Uri};
 use axum::response::Response;
+use serde::Deserialize;
 use tokio_util::sync::CancellationToken;
 
 use super::AppState;
@@ -15,6 +16,7 @@ use super::views::{ListView, MessageView, OnDisconnect, PostMessage};
 use crate::domain::{MessageId, MultitaskStrategy};
 use crate::error::Error;
 use crate::runs::NewMessage;
+use crate::store::ThreadName;
 
 /// Appends a message, runs the assistant, and answers when the run has ended or asks for function calls, or streams what
 /// happens, or, if the caller prefers not to wait, tells where to look.
@@ -34,6 +36,7 @@ pub(super) async fn create(
         strategy: body.multitask_strategy.unwrap_or(MultitaskStrategy::Enqueue),
         metadata: body.metadata.unwrap_or_default(),
         timeout: body.timeout_ms.map(Duration::from_millis),
+        ttl: body.ttl_ms.map(Duration::from_millis),
         cancel,
         idempotency,
     };
@@ -42,12 +45,20 @@ pub(super) async fn create(
     answer(&state, &key, submitted, 0, form).await
 }
 
+/// Whether the threads before the key's current one are wanted, too.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Archived {
+    #[serde(default)]
+    archived: bool,
+}
+
 /// The transcript.
 pub(super) async fn list(
     State(state): State<AppState>,
     ApiKey(key): ApiKey,
-    ApiPage(page): ApiPage<MessageId>,
+    ApiPage(page, Archived { archived }): ApiPage<MessageId, Archived>,
 ) -> Result<Json<ListView<MessageView>>, Error> {
-    let page = state.runs.messages(&key, &page).await?;
+    let page = state.runs.messages(ThreadName::Newest(&key), archived, &page).await?;
     Ok(Json(ListView::new(page, |message| message.id.to_string(), MessageView::from)))
 }

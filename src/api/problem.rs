@@ -109,7 +109,8 @@ impl From<&Error> for Problem {
                 ("idempotency-mismatch", "Idempotency mismatch", StatusCode::UNPROCESSABLE_ENTITY)
             }
             Error::RunNotWaiting(_) => ("run-not-waiting", "Run not waiting", StatusCode::CONFLICT),
-            Error::UpstreamUnavailable { .. } => UPSTREAM_ERROR,
+            Error::OtherReplica => ("other-replica", "Other replica", StatusCode::MISDIRECTED_REQUEST),
+            Error::UpstreamUnavailable { .. } | Error::UpstreamFailed(_) => UPSTREAM_ERROR,
             Error::RunFailed { run, .. } => of_run(run),
             Error::Draining => DRAINING,
             Error::StoreUnavailable(_) => STORE_UNAVAILABLE,
@@ -117,9 +118,10 @@ impl From<&Error> for Problem {
         };
         let (name, title, status) = kind;
         let retry_after = match error {
-            Error::ThreadBusy | Error::QueueFull { .. } | Error::StoreUnavailable(_) => {
-                Some(Duration::from_secs(1))
-            }
+            Error::ThreadBusy
+            | Error::QueueFull { .. }
+            | Error::OtherReplica
+            | Error::StoreUnavailable(_) => Some(Duration::from_secs(1)),
             Error::Draining => Some(Duration::from_secs(2)),
             Error::RunFailed { .. } if [DRAINING, REPLICA_LOST, STORE_UNAVAILABLE].contains(&kind) => {
                 Some(Duration::from_secs(2))

@@ -18,7 +18,7 @@ use crate::runs::NewOutputs;
 pub(super) async fn list(
     State(state): State<AppState>,
     ApiKey(key): ApiKey,
-    ApiPage(page): ApiPage<RunId>,
+    ApiPage(page, _): ApiPage<RunId>,
 ) -> Result<Json<ListView<RunView>>, Error> {
     let page = state.runs.runs(&key, &page).await?;
     Ok(Json(ListView::new(page, |run| run.id.to_string(), RunView::from)))

@@ -1,20 +1,103 @@
-//! `…/thread` and below
+//! `…/thread` and below: a conversation's thread as a whole.
+
+use std::time::Duration;
 
 use axum::Json;
 use axum::extract::State;
+use axum::http::{HeaderMap, StatusCode};
+use axum::response::{IntoResponse, Response};
+use serde::Deserialize;
 
 use super::AppState;
-use super::extract::{ApiKey, ApiWhich};
-use super::views::{ListView, RunView, ThreadView};
-use crate::domain::Page;
+use super::deletions::deleted;
+use super::extract::{ApiJson, ApiKey, ApiQuery, ApiWhich};
+use super::views::{ListView, PatchThread, ReportView, RunView, TtlMs, cancelled};
+use crate::domain::NewLife;
 use crate::error::Error;
+use crate::life::Target;
+use crate::runs::Renewed;
+use crate::store::ThreadName;
+use crate::upstream::Pace;
 
+/// What the statistics are to be compared with.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Verify {
+    verify: Option<Against>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "lowercase")]
+enum Against {
+    Upstream,
+}
+
+/// The statistics of the thread, from the record alone unless a comparison is asked for.
 pub(super) async fn show(
     State(state): State<AppState>,
     ApiKey(key): ApiKey,
-) -> Result<Json<ThreadView>, Error> {
-    let (thread, activity) = state.runs.thread(&key).await?;
-    Ok(Json(ThreadView::new(thread, activity)))
+    ApiQuery(query): ApiQuery<Verify>,
+) -> Result<Json<ReportView>, Error> {
+    show_named(&state, ThreadName::Newest(&key), &query).await
+}
+
+/// The statistics of any thread.
+pub(super) async fn show_named(
+    state: &AppState,
+    name: ThreadName<'_>,
+    query: &Verify,
+) -> Result<Json<ReportView>, Error> {
+    let report = state.runs.thread(name).await?;
+    let verified = match query.verify {
+        None => None,
+        Some(Against::Upstream) => Some(state.runs.verify(&report.thread, &Pace::UNBOUND).await?),
+    };
+    Ok(Json(ReportView::new(&state.runs, report, verified)))
+}
+
+/// Changes metadata, all of it, or how long the thread lives.
+pub(super) async fn update(
+    State(state): State<AppState>,
+    ApiKey(key): ApiKey,
+    ApiJson(body, _): ApiJson<PatchThread>,
+) -> Result<Json<ReportView>, Error> {
+    let life = match body.ttl_ms {
+        TtlMs::Absent => None,
+        TtlMs::Null => Some(NewLife::AsConfigured),
+        TtlMs::Given(ttl) => Some(state.runs.life(&key, Duration::from_millis(ttl))?),
+    };
+    let report = state.runs.update_thread(&key, body.metadata, life).await?;
+    Ok(Json(ReportView::new(&state.runs, report, None)))
+}
+
+/// What is to stay of a deleted thread.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Archive {
+    /// Its transcript, read only.
+    #[serde(default)]
+    archive: bool,
+}
+
+/// Deletes the conversation; 202 if it takes longer than the caller waits.
+pub(super) async fn delete(
+    State(state): State<AppState>,
+    ApiKey(key): ApiKey,
+    ApiQuery(query): ApiQuery<Archive>,
+    headers: HeaderMap,
+) -> Result<Response, Error> {
+    let target = if query.archive { Target::ToArchive(key) } else { Target::Conversation(key) };
+    deleted(&state, target, &headers).await
+}
+
+/// Archives the thread and starts a fresh one; 202 if that has to wait for a run.
+pub(super) async fn roll_over(State(state): State<AppState>, ApiKey(key): ApiKey) -> Result<Response, Error> {
+    let (status, thread) = match state.runs.roll_over(&key).await? {
+        Renewed::Now(thread) => (StatusCode::OK, thread),
+        Renewed::Later(thread) => (StatusCode::ACCEPTED, thread),
+    };
+    let report = state.runs.thread(ThreadName::Id(&key.tenant, thread.id)).await?;
+    Ok((status, Json(ReportView::new(&state.runs, report, None))).into_response())
 }
 
 /// Cancels runs of the thread and tells how they ended.
@@ -23,6 +106,5 @@ pub(super) async fn cancel(
     ApiKey(key): ApiKey,
     ApiWhich(which): ApiWhich,
 ) -> Result<Json<ListView<RunView>>, Error> {
-    let runs = state.runs.cancel_some(&key, which).await?;
-    Ok(Json(ListView::new(Page { data: runs, has_more: false }, |run| run.id.to_string(), RunView::from)))
+    Ok(Json(cancelled(state.runs.cancel_some(&key, which).await?)))
 }

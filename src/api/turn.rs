@@ -12,7 +12,8 @@ use super::views::{ThreadView, TurnView};
 use super::{AppState, sse};
 use crate::domain::{ConversationKey, RunStatus, ThreadActivity, ThreadState};
 use crate::error::Error;
-use crate::runs::{Answer, Outcome, Submitted};
+use crate::runs::{Answer, Outcome, Runs, Submitted};
+use crate::store::ThreadName;
 
 /// Says that a run is that of an earlier request with the same idempotency key.
 const REPLAYED: HeaderName = HeaderName::from_static("idempotent-replayed");
@@ -72,19 +73,19 @@ async fn in_form(
         };
         // Asking for function calls is no end: leaving to make them is no disconnect.
         drop(on_drop.map(DropGuard::disarm));
-        return Ok(Json(turn(&answered)?).into_response());
+        return Ok(Json(turn(&state.runs, &answered)?).into_response());
     }
     // The message was taken, so nothing that fails from here on may look as if it was not.
     let (run, message) = state.runs.run(key, submitted.run.id).await.unwrap_or((submitted.run, None));
-    let (thread, activity) = match state.runs.thread(key).await {
-        Ok((thread, activity)) if thread.id == run.thread_id => (thread, activity),
-        _ => (submitted.thread, ThreadActivity { state: ThreadState::Active, queue_depth: 0 }),
+    let (thread, activity) = match state.runs.thread(ThreadName::Id(&key.tenant, run.thread_id)).await {
+        Ok(report) => (report.thread, report.activity),
+        Err(_) => (submitted.thread, ThreadActivity { state: ThreadState::Active, queue_depth: 0 }),
     };
     let place = format!("{}/runs/{}", scope_of(uri), run.id);
     // The caller is told where to look: leaving now is no disconnect.
     drop(on_drop.map(DropGuard::disarm));
     let view = TurnView {
-        thread: ThreadView::new(thread, activity),
+        thread: ThreadView::new(&state.runs, thread, activity),
         run: run.into(),
         message: message.map(Into::into),
     };
@@ -92,12 +93,12 @@ async fn in_form(
     Ok((StatusCode::ACCEPTED, headers, Json(view)).into_response())
 }
 
-fn turn(answered: &Answer) -> Result<TurnView, Error> {
+fn turn(runs: &Runs, answered: &Answer) -> Result<TurnView, Error> {
     let outcome = match answered {
         Answer::Ended(outcome) => outcome,
         Answer::RequiresAction(waiting) => {
             return Ok(TurnView {
-                thread: ThreadView::new(waiting.thread.clone(), waiting.activity),
+                thread: ThreadView::new(runs, waiting.thread.clone(), waiting.activity),
                 run: waiting.run.clone().into(),
                 message: None,
             });
@@ -109,7 +110,7 @@ fn turn(answered: &Answer) -> Result<TurnView, Error> {
             Err(Error::RunFailed { run: Box::new(run.clone()), retry_after: *retry_after })
         }
         _ => Ok(TurnView {
-            thread: ThreadView::new(thread.clone(), *activity),
+            thread: ThreadView::new(runs, thread.clone(), *activity),
             run: run.clone().into(),
             message: message.clone().map(Into::into),
         }),

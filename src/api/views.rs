@@ -1,5 +1,7 @@
 //! Wire types: the shapes that callers send and see.
 
+mod threads;
+
 use std::fmt;
 
 use serde::de::{self, SeqAccess, Visitor};
@@ -7,8 +9,12 @@ use serde::{Deserialize, Deserializer, Serialize};
 
 use crate::domain::{
     ContentPart, Context, Message, MessageId, Metadata, MultitaskStrategy, Page, RequiredAction, Role, Run,
-    RunError, RunId, RunStatus, Thread, ThreadActivity, ThreadId, ThreadState, Timestamp, ToolOutput,
-    UpstreamThreadId, Usage,
+    RunError, RunId, RunStatus, ThreadId, Timestamp, ToolOutput, Usage,
+};
+
+pub(super) use threads::{
+    DeletionView, OutlookView, PatchThread, ReportView, TallyView, ThreadView, TtlMs, cancelled,
+    list as list_threads,
 };
 
 /// The body of `POST …/messages`.
@@ -22,6 +28,7 @@ pub(super) struct PostMessage {
     pub(super) on_disconnect: Option<OnDisconnect>,
     pub(super) metadata: Option<Metadata>,
     pub(super) timeout_ms: Option<u64>,
+    pub(super) ttl_ms: Option<u64>,
 }
 
 /// The body of `POST …/runs/{run}/tool_outputs`.
@@ -100,54 +107,6 @@ impl<T> ListView<T> {
             last_id: page.data.last().map(&id),
             has_more: page.has_more,
             data: page.data.into_iter().map(view).collect(),
-        }
-    }
-}
-
-#[derive(Debug, Serialize)]
-pub(super) struct ThreadView {
-    id: ThreadId,
-    key: KeyView,
-    state: ThreadState,
-    queue_depth: i64,
-    upstream: String,
-    upstream_thread_id: Option<UpstreamThreadId>,
-    previous_thread: Option<ThreadId>,
-    message_count: i64,
-    run_count: i64,
-    created_at: Timestamp,
-    last_active_at: Timestamp,
-    expires_at: Option<Timestamp>,
-    metadata: Metadata,
-}
-
-#[derive(Debug, Serialize)]
-struct KeyView {
-    tenant: String,
-    user: String,
-    scope: String,
-}
-
-impl ThreadView {
-    pub(super) fn new(thread: Thread, activity: ThreadActivity) -> Self {
-        Self {
-            id: thread.id,
-            key: KeyView {
-                tenant: thread.key.tenant.as_str().to_owned(),
-                user: thread.key.user.as_str().to_owned(),
-                scope: thread.key.scope.to_string(),
-            },
-            state: activity.state,
-            queue_depth: activity.queue_depth,
-            upstream: thread.upstream,
-            upstream_thread_id: thread.upstream_thread_id,
-            previous_thread: thread.previous_thread,
-            message_count: thread.message_count,
-            run_count: thread.run_count,
-            created_at: thread.created_at,
-            last_active_at: thread.last_active_at,
-            expires_at: thread.expires_at,
-            metadata: thread.metadata,
         }
     }
 }

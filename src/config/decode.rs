@@ -399,6 +399,6 @@ mod tests {
 
     #[test]
     fn a_struct_tells_its_fields() {
-        assert_eq!(fields_of::<crate::config::SessionsConfig>(), ["ttl"]);
+        assert_eq!(fields_of::<crate::config::SessionsConfig>(), ["ttl", "ttl_from"]);
     }
 }

@@ -14,8 +14,8 @@ use super::env;
 use super::problem::{ConfigProblems, Origin, Problem};
 use super::tree::{Node, Value};
 use super::{
-    AssistantConfig, Config, LogConfig, ReplicaConfig, RunsConfig, ServerConfig, SessionsConfig, StoreConfig,
-    UpstreamConfig,
+    ArchiveConfig, AssistantConfig, Config, JanitorConfig, LogConfig, ReplicaConfig, RetentionConfig,
+    RunsConfig, ServerConfig, SessionsConfig, StoreConfig, ThreadsConfig, UpstreamConfig,
 };
 
 /// What the setting is called that names a file with the value.
@@ -149,6 +149,10 @@ pub(super) fn known_settings() -> Vec<Vec<&'static str>> {
         ("log", decode::fields_of::<LogConfig>()),
         ("runs", decode::fields_of::<RunsConfig>()),
         ("sessions", decode::fields_of::<SessionsConfig>()),
+        ("threads", decode::fields_of::<ThreadsConfig>()),
+        ("archive", decode::fields_of::<ArchiveConfig>()),
+        ("retention", decode::fields_of::<RetentionConfig>()),
+        ("janitor", decode::fields_of::<JanitorConfig>()),
         ("replica", decode::fields_of::<ReplicaConfig>()),
     ];
     let named = [

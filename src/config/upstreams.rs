@@ -37,6 +37,9 @@ pub struct UpstreamConfig {
     /// and are slower to their first token.
     #[serde(default)]
     pub background: bool,
+    /// Others may write to the threads, too: before one is archived, what they wrote is put into the transcript.
+    #[serde(default)]
+    pub shared: bool,
     #[serde(default = "UpstreamConfig::default_connect_timeout", with = "humantime_serde")]
     pub connect_timeout: Duration,
     /// Longest silence of the server, before its answer or between two events.
@@ -109,6 +112,7 @@ impl UpstreamConfig {
             query: BTreeMap::new(),
             conversations: true,
             background: false,
+            shared: false,
             connect_timeout: Self::default_connect_timeout(),
             idle_timeout: Self::default_idle_timeout(),
             max_event_bytes: Self::default_max_event_bytes(),

@@ -59,7 +59,7 @@ impl Runs {
     }
 
     /// Has these runs cancelled, those that wait first and of these the last one first, and waits for their end.
-    async fn end_all(&self, key: &ConversationKey, runs: &[Run]) -> Result<(), Error> {
+    pub async fn end_all(&self, key: &ConversationKey, runs: &[Run]) -> Result<(), Error> {
         let (active, waiting): (Vec<&Run>, Vec<&Run>) = runs.iter().partition(|run| run.status.is_active());
         let mut ends = Vec::with_capacity(runs.len());
         for run in waiting.into_iter().rev().chain(active) {

@@ -1,5 +1,6 @@
 //! The upstream side of a round: the thread, the call, the stream, and what to do when one of them fails.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use futures_util::StreamExt;
@@ -7,6 +8,7 @@ use tokio::time::{Instant, sleep};
 
 use super::failure::Failure;
 use super::feed::FeedWriter;
+use super::making::Making;
 use super::progress::{Progress, Reach};
 use super::retries::{FIRST_BACK_OFF, Retries};
 use super::{RunEvent, Runs, jittered};
@@ -77,27 +79,28 @@ impl Drive<'_> {
     }
 
     async fn message(&mut self) -> Result<(Ended, EventStream), Failure> {
-        let Thread { id, key, expires_at, .. } = &self.turn.thread;
-        let owner = Ownership { key: key.clone(), thread: *id, expires_at: *expires_at };
+        let owner = self.owner();
         let is_sound = self.settle_earlier().await?;
         let (mut needs_thread, mut rebuilt) = (self.progress.thread.is_none(), !is_sound);
         let mut history = if rebuilt {
             needs_thread = true;
             self.start_anew().await?
+        } else if needs_thread && self.turn.thread.carried > 0 {
+            rebuilt = true;
+            self.history_before().await?
         } else if self.turn.thread.backlog > 0 || self.turn.thread.leftover.is_some() {
-            self.backlog().await?
+            History { messages: self.backlog().await?, carried_users: 0 }
         } else {
-            Vec::new()
+            History::default()
         };
         let mut retries = Retries::new(self.runs);
         loop {
             if needs_thread {
-                let seed = if rebuilt { &history[..] } else { &[] };
-                match self.create_thread(&owner, seed, rebuilt).await {
+                match self.create_thread(&owner, rebuilt.then_some(&history)).await {
                     Ok(holds_seed) => {
                         needs_thread = false;
                         if rebuilt && holds_seed {
-                            history.clear();
+                            history.messages.clear();
                         }
                     }
                     Err(Failure::Upstream(error)) => {
@@ -107,16 +110,15 @@ impl Drive<'_> {
                     Err(failure) => return Err(failure),
                 }
             }
-            let users = history.iter().filter(|message| message.role == Role::User).count();
-            self.progress.history_users = u32::try_from(users).unwrap_or(u32::MAX);
-            self.progress.synced = !history.is_empty();
+            self.progress.history_users = count_users(&history.messages);
+            self.progress.synced = !history.messages.is_empty();
             self.progress.reach = self.progress.reach.max(Reach::Sent);
             let thread = self.progress.thread.clone();
             let request = StartRun {
                 run: self.turn.run.id,
                 thread: thread.as_ref(),
                 owner: &owner,
-                history: &history,
+                history: &history.messages,
                 assistant: self.assistant,
                 input: &self.turn.input,
                 metadata: &self.turn.run.metadata,
@@ -155,8 +157,7 @@ impl Drive<'_> {
     }
 
     async fn outputs(&mut self, outputs: &[ToolOutput]) -> Result<(Ended, EventStream), Failure> {
-        let Thread { id, key, expires_at, .. } = &self.turn.thread;
-        let owner = Ownership { key: key.clone(), thread: *id, expires_at: *expires_at };
+        let owner = self.owner();
         let mut retries = Retries::new(self.runs);
         let Some(upstream_run) = self.progress.upstream_run.clone() else { return Err(Failure::ReplicaLost) };
         if std::mem::take(&mut self.progress.is_uncertain) {
@@ -187,6 +188,12 @@ impl Drive<'_> {
                 Next::SendAgain => {}
             }
         }
+    }
+
+    fn owner(&self) -> Ownership {
+        let thread = &self.turn.thread;
+        let expires_at = self.runs.parts.given.lifetimes.expiry(thread);
+        Ownership { key: thread.key.clone(), thread: thread.id, expires_at }
     }
 
     /// Whoever takes the run over must know that the outputs may be there.
@@ -373,10 +380,10 @@ impl Drive<'_> {
     }
 
     /// Gives the upstream thread up. What a new one has to be told.
-    async fn start_anew(&mut self) -> Result<Vec<Message>, Failure> {
+    async fn start_anew(&mut self) -> Result<History, Failure> {
         let history = self.history_before().await?;
         tracing::warn!(
-            messages = history.len(),
+            messages = history.messages.len(),
             "the upstream thread is gone or broken; making it again from the transcript"
         );
         self.progress.thread = None;
@@ -397,49 +404,97 @@ impl Drive<'_> {
     async fn backlog(&self) -> Result<Vec<Message>, Failure> {
         loop {
             match self.runs.parts.given.store.backlog(self.turn.run.id).await {
-                Ok(messages) => return Ok(messages),
+                Ok(messages) => return Ok(with_content(messages)),
                 Err(error) => wait_out(error).await?,
             }
         }
     }
 
-    /// The thread's transcript up to this run, as far as the model may know it.
-    async fn history_before(&self) -> Result<Vec<Message>, Failure> {
-        let mut history: Vec<Message> = Vec::new();
+    /// What a new upstream thread begins with: what is carried over from the thread before, and the transcript up to
+    /// this run, as far as the model may know it.
+    async fn history_before(&self) -> Result<History, Failure> {
+        let store = &self.runs.parts.given.store;
+        let Thread { id, carried, .. } = self.turn.thread;
+        let mut messages = loop {
+            if carried == 0 {
+                break Vec::new();
+            }
+            match store.carried(id).await {
+                Ok(carried) => break with_content(carried),
+                Err(error) => wait_out(error).await?,
+            }
+        };
+        let carried_users = count_users(&messages);
         let mut after = 0;
         loop {
-            match self.runs.parts.given.store.transcript(self.turn.thread.id, after, HISTORY_PAGE).await {
+            match store.transcript(id, after, HISTORY_PAGE).await {
                 Ok(page) => {
                     let Some(last) = page.last() else { break };
                     after = last.position;
-                    history.extend(page);
+                    messages.extend(page);
                 }
                 Err(error) => wait_out(error).await?,
             }
         }
         let own = Some(self.turn.run.id);
-        history.retain(|message| message.run_id != own && message.context != Context::Withheld);
-        Ok(history)
+        messages.retain(|message| message.run_id != own && message.context != Context::Withheld);
+        if messages.iter().any(|message| message.content.is_empty()) {
+            return self.nothing_before().await;
+        }
+        Ok(History { messages, carried_users })
     }
 
-    /// Makes the upstream thread and records it before it is used. Whether there is one that holds the seed: where
-    /// threads are chains of responses the first run makes it.
-    async fn create_thread(
-        &mut self,
-        owner: &Ownership,
-        seed: &[Message],
-        rebuilt: bool,
-    ) -> Result<bool, Failure> {
-        self.progress.thread = self.upstream.create_thread(owner, seed).await.map_err(Failure::Upstream)?;
-        let Some(id) = &self.progress.thread else { return Ok(false) };
+    /// Where not all that was said is stored, a new upstream thread begins with nothing: a story with gaps is another one.
+    async fn nothing_before(&self) -> Result<History, Failure> {
         loop {
-            match self.runs.parts.given.store.bind_upstream_thread(&self.turn.lease, id, rebuilt).await {
-                Ok(true) => return Ok(true),
+            match self.runs.parts.given.store.withhold_earlier(&self.turn.lease).await {
+                Ok(true) => return Ok(History::default()),
                 Ok(false) => return Err(Failure::LeaseLost),
                 Err(error) => wait_out(error).await?,
             }
         }
     }
+
+    /// Makes the upstream thread and records it before it is used. Whether there is one that holds the seed: where
+    /// threads are chains of responses the first run makes it.
+    async fn create_thread(&mut self, owner: &Ownership, seed: Option<&History>) -> Result<bool, Failure> {
+        if !self.upstream.capabilities().has_threads {
+            self.progress.thread = None;
+            return Ok(false);
+        }
+        let given = &self.runs.parts.given;
+        let Some(upstream) = given.upstreams.get(&self.turn.thread.upstream) else {
+            return Err(Failure::NotConfigured);
+        };
+        let making = Making {
+            store: Arc::clone(&given.store),
+            upstream: Arc::clone(upstream),
+            lease: self.turn.lease,
+            owner: owner.clone(),
+            seed: seed.map(|seed| (seed.messages.clone(), seed.carried_users)),
+        };
+        self.progress.thread = Some(making.carry_out(&given.tasks).await?);
+        Ok(true)
+    }
+}
+
+/// Messages that an upstream thread lacks, oldest first.
+#[derive(Default)]
+struct History {
+    messages: Vec<Message>,
+    /// How many of the user's among them come from the thread before.
+    carried_users: u32,
+}
+
+/// Without those that were said while nothing that is said was stored.
+fn with_content(mut messages: Vec<Message>) -> Vec<Message> {
+    messages.retain(|message| !message.content.is_empty());
+    messages
+}
+
+fn count_users(messages: &[Message]) -> u32 {
+    let users = messages.iter().filter(|message| message.role == Role::User).count();
+    u32::try_from(users).unwrap_or(u32::MAX)
 }
 
 /// What a turn may have left at the upstream, with what is needed to find it there.
@@ -464,7 +519,7 @@ pub(super) async fn leftover(runs: &Runs, turn: &Turn, progress: &Progress) -> R
 }
 
 /// Pauses before another try, if there is a point in one. The caller bounds the tries.
-async fn wait_out(error: StoreError) -> Result<(), Failure> {
+pub(super) async fn wait_out(error: StoreError) -> Result<(), Failure> {
     tracing::error!(error = %Chain(&error), "the store failed in the middle of a turn");
     if !matches!(error, StoreError::Unavailable(_)) {
         return Err(Failure::Store);

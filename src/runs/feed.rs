@@ -194,8 +194,8 @@ mod tests {
 
     use super::*;
     use crate::domain::{
-        ConversationKey, Lifecycle, Metadata, MultitaskStrategy, RunId, RunStatus, Scope, TenantKey,
-        ThreadId, ThreadState, ToolCall, UserKey,
+        ConversationKey, Lifecycle, Limits, Metadata, MultitaskStrategy, Removed, RunId, RunStatus, Scope,
+        TenantKey, ThreadId, ThreadState, ToolCall, UserKey,
     };
 
     /// Where a run that changed hands once is numbered on from.
@@ -239,7 +239,12 @@ mod tests {
             run_count: 1,
             created_at: now,
             last_active_at: now,
-            expires_at: None,
+            limits: Limits::NONE,
+            archived_at: None,
+            deletion: None,
+            rolls: false,
+            carried: 0,
+            removed: Removed::default(),
             backlog: 0,
             leftover: None,
         };

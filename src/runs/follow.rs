@@ -14,6 +14,7 @@ use crate::domain::{
     ThreadState,
 };
 use crate::error::{Chain, Error};
+use crate::store::ThreadName;
 use crate::store::Waiting;
 
 /// How often the store is asked for news of a run that another process works on.
@@ -85,7 +86,7 @@ impl Follow {
             return Some(Answer::Ended(outcome));
         }
         let (run, _) = self.runs.store().run(&self.thread.key, self.run).await.ok()??;
-        let (thread, activity) = self.thread_now().await;
+        let (thread, activity) = self.thread_of(&run).await;
         Some(Answer::RequiresAction(Box::new(Waiting { thread, activity, run })))
     }
 
@@ -152,6 +153,8 @@ impl Follow {
         let mut next = batches.last().map_or(from, |batch| batch.first + count(&batch.events));
         let mut events: Vec<_> = numbered(batches)
             .filter(|(n, _)| *n >= from)
+            // A piece of which the text was not stored.
+            .filter(|(_, event)| !matches!(event, LoggedEvent::Delta(text) if text.is_empty()))
             .map(|(n, event)| (n, RunEvent::from(event)))
             .collect();
         let Some((run, message)) = found.filter(|(run, _)| run.status.is_final()) else {
@@ -168,14 +171,15 @@ impl Follow {
     }
 
     async fn outcome(&self, run: Run, message: Option<Message>) -> Outcome {
-        let (thread, activity) = self.thread_now().await;
+        let (thread, activity) = self.thread_of(&run).await;
         Outcome { thread, activity, run, message, retry_after: None }
     }
 
-    /// The run's thread as it is now, or as it was last known if its key has another one by now.
-    async fn thread_now(&self) -> (Thread, ThreadActivity) {
-        match self.runs.store().thread(&self.thread.key).await {
-            Ok(Some((thread, activity))) if thread.id == self.thread.id => (thread, activity),
+    /// The run's thread as it is now, or as it was last known.
+    async fn thread_of(&self, run: &Run) -> (Thread, ThreadActivity) {
+        let name = ThreadName::Id(&self.thread.key.tenant, run.thread_id);
+        match self.runs.store().report(name).await {
+            Ok(Some(report)) => (report.thread, report.activity),
             _ => (self.thread.clone(), ThreadActivity { state: ThreadState::Idle, queue_depth: 0 }),
         }
     }
@@ -216,11 +220,8 @@ impl Runs {
     /// A run of any of the key's threads and how to follow it.
     pub async fn follow(&self, key: &ConversationKey, id: RunId) -> Result<(Run, Follow), Error> {
         let (run, _) = self.run(key, id).await?;
-        // Of the thread only key and id matter here.
-        let thread = match self.store().thread(key).await? {
-            Some((thread, _)) => Thread { id: run.thread_id, ..thread },
-            None => return Err(NO_THREAD),
-        };
+        let name = ThreadName::Id(&key.tenant, run.thread_id);
+        let thread = self.store().report(name).await?.ok_or(NO_THREAD)?.thread;
         let follow = Follow::of(self, &thread, id);
         Ok((run, follow))
     }
@@ -228,7 +229,7 @@ impl Runs {
 
 #[cfg(test)]
 mod tests {
-    use std::collections::BTreeMap;
+    use std::collections::{BTreeMap, BTreeSet};
 
     use futures_util::FutureExt;
     use tempfile::TempDir;
@@ -238,8 +239,8 @@ mod tests {
     use super::*;
     use crate::config::{Config, StoreConfig};
     use crate::domain::{
-        ContentPart, Context, MessageId, Metadata, MultitaskStrategy, ReplicaId, RunStatus, Scope, TenantKey,
-        ThreadId, ToolCall, ToolOutput, UpstreamRunId, UserKey,
+        ContentPart, Context, Lifetimes, Limits, MessageId, Metadata, MultitaskStrategy, ReplicaId,
+        RunStatus, Scope, TenantKey, ThreadId, ToolCall, ToolOutput, UpstreamRunId, UserKey,
     };
     use crate::runs::RunsParts;
     use crate::runs::end::bare_end;
@@ -289,7 +290,10 @@ mod tests {
                 assistants: BTreeMap::new(),
                 default_assistant: String::new(),
                 runs: config.runs,
+                lifetimes: Lifetimes::default(),
                 sessions: config.sessions,
+                threads: config.threads,
+                shared: BTreeSet::new(),
                 admission_timeout: Duration::from_secs(5),
                 replica: ReplicaId::new(),
                 attend_every: Duration::from_secs(3),
@@ -301,7 +305,8 @@ mod tests {
             let admission = Admission {
                 key: ConversationKey { tenant: TenantKey::default(), user, scope: Scope::User },
                 new_thread: ThreadId::new(),
-                thread_ttl: None,
+                limits: Limits::NONE,
+                ttl: None,
                 upstream: "main".to_owned(),
                 run_id: RunId::new(),
                 assistant: "default".to_owned(),

@@ -268,6 +268,7 @@ impl Runs {
                 }
             };
         let may_be_more = orphans.len() == ADOPT_BATCH as usize;
+        let mut never_start = Vec::new();
         for orphan in orphans {
             let Orphan { lease, thread, run, .. } = &orphan;
             let working = self.parts.standing.works_on(run.id, lease.fence, CancellationToken::new());
@@ -275,12 +276,16 @@ impl Runs {
             span.in_scope(|| tracing::warn!(status = %run.status, "took over a run that nobody worked on"));
             // Its admission failed as far as its sender knows, so it must not run.
             let was_refused = orphan.previous_owner == Some(parts.replica) && lease.fence == 2;
+            if run.status == RunStatus::Queued && orphan.content_lost && !was_refused {
+                never_start.push((working, orphan));
+                continue;
+            }
             let runs = self.clone();
             let task = async move {
                 match orphan.run.status {
                     RunStatus::Queued if !was_refused => turn::resume_queued(runs, working, orphan).await,
                     RunStatus::RequiresAction => work::resume_waiting(runs, working, orphan).await,
-                    RunStatus::InProgress if orphan.outputs.is_some() => {
+                    RunStatus::InProgress if orphan.outputs.is_some() && !orphan.content_lost => {
                         work::resume_waiting(runs, working, orphan).await;
                     }
                     _ if was_refused => work::bury(runs, working, orphan, Failure::NotRecorded).await,
@@ -288,6 +293,9 @@ impl Runs {
                 }
             };
             parts.tasks.spawn(task.instrument(span));
+        }
+        if !never_start.is_empty() {
+            parts.tasks.spawn(turn::give_up(self.clone(), never_start));
         }
         may_be_more
     }

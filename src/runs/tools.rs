@@ -1,11 +1,13 @@
 //! Answers to the function calls of a run.
 
+use tracing::Instrument;
+
 use super::work::answers;
 use super::{Runs, Submitted};
 use crate::domain::{ConversationKey, RequiredAction, Run, RunId, RunStatus, ToolOutput};
 use crate::error::Error;
 use crate::runs::Follow;
-use crate::store::{Answered, Idempotency, ToolAnswer};
+use crate::store::{Answered, Idempotency, StoreError, ThreadName, ToolAnswer};
 
 /// Outputs of the functions that a run asked for: all at once.
 #[derive(Clone, Debug)]
@@ -40,19 +42,26 @@ impl Runs {
         if let Some(wrong) = wrong(&new.outputs, &expected) {
             return Err(Error::Invalid(wrong));
         }
-        let (thread, _) = self.thread(key).await?;
+        if !self.store().keeps_content() && self.parts.standing.handle(id).is_none() {
+            return Err(Error::OtherReplica);
+        }
+        let thread = self.thread(ThreadName::Id(&key.tenant, run.thread_id)).await?.thread;
         self.is_reachable(&thread.upstream)?;
         let answer = ToolAnswer {
             expected: expected.clone(),
             outputs: new.outputs.clone(),
             idempotency: new.idempotency.clone(),
         };
-        match self.store().answer_tools(key, id, &answer).await? {
+        let handing = hand_over(self.clone(), key.clone(), id, answer);
+        let answered = if self.store().keeps_content() {
+            handing.await?
+        } else {
+            // The store could not give them again: a caller that leaves must not take them along half-way.
+            let task = self.parts.given.tasks.spawn(handing.in_current_span());
+            task.await.map_err(|error| Error::Internal(Some(error.into())))??
+        };
+        match answered {
             Answered::Resumed(waiting) => {
-                // Another replica's run is resumed by that replica, which looks for such requests.
-                if let Some(handle) = self.parts.standing.handle(id) {
-                    handle.answer(new.outputs);
-                }
                 let from = follow.after(&expected).await;
                 let submitted =
                     Submitted { thread: waiting.thread, run: waiting.run, follow, replayed: false };
@@ -105,6 +114,23 @@ impl Runs {
             status => format!("the run is {status} and waits for no outputs"),
         }
     }
+}
+
+/// Records outputs and lets the run go on with them.
+async fn hand_over(
+    runs: Runs,
+    key: ConversationKey,
+    id: RunId,
+    answer: ToolAnswer,
+) -> Result<Answered, StoreError> {
+    let answered = runs.store().answer_tools(&key, id, &answer).await?;
+    // Another replica's run is resumed by that replica, which looks for such requests.
+    if matches!(answered, Answered::Resumed(_))
+        && let Some(handle) = runs.parts.standing.handle(id)
+    {
+        handle.answer(answer.outputs);
+    }
+    Ok(answered)
 }
 
 /// The run ended without going on after its wait.

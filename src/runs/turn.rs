@@ -7,7 +7,7 @@ use tokio::time::{sleep, timeout};
 use tracing::Instrument;
 
 use super::end::{announce, bare_end, bound_waiting, lease_lost};
-use super::failure::stopped;
+use super::failure::{Failure, stopped};
 use super::follow::Follow;
 use super::replica::Working;
 use super::work::work;
@@ -76,7 +76,7 @@ pub(super) async fn conduct(
         let outcome = match turn {
             Ok(turn) => {
                 place.started();
-                work(&runs, &mut working, &turn).await
+                work(&runs, &mut working, turn).await
             }
             Err(outcome) => Some(*outcome),
         };
@@ -95,10 +95,20 @@ pub(super) async fn conduct(
 pub(super) async fn resume_queued(runs: Runs, mut working: Working, orphan: Orphan) {
     let Orphan { lease, thread, run, .. } = orphan;
     let outcome = match wait_for_turn(&runs, &working, None, lease, &thread, &run).await {
-        Ok(turn) => work(&runs, &mut working, &turn).await,
+        Ok(turn) => work(&runs, &mut working, turn).await,
         Err(outcome) => Some(*outcome),
     };
     if let Some(outcome) = outcome {
+        announce(&working.feed, outcome);
+    }
+}
+
+/// Ends queued runs that were taken over and can never start, in their order.
+pub(super) async fn give_up(runs: Runs, queued: Vec<(Working, Orphan)>) {
+    for (working, Orphan { lease, thread, run, .. }) in queued {
+        let (status, error) = Failure::ReplicaLost.end(false);
+        let end = bare_end(status, error);
+        let outcome = bound_waiting(&runs, &working, &lease, &thread, &run, end).await;
         announce(&working.feed, outcome);
     }
 }

@@ -29,9 +29,10 @@ enum Begin {
 }
 
 /// Does the turn and commits its end, whatever happens on the way. `None` if the run goes on in another process.
-pub(super) async fn work(runs: &Runs, working: &mut Working, turn: &Turn) -> Option<Outcome> {
-    let progress = Progress::new(turn);
-    carry_out(runs, working, turn, Begin::Message, progress, time_left(&turn.run)).await
+pub(super) async fn work(runs: &Runs, working: &mut Working, turn: Turn) -> Option<Outcome> {
+    let turn = runs.rolled(turn).await;
+    let progress = Progress::new(&turn);
+    carry_out(runs, working, &turn, Begin::Message, progress, time_left(&turn.run)).await
 }
 
 /// Goes on with a run that waited for tool outputs, or had just got them, when its process ended.
@@ -81,6 +82,8 @@ async fn carry_out(
         parts.assistants.get(&turn.run.assistant).filter(|it| it.upstream == turn.thread.upstream);
     let upstream = parts.upstreams.get(&turn.thread.upstream);
     let result = match (upstream, assistant) {
+        // What it was to say was known to another process alone.
+        _ if turn.input.iter().any(|message| message.content.is_empty()) => Err(Failure::ReplicaLost),
         (Some(upstream), Some(assistant)) => {
             let deadline = started + time_left;
             let rounds =

@@ -3,7 +3,7 @@
 mod life;
 mod scripted;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -33,6 +33,7 @@ fn message(words: &str) -> NewMessage {
         strategy: MultitaskStrategy::Enqueue,
         metadata: Metadata::default(),
         timeout: None,
+        ttl: None,
         cancel: CancellationToken::new(),
         idempotency: None,
     }
@@ -61,8 +62,11 @@ impl Process {
             upstreams: BTreeMap::from([("main".to_owned(), upstream)]),
             assistants: BTreeMap::from([("default".to_owned(), assistant)]),
             default_assistant: "default".to_owned(),
+            lifetimes: config.lifetimes(),
             runs: config.runs,
             sessions: config.sessions,
+            shared: BTreeSet::new(),
+            threads: config.threads,
             admission_timeout: Duration::from_secs(5),
             replica,
             attend_every: Duration::from_secs(3),

@@ -50,7 +50,7 @@ async fn bad_requests_are_refused_with_a_typed_problem() {
     let long = format!("/v1/users/{}/thread", "k".repeat(257));
     for (method, path, status, name) in [
         (Method::GET, "/", 404, "not-found"),
-        (Method::GET, "/v1/users/alice", 404, "not-found"),
+        (Method::GET, "/v1/users/alice", 405, "method-not-allowed"),
         (Method::GET, "/v1/users/alice/messages", 404, "not-found"),
         (Method::GET, "/v1/users/alice/runs", 404, "not-found"),
         (Method::GET, "/v1/users/alice/runs/run_0198f000000070008000000000000000", 404, "not-found"),

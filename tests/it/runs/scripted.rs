@@ -6,11 +6,11 @@ use std::time::Duration;
 use async_trait::async_trait;
 use futures_util::{FutureExt, StreamExt, stream};
 use threadkeeper::domain::{
-    ContentPart, Leftover, Message, RunStatus, ToolCall, UpstreamRunId, UpstreamThreadId, Usage,
+    ContentPart, Leftover, Message, RunStatus, ThreadId, ToolCall, UpstreamRunId, UpstreamThreadId, Usage,
 };
 use threadkeeper::upstream::{
-    AnswerTools, Capabilities, Ended, EventStream, Ownership, Recovered, Settled, StartRun, Upstream,
-    UpstreamError, UpstreamEvent,
+    AnswerTools, Capabilities, Ended, EventStream, HistoryPage, Ownership, Pace, Recovered, Settled,
+    StartRun, Upstream, UpstreamError, UpstreamEvent,
 };
 use tokio::sync::Semaphore;
 
@@ -107,7 +107,7 @@ fn name(left: &Leftover) -> &str {
 #[async_trait]
 impl Upstream for Scripted {
     fn capabilities(&self) -> Capabilities {
-        Capabilities { lock_window: Duration::ZERO }
+        Capabilities { lock_window: Duration::ZERO, has_threads: !self.chain, stores_runs: self.chain }
     }
 
     fn available(&self) -> Result<(), Duration> {
@@ -120,6 +120,36 @@ impl Upstream for Scripted {
         _: &[Message],
     ) -> Result<Option<UpstreamThreadId>, UpstreamError> {
         Ok((!self.chain).then(|| UpstreamThreadId("thread".to_owned())))
+    }
+
+    async fn delete_thread(
+        &self,
+        _: &UpstreamThreadId,
+        _: &Pace,
+        _: &mut u64,
+    ) -> Result<bool, UpstreamError> {
+        Ok(true)
+    }
+
+    async fn delete_run(&self, _: &UpstreamRunId, _: &Pace) -> Result<bool, UpstreamError> {
+        Ok(true)
+    }
+
+    async fn history(
+        &self,
+        _: &UpstreamThreadId,
+        _: Option<&str>,
+        _: &Pace,
+    ) -> Result<Option<HistoryPage>, UpstreamError> {
+        Ok(None)
+    }
+
+    async fn find_threads(
+        &self,
+        _: ThreadId,
+        _: &Pace,
+    ) -> Result<Option<Vec<UpstreamThreadId>>, UpstreamError> {
+        Ok(None)
     }
 
     async fn start(&self, request: StartRun<'_>) -> Result<EventStream, UpstreamError> {

@@ -9,6 +9,7 @@ use sqlx::sqlite::{SqliteConnectOptions, SqliteConnection};
 use sqlx::{AssertSqlSafe, ConnectOptions, Connection, Executor};
 use tempfile::TempDir;
 use threadkeeper::config::StoreConfig;
+use threadkeeper::domain::Timestamp;
 use threadkeeper::store::{PostgresStore, SqliteStore, Store};
 use tokio::sync::OnceCell;
 use uuid::Uuid;
@@ -83,14 +84,61 @@ impl TestDatabase {
         }
     }
 
-    /// Lets all threads have been made, used and expire so much earlier.
+    /// Lets all threads have been made and used so much earlier.
     pub(crate) async fn age_threads(&self, by: Duration) {
         let by = self.interval(by);
         self.execute(&format!(
             "UPDATE threads SET created_at = created_at - {by}, last_active_at = last_active_at - {by}, \
-             expires_at = expires_at - {by}"
+             archived_at = archived_at - {by}, due_at = due_at - {by}"
         ))
         .await;
+    }
+
+    /// Lets all threads that are current have been archived a moment ago.
+    pub(crate) async fn archive_threads(&self) {
+        let archive = "UPDATE threads SET lifecycle = 'archived', archived_at = last_active_at \
+                       WHERE lifecycle = 'current'";
+        self.execute(archive).await;
+    }
+
+    /// Lets the threads of a user have been made, and used, so long ago.
+    pub(crate) async fn date_threads(&self, user: &str, age: Duration, idle: Duration) {
+        let (made, active) = (self.before(self.now(), age), self.before(self.now(), idle));
+        let date = format!(
+            "UPDATE threads SET created_at = {made}, last_active_at = {active} WHERE user_key = '{user}'"
+        );
+        self.execute(&date).await;
+    }
+
+    /// When the janitor is to look at the current thread of a user.
+    pub(crate) async fn due_at(&self, user: &str) -> Option<Timestamp> {
+        let column = match &self.place {
+            Place::Postgres { .. } => "(EXTRACT(epoch FROM due_at) * 1000000)::bigint",
+            Place::Sqlite { .. } => "due_at * 1000",
+        };
+        let due = format!(
+            "SELECT COALESCE({column}, -1) FROM threads WHERE user_key = '{user}' AND lifecycle = 'current'"
+        );
+        let micros = self.number(&due).await;
+        (micros >= 0).then(|| chrono::DateTime::from_timestamp_micros(micros).expect("a time"))
+    }
+
+    /// The present, as a statement says it.
+    pub(crate) fn now(&self) -> &'static str {
+        match &self.place {
+            Place::Postgres { .. } => "clock_timestamp()",
+            Place::Sqlite { .. } => "CAST(round(unixepoch('now', 'subsec') * 1000) AS INTEGER)",
+        }
+    }
+
+    /// So long before a time.
+    pub(crate) fn before(&self, time: &str, by: Duration) -> String {
+        format!("{time} - {}", self.interval(by))
+    }
+
+    /// So long after a time.
+    pub(crate) fn after(&self, time: &str, by: Duration) -> String {
+        format!("{time} + {}", self.interval(by))
     }
 
     /// Lets all idempotency keys have been used so much earlier.
@@ -118,11 +166,59 @@ impl TestDatabase {
         .await;
     }
 
+    /// Lets all runs have been made and have ended so much earlier, by their ids too.
+    pub(crate) async fn backdate_runs(&self, by: Duration) {
+        let ms = by.as_millis();
+        let times = self.interval(by);
+        self.execute(&format!(
+            "UPDATE runs SET created_at = created_at - {times}, started_at = started_at - {times}, \
+             finished_at = finished_at - {times}"
+        ))
+        .await;
+        // The first 48 bits of an id are its time; in SQLite hexadecimal digits are read by way of a list of their places.
+        let (before, id) = match &self.place {
+            Place::Postgres { .. } => (
+                "SET session_replication_role = replica",
+                format!(
+                    "(lpad(to_hex(('x' || lpad(substr(replace(old::text, '-', ''), 1, 12), 16, '0'))::bit(64)::bigint \
+                     - {ms}), 12, '0') || substr(replace(old::text, '-', ''), 13))::uuid"
+                ),
+            ),
+            Place::Sqlite { .. } => (
+                "PRAGMA foreign_keys = OFF",
+                format!(
+                    "unhex(printf('%012x', (WITH RECURSIVE d (n, v) AS (SELECT 1, 0 UNION ALL SELECT n + 1, v * 16 + \
+                     instr('0123456789ABCDEF', substr(hex(old), n, 1)) - 1 FROM d WHERE n <= 12) \
+                     SELECT v FROM d WHERE n = 13) - {ms}) || substr(hex(old), 13))"
+                ),
+            ),
+        };
+        let columns = [
+            ("run_events", "run_id"),
+            ("messages", "run_id"),
+            ("idempotency_keys", "run_id"),
+            ("runs", "id"),
+        ];
+        let updates = columns
+            .map(|(table, column)| format!("UPDATE {table} SET {column} = {}", id.replace("old", column)));
+        self.execute(&format!("{before}; {}", updates.join("; "))).await;
+    }
+
     /// Lets an idempotency key have been used so much earlier.
     pub(crate) async fn age_keys(&self, by: Duration, key: &str) {
         let by = self.interval(by);
         self.execute(&format!(
             "UPDATE idempotency_keys SET created_at = created_at - {by} WHERE key = '{key}'"
+        ))
+        .await;
+    }
+
+    /// Lets all that the janitor is to look at have been put off, and intended, so much earlier.
+    pub(crate) async fn age_looks(&self, by: Duration) {
+        let by = self.interval(by);
+        self.execute(&format!(
+            "UPDATE threads SET due_at = due_at - {by} WHERE due_at IS NOT NULL;
+            UPDATE remnants SET created_at = created_at - {by}, due_at = due_at - {by}"
         ))
         .await;
     }
@@ -158,6 +254,84 @@ impl TestDatabase {
             Place::Sqlite { .. } => sqlx::query_scalar(sql).fetch_one(&mut self.lite().await).await,
         }
         .expect("the test's query works")
+    }
+
+    /// The texts that a query gives, one for each row.
+    pub(crate) async fn texts(&self, sql: &str) -> Vec<String> {
+        let sql = AssertSqlSafe(sql);
+        match &self.place {
+            Place::Postgres { .. } => sqlx::query_scalar(sql).fetch_all(&mut self.pg().await).await,
+            Place::Sqlite { .. } => sqlx::query_scalar(sql).fetch_all(&mut self.lite().await).await,
+        }
+        .expect("the test's query works")
+    }
+
+    /// All that is stored: each value of each column of each table as bytes, and on SQLite the files too. With where it is.
+    pub(crate) async fn everything(&self) -> Vec<(String, Vec<u8>)> {
+        let mut all = Vec::new();
+        match &self.place {
+            Place::Postgres { .. } => {
+                let mut connection = self.pg().await;
+                let columns: Vec<(String, String, bool)> = sqlx::query_as(
+                    "SELECT table_name::text, column_name::text, data_type = 'bytea'
+                    FROM information_schema.columns WHERE table_schema = 'public'",
+                )
+                .fetch_all(&mut connection)
+                .await
+                .expect("the catalogue can be read");
+                for (table, column, is_bytes) in columns {
+                    let value = if is_bytes {
+                        format!("\"{column}\"")
+                    } else {
+                        format!("convert_to(\"{column}\"::text, 'UTF8')")
+                    };
+                    let sql = format!("SELECT {value} FROM \"{table}\"");
+                    let values: Vec<Option<Vec<u8>>> = sqlx::query_scalar(AssertSqlSafe(sql))
+                        .fetch_all(&mut connection)
+                        .await
+                        .expect("each column has a text");
+                    all.extend(
+                        values.into_iter().flatten().map(|value| (format!("{table}.{column}"), value)),
+                    );
+                }
+            }
+            Place::Sqlite { folder } => {
+                let mut connection = self.lite().await;
+                let columns: Vec<(String, String)> = sqlx::query_as(
+                    "SELECT t.name, c.name FROM sqlite_schema t JOIN pragma_table_info(t.name) c
+                    WHERE t.type = 'table'",
+                )
+                .fetch_all(&mut connection)
+                .await
+                .expect("the schema can be read");
+                for (table, column) in columns {
+                    let sql = format!("SELECT CAST(\"{column}\" AS BLOB) FROM \"{table}\"");
+                    let values: Vec<Option<Vec<u8>>> = sqlx::query_scalar(AssertSqlSafe(sql))
+                        .fetch_all(&mut connection)
+                        .await
+                        .expect("each column has bytes");
+                    all.extend(
+                        values.into_iter().flatten().map(|value| (format!("{table}.{column}"), value)),
+                    );
+                }
+                for file in std::fs::read_dir(folder.path()).expect("the folder can be listed") {
+                    let path = file.expect("the folder can be listed").path();
+                    all.push((
+                        path.display().to_string(),
+                        std::fs::read(&path).expect("the file can be read"),
+                    ));
+                }
+            }
+        }
+        all
+    }
+
+    /// Where in its tables the database holds a text.
+    pub(crate) async fn holding(&self, needle: &str) -> Vec<String> {
+        let holds = |value: &[u8]| value.windows(needle.len()).any(|part| part == needle.as_bytes());
+        let all = self.everything().await.into_iter();
+        let columns = all.filter(|(place, value)| !place.contains('/') && holds(value));
+        columns.map(|(column, value)| format!("{column}: {}", String::from_utf8_lossy(&value))).collect()
     }
 
     async fn pg(&self) -> PgConnection {

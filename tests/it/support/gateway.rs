@@ -137,6 +137,27 @@ impl Gateway {
         self.send(self.request(Method::POST, path).json(body)).await
     }
 
+    pub(crate) async fn patch(&self, path: &str, body: &Value) -> Answer {
+        self.send(self.request(Method::PATCH, path).json(body)).await
+    }
+
+    pub(crate) async fn delete(&self, path: &str) -> Answer {
+        self.send(self.request(Method::DELETE, path)).await
+    }
+
+    /// Deletes and waits as long as the preference says.
+    pub(crate) async fn delete_after(&self, path: &str, prefer: &str) -> Answer {
+        self.send(self.request(Method::DELETE, path).header("prefer", prefer)).await
+    }
+
+    /// Posts, and does not wait for the answer.
+    pub(crate) fn post_in_background(&self, path: &str, body: &Value) -> tokio::task::JoinSet<()> {
+        let request = self.request(Method::POST, path).json(body);
+        let mut task = tokio::task::JoinSet::new();
+        task.spawn(async move { drop(request.send().await) });
+        task
+    }
+
     /// Posts a text to `{scope}/messages` and returns the answer's JSON, which must be a success.
     #[track_caller]
     pub(crate) fn say(&self, scope: &str, text: &str) -> impl Future<Output = Value> + use<> {

@@ -17,8 +17,9 @@ pub(crate) async fn messages(gateway: &Gateway, scope: &str) -> Vec<Value> {
 pub(crate) async fn all(gateway: &Gateway, list: &str) -> Vec<Value> {
     let mut entries = Vec::new();
     let mut after = String::new();
+    let and = if list.contains('?') { '&' } else { '?' };
     loop {
-        let page = gateway.get(&format!("{list}?order=asc&limit=100{after}")).await.ok();
+        let page = gateway.get(&format!("{list}{and}order=asc&limit=100{after}")).await.ok();
         entries.extend(page["data"].as_array().unwrap().clone());
         if page["has_more"] == false {
             return entries;

@@ -1,6 +1,7 @@
 //! What the tests stand on.
 
 mod database;
+pub(crate) mod gate;
 pub(crate) mod gateway;
 pub(crate) mod history;
 pub(crate) mod openapi;

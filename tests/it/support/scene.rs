@@ -90,13 +90,46 @@ impl Scene {
         assert!(answer.status().is_success(), "{:?}", answer.text().await);
     }
 
+    /// Adds a message to a thread or conversation, as somebody else may.
+    pub(crate) async fn write(&self, thread: &str, role: &str, text: &str) {
+        let client = reqwest::Client::new();
+        let (url, body) = if self.protocol == Protocol::Assistants {
+            (format!("threads/{thread}/messages"), serde_json::json!({"role": role, "content": text}))
+        } else {
+            let kind = if role == "user" { "input_text" } else { "output_text" };
+            let part = serde_json::json!({"type": kind, "text": text});
+            let item = serde_json::json!({"type": "message", "role": role, "content": [part]});
+            (format!("conversations/{thread}/items"), serde_json::json!({"items": [item]}))
+        };
+        let request = client.post(format!("{}/{url}", self.upstream_url)).bearer_auth("sk-other");
+        let request = request.header("openai-beta", "assistants=v2").json(&body);
+        let answer = request.send().await.unwrap();
+        assert!(answer.status().is_success(), "{:?}", answer.text().await);
+    }
+
+    /// Deletes a thread or conversation, as somebody else may.
+    pub(crate) async fn delete_thread(&self, thread: &str) {
+        let kind = if self.protocol == Protocol::Assistants { "threads" } else { "conversations" };
+        let url = format!("{}/{kind}/{thread}", self.upstream_url);
+        let request = reqwest::Client::new().delete(url).bearer_auth("sk-other");
+        let answer = request.header("openai-beta", "assistants=v2").send().await.unwrap();
+        assert!(answer.status().is_success(), "{:?}", answer.text().await);
+    }
+
+    /// A fault for the next `times` requests of a kind.
+    pub(crate) fn fault(&self, on: &str, fault: &str, times: u32) {
+        let fault = threadkeeper::simulator::Fault { on: on.to_owned(), fault: fault.to_owned(), times };
+        self.simulator.add_fault(fault).unwrap();
+    }
+
     /// A configuration that leads to this scene's database and simulator. `more` may open tables of its own and
     /// must not repeat one.
     pub(crate) fn config(&self, more: &str) -> String {
         self.config_with(more, "")
     }
 
-    fn config_with(&self, more: &str, upstream: &str) -> String {
+    /// The same with further settings of its upstream.
+    pub(crate) fn config_with(&self, more: &str, upstream: &str) -> String {
         let (kind, assistant) = match self.protocol {
             Protocol::Assistants => ("assistants", "assistant_id = \"asst_test\""),
             Protocol::Responses | Protocol::Chain => ("responses", "model = \"test-model\""),
@@ -112,9 +145,10 @@ impl Scene {
         )
     }
 
-    /// The ids of all threads or conversations at the simulator.
+    /// The ids of all threads or conversations at the simulator that are not deleted.
     pub(crate) fn upstream_threads(&self) -> Vec<String> {
-        self.simulator.threads().into_iter().map(|thread| thread.id).collect()
+        let threads = self.simulator.threads().into_iter().filter(|thread| !thread.deleted);
+        threads.map(|thread| thread.id).collect()
     }
 }
 

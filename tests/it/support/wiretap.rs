@@ -1,13 +1,30 @@
-//! A proxy in front of Postgres that counts the round trips of the frontend/backend protocol.
+//! Proxies in front of Postgres, which counts the round trips of the frontend/backend protocol, and in front of an
+//! upstream. What passes them can be stopped at a gate.
 
+use std::collections::HashMap;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
-use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
+use axum::Router;
+use axum::body::{Body, Bytes};
+use axum::extract::State;
+use axum::http::{HeaderMap, Method, StatusCode, Uri, header};
+use axum::response::{IntoResponse, Response};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, BufReader};
 use tokio::net::{TcpListener, TcpStream, UnixStream};
 use tokio::task::JoinSet;
 use url::Url;
+
+use super::gate::Gate;
+
+/// What counts as a step.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub(crate) enum Steps {
+    All,
+    /// What may change something for others: neither reading, nor what is not committed yet.
+    Changes,
+}
 
 /// A tapped way to a database.
 pub(crate) struct Wiretap {
@@ -19,6 +36,11 @@ pub(crate) struct Wiretap {
 impl Wiretap {
     /// Opens another way to the database of this URL.
     pub(crate) async fn on(url: &str) -> Self {
+        Self::gated(url, &Gate::default(), Steps::All).await
+    }
+
+    /// The same, through a gate: a statement that is carried out is a step.
+    pub(crate) async fn gated(url: &str, gate: &Gate, steps: Steps) -> Self {
         let target = Url::parse(url).unwrap();
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let mut tapped = target.clone();
@@ -26,13 +48,13 @@ impl Wiretap {
         tapped.set_port(Some(listener.local_addr().unwrap().port())).unwrap();
         tapped.set_query(Some("sslmode=disable"));
         let trips: Arc<AtomicUsize> = Arc::default();
-        let counter = Arc::clone(&trips);
+        let (counter, gate) = (Arc::clone(&trips), gate.clone());
         let mut task = JoinSet::new();
         task.spawn(async move {
             let mut connections = JoinSet::new();
             loop {
                 let (client, _) = listener.accept().await.unwrap();
-                let (counter, target) = (Arc::clone(&counter), target.clone());
+                let (counter, target, gate) = (Arc::clone(&counter), target.clone(), gate.clone());
                 connections.spawn(async move {
                     let socket = target
                         .query_pairs()
@@ -42,10 +64,17 @@ impl Wiretap {
                     // Either side may leave at any time.
                     let _ = if let Some(folder) = socket {
                         let path = PathBuf::from(folder).join(format!(".s.PGSQL.{port}"));
-                        relay(client, UnixStream::connect(path).await.unwrap(), &counter).await
+                        relay(client, UnixStream::connect(path).await.unwrap(), &counter, (&gate, steps))
+                            .await
                     } else {
                         let host = target.host_str().unwrap_or("localhost");
-                        relay(client, TcpStream::connect((host, port)).await.unwrap(), &counter).await
+                        relay(
+                            client,
+                            TcpStream::connect((host, port)).await.unwrap(),
+                            &counter,
+                            (&gate, steps),
+                        )
+                        .await
                     };
                 });
             }
@@ -63,10 +92,13 @@ async fn relay(
     client: TcpStream,
     server: impl AsyncRead + AsyncWrite,
     trips: &AtomicUsize,
+    (gate, steps): (&Gate, Steps),
 ) -> std::io::Result<()> {
     client.set_nodelay(true)?;
-    let (mut from_client, mut to_client) = tokio::io::split(client);
-    let (mut from_server, mut to_server) = tokio::io::split(server);
+    let (from_client, mut to_client) = tokio::io::split(client);
+    let (from_server, mut to_server) = tokio::io::split(server);
+    let (mut from_client, mut from_server) = (BufReader::new(from_client), BufReader::new(from_server));
+    let is_withheld = AtomicBool::new(false);
     let questions = async {
         // The start-up message has no type.
         let length = from_client.read_i32().await?;
@@ -74,27 +106,173 @@ async fn relay(
         message.resize(usize::try_from(length).unwrap(), 0);
         from_client.read_exact(&mut message[4..]).await?;
         to_server.write_all(&message).await?;
-        let mut asked = false;
+        let mut statements = Statements::default();
+        let (mut asked, mut executes) = (false, false);
+        // What belongs together arrives together.
+        let mut group = Vec::new();
         loop {
-            let kind = from_client.read_u8().await?;
-            let length = from_client.read_i32().await?;
-            let mut message = vec![kind];
-            message.extend(length.to_be_bytes());
-            message.resize(1 + usize::try_from(length).unwrap(), 0);
-            from_client.read_exact(&mut message[5..]).await?;
+            let (kind, message) = next(&mut from_client).await?;
+            statements.read(kind, &message[5..]);
+            group.extend(message);
+            executes |= kind == b'E' || kind == b'Q';
             // Sync ends a group of extended messages, Query is a simple one: either is followed by a wait. A Sync
             // alone is a sign of life, which only a connection that was idle for long is asked for.
             if kind == b'Q' || (kind == b'S' && asked) {
                 trips.fetch_add(1, Ordering::SeqCst);
             }
             asked = kind != b'S' && kind != b'Q';
-            to_server.write_all(&message).await?;
-            to_server.flush().await?;
+            if !asked && std::mem::take(&mut executes) && (statements.may_change() || steps == Steps::All) {
+                let step = gate.step(|| statements.last.clone()).await?;
+                is_withheld.store(step.is_withheld, Ordering::SeqCst);
+            }
+            if !b"PBDEC".contains(&kind) {
+                to_server.write_all(&group).await?;
+                to_server.flush().await?;
+                group.clear();
+            }
         }
     };
-    let answers = tokio::io::copy(&mut from_server, &mut to_client);
+    let answers = async {
+        let mut answers = Vec::new();
+        loop {
+            let (kind, message) = next(&mut from_server).await?;
+            if is_withheld.load(Ordering::SeqCst) {
+                // It is complete when the server is ready for another question.
+                if kind == b'Z' {
+                    return Err(gate.withhold().await.into());
+                }
+                continue;
+            }
+            answers.extend(message);
+            if from_server.buffer().is_empty() {
+                to_client.write_all(&answers).await?;
+                answers.clear();
+            }
+        }
+    };
     tokio::select! {
         asked = questions => asked,
-        answered = answers => answered.map(drop),
+        answered = answers => answered,
     }
+}
+
+/// The next message, which has a type.
+async fn next(from: &mut (impl AsyncRead + Unpin)) -> std::io::Result<(u8, Vec<u8>)> {
+    let kind = from.read_u8().await?;
+    let length = from.read_i32().await?;
+    let mut message = vec![kind];
+    message.extend(length.to_be_bytes());
+    message.resize(1 + usize::try_from(length).unwrap(), 0);
+    from.read_exact(&mut message[5..]).await?;
+    Ok((kind, message))
+}
+
+/// What a connection's statements say.
+#[derive(Default)]
+struct Statements {
+    prepared: HashMap<Vec<u8>, String>,
+    /// The one that was asked for last.
+    last: String,
+    in_transaction: bool,
+}
+
+impl Statements {
+    /// Reads the body of a question.
+    fn read(&mut self, kind: u8, body: &[u8]) {
+        let texts: Vec<&[u8]> = body.splitn(3, |byte| *byte == 0).collect();
+        let text = |bytes: &[u8]| {
+            let text = String::from_utf8_lossy(bytes);
+            text.split_whitespace().take(12).collect::<Vec<_>>().join(" ")
+        };
+        match (kind, texts.as_slice()) {
+            (b'Q', [said, ..]) => self.last = text(said),
+            // Its name, and what it says.
+            (b'P', [name, said, ..]) => {
+                self.prepared.insert(name.to_vec(), text(said));
+            }
+            // The portal's name, and the statement's.
+            (b'B', [_, name, ..]) => {
+                self.last = self.prepared.get(*name).cloned().unwrap_or_default();
+            }
+            _ => {}
+        }
+    }
+
+    /// Whether the last one may change something for others, if it is carried out.
+    fn may_change(&mut self) -> bool {
+        match self.last.split(' ').next().unwrap_or_default() {
+            "BEGIN" => self.in_transaction = true,
+            "COMMIT" => {
+                self.in_transaction = false;
+                return true;
+            }
+            "ROLLBACK" if self.last == "ROLLBACK" => self.in_transaction = false,
+            "SELECT" | "SET" | "ROLLBACK" => {}
+            _ => return !self.in_transaction,
+        }
+        false
+    }
+}
+
+/// A tapped way to an upstream: a request is a step.
+pub(crate) struct HttpTap {
+    /// Where the upstream begins on this way.
+    pub(crate) url: String,
+    _task: JoinSet<()>,
+}
+
+#[derive(Clone)]
+struct Way {
+    /// Without a path.
+    target: String,
+    client: reqwest::Client,
+    gate: Gate,
+    steps: Steps,
+}
+
+impl HttpTap {
+    /// Opens another way to the upstream that begins at this URL, through a gate.
+    pub(crate) async fn gated(url: &str, gate: &Gate, steps: Steps) -> Self {
+        let target = Url::parse(url).unwrap();
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let mut tapped = target.clone();
+        tapped.set_port(Some(listener.local_addr().unwrap().port())).unwrap();
+        let client = reqwest::Client::builder().no_proxy().build().unwrap();
+        let way = Way { target: target.origin().ascii_serialization(), client, gate: gate.clone(), steps };
+        let router = Router::new().fallback(pass).with_state(way);
+        let mut task = JoinSet::new();
+        task.spawn(async move { axum::serve(listener, router).await.unwrap() });
+        Self { url: tapped.into(), _task: task }
+    }
+}
+
+async fn pass(
+    State(way): State<Way>,
+    method: Method,
+    uri: Uri,
+    mut headers: HeaderMap,
+    body: Bytes,
+) -> Response {
+    let mut is_withheld = false;
+    if way.steps == Steps::All || method != Method::GET {
+        let Ok(step) = way.gate.step(|| format!("{method} {}", uri.path())).await else {
+            return StatusCode::BAD_GATEWAY.into_response();
+        };
+        is_withheld = step.is_withheld;
+    }
+    headers.remove(header::HOST);
+    headers.remove(header::CONNECTION);
+    let request = way.client.request(method, format!("{}{uri}", way.target)).headers(headers).body(body);
+    let Ok(answer) = request.send().await else {
+        return StatusCode::BAD_GATEWAY.into_response();
+    };
+    let (status, mut headers) = (answer.status(), answer.headers().clone());
+    headers.remove(header::TRANSFER_ENCODING);
+    headers.remove(header::CONNECTION);
+    if is_withheld {
+        let _ = answer.bytes().await;
+        let _ = way.gate.withhold().await;
+        return StatusCode::BAD_GATEWAY.into_response();
+    }
+    (status, headers, Body::from_stream(answer.bytes_stream())).into_response()
 }

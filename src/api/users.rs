@@ -1,0 +1,46 @@
+//! `/v1/users/{user}`: all that is held of a user.
+
+use axum::Json;
+use axum::body::Body;
+use axum::extract::State;
+use axum::http::{HeaderMap, header};
+use axum::response::{IntoResponse, Response};
+use futures_util::{StreamExt, stream};
+
+use super::AppState;
+use super::deletions::deleted;
+use super::extract::{ApiKey, ApiPage};
+use super::views::{ListView, ThreadView, list_threads};
+use crate::domain::ThreadId;
+use crate::error::Error;
+use crate::life::Target;
+use crate::store::ThreadFilter;
+
+/// All threads of a user, archived ones and those on their way out, too.
+pub(super) async fn threads(
+    State(state): State<AppState>,
+    ApiKey(key): ApiKey,
+    ApiPage(page, _): ApiPage<ThreadId>,
+) -> Result<Json<ListView<ThreadView>>, Error> {
+    let filter = ThreadFilter { user: Some(key.user), ..ThreadFilter::all(key.tenant) };
+    Ok(Json(list_threads(&state.runs, state.runs.threads(&filter, &page).await?)))
+}
+
+/// Erases all that is held of a user, here and upstream; 202 if it takes longer than the caller waits.
+pub(super) async fn delete(
+    State(state): State<AppState>,
+    ApiKey(key): ApiKey,
+    headers: HeaderMap,
+) -> Result<Response, Error> {
+    deleted(&state, Target::User(key.tenant, key.user), &headers).await
+}
+
+/// All that is held of a user, line by line as the caller reads.
+pub(super) async fn export(State(state): State<AppState>, ApiKey(key): ApiKey) -> Result<Response, Error> {
+    let mut lines = state.runs.export(key.tenant, key.user).boxed();
+    // A store that is away is told before the answer has begun.
+    let first = lines.next().await.transpose()?;
+    let lines = stream::iter(first.map(Ok)).chain(lines);
+    let headers = [(header::CONTENT_TYPE, "application/x-ndjson")];
+    Ok((headers, Body::from_stream(lines)).into_response())
+}

@@ -1,0 +1,415 @@
+//! Wire types of threads as a whole: statistics, deletions, and what the janitor does.
+
+use serde::{Deserialize, Deserializer, Serialize};
+
+use super::{ListView, RunView};
+use crate::domain::{
+    Chore, Deletion, DeletionId, Lifecycle, MessageId, Metadata, Page, Removed, Role, Run, RunError, RunId,
+    RunStatus, Thread, ThreadActivity, ThreadId, ThreadState, Timestamp, UpstreamOutcome, UpstreamThreadId,
+};
+use crate::life::{Outlook, Plan, Tally};
+use crate::runs::{Runs, Verified};
+use crate::store::{DeletedThread, DeletionReport, Pruned, Remnant, ThreadReport};
+
+/// The body of `PATCH …/thread`.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(in crate::api) struct PatchThread {
+    pub(in crate::api) metadata: Option<Metadata>,
+    #[serde(default, deserialize_with = "given")]
+    pub(in crate::api) ttl_ms: TtlMs,
+}
+
+/// The field `ttl_ms`, in which `null` means something.
+#[derive(Clone, Copy, Debug, Default)]
+pub(in crate::api) enum TtlMs {
+    #[default]
+    Absent,
+    Null,
+    Given(u64),
+}
+
+fn given<'de, D: Deserializer<'de>>(deserializer: D) -> Result<TtlMs, D::Error> {
+    Ok(Option::deserialize(deserializer)?.map_or(TtlMs::Null, TtlMs::Given))
+}
+
+#[derive(Debug, Serialize)]
+pub(in crate::api) struct ThreadView {
+    id: ThreadId,
+    key: KeyView,
+    state: ThreadState,
+    queue_depth: i64,
+    lifecycle: Lifecycle,
+    upstream: String,
+    upstream_thread_id: Option<UpstreamThreadId>,
+    previous_thread: Option<ThreadId>,
+    message_count: i64,
+    run_count: i64,
+    created_at: Timestamp,
+    last_active_at: Timestamp,
+    expires_at: Option<Timestamp>,
+    archived_at: Option<Timestamp>,
+    metadata: Metadata,
+}
+
+#[derive(Debug, Serialize)]
+struct KeyView {
+    tenant: String,
+    user: String,
+    scope: String,
+}
+
+impl ThreadView {
+    pub(in crate::api) fn new(runs: &Runs, thread: Thread, activity: ThreadActivity) -> Self {
+        let expires_at = runs.expiry(&thread);
+        Self {
+            id: thread.id,
+            key: KeyView::of(&thread),
+            state: activity.state,
+            queue_depth: activity.queue_depth,
+            lifecycle: thread.lifecycle,
+            upstream: thread.upstream,
+            upstream_thread_id: thread.upstream_thread_id,
+            previous_thread: thread.previous_thread,
+            message_count: thread.message_count,
+            run_count: thread.run_count,
+            created_at: thread.created_at,
+            last_active_at: thread.last_active_at,
+            expires_at,
+            archived_at: thread.archived_at,
+            metadata: thread.metadata,
+        }
+    }
+}
+
+impl KeyView {
+    fn of(thread: &Thread) -> Self {
+        Self {
+            tenant: thread.key.tenant.as_str().to_owned(),
+            user: thread.key.user.as_str().to_owned(),
+            scope: thread.key.scope.to_string(),
+        }
+    }
+}
+
+/// All that the record says of one thread.
+#[derive(Debug, Serialize)]
+pub(in crate::api) struct ReportView {
+    #[serde(flatten)]
+    thread: ThreadView,
+    next_thread: Option<ThreadId>,
+    /// It is to be rolled over before its next turn.
+    rollover_pending: bool,
+    last_run: Option<LastRunView>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    verified: Option<VerifiedView>,
+}
+
+#[derive(Debug, Serialize)]
+struct LastRunView {
+    id: RunId,
+    status: RunStatus,
+    error: Option<RunError>,
+    created_at: Timestamp,
+    finished_at: Option<Timestamp>,
+}
+
+impl ReportView {
+    pub(in crate::api) fn new(runs: &Runs, report: ThreadReport, verified: Option<Verified>) -> Self {
+        let rollover_pending = report.thread.rolls;
+        Self {
+            thread: ThreadView::new(runs, report.thread, report.activity),
+            next_thread: report.next_thread,
+            rollover_pending,
+            last_run: report.last_run.map(|run| LastRunView {
+                id: run.id,
+                status: run.status,
+                error: run.error,
+                created_at: run.created_at,
+                finished_at: run.finished_at,
+            }),
+            verified: verified.map(VerifiedView::from),
+        }
+    }
+}
+
+/// How the transcript compares with the upstream thread.
+#[derive(Debug, Serialize)]
+struct VerifiedView {
+    upstream_thread: &'static str,
+    /// The transcript and the upstream thread say the same; `null` if that cannot be told.
+    in_step: Option<bool>,
+    /// Messages of the upstream thread.
+    messages: Option<usize>,
+    /// Messages that it should hold and does not.
+    missing: Vec<MessageId>,
+    /// Messages that somebody else wrote there.
+    foreign: Vec<ForeignView>,
+}
+
+#[derive(Debug, Serialize)]
+struct ForeignView {
+    upstream_message_id: String,
+    role: Role,
+    /// The position of the message that it comes after; 0: it comes first.
+    after_position: i64,
+}
+
+impl From<Verified> for VerifiedView {
+    fn from(verified: Verified) -> Self {
+        let without = |upstream_thread, in_step| Self {
+            upstream_thread,
+            in_step,
+            messages: None,
+            missing: Vec::new(),
+            foreign: Vec::new(),
+        };
+        match verified {
+            Verified::NoThread => without("none", None),
+            Verified::Gone => without("gone", Some(false)),
+            Verified::CannotTell => without("cannot_tell", None),
+            Verified::Compared(found) => Self {
+                upstream_thread: "found",
+                in_step: Some(found.missing.is_empty() && found.foreign.is_empty()),
+                messages: Some(found.held),
+                missing: found.missing,
+                foreign: found
+                    .foreign
+                    .into_iter()
+                    .map(|(after_position, entry)| ForeignView {
+                        upstream_message_id: entry.id,
+                        role: entry.role,
+                        after_position,
+                    })
+                    .collect(),
+            },
+        }
+    }
+}
+
+/// What came of a request to delete.
+#[derive(Debug, Serialize)]
+pub(in crate::api) struct DeletionView {
+    id: DeletionId,
+    status: &'static str,
+    /// The transcript was to stay.
+    archive: bool,
+    requested_at: Timestamp,
+    finished_at: Option<Timestamp>,
+    threads_done: i64,
+    threads_pending: i64,
+    threads: ListView<DeletedThreadView>,
+}
+
+/// What was deleted of one thread, and where.
+#[derive(Debug, Serialize)]
+struct DeletedThreadView {
+    thread_id: ThreadId,
+    status: &'static str,
+    finished_at: Option<Timestamp>,
+    /// In the record.
+    messages: i64,
+    runs: i64,
+    upstream: String,
+    /// At the upstream.
+    #[serde(flatten)]
+    removed: RemovedView,
+    attempts: i64,
+    last_failure: Option<String>,
+}
+
+#[derive(Debug, Serialize)]
+#[expect(clippy::struct_field_names, reason = "the names on the wire")]
+struct RemovedView {
+    upstream_thread_id: Option<UpstreamThreadId>,
+    /// `null`: not done yet.
+    upstream_outcome: Option<UpstreamOutcome>,
+    upstream_items: u64,
+    upstream_responses: u64,
+    upstream_other_threads: u64,
+    upstream_unknown: u64,
+}
+
+impl From<DeletionReport> for DeletionView {
+    fn from(report: DeletionReport) -> Self {
+        Self {
+            id: report.id,
+            status: status(report.finished_at),
+            archive: report.archive,
+            requested_at: report.requested_at,
+            finished_at: report.finished_at,
+            threads_done: report.done,
+            threads_pending: report.pending,
+            threads: ListView::new(report.threads, |thread| thread.id.to_string(), DeletedThreadView::from),
+        }
+    }
+}
+
+impl From<DeletedThread> for DeletedThreadView {
+    fn from(thread: DeletedThread) -> Self {
+        Self {
+            thread_id: thread.id,
+            status: status(thread.finished_at),
+            finished_at: thread.finished_at,
+            messages: thread.messages,
+            runs: thread.runs,
+            upstream: thread.upstream,
+            removed: thread.removed.into(),
+            attempts: thread.attempts,
+            last_failure: thread.last_failure,
+        }
+    }
+}
+
+impl From<Removed> for RemovedView {
+    fn from(removed: Removed) -> Self {
+        Self {
+            upstream_thread_id: removed.upstream_thread_id,
+            upstream_outcome: removed.outcome,
+            upstream_items: removed.items,
+            upstream_responses: removed.responses,
+            upstream_other_threads: removed.other_threads,
+            upstream_unknown: removed.unknown,
+        }
+    }
+}
+
+const fn status(finished_at: Option<Timestamp>) -> &'static str {
+    if finished_at.is_some() { "completed" } else { "in_progress" }
+}
+
+/// What a look of the janitor did.
+#[derive(Debug, Serialize)]
+pub(in crate::api) struct TallyView {
+    dry_run: bool,
+    expired: u64,
+    upstream_cleared: u64,
+    discarded: u64,
+    deleted: u64,
+    remnants_deleted: u64,
+    failed: u64,
+    pruned: PrunedView,
+    has_more: bool,
+}
+
+#[derive(Debug, Serialize)]
+struct PrunedView {
+    runs: u64,
+    events: u64,
+    idempotency_keys: u64,
+    receipts: u64,
+}
+
+impl From<Pruned> for PrunedView {
+    fn from(pruned: Pruned) -> Self {
+        let Pruned { runs, events, idempotency_keys, receipts } = pruned;
+        Self { runs, events, idempotency_keys, receipts }
+    }
+}
+
+impl From<Tally> for TallyView {
+    fn from(tally: Tally) -> Self {
+        Self {
+            dry_run: false,
+            expired: tally.expired,
+            upstream_cleared: tally.cleared,
+            discarded: tally.discarded,
+            deleted: tally.deleted,
+            remnants_deleted: tally.remnants,
+            failed: tally.failed,
+            pruned: tally.pruned.into(),
+            has_more: tally.has_more,
+        }
+    }
+}
+
+/// What it would do.
+#[derive(Debug, Serialize)]
+pub(in crate::api) struct OutlookView {
+    dry_run: bool,
+    threads: Vec<PlanView>,
+    remnants: Vec<RemnantView>,
+    /// Up to a thousand of each kind.
+    would_prune: PrunedView,
+    has_more: bool,
+}
+
+#[derive(Debug, Serialize)]
+struct PlanView {
+    thread_id: ThreadId,
+    key: KeyView,
+    lifecycle: Lifecycle,
+    action: &'static str,
+    reason: String,
+}
+
+#[derive(Debug, Serialize)]
+struct RemnantView {
+    thread_id: ThreadId,
+    upstream: String,
+    upstream_id: Option<String>,
+    action: &'static str,
+    reason: &'static str,
+}
+
+impl From<Outlook> for OutlookView {
+    fn from(outlook: Outlook) -> Self {
+        Self {
+            dry_run: true,
+            threads: outlook.plans.into_iter().map(PlanView::from).collect(),
+            remnants: outlook.remnants.into_iter().map(RemnantView::from).collect(),
+            would_prune: outlook.prunable.into(),
+            has_more: outlook.has_more,
+        }
+    }
+}
+
+impl From<Plan> for PlanView {
+    fn from(Plan { thread, chore }: Plan) -> Self {
+        let (action, reason) = match chore {
+            Chore::Expire { since } => ("archive", format!("it expired at {}", since.to_rfc3339())),
+            Chore::ClearUpstream => {
+                ("delete_upstream", "it is archived, and its upstream copy is not needed any more".to_owned())
+            }
+            Chore::Discard { since } => {
+                ("erase", format!("its archive was to be kept until {}", since.to_rfc3339()))
+            }
+            Chore::Delete(Deletion::Archive) => {
+                ("archive", "somebody asked to delete it and to keep the transcript".to_owned())
+            }
+            Chore::Delete(Deletion::Erase) => ("erase", "its deletion is under way".to_owned()),
+            Chore::Nothing { .. } => ("none", "it is not time yet".to_owned()),
+        };
+        Self { thread_id: thread.id, key: KeyView::of(&thread), lifecycle: thread.lifecycle, action, reason }
+    }
+}
+
+impl From<Remnant> for RemnantView {
+    fn from(remnant: Remnant) -> Self {
+        let (action, reason) = match remnant.upstream_id {
+            Some(_) => ("delete", "no thread uses it any more"),
+            None => ("find_and_delete", "it was to be made, and nobody heard whether it was"),
+        };
+        Self {
+            thread_id: remnant.thread,
+            upstream: remnant.upstream,
+            upstream_id: remnant.upstream_id,
+            action,
+            reason,
+        }
+    }
+}
+
+/// A page of threads.
+pub(in crate::api) fn list(runs: &Runs, page: Page<(Thread, ThreadActivity)>) -> ListView<ThreadView> {
+    ListView::new(
+        page,
+        |(thread, _)| thread.id.to_string(),
+        |(thread, activity)| ThreadView::new(runs, thread, activity),
+    )
+}
+
+/// Runs that were cancelled, which is all of them that there are.
+pub(in crate::api) fn cancelled(runs: Vec<Run>) -> ListView<RunView> {
+    ListView::new(Page { data: runs, has_more: false }, |run| run.id.to_string(), RunView::from)
+}

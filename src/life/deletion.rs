@@ -1,0 +1,142 @@
+//! What callers ask for: the deletion of a conversation, or of all that a user has.
+
+use std::time::Duration;
+
+use tokio::time::{Instant, sleep, timeout};
+use tracing::Instrument;
+
+use super::Keeper;
+use super::janitor::Counts;
+use crate::domain::{ConversationKey, Deletion, DeletionId, TenantKey, ThreadId, UserKey};
+use crate::error::{Chain, Error};
+use crate::store::{DeletionReport, DeletionRequest, DeletionTarget, Due, ThreadName};
+
+/// Threads with which a deletion begins at a time.
+const BEGIN_BATCH: u32 = 500;
+/// Threads of a deletion that the request itself sees to; the janitor does the rest.
+const AT_ONCE: u32 = 100;
+/// How long it has them to itself. What is not done by then is the janitor's, too.
+const HOLD: Duration = Duration::from_mins(1);
+/// How often the request looks whether the janitor is done.
+const POLL: Duration = Duration::from_millis(200);
+
+/// What is to be deleted, and what is to stay of it.
+#[derive(Clone, Debug)]
+pub enum Target {
+    /// A conversation: its thread, and all that came before it.
+    Conversation(ConversationKey),
+    /// The conversation's thread alone, of which the transcript is to stay.
+    ToArchive(ConversationKey),
+    /// All that a user has.
+    User(TenantKey, UserKey),
+}
+
+impl Keeper {
+    /// Deletes, here and upstream, and waits for the end within a bound; what is not done by then goes on in the
+    /// background, whatever becomes of the caller or this process. Asked again meanwhile, it tells of the same deletion.
+    ///
+    /// A message that arrives from then on starts a fresh thread.
+    ///
+    /// # Errors
+    /// [`Error::NotFound`] if there is no such conversation. A user who has none is deleted all the same.
+    pub async fn delete_all(
+        &self,
+        target: Target,
+        patience: Option<Duration>,
+    ) -> Result<DeletionReport, Error> {
+        let until = Instant::now() + patience.unwrap_or(self.parts.given.patience);
+        let (tenant, target, end) = match target {
+            Target::Conversation(key) => (key.tenant.clone(), DeletionTarget::Key(key), Deletion::Erase),
+            Target::ToArchive(key) => (key.tenant.clone(), DeletionTarget::Key(key), Deletion::Archive),
+            Target::User(tenant, user) => (tenant, DeletionTarget::User(user), Deletion::Erase),
+        };
+        let key = match &target {
+            DeletionTarget::Key(key) => Some(key.clone()),
+            DeletionTarget::User(_) => None,
+        };
+        let exists = match &key {
+            Some(key) => self.store().report(ThreadName::Newest(key)).await?.is_some(),
+            None => true,
+        };
+        let mut id = DeletionId::new();
+        if exists {
+            let mut request =
+                DeletionRequest { id, tenant: tenant.clone(), target: target.clone(), end, hold: HOLD };
+            let begun = self.store().begin_deletion(&request, AT_ONCE).await?;
+            if begun > 0 {
+                let (keeper, of) = (self.clone(), tenant.clone());
+                self.parts.given.tasks.spawn(async move { keeper.see_to(&of, id).await }.in_current_span());
+            }
+            // More than that is for the janitors of all replicas.
+            request.hold = Duration::ZERO;
+            if begun == u64::from(AT_ONCE) {
+                while self.store().begin_deletion(&request, BEGIN_BATCH).await? > 0 {}
+                self.parts.nudge.notify_one();
+            }
+        }
+        let own = if exists { Some(self.report(&tenant, id, None, 1).await?) } else { None };
+        if own.is_none_or(|own| own.done + own.pending == 0) {
+            // An earlier request has begun with all of it, or there is nothing.
+            match self.store().deletion_under_way(&tenant, &target).await? {
+                Some(earlier) => id = earlier,
+                None if key.is_some() => return Err(NOTHING),
+                None => {}
+            }
+        }
+        loop {
+            let report = self.report(&tenant, id, None, AT_ONCE).await?;
+            if report.finished_at.is_some() || Instant::now() >= until {
+                return Ok(report);
+            }
+            sleep(POLL.min(until - Instant::now())).await;
+        }
+    }
+
+    /// What came of a request to delete.
+    ///
+    /// # Errors
+    /// [`Error::NotFound`] if there is no such request, or its receipt is past its time.
+    pub async fn report(
+        &self,
+        tenant: &TenantKey,
+        id: DeletionId,
+        after: Option<ThreadId>,
+        limit: u32,
+    ) -> Result<DeletionReport, Error> {
+        let report = self.store().deletion(tenant, id, after, limit).await?;
+        report.ok_or(Error::NotFound("there is no such deletion, or its receipt is past its time"))
+    }
+
+    /// Works on the first threads of a deletion at once, so that a caller need not wait for the janitor's turn.
+    async fn see_to(&self, tenant: &TenantKey, id: DeletionId) {
+        if timeout(HOLD, self.see_to_all(tenant, id)).await.is_err() {
+            tracing::info!("the deletion goes on in the background");
+        }
+    }
+
+    async fn see_to_all(&self, tenant: &TenantKey, id: DeletionId) {
+        let pending = match self.store().deletion(tenant, id, None, AT_ONCE).await {
+            Ok(report) => report.map(|report| report.threads.data).unwrap_or_default(),
+            Err(error) => return tracing::warn!(error = %Chain(&error), "cannot read what is to be deleted"),
+        };
+        let counts = Counts::default();
+        for thread in pending.iter().filter(|thread| thread.finished_at.is_none()) {
+            match self.store().thread(thread.id).await {
+                Ok(Some(now)) => {
+                    // The time is of no matter: what is being deleted is not judged by it.
+                    let due = Due { now: now.last_active_at, thread: now, attempts: thread.attempts };
+                    tokio::select! {
+                        () = self.parts.given.draining.cancelled() => return,
+                        () = self.tend(due, &counts) => {}
+                    }
+                }
+                Ok(None) => {}
+                Err(error) => {
+                    tracing::warn!(error = %Chain(&error), "cannot read a thread that is to be deleted");
+                }
+            }
+        }
+    }
+}
+
+const NOTHING: Error = Error::NotFound("this key has no conversation, and none of it is being deleted");

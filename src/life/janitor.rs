@@ -1,0 +1,417 @@
+//! The work in the background, shared with the other replicas by claiming small batches of threads at which it is time to
+//! look.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use futures_util::{StreamExt, stream};
+use rand::RngExt;
+use tokio::time::{sleep, timeout};
+use tracing::Instrument;
+
+use super::Keeper;
+use crate::domain::{Chore, Deletion, Lifecycle, Limits, Thread, Timestamp};
+use crate::error::{Chain, Error};
+use crate::runs::Unverified;
+use crate::store::{Due, Pruned, Remnant, RemnantName, StoreError};
+use crate::upstream::UpstreamError;
+
+/// How long a replica has a thread to itself. If it dies with it, another one gets it after that.
+const LEASE: Duration = Duration::from_mins(5);
+/// How long it works on it at a time; what is not done by then goes on at once, maybe elsewhere.
+const SHIFT: Duration = Duration::from_mins(4);
+/// The first wait after a failure; it doubles with each one in a row.
+const FIRST_BACK_OFF: Duration = Duration::from_secs(15);
+const LONGEST_BACK_OFF: Duration = Duration::from_hours(1);
+/// Rows of each kind removed at a time.
+const PRUNE_BATCH: u32 = 1000;
+/// Messages, and runs, of a thread removed at a time.
+pub(super) const ERASE_BATCH: u32 = 1000;
+/// Threads looked through at a time after the start.
+const REVIEW_BATCH: u32 = 1000;
+/// The rest between two of these.
+const REVIEW_REST: Duration = Duration::from_millis(100);
+/// Rounds of pruning at a look.
+const PRUNE_ROUNDS: usize = 100;
+
+/// What a look did.
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+pub struct Tally {
+    /// Threads that had expired and are archived now.
+    pub expired: u64,
+    /// Archived threads whose upstream copy is deleted now.
+    pub cleared: u64,
+    /// Archived threads that were kept for long enough and are being erased.
+    pub discarded: u64,
+    /// Deletions that are finished.
+    pub deleted: u64,
+    /// Upstream threads that nobody used, found and deleted.
+    pub remnants: u64,
+    /// Threads and remnants with which something went wrong. They are tried again.
+    pub failed: u64,
+    pub pruned: Pruned,
+    /// There was more than the look was to do.
+    pub has_more: bool,
+}
+
+/// What a look would do.
+#[derive(Clone, Debug)]
+pub struct Outlook {
+    pub plans: Vec<Plan>,
+    pub remnants: Vec<Remnant>,
+    pub prunable: Pruned,
+    pub has_more: bool,
+}
+
+/// What it would do about one thread.
+#[derive(Clone, Debug)]
+pub struct Plan {
+    pub thread: Thread,
+    pub chore: Chore,
+}
+
+/// Why the work on a thread stopped half-way. It is tried again.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum Trouble {
+    #[error("the database failed")]
+    Store(#[from] StoreError),
+    #[error("the upstream `{name}` failed: {error}")]
+    Upstream {
+        name: String,
+        #[source]
+        error: UpstreamError,
+    },
+    #[error("{0} of its runs have not ended yet")]
+    RunsGoOn(usize),
+    #[error("what others wrote to its upstream thread cannot be read: {0}")]
+    Unverified(#[from] Unverified),
+    #[error("another upstream thread is being made for it")]
+    Underway,
+    #[error("the time for one look was over")]
+    TimeIsUp,
+    #[error("its runs could not be cancelled: {0}")]
+    Cancel(String),
+}
+
+impl Keeper {
+    /// Looks after threads until the process is to stop.
+    pub async fn work(self) {
+        let draining = self.parts.given.draining.clone();
+        // Whatever is dropped here goes on in the next claim of it.
+        let work = async {
+            self.review().await;
+            loop {
+                if let Err(error) = self.look(u32::MAX).await {
+                    tracing::warn!(error = %Chain(&error), "the janitor cannot work now");
+                }
+                let pause = self.parts.given.janitor.every.mul_f64(rand::rng().random_range(0.5..=1.5));
+                tokio::select! {
+                    () = sleep(pause) => {}
+                    () = self.parts.nudge.notified() => {}
+                }
+            }
+        };
+        tokio::select! {
+            () = draining.cancelled() => {}
+            () = work => {}
+        }
+    }
+
+    /// Lets the configured limits of today hold for threads that were made under others.
+    async fn review(&self) {
+        let mut after = None;
+        loop {
+            match self.store().review(after, REVIEW_BATCH, &self.parts.given.lifetimes).await {
+                Ok(None) => return,
+                Ok(last) => after = last,
+                Err(error) => {
+                    tracing::warn!(error = %Chain(&error), "the janitor cannot look through the threads now");
+                }
+            }
+            sleep(REVIEW_REST).await;
+        }
+    }
+
+    /// Does what there is to do, about up to `most` threads.
+    ///
+    /// # Errors
+    /// The store failed. What was done until then is done.
+    pub async fn look(&self, most: u32) -> Result<Tally, StoreError> {
+        let counts = Arc::new(Counts::default());
+        let mut left = most;
+        loop {
+            let batch = self.parts.given.janitor.batch.get().min(left);
+            if batch == 0 {
+                break;
+            }
+            let due = self.store().claim_due(batch, LEASE).await?;
+            let got = u32::try_from(due.len()).unwrap_or(u32::MAX);
+            self.tend_all(due, &counts).await;
+            left = left.saturating_sub(got);
+            // What was archived just now is due again.
+            if got == 0 {
+                break;
+            }
+        }
+        self.look_for_remnants(&counts).await?;
+        let mut pruned = Pruned::default();
+        for _ in 0..PRUNE_ROUNDS {
+            let now = self.store().prune(&self.parts.pruning, PRUNE_BATCH).await?;
+            pruned += now;
+            if now.most() < u64::from(PRUNE_BATCH) {
+                break;
+            }
+        }
+        let tally = Tally { pruned, has_more: left == 0, ..counts.tally() };
+        if tally != Tally::default() {
+            tracing::info!(?tally, "the janitor looked after threads");
+        }
+        Ok(tally)
+    }
+
+    /// A [`look`](Self::look) that somebody asked for. It goes on if they do not wait for it.
+    ///
+    /// # Errors
+    /// The store failed, or the process stops.
+    pub async fn clean_up(&self, most: u32) -> Result<Tally, Error> {
+        let (keeper, draining) = (self.clone(), self.parts.given.draining.clone());
+        let work = async move {
+            tokio::select! {
+                () = draining.cancelled() => Err(Error::Draining),
+                tally = keeper.look(most) => tally.map_err(Error::from),
+            }
+        };
+        self.parts.given.tasks.spawn(work.in_current_span()).await.map_err(|_| Error::Internal(None))?
+    }
+
+    /// What [`look`](Self::look) would do. Nothing is changed.
+    pub async fn outlook(&self, most: u32) -> Result<Outlook, StoreError> {
+        let given = &self.parts.given;
+        let due = self.store().due(most).await?;
+        let has_more = u32::try_from(due.len()).is_ok_and(|got| got == most);
+        let plan = |due: Due| {
+            let chore = Chore::of(&due.thread, due.now, &given.lifetimes, given.keeping);
+            Plan { thread: due.thread, chore }
+        };
+        let plans = due.into_iter().map(plan).filter(|plan| !matches!(plan.chore, Chore::Nothing { .. }));
+        Ok(Outlook {
+            plans: plans.collect(),
+            remnants: self.store().due_remnants(most).await?,
+            prunable: self.store().prunable(&self.parts.pruning, PRUNE_BATCH).await?,
+            has_more,
+        })
+    }
+
+    async fn tend_all(&self, due: Vec<Due>, counts: &Counts) {
+        let at_once = self.parts.given.janitor.concurrency.get() as usize;
+        let tend = |due: Due| async move {
+            let span = tracing::info_span!("janitor", thread.id = %due.thread.id);
+            self.tend(due, counts).instrument(span).await;
+        };
+        stream::iter(due).for_each_concurrent(at_once, tend).await;
+    }
+
+    /// Does what there is to do about one thread, and says when to look again. A failure is its own: it waits longer
+    /// each time, and others go first.
+    pub(super) async fn tend(&self, due: Due, counts: &Counts) {
+        let id = due.thread.id;
+        let attempts = due.attempts;
+        let done = timeout(SHIFT, self.chore(due, counts)).await.unwrap_or(Err(Trouble::TimeIsUp));
+        let scheduled = match done {
+            Ok(Next::Look(after)) => self.store().schedule(id, after, None).await,
+            Ok(Next::Settled) => Ok(()),
+            Err(trouble) => {
+                counts.failed.fetch_add(1, Ordering::Relaxed);
+                tracing::warn!(error = %Chain(&trouble), attempts, "the janitor could not finish with a thread");
+                let text = trouble.to_string();
+                self.store().schedule(id, Some(back_off(attempts)), Some(&text)).await
+            }
+        };
+        if let Err(error) = scheduled {
+            tracing::warn!(error = %Chain(&error), "cannot say when to look at a thread again");
+        }
+    }
+
+    async fn chore(&self, due: Due, counts: &Counts) -> Result<Next, Trouble> {
+        let Due { thread, now, .. } = due;
+        let (id, keeping) = (thread.id, self.parts.given.keeping);
+        match Chore::of(&thread, now, &self.parts.given.lifetimes, keeping) {
+            Chore::Nothing { until } => Ok(Next::Look(until.map(|until| from(now, until)))),
+            Chore::Expire { .. } => {
+                let limits = self.parts.given.lifetimes.of(&thread.key.scope);
+                if self.store().expire(id, limits).await? {
+                    counts.expired.fetch_add(1, Ordering::Relaxed);
+                }
+                Ok(Next::Settled)
+            }
+            Chore::ClearUpstream => {
+                let unfinished = self.store().unfinished_of(id).await?;
+                if !unfinished.is_empty() {
+                    // They came before it was archived, and end in their own time.
+                    return Ok(Next::Look(Some(FIRST_BACK_OFF)));
+                }
+                self.parts.given.runs.reconcile(&thread, None, &self.parts.pace).await?;
+                self.clear_upstream(&thread).await?;
+                counts.cleared.fetch_add(1, Ordering::Relaxed);
+                let limits = Limits { max_age: keeping.transcript, max_idle: None };
+                let archived_at = thread.archived_at.unwrap_or(now);
+                Ok(Next::Look(limits.end(archived_at, archived_at).map(|until| from(now, until))))
+            }
+            Chore::Discard { .. } => {
+                if let Some(keep) = keeping.transcript
+                    && self.store().discard(id, keep).await?
+                {
+                    counts.discarded.fetch_add(1, Ordering::Relaxed);
+                }
+                Ok(Next::Settled)
+            }
+            Chore::Delete(end) => {
+                self.delete(&thread, end).await?;
+                counts.deleted.fetch_add(1, Ordering::Relaxed);
+                Ok(Next::Settled)
+            }
+        }
+    }
+
+    /// One deletion, from wherever it stands to its end, which may be somebody else's doing.
+    async fn delete(&self, thread: &Thread, end: Deletion) -> Result<(), Trouble> {
+        loop {
+            self.end_runs(thread).await?;
+            // As it is now: a run may have moved it upstream, or left something.
+            let now = self.store().thread(thread.id).await?;
+            let Some(now) = now.filter(|it| it.lifecycle == Lifecycle::Deleting) else {
+                return Ok(());
+            };
+            if end == Deletion::Archive {
+                self.parts.given.runs.reconcile(&now, None, &self.parts.pace).await?;
+            }
+            self.clear_upstream(&now).await?;
+            if self.store().conclude(thread.id, ERASE_BATCH).await? {
+                return Ok(());
+            }
+        }
+    }
+
+    /// Ends what still runs on a thread, and waits for it, within a bound.
+    async fn end_runs(&self, thread: &Thread) -> Result<(), Trouble> {
+        let unfinished = self.store().unfinished_of(thread.id).await?;
+        if unfinished.is_empty() {
+            return Ok(());
+        }
+        let ended = self.parts.given.runs.end_all(&thread.key, &unfinished).await;
+        ended.map_err(|error| Trouble::Cancel(error.to_string()))?;
+        match self.store().unfinished_of(thread.id).await?.len() {
+            0 => Ok(()),
+            left => Err(Trouble::RunsGoOn(left)),
+        }
+    }
+
+    /// Deletes what is, or may be, at the upstreams besides the threads' own.
+    async fn look_for_remnants(&self, counts: &Counts) -> Result<(), StoreError> {
+        loop {
+            let batch = self.parts.given.janitor.batch.get();
+            let remnants = self.store().claim_remnants(batch, LEASE).await?;
+            let got = remnants.len();
+            let at_once = self.parts.given.janitor.concurrency.get() as usize;
+            let one = |remnant: Remnant| async move {
+                let RemnantName::Row(id) = remnant.name else { return };
+                let attempts = remnant.attempts;
+                let done =
+                    timeout(SHIFT, self.clear_remnant(&remnant)).await.unwrap_or(Err(Trouble::TimeIsUp));
+                let scheduled = match done {
+                    Ok(removed) => {
+                        let deleted = removed.responses + removed.other_threads;
+                        counts.remnants.fetch_add(deleted, Ordering::Relaxed);
+                        if removed.unknown > 0 {
+                            self.store().keep_remnant(id).await
+                        } else {
+                            self.store().schedule_remnant(id, None).await
+                        }
+                    }
+                    Err(trouble) => {
+                        counts.failed.fetch_add(1, Ordering::Relaxed);
+                        tracing::warn!(
+                            thread.id = %remnant.thread,
+                            error = %Chain(&trouble),
+                            attempts,
+                            "the janitor could not delete something at an upstream"
+                        );
+                        self.store().schedule_remnant(id, Some(back_off(attempts))).await
+                    }
+                };
+                if let Err(error) = scheduled {
+                    tracing::warn!(error = %Chain(&error), "cannot say what became of something at an upstream");
+                }
+            };
+            stream::iter(remnants).for_each_concurrent(at_once, one).await;
+            if got < batch as usize {
+                return Ok(());
+            }
+        }
+    }
+}
+
+/// When to look at a thread again.
+enum Next {
+    /// After that time; `None`: never.
+    Look(Option<Duration>),
+    /// The store knows.
+    Settled,
+}
+
+/// A [`Tally`] in the making.
+#[derive(Debug, Default)]
+pub(super) struct Counts {
+    expired: AtomicU64,
+    cleared: AtomicU64,
+    discarded: AtomicU64,
+    deleted: AtomicU64,
+    remnants: AtomicU64,
+    failed: AtomicU64,
+}
+
+impl Counts {
+    fn tally(&self) -> Tally {
+        let of = |count: &AtomicU64| count.load(Ordering::Relaxed);
+        Tally {
+            expired: of(&self.expired),
+            cleared: of(&self.cleared),
+            discarded: of(&self.discarded),
+            deleted: of(&self.deleted),
+            remnants: of(&self.remnants),
+            failed: of(&self.failed),
+            pruned: Pruned::default(),
+            has_more: false,
+        }
+    }
+}
+
+/// Never before `until`: a millisecond is added for what rounding takes.
+fn from(now: Timestamp, until: Timestamp) -> Duration {
+    (until - now).to_std().unwrap_or_default() + Duration::from_millis(1)
+}
+
+/// The wait after so many failures in a row and one more, between half of it and all.
+fn back_off(attempts: i64) -> Duration {
+    let doublings = u32::try_from(attempts).unwrap_or(u32::MAX).min(16);
+    let wait = FIRST_BACK_OFF.saturating_mul(2_u32.saturating_pow(doublings)).min(LONGEST_BACK_OFF);
+    wait.mul_f64(rand::rng().random_range(0.5..=1.0))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_wait_after_failures_grows_to_a_bound() {
+        let mut longest = Duration::ZERO;
+        for attempts in 0..100 {
+            let wait = back_off(attempts);
+            assert!(wait >= FIRST_BACK_OFF / 2 && wait <= LONGEST_BACK_OFF, "{attempts}: {wait:?}");
+            longest = longest.max(wait);
+        }
+        assert!(back_off(0) <= FIRST_BACK_OFF && longest > LONGEST_BACK_OFF / 2);
+        assert!(back_off(i64::MAX) >= LONGEST_BACK_OFF / 2);
+    }
+}

@@ -1,0 +1,359 @@
+//! Comparing a transcript with what its upstream thread holds, and taking over what others wrote there.
+
+use std::borrow::Cow;
+use std::collections::{HashMap, HashSet};
+
+use similar::{Algorithm, DiffOp, capture_diff_slices};
+
+use super::Runs;
+use crate::domain::{
+    ContentPart, Context, Message, MessageId, Role, RunId, Thread, ThreadId, UpstreamThreadId,
+};
+use crate::error::Error;
+use crate::store::{Foreign, Store, StoreError};
+use crate::upstream::{HistoryEntry, Pace, Upstream, UpstreamError};
+
+/// Messages read at a time.
+const PAGE: u32 = 500;
+
+/// How a transcript and its upstream thread differ.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Differences {
+    /// Messages that the upstream thread should hold and does not.
+    pub missing: Vec<MessageId>,
+    /// Messages of the upstream thread that the transcript does not know, each with the position of the message that it
+    /// comes after.
+    pub foreign: Vec<(i64, HistoryEntry)>,
+    /// Messages that the upstream thread holds.
+    pub held: usize,
+}
+
+/// What the upstream says of a thread.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Verified {
+    /// It has the thread.
+    Compared(Differences),
+    /// It has no such thread.
+    Gone,
+    /// The thread has none there yet, or not any more.
+    NoThread,
+    /// The server has no call that tells, or what was said here is not stored.
+    CannotTell,
+}
+
+/// Why a comparison came to nothing.
+#[derive(Debug, thiserror::Error)]
+pub enum Unverified {
+    #[error("the database failed")]
+    Store(#[from] StoreError),
+    #[error("the upstream failed")]
+    Upstream(#[from] UpstreamError),
+    #[error("the configuration does not name the thread's upstream")]
+    NotConfigured,
+}
+
+impl From<Unverified> for Error {
+    fn from(error: Unverified) -> Self {
+        match error {
+            Unverified::Store(error) => error.into(),
+            Unverified::Upstream(UpstreamError::Resting { retry_after }) => {
+                Self::UpstreamUnavailable { retry_after }
+            }
+            Unverified::Upstream(error) => Self::UpstreamFailed(error),
+            Unverified::NotConfigured => {
+                Self::Invalid("the configuration does not name this thread's upstream (any more)".to_owned())
+            }
+        }
+    }
+}
+
+impl Runs {
+    /// Compares a thread with its upstream thread. A run that works on it meanwhile shows as a difference.
+    ///
+    /// # Errors
+    /// The store or the upstream failed.
+    pub async fn verify(&self, thread: &Thread, pace: &Pace) -> Result<Verified, Unverified> {
+        let Some(id) = &thread.upstream_thread_id else { return Ok(Verified::NoThread) };
+        let upstream = self.parts.given.upstreams.get(&thread.upstream).ok_or(Unverified::NotConfigured)?;
+        // The transcript last: what is in the thread by then is in there, or was not yet asked for.
+        let theirs = match history(&**upstream, id, pace).await {
+            Err(UpstreamError::ThreadGone) => return Ok(Verified::Gone),
+            Ok(None) => return Ok(Verified::CannotTell),
+            theirs => theirs?.unwrap_or_default(),
+        };
+        let ours = transcript(self.store(), thread).await?;
+        // Said while nothing that is said was stored.
+        if ours.iter().any(|message| message.content.is_empty() && message.context != Context::Withheld) {
+            return Ok(Verified::CannotTell);
+        }
+        Ok(Verified::Compared(compare(&ours, thread.id, theirs)))
+    }
+
+    /// Takes over what others wrote to the upstream thread, if its upstream is one to which they may. `by` is the run
+    /// that has its turn on the thread, if there is one. How many messages.
+    ///
+    /// # Errors
+    /// The store or the upstream failed; nothing was taken over then, or all of it.
+    pub async fn reconcile(
+        &self,
+        thread: &Thread,
+        by: Option<RunId>,
+        pace: &Pace,
+    ) -> Result<u64, Unverified> {
+        if !self.parts.given.shared.contains(&thread.upstream) || !self.store().keeps_content() {
+            return Ok(0);
+        }
+        // What an earlier run left there is ours, and would be taken for somebody else's.
+        if let (Some(left), Some(upstream)) =
+            (&thread.leftover, self.parts.given.upstreams.get(&thread.upstream))
+        {
+            upstream.settle(left).await?;
+            upstream.remove(left).await?;
+        }
+        let foreign = match self.verify(thread, pace).await {
+            Ok(Verified::Compared(differences)) => differences.foreign,
+            Ok(Verified::Gone | Verified::NoThread | Verified::CannotTell)
+            | Err(Unverified::NotConfigured) => {
+                return Ok(0);
+            }
+            Err(error) => return Err(error),
+        };
+        let foreign: Vec<Foreign> = foreign
+            .into_iter()
+            .filter(|(_, entry)| !entry.content.is_empty())
+            .map(|(after, entry)| Foreign {
+                id: MessageId::new(),
+                after,
+                role: entry.role,
+                content: entry.content,
+                upstream_message_id: Some(entry.id),
+                created_at: entry.created_at,
+            })
+            .collect();
+        if foreign.is_empty() {
+            return Ok(0);
+        }
+        let added = self.store().insert_foreign(thread.id, by, &foreign).await?;
+        tracing::info!(thread.id = %thread.id, messages = added, "took over what others wrote to the upstream thread");
+        Ok(added)
+    }
+}
+
+/// All messages of an upstream thread, oldest first. `None` if the server does not tell.
+async fn history(
+    upstream: &dyn Upstream,
+    id: &UpstreamThreadId,
+    pace: &Pace,
+) -> Result<Option<Vec<HistoryEntry>>, UpstreamError> {
+    let (mut all, mut after) = (Vec::new(), None::<String>);
+    loop {
+        let Some(some) = upstream.history(id, after.as_deref(), pace).await? else { return Ok(None) };
+        all.extend(some.entries);
+        match some.next {
+            Some(next) if after.as_ref() != Some(&next) => after = Some(next),
+            _ => return Ok(Some(all)),
+        }
+    }
+}
+
+/// All that the upstream thread of a thread may hold of the record: what was carried over, and its own transcript.
+async fn transcript(store: &dyn Store, thread: &Thread) -> Result<Vec<Message>, StoreError> {
+    let mut all = if thread.carried > 0 { store.carried(thread.id).await? } else { Vec::new() };
+    let mut after = 0;
+    loop {
+        let page = store.transcript(thread.id, after, PAGE).await?;
+        let Some(last) = page.last() else { return Ok(all) };
+        after = last.position;
+        all.extend(page);
+    }
+}
+
+/// Compares what is said, part by part: a reply of several rounds is one message here and several there.
+fn compare(ours: &[Message], thread: ThreadId, theirs: Vec<HistoryEntry>) -> Differences {
+    let held = theirs.len();
+    let known: HashMap<&str, usize> = ours
+        .iter()
+        .enumerate()
+        .filter_map(|(n, message)| Some((message.upstream_message_id.as_deref()?, n)))
+        .collect();
+    let here: Vec<(usize, Part<'_>)> = ours
+        .iter()
+        .enumerate()
+        .filter(|(_, message)| message.context != Context::Withheld)
+        .flat_map(|(n, message)| parts(message.role, &message.content).map(move |part| (n, part)))
+        .collect();
+    let there: Vec<(usize, Part<'_>)> = theirs
+        .iter()
+        .enumerate()
+        .flat_map(|(n, entry)| parts(entry.role, &entry.content).map(move |part| (n, part)))
+        .collect();
+    // Which message of ours each entry belongs to.
+    let mut belongs: HashMap<usize, usize> = HashMap::new();
+    for op in capture_diff_slices(Algorithm::Patience, &said(&here), &said(&there)) {
+        if let DiffOp::Equal { old_index, new_index, len } = op {
+            for n in 0..len {
+                belongs.insert(there[new_index + n].0, here[old_index + n].0);
+            }
+        }
+    }
+    for (n, entry) in theirs.iter().enumerate() {
+        if let Some(message) = known.get(entry.id.as_str()) {
+            belongs.insert(n, *message);
+        }
+    }
+    let found: HashSet<usize> = belongs.values().copied().collect();
+    let is_missing = |(n, message): &(usize, &Message)| {
+        message.thread_id == thread && message.context == Context::Present && !found.contains(n)
+    };
+    let missing = ours.iter().enumerate().filter(is_missing).map(|(_, message)| message.id).collect();
+    let mut position = 0;
+    let mut foreign = Vec::new();
+    for (n, entry) in theirs.into_iter().enumerate() {
+        match belongs.get(&n).map(|message| &ours[*message]) {
+            // What was carried over comes before all positions of this thread.
+            Some(message) if message.thread_id == thread => position = position.max(message.position),
+            Some(_) => {}
+            None if entry.is_tagged => {}
+            None => foreign.push((position, entry)),
+        }
+    }
+    Differences { missing, foreign, held }
+}
+
+/// A piece of what somebody said.
+#[derive(Clone, Debug, Eq, Hash, Ord, PartialEq, PartialOrd)]
+struct Part<'a>(bool, Cow<'a, str>);
+
+fn said<'a>(parts: &[(usize, Part<'a>)]) -> Vec<Part<'a>> {
+    parts.iter().map(|(_, part)| part.clone()).collect()
+}
+
+fn parts(role: Role, content: &[ContentPart]) -> impl Iterator<Item = Part<'_>> {
+    content.iter().map(move |part| {
+        let said = match part {
+            ContentPart::Text { text } => text.as_str().into(),
+            ContentPart::Refusal { refusal } => refusal.as_str().into(),
+            ContentPart::ImageUrl { image_url } => format!("url {}", image_url.url).into(),
+            ContentPart::ImageFile { image_file } => format!("file {}", image_file.file_id).into(),
+        };
+        Part(role == Role::User, said)
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn text(text: &str) -> Vec<ContentPart> {
+        vec![ContentPart::Text { text: text.to_owned() }]
+    }
+
+    fn message(thread: ThreadId, position: i64, role: Role, parts: &[&str]) -> Message {
+        Message {
+            id: MessageId::new(),
+            thread_id: thread,
+            position,
+            role,
+            content: parts.iter().flat_map(|part| text(part)).collect(),
+            run_id: None,
+            upstream_message_id: None,
+            context: Context::Present,
+            ended: None,
+            created_at: "2026-11-22T09:00:00Z".parse().unwrap(),
+        }
+    }
+
+    fn entry(id: &str, role: Role, said: &str) -> HistoryEntry {
+        HistoryEntry { id: id.to_owned(), role, content: text(said), created_at: None, is_tagged: false }
+    }
+
+    fn foreign(found: &Differences) -> Vec<(i64, &str)> {
+        found.foreign.iter().map(|(after, entry)| (*after, entry.id.as_str())).collect()
+    }
+
+    #[test]
+    fn what_others_wrote_is_found_where_it_stands() {
+        let (thread, before) = (ThreadId::new(), ThreadId::new());
+        let ours = [
+            message(before, 7, Role::User, &["carried"]),
+            message(thread, 1, Role::User, &["hello"]),
+            message(thread, 2, Role::Assistant, &["let me see", "hi"]),
+            message(thread, 5, Role::User, &["yes"]),
+            message(thread, 6, Role::Assistant, &["done"]),
+        ];
+        let theirs = vec![
+            entry("a", Role::User, "carried"),
+            entry("b", Role::User, "first of all"),
+            entry("c", Role::User, "hello"),
+            entry("d", Role::Assistant, "let me see"),
+            entry("e", Role::Assistant, "hi"),
+            entry("f", Role::User, "psst"),
+            entry("g", Role::Assistant, "what?"),
+            entry("h", Role::User, "yes"),
+            entry("i", Role::Assistant, "done"),
+            entry("j", Role::User, "yes"),
+        ];
+        let found = compare(&ours, thread, theirs);
+        assert_eq!(foreign(&found), [(0, "b"), (2, "f"), (2, "g"), (6, "j")]);
+        assert_eq!((found.missing.as_slice(), found.held), (&[][..], 10));
+    }
+
+    #[test]
+    fn what_the_upstream_lacks_is_told_unless_it_is_known_to_lack_it() {
+        let thread = ThreadId::new();
+        let mut withheld = message(thread, 3, Role::User, &["never sent"]);
+        withheld.context = Context::Withheld;
+        let mut late = message(thread, 4, Role::User, &["later"]);
+        late.context = Context::Missing;
+        let ours = [
+            message(thread, 1, Role::User, &["hello"]),
+            message(thread, 2, Role::Assistant, &["hi"]),
+            withheld,
+            late,
+        ];
+        let found = compare(&ours, thread, vec![entry("a", Role::User, "hello")]);
+        assert_eq!(found.missing, [ours[1].id]);
+        assert!(found.foreign.is_empty());
+    }
+
+    #[test]
+    fn an_id_or_a_tag_of_ours_counts_more_than_the_text() {
+        let thread = ThreadId::new();
+        let mut reply = message(thread, 2, Role::Assistant, &["hi there"]);
+        reply.upstream_message_id = Some("msg_1".to_owned());
+        let ours = [message(thread, 1, Role::User, &["hello"]), reply];
+        let mut tagged = entry("msg_0", Role::User, "  hello");
+        tagged.is_tagged = true;
+        let found = compare(&ours, thread, vec![tagged, entry("msg_1", Role::Assistant, "hi  there")]);
+        assert!(found.foreign.is_empty(), "{found:?}");
+        assert_eq!(found.missing, [ours[0].id], "the tag says that it is ours, not which");
+    }
+
+    proptest! {
+        /// Whatever others put in between, what is ours is never taken for theirs, nor lost.
+        #[test]
+        fn ours_stay_ours(script in proptest::collection::vec((any::<bool>(), any::<bool>(), 0..4_u8), 0..40)) {
+            let thread = ThreadId::new();
+            let (mut ours, mut theirs, mut others) = (Vec::new(), Vec::new(), 0);
+            for (n, (is_ours, is_user, word)) in script.into_iter().enumerate() {
+                let role = if is_user { Role::User } else { Role::Assistant };
+                let id = format!("item_{n}");
+                // Others say other things here; the same words are told apart by ids alone.
+                let said = if is_ours { format!("word {word}") } else { format!("other {word}") };
+                if is_ours {
+                    let position = i64::try_from(ours.len() + 1).unwrap();
+                    ours.push(message(thread, position, role, &[&said]));
+                } else {
+                    others += 1;
+                }
+                theirs.push(entry(&id, role, &said));
+            }
+            let found = compare(&ours, thread, theirs);
+            prop_assert_eq!(found.foreign.len(), others);
+            prop_assert!(found.missing.is_empty());
+            prop_assert!(found.foreign.is_sorted_by_key(|(after, _)| *after));
+        }
+    }
+}

@@ -1,0 +1,245 @@
+//! Deleting a conversation: here, upstream, and for good.
+
+use std::time::Duration;
+
+use futures_util::future::join;
+use serde_json::{Value, json};
+use threadkeeper::simulator::{Fault, SimulatorConfig};
+
+use crate::support::gateway::{Gateway, text};
+use crate::support::scene::{Backend, Protocol, Scene, on_every_scene};
+
+on_every_scene!(
+    a_deleted_conversation_is_gone_everywhere,
+    a_deletion_ends_what_runs_and_what_waits,
+    deleting_again_and_deleting_what_is_gone_upstream_are_no_errors,
+    a_message_during_a_deletion_starts_afresh,
+    a_deletion_that_the_upstream_refuses_goes_on_in_the_background,
+    an_archive_stays_if_it_is_asked_for,
+    a_killed_deletion_goes_on,
+);
+
+const SCOPE: &str = "/v1/users/alice/topics/secret";
+const THREAD: &str = "/v1/users/alice/topics/secret/thread";
+const BY_HAND: &str = "[janitor]\nevery = \"1h\"\ncalls_per_second = 10000\n";
+
+async fn nothing_is_left(scene: &Scene) {
+    assert_eq!(scene.database.holding("needle").await, Vec::<String>::new());
+    assert_eq!(scene.simulator.holds_text("needle"), Vec::<String>::new());
+}
+
+/// A conversation of several turns, one of them with a function call.
+async fn converse(gateway: &Gateway) -> Value {
+    gateway.say(SCOPE, "needle one").await;
+    let asks = json!({"content": "needle two [[sim: tool=look_up]]"});
+    let asked = gateway.post(&format!("{SCOPE}/messages"), &asks).await.ok();
+    let call = &asked["run"]["required_action"]["tool_calls"][0]["id"];
+    let outputs = json!({"tool_outputs": [{"tool_call_id": call, "output": "needle three"}]});
+    let run = asked["run"]["id"].as_str().unwrap();
+    gateway.post(&format!("{SCOPE}/runs/{run}/tool_outputs"), &outputs).await.ok();
+    gateway.say(SCOPE, "needle four").await
+}
+
+async fn a_deleted_conversation_is_gone_everywhere(scene: Scene) {
+    let gateway = scene.gateway_with(BY_HAND).await;
+    let first = converse(&gateway).await;
+    gateway.post(&format!("{THREAD}/rollover"), &json!({})).await.ok();
+    gateway.say(SCOPE, "needle five").await;
+    gateway.say("/v1/users/alice", "this one stays").await;
+    let receipt = gateway.delete(THREAD).await.ok();
+    assert_eq!(
+        (&receipt["status"], &receipt["threads_done"]),
+        (&json!("completed"), &json!(2)),
+        "{receipt:#}"
+    );
+    nothing_is_left(&scene).await;
+    assert!(!scene.simulator.holds_text("this one stays").is_empty());
+    assert_eq!(gateway.get("/v1/users/alice/thread").await.ok()["message_count"], 2);
+
+    let old = &receipt["threads"]["data"][0];
+    assert_eq!(
+        (&old["thread_id"], &old["upstream_thread_id"]),
+        (&first["thread"]["id"], &first["thread"]["upstream_thread_id"])
+    );
+    assert_eq!((&old["messages"], &old["runs"]), (&json!(6), &json!(3)), "{old:#}");
+    assert_eq!((&old["upstream"], &old["upstream_outcome"]), (&json!("simulated"), &json!("deleted")));
+    if scene.protocol == Protocol::Responses {
+        assert!(old["upstream_items"].as_u64().unwrap() >= 6, "{old:#}");
+    }
+    if scene.protocol != Protocol::Assistants {
+        assert_eq!(old["upstream_responses"], 4, "each round of a run is one");
+    }
+    let id = receipt["id"].as_str().unwrap();
+    let again = gateway.get(&format!("/v1/deletions/{id}")).await.ok();
+    assert_eq!(again, receipt);
+    assert_eq!(scene.database.number("SELECT count(*) FROM deletions WHERE user_key IS NOT NULL").await, 0);
+    assert_eq!(gateway.get(&format!("/v1/threads/{}", old["thread_id"].as_str().unwrap())).await.status, 404);
+
+    let fresh = gateway.say(SCOPE, "hello?").await;
+    assert_eq!(fresh["thread"]["previous_thread"], Value::Null, "a key that was erased finds nothing of it");
+    assert!(text(&fresh["message"]).contains("turn 1"));
+    let all = gateway.get(&format!("{SCOPE}/messages?archived=true")).await.ok();
+    assert_eq!(all["data"].as_array().unwrap().len(), 2);
+}
+
+async fn a_deletion_ends_what_runs_and_what_waits(scene: Scene) {
+    let gateway = scene.gateway_with(BY_HAND).await;
+    gateway.say(SCOPE, "needle").await;
+    scene.simulator.hold();
+    let mut running = gateway.stream(SCOPE, "needle that runs").await;
+    running.next().await.unwrap();
+    let mut waiting = gateway.stream(SCOPE, "needle that waits").await;
+    waiting.next().await.unwrap();
+    let receipt = gateway.delete(THREAD).await.ok();
+    assert_eq!(receipt["status"], "completed", "{receipt:#}");
+    for stream in [running, waiting] {
+        let last = stream.rest().await.pop().unwrap();
+        assert_eq!(last.name, "run.cancelled", "{last:?}");
+    }
+    scene.simulator.release();
+    nothing_is_left(&scene).await;
+    // One that waits for outputs, too.
+    let asks = json!({"content": "needle [[sim: tool=look_up]]"});
+    gateway.post(&format!("{SCOPE}/messages"), &asks).await.ok();
+    gateway.delete(THREAD).await.ok();
+    nothing_is_left(&scene).await;
+}
+
+async fn deleting_again_and_deleting_what_is_gone_upstream_are_no_errors(scene: Scene) {
+    let gateway = scene.gateway_with(BY_HAND).await;
+    assert_eq!(gateway.delete(THREAD).await.problem(), (404, "not-found"));
+    converse(&gateway).await;
+    let receipt = gateway.delete(THREAD).await.ok();
+    assert_eq!(gateway.delete(THREAD).await.problem(), (404, "not-found"), "there is nothing any more");
+    assert_eq!(gateway.get(THREAD).await.problem(), (404, "not-found"));
+    let id = receipt["id"].as_str().unwrap();
+    assert_eq!(gateway.get(&format!("/v1/deletions/{id}")).await.ok()["status"], "completed");
+
+    let said = gateway.say(SCOPE, "needle").await;
+    scene.simulator.reset();
+    let receipt = gateway.delete(THREAD).await.ok();
+    let thread = &receipt["threads"]["data"][0];
+    assert_eq!(thread["upstream_outcome"], "already_gone", "{receipt:#}");
+    assert_eq!(thread["upstream_thread_id"], said["thread"]["upstream_thread_id"]);
+    nothing_is_left(&scene).await;
+
+    // Two at once are one.
+    converse(&gateway).await;
+    let (one, other) = join(gateway.delete(THREAD), gateway.delete(THREAD)).await;
+    let ids: Vec<Value> =
+        [one, other].into_iter().filter(|it| it.status != 404).map(|it| it.body["id"].clone()).collect();
+    assert!(!ids.is_empty() && ids.iter().all(|id| *id == ids[0]), "{ids:?}");
+    nothing_is_left(&scene).await;
+}
+
+async fn a_message_during_a_deletion_starts_afresh(scene: Scene) {
+    let gateway = scene.gateway_with(BY_HAND).await;
+    let old = converse(&gateway).await;
+    scene.fault("any", "status=500", 1000);
+    let answer = gateway.delete_after(THREAD, "respond-async").await;
+    assert_eq!((answer.status.as_u16(), &answer.body["status"]), (202, &json!("in_progress")));
+    assert_eq!(gateway.get(THREAD).await.problem(), (404, "not-found"), "nobody reads it any more");
+    assert_eq!(gateway.get(&format!("{SCOPE}/messages?archived=true")).await.status, 404);
+    scene.simulator.clear_faults();
+    let fresh = gateway.say(SCOPE, "hello?").await;
+    assert_ne!(fresh["thread"]["id"], old["thread"]["id"]);
+    assert_eq!(fresh["thread"]["previous_thread"], Value::Null);
+    assert!(text(&fresh["message"]).contains("turn 1"));
+    // The deletion that is under way does not take the fresh one along.
+    finish(&scene, &gateway, answer.headers["location"].to_str().unwrap()).await;
+    nothing_is_left(&scene).await;
+    assert_eq!(gateway.get(THREAD).await.ok()["id"], fresh["thread"]["id"]);
+}
+
+/// Has the janitor go on, whatever wait it is in, until the deletion is done.
+async fn finish(scene: &Scene, gateway: &Gateway, receipt: &str) -> Value {
+    let start = std::time::Instant::now();
+    loop {
+        let answer = gateway.get(receipt).await.ok();
+        if answer["status"] == "completed" {
+            return answer;
+        }
+        assert!(start.elapsed() < crate::support::gateway::PATIENCE, "{answer:#}");
+        scene.database.execute("UPDATE threads SET due_at = created_at WHERE due_at IS NOT NULL").await;
+        gateway.post("/v1/admin/cleanup", &json!({})).await.ok();
+    }
+}
+
+async fn a_deletion_that_the_upstream_refuses_goes_on_in_the_background(scene: Scene) {
+    let gateway = scene.gateway_with(BY_HAND).await;
+    gateway.say(SCOPE, "needle").await;
+    let on = match scene.protocol {
+        Protocol::Assistants => "delete_thread",
+        Protocol::Responses => "delete_conversation",
+        Protocol::Chain => "delete_response",
+    };
+    scene.fault(on, "status=403", 1);
+    let answer = gateway.delete_after(THREAD, "wait=1").await;
+    assert_eq!(answer.status, 202, "{:#}", answer.body);
+    let place = answer.headers["location"].to_str().unwrap().to_owned();
+    let pending = gateway.until(&place, |it| it.body["threads"]["data"][0]["attempts"] == 1).await.ok();
+    let thread = &pending["threads"]["data"][0];
+    assert_eq!(thread["status"], "in_progress", "{pending:#}");
+    assert!(thread["last_failure"].as_str().unwrap().contains("status 403"), "{thread:#}");
+    let asked_again = gateway.delete_after(THREAD, "respond-async").await;
+    assert_eq!(asked_again.body["id"], pending["id"], "it is the same deletion");
+    let done = finish(&scene, &gateway, &place).await;
+    assert_eq!((&done["threads_done"], &done["threads_pending"]), (&json!(1), &json!(0)));
+    nothing_is_left(&scene).await;
+}
+
+async fn an_archive_stays_if_it_is_asked_for(scene: Scene) {
+    let gateway = scene.gateway_with(BY_HAND).await;
+    let old = converse(&gateway).await;
+    let receipt = gateway.delete(&format!("{THREAD}?archive=true")).await.ok();
+    assert_eq!((&receipt["status"], &receipt["archive"]), (&json!("completed"), &json!(true)), "{receipt:#}");
+    assert_eq!(scene.simulator.holds_text("needle"), Vec::<String>::new());
+    let report = gateway.get(THREAD).await.ok();
+    assert_eq!((&report["lifecycle"], &report["id"]), (&json!("archived"), &old["thread"]["id"]));
+    let said = gateway.get(&format!("{SCOPE}/messages")).await.ok();
+    assert_eq!(said["data"].as_array().unwrap().len(), 6);
+    let fresh = gateway.say(SCOPE, "hello?").await;
+    assert_eq!(fresh["thread"]["previous_thread"], old["thread"]["id"]);
+    assert!(text(&fresh["message"]).contains("turn 1"));
+    // All of it can still be erased.
+    let receipt = gateway.delete(THREAD).await.ok();
+    assert_eq!(receipt["threads_done"], 2, "{receipt:#}");
+    nothing_is_left(&scene).await;
+}
+
+async fn a_killed_deletion_goes_on(scene: Scene) {
+    let gateway = scene.gateway_with(BY_HAND).await;
+    converse(&gateway).await;
+    scene.fault("any", "silent", 1000);
+    let answer = gateway.delete_after(THREAD, "respond-async").await;
+    let place = answer.headers["location"].to_str().unwrap().to_owned();
+    gateway.kill();
+    scene.simulator.clear_faults();
+    let gateway = scene.gateway_with(BY_HAND).await;
+    finish(&scene, &gateway, &place).await;
+    nothing_is_left(&scene).await;
+}
+
+/// More than one, so that none of them is taken for one that is being made.
+#[tokio::test(flavor = "multi_thread")]
+async fn upstream_threads_of_which_nobody_heard_are_found_or_told() {
+    for list_threads in [true, false] {
+        let config = SimulatorConfig { list_threads, ..SimulatorConfig::default() };
+        let scene = Scene::with(Protocol::Responses, Backend::Sqlite, config).await;
+        let gateway = scene.gateway_with(BY_HAND).await;
+        let lost = Fault { on: "create_thread".to_owned(), fault: "drop=after".to_owned(), times: 2 };
+        scene.simulator.add_fault(lost).unwrap();
+        gateway.say(SCOPE, "needle").await;
+        assert_eq!(scene.upstream_threads().len(), 3);
+        if !list_threads {
+            // The janitor looks for them before the thread is deleted.
+            scene.database.age_looks(Duration::from_hours(3)).await;
+            gateway.post("/v1/admin/cleanup", &json!({})).await.ok();
+        }
+        let receipt = gateway.delete(THREAD).await.ok();
+        let thread = &receipt["threads"]["data"][0];
+        let told = [&thread["upstream_other_threads"], &thread["upstream_unknown"]];
+        assert_eq!(told, if list_threads { [2, 0] } else { [0, 2] }, "{receipt:#}");
+        assert_eq!(scene.upstream_threads().len(), if list_threads { 0 } else { 2 });
+    }
+}

@@ -1,0 +1,122 @@
+//! A person's data: what is held, a copy of it, and its end.
+
+use serde_json::{Value, json};
+
+use crate::support::gateway::Gateway;
+use crate::support::scene::{Protocol, Scene, on_every_scene};
+
+on_every_scene!(
+    all_of_a_users_threads_are_listed,
+    all_that_is_held_is_exported,
+    a_user_is_erased_everywhere_and_the_receipt_says_so,
+);
+
+const USER: &str = "/v1/users/auth0%7C5f7c";
+const BY_HAND: &str = "[janitor]\nevery = \"1h\"\ncalls_per_second = 10000\n";
+
+/// Threads of all kinds, one of them archived.
+async fn populate(gateway: &Gateway) {
+    gateway.say(USER, "needle user").await;
+    for n in 0..3 {
+        gateway.say(&format!("{USER}/sessions/{n}"), "needle session").await;
+    }
+    gateway.say(&format!("{USER}/topics/order"), "needle topic").await;
+    gateway.post(&format!("{USER}/topics/order/thread/rollover"), &json!({})).await.ok();
+    gateway.say(&format!("{USER}/topics/order"), "needle again").await;
+    gateway.say("/v1/users/other", "other needle").await;
+}
+
+async fn all_of_a_users_threads_are_listed(scene: Scene) {
+    let gateway = scene.gateway_with(BY_HAND).await;
+    assert_eq!(gateway.get(&format!("{USER}/threads")).await.ok()["data"], json!([]));
+    populate(&gateway).await;
+    let mut scopes = Vec::new();
+    let mut after = String::new();
+    loop {
+        let page = gateway.get(&format!("{USER}/threads?limit=2&order=asc{after}")).await.ok();
+        for thread in page["data"].as_array().unwrap() {
+            scopes.push(format!("{} {}", thread["key"]["scope"], thread["lifecycle"]).replace('"', ""));
+        }
+        if page["has_more"] == false {
+            break;
+        }
+        after = format!("&after={}", page["last_id"].as_str().unwrap());
+    }
+    assert_eq!(
+        scopes,
+        [
+            "user current",
+            "session:0 current",
+            "session:1 current",
+            "session:2 current",
+            "topic:order archived",
+            "topic:order current"
+        ]
+    );
+    let newest = gateway.get(&format!("{USER}/threads?limit=1")).await.ok();
+    assert!(newest["data"][0]["previous_thread"].is_string());
+}
+
+async fn all_that_is_held_is_exported(scene: Scene) {
+    let gateway = scene.gateway_with(BY_HAND).await;
+    populate(&gateway).await;
+    let answer = gateway.get(&format!("{USER}/export")).await;
+    assert_eq!(answer.headers["content-type"], "application/x-ndjson");
+    let Value::String(text) = answer.body else { panic!("{:#}", answer.body) };
+    let lines: Vec<Value> = text.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    let of = |kind: &str| lines.iter().filter(|line| line["type"] == kind).count();
+    assert_eq!((of("thread"), of("message"), of("run")), (6, 12, 6), "{text}");
+    let end = lines.last().unwrap();
+    assert_eq!((&end["type"], &end["threads"], &end["messages"]), (&json!("end"), &json!(6), &json!(12)));
+    assert!(text.contains("needle user") && !text.contains("other needle"));
+    let nobody = gateway.get("/v1/users/nobody/export").await;
+    assert!(nobody.body.to_string().contains("end"), "a user of whom nothing is held: {:?}", nobody.body);
+}
+
+async fn a_user_is_erased_everywhere_and_the_receipt_says_so(scene: Scene) {
+    let gateway = scene.gateway_with(BY_HAND).await;
+    let nothing = gateway.delete("/v1/users/nobody").await.ok();
+    assert_eq!((&nothing["status"], &nothing["threads_done"]), (&json!("completed"), &json!(0)));
+    populate(&gateway).await;
+    scene.simulator.hold();
+    let mut running = gateway.stream(&format!("{USER}/sessions/0"), "needle at work").await;
+    running.next().await.unwrap();
+    // One of them cannot be deleted at once.
+    let on = match scene.protocol {
+        Protocol::Assistants => "delete_thread",
+        Protocol::Responses => "delete_conversation",
+        Protocol::Chain => "delete_response",
+    };
+    scene.fault(on, "status=403", 1);
+    let answer = gateway.delete_after(USER, "wait=2").await;
+    scene.simulator.release();
+    assert_eq!(running.rest().await.pop().unwrap().name, "run.cancelled");
+    assert_eq!(answer.status, 202, "{:#}", answer.body);
+    let place = answer.headers["location"].to_str().unwrap().to_owned();
+    let wanted = |it: &crate::support::gateway::Answer| {
+        it.body["threads_done"] == 5 && it.body["threads_pending"] == 1
+    };
+    let pending = gateway.until(&place, wanted).await.ok();
+    let failed =
+        pending["threads"]["data"].as_array().unwrap().iter().find(|it| it["status"] == "in_progress");
+    assert!(failed.unwrap()["last_failure"].as_str().unwrap().contains("403"), "{pending:#}");
+    scene.database.execute("UPDATE threads SET due_at = created_at WHERE attempts > 0").await;
+    gateway.post("/v1/admin/cleanup", &json!({})).await.ok();
+    let receipt = gateway.get(&place).await.ok();
+    assert_eq!(
+        (&receipt["status"], &receipt["threads_done"]),
+        (&json!("completed"), &json!(6)),
+        "{receipt:#}"
+    );
+    let page = gateway.get(&format!("{place}?limit=4")).await.ok();
+    assert_eq!(
+        (page["threads"]["data"].as_array().unwrap().len(), &page["threads"]["has_more"]),
+        (4, &json!(true))
+    );
+
+    assert_eq!(scene.database.holding("auth0|5f7c").await, Vec::<String>::new(), "not even the key is left");
+    let left = scene.simulator.holds_text("needle");
+    assert!(left.iter().all(|it| scene.simulator.holds_text("other needle").contains(it)), "{left:?}");
+    assert_eq!(gateway.get(&format!("{USER}/threads")).await.ok()["data"], json!([]));
+    assert_eq!(gateway.get("/v1/users/other/thread").await.ok()["message_count"], 2);
+}

@@ -1,0 +1,187 @@
+//! How long threads are used, and what becomes of them then. Rows are moved in time, not clocks.
+
+use std::time::Duration;
+
+use serde_json::{Value, json};
+
+use crate::support::gateway::{Gateway, text};
+use crate::support::scene::{Protocol, Scene, on_every_scene};
+
+on_every_scene!(
+    a_session_lives_from_its_creation_or_from_its_last_message,
+    a_request_may_ask_for_another_life,
+    users_and_topics_expire_if_that_is_configured,
+    the_janitor_archives_clears_and_erases,
+    a_new_configuration_holds_for_old_threads,
+    a_poisoned_thread_does_not_keep_the_others_waiting,
+);
+
+const HOUR: Duration = Duration::from_hours(1);
+/// The janitor works only when it is told to.
+const BY_HAND: &str = "[janitor]\nevery = \"1h\"\ncalls_per_second = 10000\n";
+
+async fn clean_up(gateway: &Gateway) -> Value {
+    gateway.post("/v1/admin/cleanup", &json!({})).await.ok()
+}
+
+async fn planned(gateway: &Gateway) -> Value {
+    gateway.post("/v1/admin/cleanup?dry_run=true", &json!({})).await.ok()
+}
+
+fn id(answer: &Value) -> &str {
+    answer["thread"]["id"].as_str().unwrap()
+}
+
+async fn a_session_lives_from_its_creation_or_from_its_last_message(scene: Scene) {
+    let scope = "/v1/users/alice/sessions/tab";
+    for (from, slides) in [("creation", false), ("last_activity", true)] {
+        let settings = format!("{BY_HAND}[sessions]\nttl = \"1h\"\nttl_from = \"{from}\"\n");
+        let gateway = scene.gateway_with(&settings).await;
+        let scope = format!("{scope}-{from}");
+        let first = gateway.say(&scope, "one").await;
+        scene.database.age_threads(HOUR * 2 / 3).await;
+        let second = gateway.say(&scope, "two").await;
+        assert_eq!(id(&first), id(&second));
+        scene.database.age_threads(HOUR * 2 / 3).await;
+        let third = gateway.say(&scope, "three").await;
+        assert_eq!(id(&second) == id(&third), slides, "{from}");
+        if !slides {
+            assert_eq!(third["thread"]["previous_thread"], first["thread"]["id"]);
+        }
+        // To the millisecond: whatever the work takes, the time is up by then.
+        scene.database.age_threads(HOUR).await;
+        let fourth = gateway.say(&scope, "four").await;
+        assert_ne!(id(&third), id(&fourth));
+        assert!(text(&fourth["message"]).contains("turn 1"), "it knows nothing of the old one");
+        let all = gateway.get(&format!("{scope}/messages?archived=true&order=asc&limit=100")).await.ok();
+        assert_eq!(all["data"].as_array().unwrap().len(), 8);
+        assert_eq!(all["data"][0]["content"][0]["text"], "one");
+        let own = gateway.get(&format!("{scope}/messages")).await.ok();
+        assert_eq!(own["data"].as_array().unwrap().len(), 2);
+        drop(gateway);
+    }
+}
+
+async fn a_request_may_ask_for_another_life(scene: Scene) {
+    let gateway = scene.gateway_with(&format!("{BY_HAND}[threads]\nmax_ttl = \"2h\"\n")).await;
+    let scope = "/v1/users/alice/topics/quick";
+    let say = async |body: Value| gateway.post(&format!("{scope}/messages"), &body).await;
+    let first = say(json!({"content": "one", "ttl_ms": 60_000})).await.ok();
+    let life = |answer: &Value| {
+        let at =
+            |name: &str| answer["thread"][name].as_str().unwrap().parse::<chrono::DateTime<chrono::Utc>>();
+        (at("expires_at").unwrap() - at("created_at").unwrap()).num_milliseconds()
+    };
+    assert_eq!(life(&first), 60_000);
+    let second = say(json!({"content": "two", "ttl_ms": 7_200_000})).await.ok();
+    assert_eq!(id(&first), id(&second));
+    assert!(life(&second) >= 7_200_000, "from now on");
+    let third = say(json!({"content": "three"})).await.ok();
+    assert_eq!(life(&third), life(&second), "who does not ask changes nothing");
+    scene.database.age_threads(2 * HOUR).await;
+    let fourth = say(json!({"content": "four"})).await.ok();
+    assert_ne!(id(&fourth), id(&first));
+    assert_eq!(fourth["thread"]["expires_at"], Value::Null, "the fresh one has the configured life");
+    for bad in [0, 7_200_001] {
+        assert_eq!(say(json!({"content": "x", "ttl_ms": bad})).await.problem(), (422, "invalid-request"));
+    }
+}
+
+async fn users_and_topics_expire_if_that_is_configured(scene: Scene) {
+    let settings = format!("{BY_HAND}[threads]\nmax_age = \"10h\"\nmax_idle = \"1h\"\n");
+    let gateway = scene.gateway_with(&settings).await;
+    for scope in ["/v1/users/alice", "/v1/users/alice/topics/news"] {
+        let first = gateway.say(scope, "one").await;
+        scene.database.age_threads(HOUR / 2).await;
+        assert_eq!(id(&first), id(&gateway.say(scope, "two").await));
+        scene.database.age_threads(HOUR).await;
+        let idle = gateway.say(scope, "three").await;
+        assert_ne!(id(&first), id(&idle), "it was idle for too long");
+        for _ in 0..15 {
+            scene.database.age_threads(HOUR * 2 / 3).await;
+            gateway.say(scope, "still here").await;
+        }
+        assert_ne!(id(&idle), id(&gateway.say(scope, "last").await), "it is too old");
+    }
+}
+
+async fn the_janitor_archives_clears_and_erases(scene: Scene) {
+    let settings = format!("{BY_HAND}[archive]\nkeep = \"10h\"\n");
+    let gateway = scene.gateway_with(&settings).await;
+    let scope = "/v1/users/alice/sessions/tab";
+    let first = gateway.say(scope, "needle").await;
+    gateway.say("/v1/users/bob", "stays").await;
+    assert_eq!(planned(&gateway).await["threads"], json!([]));
+    scene.database.age_threads(24 * HOUR).await;
+    let plan = planned(&gateway).await;
+    assert_eq!(plan["threads"].as_array().unwrap().len(), 1, "{plan:#}");
+    assert_eq!((&plan["threads"][0]["action"], &plan["dry_run"]), (&json!("archive"), &json!(true)));
+    assert!(plan["threads"][0]["reason"].as_str().unwrap().contains("expired at"));
+    assert_eq!(
+        gateway.get(&format!("{scope}/thread")).await.ok()["lifecycle"],
+        "current",
+        "a dry run does nothing"
+    );
+
+    let done = clean_up(&gateway).await;
+    assert_eq!(
+        (&done["expired"], &done["upstream_cleared"], &done["failed"]),
+        (&json!(1), &json!(1), &json!(0))
+    );
+    let archived = gateway.get(&format!("{scope}/thread")).await.ok();
+    assert_eq!((&archived["lifecycle"], &archived["id"]), (&json!("archived"), &first["thread"]["id"]));
+    assert_eq!(archived["upstream_thread_id"], Value::Null);
+    assert_eq!(scene.simulator.holds_text("needle"), Vec::<String>::new(), "its upstream copy is gone");
+    assert!(!scene.simulator.holds_text("stays").is_empty());
+    let said = gateway.get(&format!("{scope}/messages?order=asc")).await.ok();
+    assert_eq!(said["data"][0]["content"][0]["text"], "needle", "the archive can be read");
+
+    // The key's next message starts a fresh thread that names it.
+    let next = gateway.say(scope, "again").await;
+    assert_eq!(next["thread"]["previous_thread"], first["thread"]["id"]);
+    let before = gateway.get(&format!("/v1/threads/{}", id(&first))).await.ok();
+    assert_eq!(before["next_thread"], next["thread"]["id"]);
+
+    scene.database.age_threads(10 * HOUR).await;
+    assert_eq!(planned(&gateway).await["threads"][0]["action"], "erase");
+    let done = clean_up(&gateway).await;
+    assert_eq!((&done["discarded"], &done["deleted"]), (&json!(1), &json!(1)), "{done:#}");
+    assert_eq!(gateway.get(&format!("/v1/threads/{}", id(&first))).await.status, 404);
+    assert_eq!(scene.database.holding("needle").await, Vec::<String>::new());
+    assert_eq!(gateway.say(scope, "and again").await["thread"]["id"], next["thread"]["id"]);
+}
+
+async fn a_new_configuration_holds_for_old_threads(scene: Scene) {
+    let gateway = scene.gateway_with(BY_HAND).await;
+    gateway.say("/v1/users/alice", "one").await;
+    drop(gateway);
+    scene.database.age_threads(2 * HOUR).await;
+    let settings = "[threads]\nmax_idle = \"1h\"\n[janitor]\nevery = \"100ms\"\n";
+    let gateway = scene.gateway_with(settings).await;
+    gateway.until("/v1/users/alice/thread", |answer| answer.body["lifecycle"] == "archived").await;
+}
+
+async fn a_poisoned_thread_does_not_keep_the_others_waiting(scene: Scene) {
+    if scene.protocol == Protocol::Chain {
+        return;
+    }
+    let settings = "[janitor]\nevery = \"1h\"\nbatch = 1\nconcurrency = 1\ncalls_per_second = 10000\n";
+    let gateway = scene.gateway_with(settings).await;
+    for n in 0..5 {
+        gateway.say(&format!("/v1/users/alice/sessions/{n}"), "hello").await;
+    }
+    scene.database.age_threads(24 * HOUR).await;
+    let delete = if scene.protocol == Protocol::Assistants { "delete_thread" } else { "delete_conversation" };
+    // A refusal that no repetition helps.
+    scene.fault(delete, "status=400", 1);
+    let done = clean_up(&gateway).await;
+    assert_eq!(
+        (&done["expired"], &done["upstream_cleared"], &done["failed"]),
+        (&json!(5), &json!(4), &json!(1))
+    );
+    assert_eq!(scene.database.number("SELECT count(*) FROM threads WHERE attempts = 1").await, 1);
+    scene.database.execute("UPDATE threads SET due_at = archived_at WHERE attempts = 1").await;
+    assert_eq!(clean_up(&gateway).await["upstream_cleared"], 1);
+    assert_eq!(scene.database.number("SELECT count(*) FROM threads WHERE attempts > 0").await, 0);
+    assert_eq!(scene.upstream_threads(), Vec::<String>::new());
+}

@@ -1,0 +1,151 @@
+//! What operators see and do: threads of all users, orphans upstream, and what is past its time.
+
+use std::time::Duration;
+
+use serde_json::{Value, json};
+use threadkeeper::simulator::SimulatorConfig;
+
+use crate::support::gateway::Gateway;
+use crate::support::scene::{Backend, Protocol, Scene, on_every_scene};
+
+on_every_scene!(
+    threads_are_listed_by_what_they_are,
+    what_is_past_its_time_is_pruned,
+    an_upstream_thread_of_which_nobody_heard_is_told_of,
+    a_lost_race_leaves_no_thread_upstream,
+);
+
+const BY_HAND: &str = "[janitor]\nevery = \"1h\"\ncalls_per_second = 10000\n";
+
+async fn clean_up(gateway: &Gateway) -> Value {
+    gateway.post("/v1/admin/cleanup", &json!({})).await.ok()
+}
+
+async fn listed(gateway: &Gateway, query: &str) -> Vec<String> {
+    let list = gateway.get(&format!("/v1/threads?order=asc&limit=100&{query}")).await.ok();
+    list["data"].as_array().unwrap().iter().map(|it| it["key"]["user"].as_str().unwrap().to_owned()).collect()
+}
+
+async fn threads_are_listed_by_what_they_are(scene: Scene) {
+    let gateway = scene.gateway_with(BY_HAND).await;
+    for user in ["a", "b", "c", "d"] {
+        gateway.say(&format!("/v1/users/{user}"), "hello").await;
+    }
+    scene.database.age_threads(Duration::from_hours(1)).await;
+    gateway.say("/v1/users/b", "hello").await;
+    let asks = json!({"content": "[[sim: tool=look_up]]"});
+    gateway.post("/v1/users/c/messages", &asks).await.ok();
+    scene.simulator.hold();
+    let mut stream = gateway.stream("/v1/users/d", "hello").await;
+    stream.next().await.unwrap();
+    gateway.post("/v1/users/a/thread/rollover", &json!({})).await.ok();
+
+    assert_eq!(listed(&gateway, "").await, ["a", "b", "c", "d", "a"]);
+    assert_eq!(listed(&gateway, "lifecycle=archived").await, ["a"]);
+    assert_eq!(listed(&gateway, "state=active").await, ["d"]);
+    assert_eq!(listed(&gateway, "state=requires_action").await, ["c"]);
+    assert_eq!(listed(&gateway, "state=idle&lifecycle=current").await, ["b", "a"]);
+    assert_eq!(listed(&gateway, "user=b&upstream=simulated").await, ["b"]);
+    assert_eq!(listed(&gateway, "upstream=other").await, Vec::<String>::new());
+    // Half an hour ago, by the clock that counts.
+    let shown = gateway.get("/v1/users/b/thread").await.ok()["last_active_at"].clone();
+    let active: chrono::DateTime<chrono::Utc> = shown.as_str().unwrap().parse().unwrap();
+    let ago = (active - chrono::TimeDelta::minutes(30)).format("%Y-%m-%dT%H:%M:%SZ").to_string();
+    assert_eq!(listed(&gateway, &format!("created_before={ago}")).await, ["a", "b", "c", "d"]);
+    assert_eq!(listed(&gateway, &format!("inactive_since={ago}")).await, ["a"]);
+    for bad in
+        ["state=asleep", "lifecycle=gone", "created_before=yesterday", "colour=red", "user=", "limit=0"]
+    {
+        assert_eq!(
+            gateway.get(&format!("/v1/threads?{bad}")).await.problem(),
+            (400, "invalid-request"),
+            "{bad}"
+        );
+    }
+    scene.simulator.release();
+    stream.rest().await;
+}
+
+async fn what_is_past_its_time_is_pruned(scene: Scene) {
+    let settings = format!("{BY_HAND}[retention]\nruns = \"10h\"\nevents = \"1h\"\n");
+    let gateway = scene.gateway_with(&settings).await;
+    let scope = "/v1/users/alice";
+    let post = gateway.request(reqwest::Method::POST, &format!("{scope}/messages"));
+    let body = json!({"content": "hello"});
+    let first = gateway.send(post.header("idempotency-key", "k").json(&body)).await.ok();
+    let run = first["run"]["id"].as_str().unwrap().to_owned();
+    let count = async |table: &str| scene.database.number(&format!("SELECT count(*) FROM {table}")).await;
+    assert_eq!(clean_up(&gateway).await["pruned"]["events"], 0);
+    assert_eq!((count("runs").await, count("run_events").await), (1, 1));
+
+    scene.database.backdate_runs(Duration::from_hours(2)).await;
+    assert_eq!(clean_up(&gateway).await["pruned"]["events"], 1);
+    assert_eq!((count("runs").await, count("run_events").await), (1, 0));
+
+    scene.database.backdate_runs(Duration::from_hours(10)).await;
+    scene.database.age_idempotency_keys(Duration::from_hours(24)).await;
+    let pruned = clean_up(&gateway).await["pruned"].clone();
+    assert_eq!((&pruned["runs"], count("runs").await), (&json!(1), 0), "{pruned:#}");
+    assert_eq!(count("idempotency_keys").await, 0);
+    assert_eq!(gateway.get(&format!("{scope}/runs/{run}")).await.status, 404);
+    let said = gateway.get(&format!("{scope}/messages")).await.ok();
+    assert_eq!(said["data"].as_array().unwrap().len(), 2, "what was said stays");
+    // It goes on, and what the pruned run stored upstream is still deleted in the end.
+    gateway.say(scope, "needle").await;
+    gateway.delete(&format!("{scope}/thread")).await.ok();
+    assert_eq!(scene.simulator.stored_responses(), Vec::<String>::new());
+}
+
+/// The answer to the call that makes a thread is lost.
+async fn lose_an_answer(scene: &Scene, gateway: &Gateway) {
+    scene.fault("create_thread", "drop=after", 1);
+    gateway.say("/v1/users/alice", "hello").await;
+    assert_eq!(scene.upstream_threads().len(), 2, "one of them is lost");
+    assert_eq!(clean_up(gateway).await["remnants_deleted"], 0, "it may still be on its way");
+    scene.database.execute("UPDATE remnants SET due_at = created_at").await;
+}
+
+async fn an_upstream_thread_of_which_nobody_heard_is_told_of(scene: Scene) {
+    if scene.protocol == Protocol::Chain {
+        return;
+    }
+    let gateway = scene.gateway_with(BY_HAND).await;
+    lose_an_answer(&scene, &gateway).await;
+    let plan = gateway.post("/v1/admin/cleanup?dry_run=true", &json!({})).await.ok();
+    assert_eq!(plan["remnants"][0]["action"], "find_and_delete");
+    clean_up(&gateway).await;
+    gateway.logged(|line| line.contains("nobody can find there")).await;
+    drop(gateway);
+
+    // Where the server lists threads it is found.
+    let lists = SimulatorConfig { list_threads: true, ..SimulatorConfig::default() };
+    let scene = Scene::with(scene.protocol, scene.backend, lists).await;
+    let gateway = scene.gateway_with(BY_HAND).await;
+    lose_an_answer(&scene, &gateway).await;
+    assert_eq!(clean_up(&gateway).await["remnants_deleted"], 1);
+    let thread = gateway.get("/v1/users/alice/thread").await.ok();
+    assert_eq!(scene.upstream_threads(), [thread["upstream_thread_id"].as_str().unwrap()]);
+    assert_eq!(scene.database.number("SELECT count(*) FROM remnants").await, 0);
+}
+
+async fn a_lost_race_leaves_no_thread_upstream(scene: Scene) {
+    if scene.protocol == Protocol::Chain || scene.backend == Backend::Sqlite {
+        return;
+    }
+    // The process dies between the making of the thread and its record.
+    let ttl = "[replica]\nsession_ttl = \"1s\"\n";
+    let lists = SimulatorConfig { list_threads: true, ..SimulatorConfig::default() };
+    let scene = Scene::with(scene.protocol, scene.backend, lists).await;
+    let gateway = scene.gateway_with(ttl).await;
+    scene.fault("create_thread", "silent", 1);
+    let waiting = gateway.post_in_background("/v1/users/alice/messages", &json!({"content": "hello"}));
+    scene.simulator.wait_for(|stats| stats.requests >= 1).await;
+    gateway.kill();
+    drop(waiting);
+    let gateway = scene.gateway_with(&format!("{BY_HAND}{ttl}")).await;
+    let answer = gateway.say("/v1/users/alice", "again").await;
+    scene.database.execute("UPDATE remnants SET due_at = created_at").await;
+    clean_up(&gateway).await;
+    assert_eq!(scene.upstream_threads(), [answer["thread"]["upstream_thread_id"].as_str().unwrap()]);
+    assert_eq!(scene.database.number("SELECT count(*) FROM remnants").await, 0);
+}
