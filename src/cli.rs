@@ -23,6 +23,8 @@ pub enum Command {
     Serve(ServeArgs),
     Simulate(SimulateArgs),
     Migrate(MigrateArgs),
+    Export(ExportArgs),
+    Import(ImportArgs),
     CheckConfig(CheckConfigArgs),
     Health(HealthArgs),
 }
@@ -100,6 +102,52 @@ pub struct MigrateArgs {
     pub config: ConfigArgs,
 }
 
+/// Write all conversations out: threads, runs and messages, one JSON object a line.
+///
+/// The last line counts the others, so that a file which was cut off is noticed. `import` reads the format; the
+/// documentation of the module `records` describes it. The file is not encrypted, and holds all that was said.
+///
+/// Postgres can be read while the gateway runs. A SQLite file serves one process: stop the gateway first.
+#[derive(Args, Clone, Debug)]
+#[command(after_help = "\
+Examples:
+  threadkeeper export --config gateway.toml --out conversations.ndjson
+  DATABASE_URL=postgres://user@host/db threadkeeper export --tenant default")]
+pub struct ExportArgs {
+    #[command(flatten)]
+    pub config: ConfigArgs,
+    /// The file to write, in place of standard output. What it held is lost.
+    #[arg(long, value_name = "FILE")]
+    pub out: Option<PathBuf>,
+    /// Whose conversations.
+    #[arg(long, value_name = "TENANT", default_value = "default")]
+    pub tenant: String,
+}
+
+/// Bring conversations along: an export, or a table of users and upstream threads.
+///
+/// Reads one JSON object a line. What is there already is left as it is, so the same file can be read again. Lines that
+/// cannot be taken are named on standard error, the others are taken; the exit code is 0 if all were. Runs are passed
+/// over.
+///
+/// A SQLite file serves one process: stop the gateway first.
+#[derive(Args, Clone, Debug)]
+#[command(after_help = "\
+Examples:
+  threadkeeper import --config gateway.toml conversations.ndjson
+  threadkeeper import --config gateway.toml -
+
+The least that makes a thread known, and messages that may follow it:
+  {\"type\": \"thread\", \"key\": {\"user\": \"alice\"}, \"upstream_thread_id\": \"thread_abc\"}
+  {\"type\": \"message\", \"role\": \"user\", \"content\": \"Hello\"}")]
+pub struct ImportArgs {
+    #[command(flatten)]
+    pub config: ConfigArgs,
+    /// The file to read; `-`, or none, is standard input.
+    #[arg(value_name = "FILE", default_value = "-")]
+    pub file: PathBuf,
+}
+
 /// Check the configuration as `serve` would, without connecting to anything, and end.
 ///
 /// Lists every problem with the place where it was written. The exit code is 0 if there is none.
@@ -162,7 +210,10 @@ mod tests {
         let mut cli = Cli::command();
         cli.build();
         let names: Vec<&str> = cli.get_subcommands().map(clap::Command::get_name).collect();
-        assert_eq!(names, ["dev", "serve", "simulate", "migrate", "check-config", "health", "help"]);
+        assert_eq!(
+            names,
+            ["dev", "serve", "simulate", "migrate", "export", "import", "check-config", "health", "help"]
+        );
         for command in cli.get_subcommands_mut().filter(|command| command.get_name() != "help") {
             let help = command.render_long_help().to_string();
             assert!(help.contains("Examples:"), "{help}");
@@ -206,6 +257,16 @@ mod tests {
         assert_eq!(args.knobs.token_interval, Duration::from_millis(20));
         assert_eq!(args.knobs.reply_words, 5);
         assert!(parse("threadkeeper simulate --latency 20").is_err());
+    }
+
+    #[test]
+    fn an_import_without_a_file_reads_standard_input() {
+        for line in ["threadkeeper import", "threadkeeper import -"] {
+            let Ok(Command::Import(args)) = parse(line) else { panic!("not import") };
+            assert_eq!(args.file, PathBuf::from("-"), "{line}");
+        }
+        let Ok(Command::Export(args)) = parse("threadkeeper export") else { panic!("not export") };
+        assert_eq!((args.out, args.tenant.as_str()), (None, "default"));
     }
 
     #[test]

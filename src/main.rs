@@ -1,5 +1,7 @@
 //! Arguments, configuration, logs, then the gateway; the exit code tells how it went.
 
+use std::fs::File;
+use std::io::{self, BufRead, BufReader, BufWriter, Write};
 use std::net::SocketAddr;
 use std::path::Path;
 use std::process::ExitCode;
@@ -7,8 +9,9 @@ use std::process::ExitCode;
 use anyhow::Context;
 use clap::Parser;
 use threadkeeper::app::{self, App};
-use threadkeeper::cli::{Cli, Command, ConfigArgs, DevArgs, SimulateArgs};
+use threadkeeper::cli::{Cli, Command, ConfigArgs, DevArgs, ExportArgs, ImportArgs, SimulateArgs};
 use threadkeeper::config::{Config, ConfigFile, LogConfig, LogFormat, Sources, utf8_variables};
+use threadkeeper::domain::TenantKey;
 use threadkeeper::error::Chain;
 use threadkeeper::simulator::Simulator;
 use threadkeeper::{dev, health, telemetry};
@@ -53,6 +56,8 @@ async fn run(command: Command) -> anyhow::Result<()> {
             println!("the schema is up to date");
             Ok(())
         }
+        Command::Export(args) => run_export(args).await,
+        Command::Import(args) => run_import(args).await,
         Command::CheckConfig(args) => {
             Config::load_for_serve(sources(args.config, None))?;
             println!("the configuration is sound");
@@ -104,6 +109,52 @@ async fn run_simulator(args: SimulateArgs) -> anyhow::Result<()> {
         () = simulator.run(stop.clone()) => {}
         () = signals() => {}
     }
+    Ok(())
+}
+
+async fn run_export(args: ExportArgs) -> anyhow::Result<()> {
+    let tenant = TenantKey::try_from(args.tenant).context("--tenant")?;
+    let config = Config::load(sources(args.config, None))?;
+    telemetry::init(&config.log, LogFormat::Pretty)?;
+    let lines = app::export(&config.store, tenant, || -> anyhow::Result<Box<dyn Write>> {
+        Ok(match args.out {
+            Some(path) => {
+                let file = File::create(&path).with_context(|| format!("cannot write {}", path.display()))?;
+                Box::new(BufWriter::new(file))
+            }
+            None => Box::new(BufWriter::new(io::stdout())),
+        })
+    })
+    .await?;
+    eprintln!("exported: {lines} lines");
+    Ok(())
+}
+
+async fn run_import(args: ImportArgs) -> anyhow::Result<()> {
+    /// So many refusals are told one by one.
+    const TOLD: u64 = 100;
+    let config = Config::load(sources(args.config, None))?;
+    telemetry::init(&config.log, LogFormat::Pretty)?;
+    let input: Box<dyn BufRead> = if args.file == Path::new("-") {
+        Box::new(BufReader::new(io::stdin()))
+    } else {
+        let path = &args.file;
+        let file = File::open(path).with_context(|| format!("cannot read {}", path.display()))?;
+        Box::new(BufReader::new(file))
+    };
+    let mut refusals = 0;
+    let summary = app::import(&config, input, |refused| {
+        refusals += 1;
+        if refusals <= TOLD {
+            eprintln!("{refused}");
+        }
+    })
+    .await?;
+    if refusals > TOLD {
+        eprintln!("and {} more", refusals - TOLD);
+    }
+    eprintln!("imported: {summary}");
+    anyhow::ensure!(summary.refused == 0, "{} lines were refused", summary.refused);
     Ok(())
 }
 

@@ -1,0 +1,232 @@
+//! Threads, runs and messages as text, to take them out and to bring them along: JSON, one object a line.
+//!
+//! A thread's line comes before those of its runs and messages; the last line says how many of each there were, so that a
+//! file that was cut off is noticed:
+//!
+//! ```text
+//! {"type":"thread","id":"thr_…","key":{"tenant":"default","user":"alice","scope":"session:tab-1"},…}
+//! {"type":"run","id":"run_…","thread_id":"thr_…",…}
+//! {"type":"message","id":"msg_…","thread_id":"thr_…","role":"user","content":[{"type":"text","text":"Hello"}],…}
+//! {"type":"end","threads":1,"runs":1,"messages":1}
+//! ```
+//!
+//! Who brings a table of users and upstream threads along writes one line for each, and needs no more than
+//!
+//! ```text
+//! {"type":"thread","key":{"user":"alice"},"upstream_thread_id":"thread_abc"}
+//! {"type":"message","role":"user","content":"Hello"}
+//! ```
+//!
+//! A message without a `thread_id` is one of the thread before it, and one without an `id` gets one that follows from its
+//! thread and its place among the thread's messages in the file: so the same file can be read again, and lines can be
+//! added at its end.
+
+mod export;
+mod import;
+
+use serde::de::Error as _;
+use serde::{Deserialize, Deserializer, Serialize};
+
+use crate::domain::{
+    ContentPart, Context, ConversationKey, Lifecycle, Message, MessageId, Metadata, MultitaskStrategy, Role,
+    Run, RunError, RunId, RunStatus, Scope, TenantKey, Thread, ThreadId, Timestamp, UpstreamRunId,
+    UpstreamThreadId, Usage, UserKey,
+};
+
+pub use export::{What, export};
+pub use import::{ImportError, Problem, Refused, Summary, import};
+
+/// A line.
+#[derive(Debug, Serialize)]
+#[serde(tag = "type", rename_all = "snake_case")]
+enum Line {
+    Thread(ThreadLine),
+    Run(RunLine),
+    Message(MessageLine),
+    End(Counts),
+}
+
+/// What the end line counts.
+#[derive(Clone, Copy, Debug, Default, Deserialize, Eq, PartialEq, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct Counts {
+    pub threads: u64,
+    pub runs: u64,
+    pub messages: u64,
+}
+
+#[derive(Debug, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+struct ThreadLine {
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    id: Option<ThreadId>,
+    key: KeyLine,
+    /// That of the default assistant where it is left out.
+    #[serde(default)]
+    upstream: Option<String>,
+    #[serde(default)]
+    upstream_thread_id: Option<UpstreamThreadId>,
+    #[serde(default = "current")]
+    lifecycle: Lifecycle,
+    #[serde(default)]
+    previous_thread: Option<ThreadId>,
+    #[serde(default)]
+    metadata: Metadata,
+    #[serde(default)]
+    created_at: Option<Timestamp>,
+    #[serde(default)]
+    last_active_at: Option<Timestamp>,
+    #[serde(default)]
+    archived_at: Option<Timestamp>,
+    /// Limits of its own, in place of the configured ones.
+    #[serde(default)]
+    max_age_ms: Option<u64>,
+    #[serde(default)]
+    max_idle_ms: Option<u64>,
+}
+
+const fn current() -> Lifecycle {
+    Lifecycle::Current
+}
+
+#[derive(Debug, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+struct KeyLine {
+    #[serde(default)]
+    tenant: TenantKey,
+    user: UserKey,
+    #[serde(default)]
+    scope: ScopeText,
+}
+
+/// A scope as the API shows it: `user`, `session:<id>`, `topic:<name>`.
+#[derive(Clone, Debug, Deserialize, Serialize)]
+#[serde(try_from = "String", into = "String")]
+struct ScopeText(Scope);
+
+impl Default for ScopeText {
+    fn default() -> Self {
+        Self(Scope::User)
+    }
+}
+
+impl TryFrom<String> for ScopeText {
+    type Error = &'static str;
+
+    fn try_from(text: String) -> Result<Self, Self::Error> {
+        let (kind, name) = text.split_once(':').unwrap_or((&text, ""));
+        Scope::from_parts(kind, name.to_owned())
+            .map(Self)
+            .ok_or("a scope is `user`, `session:<id>` or `topic:<name>`, with an id or name that is a key")
+    }
+}
+
+impl From<ScopeText> for String {
+    fn from(scope: ScopeText) -> Self {
+        scope.0.to_string()
+    }
+}
+
+/// A turn. Only taken out: who brings a conversation along brings its messages.
+#[derive(Debug, Serialize)]
+struct RunLine {
+    id: RunId,
+    thread_id: ThreadId,
+    status: RunStatus,
+    strategy: MultitaskStrategy,
+    assistant: String,
+    metadata: Metadata,
+    upstream_run_id: Option<UpstreamRunId>,
+    error: Option<RunError>,
+    usage: Option<Usage>,
+    created_at: Timestamp,
+    started_at: Option<Timestamp>,
+    finished_at: Option<Timestamp>,
+}
+
+#[derive(Debug, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+struct MessageLine {
+    #[serde(default)]
+    id: Option<MessageId>,
+    #[serde(default)]
+    thread_id: Option<ThreadId>,
+    role: Role,
+    #[serde(deserialize_with = "text_or_parts")]
+    content: Vec<ContentPart>,
+    /// Only taken out, like `ended`: runs are not brought along.
+    #[serde(default)]
+    run_id: Option<RunId>,
+    #[serde(default)]
+    upstream_message_id: Option<String>,
+    /// What the upstream has of it.
+    #[serde(default)]
+    context: Option<Context>,
+    #[serde(default)]
+    ended: Option<RunStatus>,
+    #[serde(default)]
+    created_at: Option<Timestamp>,
+}
+
+fn text_or_parts<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<ContentPart>, D::Error> {
+    match serde_json::Value::deserialize(deserializer)? {
+        serde_json::Value::String(text) => Ok(vec![ContentPart::Text { text }]),
+        parts => Vec::deserialize(parts).map_err(D::Error::custom),
+    }
+}
+
+impl From<Thread> for ThreadLine {
+    fn from(thread: Thread) -> Self {
+        let millis = |limit: std::time::Duration| u64::try_from(limit.as_millis()).unwrap_or(u64::MAX);
+        let ConversationKey { tenant, user, scope } = thread.key;
+        Self {
+            id: Some(thread.id),
+            key: KeyLine { tenant, user, scope: ScopeText(scope) },
+            upstream: Some(thread.upstream),
+            upstream_thread_id: thread.upstream_thread_id,
+            lifecycle: thread.lifecycle,
+            previous_thread: thread.previous_thread,
+            metadata: thread.metadata,
+            created_at: Some(thread.created_at),
+            last_active_at: Some(thread.last_active_at),
+            archived_at: thread.archived_at,
+            max_age_ms: thread.limits.max_age.map(millis),
+            max_idle_ms: thread.limits.max_idle.map(millis),
+        }
+    }
+}
+
+impl From<Run> for RunLine {
+    fn from(run: Run) -> Self {
+        Self {
+            id: run.id,
+            thread_id: run.thread_id,
+            status: run.status,
+            strategy: run.strategy,
+            assistant: run.assistant,
+            metadata: run.metadata,
+            upstream_run_id: run.upstream_run_id,
+            error: run.error,
+            usage: run.usage,
+            created_at: run.created_at,
+            started_at: run.started_at,
+            finished_at: run.finished_at,
+        }
+    }
+}
+
+impl From<Message> for MessageLine {
+    fn from(message: Message) -> Self {
+        Self {
+            id: Some(message.id),
+            thread_id: Some(message.thread_id),
+            role: message.role,
+            content: message.content,
+            run_id: message.run_id,
+            upstream_message_id: message.upstream_message_id,
+            context: Some(message.context),
+            ended: message.ended,
+            created_at: Some(message.created_at),
+        }
+    }
+}
