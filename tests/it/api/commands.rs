@@ -16,7 +16,7 @@ fn run(command: &mut Command) -> (Output, String) {
 
 #[test]
 fn every_command_explains_itself() {
-    for name in ["dev", "serve", "simulate", "migrate", "check-config", "health"] {
+    for name in ["dev", "serve", "simulate", "migrate", "export", "import", "check-config", "health"] {
         let (output, text) = run(&mut Gateway::command(&[name, "--help"]));
         assert!(output.status.success() && text.contains("Usage: threadkeeper"), "{name}: {text}");
     }
@@ -154,7 +154,9 @@ async fn the_documented_curl_lines_work() {
             .unwrap();
         let text = String::from_utf8(output.stdout).unwrap();
         assert!(output.status.success(), "{line}: {text}");
-        if line.contains("stream") {
+        if line.contains("/export") {
+            assert!(text.lines().last().unwrap().starts_with(r#"{"type":"end""#), "{line}: {text}");
+        } else if line.contains("stream") {
             assert!(
                 text.contains("event: message.delta") && text.contains("event: run.completed"),
                 "{line}: {text}"
@@ -162,7 +164,10 @@ async fn the_documented_curl_lines_work() {
         } else {
             let answer: serde_json::Value = serde_json::from_str(&text).unwrap();
             assert!(
-                answer["thread"]["id"].is_string() || answer["data"].is_array() || answer["id"].is_string(),
+                answer["thread"]["id"].is_string()
+                    || answer["data"].is_array()
+                    || answer["id"].is_string()
+                    || answer["dry_run"] == true,
                 "{line}: {text}"
             );
         }
