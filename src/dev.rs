@@ -74,6 +74,7 @@ pub fn banner(address: SocketAddr, data: &Path) -> String {
   curl --json '{{"content": "How do I return it?"}}' {user}/topics/order-4711/messages
   curl {user}/thread
   curl '{user}/messages?order=asc'
+  curl -X DELETE {user}
 "#,
         data = data.display(),
     )
