@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use tokio::time::{Instant, sleep, timeout};
+use tokio::time::{sleep, timeout};
 use tracing::Instrument;
 
 use super::Keeper;
@@ -44,7 +44,7 @@ impl Keeper {
         target: Target,
         patience: Option<Duration>,
     ) -> Result<DeletionReport, Error> {
-        let until = Instant::now() + patience.unwrap_or(self.parts.given.patience);
+        let patience = patience.unwrap_or(self.parts.given.patience);
         let (tenant, target, end) = match target {
             Target::Conversation(key) => (key.tenant.clone(), DeletionTarget::Key(key), Deletion::Erase),
             Target::ToArchive(key) => (key.tenant.clone(), DeletionTarget::Key(key), Deletion::Archive),
@@ -83,12 +83,18 @@ impl Keeper {
                 None => {}
             }
         }
-        loop {
-            let report = self.report(&tenant, id, None, AT_ONCE).await?;
-            if report.finished_at.is_some() || Instant::now() >= until {
-                return Ok(report);
+        let finished = async {
+            loop {
+                let report = self.report(&tenant, id, None, AT_ONCE).await?;
+                if report.finished_at.is_some() {
+                    return Ok(report);
+                }
+                sleep(POLL).await;
             }
-            sleep(POLL.min(until - Instant::now())).await;
+        };
+        match timeout(patience, finished).await {
+            Ok(report) => report,
+            Err(_) => self.report(&tenant, id, None, AT_ONCE).await,
         }
     }
 
