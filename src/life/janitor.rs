@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use futures_util::{StreamExt, stream};
 use rand::RngExt;
-use tokio::time::{sleep, timeout};
+use tokio::time::{Instant, sleep, timeout};
 use tracing::Instrument;
 
 use super::Keeper;
@@ -19,7 +19,8 @@ use crate::upstream::UpstreamError;
 
 /// How long a replica has a thread to itself. If it dies with it, another one gets it after that.
 const LEASE: Duration = Duration::from_mins(5);
-/// How long it works on it at a time; what is not done by then goes on at once, maybe elsewhere.
+/// How long it works on it at a time; what takes longer waits like what failed, and goes on where it was. What cannot be
+/// begun with early enough for that is left until the lease is over: nobody comes upon work that still goes on.
 const SHIFT: Duration = Duration::from_mins(4);
 /// The first wait after a failure; it doubles with each one in a row.
 const FIRST_BACK_OFF: Duration = Duration::from_secs(15);
@@ -27,7 +28,7 @@ const LONGEST_BACK_OFF: Duration = Duration::from_hours(1);
 /// Rows of each kind removed at a time.
 const PRUNE_BATCH: u32 = 1000;
 /// Messages, and runs, of a thread removed at a time.
-pub(super) const ERASE_BATCH: u32 = 1000;
+const ERASE_BATCH: u32 = 1000;
 /// Threads looked through at a time after the start.
 const REVIEW_BATCH: u32 = 1000;
 /// The rest between two of these.
@@ -205,7 +206,11 @@ impl Keeper {
 
     async fn tend_all(&self, due: Vec<Due>, counts: &Counts) {
         let at_once = self.parts.given.janitor.concurrency.get() as usize;
+        let claimed = Instant::now();
         let tend = |due: Due| async move {
+            if claimed.elapsed() + SHIFT > LEASE {
+                return;
+            }
             let span = tracing::info_span!("janitor", thread.id = %due.thread.id);
             self.tend(due, counts).instrument(span).await;
         };
@@ -314,8 +319,12 @@ impl Keeper {
             let remnants = self.store().claim_remnants(batch, LEASE).await?;
             let got = remnants.len();
             let at_once = self.parts.given.janitor.concurrency.get() as usize;
+            let claimed = Instant::now();
             let one = |remnant: Remnant| async move {
                 let RemnantName::Row(id) = remnant.name else { return };
+                if claimed.elapsed() + SHIFT > LEASE {
+                    return;
+                }
                 let attempts = remnant.attempts;
                 let done =
                     timeout(SHIFT, self.clear_remnant(&remnant)).await.unwrap_or(Err(Trouble::TimeIsUp));
