@@ -268,8 +268,8 @@ async fn admit_under_lock(
     };
     if expired {
         sqlx::query(
-            "UPDATE threads SET lifecycle = 'archived', archived_at = clock_timestamp(), due_at = clock_timestamp()
-            WHERE id = $1",
+            "UPDATE threads SET lifecycle = 'archived', archived_at = now.at, due_at = now.at
+            FROM (SELECT clock_timestamp() AS at) now WHERE id = $1",
         )
         .bind(current)
         .execute(&mut *tx)
