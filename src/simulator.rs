@@ -20,6 +20,7 @@
 //! | `status=429`, `code=…`, `retry_after=2` | is not accepted: an HTTP error |
 //! | `drop=before`, `drop=after` | the connection closes without an answer, before or after the turn was accepted |
 //! | `silent`, `silent_after=N` | is accepted, then nothing is sent, or nothing after N deltas |
+//! | `hold_after=N` | a hold takes effect after N deltas, not before the first one |
 //! | `cut=N` | the connection breaks after N deltas |
 //! | `mid_error`, `mid_error=nested` | an `error` event after the first deltas, in either shape; the run fails |
 //! | `no_terminal` | the stream ends properly but without its last events |
@@ -28,7 +29,7 @@
 //! The same words make up a [`Fault`], which waits for the next matching requests whatever these contain. For
 //! operations that start no run, `status` (with `code`, `retry_after`), `drop`, `silent` and `latency` apply.
 //!
-//! What [`SimulatorHandle`] offers can be had over HTTP too, below `/_simulator`: `GET stats`, `GET threads`,
+//! What [`SimulatorHandle`] offers can be had over HTTP too, below `/_simulator`: `GET stats`, `GET runs`, `GET threads`,
 //! `GET threads/{id}/history`, `GET recorded`, `GET|POST|DELETE faults`, `POST hold`, `POST release`, `POST reset`,
 //! `POST|DELETE threads/{id}/foreign_run`, `GET responses`, `GET leaked_items`, `POST holds_text`.
 //!
@@ -73,7 +74,7 @@ use tokio_util::sync::CancellationToken;
 pub use config::SimulatorConfig;
 pub use faults::Fault;
 pub use handle::SimulatorHandle;
-pub use stats::{Recorded, Stats, ThreadView};
+pub use stats::{Recorded, RunView, Stats, ThreadView};
 
 use state::Server;
 

@@ -18,6 +18,7 @@ pub(super) fn answer(server: &Arc<Server>, method: &Method, path: &[&str], body:
     match path {
         ["stats"] if get => json_body(&handle.stats()),
         ["threads"] if get => json_body(&handle.threads()),
+        ["runs"] if get => json_body(&handle.runs()),
         ["threads", id, "history"] if get => json_body(&handle.thread_history(id)),
         ["responses"] if get => json_body(&handle.stored_responses()),
         ["leaked_items"] if get => json_body(&handle.leaked_items()),

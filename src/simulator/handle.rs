@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use super::faults::Fault;
 use super::state::Server;
-use super::stats::{Line, Recorded, Stats, ThreadView};
+use super::stats::{Line, Recorded, RunView, Stats, ThreadView};
 use super::{assistants, holding, responses};
 
 /// Looks into a simulator and steers it. Cheap to clone; outlives the simulator harmlessly.
@@ -40,6 +40,12 @@ impl SimulatorHandle {
         let world = self.server.world();
         let threads = world.threads.iter().map(|(_, thread)| thread.view());
         threads.chain(world.conversations.iter().map(|(_, conversation)| conversation.view())).collect()
+    }
+
+    /// The newest runs and responses that were accepted, in that order, as many as are
+    /// [kept](super::SimulatorConfig::max_kept), with what came with them and how they ended.
+    pub fn runs(&self) -> Vec<RunView> {
+        self.server.world().counters.runs()
     }
 
     /// The messages of a thread, of a conversation, or of the chain that ends in a response: role and text,

@@ -34,6 +34,8 @@ pub(super) struct Plan {
     pub(super) cut: Option<usize>,
     /// Fall silent after so many deltas; `Some(0)`: accept and send nothing at all.
     pub(super) silent_after: Option<usize>,
+    /// A hold takes effect after so many deltas, instead of before the first one.
+    pub(super) hold_after: Option<usize>,
     /// A cancel is accepted and never takes effect.
     pub(super) stuck_cancel: bool,
     /// The response ends failed, with nothing to show, and says this.
@@ -163,6 +165,7 @@ impl Plan {
             "cut" => self.cut = Some(count()?),
             "silent" => self.silent_after = Some(0),
             "silent_after" => self.silent_after = Some(count()?.max(1)),
+            "hold_after" => self.hold_after = Some(count()?.max(1)),
             "stuck_cancel" => self.stuck_cancel = true,
             "fail_text" => {
                 self.complaint = Some(match value {

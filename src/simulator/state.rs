@@ -53,16 +53,16 @@ pub(super) struct World {
 
 impl Server {
     pub(super) fn new(config: SimulatorConfig) -> Self {
-        let stop = CancellationToken::new();
+        let (stop, started) = (CancellationToken::new(), Instant::now());
         Self {
-            world: Mutex::new(World::new(config.max_kept, stop.child_token())),
+            world: Mutex::new(World::new(config.max_kept, started, stop.child_token())),
             changes: watch::Sender::new(0),
             gate: watch::Sender::new(false),
             tasks: TaskTracker::new(),
             stop,
             ids: AtomicU64::new(0),
             nonce: rand::random(),
-            started: Instant::now(),
+            started,
             started_at: wall_clock(),
             config,
         }
@@ -75,8 +75,8 @@ impl Server {
 
     /// Forgets everything but the configuration. Runs that still work end without a trace.
     pub(super) fn reset(&self) {
-        let old =
-            std::mem::replace(&mut *self.world(), World::new(self.config.max_kept, self.stop.child_token()));
+        let new = World::new(self.config.max_kept, self.started, self.stop.child_token());
+        let old = std::mem::replace(&mut *self.world(), new);
         old.end.cancel();
         self.release();
         self.changed();
@@ -134,14 +134,15 @@ impl Server {
 }
 
 impl World {
-    fn new(cap: usize, end: CancellationToken) -> Self {
+    /// `since`: when the simulator was started.
+    fn new(cap: usize, since: Instant, end: CancellationToken) -> Self {
         Self {
             threads: Table::new(cap),
             runs: Table::new(cap),
             conversations: Table::new(cap),
             responses: Table::new(cap),
             replayable: VecDeque::new(),
-            counters: Counters::default(),
+            counters: Counters::new(since, cap),
             faults: Faults::default(),
             end,
         }

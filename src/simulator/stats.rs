@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, HashMap, VecDeque};
 
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
+use tokio::time::Instant;
 
 use super::fields::Metadata;
 
@@ -53,6 +54,28 @@ pub struct ThreadView {
     pub user_texts: Vec<String>,
     /// A conversation that was deleted, whose items are still there.
     pub deleted: bool,
+    /// The ids of the runs and responses on it that have not ended.
+    pub active: Vec<String>,
+}
+
+/// A run or response that was accepted, and how it went.
+#[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize)]
+pub struct RunView {
+    pub id: String,
+    /// Its thread or conversation; where there is neither, the first response of its chain.
+    pub thread: String,
+    pub metadata: BTreeMap<String, String>,
+    /// The texts of the user messages that came with it, oldest first, directives included: earlier ones that the client
+    /// sent along stand before those of the turn.
+    pub user_texts: Vec<String>,
+    /// The function calls that were answered: by the request itself, or while the run waited.
+    pub answered_calls: Vec<String>,
+    /// How it ended; unset while it has not. A response whose client left was `abandoned`, a run whose thread was deleted
+    /// `deleted`.
+    pub status: Option<String>,
+    /// Milliseconds from the start of the simulator, by its monotonic clock.
+    pub started_ms: u64,
+    pub ended_ms: Option<u64>,
 }
 
 /// A request as it arrived.
@@ -71,11 +94,24 @@ pub struct Recorded {
 }
 
 /// Counts while the simulator runs.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(super) struct Counters {
     pub(super) stats: Stats,
     lanes: HashMap<String, Lane>,
     pub(super) recorded: VecDeque<Recorded>,
+    runs: RunLog,
+}
+
+/// The newest runs, oldest first.
+#[derive(Debug)]
+struct RunLog {
+    since: Instant,
+    keep: usize,
+    runs: VecDeque<RunView>,
+    /// How many were forgotten: the number of the first one in `runs`.
+    forgotten: usize,
+    /// The numbers of those that have not ended.
+    open: HashMap<String, usize>,
 }
 
 /// The active runs of one thread, conversation or chain.
@@ -85,7 +121,27 @@ struct Lane {
     generating: usize,
 }
 
+/// A run or response as it is accepted.
+#[derive(Debug)]
+pub(super) struct Accepted<'a> {
+    pub(super) id: &'a str,
+    pub(super) metadata: &'a Metadata,
+    pub(super) user_texts: Vec<String>,
+    pub(super) answered_calls: Vec<String>,
+}
+
 impl Counters {
+    /// `since`: when the simulator was started. The newest `keep` runs are remembered.
+    pub(super) fn new(since: Instant, keep: usize) -> Self {
+        let runs = RunLog { since, keep, runs: VecDeque::new(), forgotten: 0, open: HashMap::new() };
+        Self { stats: Stats::default(), lanes: HashMap::new(), recorded: VecDeque::new(), runs }
+    }
+
+    /// The newest runs and responses, oldest first.
+    pub(super) fn runs(&self) -> Vec<RunView> {
+        self.runs.runs.iter().cloned().collect()
+    }
+
     pub(super) fn request(&mut self, operation: Option<&str>) {
         self.stats.requests += 1;
         let operation = operation.unwrap_or("unknown");
@@ -104,7 +160,8 @@ impl Counters {
     }
 
     /// A run was accepted on `lane`.
-    pub(super) fn begin(&mut self, lane: &str, run: &str) {
+    pub(super) fn begin(&mut self, lane: &str, accepted: Accepted<'_>) {
+        let run = accepted.id;
         let entry = self.lanes.entry(lane.to_owned()).or_default();
         let others = entry.active.join(", ");
         entry.active.push(run.to_owned());
@@ -119,6 +176,14 @@ impl Counters {
         stats.max_active_runs = stats.max_active_runs.max(stats.active_runs);
         stats.max_active_runs_per_thread = stats.max_active_runs_per_thread.max(active);
         stats.max_generating_runs_per_thread = stats.max_generating_runs_per_thread.max(generating);
+        self.runs.begin(lane, accepted);
+    }
+
+    /// Calls of a run that waited for their outputs were answered.
+    pub(super) fn answered(&mut self, run: &str, calls: impl IntoIterator<Item = String>) {
+        if let Some(view) = self.runs.open_run(run) {
+            view.answered_calls.extend(calls);
+        }
     }
 
     /// A run waits for tool outputs.
@@ -148,6 +213,7 @@ impl Counters {
         }
         self.stats.active_runs = self.stats.active_runs.saturating_sub(1);
         *self.stats.runs_ended.entry(status.to_owned()).or_default() += 1;
+        self.runs.end(run, status);
     }
 
     pub(super) fn violation(&mut self, text: String) {
@@ -157,11 +223,56 @@ impl Counters {
     }
 }
 
+impl RunLog {
+    fn begin(&mut self, lane: &str, accepted: Accepted<'_>) {
+        let Accepted { id, metadata, user_texts, answered_calls } = accepted;
+        self.open.insert(id.to_owned(), self.forgotten + self.runs.len());
+        self.runs.push_back(RunView {
+            id: id.to_owned(),
+            thread: lane.to_owned(),
+            metadata: metadata.clone(),
+            user_texts,
+            answered_calls,
+            status: None,
+            started_ms: self.now(),
+            ended_ms: None,
+        });
+        while self.runs.len() > self.keep {
+            self.runs.pop_front();
+            self.forgotten += 1;
+        }
+    }
+
+    fn end(&mut self, run: &str, status: &str) {
+        let now = self.now();
+        if let Some(view) = self.open_run(run) {
+            (view.status, view.ended_ms) = (Some(status.to_owned()), Some(now));
+        }
+        self.open.remove(run);
+    }
+
+    /// A run that has not ended, if it is remembered.
+    fn open_run(&mut self, run: &str) -> Option<&mut RunView> {
+        let number = self.open.get(run)?.checked_sub(self.forgotten)?;
+        self.runs.get_mut(number)
+    }
+
+    fn now(&self) -> u64 {
+        u64::try_from(self.since.elapsed().as_millis()).unwrap_or(u64::MAX)
+    }
+}
+
 /// A message of a thread, or a message item of a conversation, as role and text.
 pub(super) type Line = (String, String);
 
-/// The metadata of a view.
-pub(super) fn view(id: &str, metadata: &Metadata, lines: Vec<Line>, deleted: bool) -> ThreadView {
+/// What is to be seen of a thread or conversation with these messages.
+pub(super) fn view(
+    id: &str,
+    metadata: &Metadata,
+    lines: Vec<Line>,
+    active: &[String],
+    deleted: bool,
+) -> ThreadView {
     let user_texts = lines.into_iter().filter(|(role, _)| role == "user").map(|(_, text)| text).collect();
-    ThreadView { id: id.to_owned(), metadata: metadata.clone(), user_texts, deleted }
+    ThreadView { id: id.to_owned(), metadata: metadata.clone(), user_texts, deleted, active: active.to_vec() }
 }

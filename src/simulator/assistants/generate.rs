@@ -85,7 +85,7 @@ impl Generation {
         if self.plan.is_silent() {
             return Err(self.forever().await);
         }
-        if self.server.is_held() {
+        if self.plan.hold_after.is_none() && self.server.is_held() {
             self.out.flush();
             self.unless_stopped(self.server.released()).await?;
         }
@@ -225,6 +225,10 @@ impl Generation {
             self.out.flush();
             self.out.mute();
             return Err(self.forever().await);
+        }
+        if self.plan.hold_after == Some(self.deltas) && self.server.is_held() {
+            self.out.flush();
+            self.unless_stopped(self.server.released()).await?;
         }
         if self.plan.mid_error.is_some() && self.deltas == 2 {
             return Err(Stop::Failed);

@@ -106,7 +106,7 @@ impl Thread {
     }
 
     pub(in crate::simulator) fn view(&self) -> ThreadView {
-        view(&self.id, &self.metadata, self.lines(), false)
+        view(&self.id, &self.metadata, self.lines(), &self.active, false)
     }
 }
 

@@ -18,6 +18,7 @@ use crate::simulator::plan::{Drop, Plan};
 use crate::simulator::router::{Call, Refused};
 use crate::simulator::sse::EventOut;
 use crate::simulator::state::{Server, World};
+use crate::simulator::stats::Accepted;
 
 const SETTINGS: [&str; 13] = [
     "model",
@@ -55,10 +56,11 @@ pub(super) fn create(server: &Arc<Server>, call: Call) -> Result<Response, Refus
         let text = messages.iter().rev().find(|message| message.role == "user").map(Message::text);
         let plan = plan(&text.unwrap_or_else(|| thread.last_user_text()), call.fault.as_deref())?;
         accept(&plan)?;
+        let texts = user_texts(&messages);
         for message in messages {
             thread.push(message);
         }
-        start(server, &mut world, &id, request, plan, false)
+        start(server, &mut world, &id, request, plan, texts, false)
     };
     started.answer(server)
 }
@@ -75,9 +77,9 @@ pub(super) fn create_with_thread(server: &Arc<Server>, call: Call) -> Result<Res
     let thread = threads::new_thread(server, body, "thread")?;
     let plan = plan(&thread.last_user_text(), call.fault.as_deref())?;
     accept(&plan)?;
-    let id = thread.id.clone();
+    let (id, texts) = (thread.id.clone(), user_texts(&thread.messages));
     threads::insert(server, thread);
-    let started = start(server, &mut server.world(), &id, request, plan, true);
+    let started = start(server, &mut server.world(), &id, request, plan, texts, true);
     started.answer(server)
 }
 
@@ -133,6 +135,7 @@ pub(super) fn submit_tool_outputs(server: &Arc<Server>, mut call: Call) -> Resul
         let answer = response.unwrap_or_else(|| json_body(run));
         let generation = Generation::new(server, run, out);
         world.counters.resume(call.segment(1));
+        world.counters.answered(call.segment(3), outputs.into_iter().map(|(call, _)| call));
         Started { generation, answer, drop }
     };
     server.changed();
@@ -327,6 +330,10 @@ fn plan(text: &str, fault: Option<&str>) -> Result<Plan, ApiError> {
     Ok(plan)
 }
 
+fn user_texts(messages: &[Message]) -> Vec<String> {
+    messages.iter().filter(|message| message.role == "user").map(Message::text).collect()
+}
+
 /// Refuses a turn whose plan says so.
 fn accept(plan: &Plan) -> Result<(), Refused> {
     plan.refused()?;
@@ -339,6 +346,7 @@ fn start(
     thread: &str,
     request: NewRun,
     plan: Plan,
+    user_texts: Vec<String>,
     with_thread: bool,
 ) -> Started {
     let (mut out, response) = open(request.stream, &plan);
@@ -353,7 +361,8 @@ fn start(
     out.emit("thread.run.queued", &run);
     let answer = response.unwrap_or_else(|| json_body(&run));
     let generation = Generation::new(server, &run, out);
-    world.counters.begin(thread, &run.id);
+    let (id, metadata, answered_calls) = (&run.id, &run.metadata, Vec::new());
+    world.counters.begin(thread, Accepted { id, metadata, user_texts, answered_calls });
     world.runs.insert(run.id.clone(), run);
     server.changed();
     Started { generation, answer, drop }

@@ -84,7 +84,7 @@ impl Conversation {
     }
 
     pub(in crate::simulator) fn view(&self) -> ThreadView {
-        view(&self.id, &self.metadata, self.lines(), self.deleted)
+        view(&self.id, &self.metadata, self.lines(), &self.active, self.deleted)
     }
 }
 

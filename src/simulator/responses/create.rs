@@ -17,6 +17,7 @@ use crate::simulator::plan::{Drop, Plan};
 use crate::simulator::router::{Call, Refused};
 use crate::simulator::sse::{EventLog, EventOut};
 use crate::simulator::state::{Server, World};
+use crate::simulator::stats::Accepted;
 
 /// Background responses whose events can be replayed: the newest.
 const MAX_REPLAYABLE: usize = 1000;
@@ -222,7 +223,7 @@ fn start(
             stored.log = None;
         }
     }
-    world.counters.begin(&lane, &response.id);
+    world.counters.begin(&lane, accepted(&response, &input));
     if request.background {
         world.responses.insert(
             response.id.clone(),
@@ -251,6 +252,17 @@ fn start(
         request.obfuscation,
     );
     Ok((generation, answer))
+}
+
+fn accepted<'a>(response: &'a Response, input: &[Value]) -> Accepted<'a> {
+    let users = input.iter().filter(|item| item["type"] == "message" && item["role"] == "user");
+    let outputs = input.iter().filter(|item| item["type"] == "function_call_output");
+    Accepted {
+        id: &response.id,
+        metadata: &response.metadata,
+        user_texts: users.map(items::text).collect(),
+        answered_calls: outputs.filter_map(|item| item["call_id"].as_str().map(str::to_owned)).collect(),
+    }
 }
 
 /// The context with the input, or why the turn cannot be. A fault that lets the turn end with that refusal lets it

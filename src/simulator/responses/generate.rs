@@ -116,7 +116,7 @@ impl Generation {
         if self.plan.is_silent() {
             return Err(self.forever().await);
         }
-        if self.server.is_held() {
+        if self.plan.hold_after.is_none() && self.server.is_held() {
             self.out.flush();
             let server = Arc::clone(&self.server);
             self.unless_stopped(server.released()).await?;
@@ -278,6 +278,11 @@ impl Generation {
         if self.plan.silent_after == Some(self.deltas) {
             self.out.flush();
             return Err(self.forever().await);
+        }
+        if self.plan.hold_after == Some(self.deltas) && self.server.is_held() {
+            self.out.flush();
+            let server = Arc::clone(&self.server);
+            self.unless_stopped(server.released()).await?;
         }
         if self.plan.mid_error.is_some() && self.deltas == 2 {
             return Err(Stop::Failed);

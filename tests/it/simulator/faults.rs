@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use reqwest::Method;
 use serde_json::{Value, json};
-use threadkeeper::simulator::{Fault, SimulatorConfig, Stats};
+use threadkeeper::simulator::{Fault, RunView, SimulatorConfig, Stats};
 
 use crate::support::wire::{Event, Sim, id, names};
 
@@ -175,6 +175,30 @@ async fn a_silent_turn_is_accepted_and_says_no_more() {
 }
 
 #[tokio::test]
+async fn a_turn_can_be_held_in_the_middle() {
+    let sim = Sim::instant().await;
+    let text = "One two three [[sim: hold_after=2]]";
+    let message = json!([{"role": "user", "content": text}]);
+    let run = json!({"assistant_id": "asst_1", "stream": true, "additional_messages": message});
+    let runs = format!("/threads/{}/runs", sim.thread().await);
+    for (path, body, delta) in
+        [("/responses", response(text), "response.output_text.delta"), (&*runs, run, "thread.message.delta")]
+    {
+        sim.handle.hold();
+        let mut stream = sim.open(path, &body).await;
+        for _ in 0..2 {
+            stream.until(delta).await;
+        }
+        let more = tokio::time::timeout(Duration::from_millis(50), stream.next()).await;
+        assert!(more.is_err(), "{path}: {more:?}");
+        sim.handle.release();
+        stream.until(delta).await;
+        stream.rest().await.unwrap();
+        sim.wait_for(|stats| stats.active_runs == 0).await;
+    }
+}
+
+#[tokio::test]
 async fn a_stream_can_end_early_or_with_an_error() {
     let sim = Sim::instant().await;
     let events = sim.events("/responses", response("Hello [[sim: no_terminal]]")).await;
@@ -300,4 +324,73 @@ async fn a_reset_ends_what_runs() {
     assert_eq!(run.rest().await.unwrap(), []);
     assert_eq!(response.rest().await.unwrap(), []);
     assert_eq!(sim.handle.stats(), Stats::default());
+}
+
+#[tokio::test]
+async fn every_run_is_told_with_what_came_with_it_and_how_it_ended() {
+    let sim = Sim::instant().await;
+    let thread = sim.thread().await;
+    let said = |text: &str| json!({"role": "user", "content": text});
+    let run = json!({
+        "assistant_id": "asst_1", "metadata": {"tag": "a"},
+        "additional_messages": [said("before"), said("now [[sim: tool=f]]")],
+    });
+    let run = id(&sim.post(&format!("/threads/{thread}/runs"), run).await);
+    sim.wait_for(|stats| stats.active_runs == 1 && stats.max_generating_runs_per_thread == 1).await;
+    let path = format!("/threads/{thread}/runs/{run}");
+    let call = loop {
+        let seen = sim.get(&path).await;
+        if seen["status"] == "requires_action" {
+            break id(&seen["required_action"]["submit_tool_outputs"]["tool_calls"][0]);
+        }
+    };
+    assert_eq!(sim.handle.threads()[0].active, std::slice::from_ref(&run));
+    let outputs = json!({"tool_outputs": [{"tool_call_id": call, "output": "1"}]});
+    sim.post(&format!("{path}/submit_tool_outputs"), outputs).await;
+    sim.wait_for(|stats| stats.active_runs == 0).await;
+
+    // A response whose client leaves, and one that it answers.
+    let conversation = sim.conversation().await;
+    let turn =
+        |input: Value| json!({"model": "m", "conversation": conversation, "stream": true, "input": input});
+    let slow = sim.open("/responses", &turn("slow [[sim: rate=10s]]".into())).await;
+    sim.wait_for(|stats| stats.active_runs == 1).await;
+    assert_eq!(sim.handle.runs()[1].status, None);
+    drop(slow);
+    sim.wait_for(|stats| stats.active_runs == 0).await;
+    let asked = sim.events("/responses", turn("x [[sim: tools=1]]".into())).await;
+    let call = asked.last().unwrap().json()["response"]["output"][0]["call_id"].clone();
+    sim.events("/responses", turn(json!([{"type": "function_call_output", "call_id": call, "output": "1"}])))
+        .await;
+
+    let url = format!("{}/_simulator/runs", sim.root);
+    let runs: Vec<RunView> = reqwest::get(url).await.unwrap().json().await.unwrap();
+    assert_eq!(runs, sim.handle.runs());
+    let ends: Vec<_> = runs.iter().map(|run| run.status.as_deref().unwrap()).collect();
+    assert_eq!(ends, ["completed", "abandoned", "completed", "completed"]);
+    assert_eq!((runs[0].id.as_str(), runs[0].thread.as_str()), (run.as_str(), thread.as_str()));
+    assert_eq!(runs[0].user_texts, ["before", "now [[sim: tool=f]]"]);
+    assert_eq!((runs[0].metadata["tag"].as_str(), runs[0].answered_calls.len()), ("a", 1));
+    assert!(runs[1..].iter().all(|run| run.thread == conversation));
+    assert_eq!(
+        (&runs[3].user_texts, &runs[3].answered_calls),
+        (&vec![], &vec![call.as_str().unwrap().to_owned()])
+    );
+    for pair in runs.windows(2) {
+        assert!(pair[0].started_ms <= pair[1].started_ms && pair[0].ended_ms.unwrap() <= pair[1].started_ms);
+    }
+}
+
+#[tokio::test]
+async fn only_the_newest_runs_are_told() {
+    let sim = Sim::start(SimulatorConfig { max_kept: 2, ..SimulatorConfig::default() }).await;
+    let slow = sim.open("/responses", &response("0 [[sim: rate=10s]]")).await;
+    for text in ["1", "2", "3"] {
+        sim.events("/responses", response(text)).await;
+    }
+    drop(slow);
+    sim.wait_for(|stats| stats.active_runs == 0).await;
+    let runs = sim.handle.runs();
+    assert_eq!(runs.iter().map(|run| run.user_texts[0].as_str()).collect::<Vec<_>>(), ["2", "3"]);
+    assert!(runs.iter().all(|run| run.status.as_deref() == Some("completed")));
 }
