@@ -118,7 +118,8 @@ impl App {
     }
 
     /// Serves until `signals` resolves, then stops in two steps: no new runs, while running ones have the grace
-    /// time to end; after it, or when `signals` resolves again, what still runs is ended and recorded as failed.
+    /// time to end, and other replicas go on with those that wait; after it, or when `signals` resolves again, what
+    /// still runs is given up for other replicas, or the next process, to go on with.
     ///
     /// # Errors
     /// A part of the gateway ended by itself.
@@ -150,8 +151,19 @@ impl App {
             () = signals() => {}
             () = sleep(self.config.server.shutdown_grace) => {}
         }
+        // Whoever goes on with what is left shall know how far it came.
+        if timeout(LAST_WORDS / 4, self.runs.record_now()).await.is_err() {
+            tracing::warn!("cannot record in time how far the runs came");
+        }
+        self.runs.let_go();
         self.stop.cancel();
-        if timeout(LAST_WORDS, self.tasks.wait()).await.is_err() {
+        let last_words = async {
+            tokio::select! {
+                () = self.tasks.wait() => {}
+                () = self.runs.deliver() => {}
+            }
+        };
+        if timeout(LAST_WORDS, last_words).await.is_err() {
             tracing::error!(runs = self.tasks.len(), "some runs could not record their end");
         }
         server_stop.soft.cancel();

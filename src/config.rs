@@ -85,6 +85,10 @@ pub struct StoreConfig {
     pub url: Option<SecretString>,
     /// A file that holds the URL. Read by [`Config::load`], which puts the URL where it belongs.
     pub url_file: Option<PathBuf>,
+    /// Postgres only: the server itself, where `url` leads to a pooler that lends connections by the transaction.
+    pub direct_url: Option<SecretString>,
+    /// A file that holds it.
+    pub direct_url_file: Option<PathBuf>,
     /// Connections of the pool (Postgres), or readers (SQLite).
     pub max_connections: u32,
     /// Longest wait for a free connection.
@@ -303,6 +307,8 @@ impl Default for StoreConfig {
         Self {
             url: None,
             url_file: None,
+            direct_url: None,
+            direct_url_file: None,
             max_connections: 16,
             acquire_timeout: Duration::from_secs(5),
             startup_timeout: Duration::from_secs(30),
@@ -430,7 +436,7 @@ mod tests {
             // Settings with a default are live, so that the test above compares them.
             let has_none = matches!(
                 setting.as_slice(),
-                ["store", "url" | "url_file"]
+                ["store", "url" | "url_file" | "direct_url" | "direct_url_file"]
                     | ["log", "format"]
                     | ["threads", "max_age" | "max_idle" | "max_messages"]
             );
@@ -443,7 +449,9 @@ mod tests {
     #[test]
     fn the_examples_hold_together_and_state_the_defaults_of_their_fields() {
         // Of two settings that exclude each other the one is taken out, and a key in ASCII put in.
-        let text = with_examples().replace("\napi_key_file", "\n#").replace("\nurl_file", "\n#");
+        let text = ["api_key_file", "url_file", "direct_url_file"]
+            .iter()
+            .fold(with_examples(), |text, name| text.replace(&format!("\n{name}"), "\n#"));
         let config = load(text.replace("sk-…", "sk-1").replace("\"…\"", "\"key\"")).unwrap();
         let openai = &config.upstreams["openai"];
         assert_eq!(openai.auth, AuthScheme::default());

@@ -13,6 +13,7 @@ mod transition;
 pub use content::{ContentPart, ImageFile, ImageUrl, InvalidContent, UserContent};
 pub use id::{
     DeletionId, InvalidId, MessageId, RemnantId, ReplicaId, RunId, ThreadId, UpstreamRunId, UpstreamThreadId,
+    set_clock,
 };
 pub use key::{ConversationKey, InvalidKey, KeyText, Scope, SessionKey, TenantKey, TopicKey, UserKey};
 pub use life::{Chore, Deletion, Keeping, Lifetimes, Limits, NewLife, Removed, Ttl, UpstreamOutcome};

@@ -8,11 +8,15 @@ mod failure;
 mod feed;
 mod follow;
 mod making;
+mod news;
 mod progress;
 mod reconcile;
-mod replica;
+mod recorder;
 mod retries;
 mod rollover;
+mod session;
+mod standing;
+mod takeover;
 mod tools;
 mod turn;
 mod work;
@@ -48,9 +52,10 @@ use crate::upstream::Upstream;
 pub use cancel::Which;
 pub use feed::{Outcome, RunEvent};
 pub use follow::{Answer, Follow};
+use news::Desk;
 pub use reconcile::{Differences, Unverified, Verified};
-use replica::Standing;
 pub use rollover::Renewed;
+use standing::Standing;
 pub use tools::NewOutputs;
 use turn::Taken;
 
@@ -90,6 +95,7 @@ struct Parts {
     given: RunsParts,
     locks: LockMap<ConversationKey>,
     standing: Standing,
+    desk: Desk,
     /// When the store was last seen to be in order. Locked while somebody looks, so that a flood of questions
     /// becomes one.
     seen_ready: Mutex<Option<Instant>>,
@@ -125,7 +131,13 @@ pub struct Submitted {
 impl Runs {
     pub fn new(parts: RunsParts) -> Self {
         let locks = LockMap::new(parts.runs.max_queue);
-        let parts = Parts { given: parts, locks, standing: Standing::new(), seen_ready: Mutex::default() };
+        let parts = Parts {
+            given: parts,
+            locks,
+            standing: Standing::new(),
+            desk: Desk::default(),
+            seen_ready: Mutex::default(),
+        };
         Self { parts: Arc::new(parts) }
     }
 
@@ -181,7 +193,7 @@ impl Runs {
         };
         // From here on the work belongs to a task: a caller that leaves must not leave a recorded run undone.
         let (answer, answered) = oneshot::channel();
-        let working = self.parts.standing.works_on(admission.run_id, 1, new.cancel);
+        let working = self.parts.standing.begins(admission.run_id, new.cancel);
         parts.tasks.spawn(turn::conduct(self.clone(), working, place, admission, answer).in_current_span());
         match answered.await.unwrap_or(Err(Error::Internal(None)))? {
             Taken::Run(submitted) => Ok(*submitted),

@@ -20,12 +20,14 @@ use std::error::Error as StdError;
 use std::time::Duration;
 
 use async_trait::async_trait;
+use futures_util::stream::BoxStream;
 use serde::{Deserialize, Serialize};
 
 use crate::domain::{
     Baseline, ContentPart, Context, ConversationKey, EventBatch, Leftover, Limits, Message, MessageId,
     Metadata, MultitaskStrategy, Page, PageRequest, ReplicaId, RequiredAction, Run, RunError, RunId,
-    RunStatus, Thread, ThreadActivity, ThreadId, ToolOutput, Ttl, UpstreamRunId, UpstreamThreadId, Usage,
+    RunStatus, Thread, ThreadActivity, ThreadId, Timestamp, ToolOutput, Ttl, UpstreamRunId, UpstreamThreadId,
+    Usage,
 };
 
 pub use backend::BackendKind;
@@ -110,6 +112,10 @@ pub trait Store: Life + Send + Sync + std::fmt::Debug {
     /// cannot know whether they were. `false` if the lease was lost.
     async fn sends_outputs(&self, lease: &RunLease) -> Result<bool, StoreError>;
 
+    /// Records that a request of a run is about to be sent once more whose answer was lost: the one before may have left
+    /// something upstream under an id that [nobody heard](Life::unheard_runs). `false` if the lease was lost.
+    async fn sends_again(&self, lease: &RunLease) -> Result<bool, StoreError>;
+
     /// What others asked of active runs that the replica owns: those that are to be cancelled, and those that have
     /// outputs which are not [being sent](Self::sends_outputs) yet.
     async fn requests(&self, replica: ReplicaId) -> Result<Vec<Request>, StoreError>;
@@ -150,7 +156,15 @@ pub trait Store: Life + Send + Sync + std::fmt::Debug {
     /// Repeating the call with the same lease and end is harmless and answers the same.
     async fn finish(&self, lease: &RunLease, end: &RunEnd) -> Result<Closing, StoreError>;
 
-    /// The stored log of a run from number `from` on: batches in order, the first of which may begin before `from`.
+    /// Records what runs at work have shown since it was last recorded, and where they are at their upstream: what
+    /// whoever takes one over, or follows it on another replica, needs to know. Those of which it was recorded; one that
+    /// is missing among them is being ended, or its lease was lost, or should be tried again. Each run comes once. Harmless
+    /// to repeat, also with more events at the end: the batch of a run begins where the last one that is known to be
+    /// recorded ends.
+    async fn record(&self, progress: &[RunProgress]) -> Result<Vec<RunId>, StoreError>;
+
+    /// The stored log of a run from number `from` on: batches in order, which may begin before `from`, and may say again
+    /// what the one before has said. The last one is always among them: it tells where the log ends.
     async fn events(&self, run: RunId, from: i64) -> Result<Vec<EventBatch>, StoreError>;
 
     /// A page of a transcript by position, or `across` all threads that the key has and had, the oldest thread first, but
@@ -189,10 +203,21 @@ pub trait Store: Life + Send + Sync + std::fmt::Debug {
     ) -> Result<Option<(Run, Option<Message>)>, StoreError>;
 
     /// Says that this replica is alive for another `ttl`. The first call registers it.
-    async fn renew_replica(&self, id: ReplicaId, address: &str, ttl: Duration) -> Result<(), StoreError>;
+    async fn renew_replica(&self, id: ReplicaId, address: &str, ttl: Duration)
+    -> Result<Renewed, StoreError>;
 
     /// Says that this replica is gone: what it still owns can be adopted at once.
     async fn retire_replica(&self, id: ReplicaId) -> Result<(), StoreError>;
+
+    /// Gives unfinished runs up: they can be adopted at once. Leases that were lost are passed over.
+    async fn release(&self, leases: &[RunLease]) -> Result<(), StoreError>;
+
+    /// Tells all replicas that something is new. It may get lost, so nobody may depend on it.
+    async fn tell(&self, news: &[News]) -> Result<(), StoreError>;
+
+    /// What replicas [tell](Self::tell) each other, this one's own included, from the first poll on until the store is
+    /// closed. What gets lost while there is no connection is made up for by [`News::Missed`].
+    fn news(&self) -> BoxStream<'static, News>;
 
     /// Takes over up to `limit` unfinished runs that nobody works on, oldest first, each with a higher fence: those
     /// whose owner is not alive, and strays that are the caller's own but not among those it is `working` on.
@@ -289,6 +314,40 @@ pub struct RunLease {
     pub fence: i64,
 }
 
+/// What a run at work has shown since it was last [recorded](Store::record).
+#[derive(Clone, Debug, PartialEq)]
+pub struct RunProgress {
+    pub lease: RunLease,
+    /// `None`: not known yet, or recorded before.
+    pub upstream_run_id: Option<UpstreamRunId>,
+    /// May be empty.
+    pub events: EventBatch,
+}
+
+/// A session that was [renewed](Store::renew_replica).
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub struct Renewed {
+    /// Other replicas are alive too.
+    pub has_peers: bool,
+    /// The time by the database's clock.
+    pub now: Timestamp,
+}
+
+/// What replicas tell each other, so that nobody has to ask the database time and again.
+#[derive(Clone, Copy, Debug, Eq, Hash, PartialEq)]
+pub enum News {
+    /// A run of the thread has ended: what waits may start.
+    Thread(ThreadId),
+    /// The run has gone on: there are more events, or it has ended.
+    Run(RunId),
+    /// Something was asked of an active run; its owner is to look for [`requests`](Store::requests).
+    Asked(RunId),
+    /// There are runs to adopt.
+    Orphans,
+    /// Any of these may have been told and was not heard.
+    Missed,
+}
+
 /// A run that may work now.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Turn {
@@ -336,7 +395,8 @@ pub enum Claim {
 #[derive(Clone, Debug, PartialEq)]
 pub struct Pause {
     pub required_action: RequiredAction,
-    pub upstream_run_id: UpstreamRunId,
+    /// Unset if it was not heard: calls that were found in a thread can be answered without.
+    pub upstream_run_id: Option<UpstreamRunId>,
     /// The reply as far as it came.
     pub content: Vec<ContentPart>,
     pub usage: Option<Usage>,
@@ -396,6 +456,9 @@ pub struct RunEnd {
     pub error: Option<RunError>,
     pub usage: Option<Usage>,
     pub upstream_run_id: Option<UpstreamRunId>,
+    /// Requests, besides those [sent again](Store::sends_again), that may have left something upstream under an id that
+    /// [nobody heard](Life::unheard_runs).
+    pub unheard: u32,
     /// Where the thread stands upstream from now on, if this run moved it.
     pub upstream_thread_id: Option<UpstreamThreadId>,
     /// The reply, whole or, for a run that did not complete, as far as it came.
@@ -451,6 +514,8 @@ pub struct Orphan {
     pub run: Run,
     /// Until the run's deadline, by the database's clock; zero if that has passed, or the run has not started.
     pub time_left: Duration,
+    /// The messages of one that was at work, as they are in the transcript.
+    pub input: Vec<InputMessage>,
     /// What a run that waited for tool outputs had said before.
     pub content: Vec<ContentPart>,
     /// Outputs that came for it since it waited.

@@ -58,7 +58,7 @@ pub trait Upstream: Send + Sync + std::fmt::Debug {
     /// Appends history and input and starts a run, in one request, and streams its events. What an earlier turn broke
     /// in the thread (open calls, a reasoning item without what it led to) is mended on the way, in the order of the protocols.
     ///
-    /// An error means that the upstream did not accept the run, or that this cannot be known
+    /// An error means that the upstream did not accept the run, or that this cannot be known, or that it has it already
     /// ([`UpstreamError::is_ambiguous`]; then [`recover`](Self::recover) tells more). The stream ends with
     /// [`UpstreamEvent::Ended`] or an error. Dropping it stops reading; what then goes on upstream is for
     /// [`settle`](Self::settle) to end. A stream that breaks is resumed by itself where the server can do that.
@@ -72,6 +72,12 @@ pub trait Upstream: Send + Sync + std::fmt::Debug {
     /// [`answer_tools`](Self::answer_tools) that was not accepted yet, `sent` names the run or response that asked and,
     /// in `open_calls`, the calls that were to be answered; else `open_calls` is empty. The caller bounds it in time
     /// and may drop it.
+    ///
+    /// Who asks need not have sent it: whoever takes a run over from another process asks with a broken connection as the
+    /// failure, and with the run's id if that was told in time. That process may be stopped only, and hold the connection
+    /// open, and its request may still be on its way for a moment. What the upstream lets see of that is waited for; the
+    /// rest is met by [`start`](Self::start), which is refused with [`UpstreamError::Busy`] while the thread is locked. So
+    /// whoever sends after [`Recovered::Absent`] and meets that asks here once more before the next try.
     ///
     /// # Errors
     /// It could not be found out for the moment.
@@ -206,8 +212,9 @@ pub struct AnswerTools<'a> {
     /// `None` for the first run of a chain.
     pub thread: Option<&'a UpstreamThreadId>,
     pub owner: &'a Ownership,
-    /// The run, or the response that made the calls.
-    pub upstream_run: &'a UpstreamRunId,
+    /// The run, or the response that made the calls. `None` if the calls were found in the thread alone: then the thread
+    /// is enough to answer them.
+    pub upstream_run: Option<&'a UpstreamRunId>,
     pub assistant: &'a AssistantConfig,
     pub outputs: &'a [ToolOutput],
     pub metadata: &'a Metadata,
@@ -216,7 +223,9 @@ pub struct AnswerTools<'a> {
 /// What became of a request or stream that failed.
 #[expect(missing_debug_implementations, reason = "a stream has none")]
 pub enum Recovered {
-    /// The upstream has the run: what is still to come of it, to its end.
+    /// The upstream has the run, and this tells it to its end. Its texts, if there are any, are those of the current
+    /// round from its beginning, whatever was told before, and may stop short of the end; that holds the whole reply, and
+    /// where rounds share a run, what earlier rounds said before it. It may name no run, where only the thread tells of it.
     Running(EventStream),
     /// The upstream provably does not have it: it can be sent again.
     Absent,

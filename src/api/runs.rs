@@ -8,7 +8,7 @@ use futures_util::StreamExt;
 use futures_util::stream;
 
 use super::extract::{ApiJson, ApiKey, ApiPage, ApiRun, LastEventId};
-use super::turn::{Form, answer};
+use super::turn::{Form, answer, scope_of};
 use super::views::{ListView, PostOutputs, RunAndMessageView, RunView};
 use super::{AppState, sse};
 use crate::domain::RunId;
@@ -64,6 +64,7 @@ pub(super) async fn events(
     State(state): State<AppState>,
     ApiKey(key): ApiKey,
     ApiRun(id): ApiRun,
+    uri: Uri,
     LastEventId(last): LastEventId,
 ) -> Result<Response, Error> {
     let (run, follow) = state.runs.follow(&key, id).await?;
@@ -79,5 +80,5 @@ pub(super) async fn events(
         let Some(first) = events.next().await else { return Ok(StatusCode::NO_CONTENT.into_response()) };
         events = stream::iter([first]).chain(events).boxed();
     }
-    Ok(sse::until_ended(&run, events, state.server.keep_alive))
+    Ok(sse::until_ended(&run, scope_of(&uri), last.map(|(_, n)| n), events, state.server.keep_alive))
 }

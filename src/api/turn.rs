@@ -56,21 +56,19 @@ async fn in_form(
     let Form { stream, headers, uri, on_drop } = form;
     if stream.unwrap_or_else(|| accepts_events(headers)) {
         let events = submitted.follow.events(from);
-        return Ok(sse::until_answered(&submitted.run, events, on_drop, state.server.keep_alive));
+        let scope = scope_of(uri);
+        return Ok(sse::until_answered(&submitted.run, scope, events, on_drop, state.server.keep_alive));
     }
     let prefer = Prefer::of(headers);
     let waits = submitted.follow.answer(from);
     let answered = match prefer.patience() {
-        None => Ok(waits.await),
-        Some(wait) => timeout(wait, waits).await,
+        None => Some(waits.await),
+        Some(wait) => timeout(wait, waits).await.ok(),
     };
-    if let Ok(answered) = answered {
-        let answered = match answered {
-            Some(answered) => answered,
-            // Its task is gone without a word: it goes on in another process, or something went badly wrong.
-            None if state.runs.is_draining() => return Err(Error::Draining),
-            None => return Err(Error::Internal(None)),
-        };
+    if answered.as_ref().is_some_and(Option::is_none) && !state.runs.is_draining() {
+        return Err(Error::NotFound("the run was deleted meanwhile"));
+    }
+    if let Some(answered) = answered.flatten() {
         // Asking for function calls is no end: leaving to make them is no disconnect.
         drop(on_drop.map(DropGuard::disarm));
         return Ok(Json(turn(&state.runs, &answered)?).into_response());
@@ -89,8 +87,12 @@ async fn in_form(
         run: run.into(),
         message: message.map(Into::into),
     };
-    let headers = [(header::LOCATION, place), (PREFERENCE_APPLIED, prefer.to_string())];
-    Ok((StatusCode::ACCEPTED, headers, Json(view)).into_response())
+    let mut response = (StatusCode::ACCEPTED, [(header::LOCATION, place)], Json(view)).into_response();
+    // Without the wish this process stops, and others go on with the run.
+    if let Some(applied) = prefer.patience().and_then(|_| HeaderValue::from_str(&prefer.to_string()).ok()) {
+        response.headers_mut().insert(PREFERENCE_APPLIED, applied);
+    }
+    Ok(response)
 }
 
 fn turn(runs: &Runs, answered: &Answer) -> Result<TurnView, Error> {
@@ -117,12 +119,12 @@ fn turn(runs: &Runs, answered: &Answer) -> Result<TurnView, Error> {
     }
 }
 
-/// The path of the conversation, as the caller wrote it: what stands before `/messages` or `/runs/…`.
-fn scope_of(uri: &Uri) -> &str {
+/// The path of the conversation, as the caller wrote it: what stands before `/messages` or `/runs/{run}/…`.
+pub(super) fn scope_of(uri: &Uri) -> &str {
     let path = uri.path();
     path.strip_suffix("/messages").unwrap_or_else(|| {
         let up = |path: &str| path.rfind('/').map_or(0, |at| at);
-        // …/runs/{run}/tool_outputs
+        // …/runs/{run}/tool_outputs, …/runs/{run}/events
         let mut end = path.len();
         for _ in 0..3 {
             end = up(&path[..end]);
@@ -145,7 +147,11 @@ mod tests {
 
     #[test]
     fn a_run_is_found_below_its_conversation() {
-        for path in ["/v1/users/a%2Fb/messages", "/v1/users/a%2Fb/runs/run_1/tool_outputs"] {
+        for path in [
+            "/v1/users/a%2Fb/messages",
+            "/v1/users/a%2Fb/runs/run_1/tool_outputs",
+            "/v1/users/a%2Fb/runs/run_1/events",
+        ] {
             assert_eq!(scope_of(&path.parse().unwrap()), "/v1/users/a%2Fb");
         }
     }

@@ -191,17 +191,28 @@ fn limits(config: &Config, checker: &mut Checker<'_>) {
 }
 
 fn store_url(config: &Config, checker: &mut Checker<'_>) {
-    let Some(url) = &config.store.url else { return };
-    let url = url.expose_secret();
-    let is_good = match url.split_once(':') {
-        Some(("sqlite", path)) => !path.trim_start_matches('/').is_empty(),
+    let store = &config.store;
+    let is_postgres = |url: &str| match url.split_once(':') {
         Some(("postgres" | "postgresql", rest)) => rest.starts_with("//") && Url::parse(url).is_ok(),
         _ => false,
     };
-    if !is_good {
+    let is_sqlite = |url: &str| match url.split_once(':') {
+        Some(("sqlite", path)) => !path.trim_start_matches('/').is_empty(),
+        _ => false,
+    };
+    let url = store.url.as_ref().map(ExposeSecret::expose_secret);
+    if url.is_some_and(|url| !is_postgres(url) && !is_sqlite(url)) {
         let hint = "write it like postgres://user@host/database or sqlite:data/threadkeeper.db";
-        let path = if config.store.url_file.is_some() { ["store", "url_file"] } else { ["store", "url"] };
+        let path = if store.url_file.is_some() { ["store", "url_file"] } else { ["store", "url"] };
         checker.report(&path, "is not the URL of a database", hint);
+    }
+    let Some(direct) = &store.direct_url else { return };
+    let path = ["store", if store.direct_url_file.is_some() { "direct_url_file" } else { "direct_url" }];
+    if url.is_some_and(is_sqlite) {
+        checker.report(&path, "is for Postgres, and store.url names a SQLite file", "leave it out");
+    } else if !is_postgres(direct.expose_secret()) {
+        let hint = "write it like postgres://user@host/database";
+        checker.report(&path, "is not the URL of a Postgres database", hint);
     }
 }
 

@@ -74,12 +74,12 @@ pub(super) fn variable(path: &[impl AsRef<str>]) -> String {
     format!("{PREFIX}{}", levels.join("__"))
 }
 
-/// `store.url` for `store.url_file` and the other way round, and so for `api_key`.
+/// `store.url` for `store.url_file` and the other way round, and so for `direct_url` and `api_key`.
 fn twin(path: &[String]) -> Option<Vec<String>> {
     let (last, above) = path.split_last()?;
     let other = match last.strip_suffix(FILE_SUFFIX) {
         Some(plain) => plain.to_owned(),
-        None if matches!(last.as_str(), "url" | "api_key") => format!("{last}{FILE_SUFFIX}"),
+        None if matches!(last.as_str(), "url" | "direct_url" | "api_key") => format!("{last}{FILE_SUFFIX}"),
         None => return None,
     };
     Some(above.iter().cloned().chain([other]).collect())

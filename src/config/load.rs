@@ -267,6 +267,8 @@ fn unknown_key(tree: &Node, key: &decode::UnknownKey) -> Problem {
 fn resolve_files(config: &mut Config, checker: &mut Checker<'_>) {
     let store = &mut config.store;
     resolve_file(&["store", "url"], &mut store.url, store.url_file.as_ref(), checker);
+    let direct_file = store.direct_url_file.as_ref();
+    resolve_file(&["store", "direct_url"], &mut store.direct_url, direct_file, checker);
     for (name, upstream) in &mut config.upstreams {
         let path = ["upstreams", name, "api_key"];
         resolve_file(&path, &mut upstream.api_key, upstream.api_key_file.as_ref(), checker);

@@ -3,8 +3,64 @@
 use std::fmt;
 use std::str::FromStr;
 
+use std::sync::atomic::{AtomicI64, Ordering};
+use std::sync::{LazyLock, Mutex, PoisonError};
+use std::time::{Duration, SystemTime};
+
 use serde::{Deserialize, Serialize};
-use uuid::Uuid;
+use uuid::{ContextV7, Uuid};
+
+use super::Timestamp;
+
+/// How far this machine's clock is behind the database's.
+static CORRECTION: Correction = Correction(AtomicI64::new(0));
+/// Keeps the ids that one process makes in order, even within a millisecond.
+static SEQUENCE: LazyLock<Mutex<ContextV7>> = LazyLock::new(Mutex::default);
+/// A clock that is off by less is let be: ids need not be finer than that, and must not jump about.
+const TOLERANCE_MS: i64 = 500;
+
+/// Sets the clock by which ids are made: ids sort by the time of their making, whichever replica made them, however
+/// wrong its machine's clock is.
+pub fn set_clock(now: Timestamp) {
+    if CORRECTION.set(now, own_clock()) {
+        // It does not go back by itself.
+        *SEQUENCE.lock().unwrap_or_else(PoisonError::into_inner) = ContextV7::new();
+    }
+}
+
+/// Milliseconds to add to a clock.
+struct Correction(AtomicI64);
+
+impl Correction {
+    /// Sets it right for a clock that says `own`. Whether that changes anything.
+    fn set(&self, now: Timestamp, own: Duration) -> bool {
+        let behind = now.timestamp_millis() - i64::try_from(own.as_millis()).unwrap_or(i64::MAX);
+        let known = self.0.load(Ordering::Relaxed);
+        let is_off = (behind - known).abs() >= TOLERANCE_MS;
+        if is_off {
+            self.0.store(if behind.abs() < TOLERANCE_MS { 0 } else { behind }, Ordering::Relaxed);
+        }
+        is_off
+    }
+
+    fn apply(&self, own: Duration) -> Duration {
+        let behind = self.0.load(Ordering::Relaxed);
+        let off = Duration::from_millis(behind.unsigned_abs());
+        if behind < 0 { own.saturating_sub(off) } else { own + off }
+    }
+}
+
+/// The time by the machine's clock, since 1970. For ids alone: everything else goes by the database's clock.
+#[expect(clippy::disallowed_methods, reason = "an id is made without asking the database")]
+fn own_clock() -> Duration {
+    SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default()
+}
+
+fn new_uuid() -> Uuid {
+    let now = CORRECTION.apply(own_clock());
+    let sequence = SEQUENCE.lock().unwrap_or_else(PoisonError::into_inner);
+    Uuid::new_v7(uuid::Timestamp::from_unix(&*sequence, now.as_secs(), now.subsec_nanos()))
+}
 
 /// A text that is not an id of the expected kind.
 #[derive(Clone, Debug, Eq, PartialEq, thiserror::Error)]
@@ -24,7 +80,7 @@ macro_rules! prefixed_id {
             /// A new id, sortable by the time of its making (UUIDv7).
             #[expect(clippy::new_without_default, reason = "a default that differs each time would surprise")]
             pub fn new() -> Self {
-                Self(Uuid::now_v7())
+                Self(new_uuid())
             }
 
             pub const fn from_uuid(uuid: Uuid) -> Self {
@@ -148,5 +204,31 @@ mod tests {
         ] {
             assert!(wrong.parse::<RunId>().is_err(), "{wrong}");
         }
+    }
+
+    /// Ids of machines that are an hour ahead and an hour behind are made at the database's time.
+    #[test]
+    fn a_wrong_clock_is_set_right() {
+        let time = |seconds: u64| Duration::from_secs(1_800_000_000 + seconds);
+        let database = |own: Duration| Timestamp::from_timestamp_millis(own.as_millis().try_into().unwrap());
+        let hour = Duration::from_hours(1);
+        for own in [time(0) + hour, time(0).checked_sub(hour).unwrap()] {
+            let correction = Correction(AtomicI64::new(0));
+            assert_eq!(correction.apply(own), own, "as long as nothing else is known");
+            assert!(correction.set(database(time(0)).unwrap(), own));
+            assert_eq!(correction.apply(own), time(0));
+            assert_eq!(correction.apply(own + hour), time(0) + hour);
+            // What the way to the database takes does not move it about.
+            let late = time(10).checked_sub(Duration::from_millis(499)).unwrap();
+            assert!(!correction.set(database(late).unwrap(), own + Duration::from_secs(10)));
+            assert_eq!(correction.apply(own), time(0));
+            // Somebody sets the machine's clock right.
+            assert!(correction.set(database(time(20)).unwrap(), time(20)));
+            assert_eq!(correction.apply(time(30)), time(30));
+        }
+        let right = Correction(AtomicI64::new(0));
+        let late = time(0) + Duration::from_millis(499);
+        assert!(!right.set(database(late).unwrap(), time(0)));
+        assert_eq!(right.apply(time(1)), time(1));
     }
 }

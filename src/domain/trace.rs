@@ -20,6 +20,10 @@ pub enum LoggedEvent {
     #[serde(with = "object")]
     Started,
     RequiresAction(RequiredAction),
+    /// So many numbers are passed over: text that is not stored, or what nobody can have seen.
+    Omitted {
+        units: i64,
+    },
     /// More text of the reply. A bare string, since there are so many.
     #[serde(untagged)]
     Delta(String),
@@ -40,11 +44,31 @@ mod object {
     }
 }
 
-/// Events of a run in a row, numbered from `first`.
+impl LoggedEvent {
+    /// How many numbers it takes: text one for each byte, all else one. So whoever goes on with the text of a run that
+    /// changed hands gives it the numbers that it had, in whatever pieces it came before.
+    pub fn units(&self) -> i64 {
+        match self {
+            Self::Queued { .. } | Self::Started | Self::RequiresAction(_) => 1,
+            Self::Omitted { units } => *units,
+            Self::Delta(text) => i64::try_from(text.len()).unwrap_or(i64::MAX),
+        }
+    }
+}
+
+/// Events of a run in a row. `first` is the first number that the first event takes; the number of an event is the last
+/// one that it takes.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub struct EventBatch {
     pub first: i64,
     pub events: Vec<LoggedEvent>,
+}
+
+impl EventBatch {
+    /// The number after the last event.
+    pub fn end(&self) -> i64 {
+        self.first + self.events.iter().map(LoggedEvent::units).sum::<i64>()
+    }
 }
 
 text_enum!(

@@ -6,9 +6,11 @@ use futures_util::future::join_all;
 use tokio::time::{sleep, timeout};
 
 use super::end::bare_end;
+use super::standing::others_from;
 use super::{NO_THREAD, Runs, jittered};
-use crate::domain::{ConversationKey, Message, Run, RunId, RunStatus, Step};
+use crate::domain::{ConversationKey, EventBatch, Message, Run, RunId, RunStatus, Step};
 use crate::error::Error;
+use crate::store::{News, RunEnd};
 
 /// How much longer than the settling a cancel waits for the end of its run.
 const SLACK: Duration = Duration::from_secs(2);
@@ -66,7 +68,7 @@ impl Runs {
             self.ask_to_end(key, run).await?;
             ends.push(self.has_ended(key, run.id));
         }
-        // A request to another replica is seen there when it renews its session.
+        // A request to another replica is seen there when it renews its session, if it did not hear of it.
         let limit = self.parts.given.runs.settle_timeout + SLACK + self.parts.given.attend_every;
         if timeout(limit, join_all(ends)).await.is_err() {
             tracing::warn!("a cancelled run did not end in time");
@@ -80,9 +82,16 @@ impl Runs {
         let handle = self.parts.standing.handle(run.id);
         if run.status == RunStatus::Queued && handle.is_none() {
             let replica = self.parts.given.replica;
+            let _taking = self.parts.standing.taking.lock().await;
             if let Some(lease) = store.take_queued(replica, run.id).await? {
                 let status = RunStatus::Queued.on(Step::Cancel).unwrap_or(RunStatus::Cancelled);
-                store.finish(&lease, &bare_end(status, None)).await?;
+                // Beyond all that its owner can have shown.
+                let events = EventBatch { first: others_from(&lease), events: Vec::new() };
+                store.finish(&lease, &RunEnd { events, ..bare_end(status, None) }).await?;
+                // Its owner has lost it, and its readers go on by the store.
+                for news in [News::Asked(run.id), News::Run(run.id), News::Thread(run.thread_id)] {
+                    self.parts.desk.tell(news);
+                }
                 return Ok(());
             }
         }
@@ -90,25 +99,31 @@ impl Runs {
         if run.status.is_active() || handle.is_none() {
             store.request_cancel(key, run.id).await?;
         }
-        if let Some(handle) = handle {
-            handle.cancel.request(false);
+        match handle {
+            Some(handle) => handle.cancel.request(false),
+            None => self.parts.desk.tell(News::Asked(run.id)),
         }
         Ok(())
     }
 
     /// Resolves when the run has ended.
     async fn has_ended(&self, key: &ConversationKey, id: RunId) {
-        if let Some(handle) = self.parts.standing.handle(id) {
-            handle.feed.ended().await;
+        if let Some(handle) = self.parts.standing.handle(id)
+            && handle.feed.ended().await.is_some()
+        {
             return;
         }
+        let mut news = self.parts.desk.subscribe(News::Run(id));
         loop {
             match self.store().run(key, id).await {
                 Ok(Some((run, _))) if !run.status.is_final() => {}
                 Ok(_) => return,
                 Err(_) => sleep(POLL).await,
             }
-            sleep(jittered(POLL)).await;
+            tokio::select! {
+                () = news.changed() => {}
+                () = sleep(jittered(POLL)) => {}
+            }
         }
     }
 }

@@ -38,6 +38,8 @@ const MAX_BREAKS: u32 = 5;
 pub(super) enum Round<'a> {
     Message,
     Outputs(&'a [ToolOutput]),
+    /// The message, unless another process has sent it: what became of that is to be found out first.
+    Unknown,
 }
 
 /// One round at the upstream.
@@ -65,8 +67,9 @@ impl Drive<'_> {
         let before = self.progress.usage;
         let id_before = self.progress.upstream_run.clone();
         let result = match round {
-            Round::Message => self.message().await,
+            Round::Message => self.message(None).await,
             Round::Outputs(outputs) => self.outputs(outputs).await,
+            Round::Unknown => self.taken_over().await,
         };
         let (mut ended, events) = result?;
         // An upstream that counts each round by itself gives each an id of its own.
@@ -78,7 +81,8 @@ impl Drive<'_> {
         Ok((ended, events))
     }
 
-    async fn message(&mut self) -> Result<(Ended, EventStream), Failure> {
+    /// `doubt`: how an earlier request failed that might still come in, although the upstream does not show it.
+    async fn message(&mut self, mut doubt: Option<UpstreamError>) -> Result<(Ended, EventStream), Failure> {
         let owner = self.owner();
         let is_sound = self.settle_earlier().await?;
         let (mut needs_thread, mut rebuilt) = (self.progress.thread.is_none(), !is_sound);
@@ -110,8 +114,7 @@ impl Drive<'_> {
                     Err(failure) => return Err(failure),
                 }
             }
-            self.progress.history_users = count_users(&history.messages);
-            self.progress.synced = !history.messages.is_empty();
+            self.progress.went_along(&history.messages);
             self.progress.reach = self.progress.reach.max(Reach::Sent);
             let thread = self.progress.thread.clone();
             let request = StartRun {
@@ -123,8 +126,10 @@ impl Drive<'_> {
                 input: &self.turn.input,
                 metadata: &self.turn.run.metadata,
             };
+            self.may_send()?;
+            self.progress.unheard += 1;
             let error = match self.upstream.start(request).await {
-                Ok(events) => match self.relay(events).await {
+                Ok(events) => match self.relay(events, false).await {
                     // A thread that turns out to be broken only after it took the run.
                     Err(Failure::Upstream(error @ UpstreamError::ThreadGone))
                         if self.progress.text.is_empty() =>
@@ -135,6 +140,7 @@ impl Drive<'_> {
                 },
                 Err(error) => error,
             };
+            self.heard(&error);
             match error {
                 UpstreamError::ThreadGone if !rebuilt => {
                     self.refused();
@@ -142,29 +148,79 @@ impl Drive<'_> {
                     (needs_thread, rebuilt) = (true, true);
                 }
                 error => {
-                    // What holds the thread may be what an earlier run left there after all.
                     let was_busy = matches!(error, UpstreamError::Busy { .. });
-                    match self.after(error, &mut retries).await? {
-                        Next::Follow(events) => return self.relay(events).await,
-                        Next::SendAgain if was_busy && !rebuilt => {
-                            self.take_away_earlier().await?;
-                        }
-                        Next::SendAgain => {}
+                    if error.is_ambiguous() {
+                        doubt = Some(error.clone());
+                    }
+                    if let Next::Follow(events) = self.after(error, &mut retries).await? {
+                        return self.relay(events, true).await;
+                    }
+                    // What holds the thread may be this run after all, or what an earlier one left there.
+                    if was_busy
+                        && let Some(doubt) = &doubt
+                        && let Some(events) = self.came_in_late(doubt).await?
+                    {
+                        return self.relay(events, true).await;
+                    }
+                    if was_busy && !rebuilt {
+                        self.take_away_earlier().await?;
                     }
                 }
             }
         }
     }
 
+    /// Goes on with a round that another process had begun, or may have.
+    async fn taken_over(&mut self) -> Result<(Ended, EventStream), Failure> {
+        let thread = &self.turn.thread;
+        let lacks_thread = self.upstream.capabilities().has_threads && thread.upstream_thread_id.is_none();
+        if lacks_thread || self.progress.reach == Reach::Here {
+            // The thread is recorded before anything is sent.
+            self.progress.reach = Reach::Here;
+            return self.message(None).await;
+        }
+        let lost = UpstreamError::Broken { timeout: false };
+        match self.recover(&lost).await? {
+            Some(Recovered::Running(events)) => {
+                tracing::info!("the upstream has the run; following it");
+                self.relay(events, true).await
+            }
+            Some(Recovered::Absent) => {
+                tracing::info!("the upstream has never seen the message; sending it");
+                self.refused();
+                self.sends_again().await?;
+                self.message(Some(lost)).await
+            }
+            Some(Recovered::Unknown) | None => Err(Failure::ReplicaLost),
+        }
+    }
+
+    /// Looks once more for a request that the upstream did not show, before it is sent again to a thread that is held.
+    async fn came_in_late(&mut self, failure: &UpstreamError) -> Result<Option<EventStream>, Failure> {
+        self.progress.reach = self.progress.reach.max(Reach::Sent);
+        match self.recover(failure).await? {
+            Some(Recovered::Running(events)) => Ok(Some(events)),
+            Some(Recovered::Absent) => {
+                self.refused();
+                Ok(None)
+            }
+            Some(Recovered::Unknown) | None => Err(Failure::Upstream(failure.clone())),
+        }
+    }
+
     async fn outputs(&mut self, outputs: &[ToolOutput]) -> Result<(Ended, EventStream), Failure> {
         let owner = self.owner();
         let mut retries = Retries::new(self.runs);
-        let Some(upstream_run) = self.progress.upstream_run.clone() else { return Err(Failure::ReplicaLost) };
+        let upstream_run = self.progress.upstream_run.clone();
+        // Calls that were found in a thread can be answered without the id of what made them.
+        if upstream_run.is_none() && !self.upstream.capabilities().has_threads {
+            return Err(Failure::ReplicaLost);
+        }
         if std::mem::take(&mut self.progress.is_uncertain) {
             // As if the answer had been lost: it is looked up before anything is sent.
             let lost = UpstreamError::Broken { timeout: false };
             if let Next::Follow(events) = self.after(lost, &mut retries).await? {
-                return self.relay(events).await;
+                return self.relay(events, true).await;
             }
         }
         self.announce_outputs().await?;
@@ -174,20 +230,29 @@ impl Drive<'_> {
                 run: self.turn.run.id,
                 thread: thread.as_ref(),
                 owner: &owner,
-                upstream_run: &upstream_run,
+                upstream_run: upstream_run.as_ref(),
                 assistant: self.assistant,
                 outputs,
                 metadata: &self.turn.run.metadata,
             };
+            self.may_send()?;
+            self.progress.unheard += 1;
             let error = match self.upstream.answer_tools(request).await {
-                Ok(events) => return self.relay(events).await,
+                Ok(events) => return self.relay(events, false).await,
                 Err(error) => error,
             };
+            self.heard(&error);
             match self.after(error, &mut retries).await? {
-                Next::Follow(events) => return self.relay(events).await,
+                Next::Follow(events) => return self.relay(events, true).await,
                 Next::SendAgain => {}
             }
         }
+    }
+
+    /// Whether this process still has the thread to itself: one that was stopped for a while may not know yet that it has
+    /// not.
+    fn may_send(&self) -> Result<(), Failure> {
+        if self.runs.parts.standing.has_lapsed() { Err(Failure::LeaseLost) } else { Ok(()) }
     }
 
     fn owner(&self) -> Ownership {
@@ -198,13 +263,26 @@ impl Drive<'_> {
 
     /// Whoever takes the run over must know that the outputs may be there.
     async fn announce_outputs(&self) -> Result<(), Failure> {
-        loop {
-            match self.runs.parts.given.store.sends_outputs(&self.turn.lease).await {
-                Ok(true) => return Ok(()),
-                Ok(false) => return Err(Failure::LeaseLost),
-                Err(error) => wait_out(error).await?,
-            }
+        let store = &self.runs.parts.given.store;
+        insist(|| store.sends_outputs(&self.turn.lease)).await
+    }
+
+    /// Whoever says how a request failed has not left anything of it.
+    fn heard(&mut self, error: &UpstreamError) {
+        if !matches!(error, UpstreamError::Broken { .. } | UpstreamError::Protocol(_)) {
+            self.progress.heard();
         }
+    }
+
+    /// A request whose answer broke off may have left something under an id that nobody heard, although the thread shows
+    /// nothing of it.
+    async fn sends_again(&mut self) -> Result<(), Failure> {
+        if self.progress.unheard == 0 || !self.upstream.capabilities().stores_runs {
+            return Ok(());
+        }
+        self.progress.heard();
+        let store = &self.runs.parts.given.store;
+        insist(|| store.sends_again(&self.turn.lease)).await
     }
 
     /// Decides what to do after a request was refused or broke off.
@@ -223,6 +301,7 @@ impl Drive<'_> {
                 Some(Recovered::Absent) => {
                     self.refused();
                     retries.wait_after(error).await?;
+                    self.sends_again().await?;
                     Ok(Next::SendAgain)
                 }
                 Some(Recovered::Unknown) | None => Err(Failure::Upstream(error)),
@@ -249,6 +328,8 @@ impl Drive<'_> {
         blocking_run: Option<UpstreamRunId>,
         retries: &mut Retries,
     ) -> Result<(), Failure> {
+        // Or it is the run of who has the thread by now.
+        self.may_send()?;
         tracing::warn!(
             blocking_run = blocking_run.as_ref().map(UpstreamRunId::as_str),
             "the upstream thread is held by another run"
@@ -273,10 +354,14 @@ impl Drive<'_> {
         Ok(())
     }
 
-    /// Relays the stream to its end. One that breaks is followed up as long as the upstream has the run.
-    async fn relay(&mut self, mut events: EventStream) -> Result<(Ended, EventStream), Failure> {
+    /// Relays the stream to its end. One that breaks is followed up as long as the upstream has the run. `followed_up`:
+    /// it tells the round from its beginning again.
+    async fn relay(
+        &mut self,
+        mut events: EventStream,
+        mut followed_up: bool,
+    ) -> Result<(Ended, EventStream), Failure> {
         let mut breaks = 0;
-        let mut followed_up = false;
         loop {
             let error = match self.relay_once(&mut events, followed_up).await {
                 Ok(ended) => return Ok((ended, events)),
@@ -300,14 +385,16 @@ impl Drive<'_> {
     async fn relay_once(&mut self, events: &mut EventStream, followed_up: bool) -> Result<Ended, Failure> {
         let progress = &mut *self.progress;
         let limit = self.runs.parts.given.runs.max_reply_bytes;
+        let shown = if followed_up { progress.text.clone() } else { String::new() };
+        let mut retelling = Retelling { shown, differs: false };
         while let Some(event) = events.next().await {
             match event.map_err(Failure::Upstream)? {
                 UpstreamEvent::Accepted(id) => {
-                    progress.upstream_run = Some(id);
-                    (progress.reach, progress.busy) = (Reach::Accepted, false);
-                    progress.open_calls.clear();
+                    self.feed.accepted(&id);
+                    progress.accepted(id);
                 }
                 UpstreamEvent::Text(text) => {
+                    let Some(text) = retelling.unheard(text) else { continue };
                     progress.cost += text.len().max(MIN_PIECE_COST);
                     if progress.cost > limit {
                         return Err(Failure::ReplyTooLarge);
@@ -370,13 +457,8 @@ impl Drive<'_> {
         // A chain goes on from before that run, and there nothing went along with it.
         let synced = left.synced && was_there.said && was_there.thread.is_none();
         let store = &self.runs.parts.given.store;
-        loop {
-            match store.settled(&self.turn.lease, left.run, found, synced).await {
-                Ok(true) => return Ok(true),
-                Ok(false) => return Err(Failure::LeaseLost),
-                Err(error) => wait_out(error).await?,
-            }
-        }
+        insist(|| store.settled(&self.turn.lease, left.run, found, synced)).await?;
+        Ok(true)
     }
 
     /// Gives the upstream thread up. What a new one has to be told.
@@ -393,8 +475,11 @@ impl Drive<'_> {
     /// Ends and removes what an earlier run left at the upstream, if it may have left something. What was there.
     async fn take_away_earlier(&self) -> Result<Settled, Failure> {
         let Some(left) = &self.turn.thread.leftover else { return Ok(Settled::default()) };
+        self.may_send()?;
         let settled = self.upstream.settle(left).await.map_err(Failure::Upstream)?;
         if settled.said || left.remove {
+            // What stands there now may be another's.
+            self.may_send()?;
             self.upstream.remove(left).await.map_err(Failure::Upstream)?;
         }
         Ok(settled)
@@ -446,13 +531,9 @@ impl Drive<'_> {
 
     /// Where not all that was said is stored, a new upstream thread begins with nothing: a story with gaps is another one.
     async fn nothing_before(&self) -> Result<History, Failure> {
-        loop {
-            match self.runs.parts.given.store.withhold_earlier(&self.turn.lease).await {
-                Ok(true) => return Ok(History::default()),
-                Ok(false) => return Err(Failure::LeaseLost),
-                Err(error) => wait_out(error).await?,
-            }
-        }
+        let store = &self.runs.parts.given.store;
+        insist(|| store.withhold_earlier(&self.turn.lease)).await?;
+        Ok(History::default())
     }
 
     /// Makes the upstream thread and records it before it is used. Whether there is one that holds the seed: where
@@ -466,6 +547,7 @@ impl Drive<'_> {
         let Some(upstream) = given.upstreams.get(&self.turn.thread.upstream) else {
             return Err(Failure::NotConfigured);
         };
+        self.may_send()?;
         let making = Making {
             store: Arc::clone(&given.store),
             upstream: Arc::clone(upstream),
@@ -487,7 +569,7 @@ struct History {
 }
 
 /// Without those that were said while nothing that is said was stored.
-fn with_content(mut messages: Vec<Message>) -> Vec<Message> {
+pub(super) fn with_content(mut messages: Vec<Message>) -> Vec<Message> {
     messages.retain(|message| !message.content.is_empty());
     messages
 }
@@ -518,6 +600,20 @@ pub(super) async fn leftover(runs: &Runs, turn: &Turn, progress: &Progress) -> R
     })
 }
 
+/// Notes something of a run that this process has, however long the database is away.
+async fn insist<F>(note: impl Fn() -> F) -> Result<(), Failure>
+where
+    F: Future<Output = Result<bool, StoreError>>,
+{
+    loop {
+        match note().await {
+            Ok(true) => return Ok(()),
+            Ok(false) => return Err(Failure::LeaseLost),
+            Err(error) => wait_out(error).await?,
+        }
+    }
+}
+
 /// Pauses before another try, if there is a point in one. The caller bounds the tries.
 pub(super) async fn wait_out(error: StoreError) -> Result<(), Failure> {
     tracing::error!(error = %Chain(&error), "the store failed in the middle of a turn");
@@ -528,6 +624,30 @@ pub(super) async fn wait_out(error: StoreError) -> Result<(), Failure> {
     Ok(())
 }
 
+/// A stream that tells a round from its beginning again, of which some was shown before.
+struct Retelling {
+    /// What was shown and has not been told again yet.
+    shown: String,
+    /// It tells something else: what holds is told by the end.
+    differs: bool,
+}
+
+impl Retelling {
+    /// What is new of a piece of text.
+    fn unheard(&mut self, text: String) -> Option<String> {
+        let common = self.shown.len().min(text.len());
+        if self.differs || self.shown.as_bytes()[..common] != text.as_bytes()[..common] {
+            self.differs = true;
+            return None;
+        }
+        if common == 0 {
+            return Some(text);
+        }
+        self.shown.drain(..common);
+        Some(text[common..].to_owned()).filter(|new| !new.is_empty())
+    }
+}
+
 /// Reads what is left of an answer, so that its connection can be used again. The stream itself bounds that.
 pub(super) async fn drain(rest: Option<EventStream>) {
     if let Some(rest) = rest {
@@ -535,7 +655,8 @@ pub(super) async fn drain(rest: Option<EventStream>) {
     }
 }
 
-fn plain(part: &ContentPart) -> Option<&str> {
+/// The text of a part that is text.
+pub(super) fn plain(part: &ContentPart) -> Option<&str> {
     match part {
         ContentPart::Text { text } => Some(text),
         _ => None,
@@ -548,5 +669,40 @@ fn content_size(part: &ContentPart) -> usize {
         ContentPart::Refusal { refusal } => refusal.len(),
         ContentPart::ImageUrl { image_url } => image_url.url.len(),
         ContentPart::ImageFile { image_file } => image_file.file_id.len(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    /// What a reader sees of a retelling in these pieces.
+    fn seen(shown: &str, pieces: &[&str]) -> String {
+        let mut retelling = Retelling { shown: shown.to_owned(), differs: false };
+        pieces.iter().filter_map(|piece| retelling.unheard((*piece).to_owned())).collect()
+    }
+
+    #[test]
+    fn what_was_shown_is_not_shown_again() {
+        assert_eq!(seen("", &["a", "b"]), "ab");
+        assert_eq!(seen("abc", &["ab", "cd", "e"]), "de");
+        assert_eq!(seen("abc", &["abcde"]), "de");
+        assert_eq!(seen("abc", &["a"]), "");
+        assert_eq!(seen("abc", &["ax", "bc", "d"]), "", "another story");
+        assert_eq!(seen("äö", &["ä", "öü"]), "ü");
+    }
+
+    proptest! {
+        #[test]
+        fn any_retelling_goes_on_where_it_was_left(text in ".{0,20}", at in 0..20_usize, cuts in proptest::collection::vec(0..20_usize, 0..4)) {
+            let boundary = |at: usize| text.floor_char_boundary(at.min(text.len()));
+            let mut cuts: Vec<_> = cuts.into_iter().map(boundary).chain([0, text.len()]).collect();
+            cuts.sort_unstable();
+            let pieces: Vec<_> = cuts.windows(2).map(|it| &text[it[0]..it[1]]).filter(|it| !it.is_empty()).collect();
+            let at = boundary(at);
+            prop_assert_eq!(seen(&text[..at], &pieces), &text[at..]);
+        }
     }
 }

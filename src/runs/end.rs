@@ -7,18 +7,17 @@ use std::time::Duration;
 use futures_util::FutureExt;
 use tokio::time::sleep;
 
-use super::drive::{drain, leftover};
+use super::drive::{drain, leftover, plain};
 use super::failure::{Failure, internal, stopped};
-use super::feed::FeedWriter;
 use super::progress::{Progress, Reach};
-use super::replica::Working;
+use super::standing::Working;
 use super::{Outcome, RunEvent, Runs, jittered};
 use crate::domain::{
     ContentPart, Context, EventBatch, Leftover, MessageId, MultitaskStrategy, Run, RunError, RunErrorCode,
     RunStatus, Step, Thread, ThreadActivity, ThreadState, UpstreamThreadId,
 };
 use crate::error::Chain;
-use crate::store::{Closing, Finished, Reply, RunEnd, RunLease, StoreError, Turn};
+use crate::store::{Closing, Finished, News, Reply, RunEnd, RunLease, StoreError, Turn};
 use crate::upstream::{Ended, EventStream, Settled, Upstream, UpstreamError};
 
 /// How long to try to end what a run left upstream once the process is told to stop.
@@ -27,14 +26,14 @@ const LAST_SETTLE_TIMEOUT: Duration = Duration::from_secs(2);
 const MAX_REFUSALS: u32 = 3;
 
 /// Ends a turn that came to an end upstream, or failed on the way there: first what it left upstream, then, with the
-/// knowledge of what is there, the run.
+/// knowledge of what is there, the run. `None` if that is left to whoever goes on with the run.
 pub(super) async fn bound_turn(
     runs: &Runs,
     working: &Working,
     turn: &Turn,
     result: Result<(Ended, EventStream), Failure>,
     mut progress: Progress,
-) -> Outcome {
+) -> Option<Outcome> {
     let (result, rest) = match result {
         Ok((ended, rest)) => (Ok(ended), Some(rest)),
         // Who did not want to wait is not told so by the deadline either, nor is anything kept then.
@@ -44,21 +43,30 @@ pub(super) async fn bound_turn(
         Err(failure) => (Err(failure), None),
     };
     let retry_after = result.as_ref().err().and_then(Failure::retry_after);
+    // An end that the upstream tells itself has been told to the readers word by word.
+    let mut shown = result.is_err().then(|| progress.shown());
     if matches!(result, Err(Failure::LeaseLost)) {
-        return lease_lost(runs, &turn.thread, &turn.run).await;
+        return None;
     }
     let mut verdict = Verdict::of(result, &mut progress);
     verdict.discard |= working.cancel.discards() && verdict.status == RunStatus::Cancelled;
-    let mut traces =
-        if verdict.is_clean() { Traces::Clean } else { look_after(runs, turn, &progress, &verdict).await };
+    let mut traces = if verdict.is_clean() {
+        Traces::Clean
+    } else {
+        look_after(runs, working, turn, &progress, &verdict).await?
+    };
     let finished = loop {
-        let end = compose(&verdict, &traces, &progress, working.feed.unstored(None));
+        let mut end = compose(&verdict, &traces, &progress, EventBatch { first: 0, events: Vec::new() });
+        if let Some(rest) = shown.take().and_then(|shown| unshown(&shown, end.reply.as_ref()?)) {
+            working.feed.push(RunEvent::Delta(rest.into()));
+        }
+        end.events = working.feed.rest();
         match finish_in_store(runs, &turn.lease, end).await {
             Closed::Finished(finished) => break Ok(finished),
             // It was to be removed all along, which only the store knew.
             Closed::MustDiscard => {
                 (verdict.discard, verdict.status, verdict.error) = (true, RunStatus::Cancelled, None);
-                traces = look_after(runs, turn, &progress, &verdict).await;
+                traces = look_after(runs, working, turn, &progress, &verdict).await?;
             }
             other => break Err(other),
         }
@@ -68,14 +76,14 @@ pub(super) async fn bound_turn(
             let Finished { thread, activity, run, message } = *finished;
             Outcome { thread, activity, run, message, retry_after }
         }
-        Err(Closed::Stopped) => uncommitted(&turn.thread, &turn.run, stopped()),
-        Err(_) => lease_lost(runs, &turn.thread, &turn.run).await,
+        Err(Closed::Stopped) => unwritten(runs, &turn.thread, &turn.run)?,
+        Err(_) => return None,
     };
     drain(rest).await;
-    outcome
+    Some(outcome)
 }
 
-/// Ends a run that never started.
+/// Ends a run that never started. `None` if that is left to others.
 pub(super) async fn bound_waiting(
     runs: &Runs,
     working: &Working,
@@ -83,21 +91,21 @@ pub(super) async fn bound_waiting(
     thread: &Thread,
     run: &Run,
     end: RunEnd,
-) -> Outcome {
-    let mut end = RunEnd { events: working.feed.unstored(None), discard: working.cancel.discards(), ..end };
+) -> Option<Outcome> {
+    let mut end = RunEnd { events: working.feed.rest(), discard: working.cancel.discards(), ..end };
     loop {
         return match finish_in_store(runs, lease, end.clone()).await {
             Closed::Finished(finished) => {
                 let Finished { thread, activity, run, message } = *finished;
-                Outcome { thread, activity, run, message, retry_after: None }
+                Some(Outcome { thread, activity, run, message, retry_after: None })
             }
             // It started just now, without this process knowing, and was to be removed at once.
             Closed::MustDiscard if !end.discard => {
                 end.discard = true;
                 continue;
             }
-            Closed::Stopped => uncommitted(thread, run, stopped()),
-            Closed::LeaseLost | Closed::MustDiscard => lease_lost(runs, thread, run).await,
+            Closed::Stopped => unwritten(runs, thread, run),
+            Closed::LeaseLost | Closed::MustDiscard => None,
         };
     }
 }
@@ -172,8 +180,26 @@ enum Traces {
     Unknown(Leftover),
 }
 
-/// Ends what the run left upstream, within a bound, and takes it away if it is to be discarded.
-async fn look_after(runs: &Runs, turn: &Turn, progress: &Progress, verdict: &Verdict) -> Traces {
+/// Ends what the run left upstream, within a bound, and takes it away if it is to be discarded. `None` if the run was let
+/// go of meanwhile: then others look after that.
+async fn look_after(
+    runs: &Runs,
+    working: &Working,
+    turn: &Turn,
+    progress: &Progress,
+    verdict: &Verdict,
+) -> Option<Traces> {
+    if runs.parts.standing.has_lapsed() {
+        return None;
+    }
+    tokio::select! {
+        biased;
+        () = working.lost.cancelled() => None,
+        traces = look(runs, turn, progress, verdict) => Some(traces),
+    }
+}
+
+async fn look(runs: &Runs, turn: &Turn, progress: &Progress, verdict: &Verdict) -> Traces {
     if progress.reach == Reach::Here {
         return Traces::None;
     }
@@ -253,6 +279,7 @@ fn compose(verdict: &Verdict, traces: &Traces, progress: &Progress, events: Even
         error: verdict.error.clone(),
         usage: progress.usage,
         upstream_run_id: progress.upstream_run.clone(),
+        unheard: progress.unheard,
         upstream_thread_id: verdict.thread.clone(),
         reply: None,
         said: Context::Present,
@@ -322,6 +349,13 @@ fn compose(verdict: &Verdict, traces: &Traces, progress: &Progress, events: Even
     end
 }
 
+/// What readers have yet to see of a reply: the upstream may have more of one that was cut off here. Whoever reads the
+/// deltas alone shall have the whole text too.
+fn unshown(shown: &str, reply: &Reply) -> Option<String> {
+    let text: String = reply.content.iter().filter_map(plain).collect();
+    text.strip_prefix(shown).filter(|rest| !rest.is_empty()).map(str::to_owned)
+}
+
 /// What the rounds before the last one said.
 fn content_before(progress: &Progress) -> Vec<ContentPart> {
     progress.content[..progress.rounds_before].to_vec()
@@ -356,55 +390,52 @@ async fn finish_in_store(runs: &Runs, lease: &RunLease, mut end: RunEnd) -> Clos
         }
         refusals += u32::from(!matches!(error, StoreError::Unavailable(_)));
         if refusals == MAX_REFUSALS {
-            end = RunEnd { leftover: end.leftover.take(), ..bare_end(RunStatus::Failed, Some(internal())) };
+            let (unheard, leftover) = (end.unheard, end.leftover.take());
+            end = RunEnd { unheard, leftover, ..bare_end(RunStatus::Failed, Some(internal())) };
         }
         sleep(jittered(pause)).await;
         pause = (pause * 2).min(Duration::from_secs(2));
     }
 }
 
-/// Ends a run of which it is not known whether it was recorded: its sender heard that it was not. `true` if it was, and
-/// has ended.
+/// Ends a run of which it is not known whether it was recorded: its sender heard that it was not, and may say the same
+/// again, so its message goes. `true` if it was, and has ended.
 pub(super) async fn void(runs: &Runs, lease: RunLease) -> bool {
     let (status, error) = Failure::NotRecorded.end(false);
-    let end = bare_end(status, error);
+    let end = RunEnd { discard: true, ..bare_end(status, error) };
     matches!(finish_in_store(runs, &lease, end).await, Closed::Finished(_))
 }
 
-/// The outcome of a run that somebody else writes about now: as it is recorded, or, if it has not ended yet, as a
-/// failure to follow it.
-pub(super) async fn lease_lost(runs: &Runs, thread: &Thread, run: &Run) -> Outcome {
-    let error = RunError {
-        code: RunErrorCode::ReplicaLost,
-        message: "another gateway process took the run over; ask for the run to learn how it ends".to_owned(),
-    };
-    let as_far_as_known = uncommitted(thread, run, error);
-    match runs.parts.given.store.run(&thread.key, run.id).await {
-        Ok(Some((run, message))) if run.status.is_final() => Outcome { run, message, ..as_far_as_known },
-        _ => {
-            tracing::error!("the lease of a run was lost");
-            as_far_as_known
-        }
-    }
-}
-
-/// An end that could not be committed.
-fn uncommitted(thread: &Thread, run: &Run, error: RunError) -> Outcome {
-    Outcome {
+/// The outcome of a run whose end could not be written before the process had to stop. `None` if others can go on with
+/// it.
+fn unwritten(runs: &Runs, thread: &Thread, run: &Run) -> Option<Outcome> {
+    let outcome = || Outcome {
         thread: thread.clone(),
         activity: ThreadActivity { state: ThreadState::Active, queue_depth: 0 },
-        run: Run { status: RunStatus::Failed, error: Some(error), ..run.clone() },
+        run: Run { status: RunStatus::Failed, error: Some(stopped()), ..run.clone() },
         message: None,
         retry_after: None,
-    }
+    };
+    (!runs.parts.given.store.keeps_content()).then(outcome)
 }
 
-/// Tells the readers of the log how the run ended.
-pub(super) fn announce(feed: &FeedWriter, outcome: Outcome) {
+/// Tells all who follow the run how it ended, and those who wait for its thread that it has. `None`: it has not ended
+/// here, and is given up for whoever goes on with it.
+pub(super) fn announce(runs: &Runs, working: &Working, outcome: Option<Outcome>) {
+    let desk = &runs.parts.desk;
+    let Some(outcome) = outcome else { return desk.release(working.lease) };
+    let (thread, run) = (outcome.thread.id, outcome.run.id);
+    let others_wait = outcome.activity.queue_depth > 0;
     if let Some(message) = &outcome.message {
-        feed.push(RunEvent::MessageCompleted(Arc::new(message.clone())));
+        working.feed.push(RunEvent::MessageCompleted(Arc::new(message.clone())));
     }
-    feed.push(RunEvent::Ended(Arc::new(outcome)));
+    working.feed.push(RunEvent::Ended(Arc::new(outcome)));
+    if working.feed.is_public() {
+        desk.tell(News::Run(run));
+    }
+    if others_wait {
+        desk.tell(News::Thread(thread));
+    }
 }
 
 /// The end of a run of which nothing went upstream.
@@ -414,6 +445,7 @@ pub(super) fn bare_end(status: RunStatus, error: Option<RunError>) -> RunEnd {
         error,
         usage: None,
         upstream_run_id: None,
+        unheard: 0,
         upstream_thread_id: None,
         reply: None,
         said: Context::Withheld,

@@ -2,14 +2,21 @@
 //!
 //! A reader holds a position in the log, not a queue of its own: a slow one costs nothing and stalls nobody. The
 //! log lives as long as the run's task or its last reader, and is bounded by the limit on replies.
+//!
+//! An event has the last number that it [takes](LoggedEvent::units). That a run waits in line is always number 0, that it
+//! has started 1, so that its text begins at 2. Who takes a run over gives the text the numbers that it had; what else
+//! it tells has numbers beyond all that the one before can have shown.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use futures_util::stream::{self, Stream};
 use tokio::sync::watch;
+use tokio::time::Instant;
 
-use crate::domain::{EventBatch, LoggedEvent, Message, RequiredAction, Run, Thread, ThreadActivity};
+use crate::domain::{
+    EventBatch, LoggedEvent, Message, RequiredAction, Run, Thread, ThreadActivity, UpstreamRunId,
+};
 
 /// One event of a run.
 #[derive(Clone, Debug)]
@@ -39,46 +46,157 @@ pub struct Outcome {
     pub retry_after: Option<Duration>,
 }
 
+/// Number of [`RunEvent::Started`].
+pub(super) const STARTED: i64 = 1;
+
 /// The writing end of a run's log. Dropped without an [`Ended`](RunEvent::Ended), it leaves the log broken off.
 #[derive(Debug)]
 pub(super) struct FeedWriter {
-    /// Number of the first event.
-    first: i64,
-    events: Arc<Mutex<Vec<RunEvent>>>,
+    log: Arc<Mutex<Log>>,
     length: watch::Sender<usize>,
-    /// How many of the events are stored.
-    stored: Mutex<usize>,
+}
+
+#[derive(Debug)]
+struct Log {
+    /// Number of the first event that it can give.
+    first: i64,
+    /// Each with its number.
+    events: Vec<(i64, RunEvent)>,
+    /// The number that comes next.
+    next: i64,
+    /// What is neither text nor the start has this number or a higher one.
+    others_from: i64,
+    /// Everything before this number is stored.
+    stored: i64,
+    /// Since when there has been something to store.
+    waiting_since: Option<Instant>,
+    /// Where the run is at its upstream, if that is not stored yet.
+    upstream_run: Option<UpstreamRunId>,
+    /// Some of it is stored while the run goes on, so that others may read along.
+    is_public: bool,
+}
+
+impl Log {
+    /// The number that an event gets.
+    fn number_of(&self, event: &RunEvent) -> i64 {
+        match event {
+            RunEvent::Delta(text) => self.next + length(text) - 1,
+            RunEvent::Started => self.next.max(STARTED),
+            _ => self.next.max(self.others_from),
+        }
+    }
+
+    fn push(&mut self, event: RunEvent) {
+        let number = self.number_of(&event);
+        if event.logged().is_some() {
+            self.waiting_since.get_or_insert_with(Instant::now);
+        }
+        self.events.push((number, event));
+        self.next = number + 1;
+    }
+
+    /// The place of the first event with this number or a higher one.
+    fn place(&self, number: i64) -> usize {
+        self.events.partition_point(|(n, _)| *n < number)
+    }
+
+    fn unstored(&self, last: Option<RunEvent>) -> EventBatch {
+        let new = &self.events[self.place(self.stored)..];
+        let last = last.map(|last| (self.number_of(&last), last));
+        let mut first = None;
+        let mut next = self.stored;
+        let mut events = Vec::new();
+        for (number, event) in new.iter().chain(&last) {
+            let Some(logged) = event.logged() else { break };
+            let begins = number + 1 - logged.units();
+            if first.is_none() {
+                first = Some(begins);
+            } else if begins > next {
+                events.push(LoggedEvent::Omitted { units: begins - next });
+            }
+            events.push(logged);
+            next = number + 1;
+        }
+        EventBatch { first: first.unwrap_or(self.stored), events }
+    }
+
+    fn stored_to(&mut self, end: i64) {
+        self.stored = self.stored.max(end);
+        let is_whole =
+            self.events[self.place(self.stored)..].iter().all(|(_, event)| event.logged().is_none());
+        let is_waiting = !is_whole || self.upstream_run.is_some();
+        self.waiting_since = is_waiting.then(Instant::now);
+    }
 }
 
 impl FeedWriter {
-    /// A log whose first event has this number. One who takes a run over counts on where nobody before can have come to.
-    pub(super) fn new(first: i64) -> Self {
-        Self { first, events: Arc::default(), length: watch::Sender::new(0), stored: Mutex::new(0) }
+    /// The log of a run that is new.
+    pub(super) fn new() -> Self {
+        Self::resumed(0, 0)
+    }
+
+    /// The log of a run that was taken over. `stored`: the number after all that is stored of it. `others_from`: what is
+    /// not text gets this number or a higher one.
+    pub(super) fn resumed(stored: i64, others_from: i64) -> Self {
+        let log = Log {
+            first: stored,
+            events: Vec::new(),
+            next: stored,
+            others_from,
+            stored,
+            waiting_since: None,
+            upstream_run: None,
+            is_public: others_from > 0,
+        };
+        Self { log: Arc::new(Mutex::new(log)), length: watch::Sender::new(0) }
     }
 
     /// Appends an event and wakes the readers.
     pub(super) fn push(&self, event: RunEvent) {
-        let mut events = lock(&self.events);
-        events.push(event);
-        self.length.send_replace(events.len());
+        let mut log = lock(&self.log);
+        log.push(event);
+        self.length.send_replace(log.events.len());
+    }
+
+    /// The upstream has told its id of the run.
+    pub(super) fn accepted(&self, id: &UpstreamRunId) {
+        let mut log = lock(&self.log);
+        log.upstream_run = Some(id.clone());
+        log.waiting_since.get_or_insert_with(Instant::now);
     }
 
     /// The events that are not stored yet, and `last` if there is one, which is about to be pushed.
-    pub(super) fn unstored(&self, last: Option<LoggedEvent>) -> EventBatch {
-        let stored = *lock(&self.stored);
-        let events = lock(&self.events);
-        let more = events[stored..].iter().filter_map(RunEvent::logged);
-        EventBatch { first: self.first + number(stored), events: more.chain(last).collect() }
+    pub(super) fn unstored(&self, last: Option<RunEvent>) -> EventBatch {
+        lock(&self.log).unstored(last)
+    }
+
+    /// The events that are not stored yet, where nothing comes after them but the end: what the record tells of it is
+    /// numbered on from there.
+    pub(super) fn rest(&self) -> EventBatch {
+        let log = lock(&self.log);
+        let mut rest = log.unstored(None);
+        let end = rest.end();
+        if end < log.others_from {
+            rest.events.push(LoggedEvent::Omitted { units: log.others_from - end });
+        }
+        rest
     }
 
     /// All events up to now are stored.
     pub(super) fn all_stored(&self) {
-        *lock(&self.stored) = lock(&self.events).len();
+        let mut log = lock(&self.log);
+        let end = log.next;
+        log.stored_to(end);
+    }
+
+    /// Others may have read along.
+    pub(super) fn is_public(&self) -> bool {
+        lock(&self.log).is_public
     }
 
     /// A reading end.
     pub(super) fn feed(&self) -> Feed {
-        Feed { first: self.first, events: Arc::clone(&self.events), length: self.length.subscribe() }
+        Feed { log: Arc::clone(&self.log), length: self.length.subscribe() }
     }
 }
 
@@ -93,15 +211,28 @@ impl RunEvent {
             Self::MessageCompleted(_) | Self::Ended(_) => None,
         }
     }
-}
 
-impl From<LoggedEvent> for RunEvent {
-    fn from(event: LoggedEvent) -> Self {
+    /// What a stored event tells a reader; `None` for what is left out.
+    pub(super) fn of(event: LoggedEvent) -> Option<Self> {
         match event {
-            LoggedEvent::Queued { position } => Self::Queued { position },
-            LoggedEvent::Started => Self::Started,
-            LoggedEvent::Delta(text) => Self::Delta(text.into()),
-            LoggedEvent::RequiresAction(action) => Self::RequiresAction(Arc::new(action)),
+            LoggedEvent::Queued { position } => Some(Self::Queued { position }),
+            LoggedEvent::Started => Some(Self::Started),
+            LoggedEvent::Delta(text) => Some(Self::Delta(text.into())),
+            LoggedEvent::RequiresAction(action) => Some(Self::RequiresAction(Arc::new(action))),
+            LoggedEvent::Omitted { .. } => None,
+        }
+    }
+
+    /// The event as it is for a reader who has seen everything before number `from`. `number`: its own.
+    pub(super) fn cut(self, number: i64, from: i64) -> Self {
+        let Self::Delta(text) = &self else { return self };
+        let begins = number + 1 - length(text);
+        match usize::try_from(from - begins) {
+            Ok(seen @ 1..) => {
+                let seen = text.ceil_char_boundary(seen.min(text.len()));
+                Self::Delta(text[seen..].into())
+            }
+            _ => self,
         }
     }
 }
@@ -109,28 +240,37 @@ impl From<LoggedEvent> for RunEvent {
 /// The reading end of a run's log.
 #[derive(Clone, Debug)]
 pub(super) struct Feed {
-    first: i64,
-    events: Arc<Mutex<Vec<RunEvent>>>,
+    log: Arc<Mutex<Log>>,
     length: watch::Receiver<usize>,
 }
 
 impl Feed {
     /// Number of the first event that this log can give.
     pub(super) fn first(&self) -> i64 {
-        self.first
+        lock(&self.log).first
     }
 
     /// The events from number `from` on, each with its number, up to and including the last one of the run. Ends
     /// without that one if the log breaks off. May be dropped at any point.
     pub(super) fn follow(&self, from: i64) -> impl Stream<Item = (i64, RunEvent)> + Send + use<> {
-        let start = usize::try_from(from - self.first).unwrap_or(0);
-        stream::unfold((self.clone(), start), |(mut feed, next)| async move {
-            if next > 0 && matches!(feed.get(next - 1), Some(RunEvent::Ended(_))) {
+        let start = lock(&self.log).place(from);
+        stream::unfold((self.clone(), start), move |(mut feed, mut next)| async move {
+            if next > 0 && matches!(feed.get(next - 1), Some((_, RunEvent::Ended(_)))) {
                 return None;
             }
-            feed.length.wait_for(|length| *length > next).await.ok()?;
-            let event = feed.get(next)?;
-            Some(((feed.first + number(next), event), (feed, next + 1)))
+            loop {
+                feed.length.wait_for(|length| *length > next).await.ok()?;
+                let (number, event) = feed.get(next)?;
+                next += 1;
+                // The owner before may have shown the reader more than it had recorded: then this one has yet to come to
+                // where the reader is.
+                if number >= from {
+                    return Some(((number, event.cut(number, from)), (feed, next)));
+                }
+                if matches!(event, RunEvent::Ended(_)) {
+                    return None;
+                }
+            }
         })
     }
 
@@ -138,7 +278,8 @@ impl Feed {
     pub(super) async fn ended(mut self) -> Option<Arc<Outcome>> {
         loop {
             let known = *self.length.borrow_and_update();
-            if let Some(RunEvent::Ended(outcome)) = known.checked_sub(1).and_then(|last| self.get(last)) {
+            if let Some((_, RunEvent::Ended(outcome))) = known.checked_sub(1).and_then(|last| self.get(last))
+            {
                 return Some(outcome);
             }
             self.length.changed().await.ok()?;
@@ -148,13 +289,14 @@ impl Feed {
     /// Waits for the next event from number `from` on that answers a caller: the run waits for tool outputs, or has
     /// ended. `None` if the log breaks off before.
     pub(super) async fn answer(mut self, from: i64) -> Option<RunEvent> {
-        let mut next = usize::try_from(from - self.first).unwrap_or(0);
+        let mut next = lock(&self.log).place(from);
         loop {
             let known = *self.length.borrow_and_update();
             let found = {
-                let events = lock(&self.events);
-                let new = events.get(next..known).unwrap_or_default();
-                new.iter().find(|it| matches!(it, RunEvent::RequiresAction(_) | RunEvent::Ended(_))).cloned()
+                let log = lock(&self.log);
+                let new = log.events.get(next..known).unwrap_or_default();
+                let mut new = new.iter().map(|(_, event)| event);
+                new.find(|it| matches!(it, RunEvent::RequiresAction(_) | RunEvent::Ended(_))).cloned()
             };
             if found.is_some() {
                 return found;
@@ -166,19 +308,34 @@ impl Feed {
 
     /// The number of the event by which the run asked for these calls.
     pub(super) fn asked(&self, action: &RequiredAction) -> Option<i64> {
-        let events = lock(&self.events);
-        let at =
-            events.iter().rposition(|it| matches!(it, RunEvent::RequiresAction(it) if **it == *action))?;
-        Some(self.first + number(at))
+        let asks = |event: &RunEvent| matches!(event, RunEvent::RequiresAction(it) if **it == *action);
+        lock(&self.log).events.iter().rev().find(|(_, event)| asks(event)).map(|(number, _)| *number)
     }
 
-    fn get(&self, n: usize) -> Option<RunEvent> {
-        lock(&self.events).get(n).cloned()
+    /// What has not been stored for so long, if there is anything.
+    pub(super) fn overdue(&self, after: Duration) -> Option<(Option<UpstreamRunId>, EventBatch)> {
+        let log = lock(&self.log);
+        log.waiting_since.filter(|since| since.elapsed() >= after)?;
+        Some((log.upstream_run.clone(), log.unstored(None)))
+    }
+
+    /// It is stored.
+    pub(super) fn recorded(&self, upstream_run: Option<&UpstreamRunId>, events: &EventBatch) {
+        let mut log = lock(&self.log);
+        if log.upstream_run.as_ref() == upstream_run {
+            log.upstream_run = None;
+        }
+        log.stored_to(events.end());
+        log.is_public = true;
+    }
+
+    fn get(&self, place: usize) -> Option<(i64, RunEvent)> {
+        lock(&self.log).events.get(place).cloned()
     }
 }
 
-fn number(n: usize) -> i64 {
-    i64::try_from(n).unwrap_or(i64::MAX)
+fn length(text: &str) -> i64 {
+    i64::try_from(text.len()).unwrap_or(i64::MAX)
 }
 
 /// Nothing in here panics half-way through a change.
@@ -217,9 +374,13 @@ mod tests {
         }
     }
 
+    fn told(event: LoggedEvent) -> RunEvent {
+        RunEvent::of(event).unwrap()
+    }
+
     fn push(writer: &FeedWriter, events: &[LoggedEvent]) {
         for event in events {
-            writer.push(event.clone().into());
+            writer.push(told(event.clone()));
         }
     }
 
@@ -287,7 +448,7 @@ mod tests {
         prop_oneof![
             any::<i64>().prop_map(|position| LoggedEvent::Queued { position }),
             Just(LoggedEvent::Started),
-            ".*".prop_map(LoggedEvent::Delta),
+            ".+".prop_map(LoggedEvent::Delta),
             ".*".prop_map(|id| asks(&id)),
         ]
     }
@@ -295,24 +456,58 @@ mod tests {
     proptest! {
         #[test]
         fn what_is_stored_comes_back_as_it_was(event in an_event()) {
-            prop_assert_eq!(RunEvent::from(event.clone()).logged(), Some(event));
+            prop_assert_eq!(told(event.clone()).logged(), Some(event));
         }
 
         #[test]
         fn any_reader_sees_each_event_under_its_number(
             events in proptest::collection::vec(an_event(), 0..9),
-            first in prop_oneof![Just(0), Just(FIRST)],
-            from in -2..12_i64,
+            first in prop_oneof![Just(2), Just(FIRST)],
+            at in 0..12_usize,
         ) {
-            let writer = FeedWriter::new(first);
+            let writer = FeedWriter::resumed(first, 0);
             let before = writer.feed();
             push(&writer, &events);
-            let all = (first..).zip(events.into_iter().map(Some));
-            let wanted: Vec<_> = all.filter(|(n, _)| *n >= first + from).collect();
+            let all: Vec<_> = events.iter().scan(first, |next, event| {
+                *next += event.units();
+                Some((*next - 1, Some(event.clone())))
+            }).collect();
+            let from = at.checked_sub(1).and_then(|at| all.get(at)).map_or(first - 2, |(n, _)| *n + 1);
+            let wanted: Vec<_> = all.into_iter().filter(|(n, _)| *n >= from).collect();
             for feed in [before, writer.feed()] {
                 prop_assert_eq!(feed.first(), first);
-                prop_assert_eq!(read(&feed, first + from), (wanted.clone(), false));
+                prop_assert_eq!(read(&feed, from), (wanted.clone(), false));
             }
+        }
+
+        #[test]
+        fn whoever_goes_on_with_a_text_gives_its_rest_to_all_readers(
+            text in ".{1,20}", stored in 0..20_usize, seen in 0..20_usize,
+        ) {
+            let boundary = |at: usize| text.floor_char_boundary(at.min(text.len()));
+            let (stored, seen) = (boundary(stored), boundary(seen));
+            // The one before had stored less, or more, than this reader has seen.
+            let writer = FeedWriter::resumed(2 + length(&text[..stored]), FIRST);
+            // One reader comes before it has said a word.
+            let (before, from) = (writer.feed(), 2 + length(&text[..seen]));
+            let mut early = Box::pin(before.follow(from));
+            prop_assert!(early.next().now_or_never().is_none());
+            let rest = &text[stored..];
+            if !rest.is_empty() {
+                push(&writer, &[delta(rest)]);
+            }
+            push(&writer, &[asks("1")]);
+            let (events, _) = read(&writer.feed(), from);
+            for (number, event) in &events {
+                let told = early.next().now_or_never().flatten().map(|(n, event)| (n, event.logged()));
+                prop_assert_eq!(told, Some((*number, event.clone())));
+            }
+            let new: String = events.iter().filter_map(|(_, event)| match event {
+                Some(LoggedEvent::Delta(text)) => Some(text.as_str()),
+                _ => None,
+            }).collect();
+            prop_assert_eq!(&new, &text[stored.max(seen)..]);
+            prop_assert_eq!(events.last(), Some(&(FIRST, Some(asks("1")))), "beyond all that was shown");
         }
     }
 
@@ -323,7 +518,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_reader_waits_for_what_comes_and_stops_at_the_end() {
-        let writer = FeedWriter::new(FIRST);
+        let writer = FeedWriter::resumed(FIRST, FIRST);
         let mut events = std::pin::pin!(writer.feed().follow(FIRST));
         assert!(events.next().now_or_never().is_none());
         push(&writer, &[LoggedEvent::Started]);
@@ -343,7 +538,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_log_that_breaks_off_ends_its_readers() {
-        let writer = FeedWriter::new(FIRST);
+        let writer = FeedWriter::resumed(FIRST, FIRST);
         push(&writer, &[LoggedEvent::Started, delta("a")]);
         let feed = writer.feed();
         drop(writer);
@@ -352,7 +547,7 @@ mod tests {
         assert!(feed.clone().ended().await.is_none());
         assert!(feed.clone().answer(FIRST).await.is_none());
         // What it did tell before counts.
-        let writer = FeedWriter::new(FIRST);
+        let writer = FeedWriter::resumed(FIRST, FIRST);
         let (one, other) = (writer.feed(), writer.feed());
         writer.push(ended());
         drop(writer);
@@ -361,20 +556,20 @@ mod tests {
 
     #[test]
     fn what_is_not_stored_goes_on_where_the_last_batch_ended() {
-        let writer = FeedWriter::new(FIRST);
+        let writer = FeedWriter::resumed(FIRST, FIRST);
         let batch = |first, events: &[LoggedEvent]| EventBatch { first, events: events.to_vec() };
         assert_eq!(writer.unstored(None), batch(FIRST, &[]));
         push(&writer, &[LoggedEvent::Started, delta("a")]);
         assert_eq!(writer.unstored(None), batch(FIRST, &[LoggedEvent::Started, delta("a")]));
         let whole = batch(FIRST, &[LoggedEvent::Started, delta("a"), asks("1")]);
         for _ in 0..2 {
-            assert_eq!(writer.unstored(Some(asks("1"))), whole, "to ask stores nothing");
+            assert_eq!(writer.unstored(Some(told(asks("1")))), whole, "to ask stores nothing");
         }
         push(&writer, &[asks("1")]);
         writer.all_stored();
         assert_eq!(writer.unstored(None), batch(FIRST + 3, &[]));
         push(&writer, &[delta("b")]);
-        assert_eq!(writer.unstored(Some(asks("2"))), batch(FIRST + 3, &[delta("b"), asks("2")]));
+        assert_eq!(writer.unstored(Some(told(asks("2")))), batch(FIRST + 3, &[delta("b"), asks("2")]));
         push(&writer, &[asks("2")]);
         writer.all_stored();
         // The end has a number and no place in the batch: nothing comes after it.
@@ -384,8 +579,56 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn the_beginning_of_a_run_has_fixed_numbers() {
+        let writer = FeedWriter::new();
+        push(&writer, &[LoggedEvent::Started, delta("ab")]);
+        let numbers: Vec<_> = read(&writer.feed(), 0).0.into_iter().map(|(n, _)| n).collect();
+        assert_eq!(numbers, [1, 3]);
+        assert_eq!(writer.unstored(None).first, 1);
+        let writer = FeedWriter::new();
+        push(&writer, &[LoggedEvent::Queued { position: 1 }, LoggedEvent::Started, delta("ab")]);
+        let numbers: Vec<_> = read(&writer.feed(), 0).0.into_iter().map(|(n, _)| n).collect();
+        assert_eq!(numbers, [0, 1, 3]);
+    }
+
+    #[test]
+    fn numbers_that_are_passed_over_are_stored_as_such() {
+        let writer = FeedWriter::resumed(5, FIRST);
+        push(&writer, &[delta("ab"), asks("1"), delta("c")]);
+        let gap = LoggedEvent::Omitted { units: FIRST - 7 };
+        let stored = EventBatch { first: 5, events: vec![delta("ab"), gap, asks("1"), delta("c")] };
+        assert_eq!(writer.rest(), stored);
+        let cut_off = FeedWriter::resumed(5, FIRST);
+        assert_eq!(
+            (cut_off.unstored(None).end(), cut_off.rest().end()),
+            (5, FIRST),
+            "where its end is numbered"
+        );
+        assert_eq!((writer.unstored(None), stored.end()), (stored.clone(), FIRST + 2));
+    }
+
+    #[tokio::test]
+    async fn what_is_recorded_while_more_comes_is_not_recorded_again() {
+        let writer = FeedWriter::new();
+        let (feed, id) = (writer.feed(), UpstreamRunId("up".to_owned()));
+        push(&writer, &[LoggedEvent::Started, delta("ab")]);
+        writer.accepted(&id);
+        let (upstream_run, first) = feed.overdue(Duration::ZERO).unwrap();
+        assert_eq!(upstream_run.as_ref(), Some(&id));
+        push(&writer, &[delta("cd")]);
+        assert!(!writer.is_public());
+        feed.recorded(upstream_run.as_ref(), &first);
+        assert!(writer.is_public());
+        let (upstream_run, rest) = feed.overdue(Duration::ZERO).unwrap();
+        assert_eq!((upstream_run, rest.first, &*rest.events), (None, 4, &[delta("cd")][..]));
+        assert!(feed.overdue(Duration::from_mins(1)).is_none(), "not old enough");
+        feed.recorded(None, &rest);
+        assert!(feed.overdue(Duration::ZERO).is_none());
+    }
+
+    #[tokio::test]
     async fn a_caller_is_answered_by_what_comes_from_its_place_on() {
-        let writer = FeedWriter::new(FIRST);
+        let writer = FeedWriter::resumed(FIRST, FIRST);
         push(&writer, &[LoggedEvent::Started, asks("1"), delta("a"), asks("2"), delta("b")]);
         for (from, wanted) in [(0, "1"), (FIRST, "1"), (FIRST + 1, "1"), (FIRST + 2, "2"), (FIRST + 3, "2")] {
             let answer = writer.feed().answer(from).await.unwrap();
@@ -405,7 +648,7 @@ mod tests {
 
     #[test]
     fn the_last_time_that_calls_were_asked_for_counts() {
-        let writer = FeedWriter::new(FIRST);
+        let writer = FeedWriter::resumed(FIRST, FIRST);
         push(&writer, &[LoggedEvent::Started, asks("1"), delta("a"), asks("1"), asks("2")]);
         let feed = writer.feed();
         assert_eq!(feed.asked(&action("1")), Some(FIRST + 3));

@@ -1,24 +1,29 @@
-//! Following a run: live where a task of this process works on it, else by what the store knows.
+//! Following a run: live where a task of this process works on it, else by what the store knows. It goes on wherever the
+//! run goes on.
 
+use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::Duration;
 
 use futures_util::StreamExt;
-use futures_util::stream::{self, BoxStream, Stream};
+use futures_util::stream::{self, BoxStream};
 use tokio::time::sleep;
 
 use super::feed::{Feed, Outcome, RunEvent};
+use super::news::Subscription;
+use super::takeover::StoredLog;
 use super::{NO_THREAD, Runs, jittered};
 use crate::domain::{
     ConversationKey, EventBatch, LoggedEvent, Message, RequiredAction, Run, RunId, Thread, ThreadActivity,
     ThreadState,
 };
 use crate::error::{Chain, Error};
-use crate::store::ThreadName;
-use crate::store::Waiting;
+use crate::store::{News, Store, StoreError, ThreadName, Waiting};
 
-/// How often the store is asked for news of a run that another process works on.
-const POLL: Duration = Duration::from_millis(500);
+/// How soon the store is asked again for news of a run that another process works on. It doubles up to the longest, for
+/// that process tells when there are any.
+const FIRST_POLL: Duration = Duration::from_millis(100);
+const LONGEST_POLL: Duration = Duration::from_secs(1);
 
 /// A run that can be followed.
 #[derive(Clone)]
@@ -26,6 +31,7 @@ pub struct Follow {
     runs: Runs,
     thread: Thread,
     run: RunId,
+    /// The log of the task that worked on it when this was made: a run may be over before anybody looks.
     live: Option<Feed>,
 }
 
@@ -50,44 +56,52 @@ impl Follow {
         Self { runs: runs.clone(), thread: thread.clone(), run, live }
     }
 
-    /// The events from number `from` on, each with its number, up to the last one of the run. A stream that ends without
-    /// that one broke off: ask again from where it broke. May be dropped at any point; it does nothing to the run.
+    /// The events from number `from` on, each with its number, up to the last one of the run. It ends without that one
+    /// only if this process stops, or the run was deleted. May be dropped at any point; it does nothing to the run.
     pub fn events(&self, from: i64) -> BoxStream<'static, (i64, RunEvent)> {
-        match &self.live {
-            Some(feed) if from >= feed.first() => feed.follow(from).boxed(),
-            Some(feed) => {
-                // The run was taken over: what it showed before is in the store.
-                let (follow, feed, first) = (self.clone(), feed.clone(), feed.first());
-                let whole = async move {
-                    match follow.recorded(from).await {
-                        Some(known) => stream::iter(known.until(first)).chain(feed.follow(first)).boxed(),
-                        // The stream breaks off: what it missed a reader would not notice.
-                        None => stream::empty().boxed(),
-                    }
-                };
-                stream::once(whole).flatten().boxed()
-            }
-            None => self.polled(from).boxed(),
-        }
+        let reader = Reader::new(self.clone(), from);
+        stream::unfold(reader, |mut reader| async move { reader.next().await.map(|event| (event, reader)) })
+            .boxed()
     }
 
-    /// Waits for the next event from number `from` on that answers a caller. `None` if it cannot be told.
+    /// Waits for the next event from number `from` on that answers a caller. `None` as for [`events`](Self::events).
     pub async fn answer(&self, from: i64) -> Option<Answer> {
-        let event = match &self.live {
+        let mut event = match &self.live {
+            // Without looking at each piece of text.
             Some(feed) if from >= feed.first() => feed.clone().answer(from).await,
-            _ => {
-                let mut events = self.events(from).filter(|(_, event)| {
-                    std::future::ready(matches!(event, RunEvent::RequiresAction(_) | RunEvent::Ended(_)))
-                });
-                events.next().await.map(|(_, event)| event)
-            }
+            _ => None,
         };
+        if event.is_none() {
+            let mut reader = Reader::new(Self { live: None, ..self.clone() }, from);
+            while event.is_none() {
+                let (_, next) = reader.next().await?;
+                event =
+                    Some(next).filter(|it| matches!(it, RunEvent::RequiresAction(_) | RunEvent::Ended(_)));
+            }
+        }
         if let RunEvent::Ended(outcome) = event? {
             return Some(Answer::Ended(outcome));
         }
-        let (run, _) = self.runs.store().run(&self.thread.key, self.run).await.ok()??;
+        let (run, _) = self.insist().await?;
         let (thread, activity) = self.thread_of(&run).await;
         Some(Answer::RequiresAction(Box::new(Waiting { thread, activity, run })))
+    }
+
+    /// The run as it is now, however long it takes to be told: it waits for its caller, and its caller for it.
+    async fn insist(&self) -> Option<(Run, Option<Message>)> {
+        loop {
+            match self.runs.store().run(&self.thread.key, self.run).await {
+                Ok(found) => return found,
+                Err(error) => {
+                    tracing::warn!(error = %Chain(&error), "cannot read a run that asks for tool outputs");
+                }
+            }
+            tokio::select! {
+                biased;
+                () = self.runs.parts.given.stop.cancelled() => return None,
+                () = sleep(jittered(FIRST_POLL)) => {}
+            }
+        }
     }
 
     /// The number after the event by which the run asked for these calls; 0 if it cannot be told.
@@ -112,62 +126,26 @@ impl Follow {
         asked.last()
     }
 
-    /// Asks the store, time and again, until the run has ended.
-    fn polled(&self, from: i64) -> impl Stream<Item = (i64, RunEvent)> + Send + use<> {
-        let state = (self.clone(), from, false);
-        stream::unfold(state, |(follow, from, over)| async move {
-            if over {
-                return None;
-            }
-            loop {
-                if let Some(handle) = follow.runs.parts.standing.handle(follow.run) {
-                    // It was taken over by this process.
-                    let live = Self { live: Some(handle.feed), ..follow.clone() };
-                    return Some((live.events(from), (follow, from, true)));
-                }
-                if let Some(known) = follow.recorded(from).await {
-                    let (next, over) = (known.next, known.ended);
-                    if over || next > from {
-                        return Some((stream::iter(known.events).boxed(), (follow, next, over)));
-                    }
-                }
-                sleep(jittered(POLL)).await;
-            }
-        })
-        .flatten()
-    }
-
-    /// What the store knows of the run from number `from` on, if it answers.
-    async fn recorded(&self, from: i64) -> Option<Recorded> {
-        self.read(from)
-            .await
-            .inspect_err(|error| tracing::warn!(error = %Chain(error), "cannot read the events of a run"))
-            .ok()
-    }
-
     async fn read(&self, from: i64) -> Result<Recorded, Error> {
         let store = self.runs.store();
         // The run first: if it has ended, its log is whole.
-        let found = store.run(&self.thread.key, self.run).await?;
-        let batches = store.events(self.run, from).await?;
-        let mut next = batches.last().map_or(from, |batch| batch.first + count(&batch.events));
-        let mut events: Vec<_> = numbered(batches)
-            .filter(|(n, _)| *n >= from)
-            // A piece of which the text was not stored.
-            .filter(|(_, event)| !matches!(event, LoggedEvent::Delta(text) if text.is_empty()))
-            .map(|(n, event)| (n, RunEvent::from(event)))
-            .collect();
-        let Some((run, message)) = found.filter(|(run, _)| run.status.is_final()) else {
-            return Ok(Recorded { events, next: next.max(from), ended: false });
+        let Some((run, message)) = store.run(&self.thread.key, self.run).await? else {
+            return Ok(Recorded::Gone);
         };
+        let batches = store.events(self.run, from).await?;
+        let mut next = batches.iter().map(EventBatch::end).max().unwrap_or(from);
+        let mut events = seen_from(from, batches);
+        if !run.status.is_final() {
+            return Ok(Recorded::SoFar(events));
+        }
         if let Some(message) = &message {
-            events.push((next, RunEvent::MessageCompleted(Arc::new(message.clone()))));
+            events.push_back((next, RunEvent::MessageCompleted(Arc::new(message.clone()))));
             next += 1;
         }
         let outcome = self.outcome(run, message).await;
-        events.push((next, RunEvent::Ended(Arc::new(outcome))));
+        events.push_back((next, RunEvent::Ended(Arc::new(outcome))));
         events.retain(|(n, _)| *n >= from);
-        Ok(Recorded { events, next: next + 1, ended: true })
+        Ok(Recorded::Whole(events))
     }
 
     async fn outcome(&self, run: Run, message: Option<Message>) -> Outcome {
@@ -186,25 +164,147 @@ impl Follow {
 }
 
 /// What the store knows of a run from some number on.
-struct Recorded {
-    events: Vec<(i64, RunEvent)>,
-    /// Where to ask on.
-    next: i64,
-    ended: bool,
+enum Recorded {
+    SoFar(VecDeque<(i64, RunEvent)>),
+    /// To its end; nothing if that was before.
+    Whole(VecDeque<(i64, RunEvent)>),
+    /// There is no such run any more.
+    Gone,
 }
 
-impl Recorded {
-    fn until(self, end: i64) -> Vec<(i64, RunEvent)> {
-        self.events.into_iter().filter(|(n, _)| *n < end).collect()
+/// A reader's place in a run, across all that work on it one after the other.
+struct Reader {
+    follow: Follow,
+    /// The number that comes next.
+    next: i64,
+    live: Option<BoxStream<'static, (i64, RunEvent)>>,
+    read: VecDeque<(i64, RunEvent)>,
+    over: bool,
+    news: Option<Subscription>,
+    pause: Duration,
+}
+
+impl Reader {
+    fn new(follow: Follow, from: i64) -> Self {
+        Self {
+            follow,
+            next: from,
+            live: None,
+            read: VecDeque::new(),
+            over: false,
+            news: None,
+            pause: FIRST_POLL,
+        }
+    }
+
+    async fn next(&mut self) -> Option<(i64, RunEvent)> {
+        loop {
+            let event = match (self.read.pop_front(), &mut self.live) {
+                (Some(event), _) => Some(event),
+                (None, Some(live)) => live.next().await,
+                (None, None) => None,
+            };
+            if let Some((number, event)) = event {
+                self.next = number + 1;
+                self.over |= matches!(event, RunEvent::Ended(_));
+                return Some((number, event));
+            }
+            self.live = None;
+            if self.over {
+                return None;
+            }
+            self.find().await;
+        }
+    }
+
+    /// Finds where the run goes on, or waits until it is worth looking again.
+    async fn find(&mut self) {
+        let standing = &self.follow.runs.parts.standing;
+        let feed = self.follow.live.take().or_else(|| standing.handle(self.follow.run).map(|it| it.feed));
+        if let Some(feed) = feed.as_ref().filter(|feed| self.next >= feed.first()) {
+            self.live = Some(feed.follow(self.next).boxed());
+            return;
+        }
+        let news = News::Run(self.follow.run);
+        // Before the look, so that nothing falls in between.
+        let subscription = self.news.get_or_insert_with(|| self.follow.runs.parts.desk.subscribe(news));
+        match (self.follow.read(self.next).await, &feed) {
+            // The run was taken over by this process: what it showed before is in the store.
+            (Ok(Recorded::SoFar(events)), Some(feed)) => {
+                self.read = events.into_iter().filter(|(n, _)| *n < feed.first()).collect();
+                self.live = Some(feed.follow(feed.first()).boxed());
+                return;
+            }
+            (Ok(Recorded::SoFar(events)), None) if !events.is_empty() => {
+                (self.read, self.pause) = (events, FIRST_POLL);
+                return;
+            }
+            (Ok(Recorded::SoFar(_)), None) => {}
+            (Ok(Recorded::Whole(events)), _) => {
+                (self.read, self.over) = (events, true);
+                return;
+            }
+            (Ok(Recorded::Gone), _) => {
+                self.over = true;
+                return;
+            }
+            (Err(error), _) => {
+                tracing::warn!(error = %Chain(&error), "cannot read the events of a run");
+            }
+        }
+        let stop = &self.follow.runs.parts.given.stop;
+        tokio::select! {
+            biased;
+            () = stop.cancelled() => self.over = true,
+            () = subscription.changed() => self.pause = FIRST_POLL,
+            () = sleep(jittered(self.pause)) => self.pause = (self.pause * 2).min(LONGEST_POLL),
+        }
     }
 }
 
-fn numbered(batches: Vec<EventBatch>) -> impl Iterator<Item = (i64, LoggedEvent)> {
-    batches.into_iter().flat_map(|batch| (batch.first..).zip(batch.events))
+/// What is stored of the log of a run.
+pub(super) async fn stored_log(store: &dyn Store, run: RunId) -> Result<StoredLog, StoreError> {
+    let batches = store.events(run, 0).await?;
+    let mut log =
+        StoredLog { end: batches.iter().map(EventBatch::end).max().unwrap_or(0), ..StoredLog::default() };
+    let mut next = 0;
+    for (number, event) in numbered(batches) {
+        if number < next {
+            continue;
+        }
+        match RunEvent::of(event).map(|event| event.cut(number, next)) {
+            Some(RunEvent::Delta(text)) => log.text.push_str(&text),
+            Some(RunEvent::RequiresAction(_)) => log.text.clear(),
+            _ => {}
+        }
+        next = number + 1;
+    }
+    Ok(log)
 }
 
-fn count(events: &[LoggedEvent]) -> i64 {
-    i64::try_from(events.len()).unwrap_or(i64::MAX)
+/// What a reader sees of these batches who has seen everything before number `from`.
+fn seen_from(from: i64, batches: Vec<EventBatch>) -> VecDeque<(i64, RunEvent)> {
+    let mut next = from;
+    let mut events = VecDeque::new();
+    for (number, event) in numbered(batches) {
+        if number < next {
+            continue;
+        }
+        if let Some(event) = RunEvent::of(event) {
+            events.push_back((number, event.cut(number, next)));
+            next = number + 1;
+        }
+    }
+    events
+}
+
+fn numbered(batches: Vec<EventBatch>) -> impl Iterator<Item = (i64, LoggedEvent)> {
+    batches.into_iter().flat_map(|EventBatch { first, events }| {
+        events.into_iter().scan(first, |next, event| {
+            *next += event.units();
+            Some((*next - 1, event))
+        })
+    })
 }
 
 impl std::fmt::Debug for Follow {
@@ -328,7 +428,7 @@ mod tests {
         async fn pause(&self, lease: &RunLease, events: EventBatch) {
             let pause = Pause {
                 required_action: action("1"),
-                upstream_run_id: UpstreamRunId("run".to_owned()),
+                upstream_run_id: Some(UpstreamRunId("run".to_owned())),
                 content: text("a"),
                 usage: None,
                 events,
@@ -418,10 +518,11 @@ mod tests {
     #[tokio::test]
     async fn a_run_that_changed_hands_is_read_from_the_record_and_then_live() {
         let world = World::new().await;
-        let (key, run, first) = (&world.turn.thread.key, world.turn.run.id, 1 << 32);
+        // What is text goes on where it was, what else it tells comes beyond all that can have been shown.
+        let (key, run, others) = (&world.turn.thread.key, world.turn.run.id, 1 << 32);
         let follow = {
             let lease = world.store.adopt_orphans(ReplicaId::new(), &[], 1).await.unwrap().remove(0).lease;
-            let working = world.runs.parts.standing.works_on(run, lease.fence, CancellationToken::new());
+            let working = world.runs.parts.standing.goes_on(lease, 3);
             let follow = world.follow();
             assert_eq!(follow.after(&action("1")).await, 3, "as the store tells it");
             assert!(follow.answer(3).now_or_never().is_none());
@@ -431,27 +532,36 @@ mod tests {
             let answer = ToolAnswer { expected: action("1"), outputs: vec![output], idempotency: None };
             world.store.answer_tools(key, run, &answer).await.unwrap();
             working.feed.push(RunEvent::Delta("b".into()));
-            let asks = LoggedEvent::RequiresAction(action("1"));
+            let asks = RunEvent::RequiresAction(action("1").into());
             world.pause(&lease, working.feed.unstored(Some(asks.clone()))).await;
             let by_record = Follow { live: None, ..follow.clone() };
-            assert_eq!(by_record.after(&action("1")).await, first + 2, "as it has asked last");
-            working.feed.push(asks.into());
+            assert_eq!(by_record.after(&action("1")).await, others + 1, "as it has asked last");
+            working.feed.push(asks);
+            working.feed.all_stored();
             working.feed.push(RunEvent::Delta("c".into()));
-            assert_eq!(follow.after(&action("1")).await, first + 2);
-            let live = numbered_from(first, &["b", "asks 1", "c"]);
+            assert_eq!(follow.after(&action("1")).await, others + 1);
+            let live = [numbered_from(3, &["b"]), numbered_from(others, &["asks 1", "c"])].concat();
             let mut events = follow.events(1);
             for wanted in [numbered_from(1, &["a", "asks 1"]), live.clone()].concat() {
                 let (n, event) = events.next().await.unwrap();
                 assert_eq!((n, word(&event)), wanted);
             }
             assert!(events.next().now_or_never().is_none());
-            let (n, event) = follow.events(first).next().await.unwrap();
+            let (n, event) = follow.events(3).next().await.unwrap();
             assert_eq!((n, word(&event)), live[0]);
             assert!(matches!(follow.answer(1).await, Some(Answer::RequiresAction(_))));
             follow
         };
-        assert_eq!(read(&follow, first + 3).await, [], "its task is gone: it breaks off");
-        assert!(follow.answer(first + 2).await.is_none());
+        // Its task is gone. What that had not stored is told by whoever goes on with the run.
+        let mut rest = follow.events(others + 1);
+        assert_eq!(rest.next().await.map(|(n, event)| (n, word(&event))), Some((others + 1, "c".to_owned())));
+        assert!(rest.next().now_or_never().is_none());
+        let lease = world.store.adopt_orphans(ReplicaId::new(), &[], 1).await.unwrap().remove(0).lease;
+        world.finish(&lease, others + 1, vec![delta("cd")]).await;
+        let rest: Vec<_> = rest.map(|(n, event)| (n, word(&event))).collect().await;
+        assert_eq!(rest[0], (others + 2, "d".to_owned()), "what it had shown is not shown again");
+        assert_eq!(rest.last().unwrap().1, "completed");
+        assert!(matches!(follow.answer(others + 1).await, Some(Answer::Ended(_))));
     }
 
     #[tokio::test]
@@ -461,23 +571,28 @@ mod tests {
         for _ in begun() {
             events.next().await.unwrap();
         }
-        let working = world.runs.parts.standing.works_on(world.turn.run.id, 2, CancellationToken::new());
+        let lease = RunLease { run_id: world.turn.run.id, fence: 2 };
+        let working = world.runs.parts.standing.goes_on(lease, 3);
         working.feed.push(RunEvent::Delta("b".into()));
         let (n, event) = tokio::time::timeout(Duration::from_secs(10), events.next()).await.unwrap().unwrap();
-        assert_eq!((n, word(&event)), (1 << 32, "b".to_owned()));
+        assert_eq!((n, word(&event)), (3, "b".to_owned()));
         drop(working);
-        assert!(events.next().await.is_none(), "it breaks off");
+        assert!(events.next().now_or_never().is_none(), "it waits for whoever goes on");
+        world.runs.parts.given.stop.cancel();
+        assert!(events.next().await.is_none(), "the process stops");
     }
 
     #[tokio::test]
     async fn a_record_that_cannot_be_read_is_not_passed_over() {
         let world = World::new().await;
-        let working = world.runs.parts.standing.works_on(world.turn.run.id, 2, CancellationToken::new());
+        let lease = RunLease { run_id: world.turn.run.id, fence: 2 };
+        let working = world.runs.parts.standing.goes_on(lease, 3);
         working.feed.push(RunEvent::Delta("b".into()));
         let follow = world.follow();
         world.store.close().await;
-        assert!(follow.events(0).next().await.is_none(), "what comes before is missing");
-        assert!(follow.events(1 << 32).next().await.is_some());
+        let mut whole = follow.events(0);
+        assert!(whole.next().now_or_never().is_none(), "what comes before is missing");
+        assert!(follow.events(3).next().await.is_some());
     }
 
     #[tokio::test]

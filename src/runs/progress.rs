@@ -1,6 +1,10 @@
 //! What is known of a turn while it goes on.
 
-use crate::domain::{ContentPart, ToolCall, ToolOutput, UpstreamRunId, UpstreamThreadId, Usage};
+use super::drive::plain;
+use super::takeover::Before;
+use crate::domain::{
+    ContentPart, Message, Role, Thread, ToolCall, ToolOutput, UpstreamRunId, UpstreamThreadId, Usage,
+};
 use crate::store::Turn;
 use crate::upstream::Ended;
 
@@ -23,6 +27,8 @@ pub(super) struct Progress {
     /// The newest id: each round of a chain of responses has its own.
     pub(super) upstream_run: Option<UpstreamRunId>,
     pub(super) reach: Reach,
+    /// Requests that may be there under ids that were not heard.
+    pub(super) unheard: u32,
     /// Function calls that are not known to be answered.
     pub(super) open_calls: Vec<ToolCall>,
     /// What the rounds before this one said.
@@ -54,12 +60,28 @@ impl Progress {
         }
     }
 
-    /// The run was at work in another process.
-    pub(super) fn taken_over(&mut self, content: Vec<ContentPart>) {
-        self.reach = if self.upstream_run.is_some() { Reach::Accepted } else { Reach::Sent };
+    /// The run was at work in another process, and what is known of that is what it recorded. `content`: what its earlier
+    /// rounds had said.
+    pub(super) fn taken_over(&mut self, thread: &Thread, content: Vec<ContentPart>, before: Before) {
+        self.reach = match &self.upstream_run {
+            Some(_) => Reach::Accepted,
+            // That is settled before anything is sent.
+            None if thread.leftover.is_some() => Reach::Here,
+            None => Reach::Sent,
+        };
+        self.unheard = u32::from(self.reach == Reach::Sent);
         self.content = content;
+        self.text = before.log.text;
+        self.went_along(&before.backlog);
         // Of which it is only known that they are there.
         self.inputs = self.inputs.max(1);
+    }
+
+    /// What the thread lacks goes along with the run.
+    pub(super) fn went_along(&mut self, history: &[Message]) {
+        let users = history.iter().filter(|message| message.role == Role::User).count();
+        self.history_users = u32::try_from(users).unwrap_or(u32::MAX);
+        self.synced = !history.is_empty();
     }
 
     /// These outputs are the next to be sent. `is_uncertain`: they may be there already.
@@ -71,12 +93,34 @@ impl Progress {
         };
         self.open_calls = outputs.iter().map(call).collect();
         self.is_uncertain = is_uncertain;
+        self.unheard += u32::from(is_uncertain);
+    }
+
+    /// The upstream has the run under this id.
+    pub(super) fn accepted(&mut self, id: UpstreamRunId) {
+        if self.upstream_run.as_ref() != Some(&id) {
+            self.heard();
+        }
+        self.upstream_run = Some(id);
+        (self.reach, self.busy) = (Reach::Accepted, false);
+        self.open_calls.clear();
+    }
+
+    /// It is known what became of the last request.
+    pub(super) const fn heard(&mut self) {
+        self.unheard = self.unheard.saturating_sub(1);
     }
 
     /// The round ended with function calls.
     pub(super) fn asked(&mut self, ended: Ended) {
         self.open_calls = ended.tool_calls;
         self.said(ended.content, ended.usage);
+    }
+
+    /// The text that readers have seen of all rounds.
+    pub(super) fn shown(&self) -> String {
+        let before: String = self.content.iter().filter_map(plain).collect();
+        before + &self.text
     }
 
     /// Takes in what a round said and cost.

@@ -7,7 +7,7 @@ use super::{Runs, Submitted};
 use crate::domain::{ConversationKey, RequiredAction, Run, RunId, RunStatus, ToolOutput};
 use crate::error::Error;
 use crate::runs::Follow;
-use crate::store::{Answered, Idempotency, StoreError, ThreadName, ToolAnswer};
+use crate::store::{Answered, Idempotency, News, StoreError, ThreadName, ToolAnswer};
 
 /// Outputs of the functions that a run asked for: all at once.
 #[derive(Clone, Debug)]
@@ -125,10 +125,11 @@ async fn hand_over(
 ) -> Result<Answered, StoreError> {
     let answered = runs.store().answer_tools(&key, id, &answer).await?;
     // Another replica's run is resumed by that replica, which looks for such requests.
-    if matches!(answered, Answered::Resumed(_))
-        && let Some(handle) = runs.parts.standing.handle(id)
-    {
-        handle.answer(answer.outputs);
+    if matches!(answered, Answered::Resumed(_)) {
+        match runs.parts.standing.handle(id) {
+            Some(handle) => handle.answer(answer.outputs),
+            None => runs.parts.desk.tell(News::Asked(id)),
+        }
     }
     Ok(answered)
 }

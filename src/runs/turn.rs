@@ -6,20 +6,20 @@ use tokio::sync::oneshot;
 use tokio::time::{sleep, timeout};
 use tracing::Instrument;
 
-use super::end::{announce, bare_end, bound_waiting, lease_lost};
+use super::end::{announce, bare_end, bound_waiting};
 use super::failure::{Failure, stopped};
 use super::follow::Follow;
-use super::replica::Working;
+use super::standing::Working;
 use super::work::work;
 use super::{Outcome, RunEvent, Runs, Submitted, jittered};
 use crate::domain::{ConversationKey, MultitaskStrategy, Run, RunStatus, Step, Thread};
 use crate::error::{Chain, Error};
 use crate::locks::Place;
-use crate::store::{Admission, Admitted, Claim, Orphan, RunLease, Turn};
+use crate::store::{Admission, Admitted, Claim, News, Orphan, RunLease, Turn};
 
-/// How often a run that is first in its line asks the store again while other replicas hold its thread; and at most,
-/// for one without a place in line.
-const CLAIM_POLL: Duration = Duration::from_millis(100);
+/// How soon a run that is first in its line asks the store again while a run of another line is active on its thread. It
+/// doubles up to the longest, for whoever ends that one tells it.
+const FIRST_CLAIM_POLL: Duration = Duration::from_millis(100);
 const LONGEST_CLAIM_POLL: Duration = Duration::from_secs(1);
 /// When to look again for an admission whose answer was lost; the last time is past any statement's time limit.
 const VOID_AFTER: [Duration; 4] =
@@ -50,6 +50,9 @@ pub(super) async fn conduct(
                 return drop(answer.send(Ok(taken)));
             }
             Err((error, is_ambiguous)) => {
+                if is_ambiguous {
+                    runs.parts.standing.refuse(admission.run_id);
+                }
                 drop((answer.send(Err(error)), place));
                 if is_ambiguous {
                     void(&runs, RunLease { run_id: admission.run_id, fence: 1 }).await;
@@ -78,13 +81,11 @@ pub(super) async fn conduct(
                 place.started();
                 work(&runs, &mut working, turn).await
             }
-            Err(outcome) => Some(*outcome),
+            Err(outcome) => outcome.map(|outcome| *outcome),
         };
         // First the place, then the news: whoever hears it finds the thread free.
         drop(place);
-        if let Some(outcome) = outcome {
-            announce(&working.feed, outcome);
-        }
+        announce(&runs, &working, outcome);
     }
     .instrument(span)
     .await;
@@ -96,11 +97,9 @@ pub(super) async fn resume_queued(runs: Runs, mut working: Working, orphan: Orph
     let Orphan { lease, thread, run, .. } = orphan;
     let outcome = match wait_for_turn(&runs, &working, None, lease, &thread, &run).await {
         Ok(turn) => work(&runs, &mut working, turn).await,
-        Err(outcome) => Some(*outcome),
+        Err(outcome) => outcome.map(|outcome| *outcome),
     };
-    if let Some(outcome) = outcome {
-        announce(&working.feed, outcome);
-    }
+    announce(&runs, &working, outcome);
 }
 
 /// Ends queued runs that were taken over and can never start, in their order.
@@ -109,7 +108,7 @@ pub(super) async fn give_up(runs: Runs, queued: Vec<(Working, Orphan)>) {
         let (status, error) = Failure::ReplicaLost.end(false);
         let end = bare_end(status, error);
         let outcome = bound_waiting(&runs, &working, &lease, &thread, &run, end).await;
-        announce(&working.feed, outcome);
+        announce(&runs, &working, outcome);
     }
 }
 
@@ -165,13 +164,18 @@ async fn void(runs: &Runs, lease: RunLease) {
             () = runs.parts.given.draining.cancelled() => {}
             () = sleep(pause) => {}
         }
-        if super::end::void(runs, lease).await || runs.parts.given.draining.is_cancelled() {
+        if super::end::void(runs, lease).await {
+            runs.parts.standing.was_refused(lease.run_id);
+            return;
+        }
+        if runs.parts.given.draining.is_cancelled() {
             return;
         }
     }
 }
 
-/// Waits in line, then until the store lets the run start. The outcome, if it ended instead.
+/// Waits in line, then until the store lets the run start. The outcome, if it ended instead; `None` if others go on with
+/// it.
 async fn wait_for_turn(
     runs: &Runs,
     working: &Working,
@@ -179,10 +183,10 @@ async fn wait_for_turn(
     lease: RunLease,
     thread: &Thread,
     run: &Run,
-) -> Result<Turn, Box<Outcome>> {
+) -> Result<Turn, Option<Box<Outcome>>> {
     let why = {
-        let mut pause = CLAIM_POLL;
-        let longest = if place.is_some() { CLAIM_POLL } else { LONGEST_CLAIM_POLL };
+        let mut pause = FIRST_CLAIM_POLL;
+        let mut freed = runs.parts.desk.subscribe(News::Thread(thread.id));
         displace(runs, run, &lease).await;
         loop {
             if let Some(place) = &mut place {
@@ -198,7 +202,7 @@ async fn wait_for_turn(
                     working.feed.push(RunEvent::Started);
                     return Ok(*turn);
                 }
-                Ok(Claim::Lost) => return Err(Box::new(lease_lost(runs, thread, run).await)),
+                Ok(Claim::Lost) => return Err(None),
                 Ok(Claim::NotYet) => displace(runs, run, &lease).await,
                 Err(error) => {
                     tracing::warn!(
@@ -211,13 +215,13 @@ async fn wait_for_turn(
             tokio::select! {
                 biased;
                 why = called_off(runs, working) => break why,
-                () = sleep(jittered(pause)) => {}
+                () = freed.changed() => {}
+                () = sleep(jittered(pause)) => pause = (pause * 2).min(LONGEST_CLAIM_POLL),
             }
-            pause = (pause * 2).min(longest);
         }
     };
     let end = match why {
-        CalledOff::Lost => return Err(Box::new(lease_lost(runs, thread, run).await)),
+        CalledOff::LetGo => return Err(None),
         CalledOff::Cancelled => {
             bare_end(RunStatus::Queued.on(Step::Cancel).unwrap_or(RunStatus::Cancelled), None)
         }
@@ -229,7 +233,7 @@ async fn wait_for_turn(
             bare_end(RunStatus::Failed, Some(stopped()))
         }
     };
-    Err(Box::new(bound_waiting(runs, working, &lease, thread, run, end).await))
+    Err(bound_waiting(runs, working, &lease, thread, run, end).await.map(Box::new))
 }
 
 /// Why a run need not wait any longer.
@@ -238,18 +242,28 @@ enum CalledOff {
     Stopped,
     /// Somebody wants it to end.
     Cancelled,
-    /// Others have taken it over.
-    Lost,
+    /// Others have taken it over, or shall.
+    LetGo,
 }
 
 /// Resolves when a run need not wait any longer.
 async fn called_off(runs: &Runs, working: &Working) -> CalledOff {
     tokio::select! {
         biased;
+        () = working.lost.cancelled() => CalledOff::LetGo,
         () = runs.parts.given.stop.cancelled() => CalledOff::Stopped,
-        () = working.lost.cancelled() => CalledOff::Lost,
         () = working.cancel.requested() => CalledOff::Cancelled,
+        () = others_take_over(runs) => CalledOff::LetGo,
     }
+}
+
+/// Resolves when this process stops and other replicas can go on with what waits.
+async fn others_take_over(runs: &Runs) {
+    if !runs.store().keeps_content() {
+        std::future::pending::<()>().await;
+    }
+    runs.parts.given.draining.cancelled().await;
+    runs.parts.desk.has_peers().await;
 }
 
 /// Has the run that is active before this one cancelled, if that is what this one's strategy wants. What cannot be
@@ -262,11 +276,10 @@ async fn displace(runs: &Runs, run: &Run, lease: &RunLease) {
     };
     match runs.parts.given.store.displace(lease, discard).await {
         // Another replica's run is ended by that replica, which looks for such requests.
-        Ok(Some(active)) => {
-            if let Some(handle) = runs.parts.standing.handle(active) {
-                handle.cancel.request(discard);
-            }
-        }
+        Ok(Some(active)) => match runs.parts.standing.handle(active) {
+            Some(handle) => handle.cancel.request(discard),
+            None => runs.parts.desk.tell(News::Asked(active)),
+        },
         Ok(None) => {}
         Err(error) => {
             tracing::warn!(error = %Chain(&error), "cannot have the active run cancelled yet");

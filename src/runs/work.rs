@@ -10,12 +10,13 @@ use super::drive::{Drive, Round, drain};
 use super::end::{announce, bound_turn};
 use super::failure::Failure;
 use super::progress::Progress;
-use super::replica::Working;
+use super::standing::Working;
+use super::takeover::Before;
 use super::{Outcome, RunEvent, Runs, jittered};
 use crate::config::AssistantConfig;
-use crate::domain::{LoggedEvent, RequiredAction, Run, RunStatus, ToolOutput};
+use crate::domain::{RequiredAction, Run, RunStatus, ToolOutput};
 use crate::error::Chain;
-use crate::store::{Orphan, Pause, Paused, RunLease, Store, StoreError, Turn};
+use crate::store::{News, Orphan, Pause, Paused, RunLease, Store, StoreError, Turn};
 use crate::upstream::{Ended, EventStream, Upstream};
 
 /// What a run that was taken over from another process begins with.
@@ -26,6 +27,8 @@ enum Begin {
     Waiting(RequiredAction),
     /// Outputs came that may or may not have been sent.
     Outputs(Vec<ToolOutput>),
+    /// Its message may or may not have been sent, and all that followed is to be found out.
+    Unknown,
 }
 
 /// Does the turn and commits its end, whatever happens on the way. `None` if the run goes on in another process.
@@ -36,7 +39,7 @@ pub(super) async fn work(runs: &Runs, working: &mut Working, turn: Turn) -> Opti
 }
 
 /// Goes on with a run that waited for tool outputs, or had just got them, when its process ended.
-pub(super) async fn resume_waiting(runs: Runs, mut working: Working, orphan: Orphan) {
+pub(super) async fn resume_waiting(runs: Runs, mut working: Working, orphan: Orphan, before: Before) {
     let Orphan { lease, thread, run, time_left, content, outputs, outputs_sent, .. } = orphan;
     let begin = match (outputs, run.required_action.clone()) {
         (Some(outputs), _) => Begin::Outputs(outputs),
@@ -44,27 +47,37 @@ pub(super) async fn resume_waiting(runs: Runs, mut working: Working, orphan: Orp
     };
     let turn = Turn { lease, thread, run, input: Vec::new() };
     let mut progress = Progress::new(&turn);
-    progress.taken_over(content);
+    progress.taken_over(&turn.thread, content, before);
     match &begin {
-        Begin::Message => {}
+        Begin::Message | Begin::Unknown => {}
         Begin::Waiting(action) => progress.open_calls.clone_from(&action.tool_calls),
         Begin::Outputs(outputs) => progress.answers(outputs, outputs_sent),
     }
-    if let Some(outcome) = carry_out(&runs, &mut working, &turn, begin, progress, time_left).await {
-        announce(&working.feed, outcome);
-    }
+    let outcome = carry_out(&runs, &mut working, &turn, begin, progress, time_left).await;
+    announce(&runs, &working, outcome);
+}
+
+/// Goes on with a run that was at work when its process let go of it: follows it where the upstream has it, sends its
+/// message where that was never seen, and ends it if neither can be.
+pub(super) async fn resume_at_work(runs: Runs, mut working: Working, orphan: Orphan, before: Before) {
+    let Orphan { lease, thread, run, time_left, input, content, .. } = orphan;
+    let turn = Turn { lease, thread, run, input };
+    let mut progress = Progress::new(&turn);
+    progress.taken_over(&turn.thread, content, before);
+    let outcome = carry_out(&runs, &mut working, &turn, Begin::Unknown, progress, time_left).await;
+    announce(&runs, &working, outcome);
 }
 
 /// Ends a run on which nobody works any more: first whatever still goes on upstream, then the run. If the upstream can
 /// tell how it ended there, it ends so here.
-pub(super) async fn bury(runs: Runs, working: Working, orphan: Orphan, why: Failure) {
+pub(super) async fn bury(runs: Runs, working: Working, orphan: Orphan, before: Before) {
     let Orphan { lease, thread, run, content, .. } = orphan;
-    let failure = if run.status == RunStatus::Cancelling { Failure::Cancelled } else { why };
+    let failure = if run.status == RunStatus::Cancelling { Failure::Cancelled } else { Failure::ReplicaLost };
     let turn = Turn { lease, thread, run, input: Vec::new() };
     let mut progress = Progress::new(&turn);
-    progress.taken_over(content);
+    progress.taken_over(&turn.thread, content, before);
     let outcome = bound_turn(&runs, &working, &turn, Err(failure), progress).await;
-    announce(&working.feed, outcome);
+    announce(&runs, &working, outcome);
 }
 
 async fn carry_out(
@@ -95,7 +108,10 @@ async fn carry_out(
     if let Err(failure) = &result {
         tracing::warn!(failure = failure.name(), "the run did not reach its end upstream");
     }
-    let outcome = bound_turn(runs, working, turn, result, progress).await;
+    let Some(outcome) = bound_turn(runs, working, turn, result, progress).await else {
+        tracing::warn!("let go of the run; others go on with it");
+        return None;
+    };
     tracing::info!(
         thread.id = %turn.thread.id,
         assistant = %turn.run.assistant,
@@ -125,8 +141,10 @@ impl Rounds<'_> {
     async fn go(mut self, working: &mut Working, begin: Begin) -> Option<Rounded> {
         let mut waiting = None;
         let mut outputs = None;
+        let mut is_unknown = false;
         match begin {
             Begin::Message => {}
+            Begin::Unknown => is_unknown = true,
             Begin::Waiting(action) => waiting = Some(action),
             Begin::Outputs(given) => outputs = Some(given),
         }
@@ -137,7 +155,12 @@ impl Rounds<'_> {
                     Err(failure) => return Some(Err(failure)),
                 }
             }
-            let ended = match self.round(working, outputs.take()).await {
+            let round = match &outputs {
+                Some(outputs) => Round::Outputs(outputs),
+                None if std::mem::take(&mut is_unknown) => Round::Unknown,
+                None => Round::Message,
+            };
+            let ended = match self.round(working, round).await {
                 Ok((ended, rest)) if ended.asks() => {
                     drain(Some(rest)).await;
                     ended
@@ -154,9 +177,8 @@ impl Rounds<'_> {
     }
 
     /// One request and what it leads to.
-    async fn round(&mut self, working: &Working, outputs: Option<Vec<ToolOutput>>) -> Rounded {
+    async fn round(&mut self, working: &Working, round: Round<'_>) -> Rounded {
         let parts = &self.runs.parts.given;
-        let round = outputs.as_deref().map_or(Round::Message, Round::Outputs);
         let drive = Drive {
             runs: self.runs,
             upstream: self.upstream,
@@ -167,8 +189,8 @@ impl Rounds<'_> {
         };
         tokio::select! {
             biased;
-            () = parts.stop.cancelled() => Err(Failure::Stopped),
             () = working.lost.cancelled() => Err(Failure::LeaseLost),
+            () = parts.stop.cancelled() => Err(Failure::Stopped),
             () = working.cancel.requested() => Err(Failure::Cancelled),
             () = sleep_until(self.deadline) => Err(Failure::Deadline),
             result = AssertUnwindSafe(drive.round(round)).catch_unwind() => result.unwrap_or(Err(Failure::Panic)),
@@ -177,18 +199,18 @@ impl Rounds<'_> {
 
     /// Lets the run wait: from here on the outputs may come, and whoever takes the run over knows what it said.
     async fn pause(&mut self, working: &Working, action: &RequiredAction) -> Result<(), Failure> {
-        let Some(upstream_run_id) = self.progress.upstream_run.clone() else { return Err(Failure::Store) };
         let pause = Pause {
             required_action: action.clone(),
-            upstream_run_id,
+            upstream_run_id: self.progress.upstream_run.clone(),
             content: self.progress.content.clone(),
             usage: self.progress.usage,
-            events: working.feed.unstored(Some(LoggedEvent::RequiresAction(action.clone()))),
+            events: working.feed.unstored(Some(RunEvent::RequiresAction(action.clone().into()))),
         };
         let parts = &self.runs.parts.given;
         let store = &*parts.store;
         let paused = tokio::select! {
             biased;
+            () = working.lost.cancelled() => return Err(Failure::LeaseLost),
             () = parts.stop.cancelled() => return Err(Failure::Stopped),
             () = sleep_until(self.deadline) => return Err(Failure::Deadline),
             paused = patiently_pause(store, &self.turn.lease, &pause) => paused,
@@ -197,6 +219,7 @@ impl Rounds<'_> {
             Ok(Paused::Waiting(_)) => {
                 working.feed.push(RunEvent::RequiresAction(action.clone().into()));
                 working.feed.all_stored();
+                self.runs.parts.desk.tell(News::Run(self.turn.run.id));
                 Ok(())
             }
             Ok(Paused::Cancelling) => Err(Failure::Cancelled),

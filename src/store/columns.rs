@@ -153,6 +153,13 @@ macro_rules! first_position {
     };
 }
 
+/// Which run is meant where something is noted of one at work: the id, then the fence.
+macro_rules! of_a_run_at_work {
+    () => {
+        " WHERE id = $1 AND fence = $2 AND status IN ('in_progress', 'requires_action', 'cancelling')"
+    };
+}
+
 /// Where the messages of a run that has started stand or, if they were removed, stood: before all that came into the
 /// transcript since it started.
 macro_rules! started_position {
@@ -194,5 +201,6 @@ macro_rules! queue_depth {
 
 pub(super) use {
     activity, columns, current_of_key, first_position, lasting_of_key, message_columns,
-    newest_archived_of_key, newest_of_key, queue_depth, run_columns, started_position, thread_columns,
+    newest_archived_of_key, newest_of_key, of_a_run_at_work, queue_depth, run_columns, started_position,
+    thread_columns,
 };

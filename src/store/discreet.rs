@@ -14,12 +14,14 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use async_trait::async_trait;
+use futures_util::stream::BoxStream;
 
 use super::{
     Admission, Admitted, Answered, Binding, Claim, Closing, DeletionReport, DeletionRequest, DeletionTarget,
-    Due, Foreign, Imported, ImportedMessage, ImportedThread, InputMessage, Life, Orphan, Pause, Paused,
-    Pruned, Pruning, Remnant, RemnantName, Repeated, Reply, Request, Rolled, Rollover, RunEnd, RunLease,
-    Store, StoreError, ThreadFilter, ThreadName, ThreadReport, ThreadUpdate, ToolAnswer, Turn,
+    Due, Foreign, Imported, ImportedMessage, ImportedThread, InputMessage, Life, News, Orphan, Pause, Paused,
+    Pruned, Pruning, Remnant, RemnantName, Renewed, Repeated, Reply, Request, Rolled, Rollover, RunEnd,
+    RunLease, RunProgress, Store, StoreError, ThreadFilter, ThreadName, ThreadReport, ThreadUpdate,
+    ToolAnswer, Turn,
 };
 use crate::domain::{
     Baseline, Context, ConversationKey, DeletionId, EventBatch, Leftover, Lifetimes, Limits, LoggedEvent,
@@ -149,12 +151,13 @@ fn blank_outputs(outputs: &[ToolOutput]) -> Vec<ToolOutput> {
     outputs.iter().map(blank).collect()
 }
 
+/// Each event keeps its number.
 fn blank_events(EventBatch { first, events }: &EventBatch) -> EventBatch {
     let blank = |event: &LoggedEvent| match event {
         LoggedEvent::Queued { position } => LoggedEvent::Queued { position: *position },
         LoggedEvent::Started => LoggedEvent::Started,
         LoggedEvent::RequiresAction(action) => LoggedEvent::RequiresAction(blank_action(action)),
-        LoggedEvent::Delta(_) => LoggedEvent::Delta(String::new()),
+        LoggedEvent::Omitted { .. } | LoggedEvent::Delta(_) => LoggedEvent::Omitted { units: event.units() },
     };
     EventBatch { first: *first, events: events.iter().map(blank).collect() }
 }
@@ -296,6 +299,10 @@ impl Store for Discreet {
         Ok(self.if_held(lease, self.inner.sends_outputs(lease).await?))
     }
 
+    async fn sends_again(&self, lease: &RunLease) -> Result<bool, StoreError> {
+        Ok(self.if_held(lease, self.inner.sends_again(lease).await?))
+    }
+
     /// Outputs are not handed over in this way: what is stored of them says nothing.
     async fn requests(&self, replica: ReplicaId) -> Result<Vec<Request>, StoreError> {
         let mut requests = self.inner.requests(replica).await?;
@@ -347,6 +354,7 @@ impl Store for Discreet {
             error: end.error.clone(),
             usage: end.usage,
             upstream_run_id: end.upstream_run_id.clone(),
+            unheard: end.unheard,
             upstream_thread_id: end.upstream_thread_id.clone(),
             reply: end.reply.as_ref().map(blank_reply),
             said: lasting(end.said),
@@ -369,6 +377,14 @@ impl Store for Discreet {
             Closing::Lost => self.forget(lease.run_id),
         }
         Ok(closing)
+    }
+
+    async fn record(&self, progress: &[RunProgress]) -> Result<Vec<RunId>, StoreError> {
+        let blank = |progress: &RunProgress| RunProgress {
+            events: blank_events(&progress.events),
+            ..progress.clone()
+        };
+        self.inner.record(&progress.iter().map(blank).collect::<Vec<_>>()).await
     }
 
     async fn events(&self, run: RunId, from: i64) -> Result<Vec<EventBatch>, StoreError> {
@@ -420,7 +436,12 @@ impl Store for Discreet {
         Ok(found)
     }
 
-    async fn renew_replica(&self, id: ReplicaId, address: &str, ttl: Duration) -> Result<(), StoreError> {
+    async fn renew_replica(
+        &self,
+        id: ReplicaId,
+        address: &str,
+        ttl: Duration,
+    ) -> Result<Renewed, StoreError> {
         self.inner.renew_replica(id, address, ttl).await
     }
 
@@ -428,7 +449,23 @@ impl Store for Discreet {
         self.inner.retire_replica(id).await
     }
 
-    /// A run that waits for outputs needs nothing of before. One that waits in line, or has got its outputs, does.
+    async fn release(&self, leases: &[RunLease]) -> Result<(), StoreError> {
+        for lease in leases {
+            self.forget(lease.run_id);
+        }
+        self.inner.release(leases).await
+    }
+
+    async fn tell(&self, news: &[News]) -> Result<(), StoreError> {
+        self.inner.tell(news).await
+    }
+
+    fn news(&self) -> BoxStream<'static, News> {
+        self.inner.news()
+    }
+
+    /// A run that waits for outputs needs nothing of before. One that is to be sent does, and so does one that may have to
+    /// be sent again.
     async fn adopt_orphans(
         &self,
         id: ReplicaId,
@@ -438,7 +475,8 @@ impl Store for Discreet {
         let mut orphans = self.inner.adopt_orphans(id, working, limit).await?;
         for orphan in &mut orphans {
             self.forget(orphan.run.id);
-            orphan.content_lost = orphan.run.status == RunStatus::Queued || orphan.outputs.is_some();
+            orphan.content_lost = orphan.outputs.is_some()
+                || matches!(orphan.run.status, RunStatus::Queued | RunStatus::InProgress);
         }
         Ok(orphans)
     }
@@ -692,7 +730,7 @@ mod tests {
     fn pause(arguments: &str) -> Pause {
         Pause {
             required_action: action(arguments),
-            upstream_run_id: UpstreamRunId("up".to_owned()),
+            upstream_run_id: Some(UpstreamRunId("up".to_owned())),
             content: text("so far"),
             usage: None,
             events: EventBatch {
@@ -712,6 +750,7 @@ mod tests {
             error: None,
             usage: None,
             upstream_run_id: None,
+            unheard: 0,
             upstream_thread_id: None,
             reply: None,
             said: Context::Present,
@@ -876,7 +915,7 @@ mod tests {
         let batches = world.inner.events(run, 0).await.unwrap();
         let logged = [
             LoggedEvent::Started,
-            LoggedEvent::Delta(String::new()),
+            LoggedEvent::Omitted { units: 6 },
             LoggedEvent::RequiresAction(action("")),
         ];
         assert_eq!(batches, [EventBatch { first: 0, events: logged.to_vec() }]);

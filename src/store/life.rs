@@ -165,8 +165,9 @@ pub trait Life: Send + Sync {
     /// Nothing can be done about a remnant: it goes with its thread, whose receipt tells of it.
     async fn keep_remnant(&self, id: RemnantId) -> Result<(), StoreError>;
 
-    /// How many runs of a thread may have something upstream under an id that nobody heard: they were at work when their
-    /// process died, or their stream broke, before they were told one.
+    /// How many requests for runs of a thread may have left something upstream under an id that nobody heard: the process
+    /// died, or the answer broke off, before it was told, and the run [ended](super::RunEnd::unheard) or was
+    /// [sent again](super::Store::sends_again).
     async fn unheard_runs(&self, thread: ThreadId) -> Result<u64, StoreError>;
 
     /// Archives a thread and puts a fresh one in its place, which names it and takes its metadata, what is left of its

@@ -3,10 +3,15 @@
 //! The driver's own pool asks a connection for a sign of life each time it comes back: one more round trip for each
 //! statement, and one without a time limit. This one asks only connections that were idle for a while, bounds each
 //! call in time, and gives up the connection of a call that failed or was dropped half-way.
+//!
+//! A server that goes away takes all connections with it, so one that turns out to be broken stands for all that were
+//! opened or lent before: none of them is lent again. So after an outage nobody pays for a connection that died in it but
+//! those who found out, and nobody waits for signs of life from one connection after another.
 
 use std::fmt;
 use std::future::Future;
-use std::time::Duration;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 use deadpool::Runtime;
 use deadpool::managed::{self, Manager, Metrics, PoolError, RecycleError, RecycleResult};
@@ -20,6 +25,25 @@ const PING_AFTER_IDLE: Duration = Duration::from_secs(1);
 /// How long it has to give one.
 const PING_TIMEOUT: Duration = Duration::from_secs(1);
 
+/// What is known of a server, by all pools of connections to it.
+#[derive(Debug, Default)]
+pub(super) struct Trust {
+    /// When a connection was last found to be broken. Those from before are not used any more.
+    broken_at: Mutex<Option<Instant>>,
+}
+
+impl Trust {
+    /// A connection to the server has turned out to be broken.
+    pub(super) fn lose(&self) {
+        *self.broken_at.lock().unwrap_or_else(PoisonError::into_inner) = Some(Instant::now());
+    }
+
+    fn is_had_by(&self, metrics: &Metrics) -> bool {
+        let broken_at = *self.broken_at.lock().unwrap_or_else(PoisonError::into_inner);
+        broken_at.is_none_or(|broken_at| metrics.recycled.unwrap_or(metrics.created) > broken_at)
+    }
+}
+
 /// Connections that are opened when they are needed and kept.
 pub(super) struct Pool<C: Connection> {
     lenders: managed::Pool<Opener<C>>,
@@ -31,16 +55,16 @@ impl<C: Connection> Pool<C> {
     /// Up to `size` connections. `acquire_timeout` bounds the wait for one, `call_timeout` what is done with it.
     pub(super) fn new(
         options: C::Options,
+        trust: Arc<Trust>,
         size: u32,
         acquire_timeout: Duration,
         call_timeout: Duration,
     ) -> Result<Self, StoreError> {
-        let lenders = managed::Pool::builder(Opener(options))
+        let lenders = managed::Pool::builder(Opener { options, trust })
             .max_size(size.max(1) as usize)
             .runtime(Runtime::Tokio1)
             .wait_timeout(Some(acquire_timeout))
             .create_timeout(Some(acquire_timeout))
-            .recycle_timeout(Some(PING_TIMEOUT))
             .build()
             .map_err(|error| StoreError::Open(format!("the connection pool cannot be made: {error}")))?;
         Ok(Self { lenders, acquire_timeout, call_timeout })
@@ -62,8 +86,14 @@ impl<C: Connection> Pool<C> {
         &self,
         call: impl Future<Output = Result<T, StoreError>>,
     ) -> Result<T, StoreError> {
-        let late = || StoreError::Unavailable(format!("no answer within {:?}", self.call_timeout).into());
-        timeout(self.call_timeout, call).await.unwrap_or_else(|_| Err(late()))
+        let Ok(result) = timeout(self.call_timeout, call).await else {
+            self.lenders.manager().trust.lose();
+            return Err(StoreError::Unavailable(format!("no answer within {:?}", self.call_timeout).into()));
+        };
+        if result.as_ref().is_err_and(is_broken) {
+            self.lenders.manager().trust.lose();
+        }
+        result
     }
 
     /// Lends no more, and closes what is not lent.
@@ -118,21 +148,42 @@ impl<C: Connection> Drop for Lent<C> {
     }
 }
 
-struct Opener<C: Connection>(C::Options);
+struct Opener<C: Connection> {
+    options: C::Options,
+    trust: Arc<Trust>,
+}
 
 impl<C: Connection> Manager for Opener<C> {
     type Type = C;
     type Error = sqlx::Error;
 
     async fn create(&self) -> Result<C, sqlx::Error> {
-        self.0.connect().await
+        self.options.connect().await
     }
 
     async fn recycle(&self, connection: &mut C, metrics: &Metrics) -> RecycleResult<sqlx::Error> {
+        if !self.trust.is_had_by(metrics) {
+            return Err(RecycleError::message("the server was away"));
+        }
         if metrics.last_used() > PING_AFTER_IDLE {
-            connection.ping().await.map_err(RecycleError::Backend)?;
+            let silent = || sqlx::Error::Io(std::io::ErrorKind::TimedOut.into());
+            let pong = timeout(PING_TIMEOUT, connection.ping()).await.unwrap_or_else(|_| Err(silent()));
+            pong.inspect_err(|_| self.trust.lose()).map_err(RecycleError::Backend)?;
         }
         Ok(())
+    }
+}
+
+/// Whether an error tells that the connection is broken, and not only that a statement came to nothing.
+fn is_broken(error: &StoreError) -> bool {
+    let StoreError::Unavailable(cause) = error else { return false };
+    match cause.downcast_ref() {
+        Some(sqlx::Error::Io(_)) => true,
+        // The server stops, or has crashed.
+        Some(sqlx::Error::Database(cause)) => {
+            cause.code().is_some_and(|code| ["57P01", "57P02"].contains(&&*code))
+        }
+        _ => false,
     }
 }
 

@@ -13,8 +13,10 @@ mod dialect;
 mod end;
 mod keeping;
 mod life;
+mod news;
 mod once;
 mod read;
+mod record;
 mod remnants;
 mod replicas;
 mod rollover;
@@ -26,15 +28,17 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use async_trait::async_trait;
+use futures_util::stream::BoxStream;
 use sqlx::migrate::Migrator;
 use sqlx::postgres::PgConnectOptions;
 use sqlx::{ConnectOptions, Connection, Executor, PgConnection, Postgres, Transaction};
+use tokio_util::sync::CancellationToken;
 
 use super::errors::check_version;
-use super::pool::{Pool, on};
+use super::pool::{Pool, Trust, on};
 use super::{
-    Admission, Admitted, Answered, Binding, Claim, Closing, Orphan, Pause, Paused, Repeated, Request, RunEnd,
-    RunLease, Store, StoreError, ThreadName, ToolAnswer,
+    Admission, Admitted, Answered, Binding, Claim, Closing, News, Orphan, Pause, Paused, Renewed, Repeated,
+    Request, RunEnd, RunLease, RunProgress, Store, StoreError, ThreadName, ToolAnswer,
 };
 use crate::config::StoreConfig;
 use crate::domain::{
@@ -111,28 +115,45 @@ const CALL_TIMEOUT: Duration = Duration::from_secs(12);
 pub struct PostgresStore {
     /// Admissions, reads, and what else callers ask for.
     general: Arc<Pool<PgConnection>>,
-    /// What ends runs, starts waiting ones and keeps sessions alive: a flood of the rest cannot starve it.
+    /// What ends runs and starts waiting ones: a flood of the rest cannot starve it.
     vital: Arc<Pool<PgConnection>>,
-    options: PgConnectOptions,
+    /// A connection that only keeps the session alive: no statement that is stuck can end it.
+    session: Arc<Pool<PgConnection>>,
+    trust: Arc<Trust>,
+    /// The way to the server itself, where a pooler is in between.
+    direct: PgConnectOptions,
+    closed: CancellationToken,
 }
 
 impl PostgresStore {
     /// Connects, waiting up to `startup_timeout` for a server that is not up yet. Does not look at the schema.
     ///
-    /// A quarter of `max_connections`, at most 8, is set aside for what must not wait behind a flood.
+    /// A quarter of `max_connections`, at most 8, is set aside for what must not wait behind a flood. Two more
+    /// connections keep the session and hear what other replicas tell.
     ///
     /// # Errors
     /// [`StoreError::Open`] at once if waiting does not help: a bad URL, password or database name.
     /// [`StoreError::Unavailable`] when the time is up.
     pub async fn connect(config: &StoreConfig) -> Result<Self, StoreError> {
-        let options = connect::options(config)?;
+        let (options, direct) = connect::options(config)?;
         connect::wait_until_up(&options, config.startup_timeout).await?;
+        if let Some(direct) = &direct {
+            connect::wait_until_up(direct, config.startup_timeout).await?;
+        }
         let vital = (config.max_connections / 4).clamp(1, 8);
         let general = config.max_connections.saturating_sub(vital).max(1);
+        let trust = Arc::new(Trust::default());
+        let pool = |size| {
+            let options = options.options.clone();
+            Pool::new(options, Arc::clone(&trust), size, config.acquire_timeout, CALL_TIMEOUT)
+        };
         Ok(Self {
-            general: Arc::new(Pool::new(options.clone(), general, config.acquire_timeout, CALL_TIMEOUT)?),
-            vital: Arc::new(Pool::new(options.clone(), vital, config.acquire_timeout, CALL_TIMEOUT)?),
-            options,
+            general: Arc::new(pool(general)?),
+            vital: Arc::new(pool(vital)?),
+            session: Arc::new(pool(1)?),
+            direct: direct.unwrap_or(options).options,
+            trust,
+            closed: CancellationToken::new(),
         })
     }
 
@@ -142,7 +163,7 @@ impl PostgresStore {
     /// [`StoreError::Schema`] if the database is newer than this program.
     pub async fn migrate(&self) -> Result<(), StoreError> {
         // A connection of its own: a migration may take longer than our statements are allowed to.
-        let mut connection = self.options.connect().await?;
+        let mut connection = self.direct.connect().await?;
         connection.execute("SET statement_timeout = 0").await?;
         MIGRATOR.run(&mut connection).await?;
         Ok(connection.close().await?)
@@ -205,6 +226,10 @@ impl Store for PostgresStore {
 
     async fn sends_outputs(&self, lease: &RunLease) -> Result<bool, StoreError> {
         on!(self.vital, c => read::sends_outputs(c, lease))
+    }
+
+    async fn sends_again(&self, lease: &RunLease) -> Result<bool, StoreError> {
+        on!(self.vital, c => read::sends_again(c, lease))
     }
 
     async fn requests(&self, replica: ReplicaId) -> Result<Vec<Request>, StoreError> {
@@ -286,12 +311,17 @@ impl Store for PostgresStore {
         on!(self.general, c => read::run(c, key, id))
     }
 
-    async fn renew_replica(&self, id: ReplicaId, address: &str, ttl: Duration) -> Result<(), StoreError> {
-        on!(self.vital, c => replicas::renew(c, id, address, ttl))
+    async fn renew_replica(
+        &self,
+        id: ReplicaId,
+        address: &str,
+        ttl: Duration,
+    ) -> Result<Renewed, StoreError> {
+        on!(self.session, c => replicas::renew(c, id, address, ttl))
     }
 
     async fn retire_replica(&self, id: ReplicaId) -> Result<(), StoreError> {
-        on!(self.vital, c => replicas::retire(c, id))
+        on!(self.session, c => replicas::retire(c, id))
     }
 
     async fn adopt_orphans(
@@ -303,7 +333,24 @@ impl Store for PostgresStore {
         on!(self.vital, c => replicas::adopt_orphans(c, id, working, limit))
     }
 
+    async fn release(&self, leases: &[RunLease]) -> Result<(), StoreError> {
+        on!(self.vital, c => replicas::release(c, leases))
+    }
+
+    async fn record(&self, progress: &[RunProgress]) -> Result<Vec<RunId>, StoreError> {
+        on!(self.vital, c => record::record(c, progress))
+    }
+
+    async fn tell(&self, news: &[News]) -> Result<(), StoreError> {
+        on!(self.vital, c => news::tell(c, news))
+    }
+
+    fn news(&self) -> BoxStream<'static, News> {
+        news::news(self.direct.clone(), Arc::clone(&self.trust), self.closed.clone())
+    }
+
     async fn close(&self) {
-        tokio::join!(self.general.close(), self.vital.close());
+        self.closed.cancel();
+        tokio::join!(self.general.close(), self.vital.close(), self.session.close());
     }
 }

@@ -9,7 +9,8 @@ macro_rules! reads {
             Baseline, ConversationKey, EventBatch, Message, MessageId, Page, PageRequest, ReplicaId, Run, RunId, ThreadId,
         };
         use crate::store::columns::{
-            first_position, lasting_of_key, message_columns, newest_of_key, queue_depth, run_columns, thread_columns,
+            first_position, lasting_of_key, message_columns, newest_of_key, of_a_run_at_work, queue_depth, run_columns,
+            thread_columns,
         };
         use crate::store::rows::{EventRow, MessageRow, RunRow, RunWithReply, Span, ThreadAndRun, WaitingRow, cursor};
         use crate::store::{Claim, Idempotency, InputMessage, RunLease, StoreError, ThreadName, Turn, Waiting};
@@ -261,14 +262,28 @@ macro_rules! reads {
             connection: &mut <$database as sqlx::Database>::Connection,
             lease: &RunLease,
         ) -> Result<bool, StoreError> {
-            let done = sqlx::query(
-                "UPDATE runs SET outputs_sent = true
-                WHERE id = $1 AND fence = $2 AND status IN ('in_progress', 'requires_action', 'cancelling')",
-            )
-            .bind(lease.run_id.uuid())
-            .bind(lease.fence)
-            .execute(&mut *connection)
-            .await?;
+            mark(connection, lease, concat!("UPDATE runs SET outputs_sent = true", of_a_run_at_work!())).await
+        }
+
+        /// Implements [`Store::sends_again`](crate::store::Store::sends_again). No read either.
+        pub(super) async fn sends_again(
+            connection: &mut <$database as sqlx::Database>::Connection,
+            lease: &RunLease,
+        ) -> Result<bool, StoreError> {
+            mark(connection, lease, concat!("UPDATE runs SET unheard = unheard + 1", of_a_run_at_work!())).await
+        }
+
+        /// Notes something of a run at work. `false` if the lease was lost.
+        async fn mark(
+            connection: &mut <$database as sqlx::Database>::Connection,
+            lease: &RunLease,
+            statement: &'static str,
+        ) -> Result<bool, StoreError> {
+            let done = sqlx::query(statement)
+                .bind(lease.run_id.uuid())
+                .bind(lease.fence)
+                .execute(&mut *connection)
+                .await?;
             Ok(done.rows_affected() == 1)
         }
 
@@ -328,17 +343,25 @@ macro_rules! reads {
             .fetch_optional(&mut *connection)
             .await?;
             let Some(both) = both else { return Ok(Claim::Lost) };
+            let input = said(connection, lease.run_id).await?;
+            let turn = Turn { lease: *lease, thread: both.thread.try_into()?, run: both.run.try_into()?, input };
+            Ok(Claim::Started(Box::new(turn)))
+        }
+
+        /// What the user said in a run that has started.
+        pub(super) async fn said(
+            connection: &mut <$database as sqlx::Database>::Connection,
+            run: RunId,
+        ) -> Result<Vec<InputMessage>, StoreError> {
             let said: Vec<MessageRow> = sqlx::query_as(concat!(
                 "SELECT ",
                 message_columns!(),
                 " FROM messages m WHERE m.run_id = $1 AND m.role = 'user' ORDER BY m.position",
             ))
-            .bind(lease.run_id.uuid())
+            .bind(run.uuid())
             .fetch_all(connection)
             .await?;
-            let input = said.into_iter().map(InputMessage::try_from).collect::<Result<_, _>>()?;
-            let turn = Turn { lease: *lease, thread: both.thread.try_into()?, run: both.run.try_into()?, input };
-            Ok(Claim::Started(Box::new(turn)))
+            said.into_iter().map(InputMessage::try_from).collect()
         }
 
         /// A run that was paused under the lease and has not ended; it may have its outputs by now.
@@ -371,9 +394,11 @@ macro_rules! reads {
             from: i64,
         ) -> Result<Vec<EventBatch>, StoreError> {
             let rows: Vec<EventRow> = sqlx::query_as(
+                // What ends after `from`, or if nothing does, what ends last.
                 "SELECT e.n, e.event FROM run_events e
-                WHERE e.run_id = $1 AND e.n >= COALESCE(
-                    (SELECT max(b.n) FROM run_events b WHERE b.run_id = $1 AND b.n <= $2), 0
+                WHERE e.run_id = $1 AND e.until > (
+                    SELECT CASE WHEN l.until > $2 THEN $2 ELSE l.until - 1 END
+                    FROM (SELECT max(b.until) AS until FROM run_events b WHERE b.run_id = $1) l
                 )
                 ORDER BY e.n",
             )

@@ -15,7 +15,9 @@ use sqlx::types::Json;
 use sqlx::{ColumnIndex, Decode, Encode, FromRow, Row, Type};
 use uuid::Uuid;
 
-use super::{Finished, InputMessage, Orphan, Repeated, Request, RunLease, StoreError, ThreadReport, Waiting};
+use super::{
+    Finished, InputMessage, Orphan, Renewed, Repeated, Request, RunLease, StoreError, ThreadReport, Waiting,
+};
 use crate::domain::{
     ContentPart, ConversationKey, EventBatch, Leftover, Limits, LoggedEvent, Message, MessageId, Metadata,
     Page, PageRequest, Removed, ReplicaId, RequiredAction, Run, RunError, RunId, RunStatus, Scope, TenantKey,
@@ -387,6 +389,19 @@ impl TryFrom<RepeatedRow> for Repeated {
     }
 }
 
+/// What a replica is told when it renews its session.
+#[derive(FromRow)]
+pub(super) struct RenewedRow {
+    has_peers: bool,
+    now: At,
+}
+
+impl From<RenewedRow> for Renewed {
+    fn from(row: RenewedRow) -> Self {
+        Self { has_peers: row.has_peers, now: row.now.0 }
+    }
+}
+
 /// A run that was taken over; it has its new fence.
 #[derive(FromRow)]
 pub(super) struct OrphanRow {
@@ -412,6 +427,7 @@ impl TryFrom<OrphanRow> for Orphan {
             thread,
             run,
             time_left: Duration::from_millis(row.time_left.unwrap_or(0).try_into().unwrap_or(0)),
+            input: Vec::new(),
             content: row.partial.map(|json| json.0).unwrap_or_default(),
             outputs: row.tool_outputs.map(|json| json.0),
             outputs_sent: row.outputs_sent,
@@ -516,8 +532,23 @@ pub(super) fn cursor<Id: Copy>(
 /// The JSON text of a value. NUL characters, which Postgres cannot hold, become U+FFFD: a reply that has one
 /// must not keep its run from ending. A value that was read back gives the same text again, so texts can be compared.
 pub(super) fn json<T: Serialize>(value: &T) -> Result<String, StoreError> {
+    nulless_json(value, "\u{fffd}")
+}
+
+/// The same of events, in which NUL characters become U+001A, as long as they are: the numbers of events count bytes.
+pub(super) fn log_json(events: &[LoggedEvent]) -> Result<String, StoreError> {
+    nulless_json(&events, "\\u001a")
+}
+
+fn nulless_json<T: Serialize>(value: &T, substitute: &str) -> Result<String, StoreError> {
     let text = serde_json::to_string(value).map_err(|error| StoreError::Statement(error.into()))?;
-    Ok(if text.contains("\\u0000") { without_nul(&text) } else { text })
+    Ok(if text.contains("\\u0000") { without_nul(&text, substitute) } else { text })
+}
+
+/// An upstream's id of a run as a parameter of a statement that is about other runs too: without one that no Postgres can
+/// hold, which would fail all of them.
+pub(super) fn storable(id: Option<&UpstreamRunId>) -> Option<&str> {
+    id.map(UpstreamRunId::as_str).filter(|id| !id.contains('\0'))
 }
 
 /// Milliseconds for a statement that adds them to a time, at most a thousand years.
@@ -550,13 +581,13 @@ fn word<T: FromStr<Err = String>>(text: &str) -> Result<T, StoreError> {
 }
 
 /// Replaces the escape `\u0000` in a JSON text, but not what only looks like it behind a `\\`.
-fn without_nul(json: &str) -> String {
+fn without_nul(json: &str, substitute: &str) -> String {
     let mut out = String::with_capacity(json.len());
     let mut rest = json;
     while let Some(at) = rest.find('\\') {
         // An escape is two characters long at least, all ASCII.
         let (escape, next) =
-            if rest[at..].starts_with("\\u0000") { ("\u{fffd}", 6) } else { (&rest[at..at + 2], 2) };
+            if rest[at..].starts_with("\\u0000") { (substitute, 6) } else { (&rest[at..at + 2], 2) };
         out.push_str(&rest[..at]);
         out.push_str(escape);
         rest = &rest[at + next..];
@@ -610,6 +641,11 @@ mod tests {
         let back: String = serde_json::from_str(&json(&text).unwrap()).unwrap();
         assert_eq!(back, text.replace('\0', "\u{fffd}"));
         assert_eq!(json(&back).unwrap(), json(&text).unwrap());
+
+        let events = [LoggedEvent::Delta(text.to_owned())];
+        let back: Vec<LoggedEvent> = serde_json::from_str(&log_json(&events).unwrap()).unwrap();
+        assert_eq!(back, [LoggedEvent::Delta(text.replace('\0', "\u{1a}"))]);
+        assert_eq!(back[0].units(), events[0].units());
     }
 
     #[test]

@@ -16,6 +16,7 @@ mod life;
 mod once;
 mod open;
 mod read;
+mod record;
 mod remnants;
 mod replicas;
 mod rollover;
@@ -28,15 +29,17 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use async_trait::async_trait;
+use futures_util::stream::{self, BoxStream, StreamExt};
 use sqlx::migrate::Migrator;
 use sqlx::types::Json;
 use sqlx::{Connection, Sqlite, SqliteConnection, Transaction};
+use tokio_util::sync::CancellationToken;
 
 use super::errors::check_version;
 use super::pool::{Pool, on};
 use super::{
-    Admission, Admitted, Answered, Binding, Claim, Closing, Orphan, Pause, Paused, Repeated, Request, RunEnd,
-    RunLease, Store, StoreError, ThreadName, ToolAnswer,
+    Admission, Admitted, Answered, Binding, Claim, Closing, News, Orphan, Pause, Paused, Renewed, Repeated,
+    Request, RunEnd, RunLease, RunProgress, Store, StoreError, ThreadName, ToolAnswer,
 };
 use crate::config::StoreConfig;
 use crate::domain::{
@@ -128,6 +131,7 @@ pub struct SqliteStore {
     readers: Arc<Pool<SqliteConnection>>,
     /// Held for the life of the store: keeps a second process off the file.
     lock: Arc<File>,
+    closed: CancellationToken,
 }
 
 impl SqliteStore {
@@ -146,7 +150,12 @@ impl SqliteStore {
         let writer = open::writer(&path, config)?;
         on!(writer, c => replicas::forget(c)).map_err(|error| open::failed(&path, &error))?;
         let readers = open::readers(&path, config)?;
-        Ok(Self { writer: Arc::new(writer), readers: Arc::new(readers), lock: Arc::new(lock) })
+        Ok(Self {
+            writer: Arc::new(writer),
+            readers: Arc::new(readers),
+            lock: Arc::new(lock),
+            closed: CancellationToken::new(),
+        })
     }
 
     /// Brings the schema up to date.
@@ -218,6 +227,10 @@ impl Store for SqliteStore {
 
     async fn sends_outputs(&self, lease: &RunLease) -> Result<bool, StoreError> {
         on!(self.writer, c => read::sends_outputs(c, lease))
+    }
+
+    async fn sends_again(&self, lease: &RunLease) -> Result<bool, StoreError> {
+        on!(self.writer, c => read::sends_again(c, lease))
     }
 
     async fn requests(&self, replica: ReplicaId) -> Result<Vec<Request>, StoreError> {
@@ -299,7 +312,12 @@ impl Store for SqliteStore {
         on!(self.readers, c => read::run(c, key, id))
     }
 
-    async fn renew_replica(&self, id: ReplicaId, address: &str, ttl: Duration) -> Result<(), StoreError> {
+    async fn renew_replica(
+        &self,
+        id: ReplicaId,
+        address: &str,
+        ttl: Duration,
+    ) -> Result<Renewed, StoreError> {
         on!(self.writer, c => replicas::renew(c, id, address, ttl))
     }
 
@@ -316,7 +334,25 @@ impl Store for SqliteStore {
         on!(self.writer, c => replicas::adopt_orphans(c, id, working, limit))
     }
 
+    async fn release(&self, leases: &[RunLease]) -> Result<(), StoreError> {
+        on!(self.writer, c => replicas::release(c, leases))
+    }
+
+    async fn record(&self, progress: &[RunProgress]) -> Result<Vec<RunId>, StoreError> {
+        on!(self.writer, c => record::record(c, progress))
+    }
+
+    /// There is nobody else.
+    async fn tell(&self, _news: &[News]) -> Result<(), StoreError> {
+        Ok(())
+    }
+
+    fn news(&self) -> BoxStream<'static, News> {
+        stream::pending().take_until(self.closed.clone().cancelled_owned()).boxed()
+    }
+
     async fn close(&self) {
+        self.closed.cancel();
         // The readers first: the last connection to leave tidies the log away, which a reader may not.
         self.readers.close().await;
         self.writer.close().await;
@@ -345,7 +381,8 @@ mod tests {
     async fn what_each_call_costs_does_not_grow_with_the_tables() {
         let mut connection = SqliteConnection::connect("sqlite::memory:").await.unwrap();
         MIGRATOR.run(&mut connection).await.unwrap();
-        let scripts = [admit::ADMIT, end::FINISH, read::ACROSS_UPWARDS, read::ACROSS_DOWNWARDS];
+        let scripts =
+            [admit::ADMIT, end::FINISH, record::RECORD, read::ACROSS_UPWARDS, read::ACROSS_DOWNWARDS];
         for statement in scripts.into_iter().flat_map(|script| script.split(';')) {
             let explain = AssertSqlSafe(format!("EXPLAIN QUERY PLAN {statement}"));
             let plan: Vec<(i64, i64, i64, String)> =

@@ -74,13 +74,25 @@ impl Upstream for AssistantsUpstream {
     async fn start(&self, request: StartRun<'_>) -> Result<EventStream, UpstreamError> {
         let thread = request.thread.ok_or_else(no_thread)?;
         let path = ["threads", thread.as_str(), "runs"];
-        let events = self.client.events(Method::POST, &path, &[], Some(&run_body(&request))).await?;
-        Ok(public(relay(events, Turn::default()).await?))
+        let started = match self.client.events(Method::POST, &path, &[], Some(&run_body(&request))).await {
+            Ok(events) => relay(events, Turn::default()).await,
+            Err(refusal) => Err(refusal),
+        };
+        match started.map_err(UpstreamError::from) {
+            Ok(events) => Ok(public(events)),
+            // Sent before, by whoever had the run, and taken after all: it is there, and to be found as what is lost.
+            Err(UpstreamError::Busy { blocking_run: Some(blocking) })
+                if self.is_run_of(thread, &blocking, request.run).await =>
+            {
+                Err(UpstreamError::Broken { timeout: false })
+            }
+            Err(error) => Err(error),
+        }
     }
 
     async fn answer_tools(&self, request: AnswerTools<'_>) -> Result<EventStream, UpstreamError> {
         let thread = request.thread.ok_or_else(no_thread)?;
-        let run = request.upstream_run;
+        let run = request.upstream_run.ok_or_else(no_run)?;
         let path = ["threads", thread.as_str(), "runs", run.as_str(), "submit_tool_outputs"];
         let body = outputs_body(request.outputs);
         let refused = match self.client.events(Method::POST, &path, &[], Some(&body)).await {
@@ -88,12 +100,12 @@ impl Upstream for AssistantsUpstream {
             Err(refusal) => refusal.error,
         };
         // A run that takes no outputs has moved on: it has expired, or has got them already. Its own status is the
-        // truth then.
+        // truth then, as if the answer had been lost.
         if matches!(refused, UpstreamError::Refused { status: 400, .. })
             && let Some(run) = self.run(thread, run).await?
             && !run.value.waits_for_outputs()
         {
-            return Ok(self.follow(thread, run.value));
+            return Err(UpstreamError::Broken { timeout: false });
         }
         Err(refused)
     }
@@ -102,8 +114,9 @@ impl Upstream for AssistantsUpstream {
     async fn recover(&self, sent: &Leftover, _: &UpstreamError) -> Result<Recovered, UpstreamError> {
         let Some(thread) = &sent.thread else { return Ok(Recovered::Absent) };
         match self.trace(thread, sent).await {
-            // With the thread all that was sent to it is gone.
-            Err(UpstreamError::ThreadGone) => Ok(Recovered::Absent),
+            // With the thread all that was sent to it is gone. What was at work there has been seen all the same.
+            Err(UpstreamError::ThreadGone) if sent.upstream_run.is_none() => Ok(Recovered::Absent),
+            Err(UpstreamError::ThreadGone) => Ok(Recovered::Unknown),
             other => other,
         }
     }
@@ -245,6 +258,10 @@ impl AssistantsUpstream {
     ) -> Result<Answer<T>, UpstreamError> {
         self.calls(None).make(method, path, query).await
     }
+}
+
+fn no_run() -> UpstreamError {
+    UpstreamError::Protocol("outputs were to be sent to no run".to_owned())
 }
 
 fn no_thread() -> UpstreamError {

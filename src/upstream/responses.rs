@@ -107,13 +107,15 @@ impl Upstream for ResponsesUpstream {
     }
 
     /// The outputs of custom tools have a form of their own, and nothing that the caller knows tells these calls apart:
-    /// where the assistant has such tools, the response that made the calls is asked.
+    /// where the assistant has such tools, the response that made the calls is asked, or the conversation.
     async fn answer_tools(&self, request: AnswerTools<'_>) -> Result<EventStream, UpstreamError> {
+        let asked = request.upstream_run.map(|id| UpstreamThreadId(id.0.clone()));
+        let thread = if self.conversations { request.thread } else { asked.as_ref() };
+        if thread.is_none() {
+            return Err(UpstreamError::Protocol("outputs were to be sent to no response".to_owned()));
+        }
         let has_custom_tools = request.assistant.tools.iter().any(|tool| tool["type"] == "custom");
-        let asking = if has_custom_tools { self.response(request.upstream_run, None).await? } else { None };
-        let custom = asking.as_ref().map(custom_calls).unwrap_or_default();
-        let asked = UpstreamThreadId(request.upstream_run.0.clone());
-        let thread = if self.conversations { request.thread } else { Some(&asked) };
+        let custom = if has_custom_tools { self.custom_calls(&request).await? } else { Vec::new() };
         let mut body = self.body(thread, &Terms::of_answer(&request));
         body["input"] = output_items(request.outputs, &custom).into();
         let events = relay(self.open(&body).await?, Turn::new(!self.conversations)).await?;
@@ -202,6 +204,23 @@ impl ResponsesUpstream {
     async fn open(&self, body: &Value) -> Result<SseStream, Refusal> {
         let events = self.client.events(Method::POST, &["responses"], &[], Some(body)).await?;
         Ok(if self.background { resuming(self.client.clone(), events) } else { events })
+    }
+
+    /// Which of the calls that are to be answered are those of custom tools.
+    async fn custom_calls(&self, request: &AnswerTools<'_>) -> Result<Vec<String>, UpstreamError> {
+        let asking = match request.upstream_run {
+            Some(id) => self.response(id, None).await?,
+            None => None,
+        };
+        if let Some(asking) = asking {
+            return Ok(custom_calls(asking["output"].as_array().map(Vec::as_slice).unwrap_or_default()));
+        }
+        let Some(conversation) = request.thread.filter(|_| self.conversations) else { return Ok(Vec::new()) };
+        match self.newest(conversation, None, 1).await {
+            Ok(newest) => Ok(custom_calls(&newest.items)),
+            Err(error) if is_not_offered(&error) => Ok(Vec::new()),
+            Err(error) => Err(error),
+        }
     }
 
     /// The response as it is stored; `None` if it is not, which is so for one that is not in the background until it

@@ -114,3 +114,31 @@ async fn a_panic_in_an_adapter_ends_the_run_and_frees_the_thread() {
         }
     }
 }
+
+/// A run that was cut off here and had completed upstream all the same is told as a whole.
+#[tokio::test]
+async fn readers_see_what_only_the_last_look_has_found() {
+    let database = TestDatabase::sqlite().await;
+    let upstream = Scripted::new(false);
+    let Process { runs, .. } = Process::alive(database.store().await, upstream).await;
+    let submitted = runs.submit(key(), message("break")).await.unwrap();
+    let live: Vec<_> = submitted.follow.events(0).collect().await;
+    let (_, follow) = runs.follow(&key(), submitted.run.id).await.unwrap();
+    let recorded: Vec<_> = follow.events(0).collect().await;
+    for events in [live, recorded] {
+        let [
+            ..,
+            (n, RunEvent::Delta(text)),
+            (m, RunEvent::MessageCompleted(message)),
+            (_, RunEvent::Ended(outcome)),
+        ] = events.as_slice()
+        else {
+            panic!("{events:?}")
+        };
+        assert_eq!((&**text, *m), ("held", n + 1));
+        assert_eq!(
+            (&message.content, outcome.run.status),
+            (&crate::store_contract::text("held"), RunStatus::Completed)
+        );
+    }
+}

@@ -7,10 +7,13 @@ mod deletion;
 mod expiry;
 mod import;
 mod keeping;
+mod news;
 mod once;
+mod outages;
 mod queue;
 mod random;
 mod reading;
+mod recording;
 mod remnants;
 mod replicas;
 mod rollover;
@@ -109,6 +112,7 @@ pub(crate) fn completed(reply: Option<&str>) -> RunEnd {
         error: None,
         usage: None,
         upstream_run_id: None,
+        unheard: 0,
         upstream_thread_id: None,
         reply: reply.map(|reply| Reply {
             id: MessageId::new(),
@@ -136,7 +140,7 @@ fn pause(calls: &[&str], first: i64) -> Pause {
     let delta = |text: &str| LoggedEvent::Delta(text.to_owned());
     Pause {
         required_action,
-        upstream_run_id: UpstreamRunId("resp_1".to_owned()),
+        upstream_run_id: Some(UpstreamRunId("resp_1".to_owned())),
         content: text("let me see"),
         usage: Some(Usage { input_tokens: 1, output_tokens: 2, total_tokens: 3 }),
         events: EventBatch {

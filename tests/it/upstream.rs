@@ -12,6 +12,7 @@ mod scene;
 mod scripted;
 mod settling;
 mod simulated;
+mod takeover;
 
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};

@@ -3,7 +3,7 @@
 use std::str::FromStr;
 use std::time::Duration;
 
-use secrecy::ExposeSecret;
+use secrecy::{ExposeSecret, SecretString};
 use sqlx::postgres::{PgConnectOptions, PgConnection};
 use sqlx::{ConnectOptions, Connection};
 use tokio::time::{Instant, sleep, timeout_at};
@@ -18,29 +18,55 @@ const SLOW_STATEMENT: Duration = Duration::from_secs(1);
 const FIRST_PAUSE: Duration = Duration::from_millis(50);
 const LONGEST_PAUSE: Duration = Duration::from_secs(1);
 
-/// Reads the URL.
-pub(super) fn options(config: &StoreConfig) -> Result<PgConnectOptions, StoreError> {
+/// A way to the database.
+#[derive(Clone, Debug)]
+pub(super) struct Way {
+    pub(super) options: PgConnectOptions,
+    /// The setting that tells it.
+    setting: &'static str,
+}
+
+/// Reads the URLs: the one for all that is done, and the one for what a pooler would not let through, if it is another.
+pub(super) fn options(config: &StoreConfig) -> Result<(Way, Option<Way>), StoreError> {
     let url = config.url.as_ref().ok_or_else(|| StoreError::Open("store.url is not set".to_owned()))?;
+    let way = way(url, "store.url")?;
+    let Some(direct) = &config.direct_url else { return Ok((way.with_session_settings(), None)) };
+    let direct = self::way(direct, "store.direct_url")?.with_session_settings();
+    Ok((way, Some(direct)))
+}
+
+fn way(url: &SecretString, setting: &'static str) -> Result<Way, StoreError> {
     // The cause is left out: it might quote the URL, which may hold a password.
     let options = PgConnectOptions::from_str(url.expose_secret()).map_err(|_| {
-        StoreError::Open("store.url is not of the form `postgres://user@host:port/database`".to_owned())
+        StoreError::Open(format!("{setting} is not of the form `postgres://user@host:port/database`"))
     })?;
-    Ok(options
+    let options = options
         .application_name("threadkeeper")
-        .options([
+        // What servers since 12 do by themselves, and poolers do not know.
+        .extra_float_digits(None)
+        .log_statements(LevelFilter::Debug)
+        .log_slow_statements(LevelFilter::Warn, SLOW_STATEMENT);
+    Ok(Way { options, setting })
+}
+
+impl Way {
+    /// A pooler refuses these: sessions with the server are not ours there.
+    fn with_session_settings(self) -> Self {
+        let options = self.options.options([
             // No statement of ours takes long: one that does waits for a lock that a stuck client holds.
             ("statement_timeout", "10s"),
             ("idle_in_transaction_session_timeout", "30s"),
             // All of them look rows up by key: one plan serves every key, and planning takes longer than the rest.
             ("plan_cache_mode", "force_generic_plan"),
             ("jit", "off"),
-        ])
-        .log_statements(LevelFilter::Debug)
-        .log_slow_statements(LevelFilter::Warn, SLOW_STATEMENT))
+        ]);
+        Self { options, ..self }
+    }
 }
 
 /// Tries to connect until it works, waiting does not help, or the time is up.
-pub(super) async fn wait_until_up(options: &PgConnectOptions, limit: Duration) -> Result<(), StoreError> {
+pub(super) async fn wait_until_up(way: &Way, limit: Duration) -> Result<(), StoreError> {
+    let options = &way.options;
     let deadline = Instant::now() + limit;
     let mut pause = FIRST_PAUSE;
     let mut told = false;
@@ -54,7 +80,7 @@ pub(super) async fn wait_until_up(options: &PgConnectOptions, limit: Duration) -
             Ok(Err(error)) => error,
             Err(_) => sqlx::Error::Io(std::io::ErrorKind::TimedOut.into()),
         };
-        if let Some(text) = beyond_waiting(&error, options) {
+        if let Some(text) = beyond_waiting(&error, way) {
             return Err(StoreError::Open(text));
         }
         if Instant::now() + pause >= deadline {
@@ -71,19 +97,24 @@ pub(super) async fn wait_until_up(options: &PgConnectOptions, limit: Duration) -
 }
 
 /// What to do about an error that stays the same however long one waits.
-fn beyond_waiting(error: &sqlx::Error, options: &PgConnectOptions) -> Option<String> {
+fn beyond_waiting(error: &sqlx::Error, Way { options, setting }: &Way) -> Option<String> {
     let place = place(options);
     match error {
         sqlx::Error::Database(cause) => {
             let (user, code) = (options.get_username(), cause.code().unwrap_or_default());
             match &*code {
                 "28P01" | "28000" => Some(format!(
-                    "{place} refused the user `{user}`: check user and password in store.url ({})",
+                    "{place} refused the user `{user}`: check user and password in {setting} ({})",
                     cause.message()
                 )),
                 "3D000" => Some(format!(
-                    "{place} has no database `{}`: create it, or correct store.url",
+                    "{place} has no database `{}`: create it, or correct {setting}",
                     options.get_database().unwrap_or(user)
+                )),
+                "08P01" if cause.message().contains("startup parameter") => Some(format!(
+                    "{place} is a pooler that does not let our settings through ({}): set store.direct_url to the \
+                     server itself",
+                    cause.message()
                 )),
                 "42501" => {
                     Some(format!("{place} does not let the user `{user}` connect: {}", cause.message()))
@@ -92,10 +123,10 @@ fn beyond_waiting(error: &sqlx::Error, options: &PgConnectOptions) -> Option<Str
             }
         }
         sqlx::Error::Tls(cause) => {
-            Some(format!("no TLS connection to {place}: {cause}; see sslmode and sslrootcert of store.url"))
+            Some(format!("no TLS connection to {place}: {cause}; see sslmode and sslrootcert of {setting}"))
         }
         sqlx::Error::Configuration(_) => {
-            Some("store.url has a parameter that Postgres connections do not know".to_owned())
+            Some(format!("{setting} has a parameter that Postgres connections do not know"))
         }
         _ => None,
     }
@@ -125,11 +156,36 @@ mod tests {
         }
     }
 
+    #[test]
+    fn a_problem_is_told_of_the_url_that_has_it() {
+        let both = |direct: &str| StoreConfig {
+            direct_url: Some(direct.to_owned().into()),
+            ..config("postgres://u@h/d")
+        };
+        let error = options(&both("postgres://u:secret@host:port/db")).unwrap_err().to_string();
+        assert!(error.contains("store.direct_url") && !error.contains("secret"), "{error}");
+        assert_eq!(options(&both("postgres://u@i/d")).unwrap().1.unwrap().options.get_host(), "i");
+        assert!(options(&config("postgres://u@h/d")).unwrap().1.is_none());
+    }
+
+    #[test]
+    fn a_pooler_is_not_asked_for_settings_of_sessions() {
+        let behind = StoreConfig {
+            direct_url: Some("postgres://u@i/d".to_owned().into()),
+            ..config("postgres://u@h/d")
+        };
+        let (pooled, direct) = options(&behind).unwrap();
+        assert_eq!(pooled.options.get_options(), None);
+        assert!(direct.unwrap().options.get_options().unwrap().contains("statement_timeout"));
+        let (way, _) = options(&config("postgres://u@h/d")).unwrap();
+        assert!(way.options.get_options().unwrap().contains("statement_timeout"));
+    }
+
     #[tokio::test]
     async fn a_server_that_stays_away_is_given_up_and_named() {
         // A port that was free a moment ago.
         let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
-        let options = options(&config(&format!("postgres://u:secret@127.0.0.1:{port}/db"))).unwrap();
+        let (options, _) = options(&config(&format!("postgres://u:secret@127.0.0.1:{port}/db"))).unwrap();
         let error = wait_until_up(&options, Duration::from_millis(200)).await.unwrap_err();
         let text = format!("{error:?}");
         assert!(matches!(error, StoreError::Unavailable(_)), "{text}");

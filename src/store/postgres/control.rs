@@ -83,8 +83,7 @@ async fn try_request_cancel(
     row.map(Run::try_from).transpose()
 }
 
-/// Implements [`Store::requests`](crate::store::Store::requests). Looks at the active runs of all replicas, which are
-/// few, rather than have each turn pay for an index of its own.
+/// Implements [`Store::requests`](crate::store::Store::requests).
 pub(super) async fn requests(
     connection: &mut PgConnection,
     replica: ReplicaId,
@@ -109,7 +108,7 @@ pub(super) async fn lost(
 ) -> Result<Vec<RunId>, StoreError> {
     let working: Vec<Uuid> = working.iter().map(|run| run.uuid()).collect();
     let lost: Vec<Uuid> =
-        sqlx::query_scalar("SELECT r.id FROM runs r WHERE r.id = ANY($2) AND r.owner <> $1")
+        sqlx::query_scalar("SELECT r.id FROM runs r WHERE r.id = ANY($2) AND r.owner IS DISTINCT FROM $1")
             .bind(replica.uuid())
             .bind(working)
             .fetch_all(connection)

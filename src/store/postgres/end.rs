@@ -6,7 +6,7 @@ use uuid::Uuid;
 
 use crate::domain::{Context, RunStatus, UpstreamRunId, UpstreamThreadId};
 use crate::store::columns::{activity, first_position, message_columns, run_columns, thread_columns};
-use crate::store::rows::{FinishedRow, ended, json};
+use crate::store::rows::{FinishedRow, ended, json, log_json};
 use crate::store::{Closing, Finished, RunEnd, RunLease, StoreError};
 
 /// `held` is the run, `ending` is empty if it must be discarded and the end does not do that.
@@ -14,6 +14,8 @@ use crate::store::{Closing, Finished, RunEnd, RunLease, StoreError};
 /// The statement's snapshot is taken before it gets the run's row, and may be out of date by then: if the run moved on
 /// meanwhile (a claim whose caller did not wait for it puts messages into the transcript, a rollover takes it to a fresh
 /// thread), the snapshot lacks what came with that. `s` is the run as in the snapshot, so that this shows; then nothing is changed, and it is tried again.
+///
+/// A part of the log may be there already, if the answer to its [recording](super::record) did not come in time.
 ///
 /// What concerns other messages than the new ones hangs on a parameter alone, so that a run which ended well does not
 /// look at any. The run comes first, then the messages that the thread counts, then the thread.
@@ -34,14 +36,15 @@ const FINISH: &str = concat!(
             earlier_upstream_runs = CASE WHEN r.upstream_run_id <> $6
                 THEN COALESCE(r.earlier_upstream_runs, '[]') || to_jsonb(r.upstream_run_id)
                 ELSE r.earlier_upstream_runs END,
-            discard = $15, required_action = NULL, partial = NULL, tool_outputs = NULL, input = NULL, finished_at = clock_timestamp()
+            unheard = r.unheard + $21, discard = $15, required_action = NULL, partial = NULL, tool_outputs = NULL, input = NULL, finished_at = clock_timestamp()
         FROM ending e
         WHERE r.id = e.id
         RETURNING r.*
     ), logged AS (
-        INSERT INTO run_events (run_id, n, event, created_at)
-        SELECT e.id, $16, $17::jsonb, clock_timestamp() FROM ending e
-        ON CONFLICT (run_id, n) DO NOTHING
+        INSERT INTO run_events AS l (run_id, n, event, until, created_at)
+        SELECT e.id, $16, $17::jsonb, $20, clock_timestamp() FROM ending e
+        ON CONFLICT (run_id, n) DO UPDATE SET event = excluded.event, until = excluded.until
+            WHERE l.until < excluded.until
     ), removed AS (
         DELETE FROM messages m USING ending e WHERE $15 AND m.run_id = e.id RETURNING m.id
     ), marked AS (
@@ -152,9 +155,11 @@ async fn try_finish(
         .bind(end.leftover.as_ref().map(json).transpose()?)
         .bind(end.discard)
         .bind(end.events.first)
-        .bind(json(&end.events.events)?)
+        .bind(log_json(&end.events.events)?)
         .bind(ended(end.status))
         .bind(!as_begun && !end.discard)
+        .bind(end.events.end())
+        .bind(i32::try_from(end.unheard).unwrap_or(i32::MAX))
         .fetch_optional(&mut *connection)
         .await?;
     let Some(row) = row else {

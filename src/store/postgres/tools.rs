@@ -6,15 +6,16 @@ use sqlx::{FromRow, PgConnection, Row};
 use super::once;
 use super::read::is_used;
 use super::read::waiting;
-use crate::domain::{ConversationKey, RunId, RunStatus};
+use crate::domain::{ConversationKey, RunId, RunStatus, UpstreamRunId};
 use crate::store::columns::{queue_depth, run_columns, thread_columns};
-use crate::store::rows::{WaitingRow, json};
+use crate::store::rows::{WaitingRow, json, log_json};
 use crate::store::{Answered, Pause, Paused, RunLease, StoreError, ToolAnswer, Waiting};
 
 /// Implements [`Store::pause`](crate::store::Store::pause).
 ///
 /// The batch of events tells whether the pause was recorded before: a repetition that comes after the answer must not
-/// let the run wait for it again.
+/// let the run wait for it again. A shorter batch in its place is none of a pause, for that one ends with what the run
+/// asks for: it is a [recording](super::record) whose answer did not come in time.
 pub(super) async fn pause(
     connection: &mut PgConnection,
     lease: &RunLease,
@@ -26,12 +27,14 @@ pub(super) async fn pause(
             WHERE r.id = $1 AND r.fence = $2 AND r.status IN ('in_progress', 'requires_action', 'cancelling')
             FOR NO KEY UPDATE
         ), logged AS (
-            INSERT INTO run_events (run_id, n, event, created_at)
-            SELECT h.id, $7, $8::jsonb, clock_timestamp() FROM held h WHERE h.status = 'in_progress'
-            ON CONFLICT (run_id, n) DO NOTHING
-            RETURNING run_id
+            INSERT INTO run_events AS l (run_id, n, event, until, created_at)
+            SELECT h.id, $7, $8::jsonb, $9, clock_timestamp() FROM held h WHERE h.status = 'in_progress'
+            ON CONFLICT (run_id, n) DO UPDATE SET event = excluded.event, until = excluded.until
+                WHERE l.until < excluded.until
+            RETURNING l.run_id
         ), paused AS (
-            UPDATE runs r SET status = 'requires_action', required_action = $3::jsonb, upstream_run_id = $4,
+            UPDATE runs r SET status = 'requires_action', required_action = $3::jsonb,
+                upstream_run_id = COALESCE($4, r.upstream_run_id),
                 earlier_upstream_runs = CASE WHEN r.upstream_run_id <> $4
                     THEN COALESCE(r.earlier_upstream_runs, '[]') || to_jsonb(r.upstream_run_id)
                     ELSE r.earlier_upstream_runs END,
@@ -54,11 +57,12 @@ pub(super) async fn pause(
     .bind(lease.run_id.uuid())
     .bind(lease.fence)
     .bind(json(&pause.required_action)?)
-    .bind(pause.upstream_run_id.as_str())
+    .bind(pause.upstream_run_id.as_ref().map(UpstreamRunId::as_str))
     .bind(json(&pause.content)?)
     .bind(pause.usage.as_ref().map(json).transpose()?)
     .bind(pause.events.first)
-    .bind(json(&pause.events.events)?)
+    .bind(log_json(&pause.events.events)?)
+    .bind(pause.events.end())
     .fetch_optional(&mut *connection)
     .await?;
     let Some(row) = row else { return Ok(Paused::Lost) };

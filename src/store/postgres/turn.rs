@@ -26,8 +26,10 @@ pub(super) async fn claim(connection: &mut PgConnection, lease: &RunLease) -> Re
             WHERE r.id = $1 AND r.fence = $2 AND r.status = 'queued'
             FOR NO KEY UPDATE
         ), started AS (
-            UPDATE runs r SET status = 'in_progress', input = NULL, started_at = now(),
-                deadline_at = now() + r.timeout_ms * interval '1 millisecond'
+            UPDATE runs r SET status = 'in_progress', input = NULL, (started_at, deadline_at) = (
+                    SELECT c.at, c.at + r.timeout_ms * interval '1 millisecond'
+                    FROM (SELECT clock_timestamp() AS at) c
+                )
             FROM waiting w
             JOIN runs s ON s.id = w.id AND s.thread_id = w.thread_id
             WHERE r.id = w.id AND r.status = 'queued'

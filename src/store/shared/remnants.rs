@@ -212,9 +212,7 @@ macro_rules! remnants {
             thread: ThreadId,
         ) -> Result<u64, StoreError> {
             let count: i64 = sqlx::query_scalar(
-                "SELECT count(*) FROM runs r
-                WHERE r.thread_id = $1 AND r.status = 'failed' AND r.started_at IS NOT NULL
-                    AND r.upstream_run_id IS NULL AND r.error ->> 'code' IN ('replica_lost', 'stream_broken')",
+                "SELECT CAST(COALESCE(sum(r.unheard), 0) AS bigint) FROM runs r WHERE r.thread_id = $1",
             )
             .bind(thread.uuid())
             .fetch_one(connection)

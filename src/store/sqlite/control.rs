@@ -90,7 +90,7 @@ pub(super) async fn lost(
     working: &[RunId],
 ) -> Result<Vec<RunId>, StoreError> {
     let lost: Vec<Uuid> = sqlx::query_scalar(
-        "SELECT r.id FROM json_each($2) w JOIN runs r ON r.id = unhex(w.value) WHERE r.owner <> $1",
+        "SELECT r.id FROM json_each($2) w JOIN runs r ON r.id = unhex(w.value) WHERE r.owner IS NOT $1",
     )
     .bind(replica.uuid())
     .bind(listed(working))

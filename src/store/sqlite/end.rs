@@ -5,7 +5,7 @@ use sqlx::SqliteConnection;
 use super::{now, write};
 use crate::domain::{Context, RunStatus, UpstreamRunId, UpstreamThreadId};
 use crate::store::columns::{activity, first_position, message_columns, run_columns, thread_columns};
-use crate::store::rows::{FinishedRow, ended, json};
+use crate::store::rows::{FinishedRow, ended, json, log_json};
 use crate::store::{Closing, Finished, RunEnd, RunLease, StoreError};
 
 /// The run `r` has not ended, the lease is good, and if the run must be discarded the end does that.
@@ -22,13 +22,14 @@ macro_rules! ending {
 /// given way, now or by an earlier call. What concerns other messages than the new ones hangs on a parameter first,
 /// so that a run which ended well does not look at any.
 pub(super) const FINISH: &str = concat!(
-    "INSERT INTO run_events (run_id, n, event, created_at)
-    SELECT r.id, $16, $17, ",
+    "INSERT INTO run_events AS l (run_id, n, event, until, created_at)
+    SELECT r.id, $16, $17, $20, ",
     now!(),
     " FROM runs r WHERE ",
     ending!(),
     "
-    ON CONFLICT (run_id, n) DO NOTHING;
+    ON CONFLICT (run_id, n) DO UPDATE SET event = excluded.event, until = excluded.until
+        WHERE l.until < excluded.until;
 
     INSERT INTO messages (id, thread_id, position, role, content, run_id, created_at)
     SELECT unhex(substr(m.value ->> 'id', 5)), t.id, t.last_position + 1 + m.key, 'user', m.value -> 'content',
@@ -95,7 +96,7 @@ pub(super) const FINISH: &str = concat!(
     UPDATE runs AS r SET status = $3, error = $4, usage = $5, upstream_run_id = COALESCE($6, upstream_run_id),
         earlier_upstream_runs = iif(upstream_run_id <> $6,
             json_insert(COALESCE(earlier_upstream_runs, '[]'), '$[#]', upstream_run_id), earlier_upstream_runs),
-        discard = $15, required_action = NULL, partial = NULL, tool_outputs = NULL, input = NULL, finished_at = ",
+        unheard = unheard + $21, discard = $15, required_action = NULL, partial = NULL, tool_outputs = NULL, input = NULL, finished_at = ",
     now!(),
     "
     WHERE ",
@@ -143,9 +144,11 @@ pub(super) async fn finish(
         .bind(end.leftover.as_ref().map(json).transpose()?)
         .bind(end.discard)
         .bind(end.events.first)
-        .bind(json(&end.events.events)?)
+        .bind(log_json(&end.events.events)?)
         .bind(ended(end.status))
         .bind(!as_begun && !end.discard)
+        .bind(end.events.end())
+        .bind(i32::try_from(end.unheard).unwrap_or(i32::MAX))
         .fetch_optional(&mut *tx)
         .await?;
     let closing = match row {

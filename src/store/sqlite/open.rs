@@ -3,6 +3,7 @@
 use std::fs::{File, TryLockError};
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
+use std::sync::Arc;
 use std::time::Duration;
 
 use secrecy::ExposeSecret;
@@ -78,12 +79,18 @@ pub(super) fn writer(path: &Path, config: &StoreConfig) -> Result<Pool<SqliteCon
     };
     let options =
         options(path).create_if_missing(true).journal_mode(SqliteJournalMode::Wal).synchronous(synchronous);
-    Pool::new(options, 1, config.acquire_timeout, CALL_TIMEOUT)
+    Pool::new(options, Arc::default(), 1, config.acquire_timeout, CALL_TIMEOUT)
 }
 
 /// The connections that only read; opened when they are needed.
 pub(super) fn readers(path: &Path, config: &StoreConfig) -> Result<Pool<SqliteConnection>, StoreError> {
-    Pool::new(options(path).read_only(true), config.max_connections, config.acquire_timeout, CALL_TIMEOUT)
+    Pool::new(
+        options(path).read_only(true),
+        Arc::default(),
+        config.max_connections,
+        config.acquire_timeout,
+        CALL_TIMEOUT,
+    )
 }
 
 /// What to tell when the file could not be opened.

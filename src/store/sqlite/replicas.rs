@@ -6,11 +6,12 @@ use std::time::Duration;
 use sqlx::SqliteConnection;
 use uuid::Uuid;
 
+use super::read::said;
 use super::{listed, now, write};
-use crate::domain::{ReplicaId, RunId};
+use crate::domain::{ReplicaId, RunId, RunStatus};
 use crate::store::columns::{run_columns, thread_columns};
-use crate::store::rows::{OrphanRow, millis};
-use crate::store::{Orphan, StoreError};
+use crate::store::rows::{OrphanRow, RenewedRow, millis};
+use crate::store::{Orphan, Renewed, RunLease, StoreError};
 
 /// Ends all sessions, if there is a schema yet.
 pub(super) async fn forget(connection: &mut SqliteConnection) -> Result<(), StoreError> {
@@ -30,27 +31,53 @@ pub(super) async fn renew(
     id: ReplicaId,
     address: &str,
     ttl: Duration,
-) -> Result<(), StoreError> {
-    sqlx::query(concat!(
+) -> Result<Renewed, StoreError> {
+    let row: RenewedRow = sqlx::query_as(concat!(
         "INSERT INTO replicas (id, address, started_at, expires_at) VALUES ($1, $2, ",
         now!(),
         ", ",
         now!(),
         " + $3)
-        ON CONFLICT (id) DO UPDATE SET address = excluded.address, expires_at = excluded.expires_at",
+        ON CONFLICT (id) DO UPDATE SET address = excluded.address, expires_at = excluded.expires_at;
+
+        SELECT EXISTS (SELECT 1 FROM replicas p WHERE p.id <> $1 AND p.expires_at > ",
+        now!(),
+        ") AS has_peers, ",
+        now!(),
+        " AS now",
     ))
     .bind(id.uuid())
     .bind(address)
     .bind(millis(ttl))
-    .execute(&mut *connection)
+    .fetch_one(&mut *connection)
     .await?;
-    Ok(())
+    Ok(row.into())
 }
 
 /// Implements [`Store::retire_replica`](crate::store::Store::retire_replica).
 pub(super) async fn retire(connection: &mut SqliteConnection, id: ReplicaId) -> Result<(), StoreError> {
     sqlx::query("DELETE FROM replicas WHERE id = $1").bind(id.uuid()).execute(&mut *connection).await?;
     Ok(())
+}
+
+/// Implements [`Store::release`](crate::store::Store::release).
+pub(super) async fn release(
+    connection: &mut SqliteConnection,
+    leases: &[RunLease],
+) -> Result<(), StoreError> {
+    let mut tx = write(connection).await?;
+    for lease in leases {
+        sqlx::query(
+            "UPDATE runs SET owner = NULL
+            WHERE id = $1 AND fence = $2
+                AND status IN ('queued', 'in_progress', 'requires_action', 'cancelling')",
+        )
+        .bind(lease.run_id.uuid())
+        .bind(lease.fence)
+        .execute(&mut *tx)
+        .await?;
+    }
+    Ok(tx.commit().await?)
 }
 
 /// Implements [`Store::adopt_orphans`](crate::store::Store::adopt_orphans).
@@ -102,7 +129,11 @@ pub(super) async fn adopt_orphans(
         .bind(previous_owner)
         .fetch_one(&mut *tx)
         .await?;
-        adopted.push(row.try_into()?);
+        let mut orphan = Orphan::try_from(row)?;
+        if orphan.run.status != RunStatus::Queued {
+            orphan.input = said(&mut tx, orphan.run.id).await?;
+        }
+        adopted.push(orphan);
     }
     tx.commit().await?;
     Ok(adopted)

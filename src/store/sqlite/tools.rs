@@ -5,14 +5,15 @@ use sqlx::SqliteConnection;
 use super::read::is_used;
 use super::read::waiting;
 use super::{now, once, write};
-use crate::domain::{ConversationKey, RunId, RunStatus};
-use crate::store::rows::json;
+use crate::domain::{ConversationKey, RunId, RunStatus, UpstreamRunId};
+use crate::store::rows::{json, log_json};
 use crate::store::{Answered, Pause, Paused, RunLease, StoreError, ToolAnswer};
 
 /// Implements [`Store::pause`](crate::store::Store::pause).
 ///
 /// The batch of events tells whether the pause was recorded before: a repetition that comes after the answer must not
-/// let the run wait for it again.
+/// let the run wait for it again. A shorter batch in its place is none of a pause, for that one ends with what the run
+/// asks for: it is a [recording](super::record) whose answer did not come in time.
 pub(super) async fn pause(
     connection: &mut SqliteConnection,
     lease: &RunLease,
@@ -22,7 +23,7 @@ pub(super) async fn pause(
     let required_action = json(&pause.required_action)?;
     let held: Option<(String, bool, bool)> = sqlx::query_as(
         "SELECT r.status, r.required_action IS $3, EXISTS (
-            SELECT 1 FROM run_events e WHERE e.run_id = r.id AND e.n = $4
+            SELECT 1 FROM run_events e WHERE e.run_id = r.id AND e.n = $4 AND e.until >= $5
         )
         FROM runs r
         WHERE r.id = $1 AND r.fence = $2 AND r.status IN ('in_progress', 'requires_action', 'cancelling')",
@@ -31,6 +32,7 @@ pub(super) async fn pause(
     .bind(lease.fence)
     .bind(&required_action)
     .bind(pause.events.first)
+    .bind(pause.events.end())
     .fetch_optional(&mut *tx)
     .await?;
     let Some((status, is_same, is_logged)) = held else { return Ok(Paused::Lost) };
@@ -42,11 +44,13 @@ pub(super) async fn pause(
     }
     if status == RunStatus::InProgress.as_str() && !is_logged {
         sqlx::query(concat!(
-            "INSERT INTO run_events (run_id, n, event, created_at) VALUES ($1, $6, $7, ",
+            "INSERT INTO run_events (run_id, n, event, until, created_at) VALUES ($1, $6, $7, $8, ",
             now!(),
-            ");
+            ")
+            ON CONFLICT (run_id, n) DO UPDATE SET event = excluded.event, until = excluded.until;
 
-            UPDATE runs SET status = 'requires_action', required_action = $2, upstream_run_id = $3,
+            UPDATE runs SET status = 'requires_action', required_action = $2,
+                upstream_run_id = COALESCE($3, upstream_run_id),
                 earlier_upstream_runs = iif(upstream_run_id <> $3,
                     json_insert(COALESCE(earlier_upstream_runs, '[]'), '$[#]', upstream_run_id), earlier_upstream_runs),
                 partial = $4, usage = $5, tool_outputs = NULL
@@ -54,11 +58,12 @@ pub(super) async fn pause(
         ))
         .bind(lease.run_id.uuid())
         .bind(required_action)
-        .bind(pause.upstream_run_id.as_str())
+        .bind(pause.upstream_run_id.as_ref().map(UpstreamRunId::as_str))
         .bind(json(&pause.content)?)
         .bind(pause.usage.as_ref().map(json).transpose()?)
         .bind(pause.events.first)
-        .bind(json(&pause.events.events)?)
+        .bind(log_json(&pause.events.events)?)
+        .bind(pause.events.end())
         .execute(&mut *tx)
         .await?;
     }

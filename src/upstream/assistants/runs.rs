@@ -35,6 +35,18 @@ impl AssistantsUpstream {
         }
     }
 
+    /// What holds the thread is the run of this name itself. If the server does not say so at once, it counts as another.
+    pub(super) async fn is_run_of(
+        &self,
+        thread: &UpstreamThreadId,
+        blocking: &UpstreamRunId,
+        run: RunId,
+    ) -> bool {
+        let path = ["threads", thread.as_str(), "runs", blocking.as_str()];
+        let held = self.client.json::<RunObject>(Method::GET, &path, &[], None).await;
+        held.is_ok_and(|held| held.value.tag(RUN_TAG) == Some(run.to_string().as_str()))
+    }
+
     /// The run that carries our tag.
     pub(super) async fn find(
         &self,

@@ -1,5 +1,7 @@
 //! What became of a request or stream that broke.
 
+use std::time::Duration;
+
 use futures_util::{StreamExt, stream};
 use serde_json::Value;
 use tokio::time::{Instant, sleep};
@@ -7,7 +9,7 @@ use tokio::time::{Instant, sleep};
 use super::ResponsesUpstream;
 use super::part::{end_of, own_part, what_followed};
 use super::settling::MAX_PAGES;
-use super::source::{as_event, polling};
+use super::source::{as_event, retelling};
 use super::turn::Turn;
 use super::wire::Output;
 use crate::domain::{Leftover, UpstreamRunId, UpstreamThreadId};
@@ -46,49 +48,54 @@ impl ResponsesUpstream {
                 _ => {}
             }
         }
-        let Some(conversation) = sent.thread.as_ref().filter(|_| self.conversations) else {
-            let is_over = accepted.is_none() && attempt_is_over(failure);
-            return Ok(if is_over { Recovered::Absent } else { Recovered::Unknown });
-        };
-        let may_still_work = !(accepted.is_none() && attempt_is_over(failure));
-        let look = if may_still_work && !self.background {
-            self.wait_and_look(conversation, sent, accepted).await?
-        } else {
-            Found::Items(self.look(conversation, sent).await?)
-        };
-        let look = match look {
+        let conversation = sent.thread.as_ref().filter(|_| self.conversations);
+        let may_still_work = accepted.is_some() || !attempt_is_over(failure);
+        // A response in the background that is not stored is gone.
+        let is_gone = self.background && accepted.is_some();
+        // Where there is neither an id nor a conversation, nothing would ever be seen.
+        let can_be_seen = accepted.is_some() || conversation.is_some();
+        let waits = may_still_work && can_be_seen && !is_gone;
+        let look = match self.wait_and_look(conversation, sent, accepted, waits).await? {
             Found::Response(id, response) => {
                 return self.running(&id, &response).await.map(Recovered::Running);
             }
             Found::Items(look) => look,
         };
+        // One that is not in the background has stopped by now, or what it came to is in the conversation.
+        let has_stopped = !may_still_work || (conversation.is_some() && !self.background);
         Ok(match look {
             // Calls among the items may be those of an earlier response, which the lost one was to answer.
             Look::Reply(ended) if accepted.is_some() && !ended.tool_calls.is_empty() => Recovered::Unknown,
             Look::Reply(ended) => Recovered::Running(stream::iter([Ok(UpstreamEvent::Ended(ended))]).boxed()),
-            Look::Nothing if accepted.is_none() && !(may_still_work && self.background) => Recovered::Absent,
+            Look::Nothing if accepted.is_none() && has_stopped => Recovered::Absent,
             Look::Nothing | Look::Sent | Look::Lost => Recovered::Unknown,
         })
     }
 
-    /// Looks until there is a reply, for as long as a response can go on whose connection is gone.
+    /// Looks until there is a reply; if `waits`, for as long as a response can go on whose connection is gone. Whoever opened
+    /// that may be stopped, and holds it, or the request was still on its way.
     async fn wait_and_look(
         &self,
-        conversation: &UpstreamThreadId,
+        conversation: Option<&UpstreamThreadId>,
         sent: &Leftover,
         accepted: Option<&UpstreamRunId>,
+        waits: bool,
     ) -> Result<Found, UpstreamError> {
-        let until = Instant::now() + self.lock_window;
+        let until = Instant::now() + if waits { self.lock_window } else { Duration::ZERO };
         let mut wait = FIRST_WAIT;
         loop {
             let is_last = Instant::now() >= until;
             if let Some(id) = accepted
+                && waits
                 && let Some(response) = self.response(id, None).await?
                 && as_event(&response).1
             {
                 return Ok(Found::Response(id.clone(), response));
             }
-            let look = self.look(conversation, sent).await?;
+            let look = match conversation {
+                Some(conversation) => self.look(conversation, sent).await?,
+                None => Look::Nothing,
+            };
             if is_last || matches!(look, Look::Reply(_)) {
                 return Ok(Found::Items(look));
             }
@@ -113,9 +120,9 @@ impl ResponsesUpstream {
         })
     }
 
-    /// What is still to come of a response.
+    /// A response, told from its beginning where it goes on.
     async fn running(&self, id: &UpstreamRunId, response: &Value) -> Result<EventStream, UpstreamError> {
-        let events = polling(self.client.clone(), id.clone(), response);
+        let events = retelling(self.client.clone(), id.clone(), response);
         Ok(public(relay(events, Turn::new(!self.conversations)).await?))
     }
 

@@ -174,9 +174,8 @@ mod tests {
                 json!({"type": "custom_tool_call_output", "call_id": "call_2", "output": "1"}),
             ]
         );
-        let response = json!({"output": [
-            {"type": "function_call", "call_id": "call_1"}, {"type": "custom_tool_call", "call_id": "call_2"},
-        ]});
-        assert_eq!(super::super::wire::custom_calls(&response), ["call_2"]);
+        let items = [("function_call", "call_1"), ("custom_tool_call", "call_2")];
+        let items = items.map(|(kind, id)| json!({"type": kind, "call_id": id}));
+        assert_eq!(super::super::wire::custom_calls(&items), ["call_2"]);
     }
 }

@@ -26,11 +26,23 @@ pub(super) fn resuming(client: UpstreamClient, events: SseStream) -> SseStream {
     Source { events: Some(events), ..Source::new(client) }.into_stream()
 }
 
-/// What is still to come of a response that was read as `response` just now: that it is there, then its end.
-pub(super) fn polling(client: UpstreamClient, id: UpstreamRunId, response: &Value) -> SseStream {
+/// A response that was read as `response` just now: that it is there, then all its events from the first one on, or, if it
+/// is over or the server does not give them again, its end alone.
+pub(super) fn retelling(client: UpstreamClient, id: UpstreamRunId, response: &Value) -> SseStream {
     let (first, is_over) = as_event(response);
-    let source = Source { response: Some(id), polls: true, over: is_over, ..Source::new(client) };
+    let source = Source { response: Some(id), again: Again::All, over: is_over, ..Source::new(client) };
     stream::iter([Ok(first)]).chain(source.into_stream()).boxed()
+}
+
+/// What can be had of a stream that is not open (any more).
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+enum Again {
+    /// What follows the last event, if that had a number.
+    Rest,
+    /// The same, and all if there was no event yet.
+    All,
+    /// Nothing: the response itself is asked for.
+    Nothing,
 }
 
 struct Source {
@@ -39,12 +51,11 @@ struct Source {
     response: Option<UpstreamRunId>,
     /// Number of the last event.
     last: Option<u64>,
+    again: Again,
     /// Events up to this number are repeats.
     seen: Option<u64>,
     /// Something new came since the last break.
     progress: bool,
-    /// Its events cannot be had again: the response itself is asked for.
-    polls: bool,
     failures: u32,
     wait: Duration,
     /// The last event that matters has come.
@@ -58,9 +69,9 @@ impl Source {
             events: None,
             response: None,
             last: None,
+            again: Again::Rest,
             seen: None,
             progress: true,
-            polls: false,
             failures: 0,
             wait: FIRST_WAIT,
             over: false,
@@ -78,7 +89,7 @@ impl Source {
             if let Some(events) = &mut self.events {
                 match events.next().await {
                     // Instead of an event that was asked for: it cannot be had, which says nothing of the response.
-                    Some(Ok(event)) if !self.progress && is_error(&event) => self.polls = true,
+                    Some(Ok(event)) if !self.progress && is_error(&event) => self.again = Again::Nothing,
                     Some(Ok(event)) => {
                         if self.note(&event) {
                             return Some(Ok(event));
@@ -87,7 +98,8 @@ impl Source {
                     }
                     None if self.over => return None,
                     // A stream that ends without anything new has nothing more to tell.
-                    None => self.polls |= !self.progress,
+                    None if !self.progress => self.again = Again::Nothing,
+                    None => {}
                     Some(Err(error)) if self.over || !matches!(error, UpstreamError::Broken { .. }) => {
                         return Some(Err(error));
                     }
@@ -144,17 +156,20 @@ impl Source {
                 sleep(asked_wait(&error).unwrap_or(self.wait)).await;
                 self.wait = longer(self.wait);
             }
-            let tried = match self.last {
-                Some(last) if !self.polls => self.resume(&id, last).await.map(|()| None),
-                _ => self.poll(&id).await.map(Some),
+            let streams = match self.again {
+                Again::Rest => self.last.is_some(),
+                Again::All => true,
+                Again::Nothing => false,
             };
+            let tried =
+                if streams { self.open(&id).await.map(|()| None) } else { self.poll(&id).await.map(Some) };
             match tried {
                 Ok(event) => return Ok(event),
                 Err(next) if may_pass(&next) || matches!(next, UpstreamError::Resting { .. }) => error = next,
                 // The server cannot stream it again: refused, or not an event stream.
-                Err(next) if !self.polls && self.last.is_some() && is_no(&next) => {
-                    tracing::debug!("the upstream cannot resume a stream; asking for the response instead");
-                    self.polls = true;
+                Err(next) if streams && is_no(&next) => {
+                    tracing::debug!("the upstream cannot stream a response again; asking for it instead");
+                    self.again = Again::Nothing;
                     self.failures = 0;
                 }
                 // What became of a response that is gone has to be found out elsewhere.
@@ -164,12 +179,14 @@ impl Source {
         }
     }
 
-    async fn resume(&mut self, id: &UpstreamRunId, last: u64) -> Result<(), UpstreamError> {
-        let after = last.to_string();
-        let query = [("stream", "true"), ("starting_after", after.as_str())];
+    /// Opens the stream after the last event, or from the first one on.
+    async fn open(&mut self, id: &UpstreamRunId) -> Result<(), UpstreamError> {
+        let after = self.last.map(|last| last.to_string());
+        let starting_after = after.as_deref().map(|last| ("starting_after", last));
+        let query: Vec<_> = [("stream", "true")].into_iter().chain(starting_after).collect();
         let events = self.client.events(Method::GET, &["responses", id.as_str()], &query, None).await?;
-        tracing::debug!("the stream of a response broke and goes on");
-        (self.events, self.seen, self.progress) = (Some(events), Some(last), false);
+        tracing::debug!("the stream of a response goes on");
+        (self.events, self.seen, self.progress) = (Some(events), self.last, false);
         Ok(())
     }
 

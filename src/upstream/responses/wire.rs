@@ -163,9 +163,8 @@ pub(super) fn output_item(call: &str, output: &str, custom: bool) -> Value {
     json!({"type": kind, "call_id": call, "output": output})
 }
 
-/// The calls of custom tools that a response has made.
-pub(super) fn custom_calls(response: &Value) -> Vec<String> {
-    let items = response["output"].as_array().map(Vec::as_slice).unwrap_or_default();
+/// The calls of custom tools among `items` that no other of them answers.
+pub(super) fn custom_calls(items: &[Value]) -> Vec<String> {
     open_calls(items).into_iter().filter(|open| open.custom).map(|open| open.call.id).collect()
 }
 

@@ -460,14 +460,14 @@ impl Story {
         let threads = receipt["threads"]["data"].as_array().unwrap().iter();
         let unknown: i64 = threads.map(|thread| thread["upstream_unknown"].as_i64().unwrap()).sum();
         let made = |what: &str| steps.iter().any(|step| step == what);
-        for place in world.scene.simulator.holds_text(&self.word) {
-            let excused = if place.contains("response ") {
-                made("POST /v1/responses")
-            } else {
-                made("POST /v1/threads") || made("POST /v1/conversations")
-            };
-            assert!(excused && unknown > 0, "{place} is left at the upstream: {receipt:#}");
-        }
+        let made_thread = made("POST /v1/threads") || made("POST /v1/conversations");
+        let left = world.scene.simulator.holds_text(&self.word);
+        // A response may also be one of who went on with the run, if that was cancelled before it had answered.
+        let excused = left.iter().all(|place| place.contains("response ") || made_thread);
+        // Each with what is in it.
+        let things = left.iter().filter(|place| !place.contains(" of ")).count();
+        let told = things <= usize::try_from(unknown).unwrap();
+        assert!(excused && told, "{left:#?} is left at the upstream: {receipt:#}");
     }
 
     /// Ends what still waits for somebody.

@@ -5,7 +5,10 @@ use serde_json::json;
 use crate::support::gateway::{text, text_of};
 use crate::support::scene::{Backend, Protocol, Scene, on_every_scene};
 
-on_every_scene!(a_running_turn_ends_before_the_process_does, a_turn_past_the_grace_time_is_told_so);
+on_every_scene!(
+    a_running_turn_ends_before_the_process_does,
+    what_is_past_the_grace_time_is_left_to_the_next_process
+);
 
 async fn a_running_turn_ends_before_the_process_does(scene: Scene) {
     let mut gateway = scene.gateway().await;
@@ -33,7 +36,7 @@ async fn a_running_turn_ends_before_the_process_does(scene: Scene) {
     assert_eq!(scene.database.number("SELECT count(*) FROM replicas").await, 0, "its session is given up");
 }
 
-async fn a_turn_past_the_grace_time_is_told_so(scene: Scene) {
+async fn what_is_past_the_grace_time_is_left_to_the_next_process(scene: Scene) {
     let mut gateway = scene.gateway_with("[server]\nshutdown_grace = \"100ms\"\n").await;
     scene.simulator.hold();
     let mut running = gateway.stream("/v1/users/alice", "last words").await;
@@ -46,14 +49,11 @@ async fn a_turn_past_the_grace_time_is_told_so(scene: Scene) {
     }
     gateway.terminate();
     for stream in streams {
-        let events = stream.rest().await;
-        let end = events.last().unwrap();
-        assert_eq!(end.name, "run.failed");
-        assert_eq!(end.data["run"]["error"]["code"], "gateway_stopped");
+        assert_eq!(stream.rest().await.last().unwrap().name, "stream.reconnect");
     }
     assert!(gateway.exit().await.success());
     scene.simulator.release();
-    let again = scene.gateway().await;
+    let again = scene.gateway_upstream("lock_window = \"500ms\"\n").await;
     again.say("/v1/users/alice", "and now?").await;
     let said = again.get("/v1/users/alice/messages?order=asc&limit=100").await.ok();
     let said = said["data"].as_array().unwrap().iter().filter(|m| m["role"] == "user").map(text);
@@ -63,6 +63,13 @@ async fn a_turn_past_the_grace_time_is_told_so(scene: Scene) {
         .chain(["and now?".to_owned()])
         .collect();
     assert_eq!(said.collect::<Vec<_>>(), wanted, "all that was said is in the transcript, in order");
+    let runs = again.get("/v1/users/alice/runs?order=asc&limit=100").await.ok();
+    let runs = runs["data"].as_array().unwrap();
+    assert!(runs[1..].iter().all(|run| run["status"] == "completed"), "what waited has run: {runs:#?}");
+    // What was at work has ended as the upstream says, if that goes on without its client.
+    let completed = runs[0]["status"] == "completed";
+    assert!(completed || runs[0]["error"]["code"] == "replica_lost", "{:#}", runs[0]);
+    assert!(completed || scene.protocol != Protocol::Assistants, "{:#}", runs[0]);
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -75,6 +82,6 @@ async fn a_second_signal_ends_the_grace_time() {
     gateway.terminate();
     gateway.until("/readyz", |answer| answer.status == 503).await;
     gateway.terminate();
-    assert_eq!(running.rest().await.last().unwrap().name, "run.failed");
+    assert_eq!(running.rest().await.last().unwrap().name, "stream.reconnect");
     assert!(gateway.exit().await.success());
 }

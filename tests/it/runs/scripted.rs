@@ -177,7 +177,7 @@ impl Upstream for Scripted {
 
     async fn answer_tools(&self, request: AnswerTools<'_>) -> Result<EventStream, UpstreamError> {
         self.note(format!("answer {}", request.outputs[0].output));
-        let run = request.upstream_run.clone();
+        let run = request.upstream_run.cloned().unwrap();
         let ended = self.ended(RunStatus::Completed, "thanks", &run);
         Ok(self.events(run, false, ended))
     }

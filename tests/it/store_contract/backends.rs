@@ -695,7 +695,7 @@ async fn what_a_dead_process_left_in_a_sqlite_file_is_free_at_once() {
 
 /// What stood in the database before messages could be removed keeps its places, and the end of its life. `id` and `time`
 /// are spelled as the backend wants them.
-async fn an_old_transcript_goes_on(database: &TestDatabase, migrations: [&str; 3], id: &str, time: &str) {
+async fn an_old_transcript_goes_on(database: &TestDatabase, migrations: [&str; 4], id: &str, time: &str) {
     for table in [
         "deleted_threads",
         "deletions",
@@ -727,7 +727,29 @@ async fn an_old_transcript_goes_on(database: &TestDatabase, migrations: [&str; 3
         .await;
     database.execute(migrations[1]).await;
     database.execute(migrations[2]).await;
+    let events = [
+        r#"[{"started": {}}, {"requires_action": {"tool_calls": []}}]"#,
+        r#"["Hé\"llo\\", " there"]"#,
+        r#"["!"]"#,
+        "[]",
+    ];
+    for (n, events) in events.iter().enumerate() {
+        database
+            .execute(&format!(
+                "INSERT INTO run_events (run_id, n, event, created_at) VALUES ({id}, {n}, '{events}', {time})"
+            ))
+            .await;
+    }
+    database.execute(migrations[3]).await;
     let store = database.store().await;
+    let run = RunId::from_uuid("01890a5d-ac96-774b-bcce-b302099a8057".parse().unwrap());
+    let text = |text: &str| LoggedEvent::Delta(text.to_owned());
+    let action = LoggedEvent::RequiresAction(RequiredAction { tool_calls: vec![] });
+    let events = vec![LoggedEvent::Started, action, text("Hé\"llo\\"), text(" there"), text("!")];
+    for from in [0, 3, 100] {
+        let batches = store.events(run, from).await.unwrap();
+        assert_eq!(batches, [EventBatch { first: 0, events: events.clone() }], "one row has it all");
+    }
     let finished = exchange(&*store, &user("alice")).await;
     assert_eq!((finished.message.unwrap().position, finished.thread.message_count), (3, 3));
     assert_eq!(finished.thread.limits, limits(Duration::from_hours(1)));
@@ -744,6 +766,7 @@ async fn an_old_transcript_goes_on_in_postgres() {
         include_str!("../../../migrations/postgres/0001_initial.sql"),
         include_str!("../../../migrations/postgres/0002_runs.sql"),
         include_str!("../../../migrations/postgres/0003_life.sql"),
+        include_str!("../../../migrations/postgres/0004_replicas.sql"),
     ];
     let id = "'01890a5d-ac96-774b-bcce-b302099a8057'";
     let database = TestDatabase::postgres().await;
@@ -756,6 +779,7 @@ async fn an_old_transcript_goes_on_in_sqlite() {
         include_str!("../../../migrations/sqlite/0001_initial.sql"),
         include_str!("../../../migrations/sqlite/0002_runs.sql"),
         include_str!("../../../migrations/sqlite/0003_life.sql"),
+        include_str!("../../../migrations/sqlite/0004_replicas.sql"),
     ];
     let id = "x'01890a5dac96774bbcceb302099a8057'";
     let database = TestDatabase::sqlite().await;

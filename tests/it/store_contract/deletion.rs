@@ -20,6 +20,7 @@ on_every_backend!(
     a_request_waits_for_what_another_erases,
     a_crash_in_the_beginning_leaves_nothing_behind,
     what_is_removed_upstream_is_recorded,
+    answers_that_were_lost_are_counted,
     a_receipt_comes_in_pages,
     what_is_under_way_is_found,
     a_receipt_is_forgotten_after_its_time,
@@ -533,4 +534,22 @@ async fn deletions_and_messages_at_once_leave_nothing_behind() {
     for store in replicas {
         store.close().await;
     }
+}
+
+async fn answers_that_were_lost_are_counted(_: &TestDatabase, store: &dyn Store) {
+    let key = user("alice");
+    let turn = started(store.admit(&admission(&key)).await.unwrap());
+    let thread = turn.thread.id;
+    assert_eq!(store.unheard_runs(thread).await.unwrap(), 0);
+    assert!(store.sends_again(&turn.lease).await.unwrap());
+    assert!(store.sends_again(&turn.lease).await.unwrap());
+    let stale = RunLease { fence: turn.lease.fence - 1, ..turn.lease };
+    assert!(!store.sends_again(&stale).await.unwrap(), "the run is another's");
+    assert_eq!(store.unheard_runs(thread).await.unwrap(), 2);
+    let unheard = RunEnd { unheard: 1, ..completed(Some("hi")) };
+    closed(store.finish(&turn.lease, &unheard).await.unwrap());
+    assert!(!store.sends_again(&turn.lease).await.unwrap(), "the run is over");
+    let next = started(store.admit(&admission(&key)).await.unwrap());
+    closed(store.finish(&next.lease, &completed(Some("hi"))).await.unwrap());
+    assert_eq!(store.unheard_runs(thread).await.unwrap(), 3);
 }

@@ -136,7 +136,8 @@ async fn a_run_remembers_all_its_ids(_: &TestDatabase, store: &dyn Store) {
     let key = user("alice");
     let turn = turn(store, &key).await;
     for (n, id) in (0..).zip(["resp_1", "resp_2", "resp_2", "resp_3"]) {
-        let pause = Pause { upstream_run_id: UpstreamRunId(id.to_owned()), ..pause(&["call_1"], n * 10) };
+        let pause =
+            Pause { upstream_run_id: Some(UpstreamRunId(id.to_owned())), ..pause(&["call_1"], n * 10) };
         for _ in 0..2 {
             store.pause(&turn.lease, &pause).await.unwrap();
         }
@@ -162,7 +163,8 @@ async fn a_run_remembers_all_its_ids(_: &TestDatabase, store: &dyn Store) {
     for last in [Some("run_1"), None] {
         let key = user(last.unwrap_or("none"));
         let turn = self::turn(store, &key).await;
-        let pause = Pause { upstream_run_id: UpstreamRunId("run_1".to_owned()), ..pause(&["call_1"], 0) };
+        let pause =
+            Pause { upstream_run_id: Some(UpstreamRunId("run_1".to_owned())), ..pause(&["call_1"], 0) };
         store.pause(&turn.lease, &pause).await.unwrap();
         closed(store.finish(&turn.lease, &end(last)).await.unwrap());
         assert_eq!(left(store, turn.thread.id).await, ids(&["run_1"]));
@@ -174,7 +176,10 @@ async fn a_run_s_ids_come_together(_: &TestDatabase, store: &dyn Store) {
     for n in 0..3 {
         let turn = turn(store, &key).await;
         let id = |round: i32| UpstreamRunId(format!("resp_{n}_{round}"));
-        store.pause(&turn.lease, &Pause { upstream_run_id: id(1), ..pause(&["call_1"], 0) }).await.unwrap();
+        store
+            .pause(&turn.lease, &Pause { upstream_run_id: Some(id(1)), ..pause(&["call_1"], 0) })
+            .await
+            .unwrap();
         let mut end = RunEnd { upstream_run_id: Some(id(2)), ..completed(None) };
         end.events.first = 4;
         closed(store.finish(&turn.lease, &end).await.unwrap());

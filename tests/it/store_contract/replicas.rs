@@ -16,6 +16,9 @@ on_every_backend!(
     strays_of_ones_own_are_found,
     an_orphan_comes_with_what_it_was_at,
     what_others_took_over_is_lost,
+    a_renewal_tells_of_peers_and_of_the_time,
+    a_run_that_was_given_up_is_free_at_once,
+    what_was_merged_comes_in_order,
 );
 
 const ALIVE: Duration = Duration::from_mins(1);
@@ -176,7 +179,7 @@ async fn an_orphan_comes_with_what_it_was_at(database: &TestDatabase, store: &dy
     let (dead, me) = (ReplicaId::new(), ReplicaId::new());
     let (plain, waits, answered, late) = (user("a"), user("b"), user("c"), user("d"));
     let calls = pause(&["call_1"], 0);
-    busy(store, &plain, dead).await;
+    let first = busy(store, &plain, dead).await;
     queued(store.admit(&Admission { replica: dead, ..admission(&plain) }).await.unwrap());
     let turn = busy(store, &waits, dead).await;
     store.pause(&turn.lease, &calls).await.unwrap();
@@ -211,13 +214,17 @@ async fn an_orphan_comes_with_what_it_was_at(database: &TestDatabase, store: &dy
         assert_eq!(orphan.time_left > Duration::from_secs(30), *has_time, "{status}: {:?}", orphan.time_left);
         assert_eq!(orphan.time_left.is_zero(), !has_time, "{status}: {:?}", orphan.time_left);
     }
+    // With what the user said, of all that had started.
+    assert_eq!(orphans[0].input, first.input);
+    assert_eq!(orphans[1].input, []);
+    assert!(orphans[2..].iter().all(|orphan| orphan.input.len() == 1));
     // The new owner is asked what the old one was asked, and can go on.
     let requests = store.requests(me).await.unwrap();
     assert_eq!(requests.len(), 2, "{requests:?}");
     let orphan = orphans.remove(2);
     assert_eq!(orphan.run.required_action, Some(calls.required_action.clone()));
     store.answer_tools(&waits, orphan.run.id, &answer(&["call_1"])).await.unwrap();
-    let calls = pause(&["call_2"], 4);
+    let calls = pause(&["call_2"], calls.events.end());
     let paused = store.pause(&orphan.lease, &calls).await.unwrap();
     assert!(matches!(paused, threadkeeper::store::Paused::Waiting(_)), "{paused:?}");
     check_invariants(database).await;
@@ -246,4 +253,81 @@ async fn what_others_took_over_is_lost(_: &TestDatabase, store: &dyn Store) {
     store.retire_replica(me).await.unwrap();
     store.adopt_orphans(other, &[others], 10).await.unwrap();
     assert_eq!(store.lost(me, &[mine, ended.run.id]).await.unwrap(), [mine]);
+}
+
+async fn a_renewal_tells_of_peers_and_of_the_time(database: &TestDatabase, store: &dyn Store) {
+    let (me, other) = (ReplicaId::new(), ReplicaId::new());
+    for (ttl, has_peers) in [(None, false), (Some(ALIVE), true), (Some(Duration::ZERO), false)] {
+        if let Some(ttl) = ttl {
+            store.renew_replica(other, "127.0.0.1:1", ttl).await.unwrap();
+        }
+        for _ in 0..2 {
+            let before = database.clock().await;
+            let renewed = store.renew_replica(me, "127.0.0.1:2", ALIVE).await.unwrap();
+            assert_eq!(renewed.has_peers, has_peers, "{ttl:?}");
+            assert!((before..=database.clock().await).contains(&renewed.now), "{renewed:?}");
+        }
+    }
+}
+
+async fn a_run_that_was_given_up_is_free_at_once(database: &TestDatabase, store: &dyn Store) {
+    let (me, other) = (ReplicaId::new(), ReplicaId::new());
+    let key = user("a");
+    let turn = busy(store, &key, me).await;
+    let (waiting, ..) = queued(store.admit(&Admission { replica: me, ..admission(&key) }).await.unwrap());
+    let kept = busy(store, &user("b"), me).await;
+    let ended = busy(store, &user("c"), me).await;
+    closed(store.finish(&ended.lease, &completed(None)).await.unwrap());
+    let others = busy(store, &user("d"), other).await;
+
+    store.release(&[]).await.unwrap();
+    let stale = RunLease { fence: others.lease.fence - 1, ..others.lease };
+    let leases = [waiting, turn.lease, ended.lease, stale];
+    for _ in 0..2 {
+        store.release(&leases).await.unwrap();
+    }
+    let working = [turn.run.id, waiting.run_id, kept.run.id, ended.run.id];
+    let mut lost = store.lost(me, &working).await.unwrap();
+    lost.sort_unstable();
+    assert_eq!(lost, [turn.run.id, waiting.run_id]);
+    store.request_cancel(&key, turn.run.id).await.unwrap().unwrap();
+    assert_eq!(store.requests(me).await.unwrap(), [], "nobody is asked");
+    check_invariants(database).await;
+
+    // Although its session is alive.
+    let orphans = store.adopt_orphans(other, &[others.run.id], 10).await.unwrap();
+    assert_eq!(runs(&orphans), [turn.run.id, waiting.run_id]);
+    for (orphan, lease) in orphans.iter().zip([turn.lease, waiting]) {
+        assert_eq!(orphan.previous_owner, None);
+        assert!(orphan.lease.fence > lease.fence);
+    }
+    // A release that comes late takes nothing away.
+    store.release(&leases).await.unwrap();
+    assert_eq!(store.adopt_orphans(me, &[kept.run.id], 10).await.unwrap(), []);
+    assert_eq!(store.requests(other).await.unwrap().len(), 1);
+    closed(store.finish(&kept.lease, &completed(None)).await.unwrap());
+    check_invariants(database).await;
+}
+
+async fn what_was_merged_comes_in_order(_: &TestDatabase, store: &dyn Store) {
+    let (dead, me) = (ReplicaId::new(), ReplicaId::new());
+    let key = user("a");
+    let first = busy(store, &key, dead).await;
+    let message = |content: &str| Admission {
+        strategy: MultitaskStrategy::Merge,
+        replica: dead,
+        message: InputMessage { id: MessageId::new(), content: text(content) },
+        ..admission(&key)
+    };
+    let (lease, ..) = queued(store.admit(&message("one")).await.unwrap());
+    for more in ["two", "three"] {
+        assert!(matches!(store.admit(&message(more)).await.unwrap(), Admitted::Merged { .. }));
+    }
+    closed(store.finish(&first.lease, &completed(Some("hi"))).await.unwrap());
+    let turn = claimed(store.claim(&lease).await.unwrap());
+    store.retire_replica(dead).await.unwrap();
+    let orphans = store.adopt_orphans(me, &[], 10).await.unwrap();
+    assert_eq!(orphans[0].input, turn.input);
+    let said: Vec<_> = orphans[0].input.iter().map(|message| message.content.clone()).collect();
+    assert_eq!(said, [text("one"), text("two"), text("three")]);
 }

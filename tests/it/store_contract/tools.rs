@@ -44,7 +44,7 @@ async fn a_pause_holds_the_thread(database: &TestDatabase, store: &dyn Store) {
     assert_eq!((paused.activity.state, paused.activity.queue_depth), (ThreadState::RequiresAction, 1));
     assert_eq!(paused.run.status, RunStatus::RequiresAction);
     assert_eq!(paused.run.required_action.as_ref(), Some(&wanted.required_action));
-    assert_eq!(paused.run.upstream_run_id.as_ref(), Some(&wanted.upstream_run_id));
+    assert_eq!(paused.run.upstream_run_id, wanted.upstream_run_id);
     assert_eq!(paused.run.usage, wanted.usage);
     assert_eq!(paused.run.deadline_at, turn.run.deadline_at);
     assert_eq!(seen(store, &key).await.unwrap(), (paused.thread, paused.activity));
@@ -166,13 +166,16 @@ async fn a_run_may_wait_more_than_once(database: &TestDatabase, store: &dyn Stor
     let key = user("alice");
     let request = admission(&key);
     let turn = started(store.admit(&request).await.unwrap());
-    for (call, first) in [("call_1", 0), ("call_2", 4), ("call_3", 8)] {
-        let upstream_run_id = UpstreamRunId(format!("resp_{call}"));
+    let id = |call: &str| Some(UpstreamRunId(format!("resp_{call}")));
+    // The id of the last one was not heard.
+    for (call, first, upstream_run_id) in
+        [("call_1", 0, id("call_1")), ("call_2", 4, id("call_2")), ("call_3", 8, None)]
+    {
         let usage =
             Some(Usage { input_tokens: 1, output_tokens: 2, total_tokens: first.try_into().unwrap() });
         let pause = Pause { upstream_run_id, usage, ..pause(&[call], first) };
         let paused = waiting(store.pause(&turn.lease, &pause).await.unwrap());
-        assert_eq!(paused.run.upstream_run_id, Some(pause.upstream_run_id));
+        assert_eq!(paused.run.upstream_run_id, pause.upstream_run_id.or(id("call_2")));
         assert_eq!(paused.run.usage, usage);
         assert_eq!(store.requests(request.replica).await.unwrap(), [], "the last outputs were sent");
         let answer = answer(&[call]);
@@ -181,7 +184,7 @@ async fn a_run_may_wait_more_than_once(database: &TestDatabase, store: &dyn Stor
         assert_eq!(store.requests(request.replica).await.unwrap(), [resume]);
     }
     let finished = closed(store.finish(&turn.lease, &completed(Some("done"))).await.unwrap());
-    assert_eq!(finished.run.upstream_run_id, Some(UpstreamRunId("resp_call_3".to_owned())));
+    assert_eq!(finished.run.upstream_run_id, id("call_2"));
     assert_eq!(store.requests(request.replica).await.unwrap(), []);
     check_invariants(database).await;
 }
@@ -224,7 +227,7 @@ async fn a_run_that_waits_may_end(database: &TestDatabase, store: &dyn Store) {
     let end = RunEnd { status: RunStatus::Expired, ..completed(Some("as far as it came")) };
     let finished = closed(store.finish(&turn.lease, &end).await.unwrap());
     assert_eq!((finished.run.status, &finished.run.required_action), (RunStatus::Expired, &None));
-    assert_eq!(finished.run.upstream_run_id, Some(pause(&[], 0).upstream_run_id), "it keeps what it had");
+    assert_eq!(finished.run.upstream_run_id, pause(&[], 0).upstream_run_id, "it keeps what it had");
     assert_eq!(finished.activity.state, ThreadState::Idle);
     let late = store.answer_tools(&key, turn.run.id, &answer(&["call_1"])).await.unwrap();
     assert_eq!(late, Answered::NotWaiting);
@@ -239,20 +242,22 @@ async fn a_log_comes_in_batches(_: &TestDatabase, store: &dyn Store) {
     assert_eq!(store.events(RunId::new(), 0).await.unwrap(), []);
 
     let first = pause(&["call_1"], 0);
+    let end_of_first = first.events.end();
+    assert_eq!(end_of_first, 12, "one, ten bytes of text, one");
     waiting(store.pause(&turn.lease, &first).await.unwrap());
     resumed(store.answer_tools(&key, turn.run.id, &answer(&["call_1"])).await.unwrap());
-    let rest =
-        EventBatch { first: 4, events: vec![delta("more \"\u{1f980}\""), delta("queued"), delta("a\0b")] };
-    let end = RunEnd { events: rest, ..completed(Some("hi")) };
+    let rest = |last| EventBatch {
+        first: end_of_first,
+        events: vec![delta("more \"\u{1f980}\""), delta("queued"), delta(last)],
+    };
+    let end = RunEnd { events: rest("a\0b"), ..completed(Some("hi")) };
     for _ in 0..2 {
         closed(store.finish(&turn.lease, &end).await.unwrap());
     }
-    let rest = EventBatch {
-        first: 4,
-        events: vec![delta("more \"\u{1f980}\""), delta("queued"), delta("a\u{fffd}b")],
-    };
-    let both = [first.events, rest];
-    for (from, skipped) in [(0, 0), (1, 0), (3, 0), (4, 1), (5, 1), (7, 1), (100, 1)] {
+    // A character that cannot be stored has another of the same length in its place.
+    let both = [first.events, rest("a\u{1a}b")];
+    assert_eq!(both[1].end(), 32);
+    for (from, skipped) in [(0, 0), (1, 0), (11, 0), (12, 1), (31, 1), (32, 1), (i64::MAX, 1)] {
         assert_eq!(store.events(turn.run.id, from).await.unwrap(), both[skipped..], "from {from}");
     }
 

@@ -14,7 +14,8 @@ use threadkeeper::store::{PostgresStore, SqliteStore, Store};
 use tokio::sync::OnceCell;
 use uuid::Uuid;
 
-use super::postgres as cluster;
+use super::cluster::Cluster;
+use super::postgres as shared;
 
 static MIGRATOR: Migrator = sqlx::migrate!("migrations/postgres");
 
@@ -24,8 +25,15 @@ pub(crate) struct TestDatabase {
 }
 
 enum Place {
-    Postgres { server: Box<PgConnectOptions>, name: String, url: String },
-    Sqlite { folder: TempDir },
+    /// Without a server: it goes with its [cluster](Cluster).
+    Postgres {
+        server: Option<Box<PgConnectOptions>>,
+        name: String,
+        url: String,
+    },
+    Sqlite {
+        folder: TempDir,
+    },
 }
 
 impl TestDatabase {
@@ -33,7 +41,7 @@ impl TestDatabase {
     pub(crate) async fn postgres() -> Self {
         let url = std::env::var("DATABASE_URL").ok().filter(|url| url.starts_with("postgres"));
         let own = url.is_none();
-        let url = url.unwrap_or_else(|| cluster::url().to_owned());
+        let url = url.unwrap_or_else(|| shared::url().to_owned());
         let server: PgConnectOptions = url.parse().expect("DATABASE_URL is a Postgres URL");
         let server = server.log_statements(tracing::log::LevelFilter::Trace);
         let template = template(&server).await;
@@ -47,7 +55,19 @@ impl TestDatabase {
             .expect("a database can be made");
         let mut of_test = url::Url::parse(&url).expect("a connection URL is a URL");
         of_test.set_path(&name);
-        Self { place: Place::Postgres { server: Box::new(server), name, url: of_test.into() } }
+        Self { place: Place::Postgres { server: Some(Box::new(server)), name, url: of_test.into() } }
+    }
+
+    /// On a cluster of the test's own.
+    pub(crate) async fn on(cluster: &Cluster) -> Self {
+        let name = format!("threadkeeper_test_{}", Uuid::now_v7().simple());
+        let server: PgConnectOptions = cluster.url("postgres").parse().expect("the URL that we made");
+        let make = AssertSqlSafe(format!("CREATE DATABASE {name}"));
+        connect(&server).await.execute(make).await.expect("a database can be made");
+        let url = cluster.url(&name);
+        let database = Self { place: Place::Postgres { server: None, name, url } };
+        MIGRATOR.run(&mut database.pg().await).await.expect("the migrations apply");
+        database
     }
 
     /// In a file of its own.
@@ -112,15 +132,26 @@ impl TestDatabase {
 
     /// When the janitor is to look at the current thread of a user.
     pub(crate) async fn due_at(&self, user: &str) -> Option<Timestamp> {
-        let column = match &self.place {
-            Place::Postgres { .. } => "(EXTRACT(epoch FROM due_at) * 1000000)::bigint",
-            Place::Sqlite { .. } => "due_at * 1000",
-        };
+        let micros = self.micros("due_at");
         let due = format!(
-            "SELECT COALESCE({column}, -1) FROM threads WHERE user_key = '{user}' AND lifecycle = 'current'"
+            "SELECT COALESCE({micros}, -1) FROM threads WHERE user_key = '{user}' AND lifecycle = 'current'"
         );
         let micros = self.number(&due).await;
         (micros >= 0).then(|| chrono::DateTime::from_timestamp_micros(micros).expect("a time"))
+    }
+
+    /// The time by the database's clock.
+    pub(crate) async fn clock(&self) -> Timestamp {
+        let micros = self.number(&format!("SELECT {}", self.micros(self.now()))).await;
+        chrono::DateTime::from_timestamp_micros(micros).expect("a time")
+    }
+
+    /// Microseconds since 1970.
+    fn micros(&self, time: &str) -> String {
+        match &self.place {
+            Place::Postgres { .. } => format!("(EXTRACT(epoch FROM {time}) * 1000000)::bigint"),
+            Place::Sqlite { .. } => format!("{time} * 1000"),
+        }
     }
 
     /// The present, as a statement says it.
@@ -348,7 +379,7 @@ impl TestDatabase {
 
 impl Drop for TestDatabase {
     fn drop(&mut self) {
-        let Place::Postgres { server, name, .. } = &self.place else {
+        let Place::Postgres { server: Some(server), name, .. } = &self.place else {
             return;
         };
         let (server, name) = (server.clone(), name.clone());

@@ -171,6 +171,20 @@ impl Gateway {
         }
     }
 
+    /// The events of a run, after the one with this id.
+    pub(crate) async fn events(&self, scope: &str, run: &str, after: Option<&str>) -> EventReader {
+        EventReader::new(self.open_events(&format!("{scope}/runs/{run}/events"), after).await)
+    }
+
+    /// Asks for events at this path, after the one with this id.
+    pub(crate) async fn open_events(&self, path: &str, after: Option<&str>) -> Response {
+        let mut request = self.request(Method::GET, path);
+        if let Some(after) = after {
+            request = request.header("last-event-id", after);
+        }
+        request.send().await.unwrap()
+    }
+
     /// Posts a message with `stream: true`.
     pub(crate) async fn stream(&self, scope: &str, text: &str) -> EventReader {
         let body = serde_json::json!({"content": text, "stream": true});
@@ -214,8 +228,22 @@ impl Gateway {
 
     /// SIGTERM.
     pub(crate) fn terminate(&self) {
+        self.signal("-TERM");
+    }
+
+    /// SIGSTOP: the process does nothing until it is told to go on.
+    pub(crate) fn freeze(&self) {
+        self.signal("-STOP");
+    }
+
+    /// SIGCONT.
+    pub(crate) fn thaw(&self) {
+        self.signal("-CONT");
+    }
+
+    fn signal(&self, signal: &str) {
         let pid = self.child.id().to_string();
-        assert!(Command::new("kill").args(["-TERM", &pid]).status().unwrap().success());
+        assert!(Command::new("kill").args([signal, &pid]).status().unwrap().success());
     }
 
     /// Waits until the process has ended by itself.
@@ -248,6 +276,8 @@ impl Drop for Gateway {
 /// Reads an event stream.
 pub(crate) struct EventReader {
     bytes: futures_util::stream::BoxStream<'static, reqwest::Result<bytes::Bytes>>,
+    /// Not yet a whole character.
+    pending: Vec<u8>,
     buffer: String,
     pub(crate) comments: usize,
 }
@@ -255,11 +285,21 @@ pub(crate) struct EventReader {
 impl EventReader {
     pub(crate) fn new(response: Response) -> Self {
         assert_eq!(response.headers()["content-type"], "text/event-stream");
-        Self { bytes: response.bytes_stream().boxed(), buffer: String::new(), comments: 0 }
+        Self {
+            bytes: response.bytes_stream().boxed(),
+            pending: Vec::new(),
+            buffer: String::new(),
+            comments: 0,
+        }
     }
 
     /// The next event; `None` at the end of the stream.
     pub(crate) async fn next(&mut self) -> Option<Event> {
+        self.next_or_broken().await.unwrap()
+    }
+
+    /// The same, where the connection may break.
+    pub(crate) async fn next_or_broken(&mut self) -> reqwest::Result<Option<Event>> {
         loop {
             if let Some(end) = self.buffer.find("\n\n") {
                 let block: String = self.buffer.drain(..end + 2).collect();
@@ -276,12 +316,34 @@ impl EventReader {
                     continue;
                 }
                 let data = serde_json::from_str(&field("data:")).unwrap();
-                return Some(Event { id: field("id:"), name: field("event:"), data });
+                return Ok(Some(Event { id: field("id:"), name: field("event:"), data }));
             }
-            let chunk =
-                tokio::time::timeout(PATIENCE, self.bytes.next()).await.expect("the stream went silent")?;
-            self.buffer.push_str(std::str::from_utf8(&chunk.unwrap()).unwrap());
+            let chunk = tokio::time::timeout(PATIENCE, self.bytes.next()).await;
+            let Some(chunk) = chunk.expect("the stream went silent") else { return Ok(None) };
+            self.pending.extend_from_slice(&chunk?);
+            // A chunk may end within a character.
+            let whole = self.pending.utf8_chunks().next().map_or(0, |chunk| chunk.valid().len());
+            self.buffer.push_str(std::str::from_utf8(&self.pending[..whole]).unwrap());
+            self.pending.drain(..whole);
         }
+    }
+
+    /// Events until all of this text was told.
+    pub(crate) async fn until_told(&mut self, text: &str) -> Vec<Event> {
+        let mut events = Vec::new();
+        while !text_of(&events).contains(text) {
+            events.push(self.next().await.expect("the stream goes on"));
+        }
+        events
+    }
+
+    /// What comes before the connection breaks.
+    pub(crate) async fn until_broken(mut self) -> Vec<Event> {
+        let mut events = Vec::new();
+        while let Ok(Some(event)) = self.next_or_broken().await {
+            events.push(event);
+        }
+        events
     }
 
     pub(crate) async fn rest(mut self) -> Vec<Event> {

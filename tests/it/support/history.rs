@@ -66,7 +66,7 @@ pub(crate) async fn assert_same(scene: &Scene, gateway: &Gateway, scope: &str) {
 }
 
 /// Assistant's lines in a row become one.
-fn joined(lines: impl Iterator<Item = Line>) -> Vec<Line> {
+pub(crate) fn joined(lines: impl Iterator<Item = Line>) -> Vec<Line> {
     let mut all: Vec<Line> = Vec::new();
     for (role, text) in lines {
         match all.last_mut() {

@@ -1,5 +1,7 @@
 //! What the tests stand on.
 
+pub(crate) mod clock;
+pub(crate) mod cluster;
 mod database;
 pub(crate) mod gate;
 pub(crate) mod gateway;

@@ -5,7 +5,7 @@ use std::io;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt, chown};
 use std::os::unix::process::{CommandExt, parent_id};
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::{Child, Command, Stdio};
 use std::sync::OnceLock;
 use std::thread::sleep;
 use std::time::{Duration, Instant};
@@ -26,7 +26,7 @@ pub(crate) fn url() -> &'static str {
     }
 }
 
-fn url_of(socket: &Path, database: &str) -> String {
+pub(super) fn url_of(socket: &Path, database: &str) -> String {
     let folder = socket.to_str().expect("the temporary folder's name is UTF-8");
     format!("postgres://postgres@localhost/{database}?host={}", folder.replace('/', "%2F"))
 }
@@ -50,7 +50,7 @@ fn start_or_join() -> Result<PathBuf, String> {
 }
 
 /// Where `initdb` and `postgres` are.
-fn binaries() -> Result<PathBuf, String> {
+pub(super) fn binaries() -> Result<PathBuf, String> {
     let complete = |folder: &PathBuf| folder.join("initdb").is_file() && folder.join("postgres").is_file();
     if let Some(folder) = std::env::var_os(OVERRIDE).map(PathBuf::from) {
         return Some(folder.clone())
@@ -79,14 +79,14 @@ fn binaries() -> Result<PathBuf, String> {
 }
 
 /// The account that the server runs under.
-struct Account {
+pub(super) struct Account {
     /// `None`: our own.
     other: Option<(u32, u32)>,
 }
 
 impl Account {
     /// Root may not run Postgres, so it lends the work to `postgres` or `nobody`.
-    fn for_server() -> Result<Self, String> {
+    pub(super) fn for_server() -> Result<Self, String> {
         if own_uid() != 0 {
             return Ok(Self { other: None });
         }
@@ -150,7 +150,7 @@ fn run_folder() -> io::Result<PathBuf> {
 }
 
 /// Memory, if there is enough of it: a new database takes a tenth of the time there.
-fn scratch() -> PathBuf {
+pub(super) fn scratch() -> PathBuf {
     let memory = Path::new("/dev/shm");
     let free =
         Command::new("df").args(["-Pk"]).arg(memory).stderr(Stdio::null()).output().ok().and_then(|out| {
@@ -172,72 +172,83 @@ fn own_uid() -> u32 {
 }
 
 fn start(run: &Path, binaries: &Path, account: &Account) -> io::Result<()> {
-    let (data, socket) = (run.join("data"), run.join("socket"));
+    make(run, binaries, account)?;
+    launch(run, binaries, account, &["synchronous_commit=off", "max_connections=300"])?;
+    watch(run, parent_id())
+}
+
+/// Makes the files of a cluster, in a folder of its own.
+pub(super) fn make(run: &Path, binaries: &Path, account: &Account) -> io::Result<()> {
+    let data = run.join("data");
     // A run that was killed half way leaves its folders.
-    for folder in [&data, &socket] {
+    for folder in [&data, &run.join("socket")] {
         if folder.exists() {
             fs::remove_dir_all(folder)?;
         }
         account.folder(folder)?;
     }
-    let log_path = run.join("log");
-    let log = File::create(&log_path)?;
-    let failed = |what: &str| {
-        let text = fs::read_to_string(&log_path).unwrap_or_default();
-        io::Error::other(format!("{what}:\n{text}"))
-    };
-
+    let log = File::create(run.join("log"))?;
     let made = account
         .command(binaries.join("initdb"), &log)?
         .arg("-D")
         .arg(&data)
         .args(["-U", "postgres", "-A", "trust", "-E", "UTF8", "--no-locale", "--no-sync"])
         .status()?;
-    if !made.success() {
-        return Err(failed("initdb failed"));
-    }
-    let mut server = account
-        .command(binaries.join("postgres"), &log)?
-        .arg("-D")
-        .arg(&data)
-        .arg("-k")
-        .arg(&socket)
-        .args(["-c", "listen_addresses=", "-c", "fsync=off", "-c", "synchronous_commit=off"])
-        .args(["-c", "full_page_writes=off", "-c", "autovacuum=off", "-c", "max_connections=300"])
-        .spawn()?;
-    watch(run, server.id())?;
+    if made.success() { Ok(()) } else { Err(failed(run, "initdb failed")) }
+}
 
+/// Starts the server of a cluster and waits until it takes connections.
+pub(super) fn launch(run: &Path, binaries: &Path, account: &Account, settings: &[&str]) -> io::Result<Child> {
+    let data = run.join("data");
+    let log = File::options().append(true).open(run.join("log"))?;
+    let mut command = account.command(binaries.join("postgres"), &log)?;
+    command.arg("-D").arg(&data).arg("-k").arg(run.join("socket"));
+    let common = ["listen_addresses=", "fsync=off", "full_page_writes=off", "autovacuum=off"];
+    for setting in common.iter().chain(settings) {
+        command.args(["-c", setting]);
+    }
+    let mut server = command.spawn()?;
     let deadline = Instant::now() + STARTUP;
+    let pid = server.id().to_string();
     // The socket appears before the server takes connections; this line does not.
     let ready = || {
         let text = fs::read_to_string(data.join("postmaster.pid")).unwrap_or_default();
-        text.lines().nth(7).is_some_and(|line| line.trim() == "ready")
+        let is_ours = text.lines().next() == Some(&pid);
+        is_ours && text.lines().nth(7).is_some_and(|line| line.trim() == "ready")
     };
     while !ready() {
         if server.try_wait()?.is_some() {
-            return Err(failed("the server ended at once"));
+            return Err(failed(run, "the server ended at once"));
         }
         if Instant::now() > deadline {
             server.kill()?;
-            return Err(failed("the server was not ready in time"));
+            return Err(failed(run, "the server was not ready in time"));
         }
         sleep(Duration::from_millis(10));
     }
-    Ok(())
+    Ok(server)
 }
 
-/// Leaves a shell behind that ends the server and removes the folder once our parent is gone. It looks for the
-/// entry under /proc, since a signal to a process of another user fails whether that lives or not.
-fn watch(run: &Path, server: u32) -> io::Result<()> {
+fn failed(run: &Path, what: &str) -> io::Error {
+    let text = fs::read_to_string(run.join("log")).unwrap_or_default();
+    io::Error::other(format!("{what}:\n{text}"))
+}
+
+/// Leaves a shell behind that ends the server, whichever it is by then, and removes the folder once the process is gone.
+/// It looks for entries under /proc, since a signal to a process of another user fails whether that lives or not.
+pub(super) fn watch(run: &Path, process: u32) -> io::Result<()> {
     const SCRIPT: &str = r#"
-        while [ -e "/proc/$1" ]; do sleep 0.5; done
-        kill -QUIT "$2"
-        for i in 1 2 3 4 5 6 7 8 9 10; do [ -e "/proc/$2" ] || break; sleep 0.5; done
-        rm -rf "$3"
+        while [ -e "/proc/$1" ] && [ -e "$2" ]; do sleep 0.5; done
+        server=$(head -n 1 "$2/data/postmaster.pid" 2>/dev/null)
+        if [ -n "$server" ]; then
+            kill -QUIT "$server"
+            for i in 1 2 3 4 5 6 7 8 9 10; do [ -e "/proc/$server" ] || break; sleep 0.5; done
+        fi
+        rm -rf "$2"
     "#;
     Command::new("/bin/sh")
         .args(["-c", SCRIPT, "threadkeeper-test-watchdog"])
-        .args([parent_id().to_string(), server.to_string()])
+        .arg(process.to_string())
         .arg(run)
         .current_dir("/")
         .stdin(Stdio::null())

@@ -42,16 +42,26 @@ impl Scene {
     }
 
     pub(crate) async fn with(protocol: Protocol, backend: Backend, config: SimulatorConfig) -> Self {
+        let database = match backend {
+            Backend::Sqlite => TestDatabase::sqlite().await,
+            Backend::Postgres => TestDatabase::postgres().await,
+        };
+        Self::on(database, protocol, backend, config).await
+    }
+
+    /// On a database that is there.
+    pub(crate) async fn on(
+        database: TestDatabase,
+        protocol: Protocol,
+        backend: Backend,
+        config: SimulatorConfig,
+    ) -> Self {
         let config = SimulatorConfig { conversations: protocol != Protocol::Chain, ..config };
         let simulator = Simulator::bind(config, SocketAddr::from(([127, 0, 0, 1], 0))).await.unwrap();
         let (handle, upstream_url, stop) =
             (simulator.handle(), simulator.base_url(), CancellationToken::new());
         let mut tasks = JoinSet::new();
         tasks.spawn(simulator.run(stop.clone()));
-        let database = match backend {
-            Backend::Sqlite => TestDatabase::sqlite().await,
-            Backend::Postgres => TestDatabase::postgres().await,
-        };
         Self { protocol, backend, database, simulator: handle, upstream_url, stop, _tasks: tasks }
     }
 
@@ -187,3 +197,13 @@ macro_rules! on_every_scene {
     };
 }
 pub(crate) use on_every_scene;
+
+/// The same for what takes several processes on one database: Postgres only.
+macro_rules! on_every_shared_scene {
+    ($($case:ident),+ $(,)?) => {
+        crate::support::scene::on_every_scene!(@ assistants Assistants Postgres [$($case)+]);
+        crate::support::scene::on_every_scene!(@ responses Responses Postgres [$($case)+]);
+        crate::support::scene::on_every_scene!(@ chain Chain Postgres [$($case)+]);
+    };
+}
+pub(crate) use on_every_shared_scene;

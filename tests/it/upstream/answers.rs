@@ -3,24 +3,33 @@
 use threadkeeper::domain::{Metadata, RunId, RunStatus, ToolOutput, UpstreamRunId};
 use threadkeeper::upstream::{AnswerTools, EventStream, Upstream, UpstreamError};
 
-use futures_util::StreamExt;
 use serde_json::json;
+use threadkeeper::config::UpstreamKind;
 
 use super::scene::{ALL, Flavour, Scene, read};
 use super::scripted::{Scripted, Step, json_answer, sse};
-use super::{RESPONSES_TURN, assistants, lines, owner, profile, responses, thread};
+use super::{RESPONSES_TURN, adapter, assistants, config, owner, profile, responses, thread};
 
 async fn answer(upstream: &dyn Upstream, custom: bool) -> Result<EventStream, UpstreamError> {
+    answer_of(upstream, Some("r_0"), custom).await
+}
+
+async fn answer_of(
+    upstream: &dyn Upstream,
+    upstream_run: Option<&str>,
+    custom: bool,
+) -> Result<EventStream, UpstreamError> {
     let mut assistant = profile();
     if custom {
         assistant.tools = vec![json!({"type": "custom", "name": "h"})];
     }
     let output = |id: &str| ToolOutput { tool_call_id: id.to_owned(), output: "1".to_owned() };
+    let upstream_run = upstream_run.map(|id| UpstreamRunId(id.to_owned()));
     let request = AnswerTools {
         run: RunId::new(),
         thread: Some(&thread()),
         owner: &owner(),
-        upstream_run: &UpstreamRunId("r_0".to_owned()),
+        upstream_run: upstream_run.as_ref(),
         assistant: &assistant,
         outputs: &[output("call_1"), output("call_2")],
         metadata: &Metadata::default(),
@@ -79,26 +88,49 @@ async fn a_run_that_takes_no_outputs_has_moved_on() {
         json_answer(400, &[], &error.to_string())
     };
     let run = |status: &str| json_answer(200, &[], &json!({"id": "r_0", "status": status}).to_string());
-    let none = || json_answer(200, &[], r#"{"data":[]}"#);
     let server = Scripted::start(vec![
         refused("expired"),
         run("expired"),
-        none(),
         refused("queued"),
         run("queued"),
-        run("completed"),
-        none(),
         refused("requires_action"),
         run("requires_action"),
     ])
     .await;
     let upstream = assistants(&server);
-    for expected in ["ended expired ", "ended completed "] {
-        let events: Vec<_> = answer(&*upstream, false).await.unwrap().collect().await;
-        assert_eq!(lines(&events), ["accepted r_0", expected]);
+    for _ in ["expired", "queued"] {
+        let error = answer(&*upstream, false).await.err().unwrap();
+        assert!(error.is_ambiguous(), "to be looked up: {error:?}");
     }
     let error = answer(&*upstream, false).await.err().unwrap();
     assert!(matches!(error, UpstreamError::Refused { status: 400, .. }), "{error:?}");
-    assert_eq!(server.requests().len(), 9);
+    assert_eq!(server.requests().len(), 6);
     assert_eq!(server.targets()[0], "POST /threads/t_1/runs/r_0/submit_tool_outputs");
+}
+
+#[tokio::test]
+async fn calls_that_only_the_conversation_knows_are_answered_without_the_response() {
+    let items = json!({"data": [
+        {"type": "custom_tool_call", "id": "ct_2", "call_id": "call_2", "name": "h", "input": "x"},
+        {"type": "function_call", "id": "fc_1", "call_id": "call_1", "name": "f", "arguments": "{}"},
+    ], "has_more": false});
+    let server = Scripted::start(vec![
+        json_answer(200, &[], &items.to_string()),
+        sse(vec![Step::Bytes(RESPONSES_TURN.into())]),
+    ])
+    .await;
+    read(answer_of(&*responses(&server), None, true).await.unwrap()).await;
+    assert_eq!(server.targets(), ["GET /conversations/t_1/items?limit=100&order=desc", "POST /responses"]);
+    let body = &server.requests()[1].body;
+    assert_eq!(body["conversation"], "t_1");
+    assert_eq!(body["input"][1]["type"], "custom_tool_call_output");
+
+    // A run, and a chain, cannot be answered so.
+    let server = Scripted::start(vec![]).await;
+    let mut chain = config(UpstreamKind::Responses, &server.url);
+    chain.conversations = false;
+    for upstream in [assistants(&server), adapter(&chain)] {
+        let error = answer_of(&*upstream, None, true).await.err().unwrap();
+        assert!(matches!(error, UpstreamError::Protocol(_)), "{error:?}");
+    }
 }

@@ -5,13 +5,13 @@ use std::time::Duration;
 use futures_util::StreamExt;
 use serde_json::{Value, json};
 use threadkeeper::config::UpstreamKind;
-use threadkeeper::domain::RunStatus;
+use threadkeeper::domain::{RunId, RunStatus};
 use threadkeeper::simulator::{Fault, SimulatorConfig};
-use threadkeeper::upstream::{Upstream, UpstreamEvent};
+use threadkeeper::upstream::{Recovered, Upstream, UpstreamError, UpstreamEvent};
 
 use super::scene::{Flavour, Scene, read};
 use super::scripted::{Play, Scripted, Step, json_answer, sse};
-use super::{EXPECTED, RESPONSES_TURN, adapter, config, lines, thread, turn};
+use super::{EXPECTED, RESPONSES_TURN, adapter, config, leftover, lines, thread, turn};
 
 /// An adapter whose responses run in the background, with little patience for silence.
 fn background(server: &Scripted) -> Box<dyn Upstream> {
@@ -115,6 +115,50 @@ async fn a_server_that_cannot_stream_again_is_asked_for_the_response() {
         assert_eq!(lines(&events), expected, "{:?}", server.targets());
         assert_eq!(server.requests().len(), count);
         assert_eq!(server.targets().last().unwrap(), "GET /responses/r_1");
+    }
+}
+
+async fn taken_over(server: &Scripted) -> Vec<String> {
+    let sent = leftover(RunId::new(), Some("r_1"));
+    let broken = UpstreamError::Broken { timeout: false };
+    match background(server).recover(&sent, &broken).await.unwrap() {
+        Recovered::Running(events) => lines(&events.collect::<Vec<_>>().await),
+        Recovered::Absent | Recovered::Unknown => panic!("it is running"),
+    }
+}
+
+#[tokio::test]
+async fn a_response_of_another_process_is_told_from_its_beginning() {
+    let server = Scripted::start(vec![response("in_progress"), cut_after(3), rest(3)]).await;
+    assert_eq!(taken_over(&server).await, EXPECTED);
+    let expected = [
+        "GET /responses/r_1",
+        "GET /responses/r_1?stream=true",
+        "GET /responses/r_1?stream=true&starting_after=2",
+    ];
+    assert_eq!(server.targets(), expected);
+
+    // What is over needs no stream.
+    let server = Scripted::start(vec![response("completed")]).await;
+    assert_eq!(taken_over(&server).await, ["accepted r_1", "ended completed Hello!"]);
+}
+
+#[tokio::test]
+async fn a_response_that_cannot_be_streamed_again_is_followed_by_asking_for_it() {
+    let refused = || json_answer(400, &[], r#"{"error":{"message":"not created with stream=true"}}"#);
+    let failed = || json_answer(500, &[("retry-after-ms", "1")], "");
+    for plays in [
+        vec![response("queued"), refused(), response("in_progress"), response("completed")],
+        vec![response("queued"), failed(), refused(), response("completed")],
+        vec![response("queued"), response("queued"), response("in_progress"), response("completed")],
+        vec![response("queued"), sse(vec![]), response("in_progress"), response("completed")],
+    ] {
+        let (count, server) = (plays.len(), Scripted::start(plays).await);
+        assert_eq!(taken_over(&server).await, ["accepted r_1", "ended completed Hello!"]);
+        assert_eq!(
+            (server.requests().len(), server.targets().pop().unwrap()),
+            (count, "GET /responses/r_1".into())
+        );
     }
 }
 

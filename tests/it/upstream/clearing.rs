@@ -3,12 +3,14 @@
 use std::time::Instant;
 
 use futures_util::StreamExt;
-use threadkeeper::domain::UpstreamRunId;
+use threadkeeper::domain::{Baseline, UpstreamRunId};
 use threadkeeper::upstream::{UpstreamError, UpstreamEvent};
 
 use super::scene::{ALL, Flavour, Scene};
 
-async fn blocking(scene: &Scene) -> Option<UpstreamRunId> {
+/// What another run finds in its way.
+async fn blocking(scene: &mut Scene) -> Option<UpstreamRunId> {
+    scene.next_run(Baseline::default());
     match scene.start("x").await.err() {
         Some(UpstreamError::Busy { blocking_run }) => blocking_run,
         other => panic!("not busy: {other:?}"),
@@ -17,12 +19,12 @@ async fn blocking(scene: &Scene) -> Option<UpstreamRunId> {
 
 #[tokio::test]
 async fn one_of_our_own_runs_is_always_ended() {
-    let scene = Scene::new(Flavour::Assistants).await;
+    let mut scene = Scene::new(Flavour::Assistants).await;
     scene.sim.handle.hold();
     let mut events = scene.start("forgotten").await.unwrap();
     assert!(matches!(events.next().await, Some(Ok(UpstreamEvent::Accepted(_)))));
     drop(events);
-    let blocking = blocking(&scene).await.unwrap();
+    let blocking = blocking(&mut scene).await.unwrap();
     scene.upstream.clear(scene.thread.as_ref().unwrap(), Some(&blocking), false).await.unwrap();
     assert_eq!(scene.sim.handle.stats().runs_ended["cancelled"], 1);
     scene.sim.handle.release();
@@ -36,13 +38,13 @@ async fn one_of_our_own_runs_is_always_ended() {
 
 #[tokio::test]
 async fn another_s_run_is_waited_for_unless_it_is_to_be_ended() {
-    let scene = Scene::new(Flavour::Assistants).await;
+    let mut scene = Scene::new(Flavour::Assistants).await;
     let thread = scene.thread.clone().unwrap();
     scene.sim.handle.start_foreign_run(thread.as_str()).unwrap();
-    let run = blocking(&scene).await.unwrap();
+    let run = blocking(&mut scene).await.unwrap();
     let clearing = scene.upstream.clear(&thread, Some(&run), false);
     let stop = async {
-        scene.sim.wait_for(|stats| stats.requests_by_operation.get("get_run") >= Some(&2)).await;
+        scene.sim.wait_for(|stats| stats.requests_by_operation.get("get_run") >= Some(&3)).await;
         scene.sim.handle.stop_foreign_run(thread.as_str());
     };
     let (cleared, ()) = tokio::join!(clearing, stop);
@@ -50,7 +52,7 @@ async fn another_s_run_is_waited_for_unless_it_is_to_be_ended() {
     assert_eq!(scene.sim.handle.stats().requests_by_operation.get("cancel_run"), None);
 
     scene.sim.handle.start_foreign_run(thread.as_str()).unwrap();
-    let run = blocking(&scene).await.unwrap();
+    let run = blocking(&mut scene).await.unwrap();
     scene.upstream.clear(&thread, Some(&run), true).await.unwrap();
     assert_eq!(scene.sim.handle.stats().requests_by_operation["cancel_run"], 1);
     scene.say("next").await;

@@ -125,7 +125,7 @@ impl Scene {
             run: self.run,
             thread: self.thread.as_ref(),
             owner: &owner(),
-            upstream_run: &asked.accepted,
+            upstream_run: Some(&asked.accepted).filter(|id| !id.0.is_empty()),
             assistant: &self.assistant,
             outputs: &outputs,
             metadata: &Metadata::default(),

@@ -1,0 +1,243 @@
+//! What the parts of this process, and the replicas, tell each other of runs and threads: hints, so that nobody has to ask
+//! the database time and again. Each may get lost, so whoever waits for one looks now and then all the same.
+
+use std::collections::{HashMap, HashSet};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use futures_util::StreamExt;
+use tokio::sync::{Notify, watch};
+use tokio::time::{sleep, timeout};
+
+use super::{Runs, jittered};
+use crate::error::Chain;
+use crate::store::{News, RunLease, Store, StoreError};
+
+/// Longest time for one delivery.
+const DELIVERY_TIMEOUT: Duration = Duration::from_secs(2);
+/// The pause after one that failed.
+const AFTER_FAILURE: Duration = Duration::from_millis(500);
+
+type Readers = Arc<Mutex<HashMap<News, watch::Sender<()>>>>;
+
+/// Where news come in and go out.
+#[derive(Debug, Default)]
+pub(super) struct Desk {
+    readers: Readers,
+    /// Somebody asked something of a run of this process.
+    pub(super) asked: Notify,
+    outbox: Mutex<Outbox>,
+    posted: Notify,
+    /// Other replicas are alive, as far as is known.
+    has_peers: watch::Sender<bool>,
+}
+
+#[derive(Debug, Default)]
+struct Outbox {
+    news: HashSet<News>,
+    /// Runs that this process gives up.
+    released: Vec<RunLease>,
+}
+
+impl Desk {
+    /// Hears from now on about one thing.
+    pub(super) fn subscribe(&self, about: News) -> Subscription {
+        let mut readers = lock(&self.readers);
+        let receiver = readers.entry(about).or_insert_with(|| watch::Sender::new(())).subscribe();
+        Subscription { about, receiver, readers: Arc::clone(&self.readers) }
+    }
+
+    /// Tells this process and the other replicas.
+    pub(super) fn tell(&self, news: News) {
+        self.hear(news);
+        lock(&self.outbox).news.insert(news);
+        self.posted.notify_one();
+    }
+
+    /// Gives a run up, so that whoever is first goes on with it. Its task must have stopped working on it.
+    pub(super) fn release(&self, lease: RunLease) {
+        lock(&self.outbox).released.push(lease);
+        self.posted.notify_one();
+    }
+
+    fn hear(&self, news: News) {
+        let readers = lock(&self.readers);
+        if news == News::Missed {
+            for reader in readers.values() {
+                reader.send_replace(());
+            }
+            self.asked.notify_one();
+        } else if let Some(reader) = readers.get(&news) {
+            reader.send_replace(());
+        }
+    }
+
+    /// Resolves once other replicas are known to be alive.
+    pub(super) async fn has_peers(&self) {
+        let mut known = self.has_peers.subscribe();
+        // The sender lives as long as this does.
+        let _ = known.wait_for(|has_peers| *has_peers).await;
+    }
+
+    pub(super) fn set_peers(&self, has_peers: bool) {
+        self.has_peers.send_replace(has_peers);
+    }
+
+    /// Takes out what is to be delivered.
+    fn take(&self) -> Taken<'_> {
+        Taken { desk: self, outbox: std::mem::take(&mut *lock(&self.outbox)) }
+    }
+}
+
+/// What is being delivered. What is left in it when it is dropped goes back.
+struct Taken<'a> {
+    desk: &'a Desk,
+    outbox: Outbox,
+}
+
+impl Drop for Taken<'_> {
+    fn drop(&mut self) {
+        let mut outbox = lock(&self.desk.outbox);
+        outbox.news.extend(self.outbox.news.drain());
+        outbox.released.append(&mut self.outbox.released);
+    }
+}
+
+/// The news about one thing. None is missed between two calls of [`changed`](Self::changed), but several may be one.
+#[derive(Debug)]
+pub(super) struct Subscription {
+    about: News,
+    receiver: watch::Receiver<()>,
+    readers: Readers,
+}
+
+impl Subscription {
+    /// Something was told since the last call, or since the subscription.
+    pub(super) async fn changed(&mut self) {
+        if self.receiver.changed().await.is_err() {
+            std::future::pending::<()>().await;
+        }
+    }
+}
+
+impl Drop for Subscription {
+    fn drop(&mut self) {
+        let mut readers = lock(&self.readers);
+        // This one still counts.
+        if readers.get(&self.about).is_some_and(|reader| reader.receiver_count() <= 1) {
+            readers.remove(&self.about);
+        }
+    }
+}
+
+impl Runs {
+    /// Hears what other replicas tell, until the store is closed.
+    pub(super) async fn listen(&self) {
+        let mut news = self.store().news();
+        while let Some(news) = news.next().await {
+            match news {
+                News::Asked(run) if self.parts.standing.handle(run).is_some() => {
+                    self.parts.desk.asked.notify_one();
+                }
+                News::Asked(_) => {}
+                news => self.parts.desk.hear(news),
+            }
+        }
+    }
+
+    /// Tells the other replicas what is to be told and gives up what is to be given up; what comes meanwhile goes
+    /// along with the next delivery. Never ends; may be dropped.
+    pub async fn deliver(&self) {
+        let desk = &self.parts.desk;
+        loop {
+            desk.posted.notified().await;
+            while self.deliver_once().await.is_err() {
+                sleep(jittered(AFTER_FAILURE)).await;
+            }
+        }
+    }
+
+    /// Delivers what there is.
+    pub(super) async fn deliver_once(&self) -> Result<(), ()> {
+        let mut taken = self.parts.desk.take();
+        let sent = timeout(DELIVERY_TIMEOUT, send(self.store(), &mut taken.outbox)).await;
+        sent.unwrap_or_else(|_| Err(StoreError::Unavailable("no answer in time".into()))).map_err(|error| {
+            tracing::warn!(error = %Chain(&error), "cannot tell the other replicas the news yet");
+        })
+    }
+}
+
+/// Empties it as far as it comes.
+async fn send(store: &dyn Store, outbox: &mut Outbox) -> Result<(), StoreError> {
+    if !outbox.released.is_empty() {
+        store.release(&outbox.released).await?;
+        outbox.released.clear();
+        outbox.news.insert(News::Orphans);
+    }
+    if !outbox.news.is_empty() {
+        store.tell(&outbox.news.iter().copied().collect::<Vec<_>>()).await?;
+        outbox.news.clear();
+    }
+    Ok(())
+}
+
+/// Nothing in here panics half-way through a change.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(test)]
+mod tests {
+    use futures_util::FutureExt;
+
+    use super::*;
+    use crate::domain::{RunId, ThreadId};
+
+    #[tokio::test]
+    async fn who_subscribed_hears_of_it_and_of_what_may_have_been_missed() {
+        let (desk, run) = (Desk::default(), News::Run(RunId::new()));
+        let mut subscription = desk.subscribe(run);
+        let mut other = desk.subscribe(News::Thread(ThreadId::new()));
+        assert!(subscription.changed().now_or_never().is_none());
+        desk.tell(run);
+        desk.tell(run);
+        subscription.changed().await;
+        assert!(subscription.changed().now_or_never().is_none(), "two are one");
+        assert!(other.changed().now_or_never().is_none());
+        desk.hear(News::Missed);
+        subscription.changed().await;
+        other.changed().await;
+        drop((subscription, other));
+        assert!(lock(&desk.readers).is_empty(), "nothing is kept");
+    }
+
+    #[tokio::test]
+    async fn a_second_reader_outlives_the_first() {
+        let (desk, run) = (Desk::default(), News::Run(RunId::new()));
+        let (first, mut second) = (desk.subscribe(run), desk.subscribe(run));
+        drop(first);
+        desk.tell(run);
+        second.changed().await;
+    }
+
+    #[test]
+    fn what_is_not_delivered_is_not_lost() {
+        let desk = Desk::default();
+        let lease = RunLease { run_id: RunId::new(), fence: 1 };
+        desk.release(lease);
+        drop(desk.take());
+        assert_eq!(desk.take().outbox.released, [lease]);
+        let mut taken = desk.take();
+        taken.outbox.released.clear();
+        drop(taken);
+        assert!(desk.take().outbox.released.is_empty());
+    }
+
+    #[test]
+    fn what_is_told_twice_is_sent_once() {
+        let desk = Desk::default();
+        desk.tell(News::Orphans);
+        desk.tell(News::Orphans);
+        assert_eq!(lock(&desk.outbox).news.len(), 1);
+    }
+}

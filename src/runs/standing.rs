@@ -1,0 +1,217 @@
+//! What this process knows of its own standing: the runs that it works on, and how long its session is good.
+
+use std::collections::{HashMap, HashSet};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use tokio::sync::watch;
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+
+use super::feed::{Feed, FeedWriter};
+use crate::domain::{RunId, ToolOutput};
+use crate::store::RunLease;
+
+/// What other events than text are numbered from in a run that changes hands, as a power of two for each change: beyond
+/// all that the one before can have shown.
+const EVENTS_PER_FENCE: u32 = 32;
+
+/// What this process knows of its own standing.
+#[derive(Debug)]
+pub(super) struct Standing {
+    /// Runs that a task of this process works on, from before they are recorded until their end is.
+    working: Arc<Mutex<HashMap<RunId, Handle>>>,
+    /// Admissions of which it is not known whether they were recorded, and whose senders heard that they were not.
+    refused: Mutex<HashSet<RunId>>,
+    /// Held while runs change hands: what this process has just taken is not to be taken again as a stray.
+    pub(super) taking: tokio::sync::Mutex<()>,
+    session: Mutex<Session>,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Session {
+    /// Until when it is surely good, by this process's own clock.
+    good_until: Instant,
+    /// Before this, those whose session has lapsed are not taken for dead.
+    trusts_from: Instant,
+}
+
+/// What others in this process can do about a run that it works on.
+#[derive(Clone, Debug)]
+pub(super) struct Handle {
+    /// Tells this task's entry from a later one of the same run.
+    serial: u64,
+    pub(super) lease: RunLease,
+    pub(super) cancel: Cancel,
+    pub(super) feed: Feed,
+    outputs: Arc<watch::Sender<Vec<ToolOutput>>>,
+    lost: CancellationToken,
+}
+
+impl Handle {
+    /// Hands the run outputs of its function calls. Those that it does not wait for (any more) are passed over.
+    pub(super) fn answer(&self, outputs: Vec<ToolOutput>) {
+        self.outputs.send_replace(outputs);
+    }
+
+    /// Has the task let go of the run: it stops at once and writes nothing more of it, unless it is writing its end.
+    pub(super) fn let_go(&self) {
+        self.lost.cancel();
+    }
+}
+
+/// Somebody wants a run to end.
+#[derive(Clone, Debug)]
+pub(super) struct Cancel {
+    token: CancellationToken,
+    discard: Arc<AtomicBool>,
+}
+
+impl Cancel {
+    pub(super) fn new(token: CancellationToken) -> Self {
+        Self { token, discard: Arc::default() }
+    }
+
+    /// `discard`: and its messages to be removed.
+    pub(super) fn request(&self, discard: bool) {
+        self.discard.fetch_or(discard, Ordering::SeqCst);
+        self.token.cancel();
+    }
+
+    pub(super) async fn requested(&self) {
+        self.token.cancelled().await;
+    }
+
+    pub(super) fn discards(&self) -> bool {
+        self.discard.load(Ordering::SeqCst)
+    }
+}
+
+/// Says, while it lives, that this process works on a run.
+#[derive(Debug)]
+pub(super) struct Working {
+    pub(super) lease: RunLease,
+    serial: u64,
+    pub(super) cancel: Cancel,
+    pub(super) feed: FeedWriter,
+    /// What was [handed](Handle::answer) last.
+    pub(super) outputs: watch::Receiver<Vec<ToolOutput>>,
+    /// Cancelled when the task has to [let go](Handle::let_go) of the run: others have taken it over, may do so from now
+    /// on, or shall.
+    pub(super) lost: CancellationToken,
+    all: Arc<Mutex<HashMap<RunId, Handle>>>,
+}
+
+impl Standing {
+    pub(super) fn new() -> Self {
+        let now = Instant::now();
+        Self {
+            working: Arc::default(),
+            refused: Mutex::default(),
+            taking: tokio::sync::Mutex::default(),
+            session: Mutex::new(Session { good_until: now, trusts_from: now }),
+        }
+    }
+
+    /// Says that a task works on a new run.
+    pub(super) fn begins(&self, run: RunId, cancel: CancellationToken) -> Working {
+        self.works_on(RunLease { run_id: run, fence: 1 }, FeedWriter::new(), cancel)
+    }
+
+    /// Says that a task works on a run that was taken over. `stored`: the number after all that is stored of its log.
+    pub(super) fn goes_on(&self, lease: RunLease, stored: i64) -> Working {
+        let feed = FeedWriter::resumed(stored, others_from(&lease));
+        self.works_on(lease, feed, CancellationToken::new())
+    }
+
+    fn works_on(&self, lease: RunLease, feed: FeedWriter, cancel: CancellationToken) -> Working {
+        static SERIAL: AtomicU64 = AtomicU64::new(0);
+        let serial = SERIAL.fetch_add(1, Ordering::Relaxed);
+        let (sender, outputs) = watch::channel(Vec::new());
+        let (cancel, lost) = (Cancel::new(cancel), CancellationToken::new());
+        let handle = Handle {
+            serial,
+            lease,
+            cancel: cancel.clone(),
+            feed: feed.feed(),
+            outputs: Arc::new(sender),
+            lost: lost.clone(),
+        };
+        lock(&self.working).insert(lease.run_id, handle);
+        Working { lease, serial, cancel, feed, outputs, lost, all: Arc::clone(&self.working) }
+    }
+
+    /// The runs that tasks of this process work on.
+    pub(super) fn runs(&self) -> Vec<RunId> {
+        lock(&self.working).keys().copied().collect()
+    }
+
+    pub(super) fn handles(&self) -> Vec<Handle> {
+        lock(&self.working).values().cloned().collect()
+    }
+
+    pub(super) fn handle(&self, run: RunId) -> Option<Handle> {
+        lock(&self.working).get(&run).cloned()
+    }
+
+    /// Has all tasks [let go](Handle::let_go) of their runs.
+    pub(super) fn let_go(&self) {
+        for handle in lock(&self.working).values() {
+            handle.let_go();
+        }
+    }
+
+    /// The sender of this message heard that it was not taken.
+    pub(super) fn refuse(&self, run: RunId) {
+        lock(&self.refused).insert(run);
+    }
+
+    /// It is settled what became of it. Whether it had been refused.
+    pub(super) fn was_refused(&self, run: RunId) -> bool {
+        lock(&self.refused).remove(&run)
+    }
+
+    /// The session is good until then.
+    pub(super) fn renewed(&self, good_until: Instant) {
+        lock(&self.session).good_until = good_until;
+    }
+
+    pub(super) fn good_until(&self) -> Instant {
+        lock(&self.session).good_until
+    }
+
+    /// Others may take this process for dead.
+    pub(super) fn has_lapsed(&self) -> bool {
+        Instant::now() >= self.good_until()
+    }
+
+    /// Until then nobody is taken for dead.
+    pub(super) fn trust_from(&self, then: Instant) {
+        lock(&self.session).trusts_from = then;
+    }
+
+    /// Whoever has no session is dead.
+    pub(super) fn trusts_sessions(&self) -> bool {
+        Instant::now() >= lock(&self.session).trusts_from
+    }
+}
+
+/// From which number on a run tells what is not text, under this lease.
+pub(super) fn others_from(lease: &RunLease) -> i64 {
+    (lease.fence - 1) << EVENTS_PER_FENCE
+}
+
+impl Drop for Working {
+    fn drop(&mut self) {
+        let mut all = lock(&self.all);
+        // A run that was lost and taken over again has another task's entry by now.
+        if all.get(&self.lease.run_id).is_some_and(|handle| handle.serial == self.serial) {
+            all.remove(&self.lease.run_id);
+        }
+    }
+}
+
+/// Nothing in here panics half-way through a change.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

@@ -1,0 +1,137 @@
+//! Taking over runs that nobody works on: those of replicas that died, and those that were given up.
+
+use std::time::Duration;
+
+use tokio::time::{sleep, timeout};
+use tracing::Instrument;
+
+use super::drive::with_content;
+use super::feed::STARTED;
+use super::follow::stored_log;
+use super::standing::Working;
+use super::{RunEvent, Runs, end, jittered, turn, work};
+use crate::domain::{Message, RunStatus};
+use crate::error::Chain;
+use crate::store::{News, Orphan, Store, StoreError};
+
+/// Orphans taken at a time.
+const ADOPT_BATCH: u32 = 64;
+/// How often orphans are looked for, as a share of a session's time, and the bounds of that.
+const LOOKS_PER_SESSION: u32 = 10;
+const SHORTEST_PAUSE: Duration = Duration::from_millis(100);
+const LONGEST_PAUSE: Duration = Duration::from_secs(1);
+
+/// What is stored of a run that is taken over, besides itself.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Before {
+    pub(super) log: StoredLog,
+    /// What its thread lacked before. If the run was sent, this went along.
+    pub(super) backlog: Vec<Message>,
+}
+
+/// What is stored of the log of a run.
+#[derive(Clone, Debug, Default)]
+pub(super) struct StoredLog {
+    /// The number after it.
+    pub(super) end: i64,
+    /// What the round that the run is in has said.
+    pub(super) text: String,
+}
+
+impl Before {
+    async fn of(store: &dyn Store, orphan: &Orphan) -> Result<Self, StoreError> {
+        if orphan.run.status == RunStatus::Queued {
+            return Ok(Self { log: StoredLog { end: STARTED, ..StoredLog::default() }, ..Self::default() });
+        }
+        let run = orphan.run.id;
+        let backlog = if orphan.thread.backlog > 0 { store.backlog(run).await? } else { Vec::new() };
+        Ok(Self { log: stored_log(store, run).await?, backlog: with_content(backlog) })
+    }
+}
+
+impl Runs {
+    /// Looks for runs that nobody works on, when it hears of some and a few times in a session's time.
+    pub(super) async fn take_over(&self, ttl: Duration) {
+        let pause = (ttl / LOOKS_PER_SESSION).clamp(SHORTEST_PAUSE, LONGEST_PAUSE);
+        let mut told = self.parts.desk.subscribe(News::Orphans);
+        loop {
+            tokio::select! {
+                () = told.changed() => {}
+                () = sleep(jittered(pause)) => {}
+            }
+            while self.may_adopt() && self.adopt(ttl / 3).await {}
+        }
+    }
+
+    fn may_adopt(&self) -> bool {
+        let standing = &self.parts.standing;
+        !self.parts.given.draining.is_cancelled() && !standing.has_lapsed() && standing.trusts_sessions()
+    }
+
+    /// Takes over runs that nobody works on. `true` if there may be more.
+    async fn adopt(&self, limit: Duration) -> bool {
+        let parts = &self.parts.given;
+        let _taking = self.parts.standing.taking.lock().await;
+        let working = self.parts.standing.runs();
+        let adopted = timeout(limit, parts.store.adopt_orphans(parts.replica, &working, ADOPT_BATCH)).await;
+        // What an answer that is given up had taken over, the next look finds as strays.
+        let orphans =
+            match adopted.unwrap_or_else(|_| Err(StoreError::Unavailable("no answer in time".into()))) {
+                Ok(orphans) => orphans,
+                Err(error) => {
+                    tracing::error!(error = %Chain(&error), "cannot look for orphaned runs");
+                    return false;
+                }
+            };
+        let may_be_more = orphans.len() == ADOPT_BATCH as usize;
+        let mut never_start = Vec::new();
+        for orphan in orphans {
+            let run = orphan.run.id;
+            let span = tracing::info_span!("run", run.id = %run, key = %orphan.thread.key.fingerprint());
+            // One that cannot be read is found again as a stray.
+            let Ok(Ok(before)) = timeout(limit, Before::of(&*parts.store, &orphan)).await else { continue };
+            let working = self.parts.standing.goes_on(orphan.lease, before.log.end);
+            span.in_scope(
+                || tracing::warn!(status = %orphan.run.status, "took over a run that nobody worked on"),
+            );
+            let was_refused = self.parts.standing.was_refused(run);
+            if orphan.run.status == RunStatus::Queued && orphan.content_lost && !was_refused {
+                never_start.push((working, orphan));
+                continue;
+            }
+            let task = go_on(self.clone(), working, orphan, before, was_refused);
+            parts.tasks.spawn(task.instrument(span));
+        }
+        if !never_start.is_empty() {
+            parts.tasks.spawn(turn::give_up(self.clone(), never_start));
+        }
+        may_be_more
+    }
+}
+
+/// Goes on with a run where the one before left it, or ends it.
+async fn go_on(runs: Runs, working: Working, orphan: Orphan, before: Before, was_refused: bool) {
+    if was_refused {
+        // Its sender heard that it was not taken, so it must not run.
+        end::void(&runs, orphan.lease).await;
+        return;
+    }
+    if orphan.run.status != RunStatus::Queued && before.log.end <= STARTED {
+        // The one before had no time to record that. Its text is numbered from there, whoever tells it.
+        working.feed.push(RunEvent::Started);
+    }
+    match orphan.run.status {
+        RunStatus::Queued => turn::resume_queued(runs, working, orphan).await,
+        RunStatus::RequiresAction => work::resume_waiting(runs, working, orphan, before).await,
+        RunStatus::InProgress
+            if !orphan.content_lost && (orphan.outputs.is_some() || !orphan.input.is_empty()) =>
+        {
+            if orphan.outputs.is_some() {
+                work::resume_waiting(runs, working, orphan, before).await;
+            } else {
+                work::resume_at_work(runs, working, orphan, before).await;
+            }
+        }
+        _ => work::bury(runs, working, orphan, before).await,
+    }
+}

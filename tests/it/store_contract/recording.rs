@@ -1,0 +1,261 @@
+//! What runs show while they are at work, and whatever else is written to their log meanwhile.
+
+use threadkeeper::domain::UpstreamRunId;
+use threadkeeper::store::{Answered, Paused, Request, RunProgress};
+
+use super::*;
+
+on_every_backend!(
+    what_was_shown_is_recorded,
+    only_those_who_have_the_lease_record,
+    many_are_recorded_at_once,
+    the_longer_of_two_recordings_wins,
+    a_pause_goes_beyond_what_was_recorded,
+    a_recording_that_comes_after_the_pause_changes_nothing,
+    a_pause_that_is_repeated_after_more_was_recorded,
+    an_end_goes_beyond_what_was_recorded,
+    ids_of_rounds_are_kept,
+    an_id_that_comes_late_is_old_news,
+);
+
+/// Texts of one byte each from a number on.
+fn texts(first: i64, texts: &[&str]) -> EventBatch {
+    EventBatch { first, events: texts.iter().map(|text| LoggedEvent::Delta((*text).to_owned())).collect() }
+}
+
+fn progress(lease: RunLease, events: EventBatch) -> RunProgress {
+    RunProgress { lease, upstream_run_id: None, events }
+}
+
+/// A pause whose events begin with these.
+fn pause_after(EventBatch { first, mut events }: EventBatch) -> Pause {
+    let calls = pause(&["call_1"], 0);
+    events.push(LoggedEvent::RequiresAction(calls.required_action.clone()));
+    Pause { events: EventBatch { first, events }, ..calls }
+}
+
+async fn begin(store: &dyn Store, key: &ConversationKey) -> Turn {
+    started(store.admit(&admission(key)).await.unwrap())
+}
+
+async fn what_was_shown_is_recorded(database: &TestDatabase, store: &dyn Store) {
+    let key = user("alice");
+    let turn = begin(store, &key).await;
+    let batches = [
+        EventBatch { first: 1, events: vec![LoggedEvent::Started] },
+        texts(2, &["Hel", "lo"]),
+        EventBatch { first: 7, events: vec![LoggedEvent::Omitted { units: 3 }] },
+        texts(10, &["a\"\u{1f980}"]),
+    ];
+    for batch in &batches {
+        for _ in 0..2 {
+            let recorded = store.record(&[progress(turn.lease, batch.clone())]).await.unwrap();
+            assert_eq!(recorded, [turn.run.id]);
+        }
+    }
+    assert_eq!(store.record(&[]).await.unwrap(), []);
+    for (from, skipped) in
+        [(0, 0), (1, 0), (2, 1), (6, 1), (7, 2), (9, 2), (10, 3), (15, 3), (16, 3), (99, 3)]
+    {
+        assert_eq!(store.events(turn.run.id, from).await.unwrap(), batches[skipped..], "from {from}");
+    }
+    // Nothing new is no row.
+    let nothing = progress(turn.lease, texts(16, &[]));
+    assert_eq!(store.record(&[nothing]).await.unwrap(), [turn.run.id]);
+    assert_eq!(store.events(turn.run.id, 0).await.unwrap(), batches);
+
+    // A run that waits has something to show as well.
+    let (waits, ..) = queued(store.admit(&admission(&key)).await.unwrap());
+    let place = EventBatch { first: 0, events: vec![LoggedEvent::Queued { position: 1 }] };
+    assert_eq!(store.record(&[progress(waits, place.clone())]).await.unwrap(), [waits.run_id]);
+    assert_eq!(store.events(waits.run_id, 0).await.unwrap(), [place]);
+    let end = RunEnd { events: texts(16, &["!"]), ..completed(Some("hi")) };
+    closed(store.finish(&turn.lease, &end).await.unwrap());
+    claimed(store.claim(&waits).await.unwrap());
+    assert_eq!(store.events(turn.run.id, 12).await.unwrap(), [batches[3].clone(), texts(16, &["!"])]);
+    check_invariants(database).await;
+}
+
+async fn only_those_who_have_the_lease_record(_: &TestDatabase, store: &dyn Store) {
+    let turn = begin(store, &user("a")).await;
+    let ended = begin(store, &user("b")).await;
+    closed(store.finish(&ended.lease, &completed(None)).await.unwrap());
+    let before = store.events(ended.run.id, 0).await.unwrap();
+    let adopted = store.adopt_orphans(ReplicaId::new(), &[], 1).await.unwrap();
+    assert_eq!(adopted[0].run.id, turn.run.id);
+    let id = Some(UpstreamRunId("resp_1".to_owned()));
+    let leases = [turn.lease, ended.lease, RunLease { run_id: RunId::new(), fence: 1 }];
+    let stale =
+        leases.map(|lease| RunProgress { upstream_run_id: id.clone(), ..progress(lease, texts(2, &["a"])) });
+    assert_eq!(store.record(&stale).await.unwrap(), []);
+    assert_eq!(store.events(turn.run.id, 0).await.unwrap(), []);
+    assert_eq!(store.events(ended.run.id, 0).await.unwrap(), before);
+    for key in ["a", "b"] {
+        let run = &store.unfinished(&user(key)).await.unwrap().unwrap();
+        assert!(run.iter().all(|run| run.upstream_run_id.is_none()));
+    }
+    let good = progress(adopted[0].lease, texts(2, &["b"]));
+    let all = [stale[0].clone(), stale[1].clone()].into_iter().skip(1).chain([good]).collect::<Vec<_>>();
+    assert_eq!(store.record(&all).await.unwrap(), [turn.run.id]);
+    assert_eq!(store.events(turn.run.id, 0).await.unwrap(), [texts(2, &["b"])]);
+}
+
+async fn many_are_recorded_at_once(database: &TestDatabase, store: &dyn Store) {
+    let mut all = vec![];
+    for n in 0..50 {
+        let turn = begin(store, &user(&n.to_string())).await;
+        // One with a character that cannot be stored does no harm to the others.
+        let id = if n == 7 { "resp\0".to_owned() } else { format!("resp_{n}") };
+        all.push(RunProgress {
+            upstream_run_id: (n % 2 == 1).then_some(UpstreamRunId(id)),
+            ..progress(turn.lease, texts(2, if n % 3 == 0 { &[] } else { &["a", "\0", "c"] }))
+        });
+    }
+    let mut recorded = store.record(&all).await.unwrap();
+    recorded.sort_unstable();
+    let mut wanted: Vec<_> = all.iter().map(|run| run.lease.run_id).collect();
+    wanted.sort_unstable();
+    assert_eq!(recorded, wanted);
+    for (n, run) in all.iter().enumerate() {
+        let found = store.unfinished(&user(&n.to_string())).await.unwrap().unwrap();
+        let id = run.upstream_run_id.clone().filter(|_| n != 7);
+        assert_eq!((found[0].id, &found[0].upstream_run_id), (run.lease.run_id, &id));
+        let batches = store.events(run.lease.run_id, 0).await.unwrap();
+        let wanted = if n % 3 == 0 { vec![] } else { vec![texts(2, &["a", "\u{1a}", "c"])] };
+        assert_eq!(batches, wanted);
+    }
+    check_invariants(database).await;
+}
+
+/// The answer to a recording was lost, so it is repeated with more; or it is only slow, and comes after that one.
+async fn the_longer_of_two_recordings_wins(_: &TestDatabase, store: &dyn Store) {
+    let turn = begin(store, &user("alice")).await;
+    let (short, long) = (texts(2, &["a", "b"]), texts(2, &["a", "b", "c"]));
+    for (events, wanted) in [(&short, &short), (&long, &long), (&short, &long)] {
+        let recorded = store.record(&[progress(turn.lease, events.clone())]).await.unwrap();
+        assert_eq!(recorded, [turn.run.id], "all of it is stored");
+        assert_eq!(&store.events(turn.run.id, 0).await.unwrap()[..], std::slice::from_ref(wanted));
+    }
+}
+
+async fn a_pause_goes_beyond_what_was_recorded(database: &TestDatabase, store: &dyn Store) {
+    let key = user("alice");
+    let turn = begin(store, &key).await;
+    let calls = pause_after(texts(2, &["a", "b"]));
+    // All of the text, or a part: whose answer was lost, so that the pause begins with it too.
+    for recorded in [texts(2, &["a"]), texts(2, &["a", "b"])] {
+        store.record(&[progress(turn.lease, recorded)]).await.unwrap();
+    }
+    let Paused::Waiting(paused) = store.pause(&turn.lease, &calls).await.unwrap() else {
+        panic!("it was in progress")
+    };
+    assert_eq!(paused.run.status, RunStatus::RequiresAction);
+    assert_eq!(store.events(turn.run.id, 0).await.unwrap(), std::slice::from_ref(&calls.events));
+    // It is known as recorded now: repeated after the answer, it does not wait again.
+    let answered = store.answer_tools(&key, turn.run.id, &answer(&["call_1"])).await.unwrap();
+    assert!(matches!(answered, Answered::Resumed(_)), "{answered:?}");
+    let Paused::Waiting(again) = store.pause(&turn.lease, &calls).await.unwrap() else {
+        panic!("it is in progress")
+    };
+    assert_eq!(again.run.status, RunStatus::InProgress);
+    check_invariants(database).await;
+}
+
+async fn a_recording_that_comes_after_the_pause_changes_nothing(_: &TestDatabase, store: &dyn Store) {
+    let key = user("alice");
+    let request = admission(&key);
+    let turn = started(store.admit(&request).await.unwrap());
+    let calls = pause_after(texts(2, &["a", "b"]));
+    store.pause(&turn.lease, &calls).await.unwrap();
+    let late = RunProgress {
+        upstream_run_id: calls.upstream_run_id.clone(),
+        ..progress(turn.lease, texts(2, &["a", "b"]))
+    };
+    assert_eq!(store.record(std::slice::from_ref(&late)).await.unwrap(), [turn.run.id]);
+    assert_eq!(store.events(turn.run.id, 0).await.unwrap(), std::slice::from_ref(&calls.events));
+    let (run, _) = store.run(&key, turn.run.id).await.unwrap().unwrap();
+    assert_eq!((run.status, run.required_action), (RunStatus::RequiresAction, Some(calls.required_action)));
+
+    store.answer_tools(&key, turn.run.id, &answer(&["call_1"])).await.unwrap();
+    store.record(&[late]).await.unwrap();
+    assert_eq!(store.events(turn.run.id, 0).await.unwrap(), [calls.events]);
+    let requests = store.requests(request.replica).await.unwrap();
+    assert!(matches!(requests[..], [Request::Resume { .. }]), "{requests:?}");
+}
+
+/// The pause was made before two recordings were known to be good, and is sent after them.
+async fn a_pause_that_is_repeated_after_more_was_recorded(_: &TestDatabase, store: &dyn Store) {
+    let turn = begin(store, &user("alice")).await;
+    let calls = pause_after(texts(2, &["a", "b", "c"]));
+    for recorded in [texts(2, &["a"]), texts(3, &["b", "c"])] {
+        store.record(&[progress(turn.lease, recorded)]).await.unwrap();
+    }
+    store.pause(&turn.lease, &calls).await.unwrap();
+    // Whoever has seen some of it finds all that comes after.
+    let all = [calls.events.clone(), texts(3, &["b", "c"])];
+    assert_eq!((all[0].end(), all[1].end()), (6, 5));
+    for (from, known) in [(0, 2), (3, 2), (4, 2), (5, 1), (6, 1), (9, 1)] {
+        let batches = store.events(turn.run.id, from).await.unwrap();
+        assert_eq!(batches, all[..known], "from {from}");
+    }
+}
+
+async fn an_end_goes_beyond_what_was_recorded(database: &TestDatabase, store: &dyn Store) {
+    let all = texts(2, &["a", "b", "c"]);
+    for (name, recorded) in [("a", texts(2, &["a"])), ("b", all.clone()), ("c", texts(2, &[]))] {
+        let turn = begin(store, &user(name)).await;
+        store.record(&[progress(turn.lease, recorded)]).await.unwrap();
+        let end = RunEnd { events: all.clone(), ..completed(Some("abc")) };
+        for _ in 0..2 {
+            closed(store.finish(&turn.lease, &end).await.unwrap());
+            assert_eq!(store.events(turn.run.id, 0).await.unwrap(), std::slice::from_ref(&all));
+            // It was under way still.
+            assert_eq!(store.record(&[progress(turn.lease, texts(2, &["a"]))]).await.unwrap(), []);
+        }
+    }
+    check_invariants(database).await;
+}
+
+async fn ids_of_rounds_are_kept(database: &TestDatabase, store: &dyn Store) {
+    let key = user("alice");
+    let turn = begin(store, &key).await;
+    let records = |id: &str| RunProgress {
+        upstream_run_id: Some(UpstreamRunId(id.to_owned())),
+        ..progress(turn.lease, texts(2, &[]))
+    };
+    let known = async || {
+        let run = store.run(&key, turn.run.id).await.unwrap().unwrap().0;
+        let earlier =
+            database.texts("SELECT COALESCE(CAST(earlier_upstream_runs AS text), '') FROM runs").await;
+        (run.upstream_run_id.unwrap().0, earlier[0].replace(' ', ""))
+    };
+    for _ in 0..2 {
+        store.record(&[records("resp_1")]).await.unwrap();
+        assert_eq!(known().await, ("resp_1".to_owned(), String::new()));
+    }
+    // The pause tells the same id, the next round has another.
+    store.pause(&turn.lease, &pause_after(texts(2, &["a"]))).await.unwrap();
+    assert_eq!(known().await, ("resp_1".to_owned(), String::new()));
+    store.answer_tools(&key, turn.run.id, &answer(&["call_1"])).await.unwrap();
+    for _ in 0..2 {
+        store.record(&[records("resp_2")]).await.unwrap();
+        assert_eq!(known().await, ("resp_2".to_owned(), "[\"resp_1\"]".to_owned()));
+    }
+    let end = RunEnd { upstream_run_id: Some(UpstreamRunId("resp_3".to_owned())), ..completed(None) };
+    closed(store.finish(&turn.lease, &end).await.unwrap());
+    assert_eq!(known().await, ("resp_3".to_owned(), "[\"resp_1\",\"resp_2\"]".to_owned()));
+}
+
+async fn an_id_that_comes_late_is_old_news(_: &TestDatabase, store: &dyn Store) {
+    let key = user("alice");
+    let turn = begin(store, &key).await;
+    for id in ["resp_1", "resp_2", "resp_1"] {
+        let progress = RunProgress {
+            upstream_run_id: Some(UpstreamRunId(id.to_owned())),
+            ..progress(turn.lease, texts(2, &[]))
+        };
+        assert_eq!(store.record(&[progress]).await.unwrap(), [turn.run.id]);
+    }
+    let run = store.run(&key, turn.run.id).await.unwrap().unwrap().0;
+    assert_eq!(run.upstream_run_id, Some(UpstreamRunId("resp_2".to_owned())));
+}

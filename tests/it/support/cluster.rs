@@ -1,0 +1,99 @@
+//! A Postgres cluster of a test's own, which can be stopped and started.
+
+use std::fs::{self, DirBuilder, Permissions};
+use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
+use std::path::PathBuf;
+use std::process::{Child, Command};
+
+use uuid::Uuid;
+
+use super::postgres::{Account, binaries, launch, make, scratch, url_of, watch};
+
+/// What is committed stays: the server may be stopped in any way, though not the machine.
+const SETTINGS: [&str; 2] = ["synchronous_commit=on", "max_connections=100"];
+
+/// How a server is stopped.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub(crate) enum Stop {
+    /// In order: connections are told and cut, and what was under way is rolled back.
+    Fast,
+    /// As if it had crashed: it recovers when it is started again.
+    Immediate,
+}
+
+/// A server and its files. Both are gone once it is dropped. Its calls block, for some tenths of a second each.
+pub(crate) struct Cluster {
+    folder: PathBuf,
+    binaries: PathBuf,
+    account: Account,
+    /// `None` while it is stopped.
+    server: Option<Child>,
+}
+
+impl Cluster {
+    /// A new one, which is running.
+    ///
+    /// # Panics
+    /// If there is no Postgres on this machine, or it does not start.
+    pub(crate) fn start() -> Self {
+        let folder = scratch().join(format!("threadkeeper-cluster-{}", Uuid::now_v7().simple()));
+        let new = || {
+            DirBuilder::new().mode(0o711).create(&folder)?;
+            // The umask may have taken the right to pass, which the server's account needs.
+            fs::set_permissions(&folder, Permissions::from_mode(0o711))
+        };
+        new().expect("a folder for the cluster can be made");
+        watch(&folder, std::process::id()).expect("a shell can be started");
+        let binaries = binaries().unwrap_or_else(|text| panic!("{text}"));
+        let account = Account::for_server().unwrap_or_else(|text| panic!("{text}"));
+        make(&folder, &binaries, &account).expect("the cluster can be made");
+        let mut cluster = Self { folder, binaries, account, server: None };
+        cluster.start_again();
+        cluster
+    }
+
+    /// The URL of a database of this server; `postgres` is there from the beginning.
+    pub(crate) fn url(&self, database: &str) -> String {
+        url_of(&self.socket(), database)
+    }
+
+    /// The folder of its socket.
+    pub(crate) fn socket(&self) -> PathBuf {
+        self.folder.join("socket")
+    }
+
+    /// Stops the server and waits until it is gone.
+    pub(crate) fn stop(&mut self, how: Stop) {
+        let mut server = self.server.take().expect("it is running");
+        let signal = match how {
+            Stop::Fast => "-INT",
+            Stop::Immediate => "-QUIT",
+        };
+        let told = Command::new("kill").arg(signal).arg(server.id().to_string()).status();
+        assert!(told.expect("the signal can be sent").success(), "the server is gone");
+        server.wait().expect("it is our child");
+    }
+
+    /// Starts the server after a [`stop`](Self::stop) and waits until it takes connections.
+    pub(crate) fn start_again(&mut self) {
+        assert!(self.server.is_none(), "it is running");
+        let server = launch(&self.folder, &self.binaries, &self.account, &SETTINGS);
+        self.server = Some(server.expect("the server starts"));
+    }
+
+    /// Stops the server and starts it again.
+    pub(crate) fn restart(&mut self, how: Stop) {
+        self.stop(how);
+        self.start_again();
+    }
+}
+
+impl Drop for Cluster {
+    fn drop(&mut self) {
+        if self.server.is_some() {
+            self.stop(Stop::Immediate);
+        }
+        // The watchdog does it otherwise.
+        let _ = fs::remove_dir_all(&self.folder);
+    }
+}
