@@ -18,6 +18,7 @@ mod problems;
 mod queue;
 mod random;
 mod recovery;
+mod replicas;
 mod rollover;
 mod scale;
 mod shutdown;

@@ -1,0 +1,115 @@
+//! What is asked of a run at a replica that does not work on it. The sessions are renewed so rarely that only news from
+//! replica to replica explain that it is done promptly.
+
+use std::time::Instant;
+
+use serde_json::json;
+
+use super::{Half, LONG, PROMPT, SCOPE, ask, begin, cancel, completed, heard, outputs};
+use crate::support::gateway::{Gateway, text, text_of};
+use crate::support::history::assert_same;
+use crate::support::scene::{Protocol, Scene, on_every_shared_scene};
+
+on_every_shared_scene!(
+    a_run_is_cancelled_from_elsewhere,
+    a_run_in_line_is_cancelled_from_elsewhere,
+    outputs_are_handed_over,
+    an_interrupt_goes_first_from_elsewhere,
+    a_rollback_goes_first_from_elsewhere,
+);
+
+async fn two(scene: &Scene) -> (Gateway, Gateway) {
+    let upstream = "lock_window = \"500ms\"\n";
+    tokio::join!(scene.gateway_both(LONG, upstream), scene.gateway_both(LONG, upstream))
+}
+
+async fn goes_on(scene: &Scene, gateways: [&Gateway; 2]) {
+    scene.simulator.release();
+    for gateway in gateways {
+        let answer = gateway.say(SCOPE, "and now?").await;
+        assert!(text(&answer["message"]).contains("and now?"));
+        assert_same(scene, gateway, SCOPE).await;
+    }
+}
+
+async fn a_run_is_cancelled_from_elsewhere(scene: Scene) {
+    let (owner, other) = two(&scene).await;
+    let half = Half::at(&scene, &owner, "a long story").await;
+    let begun = Instant::now();
+    let cancelled = cancel(&other, &half.run).await.ok();
+    assert!(begun.elapsed() < PROMPT, "cancelled after {:?}", begun.elapsed());
+    assert_eq!(cancelled["run"]["status"], "cancelled");
+    let said = half.text();
+    let rest = half.stream.rest().await;
+    assert_eq!(rest.last().unwrap().name, "run.cancelled");
+    assert_eq!(completed(&rest), said, "what came so far stays");
+    assert_eq!(rest.last().unwrap().data["run"], cancelled["run"]);
+    goes_on(&scene, [&owner, &other]).await;
+}
+
+async fn a_run_in_line_is_cancelled_from_elsewhere(scene: Scene) {
+    let (owner, other) = two(&scene).await;
+    scene.simulator.hold();
+    let (first, _) = begin(&owner, "enqueue", "first").await;
+    let (second, queued) = begin(&owner, "enqueue", "second").await;
+    let begun = Instant::now();
+    let cancelled = cancel(&other, &super::run_of(&queued)).await.ok();
+    assert_eq!(cancelled["run"]["status"], "cancelled");
+    assert_eq!(second.rest().await.last().unwrap().name, "run.cancelled");
+    assert!(begun.elapsed() < PROMPT, "cancelled after {:?}", begun.elapsed());
+    scene.simulator.release();
+    assert_eq!(first.rest().await.last().unwrap().name, "run.completed");
+    goes_on(&scene, [&owner, &other]).await;
+}
+
+async fn outputs_are_handed_over(scene: Scene) {
+    let (owner, other) = two(&scene).await;
+    let asked = ask(&owner, SCOPE).await;
+    let (path, body) = outputs(SCOPE, &asked);
+    let begun = Instant::now();
+    let answer = other.post(&path, &body).await.ok();
+    assert!(begun.elapsed() < PROMPT, "answered after {:?}", begun.elapsed());
+    assert_eq!((&answer["run"]["id"], &answer["run"]["status"]), (&asked["run"]["id"], &json!("completed")));
+    assert!(text(&answer["message"]).contains("4 °C"), "{answer:#}");
+    goes_on(&scene, [&owner, &other]).await;
+}
+
+async fn an_interrupt_goes_first_from_elsewhere(scene: Scene) {
+    let (owner, other) = two(&scene).await;
+    let half = Half::at(&scene, &owner, "a long story").await;
+    let (waiting, _) = begin(&owner, "enqueue", "me too").await;
+    let begun = Instant::now();
+    let (interrupt, _) = begin(&other, "interrupt", "stop it").await;
+    let said = half.text();
+    let rest = half.stream.rest().await;
+    assert!(begun.elapsed() < PROMPT, "interrupted after {:?}", begun.elapsed());
+    assert_eq!(rest.last().unwrap().name, "run.cancelled");
+    assert_eq!(completed(&rest), said);
+    scene.simulator.release();
+    let (interrupt, waiting) = tokio::join!(interrupt.rest(), waiting.rest());
+    for (events, said) in [(interrupt, "stop it"), (waiting, "me too")] {
+        assert_eq!(events.last().unwrap().name, "run.completed");
+        assert!(text_of(&events).contains(said));
+    }
+    assert_eq!(heard(&other, SCOPE).await, ["a long story", "stop it", "me too"]);
+    goes_on(&scene, [&owner, &other]).await;
+}
+
+async fn a_rollback_goes_first_from_elsewhere(scene: Scene) {
+    let (owner, other) = two(&scene).await;
+    owner.say(SCOPE, "hello").await;
+    let half = Half::at(&scene, &owner, "a long story").await;
+    let begun = Instant::now();
+    let (rollback, _) = begin(&other, "rollback", "forget it").await;
+    let rest = half.stream.rest().await;
+    assert!(begun.elapsed() < PROMPT, "rolled back after {:?}", begun.elapsed());
+    assert_eq!(rest.last().unwrap().name, "run.cancelled");
+    assert_eq!(rest.last().unwrap().data["run"]["rolled_back"], true);
+    scene.simulator.release();
+    assert_eq!(rollback.rest().await.last().unwrap().name, "run.completed");
+    assert_eq!(heard(&other, SCOPE).await, ["hello", "forget it"]);
+    if scene.protocol != Protocol::Chain {
+        assert_eq!(scene.simulator.holds_text("a long story"), [""; 0], "at the upstream");
+    }
+    goes_on(&scene, [&owner, &other]).await;
+}

@@ -1,0 +1,120 @@
+//! A replica that loses its database, while others have it.
+
+use std::time::{Duration, Instant};
+
+use serde_json::json;
+
+use super::{Half, SCOPE, SHORT, TTL, begin, counted, heard};
+use crate::support::gate::{Gate, Moment};
+use crate::support::gateway::{Gateway, text, text_of};
+use crate::support::history::assert_same;
+use crate::support::scene::{Backend, Protocol, Scene, on_every_shared_scene};
+use crate::support::wiretap::{HttpTap, Steps, Wiretap};
+
+on_every_shared_scene!(a_replica_lets_go_before_others_begin);
+
+/// Longest wait for a connection and for an answer of the database, as configured here and as it stands, and some more for a
+/// machine that does other things.
+const REFUSED_WITHIN: Duration = Duration::from_secs(20);
+
+/// From now on no question arrives at a database that is reached through this gate.
+fn cut_off(gate: &Gate) {
+    gate.set(1, Moment::Before);
+}
+
+async fn a_replica_lets_go_before_others_begin(scene: Scene) {
+    let (database, upstream) = (Gate::default(), Gate::default());
+    let tap = Wiretap::gated(&scene.database.url(), &database, Steps::All).await;
+    let http = HttpTap::gated(&scene.upstream_url, &upstream, Steps::All).await;
+    let config = scene.config_with(SHORT, "lock_window = \"500ms\"\n");
+    let (one, other) =
+        (config.replace(&scene.database.url(), &tap.url), config.replace(&scene.upstream_url, &http.url));
+    let (one, other) = tokio::join!(Gateway::start(&one), Gateway::start(&other));
+    one.say(SCOPE, "hello").await;
+    let half = Half::at(&scene, &one, "tell me").await;
+    let (in_line, _) = begin(&one, "enqueue", "me too").await;
+    let mut follower = other.events(SCOPE, &half.run, None).await;
+    follower.until_told(&half.text()).await;
+
+    // The first question of the one who takes the run over is stopped on its way to the upstream.
+    upstream.set(1, Moment::Before);
+    cut_off(&database);
+    upstream.caught().await;
+    if scene.protocol != Protocol::Assistants {
+        let abandoned = scene.simulator.stats().runs_ended.get("abandoned").copied();
+        assert_eq!(abandoned, Some(1), "the one before does not read any more");
+    }
+    upstream.open();
+
+    // It says so, soon, and does not hide behind what it cannot ask.
+    let not_ready = one.until("/readyz", |answer| answer.status == 503).await;
+    assert_eq!(not_ready.problem(), (503, "store-unavailable"));
+    for path in [SCOPE, "/v1/users/bob"] {
+        let begun = Instant::now();
+        let refused = one.post(&format!("{path}/messages"), &json!({"content": "are you there?"})).await;
+        assert_eq!(refused.problem(), (503, "store-unavailable"));
+        assert!(refused.headers.contains_key("retry-after"), "{refused:?}");
+        assert!(begun.elapsed() < REFUSED_WITHIN, "refused after {:?}", begun.elapsed());
+    }
+    // The others go on.
+    scene.simulator.release();
+    let elsewhere = follower.rest().await;
+    let lost = scene.protocol != Protocol::Assistants;
+    let end = if lost { "run.failed" } else { "run.completed" };
+    assert_eq!(elsewhere.last().unwrap().name, end, "{elsewhere:#?}");
+    counted(&scene, "SELECT count(*) FROM runs WHERE finished_at IS NULL", 0).await;
+    other.say(SCOPE, "and now?").await;
+
+    // Healed, it is as before, by itself.
+    database.open();
+    one.until("/readyz", |answer| answer.status == 200).await;
+    let shown = half.stream.rest().await;
+    assert_eq!(shown.last(), elsewhere.last(), "its readers hear the end all the same");
+    let in_line = in_line.rest().await;
+    assert!(text_of(&in_line).contains("me too"), "{in_line:#?}");
+    let answer = one.say(SCOPE, "there again").await;
+    assert!(text(&answer["message"]).contains("there again"));
+    assert_eq!(heard(&one, SCOPE).await, ["hello", "tell me", "me too", "and now?", "there again"]);
+    assert_same(&scene, &one, SCOPE).await;
+    assert_eq!(scene.simulator.stats().runs_started, 5, "nothing ran twice");
+}
+
+/// By the database's own clock, not only by what others do.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_replica_has_let_go_when_its_session_lapses() {
+    /// A tenth of it is what the process leaves of its session: enough for a look that comes late.
+    const LIFE: Duration = Duration::from_secs(10);
+    let scene = Scene::new(Protocol::Responses, Backend::Postgres).await;
+    let gate = Gate::default();
+    let tap = Wiretap::gated(&scene.database.url(), &gate, Steps::All).await;
+    let settings = format!("[replica]\nsession_ttl = \"{}s\"\n", LIFE.as_secs());
+    let gateway = Gateway::start(&scene.config(&settings).replace(&scene.database.url(), &tap.url)).await;
+    let _half = Half::at(&scene, &gateway, "tell me").await;
+    cut_off(&gate);
+    scene.simulator.wait_for(|stats| stats.runs_ended.contains_key("abandoned")).await;
+    let alive = "SELECT count(*) FROM replicas WHERE expires_at > clock_timestamp()";
+    assert_eq!(scene.database.number(alive).await, 1, "its session has lapsed before it let go");
+}
+
+/// Nobody else is there: its runs go on once the database is back, whoever they belonged to.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_single_replica_goes_on_after_an_outage() {
+    let scene = Scene::new(Protocol::Assistants, Backend::Postgres).await;
+    let gate = Gate::default();
+    let tap = Wiretap::gated(&scene.database.url(), &gate, Steps::All).await;
+    let gateway = Gateway::start(&scene.config(SHORT).replace(&scene.database.url(), &tap.url)).await;
+    let half = Half::at(&scene, &gateway, "tell me").await;
+    let (in_line, _) = begin(&gateway, "enqueue", "me too").await;
+    cut_off(&gate);
+    gateway.until("/readyz", |answer| answer.status == 503).await;
+    tokio::time::sleep(TTL).await;
+    gate.open();
+    gateway.until("/readyz", |answer| answer.status == 200).await;
+    scene.simulator.release();
+    let shown = [half.seen, half.stream.rest().await].concat();
+    assert_eq!(shown.last().unwrap().name, "run.completed", "{shown:#?}");
+    assert_eq!(text_of(&shown), super::completed(&shown));
+    assert_eq!(in_line.rest().await.last().unwrap().name, "run.completed");
+    assert_eq!(heard(&gateway, SCOPE).await, ["tell me", "me too"]);
+    assert_same(&scene, &gateway, SCOPE).await;
+}

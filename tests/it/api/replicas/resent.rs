@@ -1,0 +1,95 @@
+//! kill -9 at the moment at which a message is sent to its upstream. Whoever takes the run over sends the message if it never
+//! arrived, and only then.
+
+use std::time::Duration;
+
+use serde_json::{Value, json};
+
+use super::{SCOPE, SHORT, TTL, heard};
+use crate::support::gate::{Gate, Moment};
+use crate::support::gateway::{Gateway, text};
+use crate::support::history::assert_same;
+use crate::support::scene::{Protocol, Scene, on_every_shared_scene};
+use crate::support::wiretap::{HttpTap, Steps};
+
+on_every_shared_scene!(
+    what_was_never_sent_is_sent_once,
+    what_had_arrived_is_not_sent_again,
+    what_waited_for_its_upstream_thread_is_sent_once,
+);
+
+/// How long the upstream may need until it shows what it was sent.
+const UPSTREAM: &str = "lock_window = \"500ms\"\n";
+
+async fn what_was_never_sent_is_sent_once(scene: Scene) {
+    killed(scene, true, Moment::Before).await;
+}
+
+async fn what_had_arrived_is_not_sent_again(scene: Scene) {
+    killed(scene, true, Moment::After).await;
+}
+
+/// A first message is preceded by the making of its thread, which a chain does not need.
+async fn what_waited_for_its_upstream_thread_is_sent_once(scene: Scene) {
+    killed(scene, false, Moment::Before).await;
+}
+
+async fn killed(scene: Scene, has_thread: bool, moment: Moment) {
+    let gate = Gate::default();
+    let tap = HttpTap::gated(&scene.upstream_url, &gate, Steps::Changes).await;
+    let config = scene.config_with(SHORT, UPSTREAM);
+    let tapped = config.replace(&scene.upstream_url, &tap.url);
+    let (owner, other) = tokio::join!(Gateway::start(&tapped), Gateway::start(&config));
+    if has_thread {
+        owner.say(SCOPE, "hello").await;
+    }
+    let before = scene.simulator.stats().runs_started;
+    gate.set(1, moment);
+    let said = owner.post_in_background(&format!("{SCOPE}/messages"), &json!({"content": "tell me"}));
+    gate.caught().await;
+    owner.kill();
+    drop(said);
+    let steps = gate.open();
+    let runs = format!("{SCOPE}/runs?limit=1");
+    let ended = other.until(&runs, |answer| answer.body["data"][0]["finished_at"].is_string()).await.ok();
+    let run = &ended["data"][0];
+    let other_answer = other.get(&format!("{SCOPE}/runs/{}", run["id"].as_str().unwrap())).await.ok();
+    // Of a response whose id nobody was told a server without conversations says nothing, so there it is not sent again.
+    let can_be_told = scene.protocol != Protocol::Chain;
+    if can_be_told {
+        assert_eq!(run["status"], "completed", "{steps:?}: {run:#}");
+        assert!(text(&other_answer["message"]).contains("tell me"), "{other_answer:#}");
+        assert_eq!(scene.simulator.stats().runs_started, before + 1, "it ran once");
+    } else {
+        assert_eq!(
+            (&run["status"], &run["error"]["code"]),
+            (&json!("failed"), &json!("replica_lost")),
+            "{run:#}"
+        );
+        assert_eq!(other_answer["message"], Value::Null);
+    }
+    let wanted: &[&str] =
+        if has_thread { &["hello", "tell me", "and now?"] } else { &["tell me", "and now?"] };
+    other.say(SCOPE, "and now?").await;
+    assert_eq!(heard(&other, SCOPE).await, wanted);
+    assert_same(&scene, &other, SCOPE).await;
+    if can_be_told {
+        let thread = scene.simulator.threads().into_iter().filter(|thread| !thread.user_texts.is_empty());
+        let texts: Vec<_> = thread.flat_map(|thread| thread.user_texts).collect();
+        assert_eq!(texts, wanted, "nothing arrived twice");
+    }
+}
+
+/// Nobody is dead for less than a session's time: what is slow is left to its owner.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_replica_that_lives_keeps_its_runs() {
+    use crate::support::scene::Backend;
+    let scene = Scene::new(Protocol::Responses, Backend::Postgres).await;
+    let (owner, other) = tokio::join!(scene.gateway_with(SHORT), scene.gateway_with(SHORT));
+    let half = super::Half::at(&scene, &owner, "tell me").await;
+    tokio::time::sleep(TTL + Duration::from_secs(1)).await;
+    assert_eq!(scene.database.number("SELECT count(*) FROM runs WHERE fence > 1").await, 0);
+    scene.simulator.release();
+    assert_eq!(half.stream.rest().await.last().unwrap().name, "run.completed");
+    assert_same(&scene, &other, SCOPE).await;
+}

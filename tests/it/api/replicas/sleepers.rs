@@ -1,0 +1,49 @@
+//! A process that is stopped for longer than its session lives, and then goes on as if nothing had been.
+
+use super::{Half, SCOPE, SHORT, begin, completed, counted, heard};
+use crate::support::gateway::text_of;
+use crate::support::history::{assert_same, messages};
+use crate::support::scene::{Protocol, Scene, on_every_shared_scene};
+
+on_every_shared_scene!(who_wakes_up_late_changes_nothing);
+
+async fn who_wakes_up_late_changes_nothing(scene: Scene) {
+    // Foreground: what the sleeper was sent meanwhile lies in its socket, so it can read all of the reply when it wakes up.
+    let upstream = "lock_window = \"500ms\"\n";
+    let start = || scene.gateway_both(SHORT, upstream);
+    let (sleeper, other) = tokio::join!(start(), start());
+    sleeper.say(SCOPE, "hello").await;
+    let half = Half::at(&scene, &sleeper, "tell me").await;
+    let (in_line, _) = begin(&sleeper, "enqueue", "me too").await;
+    let mut follower = other.events(SCOPE, &half.run, None).await;
+    follower.until_told(&half.text()).await;
+    sleeper.freeze();
+    scene.simulator.release();
+    counted(&scene, "SELECT count(*) FROM runs WHERE fence > 1", 2).await;
+    let elsewhere = follower.rest().await;
+    counted(&scene, "SELECT count(*) FROM runs WHERE finished_at IS NULL", 0).await;
+    other.say(SCOPE, "and now?").await;
+    let before = messages(&other, SCOPE).await;
+    let runs = other.get(&format!("{SCOPE}/runs")).await.ok();
+
+    sleeper.thaw();
+    // Its readers hear what became of the run, not what the sleeper believes.
+    let shown = half.stream.rest().await;
+    assert_eq!(shown.last(), elsewhere.last());
+    if scene.protocol == Protocol::Assistants {
+        let shown = [half.seen, shown].concat();
+        assert_eq!(text_of(&shown), completed(&shown));
+    }
+    assert_eq!(in_line.rest().await.last().unwrap().name, "run.completed");
+    sleeper.until("/readyz", |answer| answer.status == 200).await;
+    assert_eq!(messages(&sleeper, SCOPE).await, before, "the transcript is as it was");
+    assert_eq!(other.get(&format!("{SCOPE}/runs")).await.ok(), runs);
+    sleeper.say(SCOPE, "there again").await;
+    assert_eq!(heard(&other, SCOPE).await, ["hello", "tell me", "me too", "and now?", "there again"]);
+    let replies = messages(&other, SCOPE).await;
+    let of_run = |message: &&serde_json::Value| {
+        message["role"] == "assistant" && message["run_id"] == half.run.as_str()
+    };
+    assert!(replies.iter().filter(of_run).count() <= 1, "{replies:#?}");
+    assert_same(&scene, &sleeper, SCOPE).await;
+}
