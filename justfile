@@ -17,3 +17,7 @@ test-one name:
 # The container image.
 image:
     docker build -t threadkeeper .
+
+# Everything fails, at random, for so long: `just chaos 30m`.
+chaos time:
+    THREADKEEPER_CHAOS_FOR={{ time }} cargo test chaos:: -- --nocapture

@@ -1,0 +1,219 @@
+//! Everything fails, at random, all the time: replicas are killed, stopped and frozen, connections are cut, the database
+//! goes away and comes back. Hundreds of users talk on, as clients do that take an answer for an answer and silence for
+//! silence. Then everything is put right, and what they were told is compared with what there is.
+//!
+//! `THREADKEEPER_CHAOS_FOR=30m` sets how long; the default is made for `cargo test`. The seed that is printed
+//! (`THREADKEEPER_TEST_SEED`) chooses what is said and what goes wrong; when things happen is up to the machine, so a seed
+//! brings back a scenario, not a run. Without one each run has another: what one run does not meet, the next may.
+
+mod balancer;
+mod check;
+mod client;
+mod fleet;
+mod message;
+mod monkey;
+mod seen;
+mod sending;
+mod takeover;
+mod users;
+mod wire;
+mod world;
+
+use std::hash::{BuildHasher, RandomState};
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures_util::future::join_all;
+use futures_util::{StreamExt, stream};
+use serde_json::Value;
+use threadkeeper::domain::Timestamp;
+use threadkeeper::simulator::SimulatorConfig;
+use tokio::sync::Semaphore;
+use tokio::task::{JoinSet, spawn_blocking};
+use tokio::time::{sleep, timeout};
+
+use crate::support::TestDatabase;
+use crate::support::cluster::Cluster;
+use crate::support::gateway::PATIENCE;
+use crate::support::scene::{Backend, Protocol, Scene};
+use fleet::Fleet;
+use monkey::Temper;
+use users::User;
+use world::{Teller, World};
+
+const DEFAULT: Duration = Duration::from_secs(30);
+/// From here on it is a run of its own, and has the machine for itself.
+const LONG: Duration = Duration::from_mins(2);
+/// After the end each user has the time for one message, if all goes wrong.
+const LAST_ONES: Duration = Duration::from_mins(5);
+/// Files and sockets of a process that has nothing to do: its connections with the database, and those that are kept alive.
+const OPEN_FILES: usize = 400;
+
+/// How long a process looks for a message whose sender heard that it was not taken.
+const LOOKS_FOR: Duration = Duration::from_secs(28);
+
+/// How much is done, and for how long.
+struct Scale {
+    time: Duration,
+    users: usize,
+    /// Messages that are on their way at the same time.
+    at_once: usize,
+    /// The mean time that a user thinks.
+    pause: Duration,
+    temper: Temper,
+}
+
+impl Scale {
+    fn of_environment() -> Self {
+        let time = std::env::var("THREADKEEPER_CHAOS_FOR");
+        let time =
+            time.map_or(DEFAULT, |text| humantime_serde::re::humantime::parse_duration(&text).unwrap());
+        let is_long = time >= LONG;
+        Self {
+            time,
+            users: if is_long { 200 } else { 48 },
+            at_once: if is_long { 64 } else { 24 },
+            pause: Duration::from_secs(if is_long { 3 } else { 1 }),
+            temper: Temper {
+                pause: Duration::from_millis(if is_long { 1500 } else { 1000 }),
+                longest_outage: Duration::from_secs(if is_long { 20 } else { 4 }),
+            },
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn whatever_fails_nothing_is_lost_and_nothing_is_said_twice() {
+    let seed = match std::env::var("THREADKEEPER_TEST_SEED") {
+        Ok(text) => text.parse().unwrap(),
+        Err(_) => RandomState::new().hash_one(0_u8),
+    };
+    println!("THREADKEEPER_TEST_SEED={seed}");
+    let scale = Scale::of_environment();
+    // What was made and never heard of again can be found only where threads can be listed.
+    let config = SimulatorConfig { list_threads: true, ..SimulatorConfig::default() };
+    let server = spawn_blocking(Cluster::start).await.unwrap();
+    let database = TestDatabase::on(&server).await;
+    let scene = Scene::on(database, Protocol::Responses, Backend::Postgres, config).await;
+    let fleet = Fleet::start(&scene.database.url(), &scene.upstream_url).await;
+    let world = Arc::new(World::new(seed, fleet, scene, server));
+    all_ready(&world).await;
+
+    let users = talk(&world, &scale).await;
+    all_ready(&world).await;
+    check::quiet(&world).await;
+    let users = take_leave(users).await;
+    check::quiet(&world).await;
+
+    check::leftovers(&world, world.fleet.len()).await;
+    let gateway = world.fleet.lock(0).await;
+    stream::iter(&users).for_each_concurrent(8, |user| check::user(&world, gateway.gateway(), user)).await;
+    drop(gateway);
+    if world.counted("runs: completed") * 2 < world.counted("messages: acknowledged") {
+        world.fault(Teller::Nobody, "less than half of the runs completed: this shows little");
+    }
+    if scale.time >= LONG {
+        // Then nothing at all may be left.
+        sleep(LOOKS_FOR).await;
+    }
+    stop_all(&world).await;
+    println!("{}", world.summary());
+    if world.has_faults() {
+        println!("{}", world.report().await);
+        panic!("the promises do not hold: see above");
+    }
+}
+
+/// The users talk, and the monkey does its deeds. Both have ended when this returns.
+async fn talk(world: &Arc<World>, scale: &Scale) -> Vec<User> {
+    let at_once = Arc::new(Semaphore::new(scale.at_once));
+    let mut talking = JoinSet::new();
+    for number in 0..scale.users {
+        let (mut user, at_once, pause) =
+            (User::new(Arc::clone(world), number), Arc::clone(&at_once), scale.pause);
+        talking.spawn(async move {
+            user.talk(&at_once, pause).await;
+            user
+        });
+    }
+    let mut monkey = JoinSet::new();
+    if std::env::var_os("THREADKEEPER_CHAOS_TAME").is_none() {
+        monkey.spawn(monkey::work(Arc::clone(world), scale.temper));
+    }
+    sleep(scale.time).await;
+    world.over.cancel();
+    let ended = async {
+        monkey.join_all().await;
+        talking.join_all().await
+    };
+    let mut users = timeout(LAST_ONES, ended).await.expect("everybody comes to an end");
+    users.sort_by_key(|user| user.number);
+    users
+}
+
+/// The balancer knows of all replicas.
+async fn all_ready(world: &World) {
+    let ready = async {
+        while world.fleet.balancer.ready() < world.fleet.len() {
+            sleep(Duration::from_millis(20)).await;
+        }
+    };
+    if timeout(PATIENCE, ready).await.is_err() {
+        world.fault(Teller::Nobody, format!("only {} replicas are ready", world.fleet.balancer.ready()));
+    }
+}
+
+/// Everybody says something more, now that all is well.
+async fn take_leave(users: Vec<User>) -> Vec<User> {
+    let leaving = users.into_iter().map(|mut user| async move {
+        user.take_leave().await;
+        user
+    });
+    stream::iter(leaving).buffered(16).collect().await
+}
+
+/// Stops all replicas at once: nothing is left in them.
+async fn stop_all(world: &World) {
+    join_all((0..world.fleet.len()).map(|place| async move {
+        let mut replica = world.fleet.lock(place).await;
+        let (process, open) = (replica.process(), replica.open_files());
+        if open > OPEN_FILES {
+            world.fault(Teller::Nobody, format!("{process} has {open} open files"));
+        }
+        let stopped = world.fleet.stop(&mut replica).await;
+        monkey::check_stop(world, &process, &stopped);
+        let (left, may_be_left) = left_over(&stopped.log);
+        if left.runs > may_be_left || left.lines > 0 {
+            world.fault(Teller::Nobody, format!("{process} has tasks or places in line left: {left:?}"));
+        }
+    }))
+    .await;
+    let left = world.scene.database.number("SELECT count(*) FROM replicas WHERE expires_at > now()").await;
+    if left != 0 {
+        world.fault(Teller::Nobody, format!("{left} replicas seem to live"));
+    }
+}
+
+/// What a process was at when it was told to stop.
+#[derive(Debug, serde::Deserialize)]
+struct Left {
+    /// Tasks.
+    runs: usize,
+    lines: usize,
+}
+
+/// What was left by its log, and how many tasks may be: one looks for each message that was not taken because of the
+/// database, whether it appears all the same.
+fn left_over(log: &[String]) -> (Left, usize) {
+    let lines: Vec<Value> = log.iter().filter_map(|line| serde_json::from_str(line).ok()).collect();
+    let time = |line: &Value| line["timestamp"].as_str().unwrap().parse::<Timestamp>().unwrap();
+    let stopping = lines.iter().find(|line| line["message"] == "stopping").expect("it says so");
+    let lately =
+        lines.iter().filter(|line| (time(stopping) - time(line)).to_std().is_ok_and(|ago| ago < LOOKS_FOR));
+    let refused = lately.filter(|line| {
+        let request = &line["spans"][0];
+        let route = request["route"].as_str().unwrap_or_default();
+        line["message"] == "the request failed" && request["method"] == "POST" && route.ends_with("/messages")
+    });
+    (serde_json::from_value(stopping.clone()).unwrap(), refused.count())
+}

@@ -1,0 +1,131 @@
+//! A user's client: it takes whatever answer or silence it gets, and tries again what may be tried again.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use rand::RngExt;
+use reqwest::{Method, RequestBuilder, StatusCode};
+use tokio::time::{sleep, timeout};
+
+use super::world::{Teller, World};
+use crate::support::gateway::{Answer, EventReader};
+
+/// How long an answer is waited for.
+const ATTEMPT: Duration = Duration::from_secs(12);
+/// How long anything is tried again. No outage is half as long.
+pub(super) const PERSEVERANCE: Duration = Duration::from_mins(2);
+
+pub(super) struct Client {
+    pub(super) world: Arc<World>,
+    pub(super) user: usize,
+    http: reqwest::Client,
+}
+
+/// What came of one request.
+pub(super) enum Reply {
+    /// Nothing, or half of something: what it did is not known.
+    Broken(String),
+    Stream(EventReader),
+    Answer(Answer),
+}
+
+impl Client {
+    /// `keeps_alive`: connections are used again, so that its requests mostly reach the same replica.
+    pub(super) fn new(world: Arc<World>, user: usize, keeps_alive: bool) -> Self {
+        let http = reqwest::Client::builder().no_proxy().pool_max_idle_per_host(usize::from(keeps_alive) * 4);
+        Self { world, user, http: http.build().unwrap() }
+    }
+
+    pub(super) fn teller(&self) -> Teller {
+        Teller::User(self.user)
+    }
+
+    pub(super) fn tell(&self, what: impl Into<String>) {
+        self.world.tell(self.teller(), what);
+    }
+
+    pub(super) fn fault(&self, what: impl Into<String>) {
+        self.world.fault(self.teller(), what);
+    }
+
+    pub(super) fn request(&self, method: Method, path: &str) -> RequestBuilder {
+        self.http.request(method, format!("{}{path}", self.world.fleet.balancer.url))
+    }
+
+    pub(super) async fn ask(&self, request: RequestBuilder) -> Reply {
+        let answered = async {
+            let response = request.send().await?;
+            let (status, headers) = (response.status(), response.headers().clone());
+            if headers.get("content-type").is_some_and(|kind| kind == "text/event-stream") {
+                return Ok(Reply::Stream(EventReader::new(response)));
+            }
+            let text = response.text().await?;
+            let body = serde_json::from_str(&text).unwrap_or(serde_json::Value::String(text));
+            Ok::<_, reqwest::Error>(Reply::Answer(Answer { status, headers, body }))
+        };
+        let reply = match timeout(ATTEMPT, answered).await {
+            Ok(Ok(reply)) => reply,
+            Ok(Err(error)) => Reply::Broken(innermost(&error)),
+            Err(_) => Reply::Broken("no answer in time".to_owned()),
+        };
+        if let Reply::Answer(answer) = &reply {
+            self.judge(answer);
+        }
+        reply
+    }
+
+    /// What no answer may be, whatever happens.
+    fn judge(&self, answer: &Answer) {
+        let status = answer.status;
+        let kind = answer.body["type"].as_str().unwrap_or_default().rsplit(':').next().unwrap_or_default();
+        let code = answer.body["code"].as_str().unwrap_or_default();
+        self.world.count(format!("answers: {} {kind} {code}", status.as_u16()).trim_end());
+        if status == StatusCode::INTERNAL_SERVER_ERROR || (status.is_client_error() && kind.is_empty()) {
+            self.fault(format!("an answer that must not be: {answer:?}"));
+        }
+        if status == StatusCode::SERVICE_UNAVAILABLE && !answer.headers.contains_key("retry-after") {
+            self.fault(format!("503 without a hint when to come back: {answer:?}"));
+        }
+    }
+
+    /// Asks until there is an answer that is none of an unavailable service. For what may be repeated. `None`: there
+    /// never was one.
+    pub(super) async fn insist(&self, what: &str, request: impl Fn() -> RequestBuilder) -> Option<Answer> {
+        let begun = Instant::now();
+        while begun.elapsed() < PERSEVERANCE {
+            match self.ask(request()).await {
+                Reply::Answer(answer) if answer.status != StatusCode::SERVICE_UNAVAILABLE => {
+                    return Some(answer);
+                }
+                // A failure of the run, which is all that will ever be said.
+                Reply::Answer(answer) if answer.body["run_id"].is_string() => return Some(answer),
+                Reply::Answer(_) | Reply::Broken(_) => self.pause().await,
+                Reply::Stream(_) => {
+                    self.fault(format!("{what}: a stream that nobody asked for"));
+                    return None;
+                }
+            }
+        }
+        self.fault(format!("{what}: never answered"));
+        None
+    }
+
+    pub(super) async fn get(&self, path: &str) -> Option<Answer> {
+        self.insist(path, || self.request(Method::GET, path)).await
+    }
+
+    /// Before something is tried again.
+    pub(super) async fn pause(&self) {
+        let time = rand::rng().random_range(50..400);
+        sleep(Duration::from_millis(time)).await;
+    }
+}
+
+/// What is at the bottom of an error: the rest says only that a request failed.
+fn innermost(error: &reqwest::Error) -> String {
+    let mut cause: &dyn std::error::Error = error;
+    while let Some(source) = cause.source() {
+        cause = source;
+    }
+    cause.to_string()
+}

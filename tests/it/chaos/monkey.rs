@@ -1,0 +1,266 @@
+//! What goes wrong: processes, connections and the database, at random.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use rand::rngs::StdRng;
+use rand::seq::IndexedRandom;
+use rand::{RngExt, SeedableRng};
+use threadkeeper::simulator::Fault;
+use tokio::task::{JoinSet, spawn_blocking};
+use tokio::time::sleep;
+
+use super::fleet::{GRACE, LAST_WORDS, Replica, SESSION, Stopped};
+use super::wire::{Valve, Weather};
+use super::world::{Teller, World};
+use crate::support::cluster::Stop;
+
+/// How bad it gets.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Temper {
+    /// The mean pause between two deeds.
+    pub(super) pause: Duration,
+    /// The longest time without the database.
+    pub(super) longest_outage: Duration,
+}
+
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+enum Deed {
+    Kill,
+    Stop,
+    /// For longer than a session.
+    Freeze,
+    /// For less.
+    Hiccup,
+    /// Connections of clients with a replica.
+    CutClients,
+    DelayClients,
+    /// Connections of a replica with the database.
+    CutDatabase,
+    DelayDatabase,
+    /// A replica without the database: nothing passes, and nobody is told.
+    LoseDatabase,
+    /// The same, and it is told.
+    RefuseDatabase,
+    CutUpstream,
+    UpstreamFault,
+    /// The database's server is gone for a while.
+    Outage,
+    /// It is started anew.
+    Restart,
+    /// The database is slow for all.
+    SlowDatabase,
+}
+
+const DEEDS: [(Deed, u32); 15] = [
+    (Deed::Kill, 12),
+    (Deed::Stop, 10),
+    (Deed::Freeze, 7),
+    (Deed::Hiccup, 4),
+    (Deed::CutClients, 8),
+    (Deed::DelayClients, 3),
+    (Deed::CutDatabase, 5),
+    (Deed::DelayDatabase, 4),
+    (Deed::LoseDatabase, 5),
+    (Deed::RefuseDatabase, 3),
+    (Deed::CutUpstream, 4),
+    (Deed::UpstreamFault, 6),
+    (Deed::Outage, 4),
+    (Deed::Restart, 4),
+    (Deed::SlowDatabase, 3),
+];
+
+const UPSTREAM_FAULTS: [(&str, &str); 6] = [
+    ("start", "status=503 retry_after=0.05"),
+    ("start", "drop=before"),
+    ("start", "drop=after"),
+    ("start", "cut=3"),
+    ("create_thread", "drop=after"),
+    ("any", "latency=200ms"),
+];
+
+/// Does its deeds until it is over, then puts everything right.
+pub(super) async fn work(world: Arc<World>, temper: Temper) {
+    let mut rng = StdRng::seed_from_u64(world.seed);
+    let mut deeds = JoinSet::new();
+    loop {
+        let pause = temper.pause.mul_f64(rng.random_range(0.1..1.9));
+        tokio::select! {
+            () = sleep(pause) => {}
+            () = world.over.cancelled() => break,
+        }
+        while let Some(done) = deeds.try_join_next() {
+            done.unwrap();
+        }
+        let deed = DEEDS.choose_weighted(&mut rng, |(_, weight)| *weight).unwrap().0;
+        let (place, part) = (rng.random_range(0..world.fleet.len()), rng.random_range(0.0..1.0));
+        let fault = *UPSTREAM_FAULTS.choose(&mut rng).unwrap();
+        match deed {
+            Deed::UpstreamFault => {
+                let (on, fault) = fault;
+                log(&world, format!("upstream: {fault} for the next {on}"));
+                world.count("deeds: upstream faults");
+                let fault = Fault { on: on.to_owned(), fault: fault.to_owned(), times: 1 };
+                world.scene.simulator.add_fault(fault).unwrap();
+            }
+            Deed::Outage | Deed::Restart => {
+                deeds.spawn(trouble_all(Arc::clone(&world), deed, part, temper));
+            }
+            Deed::SlowDatabase => {
+                deeds.spawn(slow_all(Arc::clone(&world), part));
+            }
+            _ => {
+                // One replica is left alone, or there would be nothing to see.
+                let busy =
+                    (0..world.fleet.len()).filter(|place| world.fleet.try_lock(*place).is_none()).count();
+                if busy + 1 < world.fleet.len() && world.fleet.try_lock(place).is_some() {
+                    let world = Arc::clone(&world);
+                    deeds.spawn(async move {
+                        let mut replica = world.fleet.lock(place).await;
+                        trouble_one(&world, &mut replica, deed, part).await;
+                    });
+                }
+            }
+        }
+    }
+    while let Some(done) = deeds.join_next().await {
+        done.unwrap();
+    }
+    world.scene.simulator.clear_faults();
+    log(&world, "all is put right".to_owned());
+}
+
+fn log(world: &World, what: String) {
+    world.tell(Teller::Monkey, what);
+}
+
+/// Some time, up to the most.
+fn part_of(least: Duration, most: Duration, part: f64) -> Duration {
+    least + (most.saturating_sub(least)).mul_f64(part)
+}
+
+async fn trouble_one(world: &Arc<World>, replica: &mut Replica, deed: Deed, part: f64) {
+    let _trouble = world.trouble();
+    let process = replica.process();
+    let what = format!("{process}: {deed:?}");
+    log(world, what.clone());
+    world.count(&format!("deeds: {deed:?}"));
+    let clients = world.fleet.balancer.valve(replica.place).clone();
+    let while_session = part_of(SESSION / 2, SESSION * 3, part);
+    match deed {
+        Deed::Kill => {
+            let watch = super::takeover::Watch::begin(world, replica.gateway().address()).await;
+            world.fleet.kill(replica);
+            let mut watching = JoinSet::new();
+            if let Some(watch) = watch {
+                watching.spawn(watch.end(Arc::clone(world)));
+            }
+            sleep(part_of(Duration::ZERO, SESSION * 2, part)).await;
+            world.fleet.launch(replica).await;
+            while let Some(watched) = watching.join_next().await {
+                watched.unwrap();
+            }
+        }
+        Deed::Stop => {
+            let stopped = world.fleet.stop(replica).await;
+            check_stop(world, &process, &stopped);
+            sleep(part_of(Duration::ZERO, SESSION, part)).await;
+            world.fleet.launch(replica).await;
+        }
+        Deed::Freeze => {
+            replica.gateway().freeze();
+            sleep(part_of(SESSION * 5 / 4, SESSION * 3, part)).await;
+            replica.gateway().thaw();
+        }
+        Deed::Hiccup => {
+            replica.gateway().freeze();
+            sleep(part_of(SESSION / 10, SESSION * 9 / 10, part)).await;
+            replica.gateway().thaw();
+        }
+        Deed::CutClients => clients.cut(),
+        Deed::DelayClients => {
+            let weather = Weather {
+                delay: part_of(Duration::from_millis(20), Duration::from_millis(200), part),
+                ..Weather::default()
+            };
+            during(&clients, weather, while_session).await;
+        }
+        Deed::CutDatabase => replica.database.valve.cut(),
+        Deed::DelayDatabase => during(&replica.database.valve, slow(part), while_session).await,
+        Deed::LoseDatabase => {
+            let weather = Weather { swallows: true, ..Weather::default() };
+            during(&replica.database.valve, weather, while_session).await;
+        }
+        Deed::RefuseDatabase => {
+            let weather = Weather { refuses: true, ..Weather::default() };
+            replica.database.valve.set(weather);
+            replica.database.valve.cut();
+            during(&replica.database.valve, weather, while_session).await;
+        }
+        Deed::CutUpstream => replica.upstream.valve.cut(),
+        Deed::UpstreamFault | Deed::Outage | Deed::Restart | Deed::SlowDatabase => {}
+    }
+    log(world, format!("{what} is over"));
+}
+
+/// The server is away, or starts anew, or is slow.
+async fn trouble_all(world: Arc<World>, deed: Deed, part: f64, temper: Temper) {
+    let Ok(mut server) = Arc::clone(&world.server).try_write_owned() else { return };
+    let _trouble = world.trouble();
+    let time = match deed {
+        Deed::Restart => Duration::ZERO,
+        _ => part_of(Duration::from_millis(300), temper.longest_outage, part),
+    };
+    // One that crashes is more interesting than one that says goodbye.
+    let how = if part < 0.3 { Stop::Fast } else { Stop::Immediate };
+    log(&world, format!("the database: {deed:?}, {how:?}, {time:?}"));
+    world.count(&format!("deeds: {deed:?}"));
+    let blocking = spawn_blocking(move || {
+        server.stop(how);
+        std::thread::sleep(time);
+        server.start_again();
+    });
+    blocking.await.unwrap();
+    log(&world, format!("the database: {deed:?} is over"));
+}
+
+/// The way to it is long for all replicas, or for those that are in no other trouble: these have theirs.
+async fn slow_all(world: Arc<World>, part: f64) {
+    let held: Vec<_> = (0..world.fleet.len()).filter_map(|place| world.fleet.try_lock(place)).collect();
+    let _trouble = world.trouble();
+    log(&world, format!("the database is slow for {} replicas", held.len()));
+    world.count("deeds: SlowDatabase");
+    for replica in &held {
+        replica.database.valve.set(slow(part));
+    }
+    sleep(part_of(SESSION / 2, SESSION * 3, part)).await;
+    for replica in &held {
+        replica.database.valve.set(Weather::default());
+    }
+    log(&world, "the database is fast again".to_owned());
+}
+
+fn slow(part: f64) -> Weather {
+    Weather {
+        delay: part_of(Duration::from_millis(20), Duration::from_millis(150), part),
+        ..Weather::default()
+    }
+}
+
+async fn during(valve: &Valve, weather: Weather, time: Duration) {
+    valve.set(weather);
+    sleep(time).await;
+    valve.set(Weather::default());
+}
+
+/// A process that was asked to stop has done so in time, whatever else was the matter.
+pub(super) fn check_stop(world: &World, process: &str, stopped: &Stopped) {
+    world.took("stop", stopped.took);
+    if !stopped.status.success() {
+        world.fault(Teller::Monkey, format!("{process} was stopped and ended with {}", stopped.status));
+    }
+    if stopped.took > GRACE + LAST_WORDS {
+        world.fault(Teller::Monkey, format!("{process} took {:?} to stop", stopped.took));
+    }
+    log(world, format!("{process} stopped within {:?}", stopped.took));
+}

@@ -1,0 +1,64 @@
+//! What one reader has seen of a run, over all the connections that it took.
+
+use serde_json::Value;
+
+use crate::support::gateway::Event;
+
+#[derive(Clone, Debug, Default)]
+pub(super) struct Seen {
+    pub(super) run: Option<String>,
+    /// The number of the last event.
+    pub(super) last: Option<i64>,
+    /// The deltas, put together.
+    pub(super) text: String,
+    /// The text of the message that was shown as completed.
+    pub(super) message: Option<String>,
+    /// Name of the last event of the run.
+    pub(super) end: Option<String>,
+}
+
+impl Seen {
+    /// The next event, or what is wrong with it.
+    pub(super) fn take(&mut self, event: &Event) -> Result<(), String> {
+        let wrong = |what: &str| Err(format!("{what}: {} {}, after {:?}", event.name, event.id, self.last));
+        let Some((run, number)) = event.id.rsplit_once(':') else { return wrong("an event without an id") };
+        let Ok(number) = number.parse::<i64>() else { return wrong("an event without a number") };
+        if self.end.is_some() {
+            return wrong("an event after the last one");
+        }
+        if self.run.as_ref().is_some_and(|known| known != run) {
+            return wrong("an event of another run");
+        }
+        if self.last.is_some_and(|last| last >= number) {
+            return wrong("an event whose number was told before");
+        }
+        if self.message.is_some() && !is_end(&event.name) {
+            return wrong("more after the message");
+        }
+        match event.name.as_str() {
+            "message.delta" => self.text += event.data["text"].as_str().unwrap_or_default(),
+            "message.completed" => self.message = Some(text_of(&event.data["message"])),
+            "run.queued" | "run.started" | "run.requires_action" => {}
+            name if is_end(name) => self.end = Some(name.to_owned()),
+            _ => return wrong("an unknown event"),
+        }
+        self.run = Some(run.to_owned());
+        self.last = Some(number);
+        Ok(())
+    }
+
+    /// As a client that reconnects tells it.
+    pub(super) fn last_event_id(&self) -> Option<String> {
+        Some(format!("{}:{}", self.run.as_ref()?, self.last?))
+    }
+}
+
+fn is_end(name: &str) -> bool {
+    ["run.completed", "run.incomplete", "run.failed", "run.cancelled", "run.expired"].contains(&name)
+}
+
+/// All text of a message.
+pub(super) fn text_of(message: &Value) -> String {
+    let parts = message["content"].as_array().into_iter().flatten();
+    parts.filter_map(|part| part["text"].as_str()).collect()
+}

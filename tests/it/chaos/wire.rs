@@ -1,0 +1,179 @@
+//! Bytes between two sockets, and what can happen to them on the way.
+
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
+use tokio::net::{TcpListener, TcpStream, UnixStream};
+use tokio::sync::watch;
+use tokio::task::JoinSet;
+use tokio_util::sync::CancellationToken;
+use url::Url;
+
+/// What happens to what passes.
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+pub(super) struct Weather {
+    /// For each piece, in either direction.
+    pub(super) delay: Duration,
+    /// New connections are closed at once.
+    pub(super) refuses: bool,
+    /// Nothing passes, and nobody is told.
+    pub(super) swallows: bool,
+}
+
+/// What steers the connections of a way. Clones steer the same ones.
+#[derive(Clone, Debug)]
+pub(super) struct Valve {
+    weather: watch::Sender<Weather>,
+    connections: Arc<Mutex<CancellationToken>>,
+}
+
+impl Valve {
+    pub(super) fn new() -> Self {
+        Self { weather: watch::Sender::new(Weather::default()), connections: Arc::default() }
+    }
+
+    pub(super) fn set(&self, weather: Weather) {
+        self.weather.send_replace(weather);
+    }
+
+    pub(super) fn weather(&self) -> Weather {
+        *self.weather.borrow()
+    }
+
+    /// Breaks all connections that there are.
+    pub(super) fn cut(&self) {
+        std::mem::take(&mut *self.connections.lock().unwrap()).cancel();
+    }
+
+    /// Carries bytes between two sockets until both have said their last, or either is gone, or the connection is cut.
+    pub(super) async fn join<C, S>(&self, client: C, server: S)
+    where
+        C: AsyncRead + AsyncWrite,
+        S: AsyncRead + AsyncWrite,
+    {
+        let cut = self.connections.lock().unwrap().clone();
+        let ((from_client, to_client), (from_server, to_server)) =
+            (tokio::io::split(client), tokio::io::split(server));
+        let carried = async {
+            // Either side may leave at any time.
+            let _ = tokio::try_join!(self.carry(from_client, to_server), self.carry(from_server, to_client));
+        };
+        tokio::select! {
+            () = cut.cancelled() => {}
+            () = carried => {}
+        }
+    }
+
+    async fn carry(
+        &self,
+        mut from: impl AsyncRead + Unpin,
+        mut to: impl AsyncWrite + Unpin,
+    ) -> std::io::Result<()> {
+        let mut weather = self.weather.subscribe();
+        let mut piece = vec![0; 16 * 1024];
+        loop {
+            let length = from.read(&mut piece).await?;
+            let delay = {
+                let gone = |_| std::io::Error::other("the way is gone");
+                weather.wait_for(|weather| !weather.swallows).await.map_err(gone)?.delay
+            };
+            if !delay.is_zero() {
+                tokio::time::sleep(delay).await;
+            }
+            if length == 0 {
+                return to.shutdown().await;
+            }
+            to.write_all(&piece[..length]).await?;
+        }
+    }
+}
+
+/// Where a way leads to.
+#[derive(Clone, Debug)]
+enum Target {
+    Tcp(String),
+    Unix(PathBuf),
+}
+
+/// A way of one replica to a server, which can be disturbed.
+pub(super) struct Link {
+    /// Of the server, by this way.
+    pub(super) url: String,
+    pub(super) valve: Valve,
+    _task: JoinSet<()>,
+}
+
+impl Link {
+    /// Another way to the database of this URL.
+    pub(super) async fn to_postgres(url: &str) -> Self {
+        let target = Url::parse(url).unwrap();
+        let port = target.port().unwrap_or(5432);
+        let socket =
+            target.query_pairs().find(|(name, _)| name == "host").map(|(_, folder)| folder.into_owned());
+        let place = match socket {
+            Some(folder) => Target::Unix(PathBuf::from(folder).join(format!(".s.PGSQL.{port}"))),
+            None => Target::Tcp(format!("{}:{port}", target.host_str().unwrap_or("127.0.0.1"))),
+        };
+        Self::open(target, place, Some("sslmode=disable")).await
+    }
+
+    /// Another way to the upstream of this URL.
+    pub(super) async fn to_upstream(url: &str) -> Self {
+        let target = Url::parse(url).unwrap();
+        let place = Target::Tcp(format!("{}:{}", target.host_str().unwrap(), target.port().unwrap()));
+        Self::open(target, place, None).await
+    }
+
+    async fn open(mut url: Url, target: Target, query: Option<&str>) -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        url.set_host(Some("127.0.0.1")).unwrap();
+        url.set_port(Some(listener.local_addr().unwrap().port())).unwrap();
+        url.set_query(query);
+        let valve = Valve::new();
+        let mut task = JoinSet::new();
+        task.spawn(accept(listener, target, valve.clone()));
+        Self { url: url.into(), valve, _task: task }
+    }
+}
+
+async fn accept(listener: TcpListener, target: Target, valve: Valve) {
+    let mut connections = JoinSet::new();
+    loop {
+        let client = next_client(&listener, &mut connections).await;
+        if valve.weather().refuses {
+            continue;
+        }
+        let (target, valve) = (target.clone(), valve.clone());
+        connections.spawn(async move {
+            match target {
+                Target::Tcp(address) => {
+                    if let Ok(server) = TcpStream::connect(address).await {
+                        let _ = server.set_nodelay(true);
+                        valve.join(client, server).await;
+                    }
+                }
+                Target::Unix(path) => {
+                    if let Ok(server) = UnixStream::connect(path).await {
+                        valve.join(client, server).await;
+                    }
+                }
+            }
+        });
+    }
+}
+
+/// The next connection; what has ended meanwhile is forgotten.
+pub(super) async fn next_client(listener: &TcpListener, connections: &mut JoinSet<()>) -> TcpStream {
+    loop {
+        tokio::select! {
+            Some(ended) = connections.join_next() => ended.unwrap(),
+            accepted = listener.accept() => {
+                let (client, _) = accepted.unwrap();
+                let _ = client.set_nodelay(true);
+                return client;
+            }
+        }
+    }
+}
