@@ -15,8 +15,10 @@ on_every_scene!(
     a_stream_shows_how_a_run_failed,
     only_events_of_the_run_can_be_asked_for,
     a_run_of_another_process_can_be_followed,
-    slow_readers_stall_nobody_and_cost_little,
 );
+// Readers have nothing to do with the protocol, and this takes a while.
+on_every_scene!(@ many_on_sqlite Assistants Sqlite [slow_readers_stall_nobody_and_cost_little]);
+on_every_scene!(@ many_on_postgres Responses Postgres [slow_readers_stall_nobody_and_cost_little]);
 
 const SCOPE: &str = "/v1/users/alice";
 

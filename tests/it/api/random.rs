@@ -20,7 +20,7 @@ use crate::support::scene::{Scene, on_every_scene};
 
 on_every_scene!(whatever_happens_the_promises_hold);
 
-const OPERATIONS: usize = 2000;
+const OPERATIONS: usize = 1700;
 const WORKERS: usize = 16;
 const USERS: usize = 12;
 /// So short that lost locks and silent upstreams do not take the test's time.
