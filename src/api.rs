@@ -2,7 +2,9 @@
 
 mod deletions;
 mod extract;
+mod guard;
 mod health;
+mod limits;
 mod messages;
 mod observe;
 mod operators;
@@ -19,12 +21,19 @@ use std::any::Any;
 use std::sync::Arc;
 
 use axum::Router;
+use axum::extract::Extension;
+use axum::handler::Handler;
+use axum::http::Method;
 use axum::middleware::from_fn;
 use axum::response::{IntoResponse, Response};
-use axum::routing::{delete, get, post};
+use axum::routing::{MethodFilter, MethodRouter, get, on};
 use tower_http::catch_panic::CatchPanicLayer;
 
+use self::guard::Needs;
+pub use self::limits::Limits;
+use crate::auth::Auth;
 use crate::config::ServerConfig;
+use crate::domain::Access;
 use crate::error::Error;
 use crate::life::Keeper;
 use crate::runs::Runs;
@@ -34,6 +43,8 @@ use crate::runs::Runs;
 pub struct AppState {
     pub runs: Runs,
     pub keeper: Keeper,
+    pub auth: Arc<Auth>,
+    pub limits: Arc<Limits>,
     pub server: Arc<ServerConfig>,
 }
 
@@ -41,35 +52,87 @@ pub struct AppState {
 const SCOPES: [&str; 3] =
     ["/v1/users/{user}", "/v1/users/{user}/sessions/{session}", "/v1/users/{user}/topics/{topic}"];
 
+/// A route, and what it asks of its callers; `None`: anybody may use it.
+#[derive(Clone, Debug)]
+pub struct Route {
+    pub method: Method,
+    pub path: String,
+    pub needs: Option<Access>,
+}
+
 /// Every route of the gateway.
 pub fn router(state: AppState) -> Router {
-    let mut router =
-        Router::new().route("/healthz", get(health::healthz)).route("/readyz", get(health::readyz));
-    for scope in SCOPES {
-        router = router
-            .route(&format!("{scope}/messages"), post(messages::create).get(messages::list))
-            .route(
-                &format!("{scope}/thread"),
-                get(threads::show).patch(threads::update).delete(threads::delete),
-            )
-            .route(&format!("{scope}/thread/rollover"), post(threads::roll_over))
-            .route(&format!("{scope}/thread/cancel"), post(threads::cancel))
-            .route(&format!("{scope}/runs/{{run}}/cancel"), post(runs::cancel))
-            .route(&format!("{scope}/runs/{{run}}/tool_outputs"), post(runs::tool_outputs))
-            .route(&format!("{scope}/runs/{{run}}/events"), get(runs::events))
-            .route(&format!("{scope}/runs"), get(runs::list))
-            .route(&format!("{scope}/runs/{{run}}"), get(runs::show));
-    }
-    router = router
-        .route("/v1/users/{user}", delete(users::delete))
-        .route("/v1/users/{user}/threads", get(users::threads))
-        .route("/v1/users/{user}/export", get(users::export))
-        .route("/v1/deletions/{deletion}", get(deletions::show))
-        .route("/v1/threads", get(operators::threads))
-        .route("/v1/threads/{thread}", get(operators::thread))
-        .route("/v1/threads/{thread}/messages", get(operators::messages))
-        .route("/v1/admin/cleanup", post(operators::cleanup));
+    let router = all().router.layer(Extension(state.clone()));
     finished(router).with_state(state)
+}
+
+/// What there is to ask for.
+pub fn routes() -> Vec<Route> {
+    all().table
+}
+
+fn all() -> Routes {
+    use Access::{Admin, Chat, Operator, Read};
+    let mut routes = Routes::default();
+    routes.open("/healthz", health::healthz);
+    routes.open("/readyz", health::readyz);
+    for scope in SCOPES {
+        let at = |rest: &str| format!("{scope}{rest}");
+        routes.add(Chat, Method::POST, at("/messages"), messages::create);
+        routes.add(Read, Method::GET, at("/messages"), messages::list);
+        routes.add(Read, Method::GET, at("/thread"), threads::show);
+        routes.add(Chat, Method::PATCH, at("/thread"), threads::update);
+        routes.add(Chat, Method::DELETE, at("/thread"), threads::delete);
+        routes.add(Chat, Method::POST, at("/thread/rollover"), threads::roll_over);
+        routes.add(Chat, Method::POST, at("/thread/cancel"), threads::cancel);
+        routes.add(Chat, Method::POST, at("/runs/{run}/cancel"), runs::cancel);
+        routes.add(Chat, Method::POST, at("/runs/{run}/tool_outputs"), runs::tool_outputs);
+        routes.add(Read, Method::GET, at("/runs/{run}/events"), runs::events);
+        routes.add(Read, Method::GET, at("/runs"), runs::list);
+        routes.add(Read, Method::GET, at("/runs/{run}"), runs::show);
+    }
+    routes.add(Chat, Method::DELETE, "/v1/users/{user}", users::delete);
+    routes.add(Read, Method::GET, "/v1/users/{user}/threads", users::threads);
+    routes.add(Read, Method::GET, "/v1/users/{user}/export", users::export);
+    routes.add(Read, Method::GET, "/v1/deletions/{deletion}", deletions::show);
+    routes.add(Admin, Method::GET, "/v1/threads", operators::threads);
+    routes.add(Admin, Method::GET, "/v1/threads/{thread}", operators::thread);
+    routes.add(Admin, Method::GET, "/v1/threads/{thread}/messages", operators::messages);
+    routes.add(Operator, Method::POST, "/v1/admin/cleanup", operators::cleanup);
+    routes
+}
+
+/// Routes as they are added, each behind its guard.
+#[derive(Default)]
+struct Routes {
+    router: Router<AppState>,
+    table: Vec<Route>,
+}
+
+impl Routes {
+    /// Anybody may ask for this.
+    fn open<H: Handler<T, AppState>, T: 'static>(&mut self, path: &str, handler: H) {
+        self.put(None, Method::GET, path.to_owned(), get(handler));
+    }
+
+    fn add<H: Handler<T, AppState>, T: 'static>(
+        &mut self,
+        needs: Access,
+        method: Method,
+        path: impl Into<String>,
+        handler: H,
+    ) {
+        // All methods that are used here are among those that the filter knows.
+        let filter = MethodFilter::try_from(method.clone()).unwrap_or(MethodFilter::GET);
+        let guarded =
+            on(filter, handler).route_layer(from_fn(guard::guard)).route_layer(Extension(Needs(needs)));
+        self.put(Some(needs), method, path.into(), guarded);
+    }
+
+    fn put(&mut self, needs: Option<Access>, method: Method, path: String, route: MethodRouter<AppState>) {
+        self.router = std::mem::take(&mut self.router).route(&path, route);
+        self.table.push(Route { method, path, needs });
+    }
 }
 
 /// The routes with what every answer passes.

@@ -17,14 +17,15 @@ use tokio::time::{sleep, timeout};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-use crate::api::{self, AppState};
+use crate::api::{self, AppState, Limits};
+use crate::auth::{Auth, FreshKey};
 use crate::config::{Config, StoreConfig, Transcript, UpstreamConfig, UpstreamKind};
-use crate::domain::{Keeping, ReplicaId, TenantKey};
+use crate::domain::{Access, Keeping, ReplicaId, TenantKey};
 use crate::life::{Keeper, KeeperParts};
 use crate::records::{self, Refused, Summary, What};
 use crate::runs::{Runs, RunsParts};
 use crate::server::{self, ServerStop};
-use crate::store::{BackendKind, Discreet, PostgresStore, SqliteStore, Store};
+use crate::store::{BackendKind, Discreet, PostgresStore, SqliteStore, Store, StoredKey};
 use crate::upstream::{AssistantsUpstream, ResponsesUpstream, Upstream, UpstreamClient};
 
 /// Time for runs to record their end once they are told to stop, and for connections to close after that.
@@ -38,6 +39,8 @@ pub struct App {
     router: Router,
     runs: Runs,
     keeper: Keeper,
+    auth: Arc<Auth>,
+    limits: Arc<Limits>,
     store: Arc<dyn Store>,
     config: Config,
     tasks: TaskTracker,
@@ -55,7 +58,7 @@ impl App {
             .await
             .with_context(|| format!("cannot listen on {} (server.listen)", config.server.listen))?;
         let address = listener.local_addr()?;
-        if !address.ip().is_loopback() {
+        if !address.ip().is_loopback() && !config.auth.is_configured() {
             tracing::warn!(%address, "callers on other machines are served although nobody has to prove who they are");
         }
         let (tasks, draining, stop) =
@@ -96,14 +99,24 @@ impl App {
             tasks: tasks.clone(),
             draining: draining.clone(),
         });
-        let state =
-            AppState { runs: runs.clone(), keeper: keeper.clone(), server: Arc::new(config.server.clone()) };
+        let auth = Arc::new(Auth::new(&config.auth, Arc::clone(&store)));
+        auth.refresh().await.context("cannot read the API keys")?;
+        let limits = Arc::new(Limits::new(&config.limits));
+        let state = AppState {
+            runs: runs.clone(),
+            keeper: keeper.clone(),
+            auth: Arc::clone(&auth),
+            limits: Arc::clone(&limits),
+            server: Arc::new(config.server.clone()),
+        };
         Ok(Self {
             listener,
             address,
             router: api::router(state),
             runs,
             keeper,
+            auth,
+            limits,
             store,
             config,
             tasks,
@@ -129,6 +142,9 @@ impl App {
         let mut session = parts
             .spawn(self.runs.clone().keep_session(self.address.to_string(), self.config.replica.session_ttl));
         let mut janitor = parts.spawn(self.keeper.work());
+        parts.spawn(self.auth.keep_fresh(self.stop.clone()));
+        let (limits, stop) = (self.limits, self.stop.clone());
+        parts.spawn(async move { limits.keep_small(stop).await });
         let (listener, router, settings, stop) =
             (self.listener, self.router, self.config.server.clone(), server_stop.clone());
         let mut server = parts.spawn(async move { server::serve(listener, router, &settings, stop).await });
@@ -226,6 +242,36 @@ pub async fn import(
     let summary = records::import(&*store, config, input, refused).await?;
     store.close().await;
     Ok(summary)
+}
+
+/// Makes an API key and records it.
+pub async fn create_key(
+    config: &StoreConfig,
+    tenant: TenantKey,
+    access: Access,
+    label: String,
+) -> anyhow::Result<FreshKey> {
+    let store = open_store(config).await?;
+    let key = FreshKey::new(tenant, access, label);
+    store.add_key(&key.record).await?;
+    store.close().await;
+    Ok(key)
+}
+
+/// The recorded keys, of one tenant or of all.
+pub async fn keys(config: &StoreConfig, tenant: Option<&TenantKey>) -> anyhow::Result<Vec<StoredKey>> {
+    let store = open_store(config).await?;
+    let keys = store.keys(tenant).await?;
+    store.close().await;
+    Ok(keys)
+}
+
+/// Revokes the key that begins so.
+pub async fn revoke_key(config: &StoreConfig, prefix: &str) -> anyhow::Result<StoredKey> {
+    let store = open_store(config).await?;
+    let key = store.revoke_key(prefix).await?;
+    store.close().await;
+    key.with_context(|| format!("no key begins with {prefix}; `threadkeeper keys list` shows all"))
 }
 
 async fn open_store(config: &StoreConfig) -> anyhow::Result<Arc<dyn Store>> {

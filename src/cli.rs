@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use clap::builder::{OsStringValueParser, TypedValueParser};
 use clap::{Args, Parser, Subcommand};
 
+use crate::domain::Access;
 use crate::simulator::SimulatorConfig;
 
 /// An HTTP gateway between chatbot frontends and a hosted conversation API: one thread per user, session or topic,
@@ -25,6 +26,7 @@ pub enum Command {
     Migrate(MigrateArgs),
     Export(ExportArgs),
     Import(ImportArgs),
+    Keys(KeysArgs),
     CheckConfig(CheckConfigArgs),
     Health(HealthArgs),
 }
@@ -148,6 +150,57 @@ pub struct ImportArgs {
     pub file: PathBuf,
 }
 
+/// Make, list and revoke API keys.
+///
+/// They are good where `auth.stored_keys = true`. A gateway that runs takes up a new key, and drops a revoked one, within
+/// a few seconds. A SQLite file serves one process: stop the gateway first, or write keys into its configuration.
+#[derive(Args, Clone, Debug)]
+#[command(after_help = "\
+Examples:
+  threadkeeper keys create --scope chat --label web
+  threadkeeper keys create --tenant acme --scope read --label reports --config gateway.toml
+  threadkeeper keys list --tenant acme
+  threadkeeper keys revoke tk_0123456789ab")]
+pub struct KeysArgs {
+    #[command(subcommand)]
+    pub command: KeysCommand,
+}
+
+#[derive(Clone, Debug, Subcommand)]
+pub enum KeysCommand {
+    /// Make a key. It is written to standard output, this once: only its hash is kept.
+    Create {
+        #[command(flatten)]
+        config: ConfigArgs,
+        /// Whose conversations it opens.
+        #[arg(long, value_name = "TENANT", default_value = "default")]
+        tenant: String,
+        /// read, chat (and read), admin (and see all threads of the tenant at once), or operator (and the work in the
+        /// background, for all tenants).
+        #[arg(long, value_name = "SCOPE", default_value = "chat")]
+        scope: Access,
+        /// What it is for. Shown in lists.
+        #[arg(long, value_name = "TEXT", default_value = "")]
+        label: String,
+    },
+    /// List the keys: how they begin, whose they are, what they open.
+    List {
+        #[command(flatten)]
+        config: ConfigArgs,
+        /// Those of this tenant alone.
+        #[arg(long, value_name = "TENANT")]
+        tenant: Option<String>,
+    },
+    /// Revoke a key. Whoever uses it is refused within a few seconds.
+    Revoke {
+        #[command(flatten)]
+        config: ConfigArgs,
+        /// How it begins, as lists show it.
+        #[arg(value_name = "PREFIX")]
+        prefix: String,
+    },
+}
+
 /// Check the configuration as `serve` would, without connecting to anything, and end.
 ///
 /// Lists every problem with the place where it was written. The exit code is 0 if there is none.
@@ -212,7 +265,18 @@ mod tests {
         let names: Vec<&str> = cli.get_subcommands().map(clap::Command::get_name).collect();
         assert_eq!(
             names,
-            ["dev", "serve", "simulate", "migrate", "export", "import", "check-config", "health", "help"]
+            [
+                "dev",
+                "serve",
+                "simulate",
+                "migrate",
+                "export",
+                "import",
+                "keys",
+                "check-config",
+                "health",
+                "help"
+            ]
         );
         for command in cli.get_subcommands_mut().filter(|command| command.get_name() != "help") {
             let help = command.render_long_help().to_string();

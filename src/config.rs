@@ -2,6 +2,7 @@
 //!
 //! `config/gateway.toml` lists every setting with its default.
 
+mod auth;
 mod check;
 mod decode;
 mod env;
@@ -12,7 +13,7 @@ mod upstreams;
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
-use std::num::NonZeroU32;
+use std::num::{NonZeroU32, NonZeroUsize};
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -22,6 +23,7 @@ use tracing_subscriber::EnvFilter;
 
 use crate::domain::{Lifetimes, Limits};
 
+pub use auth::{AuthConfig, KeyConfig};
 pub use check::reserved_parameters;
 pub use load::{ConfigFile, Sources, utf8_variables};
 pub use problem::{ConfigProblems, Origin, Problem};
@@ -32,8 +34,10 @@ pub use upstreams::{AssistantConfig, AuthScheme, UpstreamConfig, UpstreamKind};
 #[serde(default)]
 pub struct Config {
     pub server: ServerConfig,
+    pub auth: AuthConfig,
     pub store: StoreConfig,
     pub log: LogConfig,
+    pub limits: LimitsConfig,
     pub runs: RunsConfig,
     pub sessions: SessionsConfig,
     pub threads: ThreadsConfig,
@@ -137,6 +141,19 @@ pub enum LogFormat {
     Pretty,
 }
 
+/// How often callers may ask, in each process. Nothing is limited that is not set.
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(default)]
+pub struct LimitsConfig {
+    /// Requests a second of one user, in the long run.
+    pub user_rate: Option<NonZeroU32>,
+    /// Requests that a user may make at once who made none for a while: ten seconds' worth if left out.
+    pub user_burst: Option<NonZeroU32>,
+    /// The same for all of a tenant together.
+    pub tenant_rate: Option<NonZeroU32>,
+    pub tenant_burst: Option<NonZeroU32>,
+}
+
 /// How runs are queued and bounded.
 #[derive(Clone, Debug, Deserialize)]
 #[serde(default)]
@@ -149,6 +166,10 @@ pub struct RunsConfig {
     pub max_timeout: Duration,
     /// Runs that may wait on one thread in this process.
     pub max_queue: usize,
+    /// Unfinished runs that this process takes, whether they wait or are at work.
+    pub max_runs: NonZeroUsize,
+    /// Of these, for each tenant.
+    pub max_runs_per_tenant: Option<NonZeroUsize>,
     /// Further tries of a request that the upstream provably did not take: no connection, a rate limit, or a failure
     /// after which it has no trace of the request.
     pub max_retries: u32,
@@ -331,6 +352,8 @@ impl Default for RunsConfig {
             timeout: Duration::from_mins(2),
             max_timeout: Duration::from_mins(10),
             max_queue: 256,
+            max_runs: NonZeroUsize::new(10_000).unwrap_or(NonZeroUsize::MAX),
+            max_runs_per_tenant: None,
             max_retries: 3,
             settle_timeout: Duration::from_secs(10),
             max_reply_bytes: 4 * 1024 * 1024,
@@ -430,14 +453,17 @@ mod tests {
             let at = |name: &str| -> Vec<String> {
                 setting.iter().map(|key| if *key == "<name>" { name } else { key }.to_owned()).collect()
             };
-            let is_mentioned =
-                ["openai", "azure", "default", "support"].iter().any(|name| all.get(&at(name)).is_some());
+            let is_mentioned = ["openai", "azure", "default", "support", "backend"]
+                .iter()
+                .any(|name| all.get(&at(name)).is_some());
             assert!(is_mentioned, "{setting:?} is not in config/gateway.toml");
             // Settings with a default are live, so that the test above compares them.
             let has_none = matches!(
                 setting.as_slice(),
                 ["store", "url" | "url_file" | "direct_url" | "direct_url_file"]
                     | ["log", "format"]
+                    | ["limits", _]
+                    | ["runs", "max_runs_per_tenant"]
                     | ["threads", "max_age" | "max_idle" | "max_messages"]
             );
             if setting.len() == 2 && !has_none {
@@ -449,10 +475,11 @@ mod tests {
     #[test]
     fn the_examples_hold_together_and_state_the_defaults_of_their_fields() {
         // Of two settings that exclude each other the one is taken out, and a key in ASCII put in.
-        let text = ["api_key_file", "url_file", "direct_url_file"]
+        let text = ["api_key_file", "url_file", "direct_url_file", "key_file", "sha256"]
             .iter()
             .fold(with_examples(), |text, name| text.replace(&format!("\n{name}"), "\n#"));
-        let config = load(text.replace("sk-…", "sk-1").replace("\"…\"", "\"key\"")).unwrap();
+        let config =
+            load(text.replace("sk-…", "sk-1").replace("\"…\"", "\"a-key-that-is-long-enough\"")).unwrap();
         let openai = &config.upstreams["openai"];
         assert_eq!(openai.auth, AuthScheme::default());
         assert!(openai.conversations && !openai.background);

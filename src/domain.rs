@@ -1,5 +1,6 @@
 //! The words of the gateway as plain values: keys, ids, runs, messages. No I/O, no async.
 
+mod access;
 mod content;
 mod id;
 mod key;
@@ -10,10 +11,11 @@ mod run;
 mod trace;
 mod transition;
 
+pub use access::{Access, Principal};
 pub use content::{ContentPart, ImageFile, ImageUrl, InvalidContent, UserContent};
 pub use id::{
-    DeletionId, InvalidId, MessageId, RemnantId, ReplicaId, RunId, ThreadId, UpstreamRunId, UpstreamThreadId,
-    set_clock,
+    DeletionId, InvalidId, KeyId, MessageId, RemnantId, ReplicaId, RunId, ThreadId, UpstreamRunId,
+    UpstreamThreadId, set_clock,
 };
 pub use key::{ConversationKey, InvalidKey, KeyText, Scope, SessionKey, TenantKey, TopicKey, UserKey};
 pub use life::{Chore, Deletion, Keeping, Lifetimes, Limits, NewLife, Removed, Ttl, UpstreamOutcome};

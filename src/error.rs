@@ -23,6 +23,19 @@ pub enum Error {
     PayloadTooLarge { limit: usize },
     #[error("the body did not arrive in time")]
     BodyTimeout,
+    /// Nothing was presented that opens anything.
+    #[error("send a key or token that is good: `authorization: Bearer …`")]
+    Unauthenticated,
+    /// Who asks may not do that.
+    #[error("{0}")]
+    Forbidden(&'static str),
+    /// Too many requests of a user or a tenant.
+    #[error("too many requests: each {whose} may make {rate} a second in the long run; come back later")]
+    RateLimited { whose: &'static str, rate: u32, retry_after: Duration },
+    #[error("{limit} runs of this tenant are unfinished here already")]
+    TooManyRuns { limit: usize },
+    #[error("this replica has as many runs as it can take; nothing was stored")]
+    Overloaded,
     #[error("{0}")]
     NotFound(&'static str),
     #[error("this path does not take this method; see the `allow` header")]

@@ -16,6 +16,8 @@ pub mod server;
 
 pub mod telemetry;
 
+pub mod auth;
+
 pub mod life;
 
 pub mod runs;

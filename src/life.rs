@@ -19,7 +19,7 @@ use crate::runs::Runs;
 use crate::store::{Pruning, Store};
 use crate::upstream::{Pace, Upstream};
 
-pub use deletion::Target;
+pub use deletion::{NO_DELETION, Target};
 pub use janitor::{Outlook, Plan, Tally};
 
 /// Looks after the threads of all replicas, together with its peers. Clones share everything.

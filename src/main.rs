@@ -8,12 +8,17 @@ use std::process::ExitCode;
 
 use anyhow::Context;
 use clap::Parser;
+use secrecy::ExposeSecret;
 use threadkeeper::app::{self, App};
-use threadkeeper::cli::{Cli, Command, ConfigArgs, DevArgs, ExportArgs, ImportArgs, SimulateArgs};
-use threadkeeper::config::{Config, ConfigFile, LogConfig, LogFormat, Sources, utf8_variables};
+use threadkeeper::auth::KEY_PREFIX;
+use threadkeeper::cli::{
+    Cli, Command, ConfigArgs, DevArgs, ExportArgs, ImportArgs, KeysCommand, SimulateArgs,
+};
+use threadkeeper::config::{Config, ConfigFile, LogConfig, LogFormat, Sources, StoreConfig, utf8_variables};
 use threadkeeper::domain::TenantKey;
 use threadkeeper::error::Chain;
 use threadkeeper::simulator::Simulator;
+use threadkeeper::store::StoredKey;
 use threadkeeper::{dev, health, telemetry};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
@@ -58,6 +63,7 @@ async fn run(command: Command) -> anyhow::Result<()> {
         }
         Command::Export(args) => run_export(args).await,
         Command::Import(args) => run_import(args).await,
+        Command::Keys(args) => run_keys(args.command).await,
         Command::CheckConfig(args) => {
             Config::load_for_serve(sources(args.config, None))?;
             println!("the configuration is sound");
@@ -155,6 +161,54 @@ async fn run_import(args: ImportArgs) -> anyhow::Result<()> {
     }
     eprintln!("imported: {summary}");
     anyhow::ensure!(summary.refused == 0, "{} lines were refused", summary.refused);
+    Ok(())
+}
+
+async fn run_keys(command: KeysCommand) -> anyhow::Result<()> {
+    let tenant_key = |name: String| TenantKey::try_from(name).context("--tenant");
+    let store = |args: ConfigArgs| -> anyhow::Result<StoreConfig> {
+        let config = Config::load(sources(args, None))?;
+        telemetry::init(&config.log, LogFormat::Pretty)?;
+        if !config.auth.stored_keys {
+            eprintln!("auth.stored_keys is not true in this configuration: these keys open nothing there");
+        }
+        Ok(config.store)
+    };
+    match command {
+        KeysCommand::Create { config, tenant, scope, label } => {
+            anyhow::ensure!(label.len() <= 200, "--label is at most 200 bytes");
+            let tenant = tenant_key(tenant)?;
+            let key = app::create_key(&store(config)?, tenant, scope, label).await?;
+            eprintln!(
+                "the key {} of the tenant {}; it is shown this once:",
+                key.record.prefix,
+                key.record.tenant.as_str()
+            );
+            println!("{}", key.key.expose_secret());
+        }
+        KeysCommand::List { config, tenant } => {
+            let tenant = tenant.map(tenant_key).transpose()?;
+            let keys = app::keys(&store(config)?, tenant.as_ref()).await?;
+            println!("{:16} {:9} {:20} {:21} {:8} LABEL", "PREFIX", "SCOPE", "TENANT", "CREATED", "STATE");
+            for StoredKey { key, created_at, revoked_at } in keys {
+                let (scope, tenant) = (key.access.as_str(), key.tenant.as_str());
+                let created = created_at.format("%Y-%m-%dT%H:%M:%SZ").to_string();
+                let state = if revoked_at.is_some() { "revoked" } else { "good" };
+                // A label may hold anything.
+                println!(
+                    "{:16} {scope:9} {tenant:20} {created:21} {state:8} {}",
+                    key.prefix,
+                    key.label.escape_debug()
+                );
+            }
+        }
+        KeysCommand::Revoke { config, prefix } => {
+            // Who pastes the whole key means its beginning.
+            let prefix = prefix.get(..KEY_PREFIX).unwrap_or(&prefix);
+            let key = app::revoke_key(&store(config)?, prefix).await?;
+            println!("{} is revoked", key.key.prefix);
+        }
+    }
     Ok(())
 }
 

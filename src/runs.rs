@@ -14,6 +14,7 @@ mod reconcile;
 mod recorder;
 mod retries;
 mod rollover;
+mod seats;
 mod session;
 mod standing;
 mod takeover;
@@ -55,6 +56,7 @@ pub use follow::{Answer, Follow};
 use news::Desk;
 pub use reconcile::{Differences, Unverified, Verified};
 pub use rollover::Renewed;
+use seats::Seats;
 use standing::Standing;
 pub use tools::NewOutputs;
 use turn::Taken;
@@ -95,6 +97,7 @@ struct Parts {
     given: RunsParts,
     locks: LockMap<ConversationKey>,
     standing: Standing,
+    seats: Seats,
     desk: Desk,
     /// When the store was last seen to be in order. Locked while somebody looks, so that a flood of questions
     /// becomes one.
@@ -131,10 +134,12 @@ pub struct Submitted {
 impl Runs {
     pub fn new(parts: RunsParts) -> Self {
         let locks = LockMap::new(parts.runs.max_queue);
+        let seats = Seats::new(parts.runs.max_runs, parts.runs.max_runs_per_tenant);
         let parts = Parts {
             given: parts,
             locks,
             standing: Standing::new(),
+            seats,
             desk: Desk::default(),
             seen_ready: Mutex::default(),
         };
@@ -167,6 +172,7 @@ impl Runs {
             return Ok(earlier);
         }
         self.is_reachable(&assistant.upstream)?;
+        let seat = self.parts.seats.take(&key.tenant)?;
         let full = |full: QueueFull| Error::QueueFull { limit: full.max_waiting };
         let locks = &self.parts.locks;
         let place = match new.strategy {
@@ -194,7 +200,9 @@ impl Runs {
         // From here on the work belongs to a task: a caller that leaves must not leave a recorded run undone.
         let (answer, answered) = oneshot::channel();
         let working = self.parts.standing.begins(admission.run_id, new.cancel);
-        parts.tasks.spawn(turn::conduct(self.clone(), working, place, admission, answer).in_current_span());
+        parts
+            .tasks
+            .spawn(turn::conduct(self.clone(), working, (place, seat), admission, answer).in_current_span());
         match answered.await.unwrap_or(Err(Error::Internal(None)))? {
             Taken::Run(submitted) => Ok(*submitted),
             // Another request with the key was faster.

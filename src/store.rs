@@ -7,6 +7,7 @@ mod backend;
 mod columns;
 mod discreet;
 mod errors;
+mod keys;
 mod life;
 mod pool;
 mod postgres;
@@ -32,6 +33,7 @@ use crate::domain::{
 
 pub use backend::BackendKind;
 pub use discreet::Discreet;
+pub use keys::{Keys, NewKey, StoredKey};
 pub use life::{
     Binding, DeletedThread, DeletionReport, DeletionRequest, DeletionTarget, Due, Foreign, Imported,
     ImportedMessage, ImportedThread, Life, Pruned, Pruning, Remnant, RemnantKind, RemnantName, Rolled,
@@ -42,7 +44,7 @@ pub use sqlite::SqliteStore;
 
 /// Threads, runs and transcripts of all tenants, in one database that several replicas may share.
 #[async_trait]
-pub trait Store: Life + Send + Sync + std::fmt::Debug {
+pub trait Store: Life + Keys + Send + Sync + std::fmt::Debug {
     /// What is said is stored. If not, it is known to the process that works on the run alone, until the run has ended.
     fn keeps_content(&self) -> bool {
         true

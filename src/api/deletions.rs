@@ -7,11 +7,12 @@ use axum::response::{IntoResponse, Response};
 
 use super::AppState;
 use super::extract::{ApiId, ApiPage};
+use super::guard::Caller;
 use super::prefer::Prefer;
 use super::views::DeletionView;
-use crate::domain::{DeletionId, TenantKey, ThreadId};
+use crate::domain::{DeletionId, ThreadId};
 use crate::error::Error;
-use crate::life::Target;
+use crate::life::{NO_DELETION, Target};
 
 /// Deletes, and tells what came of it, or where to ask for that.
 pub(super) async fn deleted(
@@ -28,12 +29,17 @@ pub(super) async fn deleted(
 /// The receipt, with a page of its threads.
 pub(super) async fn show(
     State(state): State<AppState>,
+    Caller(caller): Caller,
     ApiId(id): ApiId<DeletionId>,
     ApiPage(page, _): ApiPage<ThreadId>,
 ) -> Result<Json<DeletionView>, Error> {
     if page.before.is_some() {
         return Err(Error::Malformed("this list takes `after` and `limit`, oldest first".to_owned()));
     }
-    let tenant = TenantKey::default();
-    Ok(Json(state.keeper.report(&tenant, id, page.after, page.limit).await?.into()))
+    let report = state.keeper.report(&caller.tenant, id, page.after, page.limit).await?;
+    // Whose it was is not known any more once it is done.
+    if caller.user.is_some() && caller.user != report.user {
+        return Err(NO_DELETION);
+    }
+    Ok(Json(report.into()))
 }

@@ -10,19 +10,21 @@ use sha2::{Digest, Sha256};
 use tokio::time::timeout;
 
 use super::AppState;
-use crate::domain::{ConversationKey, InvalidKey, PageRequest, RunId, Scope, TenantKey};
+use super::guard::Caller;
+use crate::domain::{ConversationKey, InvalidKey, PageRequest, RunId, Scope};
 use crate::error::Error;
 use crate::runs::Which;
 use crate::store::Idempotency;
 
-/// The conversation that the path names. There is one tenant until callers can say which is theirs.
+/// The conversation that the path names, among those of the caller's tenant.
 #[derive(Debug)]
-pub(super) struct ApiKey(pub(super) ConversationKey);
+pub(super) struct ApiConversation(pub(super) ConversationKey);
 
-impl<S: Send + Sync> FromRequestParts<S> for ApiKey {
+impl<S: Send + Sync> FromRequestParts<S> for ApiConversation {
     type Rejection = Error;
 
     async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, Error> {
+        let Caller(principal) = Caller::from_request_parts(parts, state).await?;
         let params = path_params(parts, state).await?;
         let named =
             |name: &str| params.iter().find(|(key, _)| *key == name).map(|(_, value)| value.to_owned());
@@ -33,7 +35,7 @@ impl<S: Send + Sync> FromRequestParts<S> for ApiKey {
             (None, None) => Scope::User,
         };
         let user = user.try_into().map_err(invalid("user"))?;
-        Ok(Self(ConversationKey { tenant: TenantKey::default(), user, scope }))
+        Ok(Self(ConversationKey { tenant: principal.tenant, user, scope }))
     }
 }
 

@@ -10,7 +10,7 @@ use serde::Deserialize;
 use tokio_util::sync::CancellationToken;
 
 use super::AppState;
-use super::extract::{ApiJson, ApiKey, ApiPage};
+use super::extract::{ApiConversation, ApiJson, ApiPage};
 use super::turn::{Form, answer};
 use super::views::{ListView, MessageView, OnDisconnect, PostMessage};
 use crate::domain::{MessageId, MultitaskStrategy};
@@ -22,7 +22,7 @@ use crate::store::ThreadName;
 /// happens, or, if the caller prefers not to wait, tells where to look.
 pub(super) async fn create(
     State(state): State<AppState>,
-    ApiKey(key): ApiKey,
+    ApiConversation(key): ApiConversation,
     uri: Uri,
     headers: HeaderMap,
     ApiJson(body, idempotency): ApiJson<PostMessage>,
@@ -56,7 +56,7 @@ pub(super) struct Archived {
 /// The transcript.
 pub(super) async fn list(
     State(state): State<AppState>,
-    ApiKey(key): ApiKey,
+    ApiConversation(key): ApiConversation,
     ApiPage(page, Archived { archived }): ApiPage<MessageId, Archived>,
 ) -> Result<Json<ListView<MessageView>>, Error> {
     let page = state.runs.messages(ThreadName::Newest(&key), archived, &page).await?;

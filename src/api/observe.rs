@@ -3,10 +3,12 @@
 use std::time::Instant;
 
 use axum::extract::{MatchedPath, Request};
-use axum::http::{HeaderName, HeaderValue};
+use axum::http::header::{CACHE_CONTROL, X_CONTENT_TYPE_OPTIONS};
+use axum::http::{HeaderMap, HeaderName, HeaderValue};
 use axum::middleware::Next;
 use axum::response::Response;
 use tracing::Instrument;
+use tracing::field::Empty;
 use uuid::Uuid;
 
 use super::problem;
@@ -20,7 +22,8 @@ pub(super) async fn observe(request: Request, next: Next) -> Response {
     let id = request_id(&request);
     // The path holds keys; its pattern does not.
     let route = request.extensions().get::<MatchedPath>().map_or("none", MatchedPath::as_str).to_owned();
-    let span = tracing::info_span!("request", request_id = %id, method = %request.method(), route);
+    let span =
+        tracing::info_span!("request", request_id = %id, method = %request.method(), route, caller = Empty);
     async move {
         let started = Instant::now();
         let mut response = problem::complete(next.run(request).await, &id);
@@ -31,6 +34,7 @@ pub(super) async fn observe(request: Request, next: Next) -> Response {
         } else {
             tracing::info!(status, duration_ms, "answered");
         }
+        harden(response.headers_mut());
         if let Ok(value) = HeaderValue::from_str(&id) {
             response.headers_mut().insert(REQUEST_ID, value);
         }
@@ -38,6 +42,12 @@ pub(super) async fn observe(request: Request, next: Next) -> Response {
     }
     .instrument(span)
     .await
+}
+
+/// What is said in conversations is for whoever asked, and is what it says it is.
+fn harden(headers: &mut HeaderMap) {
+    headers.entry(CACHE_CONTROL).or_insert(HeaderValue::from_static("no-store"));
+    headers.insert(X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));
 }
 
 fn request_id(request: &Request) -> String {

@@ -7,9 +7,10 @@ use serde::Deserialize;
 
 use super::AppState;
 use super::extract::{ApiId, ApiPage, ApiQuery};
+use super::guard::Caller;
 use super::threads::{Verify, show_named};
 use super::views::{ListView, MessageView, OutlookView, ReportView, TallyView, ThreadView, list_threads};
-use crate::domain::{Lifecycle, MessageId, TenantKey, ThreadId, ThreadState, Timestamp, UserKey};
+use crate::domain::{Lifecycle, MessageId, ThreadId, ThreadState, Timestamp, UserKey};
 use crate::error::Error;
 use crate::store::{ThreadFilter, ThreadName};
 
@@ -27,6 +28,7 @@ pub(super) struct Filter {
 
 pub(super) async fn threads(
     State(state): State<AppState>,
+    Caller(caller): Caller,
     ApiPage(page, wanted): ApiPage<ThreadId, Filter>,
 ) -> Result<Json<ListView<ThreadView>>, Error> {
     let user = wanted.user.map(UserKey::try_from).transpose();
@@ -37,7 +39,7 @@ pub(super) async fn threads(
         state: wanted.state,
         created_before: wanted.created_before,
         inactive_since: wanted.inactive_since,
-        ..ThreadFilter::all(TenantKey::default())
+        ..ThreadFilter::all(caller.tenant)
     };
     Ok(Json(list_threads(&state.runs, state.runs.threads(&filter, &page).await?)))
 }
@@ -45,19 +47,21 @@ pub(super) async fn threads(
 /// The statistics of one thread.
 pub(super) async fn thread(
     State(state): State<AppState>,
+    Caller(caller): Caller,
     ApiId(id): ApiId<ThreadId>,
     ApiQuery(query): ApiQuery<Verify>,
 ) -> Result<Json<ReportView>, Error> {
-    show_named(&state, ThreadName::Id(&TenantKey::default(), id), &query).await
+    show_named(&state, ThreadName::Id(&caller.tenant, id), &query).await
 }
 
 /// The transcript of one thread.
 pub(super) async fn messages(
     State(state): State<AppState>,
+    Caller(caller): Caller,
     ApiId(id): ApiId<ThreadId>,
     ApiPage(page, _): ApiPage<MessageId>,
 ) -> Result<Json<ListView<MessageView>>, Error> {
-    let page = state.runs.messages(ThreadName::Id(&TenantKey::default(), id), false, &page).await?;
+    let page = state.runs.messages(ThreadName::Id(&caller.tenant, id), false, &page).await?;
     Ok(Json(ListView::new(page, |message| message.id.to_string(), MessageView::from)))
 }
 

@@ -68,6 +68,9 @@ pub(super) fn complete(mut response: Response, request_id: &str) -> Response {
     let (mut parts, _) = response.into_parts();
     parts.headers.remove(header::CONTENT_LENGTH);
     parts.headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/problem+json"));
+    if problem.status == StatusCode::UNAUTHORIZED {
+        parts.headers.insert(header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
+    }
     if let Some(wait) = problem.retry_after {
         // Whole seconds, rounded up: coming back early helps nobody.
         let seconds = wait.as_secs() + u64::from(wait.subsec_nanos() > 0);
@@ -99,6 +102,11 @@ impl From<&Error> for Problem {
                 ("payload-too-large", "Payload too large", StatusCode::PAYLOAD_TOO_LARGE)
             }
             Error::BodyTimeout => ("request-timeout", "Request timeout", StatusCode::REQUEST_TIMEOUT),
+            Error::Unauthenticated => UNAUTHENTICATED,
+            Error::Forbidden(_) => ("forbidden", "Forbidden", StatusCode::FORBIDDEN),
+            Error::RateLimited { .. } => ("rate-limited", "Too many requests", StatusCode::TOO_MANY_REQUESTS),
+            Error::TooManyRuns { .. } => ("too-many-runs", "Too many runs", StatusCode::TOO_MANY_REQUESTS),
+            Error::Overloaded => ("overloaded", "Overloaded", StatusCode::SERVICE_UNAVAILABLE),
             Error::NotFound(_) => ("not-found", "Not found", StatusCode::NOT_FOUND),
             Error::MethodNotAllowed => {
                 ("method-not-allowed", "Method not allowed", StatusCode::METHOD_NOT_ALLOWED)
@@ -121,13 +129,17 @@ impl From<&Error> for Problem {
             Error::ThreadBusy
             | Error::QueueFull { .. }
             | Error::OtherReplica
+            | Error::TooManyRuns { .. }
+            | Error::Overloaded
             | Error::StoreUnavailable(_) => Some(Duration::from_secs(1)),
             Error::Draining => Some(Duration::from_secs(2)),
             Error::RunFailed { .. } if [DRAINING, REPLICA_LOST, STORE_UNAVAILABLE].contains(&kind) => {
                 Some(Duration::from_secs(2))
             }
             Error::RunFailed { .. } if kind == THREAD_BUSY => Some(Duration::from_secs(1)),
-            Error::UpstreamUnavailable { retry_after } => Some(*retry_after),
+            Error::UpstreamUnavailable { retry_after } | Error::RateLimited { retry_after, .. } => {
+                Some(*retry_after)
+            }
             Error::RunFailed { retry_after, .. } => *retry_after,
             _ => None,
         };
@@ -149,6 +161,7 @@ type Kind = (&'static str, &'static str, StatusCode);
 
 const INVALID_REQUEST: Kind = ("invalid-request", "Invalid request", StatusCode::BAD_REQUEST);
 const UNPROCESSABLE: Kind = ("invalid-request", "Invalid request", StatusCode::UNPROCESSABLE_ENTITY);
+const UNAUTHENTICATED: Kind = ("unauthenticated", "Unauthenticated", StatusCode::UNAUTHORIZED);
 const THREAD_BUSY: Kind = ("thread-busy", "Thread busy", StatusCode::CONFLICT);
 const STORE_UNAVAILABLE: Kind = ("store-unavailable", "Store unavailable", StatusCode::SERVICE_UNAVAILABLE);
 const DRAINING: Kind = ("draining", "Shutting down", StatusCode::SERVICE_UNAVAILABLE);

@@ -7,7 +7,7 @@ use axum::response::{IntoResponse, Response};
 use futures_util::StreamExt;
 use futures_util::stream;
 
-use super::extract::{ApiJson, ApiKey, ApiPage, ApiRun, LastEventId};
+use super::extract::{ApiConversation, ApiJson, ApiPage, ApiRun, LastEventId};
 use super::turn::{Form, answer, scope_of};
 use super::views::{ListView, PostOutputs, RunAndMessageView, RunView};
 use super::{AppState, sse};
@@ -17,7 +17,7 @@ use crate::runs::NewOutputs;
 
 pub(super) async fn list(
     State(state): State<AppState>,
-    ApiKey(key): ApiKey,
+    ApiConversation(key): ApiConversation,
     ApiPage(page, _): ApiPage<RunId>,
 ) -> Result<Json<ListView<RunView>>, Error> {
     let page = state.runs.runs(&key, &page).await?;
@@ -26,7 +26,7 @@ pub(super) async fn list(
 
 pub(super) async fn show(
     State(state): State<AppState>,
-    ApiKey(key): ApiKey,
+    ApiConversation(key): ApiConversation,
     ApiRun(id): ApiRun,
 ) -> Result<Json<RunAndMessageView>, Error> {
     let (run, message) = state.runs.run(&key, id).await?;
@@ -36,7 +36,7 @@ pub(super) async fn show(
 /// Cancels a run and tells how it ended.
 pub(super) async fn cancel(
     State(state): State<AppState>,
-    ApiKey(key): ApiKey,
+    ApiConversation(key): ApiConversation,
     ApiRun(id): ApiRun,
 ) -> Result<Json<RunAndMessageView>, Error> {
     let (run, message) = state.runs.cancel(&key, id).await?;
@@ -46,7 +46,7 @@ pub(super) async fn cancel(
 /// Hands a run the outputs of its function calls, and answers like a message from there on.
 pub(super) async fn tool_outputs(
     State(state): State<AppState>,
-    ApiKey(key): ApiKey,
+    ApiConversation(key): ApiConversation,
     ApiRun(id): ApiRun,
     uri: Uri,
     headers: HeaderMap,
@@ -62,7 +62,7 @@ pub(super) async fn tool_outputs(
 /// end hears that nothing more will come (204), so that an `EventSource` stops asking.
 pub(super) async fn events(
     State(state): State<AppState>,
-    ApiKey(key): ApiKey,
+    ApiConversation(key): ApiConversation,
     ApiRun(id): ApiRun,
     uri: Uri,
     LastEventId(last): LastEventId,

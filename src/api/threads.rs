@@ -10,7 +10,7 @@ use serde::Deserialize;
 
 use super::AppState;
 use super::deletions::deleted;
-use super::extract::{ApiJson, ApiKey, ApiQuery, ApiWhich};
+use super::extract::{ApiConversation, ApiJson, ApiQuery, ApiWhich};
 use super::views::{ListView, PatchThread, ReportView, RunView, TtlMs, cancelled};
 use crate::domain::NewLife;
 use crate::error::Error;
@@ -35,7 +35,7 @@ enum Against {
 /// The statistics of the thread, from the record alone unless a comparison is asked for.
 pub(super) async fn show(
     State(state): State<AppState>,
-    ApiKey(key): ApiKey,
+    ApiConversation(key): ApiConversation,
     ApiQuery(query): ApiQuery<Verify>,
 ) -> Result<Json<ReportView>, Error> {
     show_named(&state, ThreadName::Newest(&key), &query).await
@@ -58,7 +58,7 @@ pub(super) async fn show_named(
 /// Changes metadata, all of it, or how long the thread lives.
 pub(super) async fn update(
     State(state): State<AppState>,
-    ApiKey(key): ApiKey,
+    ApiConversation(key): ApiConversation,
     ApiJson(body, _): ApiJson<PatchThread>,
 ) -> Result<Json<ReportView>, Error> {
     let life = match body.ttl_ms {
@@ -82,7 +82,7 @@ pub(super) struct Archive {
 /// Deletes the conversation; 202 if it takes longer than the caller waits.
 pub(super) async fn delete(
     State(state): State<AppState>,
-    ApiKey(key): ApiKey,
+    ApiConversation(key): ApiConversation,
     ApiQuery(query): ApiQuery<Archive>,
     headers: HeaderMap,
 ) -> Result<Response, Error> {
@@ -91,7 +91,10 @@ pub(super) async fn delete(
 }
 
 /// Archives the thread and starts a fresh one; 202 if that has to wait for a run.
-pub(super) async fn roll_over(State(state): State<AppState>, ApiKey(key): ApiKey) -> Result<Response, Error> {
+pub(super) async fn roll_over(
+    State(state): State<AppState>,
+    ApiConversation(key): ApiConversation,
+) -> Result<Response, Error> {
     let (status, thread) = match state.runs.roll_over(&key).await? {
         Renewed::Now(thread) => (StatusCode::OK, thread),
         Renewed::Later(thread) => (StatusCode::ACCEPTED, thread),
@@ -103,7 +106,7 @@ pub(super) async fn roll_over(State(state): State<AppState>, ApiKey(key): ApiKey
 /// Cancels runs of the thread and tells how they ended.
 pub(super) async fn cancel(
     State(state): State<AppState>,
-    ApiKey(key): ApiKey,
+    ApiConversation(key): ApiConversation,
     ApiWhich(which): ApiWhich,
 ) -> Result<Json<ListView<RunView>>, Error> {
     Ok(Json(cancelled(state.runs.cancel_some(&key, which).await?)))

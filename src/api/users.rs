@@ -9,7 +9,7 @@ use futures_util::{StreamExt, stream};
 
 use super::AppState;
 use super::deletions::deleted;
-use super::extract::{ApiKey, ApiPage};
+use super::extract::{ApiConversation, ApiPage};
 use super::views::{ListView, ThreadView, list_threads};
 use crate::domain::ThreadId;
 use crate::error::Error;
@@ -19,7 +19,7 @@ use crate::store::ThreadFilter;
 /// All threads of a user, archived ones and those on their way out, too.
 pub(super) async fn threads(
     State(state): State<AppState>,
-    ApiKey(key): ApiKey,
+    ApiConversation(key): ApiConversation,
     ApiPage(page, _): ApiPage<ThreadId>,
 ) -> Result<Json<ListView<ThreadView>>, Error> {
     let filter = ThreadFilter { user: Some(key.user), ..ThreadFilter::all(key.tenant) };
@@ -29,14 +29,17 @@ pub(super) async fn threads(
 /// Erases all that is held of a user, here and upstream; 202 if it takes longer than the caller waits.
 pub(super) async fn delete(
     State(state): State<AppState>,
-    ApiKey(key): ApiKey,
+    ApiConversation(key): ApiConversation,
     headers: HeaderMap,
 ) -> Result<Response, Error> {
     deleted(&state, Target::User(key.tenant, key.user), &headers).await
 }
 
 /// All that is held of a user, line by line as the caller reads.
-pub(super) async fn export(State(state): State<AppState>, ApiKey(key): ApiKey) -> Result<Response, Error> {
+pub(super) async fn export(
+    State(state): State<AppState>,
+    ApiConversation(key): ApiConversation,
+) -> Result<Response, Error> {
     let mut lines = state.runs.export(key.tenant, key.user).boxed();
     // A store that is away is told before the answer has begun.
     let first = lines.next().await.transpose()?;

@@ -8,7 +8,7 @@ use url::Url;
 
 use super::problem::{ConfigProblems, Problem};
 use super::tree::Node;
-use super::{AssistantConfig, AuthScheme, Config, UpstreamConfig, UpstreamKind};
+use super::{AssistantConfig, AuthScheme, Config, KeyConfig, UpstreamConfig, UpstreamKind};
 
 /// Longer than any sensible setting; sums with it stay within every clock's range.
 const LONGEST: Duration = Duration::from_hours(10 * 365 * 24);
@@ -90,10 +90,14 @@ impl Checker<'_> {
 pub(super) fn everything(config: &Config, checker: &mut Checker<'_>) {
     durations(config, checker);
     limits(config, checker);
+    bursts(config, checker);
     store_url(config, checker);
     if config.log.env_filter().is_err() {
         let hint = "write it like \"info\" or \"threadkeeper=debug,info\"";
         checker.report(&["log", "filter"], "is not a log filter", hint);
+    }
+    for (name, key) in &config.auth.keys {
+        self::key(name, key, checker);
     }
     for (name, upstream) in &config.upstreams {
         self::upstream(name, upstream, checker);
@@ -125,10 +129,52 @@ pub(super) fn serve(config: &Config, checker: &mut Checker<'_>) {
         let hint = "add a table [assistants.default] that names an upstream";
         checker.report(&["assistants"], "there is no assistant to answer messages", hint);
     }
-    if !config.server.listen.ip().to_canonical().is_loopback() && !config.server.allow_unauthenticated {
+    let is_open = !config.auth.is_configured() && !config.server.allow_unauthenticated;
+    if is_open && !config.server.listen.ip().to_canonical().is_loopback() {
         let what = "callers on other machines would be served although nobody has to prove who they are";
-        let hint = "listen on 127.0.0.1 or [::1], or set server.allow_unauthenticated = true";
+        let hint = "add a key to [auth.keys] or set auth.stored_keys = true, listen on 127.0.0.1 or [::1], or set \
+                    server.allow_unauthenticated = true";
         checker.report(&["server", "listen"], what, hint);
+    }
+}
+
+/// A bucket without a rate is never filled.
+fn bursts(config: &Config, checker: &mut Checker<'_>) {
+    let limits = &config.limits;
+    for (whose, rate, burst) in
+        [("user", limits.user_rate, limits.user_burst), ("tenant", limits.tenant_rate, limits.tenant_burst)]
+    {
+        if burst.is_some() && rate.is_none() {
+            let hint = format!("set limits.{whose}_rate, or leave both out");
+            checker.report(&["limits", &format!("{whose}_burst")], "means nothing without a rate", &hint);
+        }
+    }
+}
+
+/// A key of which half is guessed must not be worth anything.
+const SHORTEST_KEY: usize = 24;
+
+fn key(name: &str, key: &KeyConfig, checker: &mut Checker<'_>) {
+    let path = |field| ["auth", "keys", name, field];
+    match (&key.key, &key.sha256) {
+        (None, None) if key.key_file.is_none() => {
+            let hint = "set `key`, `key_file`, or `sha256` (printf %s \"$KEY\" | sha256sum)";
+            checker.report(&["auth", "keys", name], "has no key", hint);
+        }
+        (Some(_), Some(_)) => checker.report(&path("sha256"), "key is set as well", "keep one of the two"),
+        (None, Some(_)) if key.hash().is_none() => {
+            checker.report(&path("sha256"), "must be 64 hexadecimal digits", "");
+        }
+        (Some(key), None) => {
+            let text = key.expose_secret();
+            if text.len() < SHORTEST_KEY {
+                let what = format!("must have at least {SHORTEST_KEY} characters");
+                checker.report(&path("key"), what, "make one with `openssl rand -hex 32`");
+            } else if !text.bytes().all(|byte| byte.is_ascii_graphic()) {
+                checker.report(&path("key"), "must be visible ASCII characters: it is sent in a header", "");
+            }
+        }
+        _ => {}
     }
 }
 
@@ -413,6 +459,39 @@ mod tests {
             &text,
             &["assistants.a.assistant_id", "upstreams.u.background", "upstreams.u.conversations"],
         );
+    }
+
+    #[test]
+    fn keys_are_long_and_one_of_a_kind() {
+        let hash = "0".repeat(64);
+        let keys = |text: &str| format!("[auth.keys.k]\nscope = \"chat\"\n{text}");
+        assert_problems(&keys("key = \"0123456789abcdef01234567\""), &[]);
+        assert_problems(&keys(&format!("sha256 = \"{hash}\"")), &[]);
+        assert_problems(&keys(""), &["auth.keys.k"]);
+        assert_problems(&keys("key = \"too short\""), &["auth.keys.k.key"]);
+        assert_problems(&keys("key = \"0123456789abcdef 01234567\""), &["auth.keys.k.key"]);
+        assert_problems(&keys("sha256 = \"0\""), &["auth.keys.k.sha256"]);
+        assert_problems(&keys(&format!("sha256 = \"{}g\"", &hash[1..])), &["auth.keys.k.sha256"]);
+        let two = format!("key = \"0123456789abcdef01234567\"\nsha256 = \"{hash}\"");
+        assert_problems(&keys(&two), &["auth.keys.k.sha256"]);
+        assert_problems("[auth.keys.k]\nkey = \"0123456789abcdef01234567\"", &["auth.keys.k.scope"]);
+        assert_problems(&keys("tenant = \"\"\nkey = \"0123456789abcdef01234567\""), &["auth.keys.k.tenant"]);
+        let open = "[server]\nlisten = \"0.0.0.0:80\"\n";
+        for (more, fits) in [
+            ("", false),
+            ("[auth]\nstored_keys = true", true),
+            (&keys(&format!("sha256 = \"{hash}\"")), true),
+        ] {
+            let found = Config::load_for_serve(sources(&format!("{open}{more}"))).unwrap_err();
+            let complains = found.iter().any(|problem| problem.path == "server.listen");
+            assert_eq!(complains, !fits, "{more}: {found}");
+        }
+    }
+
+    #[test]
+    fn a_burst_wants_a_rate() {
+        assert_problems("[limits]\nuser_burst = 5", &["limits.user_burst"]);
+        assert_problems("[limits]\nuser_rate = 1\nuser_burst = 5\ntenant_rate = 0", &["limits.tenant_rate"]);
     }
 
     #[test]

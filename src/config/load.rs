@@ -14,8 +14,9 @@ use super::env;
 use super::problem::{ConfigProblems, Origin, Problem};
 use super::tree::{Node, Value};
 use super::{
-    ArchiveConfig, AssistantConfig, Config, JanitorConfig, LogConfig, ReplicaConfig, RetentionConfig,
-    RunsConfig, ServerConfig, SessionsConfig, StoreConfig, ThreadsConfig, UpstreamConfig,
+    ArchiveConfig, AssistantConfig, AuthConfig, Config, JanitorConfig, KeyConfig, LimitsConfig, LogConfig,
+    ReplicaConfig, RetentionConfig, RunsConfig, ServerConfig, SessionsConfig, StoreConfig, ThreadsConfig,
+    UpstreamConfig,
 };
 
 /// What the setting is called that names a file with the value.
@@ -145,8 +146,10 @@ pub(super) fn did_you_mean(name: &str) -> String {
 pub(super) fn known_settings() -> Vec<Vec<&'static str>> {
     let plain = [
         ("server", decode::fields_of::<ServerConfig>()),
+        ("auth", decode::fields_of::<AuthConfig>()),
         ("store", decode::fields_of::<StoreConfig>()),
         ("log", decode::fields_of::<LogConfig>()),
+        ("limits", decode::fields_of::<LimitsConfig>()),
         ("runs", decode::fields_of::<RunsConfig>()),
         ("sessions", decode::fields_of::<SessionsConfig>()),
         ("threads", decode::fields_of::<ThreadsConfig>()),
@@ -160,10 +163,11 @@ pub(super) fn known_settings() -> Vec<Vec<&'static str>> {
         ("assistants", decode::fields_of::<AssistantConfig>()),
     ];
     let plain = plain.iter().flat_map(|(section, fields)| fields.iter().map(|field| vec![*section, *field]));
+    let keys = decode::fields_of::<KeyConfig>().iter().map(|field| vec!["auth", "keys", "<name>", *field]);
     let named = named
         .iter()
         .flat_map(|(section, fields)| fields.iter().map(|field| vec![*section, "<name>", *field]));
-    plain.chain(named).collect()
+    plain.filter(|setting| *setting != ["auth", "keys"]).chain(keys).chain(named).collect()
 }
 
 /// Reads the tree into types. Each value that does not fit is reported and taken out, until the rest fits.
@@ -269,6 +273,9 @@ fn resolve_files(config: &mut Config, checker: &mut Checker<'_>) {
     resolve_file(&["store", "url"], &mut store.url, store.url_file.as_ref(), checker);
     let direct_file = store.direct_url_file.as_ref();
     resolve_file(&["store", "direct_url"], &mut store.direct_url, direct_file, checker);
+    for (name, key) in &mut config.auth.keys {
+        resolve_file(&["auth", "keys", name, "key"], &mut key.key, key.key_file.as_ref(), checker);
+    }
     for (name, upstream) in &mut config.upstreams {
         let path = ["upstreams", name, "api_key"];
         resolve_file(&path, &mut upstream.api_key, upstream.api_key_file.as_ref(), checker);

@@ -133,6 +133,11 @@ prefixed_id!(
     "thr_"
 );
 prefixed_id!(
+    /// An API key, as it is known to those who do not have it.
+    KeyId,
+    "key_"
+);
+prefixed_id!(
     /// One turn of a conversation.
     RunId,
     "run_"

@@ -20,6 +20,8 @@ const HOLD: Duration = Duration::from_mins(1);
 /// How often the request looks whether the janitor is done.
 const POLL: Duration = Duration::from_millis(200);
 
+pub const NO_DELETION: Error = Error::NotFound("there is no such deletion, or its receipt is past its time");
+
 /// What is to be deleted, and what is to stay of it.
 #[derive(Clone, Debug)]
 pub enum Target {
@@ -110,7 +112,7 @@ impl Keeper {
         limit: u32,
     ) -> Result<DeletionReport, Error> {
         let report = self.store().deletion(tenant, id, after, limit).await?;
-        report.ok_or(Error::NotFound("there is no such deletion, or its receipt is past its time"))
+        report.ok_or(NO_DELETION)
     }
 
     /// Works on the first threads of a deletion at once, so that a caller need not wait for the janitor's turn.

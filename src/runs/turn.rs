@@ -9,6 +9,7 @@ use tracing::Instrument;
 use super::end::{announce, bare_end, bound_waiting};
 use super::failure::{Failure, stopped};
 use super::follow::Follow;
+use super::seats::Seat;
 use super::standing::Working;
 use super::work::work;
 use super::{Outcome, RunEvent, Runs, Submitted, jittered};
@@ -36,7 +37,7 @@ pub(super) enum Taken {
 pub(super) async fn conduct(
     runs: Runs,
     mut working: Working,
-    mut place: Place<ConversationKey>,
+    (mut place, _seat): (Place<ConversationKey>, Seat),
     admission: Admission,
     answer: oneshot::Sender<Result<Taken, Error>>,
 ) {

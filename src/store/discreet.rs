@@ -18,10 +18,10 @@ use futures_util::stream::BoxStream;
 
 use super::{
     Admission, Admitted, Answered, Binding, Claim, Closing, DeletionReport, DeletionRequest, DeletionTarget,
-    Due, Foreign, Imported, ImportedMessage, ImportedThread, InputMessage, Life, News, Orphan, Pause, Paused,
-    Pruned, Pruning, Remnant, RemnantName, Renewed, Repeated, Reply, Request, Rolled, Rollover, RunEnd,
-    RunLease, RunProgress, Store, StoreError, ThreadFilter, ThreadName, ThreadReport, ThreadUpdate,
-    ToolAnswer, Turn,
+    Due, Foreign, Imported, ImportedMessage, ImportedThread, InputMessage, Keys, Life, NewKey, News, Orphan,
+    Pause, Paused, Pruned, Pruning, Remnant, RemnantName, Renewed, Repeated, Reply, Request, Rolled,
+    Rollover, RunEnd, RunLease, RunProgress, Store, StoreError, StoredKey, ThreadFilter, ThreadName,
+    ThreadReport, ThreadUpdate, ToolAnswer, Turn,
 };
 use crate::domain::{
     Baseline, Context, ConversationKey, DeletionId, EventBatch, Leftover, Lifetimes, Limits, LoggedEvent,
@@ -483,6 +483,21 @@ impl Store for Discreet {
 
     async fn close(&self) {
         self.inner.close().await;
+    }
+}
+
+#[async_trait]
+impl Keys for Discreet {
+    async fn add_key(&self, key: &NewKey) -> Result<(), StoreError> {
+        self.inner.add_key(key).await
+    }
+
+    async fn keys(&self, tenant: Option<&TenantKey>) -> Result<Vec<StoredKey>, StoreError> {
+        self.inner.keys(tenant).await
+    }
+
+    async fn revoke_key(&self, prefix: &str) -> Result<Option<StoredKey>, StoreError> {
+        self.inner.revoke_key(prefix).await
     }
 }
 

@@ -338,6 +338,8 @@ pub enum DeletionTarget {
 #[derive(Clone, Debug)]
 pub struct DeletionReport {
     pub id: DeletionId,
+    /// Of whom; not known any more once it is finished.
+    pub user: Option<UserKey>,
     pub requested_at: Timestamp,
     pub finished_at: Option<Timestamp>,
     pub archive: bool,

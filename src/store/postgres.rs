@@ -12,6 +12,7 @@ mod deletion;
 mod dialect;
 mod end;
 mod keeping;
+mod keys;
 mod life;
 mod news;
 mod once;

@@ -576,7 +576,7 @@ pub(super) fn corrupt(what: &str) -> StoreError {
     StoreError::Corrupt(what.to_owned())
 }
 
-fn word<T: FromStr<Err = String>>(text: &str) -> Result<T, StoreError> {
+pub(super) fn word<T: FromStr<Err = String>>(text: &str) -> Result<T, StoreError> {
     text.parse().map_err(|unknown: String| StoreError::Corrupt(format!("the word `{unknown}`")))
 }
 

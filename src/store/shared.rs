@@ -7,12 +7,16 @@
 
 mod deletion;
 mod keeping;
+mod keys;
 mod remnants;
 mod rollover;
 mod rows;
 
 pub(super) use deletion::{deletions, of_target, to_begin_with};
 pub(super) use keeping::keeping;
+pub(super) use keys::keys;
 pub(super) use remnants::remnants;
 pub(super) use rollover::rollovers;
-pub(super) use rows::{DeletedThreadRow, DeletionRow, DueRow, RemnantRow, RequestedRow, upstream_ids};
+pub(super) use rows::{
+    DeletedThreadRow, DeletionRow, DueRow, KeyRow, RemnantRow, RequestedRow, upstream_ids,
+};

@@ -45,6 +45,7 @@ fn libraries_are_named_where_they_belong() {
         ("sqlx::", &["store/"]),
         ("reqwest::", &["upstream/client"]),
         ("axum::", &["api", "server.rs", "simulator", "app.rs"]),
+        ("governor::", &["api/limits.rs"]),
         ("clap::", &["main.rs", "cli.rs", "simulator/config.rs"]),
     ];
     for (file, code) in code() {
@@ -67,6 +68,7 @@ fn dependencies_point_one_way() {
         "api",
         "server",
         "telemetry",
+        "auth",
         "life",
         "runs",
         "error",

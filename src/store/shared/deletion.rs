@@ -247,7 +247,7 @@ macro_rules! deletions {
             limit: u32,
         ) -> Result<Option<DeletionReport>, StoreError> {
             let found: Option<DeletionRow> = sqlx::query_as(
-                "SELECT d.requested_at, d.finished_at, d.archive,
+                "SELECT d.user_key, d.requested_at, d.finished_at, d.archive,
                     (SELECT count(*) FROM deleted_threads x WHERE x.deletion_id = d.id) AS done,
                     (SELECT count(*) FROM threads t WHERE t.deletion_id = d.id) AS pending
                 FROM deletions d WHERE d.id = $1 AND d.tenant = $2",
@@ -279,6 +279,7 @@ macro_rules! deletions {
             rows.truncate(limit);
             Ok(Some(DeletionReport {
                 id,
+                user: found.user_key.and_then(|user| user.try_into().ok()),
                 requested_at: found.requested_at.0,
                 finished_at: found.finished_at.map(|at| at.0),
                 archive: found.archive,

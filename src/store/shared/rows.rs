@@ -4,9 +4,9 @@ use sqlx::FromRow;
 use sqlx::types::Json;
 use uuid::Uuid;
 
-use crate::domain::{RemnantId, Removed, ThreadId};
-use crate::store::rows::{At, ThreadRow, corrupt};
-use crate::store::{DeletedThread, Due, Remnant, RemnantKind, RemnantName, StoreError};
+use crate::domain::{KeyId, RemnantId, Removed, TenantKey, ThreadId};
+use crate::store::rows::{At, ThreadRow, corrupt, word};
+use crate::store::{DeletedThread, Due, NewKey, Remnant, RemnantKind, RemnantName, StoreError, StoredKey};
 
 #[derive(FromRow)]
 pub(in crate::store) struct DueRow {
@@ -81,6 +81,7 @@ pub(in crate::store) struct RequestedRow {
 /// A request to delete, and how far it came.
 #[derive(FromRow)]
 pub(in crate::store) struct DeletionRow {
+    pub(in crate::store) user_key: Option<String>,
     pub(in crate::store) requested_at: At,
     pub(in crate::store) finished_at: Option<At>,
     pub(in crate::store) archive: bool,
@@ -112,5 +113,36 @@ impl From<DeletedThreadRow> for DeletedThread {
             attempts: row.attempts,
             last_failure: row.last_failure,
         }
+    }
+}
+
+#[derive(FromRow)]
+pub(in crate::store) struct KeyRow {
+    id: Uuid,
+    prefix: String,
+    hash: Vec<u8>,
+    tenant: String,
+    access: String,
+    label: String,
+    created_at: At,
+    revoked_at: Option<At>,
+}
+
+impl TryFrom<KeyRow> for StoredKey {
+    type Error = StoreError;
+
+    fn try_from(row: KeyRow) -> Result<Self, StoreError> {
+        Ok(Self {
+            key: NewKey {
+                id: KeyId::from_uuid(row.id),
+                prefix: row.prefix,
+                hash: row.hash.try_into().map_err(|_| corrupt("a hash of another length"))?,
+                tenant: TenantKey::try_from(row.tenant).map_err(|_| corrupt("a tenant that is no key"))?,
+                access: word(&row.access)?,
+                label: row.label,
+            },
+            created_at: row.created_at.0,
+            revoked_at: row.revoked_at.map(|at| at.0),
+        })
     }
 }

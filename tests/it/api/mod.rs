@@ -1,5 +1,6 @@
 //! The real binary, over HTTP.
 
+mod access;
 mod cancel;
 mod commands;
 mod crash;
@@ -11,6 +12,7 @@ mod expiry;
 mod failures;
 mod idempotency;
 mod killed;
+mod limits;
 mod logs;
 mod operators;
 mod portability;

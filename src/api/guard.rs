@@ -1,0 +1,79 @@
+//! Who may use which route.
+
+use axum::RequestPartsExt;
+use axum::extract::{Extension, FromRequestParts, RawPathParams, Request};
+use axum::http::HeaderMap;
+use axum::http::header::AUTHORIZATION;
+use axum::http::request::Parts;
+use axum::middleware::Next;
+use axum::response::{IntoResponse, Response};
+
+use super::AppState;
+use crate::domain::{Access, Principal};
+use crate::error::Error;
+
+/// What a route asks of its callers.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Needs(pub(super) Access);
+
+/// Lets a request through whose caller may do what the route is for; its handler finds the [`Caller`].
+pub(super) async fn guard(
+    Extension(Needs(needs)): Extension<Needs>,
+    Extension(state): Extension<AppState>,
+    request: Request,
+    next: Next,
+) -> Result<Response, Error> {
+    let (mut parts, body) = request.into_parts();
+    let principal = state.auth.identify(token(&parts.headers)?)?;
+    tracing::Span::current().record("caller", &principal.name);
+    if principal.access < needs {
+        return Err(Error::Forbidden(match needs {
+            Access::Read | Access::Chat => "this needs the scope `chat`",
+            Access::Admin => "this needs the scope `admin`",
+            Access::Operator => "this needs the scope `operator`",
+        }));
+    }
+    let params = parts.extract::<RawPathParams>().await.ok();
+    let user = params.iter().flatten().find(|(name, _)| *name == "user").map(|(_, value)| value);
+    if let (Some(own), Some(user)) = (&principal.user, user)
+        && own.as_str() != user
+    {
+        return Err(Error::Forbidden("these are the conversations of another user"));
+    }
+    let (left, taken) = state.limits.take(&principal.tenant, user);
+    let mut response = match taken {
+        Ok(()) => {
+            parts.extensions.insert(Caller(principal));
+            next.run(Request::from_parts(parts, body)).await
+        }
+        Err(error) => error.into_response(),
+    };
+    left.tell(response.headers_mut());
+    Ok(response)
+}
+
+/// What stands behind `Bearer`, if anything does.
+fn token(headers: &HeaderMap) -> Result<Option<&str>, Error> {
+    let mut values = headers.get_all(AUTHORIZATION).iter();
+    let Some(value) = values.next() else { return Ok(None) };
+    // Which of several counts would be a guess.
+    if values.next().is_some() {
+        return Err(Error::Unauthenticated);
+    }
+    let text = value.to_str().map_err(|_| Error::Unauthenticated)?;
+    let token = text.split_once(' ').filter(|(scheme, _)| scheme.eq_ignore_ascii_case("bearer"));
+    Ok(token.map(|(_, token)| token.trim()).filter(|token| !token.is_empty()))
+}
+
+/// Who asks.
+#[derive(Clone, Debug)]
+pub(super) struct Caller(pub(super) Principal);
+
+impl<S: Send + Sync> FromRequestParts<S> for Caller {
+    type Rejection = Error;
+
+    async fn from_request_parts(parts: &mut Parts, _state: &S) -> Result<Self, Error> {
+        // A route without a guard is a defect, not an open door.
+        parts.extensions.get::<Self>().cloned().ok_or(Error::Internal(None))
+    }
+}

@@ -1,0 +1,176 @@
+//! API keys: how they are made, and which of them are good.
+
+use std::collections::{BTreeMap, HashMap};
+use std::fmt::Write as _;
+use std::sync::{PoisonError, RwLock};
+use std::time::Duration;
+
+use rand::Rng;
+use secrecy::{ExposeSecret, SecretString};
+use sha2::{Digest, Sha256};
+use subtle::ConstantTimeEq;
+use tokio::time::Instant;
+
+use crate::config::KeyConfig;
+use crate::domain::{Access, KeyId, Principal, TenantKey};
+use crate::store::{NewKey, StoredKey};
+
+/// What every key of ours begins with, so that leaked ones are found.
+const MARK: &str = "tk_";
+/// Digits of a key by which it is named, behind the mark.
+const NAME_DIGITS: usize = 12;
+/// Length of what a key is named by.
+pub const KEY_PREFIX: usize = MARK.len() + NAME_DIGITS;
+/// Recorded keys that could not be read again for so long open nothing: one of them may have been revoked.
+const GOOD_FOR: Duration = Duration::from_secs(15);
+
+/// A key that was just made: the only time that it is seen.
+#[derive(Debug)]
+pub struct FreshKey {
+    pub key: SecretString,
+    pub record: NewKey,
+}
+
+impl FreshKey {
+    /// A key of 256 random bits.
+    pub fn new(tenant: TenantKey, access: Access, label: String) -> Self {
+        let mut random = [0_u8; NAME_DIGITS / 2 + 32];
+        rand::rng().fill_bytes(&mut random);
+        let mut digits = String::with_capacity(random.len() * 2);
+        for byte in random {
+            let _ = write!(digits, "{byte:02x}");
+        }
+        let (name, secret) = digits.split_at(NAME_DIGITS);
+        let prefix = format!("{MARK}{name}");
+        let key = SecretString::from(format!("{prefix}_{secret}"));
+        let hash = hash_of(key.expose_secret());
+        Self { key, record: NewKey { id: KeyId::new(), prefix, hash, tenant, access, label } }
+    }
+}
+
+/// The keys that are good.
+#[derive(Debug)]
+pub struct Keyring {
+    /// Those of the configuration.
+    fixed: Vec<Entry>,
+    recorded: RwLock<Recorded>,
+}
+
+#[derive(Debug, Default)]
+struct Recorded {
+    /// By their prefix.
+    entries: HashMap<String, Entry>,
+    read_at: Option<Instant>,
+}
+
+#[derive(Debug)]
+struct Entry {
+    hash: [u8; 32],
+    principal: Principal,
+}
+
+impl Keyring {
+    /// The keys of the configuration, by their names.
+    pub fn new(fixed: &BTreeMap<String, KeyConfig>) -> Self {
+        let entry = |(name, config): (&String, &KeyConfig)| {
+            let hash = match (&config.key, config.hash()) {
+                (Some(key), _) => hash_of(key.expose_secret()),
+                (None, Some(hash)) => hash,
+                (None, None) => return None,
+            };
+            let principal = Principal {
+                tenant: config.tenant.clone(),
+                access: config.scope,
+                user: None,
+                name: name.clone(),
+            };
+            Some(Entry { hash, principal })
+        };
+        Self { fixed: fixed.iter().filter_map(entry).collect(), recorded: RwLock::default() }
+    }
+
+    /// Whom this key belongs to. Takes no longer for one that is nearly right.
+    pub(super) fn find(&self, key: &str) -> Option<Principal> {
+        let hash = hash_of(key);
+        let opens = |entry: &&Entry| bool::from(entry.hash.ct_eq(&hash));
+        // Each is compared, so that the time does not tell which one it was.
+        let fixed = self.fixed.iter().fold(None, |found, entry| found.or(Some(entry).filter(opens)));
+        if let Some(entry) = fixed {
+            return Some(entry.principal.clone());
+        }
+        let recorded = self.recorded.read().unwrap_or_else(PoisonError::into_inner);
+        let entry = key.get(..KEY_PREFIX).and_then(|prefix| recorded.entries.get(prefix))?;
+        (recorded.is_fresh() && opens(&entry)).then(|| entry.principal.clone())
+    }
+
+    /// The recorded keys were read not long ago.
+    pub(super) fn is_fresh(&self) -> bool {
+        self.recorded.read().unwrap_or_else(PoisonError::into_inner).is_fresh()
+    }
+
+    /// These are the recorded keys now.
+    pub(super) fn renew(&self, keys: Vec<StoredKey>) {
+        let entry = |StoredKey { key, .. }: StoredKey| {
+            let principal =
+                Principal { tenant: key.tenant, access: key.access, user: None, name: key.prefix.clone() };
+            (key.prefix, Entry { hash: key.hash, principal })
+        };
+        let entries = keys.into_iter().filter(|key| key.revoked_at.is_none()).map(entry).collect();
+        let mut recorded = self.recorded.write().unwrap_or_else(PoisonError::into_inner);
+        *recorded = Recorded { entries, read_at: Some(Instant::now()) };
+    }
+}
+
+impl Recorded {
+    fn is_fresh(&self) -> bool {
+        self.read_at.is_some_and(|at| at.elapsed() < GOOD_FOR)
+    }
+}
+
+fn hash_of(key: &str) -> [u8; 32] {
+    Sha256::digest(key.as_bytes()).into()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn stored(fresh: &FreshKey) -> StoredKey {
+        let created_at = "2026-11-26T09:00:00Z".parse().unwrap();
+        StoredKey { key: fresh.record.clone(), created_at, revoked_at: None }
+    }
+
+    fn fresh() -> FreshKey {
+        FreshKey::new(TenantKey::default(), Access::Chat, "for tests".to_owned())
+    }
+
+    #[test]
+    fn a_key_is_long_random_and_known_by_its_beginning() {
+        let (one, other) = (fresh(), fresh());
+        let text = one.key.expose_secret();
+        assert_eq!(text.len(), 3 + 12 + 1 + 64, "{text}");
+        assert!(text.starts_with(&format!("{}_", one.record.prefix)));
+        assert_ne!(text, other.key.expose_secret());
+        assert_ne!(one.record.prefix, other.record.prefix);
+        assert!(!format!("{one:?}").contains(&text[16..]), "it is in no text");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn recorded_keys_open_while_they_are_good() {
+        let ring = Keyring::new(&BTreeMap::new());
+        let (good, revoked, unknown) = (fresh(), fresh(), fresh());
+        assert_eq!(ring.find(good.key.expose_secret()), None);
+        let gone = StoredKey { revoked_at: Some(stored(&good).created_at), ..stored(&revoked) };
+        ring.renew(vec![stored(&good), gone]);
+        let found = ring.find(good.key.expose_secret()).unwrap();
+        assert_eq!((found.name, found.access), (good.record.prefix.clone(), Access::Chat));
+        assert_eq!(ring.find(revoked.key.expose_secret()), None);
+        assert_eq!(ring.find(unknown.key.expose_secret()), None);
+        let text = good.key.expose_secret();
+        for wrong in [&text[..15], &text[..79], &format!("{text}0"), &text.to_uppercase(), "", "tk_", "é"] {
+            assert_eq!(ring.find(wrong), None, "{wrong}");
+        }
+        tokio::time::advance(GOOD_FOR).await;
+        assert_eq!(ring.find(text), None, "it may have been revoked");
+    }
+}

@@ -1,0 +1,26 @@
+//! API keys.
+
+use async_trait::async_trait;
+
+use super::PostgresStore;
+use super::dialect::now;
+use crate::store::Keys;
+use crate::store::pool::on;
+use crate::store::shared::keys;
+
+keys!(sqlx::Postgres);
+
+#[async_trait]
+impl Keys for PostgresStore {
+    async fn add_key(&self, key: &NewKey) -> Result<(), StoreError> {
+        on!(self.general, c => add(c, key))
+    }
+
+    async fn keys(&self, tenant: Option<&TenantKey>) -> Result<Vec<StoredKey>, StoreError> {
+        on!(self.general, c => all(c, tenant))
+    }
+
+    async fn revoke_key(&self, prefix: &str) -> Result<Option<StoredKey>, StoreError> {
+        on!(self.general, c => revoke(c, prefix))
+    }
+}

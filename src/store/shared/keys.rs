@@ -1,0 +1,69 @@
+//! API keys.
+
+macro_rules! keys {
+    ($database:ty) => {
+        use crate::domain::TenantKey;
+        use crate::store::shared::KeyRow;
+        use crate::store::{NewKey, StoreError, StoredKey};
+
+        type Connection = <$database as sqlx::Database>::Connection;
+
+        macro_rules! key_columns {
+            () => {
+                "k.id, k.prefix, k.hash, k.tenant, k.access, k.label, k.created_at, k.revoked_at"
+            };
+        }
+
+        /// Implements [`Keys::add_key`](crate::store::Keys::add_key).
+        pub(super) async fn add(connection: &mut Connection, key: &NewKey) -> Result<(), StoreError> {
+            sqlx::query(concat!(
+                "INSERT INTO api_keys (id, prefix, hash, tenant, access, label, created_at)
+                VALUES ($1, $2, $3, $4, $5, $6, ",
+                now!(),
+                ")",
+            ))
+            .bind(key.id.uuid())
+            .bind(&key.prefix)
+            .bind(&key.hash[..])
+            .bind(key.tenant.as_str())
+            .bind(key.access.as_str())
+            .bind(&key.label)
+            .execute(connection)
+            .await?;
+            Ok(())
+        }
+
+        /// Implements [`Keys::keys`](crate::store::Keys::keys).
+        pub(super) async fn all(
+            connection: &mut Connection,
+            tenant: Option<&TenantKey>,
+        ) -> Result<Vec<StoredKey>, StoreError> {
+            let rows: Vec<KeyRow> = sqlx::query_as(concat!(
+                "SELECT ",
+                key_columns!(),
+                " FROM api_keys k WHERE $1 IS NULL OR k.tenant = $1 ORDER BY k.id",
+            ))
+            .bind(tenant.map(TenantKey::as_str))
+            .fetch_all(connection)
+            .await?;
+            rows.into_iter().map(StoredKey::try_from).collect()
+        }
+
+        /// Implements [`Keys::revoke_key`](crate::store::Keys::revoke_key).
+        pub(super) async fn revoke(
+            connection: &mut Connection,
+            prefix: &str,
+        ) -> Result<Option<StoredKey>, StoreError> {
+            let row: Option<KeyRow> = sqlx::query_as(concat!(
+                "UPDATE api_keys AS k SET revoked_at = COALESCE(k.revoked_at, ",
+                now!(),
+                ") WHERE k.prefix = $1 RETURNING id, prefix, hash, tenant, access, label, created_at, revoked_at",
+            ))
+            .bind(prefix)
+            .fetch_optional(connection)
+            .await?;
+            row.map(StoredKey::try_from).transpose()
+        }
+    };
+}
+pub(in crate::store) use keys;

@@ -1,0 +1,26 @@
+//! API keys.
+
+use async_trait::async_trait;
+
+use super::SqliteStore;
+use super::dialect::now;
+use crate::store::Keys;
+use crate::store::pool::on;
+use crate::store::shared::keys;
+
+keys!(sqlx::Sqlite);
+
+#[async_trait]
+impl Keys for SqliteStore {
+    async fn add_key(&self, key: &NewKey) -> Result<(), StoreError> {
+        on!(self.writer, c => add(c, key))
+    }
+
+    async fn keys(&self, tenant: Option<&TenantKey>) -> Result<Vec<StoredKey>, StoreError> {
+        on!(self.readers, c => all(c, tenant))
+    }
+
+    async fn revoke_key(&self, prefix: &str) -> Result<Option<StoredKey>, StoreError> {
+        on!(self.writer, c => revoke(c, prefix))
+    }
+}

@@ -1,0 +1,357 @@
+//! Who may ask for what: every route, as nobody, with too little, and as another tenant.
+
+use std::collections::BTreeSet;
+use std::process::{Command, Output};
+
+use reqwest::{Method, RequestBuilder, StatusCode};
+use serde_json::{Value, json};
+use tempfile::TempDir;
+use threadkeeper::api::{Route, routes};
+use threadkeeper::domain::{Access, DeletionId, RunId, ThreadId};
+
+use crate::support::gateway::{Answer, Gateway, PATIENCE};
+use crate::support::scene::{Backend, Protocol, Scene};
+
+/// Each opens one level, of the tenant `default` or of `other`.
+const KEYS: &str = r#"
+[auth.keys.reader]
+key = "reader-of-the-tenant-default"
+scope = "read"
+[auth.keys.chatter]
+key = "chatter-of-the-tenant-default"
+scope = "chat"
+[auth.keys.admin]
+key = "admin-of-the-tenant-default"
+scope = "admin"
+[auth.keys.operator]
+key = "operator-of-the-tenant-default"
+scope = "operator"
+[auth.keys.other]
+key = "operator-of-the-tenant-other"
+tenant = "other"
+scope = "operator"
+"#;
+const OTHER: &str = "operator-of-the-tenant-other";
+
+const SCOPES: [&str; 3] = ["/v1/users/alice", "/v1/users/alice/sessions/s", "/v1/users/alice/topics/t"];
+
+/// What another tenant gets that names what is the first one's.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+enum Gets {
+    /// The same as for what never was: 404.
+    NotFound,
+    /// Its own, of which there is nothing: an empty answer.
+    Nothing,
+    /// Its own, which is made by this.
+    Own,
+    /// What concerns no tenant.
+    Served,
+}
+
+/// Every route, by its end. One that is new has no row, and fails the test.
+const ROWS: &[(&str, &str, Gets)] = &[
+    ("GET", "/healthz", Gets::Served),
+    ("GET", "/readyz", Gets::Served),
+    ("POST", "{scope}/messages", Gets::Own),
+    ("GET", "{scope}/messages", Gets::NotFound),
+    ("GET", "{scope}/thread", Gets::NotFound),
+    ("PATCH", "{scope}/thread", Gets::NotFound),
+    ("DELETE", "{scope}/thread", Gets::NotFound),
+    ("POST", "{scope}/thread/rollover", Gets::NotFound),
+    ("POST", "{scope}/thread/cancel", Gets::NotFound),
+    ("POST", "{scope}/runs/{run}/cancel", Gets::NotFound),
+    ("POST", "{scope}/runs/{run}/tool_outputs", Gets::NotFound),
+    ("GET", "{scope}/runs/{run}/events", Gets::NotFound),
+    ("GET", "{scope}/runs", Gets::NotFound),
+    ("GET", "{scope}/runs/{run}", Gets::NotFound),
+    ("DELETE", "/v1/users/{user}", Gets::Own),
+    ("GET", "/v1/users/{user}/threads", Gets::Nothing),
+    ("GET", "/v1/users/{user}/export", Gets::Nothing),
+    ("GET", "/v1/deletions/{deletion}", Gets::NotFound),
+    ("GET", "/v1/threads", Gets::Nothing),
+    ("GET", "/v1/threads/{thread}", Gets::NotFound),
+    ("GET", "/v1/threads/{thread}/messages", Gets::NotFound),
+    ("POST", "/v1/admin/cleanup", Gets::Served),
+];
+
+/// A route's end: what it is below a kind of conversation.
+fn end(path: &str) -> String {
+    for scope in
+        ["/v1/users/{user}/sessions/{session}", "/v1/users/{user}/topics/{topic}", "/v1/users/{user}"]
+    {
+        let is_conversation =
+            |rest: &&str| ["/messages", "/thread", "/runs"].iter().any(|it| rest.starts_with(it));
+        if let Some(rest) = path.strip_prefix(scope).filter(is_conversation)
+            && rest != "/threads"
+        {
+            return format!("{{scope}}{rest}");
+        }
+    }
+    path.to_owned()
+}
+
+/// Ids of each kind.
+struct Ids {
+    user: &'static str,
+    run: String,
+    thread: String,
+    deletion: String,
+}
+
+impl Ids {
+    fn unknown() -> Self {
+        Self {
+            user: "nobody-knows",
+            run: RunId::new().to_string(),
+            thread: ThreadId::new().to_string(),
+            deletion: DeletionId::new().to_string(),
+        }
+    }
+
+    fn path(&self, route: &Route) -> String {
+        let names = [("{session}", "s"), ("{topic}", "t"), ("{user}", self.user), ("{run}", &self.run)];
+        let names = names.into_iter().chain([("{thread}", &*self.thread), ("{deletion}", &self.deletion)]);
+        names.fold(route.path.clone(), |path, (name, value)| path.replace(name, value))
+    }
+}
+
+fn request(gateway: &Gateway, route: &Route, ids: &Ids) -> RequestBuilder {
+    let request = gateway.request(route.method.clone(), &ids.path(route));
+    match (route.method.as_str(), end(&route.path).as_str()) {
+        ("POST", "{scope}/messages") => {
+            request.header("idempotency-key", "1").json(&json!({"content": "hello"}))
+        }
+        ("POST", "{scope}/runs/{run}/tool_outputs") => {
+            request.json(&json!({"tool_outputs": [{"tool_call_id": "call_1", "output": "4"}]}))
+        }
+        ("PATCH", _) => request.json(&json!({"metadata": {"a": "b"}})),
+        _ => request,
+    }
+}
+
+/// The key of this level.
+fn key(access: Access) -> &'static str {
+    match access {
+        Access::Read => "reader-of-the-tenant-default",
+        Access::Chat => "chatter-of-the-tenant-default",
+        Access::Admin => "admin-of-the-tenant-default",
+        Access::Operator => "operator-of-the-tenant-default",
+    }
+}
+
+async fn ask(gateway: &Gateway, route: &Route, ids: &Ids, key: &str) -> Answer {
+    gateway.send(request(gateway, route, ids).bearer_auth(key)).await
+}
+
+#[test]
+fn every_route_has_a_row() {
+    let there: BTreeSet<_> =
+        routes().iter().map(|route| (route.method.to_string(), end(&route.path))).collect();
+    let rows: BTreeSet<_> =
+        ROWS.iter().map(|(method, path, _)| ((*method).to_owned(), (*path).to_owned())).collect();
+    assert_eq!(there, rows);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn every_route_asks_who_is_there_and_whether_they_may() {
+    let scene = Scene::new(Protocol::Responses, Backend::Sqlite).await;
+    let gateway = scene.gateway_with(KEYS).await;
+    let ids = Ids::unknown();
+    for route in routes() {
+        let what = format!("{} {}", route.method, route.path);
+        let anonymous = gateway.send(request(&gateway, &route, &ids)).await;
+        let Some(needs) = route.needs else {
+            assert_eq!(anonymous.status, StatusCode::OK, "{what}");
+            continue;
+        };
+        let wrong = [key(needs).to_uppercase(), key(needs)[1..].to_owned(), format!("{} x", key(needs))];
+        let mut refused = vec![anonymous];
+        for wrong in &wrong {
+            refused.push(ask(&gateway, &route, &ids, wrong).await);
+        }
+        refused
+            .push(gateway.send(request(&gateway, &route, &ids).basic_auth(key(needs), None::<&str>)).await);
+        let twice = request(&gateway, &route, &ids).bearer_auth(key(needs)).bearer_auth(key(needs));
+        refused.push(gateway.send(twice).await);
+        for answer in refused {
+            assert_eq!(answer.problem(), (401, "unauthenticated"), "{what}");
+            assert_eq!(answer.headers["www-authenticate"], "Bearer", "{what}");
+            assert_eq!(answer.headers["x-content-type-options"], "nosniff", "{what}");
+            assert_eq!(answer.headers["cache-control"], "no-store", "{what}");
+        }
+        for level in Access::ALL {
+            let answer = ask(&gateway, &route, &ids, key(*level)).await;
+            if *level < needs {
+                assert_eq!(answer.problem(), (403, "forbidden"), "{what} with {level}");
+            } else {
+                let status = answer.status.as_u16();
+                assert!(![401, 403].contains(&status) && status < 500, "{what} with {level}: {answer:?}");
+            }
+        }
+    }
+    let nowhere = gateway.get("/v1/nowhere").await;
+    assert_eq!(nowhere.problem(), (404, "not-found"));
+    for line in gateway.logs() {
+        assert!(!line.contains("-of-the-tenant-"), "a key is logged: {line}");
+    }
+    assert!(gateway.logs().iter().any(|line| line.contains(r#""caller":"chatter""#)), "who asked is logged");
+}
+
+/// What a tenant has: a conversation of each kind, and a deletion.
+async fn prepare(gateway: &Gateway) -> Vec<Ids> {
+    let mine = key(Access::Operator);
+    let gone =
+        gateway.request(Method::POST, "/v1/users/gone/messages").json(&json!({"content": "planted word"}));
+    gateway.send(gone.bearer_auth(mine)).await.ok();
+    let gone = gateway.send(gateway.request(Method::DELETE, "/v1/users/gone").bearer_auth(mine)).await.ok();
+    let mut all = Vec::new();
+    for scope in SCOPES {
+        let body = json!({"content": "planted word [[sim: tool=get_weather]]"});
+        let request = gateway.request(Method::POST, &format!("{scope}/messages")).json(&body);
+        let asked = gateway.send(request.bearer_auth(mine).header("idempotency-key", "1")).await.ok();
+        let id = |of: &str| asked[of]["id"].as_str().unwrap().to_owned();
+        let deletion = gone["id"].as_str().unwrap().to_owned();
+        all.push(Ids { user: "alice", run: id("run"), thread: id("thread"), deletion });
+    }
+    all
+}
+
+/// What must be the same whether something is another's or is not at all.
+fn outcome(answer: &Answer) -> (StatusCode, Value, Value) {
+    (answer.status, answer.body["type"].clone(), answer.body["detail"].clone())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn tenants_see_nothing_of_each_other() {
+    for backend in [Backend::Sqlite, Backend::Postgres] {
+        let scene = Scene::new(Protocol::Responses, backend).await;
+        let gateway = scene.gateway_with(KEYS).await;
+        let mine = prepare(&gateway).await;
+        let secrets: Vec<String> = mine
+            .iter()
+            .flat_map(|ids| [ids.run.clone(), ids.thread.clone(), ids.deletion.clone()])
+            .chain(["planted".to_owned()])
+            .collect();
+        // What is made comes last: it is not there before, then.
+        let mut all = routes();
+        all.sort_by_key(|route| row(route) == Gets::Own);
+        for route in all.iter().filter(|route| route.needs.is_some()) {
+            let ids = mine.iter().zip(SCOPES).find(|(_, scope)| {
+                let depth = scope.matches('/').count();
+                let kind = ["sessions", "topics"].into_iter().find(|kind| route.path.contains(*kind));
+                kind.map_or(depth == 3, |kind| scope.contains(kind))
+            });
+            let (ids, _) = ids.unwrap();
+            let what = format!("{} {}", route.method, route.path);
+            let theirs = ask(&gateway, route, ids, OTHER).await;
+            let never = ask(&gateway, route, &Ids::unknown(), OTHER).await;
+            let text = format!("{} {:?}", theirs.body, theirs.headers);
+            for secret in &secrets {
+                assert!(!text.contains(secret.as_str()), "{what} tells of another tenant's: {text}");
+            }
+            assert!(!theirs.headers.contains_key("idempotent-replayed"), "{what}");
+            assert_eq!(outcome(&theirs), outcome(&never), "{what} tells what there is");
+            match row(route) {
+                Gets::NotFound => assert_eq!(theirs.problem(), (404, "not-found"), "{what}"),
+                Gets::Nothing => {
+                    assert_eq!(theirs.status, StatusCode::OK, "{what}");
+                    let is_empty = theirs.body["data"].as_array().is_none_or(Vec::is_empty);
+                    assert!(is_empty, "{what}: {theirs:?}");
+                }
+                Gets::Own | Gets::Served => assert!(theirs.status.is_success(), "{what}: {theirs:?}"),
+            }
+        }
+        // Nothing of the first tenant's has changed.
+        for (ids, scope) in mine.iter().zip(SCOPES) {
+            let get = |path: String| {
+                gateway.send(gateway.request(Method::GET, &path).bearer_auth(key(Access::Read)))
+            };
+            let run = get(format!("{scope}/runs/{}", ids.run)).await.ok();
+            assert_eq!(run["run"]["status"], "requires_action", "{scope}");
+            let messages = get(format!("{scope}/messages")).await.ok();
+            assert_eq!(messages["data"].as_array().unwrap().len(), 1, "{scope}");
+            assert!(get(format!("{scope}/thread")).await.ok()["metadata"].as_object().unwrap().is_empty());
+        }
+    }
+}
+
+fn row(route: &Route) -> Gets {
+    let end = end(&route.path);
+    ROWS.iter().find(|(method, path, _)| route.method == *method && *path == end).unwrap().2
+}
+
+/// The command `keys` with a configuration.
+fn keys(config: &str, args: &[&str]) -> (Output, String) {
+    let folder = TempDir::new().unwrap();
+    let file = folder.path().join("gateway.toml");
+    std::fs::write(&file, config).unwrap();
+    let mut command: Command = Gateway::command(&["keys"]);
+    let output = command.args(args).arg("--config").arg(&file).output().unwrap();
+    let told = String::from_utf8(output.stdout.clone()).unwrap();
+    (output, told.trim().to_owned())
+}
+
+async fn status(gateway: &Gateway, key: &str) -> u16 {
+    gateway
+        .send(gateway.request(Method::GET, "/v1/users/alice/threads").bearer_auth(key))
+        .await
+        .status
+        .as_u16()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn keys_are_made_and_revoked_while_replicas_run() {
+    let scene = Scene::new(Protocol::Responses, Backend::Postgres).await;
+    let config = scene.config("[auth]\nstored_keys = true\n");
+    let (one, other) = tokio::join!(Gateway::start(&config), Gateway::start(&config));
+    let create = ["create", "--scope", "read", "--label", "for reports", "--tenant", "acme"];
+    let (output, key) = keys(&config, &create);
+    assert!(output.status.success() && key.starts_with("tk_"), "{output:?}");
+    assert!(!String::from_utf8_lossy(&output.stderr).contains(&key), "it is told once");
+    for gateway in [&one, &other] {
+        becomes(gateway, &key, 200).await;
+    }
+    let (_, list) = keys(&config, &["list", "--tenant", "acme"]);
+    let prefix = &key[..15];
+    for part in [prefix, "read", "acme", "good", "for reports"] {
+        assert!(list.contains(part), "{part} is not in: {list}");
+    }
+    assert!(!list.contains(&key[16..]), "{list}");
+    assert_eq!(keys(&config, &["list", "--tenant", "elsewhere"]).1.lines().count(), 1);
+
+    let (output, told) = keys(&config, &["revoke", &key]);
+    assert!(output.status.success() && told.contains("revoked"), "{output:?}");
+    for gateway in [&one, &other] {
+        becomes(gateway, &key, 401).await;
+    }
+    assert!(keys(&config, &["list"]).1.contains("revoked"));
+    let (output, _) = keys(&config, &["revoke", "tk_000000000000"]);
+    assert!(!output.status.success());
+    assert!(String::from_utf8_lossy(&output.stderr).contains("keys list"), "{output:?}");
+    let everything = scene.database.everything().await;
+    let held = everything.iter().any(|(_, bytes)| bytes.windows(64).any(|it| it == &key.as_bytes()[16..]));
+    assert!(!held, "the key is in the database");
+}
+
+async fn becomes(gateway: &Gateway, key: &str, wanted: u16) {
+    let begun = std::time::Instant::now();
+    while status(gateway, key).await != wanted {
+        assert!(begun.elapsed() < PATIENCE, "the key is never {wanted}");
+        tokio::time::sleep(std::time::Duration::from_millis(50)).await;
+    }
+}
+
+/// One file for one process: keys are made before the gateway starts.
+#[tokio::test(flavor = "multi_thread")]
+async fn keys_of_a_file_are_made_before() {
+    let scene = Scene::new(Protocol::Responses, Backend::Sqlite).await;
+    let config = scene.config("[auth]\nstored_keys = true\n");
+    let (output, key) = keys(&config, &["create"]);
+    assert!(output.status.success(), "{output:?}");
+    let gateway = Gateway::start(&config).await;
+    assert_eq!(status(&gateway, &key).await, 200);
+    assert_eq!(status(&gateway, "tk_0123").await, 401);
+    let (output, _) = keys(&config, &["list"]);
+    assert!(!output.status.success());
+    assert!(String::from_utf8_lossy(&output.stderr).contains("process"), "{output:?}");
+}

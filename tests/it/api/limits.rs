@@ -1,0 +1,70 @@
+//! Callers who ask too often.
+
+use std::time::Instant;
+
+use futures_util::future::join_all;
+use reqwest::Method;
+
+use serde_json::json;
+
+use crate::support::gateway::PATIENCE;
+use crate::support::scene::{Backend, Protocol, Scene};
+
+const LIMITS: &str = "[limits]\nuser_rate = 1\nuser_burst = 3\ntenant_rate = 1000\n";
+
+#[tokio::test(flavor = "multi_thread")]
+async fn who_asks_too_often_is_told_when_to_come_back() {
+    let scene = Scene::new(Protocol::Responses, Backend::Sqlite).await;
+    let gateway = scene.gateway_with(LIMITS).await;
+    let (path, begun) = ("/v1/users/alice/threads", Instant::now());
+    let answers = join_all((0..12).map(|_| gateway.get(path))).await;
+    // One more for each second that it took.
+    let most = 4 + usize::try_from(begun.elapsed().as_secs()).unwrap();
+    let (taken, refused): (Vec<_>, Vec<_>) = answers.iter().partition(|answer| answer.status == 200);
+    assert!(taken.len() >= 3 && taken.len() <= most, "{} were taken", taken.len());
+    for answer in &taken {
+        assert_eq!(answer.headers["ratelimit-policy"], "\"user\";q=3;w=3, \"tenant\";q=10000;w=10");
+        let left = answer.headers["ratelimit"].to_str().unwrap();
+        assert!(left.starts_with("\"user\";r=") && left.contains(", \"tenant\";r="), "{left}");
+    }
+    for answer in &refused {
+        assert_eq!(answer.problem(), (429, "rate-limited"));
+        assert_eq!(answer.headers["retry-after"], "1");
+        assert_eq!(answer.headers["ratelimit"], "\"user\";r=0;t=1");
+    }
+    gateway.get("/v1/users/bob/threads").await.ok();
+    assert_eq!(gateway.get("/healthz").await.status, 200, "who watches is not counted");
+    gateway.until(path, |answer| answer.status == 200).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn only_so_many_runs_are_taken() {
+    let scene = Scene::new(Protocol::Responses, Backend::Sqlite).await;
+    let keys = "[auth.keys.one]\nkey = \"the-key-of-the-first-tenant\"\nscope = \"chat\"\n\
+                [auth.keys.two]\nkey = \"the-key-of-the-second-tenant\"\ntenant = \"two\"\nscope = \"chat\"\n";
+    let settings = format!("{keys}[runs]\nmax_runs = 3\nmax_runs_per_tenant = 2\n");
+    let gateway = scene.gateway_with(&settings).await;
+    scene.simulator.hold();
+    let say = |key: &str, user: &str| {
+        let request = gateway.request(Method::POST, &format!("/v1/users/{user}/messages"));
+        let request = request.bearer_auth(format!("the-key-of-the-{key}-tenant"));
+        gateway.send(request.header("prefer", "respond-async").json(&json!({"content": "hello"})))
+    };
+    // One at work, one that waits.
+    for _ in 0..2 {
+        assert_eq!(say("first", "alice").await.status, 202);
+    }
+    let refused = say("first", "bob").await;
+    assert_eq!(refused.problem(), (429, "too-many-runs"));
+    assert_eq!(refused.headers["retry-after"], "1");
+    assert_eq!(say("second", "alice").await.status, 202);
+    let refused = say("second", "bob").await;
+    assert_eq!(refused.problem(), (503, "overloaded"));
+    assert_eq!(refused.headers["retry-after"], "1");
+    scene.simulator.release();
+    let begun = Instant::now();
+    while say("first", "bob").await.status != 202 {
+        assert!(begun.elapsed() < PATIENCE, "no seat is free again");
+        tokio::time::sleep(std::time::Duration::from_millis(50)).await;
+    }
+}
