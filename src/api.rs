@@ -1,5 +1,6 @@
 //! The HTTP surface: routes, and the middleware that every answer passes.
 
+mod cors;
 mod deletions;
 mod extract;
 mod guard;
@@ -63,7 +64,7 @@ pub struct Route {
 /// Every route of the gateway.
 pub fn router(state: AppState) -> Router {
     let router = all().router.layer(Extension(state.clone()));
-    finished(router).with_state(state)
+    finished(router, &state.server.cors_origins).with_state(state)
 }
 
 /// What there is to ask for.
@@ -136,12 +137,13 @@ impl Routes {
 }
 
 /// The routes with what every answer passes.
-fn finished<S: Clone + Send + Sync + 'static>(router: Router<S>) -> Router<S> {
-    router
+fn finished<S: Clone + Send + Sync + 'static>(router: Router<S>, origins: &[String]) -> Router<S> {
+    let router = router
         .fallback(async || Error::NotFound("there is nothing at this path"))
         .method_not_allowed_fallback(async || Error::MethodNotAllowed)
-        .layer(CatchPanicLayer::custom(panicked))
-        .layer(from_fn(observe::observe))
+        .layer(CatchPanicLayer::custom(panicked));
+    let router = if origins.is_empty() { router } else { router.layer(cors::layer(origins)) };
+    router.layer(from_fn(observe::observe))
 }
 
 /// The panic itself has been logged by the hook; its text may hold anything, so the caller does not see it.
@@ -163,7 +165,7 @@ mod tests {
         async fn broken() -> &'static str {
             panic!("planted text")
         }
-        let router: Router = finished(Router::new().route("/broken", get(broken)));
+        let router: Router = finished(Router::new().route("/broken", get(broken)), &[]);
         let request = Request::get("/broken").header("x-request-id", "my-id").body(Body::empty()).unwrap();
         let response = router.oneshot(request).await.unwrap();
         assert_eq!(response.status(), StatusCode::INTERNAL_SERVER_ERROR);

@@ -56,6 +56,8 @@ pub struct ServerConfig {
     pub listen: SocketAddr,
     /// Serve callers on other machines although nobody has to prove who they are.
     pub allow_unauthenticated: bool,
+    /// Origins whose pages may ask from a browser, such as `https://chat.example.com`.
+    pub cors_origins: Vec<String>,
     /// Open connections; further ones wait in the kernel's queue.
     pub max_connections: usize,
     /// Time for a request's head to arrive, counted also between two requests of a kept-alive connection: keep
@@ -311,6 +313,7 @@ impl Default for ServerConfig {
         Self {
             listen: SocketAddr::from(([127, 0, 0, 1], 8080)),
             allow_unauthenticated: false,
+            cors_origins: Vec::new(),
             max_connections: 10_240,
             header_read_timeout: Duration::from_secs(75),
             body_read_timeout: Duration::from_secs(30),

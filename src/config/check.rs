@@ -91,6 +91,7 @@ pub(super) fn everything(config: &Config, checker: &mut Checker<'_>) {
     durations(config, checker);
     limits(config, checker);
     bursts(config, checker);
+    origins(config, checker);
     store_url(config, checker);
     if config.log.env_filter().is_err() {
         let hint = "write it like \"info\" or \"threadkeeper=debug,info\"";
@@ -135,6 +136,19 @@ pub(super) fn serve(config: &Config, checker: &mut Checker<'_>) {
         let hint = "add a key to [auth.keys] or set auth.stored_keys = true, listen on 127.0.0.1 or [::1], or set \
                     server.allow_unauthenticated = true";
         checker.report(&["server", "listen"], what, hint);
+    }
+}
+
+/// Written as browsers send it, or it would never fit.
+fn origins(config: &Config, checker: &mut Checker<'_>) {
+    let fits = |text: &String| {
+        let url = Url::parse(text).ok().filter(|url| matches!(url.scheme(), "http" | "https"));
+        url.is_some_and(|url| url.origin().ascii_serialization() == *text)
+    };
+    if !config.server.cors_origins.iter().all(fits) {
+        let hint = "write them like \"https://chat.example.com\": a scheme, a host, a port that is not the usual one, and \
+                    nothing behind it; \"*\" is none";
+        checker.report(&["server", "cors_origins"], "holds what is no origin", hint);
     }
 }
 
@@ -485,6 +499,20 @@ mod tests {
             let found = Config::load_for_serve(sources(&format!("{open}{more}"))).unwrap_err();
             let complains = found.iter().any(|problem| problem.path == "server.listen");
             assert_eq!(complains, !fits, "{more}: {found}");
+        }
+    }
+
+    #[test]
+    fn origins_are_written_as_browsers_send_them() {
+        let origins =
+            |origin: &str| format!("[server]\ncors_origins = [\"https://a.example\", \"{origin}\"]");
+        for good in ["https://b.example", "http://localhost:3000", "https://b.example:8443"] {
+            assert_problems(&origins(good), &[]);
+        }
+        for bad in
+            ["*", "b.example", "https://b.example/", "https://B.example", "https://b.example:443", "null"]
+        {
+            assert_problems(&origins(bad), &["server.cors_origins"]);
         }
     }
 

@@ -355,3 +355,36 @@ async fn keys_of_a_file_are_made_before() {
     assert!(!output.status.success());
     assert!(String::from_utf8_lossy(&output.stderr).contains("process"), "{output:?}");
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn pages_of_known_origins_may_ask_from_a_browser() {
+    let scene = Scene::new(Protocol::Responses, Backend::Sqlite).await;
+    let settings = format!("{KEYS}[server]\ncors_origins = [\"https://chat.example\"]\n");
+    let gateway = scene.gateway_with(&settings).await;
+    let path = "/v1/users/alice/messages";
+    let preflight = |origin: &str| {
+        let request = gateway.request(Method::OPTIONS, path).header("origin", origin);
+        let request = request.header("access-control-request-method", "POST");
+        gateway.send(
+            request.header("access-control-request-headers", "authorization,content-type,idempotency-key"),
+        )
+    };
+    let known = preflight("https://chat.example").await;
+    assert_eq!(known.status, StatusCode::OK);
+    assert_eq!(known.headers["access-control-allow-origin"], "https://chat.example");
+    assert!(known.headers["access-control-allow-headers"].to_str().unwrap().contains("idempotency-key"));
+    assert!(!known.headers.contains_key("access-control-allow-credentials"), "no cookies");
+    for other in ["https://chat.example.evil", "http://chat.example", "null"] {
+        assert!(!preflight(other).await.headers.contains_key("access-control-allow-origin"), "{other}");
+    }
+    let request = gateway.request(Method::POST, path).header("origin", "https://chat.example");
+    let answer =
+        gateway.send(request.bearer_auth(key(Access::Chat)).json(&json!({"content": "hello"}))).await;
+    assert_eq!(answer.headers["access-control-allow-origin"], "https://chat.example");
+    assert!(answer.headers["access-control-expose-headers"].to_str().unwrap().contains("retry-after"));
+    answer.ok();
+    let refused =
+        gateway.send(gateway.request(Method::GET, path).header("origin", "https://chat.example")).await;
+    assert_eq!(refused.problem(), (401, "unauthenticated"));
+    assert_eq!(refused.headers["access-control-allow-origin"], "https://chat.example", "a page can read why");
+}

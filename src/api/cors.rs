@@ -1,0 +1,41 @@
+//! Which pages of other origins may ask from a browser.
+
+use std::time::Duration;
+
+use axum::http::Method;
+use axum::http::header::{
+    ACCEPT, AUTHORIZATION, CONTENT_TYPE, HeaderName, HeaderValue, LOCATION, RETRY_AFTER, WWW_AUTHENTICATE,
+};
+use tower_http::cors::{AllowOrigin, CorsLayer};
+
+/// How long a browser may remember what it was told.
+const MAX_AGE: Duration = Duration::from_hours(1);
+
+/// What tells browsers that pages of these origins may ask, with a token that they have themselves: cookies play no part.
+pub(super) fn layer(origins: &[String]) -> CorsLayer {
+    let origins = origins.iter().filter_map(|origin| HeaderValue::from_str(origin).ok());
+    let named = HeaderName::from_static;
+    CorsLayer::new()
+        .allow_origin(AllowOrigin::list(origins))
+        .allow_methods([Method::GET, Method::POST, Method::PATCH, Method::DELETE])
+        .allow_headers([
+            ACCEPT,
+            AUTHORIZATION,
+            CONTENT_TYPE,
+            named("idempotency-key"),
+            named("last-event-id"),
+            named("prefer"),
+            named("x-request-id"),
+        ])
+        .expose_headers([
+            LOCATION,
+            RETRY_AFTER,
+            WWW_AUTHENTICATE,
+            named("idempotent-replayed"),
+            named("preference-applied"),
+            named("ratelimit"),
+            named("ratelimit-policy"),
+            named("x-request-id"),
+        ])
+        .max_age(MAX_AGE)
+}
