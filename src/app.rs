@@ -99,7 +99,7 @@ impl App {
             tasks: tasks.clone(),
             draining: draining.clone(),
         });
-        let auth = Arc::new(Auth::new(&config.auth, Arc::clone(&store)));
+        let auth = Arc::new(Auth::new(&config.auth, Arc::clone(&store)).context("auth.jwt")?);
         auth.refresh().await.context("cannot read the API keys")?;
         let limits = Arc::new(Limits::new(&config.limits));
         let state = AppState {

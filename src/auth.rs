@@ -1,6 +1,10 @@
 //! Who asks: what callers prove it with, and what that lets them do.
 
+mod jwks;
+mod jwt;
 mod keys;
+#[cfg(test)]
+mod testing;
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -13,6 +17,7 @@ use crate::domain::Principal;
 use crate::error::{Chain, Error};
 use crate::store::{Store, StoreError};
 
+pub use jwt::{JwtRefusal, JwtSetupError, JwtVerifier};
 pub use keys::{FreshKey, KEY_PREFIX, Keyring};
 
 /// How often recorded keys are read again: a key that is revoked opens nothing after this and a moment.
@@ -24,33 +29,52 @@ pub struct Auth {
     keys: Keyring,
     /// Where further keys are recorded, if any are.
     recorded: Option<Arc<dyn Store>>,
+    /// Verifies the tokens of an issuer, if there is one.
+    tokens: Option<JwtVerifier>,
     is_open: bool,
 }
 
 impl Auth {
-    pub fn new(config: &AuthConfig, store: Arc<dyn Store>) -> Self {
-        Self {
+    /// # Errors
+    /// The issuer's keys are of no use.
+    pub fn new(config: &AuthConfig, store: Arc<dyn Store>) -> Result<Self, JwtSetupError> {
+        Ok(Self {
             keys: Keyring::new(&config.keys),
             recorded: config.stored_keys.then_some(store),
+            tokens: config.jwt.as_ref().map(JwtVerifier::new).transpose()?,
             is_open: !config.is_configured(),
-        }
+        })
     }
 
     /// Who presents this token: the text behind `Bearer`.
     ///
     /// # Errors
-    /// [`Error::Unauthenticated`]: nothing was presented, or it opens nothing. [`Error::StoreUnavailable`]: which keys are
-    /// good is not known at present.
-    pub fn identify(&self, token: Option<&str>) -> Result<Principal, Error> {
+    /// [`Error::Unauthenticated`]: nothing was presented, or it opens nothing. [`Error::StoreUnavailable`],
+    /// [`Error::IssuerUnavailable`]: what is good is not known at present.
+    ///
+    /// Harmless to drop at any point.
+    pub async fn identify(&self, token: Option<&str>) -> Result<Principal, Error> {
         if self.is_open {
             return Ok(Principal::anybody());
         }
         let token = token.ok_or(Error::Unauthenticated)?;
-        match self.keys.find(token) {
-            Some(principal) => Ok(principal),
-            // It may be one that was made just now.
-            None if self.recorded.is_some() && !self.keys.is_fresh() => Err(Error::StoreUnavailable(None)),
-            None => Err(Error::Unauthenticated),
+        if let Some(principal) = self.keys.find(token) {
+            return Ok(principal);
+        }
+        match &self.tokens {
+            // What has three parts is none of our keys.
+            Some(tokens) if token.matches('.').count() == 2 => {
+                tokens.verify(token).await.map_err(|refusal| match refusal {
+                    JwtRefusal::Invalid(why) => {
+                        tracing::debug!(why, "a token was refused");
+                        Error::Unauthenticated
+                    }
+                    JwtRefusal::Unavailable => Error::IssuerUnavailable,
+                })
+            }
+            // It may be a key that was made just now.
+            _ if self.recorded.is_some() && !self.keys.is_fresh() => Err(Error::StoreUnavailable(None)),
+            _ => Err(Error::Unauthenticated),
         }
     }
 

@@ -23,7 +23,7 @@ use tracing_subscriber::EnvFilter;
 
 use crate::domain::{Lifetimes, Limits};
 
-pub use auth::{AuthConfig, KeyConfig};
+pub use auth::{AuthConfig, JwtAlgorithm, JwtConfig, KeyConfig};
 pub use check::reserved_parameters;
 pub use load::{ConfigFile, Sources, utf8_variables};
 pub use problem::{ConfigProblems, Origin, Problem};
@@ -478,9 +478,17 @@ mod tests {
     #[test]
     fn the_examples_hold_together_and_state_the_defaults_of_their_fields() {
         // Of two settings that exclude each other the one is taken out, and a key in ASCII put in.
-        let text = ["api_key_file", "url_file", "direct_url_file", "key_file", "sha256"]
-            .iter()
-            .fold(with_examples(), |text, name| text.replace(&format!("\n{name}"), "\n#"));
+        let text = [
+            "api_key_file",
+            "url_file",
+            "direct_url_file",
+            "key_file",
+            "sha256",
+            "secret",
+            "public_key_file",
+        ]
+        .iter()
+        .fold(with_examples(), |text, name| text.replace(&format!("\n{name}"), "\n#"));
         let config =
             load(text.replace("sk-…", "sk-1").replace("\"…\"", "\"a-key-that-is-long-enough\"")).unwrap();
         let openai = &config.upstreams["openai"];
@@ -492,6 +500,8 @@ mod tests {
         assert_eq!(openai.lock_window, UpstreamConfig::default_lock_window());
         assert_eq!(openai.max_failures, UpstreamConfig::default_max_failures());
         assert_eq!(openai.rest, UpstreamConfig::default_rest());
+        let (jwt, defaults) = (config.auth.jwt.as_ref().unwrap(), JwtConfig::default());
+        assert_eq!((jwt.leeway, jwt.jwks_refresh), (defaults.leeway, defaults.jwks_refresh));
         assert_eq!(config.upstreams["azure"].auth, AuthScheme::ApiKey);
         assert_eq!(config.default_assistant(), Some("default"));
     }

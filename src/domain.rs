@@ -15,7 +15,7 @@ pub use access::{Access, Principal};
 pub use content::{ContentPart, ImageFile, ImageUrl, InvalidContent, UserContent};
 pub use id::{
     DeletionId, InvalidId, KeyId, MessageId, RemnantId, ReplicaId, RunId, ThreadId, UpstreamRunId,
-    UpstreamThreadId, set_clock,
+    UpstreamThreadId, now, set_clock,
 };
 pub use key::{ConversationKey, InvalidKey, KeyText, Scope, SessionKey, TenantKey, TopicKey, UserKey};
 pub use life::{Chore, Deletion, Keeping, Lifetimes, Limits, NewLife, Removed, Ttl, UpstreamOutcome};

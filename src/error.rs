@@ -26,6 +26,8 @@ pub enum Error {
     /// Nothing was presented that opens anything.
     #[error("send a key or token that is good: `authorization: Bearer …`")]
     Unauthenticated,
+    #[error("the keys of whoever issues tokens cannot be had at present")]
+    IssuerUnavailable,
     /// Who asks may not do that.
     #[error("{0}")]
     Forbidden(&'static str),

@@ -16,11 +16,11 @@ pub mod server;
 
 pub mod telemetry;
 
-pub mod auth;
-
 pub mod life;
 
 pub mod runs;
+
+pub mod auth;
 
 pub mod error;
 

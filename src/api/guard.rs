@@ -24,7 +24,7 @@ pub(super) async fn guard(
     next: Next,
 ) -> Result<Response, Error> {
     let (mut parts, body) = request.into_parts();
-    let principal = state.auth.identify(token(&parts.headers)?)?;
+    let principal = state.auth.identify(token(&parts.headers)?).await?;
     tracing::Span::current().record("caller", &principal.name);
     if principal.access < needs {
         return Err(Error::Forbidden(match needs {

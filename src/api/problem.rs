@@ -103,6 +103,9 @@ impl From<&Error> for Problem {
             }
             Error::BodyTimeout => ("request-timeout", "Request timeout", StatusCode::REQUEST_TIMEOUT),
             Error::Unauthenticated => UNAUTHENTICATED,
+            Error::IssuerUnavailable => {
+                ("issuer-unavailable", "Issuer unavailable", StatusCode::SERVICE_UNAVAILABLE)
+            }
             Error::Forbidden(_) => ("forbidden", "Forbidden", StatusCode::FORBIDDEN),
             Error::RateLimited { .. } => ("rate-limited", "Too many requests", StatusCode::TOO_MANY_REQUESTS),
             Error::TooManyRuns { .. } => ("too-many-runs", "Too many runs", StatusCode::TOO_MANY_REQUESTS),
@@ -129,6 +132,7 @@ impl From<&Error> for Problem {
             Error::ThreadBusy
             | Error::QueueFull { .. }
             | Error::OtherReplica
+            | Error::IssuerUnavailable
             | Error::TooManyRuns { .. }
             | Error::Overloaded
             | Error::StoreUnavailable(_) => Some(Duration::from_secs(1)),

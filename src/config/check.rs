@@ -81,8 +81,14 @@ impl Checker<'_> {
     }
 
     /// The setting has a problem already, so its value means nothing.
-    fn is_broken(&self, path: &[&str]) -> bool {
+    pub(super) fn is_broken(&self, path: &[&str]) -> bool {
         self.problems.covers(&path.join("."))
+    }
+
+    /// Part of the setting has a problem, so the setting was left out.
+    pub(super) fn is_broken_inside(&self, path: &[&str]) -> bool {
+        let inside = format!("{}.", path.join("."));
+        self.problems.iter().any(|problem| problem.path.starts_with(&inside))
     }
 }
 
@@ -93,6 +99,9 @@ pub(super) fn everything(config: &Config, checker: &mut Checker<'_>) {
     bursts(config, checker);
     origins(config, checker);
     store_url(config, checker);
+    if let Some(jwt) = &config.auth.jwt {
+        jwt.check(checker);
+    }
     if config.log.env_filter().is_err() {
         let hint = "write it like \"info\" or \"threadkeeper=debug,info\"";
         checker.report(&["log", "filter"], "is not a log filter", hint);

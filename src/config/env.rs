@@ -74,12 +74,14 @@ pub(super) fn variable(path: &[impl AsRef<str>]) -> String {
     format!("{PREFIX}{}", levels.join("__"))
 }
 
-/// `store.url` for `store.url_file` and the other way round, and so for `direct_url` and `api_key`.
+/// `store.url` for `store.url_file` and the other way round, and so for `direct_url`, `api_key` and `secret`.
 fn twin(path: &[String]) -> Option<Vec<String>> {
     let (last, above) = path.split_last()?;
     let other = match last.strip_suffix(FILE_SUFFIX) {
         Some(plain) => plain.to_owned(),
-        None if matches!(last.as_str(), "url" | "direct_url" | "api_key") => format!("{last}{FILE_SUFFIX}"),
+        None if matches!(last.as_str(), "url" | "direct_url" | "api_key" | "secret") => {
+            format!("{last}{FILE_SUFFIX}")
+        }
         None => return None,
     };
     Some(above.iter().cloned().chain([other]).collect())
@@ -131,6 +133,9 @@ fn spelling_of(flat: &str) -> Option<String> {
     let known = known_settings();
     let exact = known.iter().find_map(|setting| match setting.as_slice() {
         [section, field] => (format!("{section}_{field}") == flat).then(|| variable(&[section, field])),
+        [section, table, field] if *table != "<name>" => {
+            (format!("{section}_{table}_{field}") == flat).then(|| variable(setting))
+        }
         [section, _, field] => {
             let name =
                 flat.strip_prefix(section)?.strip_prefix('_')?.strip_suffix(field)?.strip_suffix('_')?;

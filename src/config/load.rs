@@ -14,9 +14,9 @@ use super::env;
 use super::problem::{ConfigProblems, Origin, Problem};
 use super::tree::{Node, Value};
 use super::{
-    ArchiveConfig, AssistantConfig, AuthConfig, Config, JanitorConfig, KeyConfig, LimitsConfig, LogConfig,
-    ReplicaConfig, RetentionConfig, RunsConfig, ServerConfig, SessionsConfig, StoreConfig, ThreadsConfig,
-    UpstreamConfig,
+    ArchiveConfig, AssistantConfig, AuthConfig, Config, JanitorConfig, JwtConfig, KeyConfig, LimitsConfig,
+    LogConfig, ReplicaConfig, RetentionConfig, RunsConfig, ServerConfig, SessionsConfig, StoreConfig,
+    ThreadsConfig, UpstreamConfig,
 };
 
 /// What the setting is called that names a file with the value.
@@ -146,7 +146,6 @@ pub(super) fn did_you_mean(name: &str) -> String {
 pub(super) fn known_settings() -> Vec<Vec<&'static str>> {
     let plain = [
         ("server", decode::fields_of::<ServerConfig>()),
-        ("auth", decode::fields_of::<AuthConfig>()),
         ("store", decode::fields_of::<StoreConfig>()),
         ("log", decode::fields_of::<LogConfig>()),
         ("limits", decode::fields_of::<LimitsConfig>()),
@@ -167,7 +166,11 @@ pub(super) fn known_settings() -> Vec<Vec<&'static str>> {
     let named = named
         .iter()
         .flat_map(|(section, fields)| fields.iter().map(|field| vec![*section, "<name>", *field]));
-    plain.filter(|setting| *setting != ["auth", "keys"]).chain(keys).chain(named).collect()
+    // Their fields stand below them.
+    let auth = decode::fields_of::<AuthConfig>().iter().filter(|field| !["jwt", "keys"].contains(*field));
+    let auth = auth.map(|field| vec!["auth", *field]);
+    let jwt = decode::fields_of::<JwtConfig>().iter().map(|field| vec!["auth", "jwt", *field]);
+    plain.chain(auth).chain(jwt).chain(keys).chain(named).collect()
 }
 
 /// Reads the tree into types. Each value that does not fit is reported and taken out, until the rest fits.
@@ -267,7 +270,7 @@ fn unknown_key(tree: &Node, key: &decode::UnknownKey) -> Problem {
     }
 }
 
-/// Reads the files that hold secrets.
+/// Reads the files that hold secrets and keys.
 fn resolve_files(config: &mut Config, checker: &mut Checker<'_>) {
     let store = &mut config.store;
     resolve_file(&["store", "url"], &mut store.url, store.url_file.as_ref(), checker);
@@ -279,6 +282,11 @@ fn resolve_files(config: &mut Config, checker: &mut Checker<'_>) {
     for (name, upstream) in &mut config.upstreams {
         let path = ["upstreams", name, "api_key"];
         resolve_file(&path, &mut upstream.api_key, upstream.api_key_file.as_ref(), checker);
+    }
+    if let Some(jwt) = &mut config.auth.jwt {
+        resolve_file(&["auth", "jwt", "secret"], &mut jwt.secret, jwt.secret_file.as_ref(), checker);
+        let path = ["auth", "jwt", "public_key"];
+        resolve_file(&path, &mut jwt.public_key, jwt.public_key_file.as_ref(), checker);
     }
 }
 

@@ -152,7 +152,7 @@ fn yes() -> bool {
 }
 
 /// `Url`'s own reader calls its error what it expects; the text may hold a password, so it is not repeated.
-fn url_without_echo<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Url, D::Error> {
+pub(super) fn url_without_echo<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Url, D::Error> {
     let text = String::deserialize(deserializer)?;
     Url::parse(&text).map_err(|error| serde::de::Error::custom(format_args!("not a URL: {error}")))
 }

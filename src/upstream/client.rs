@@ -1,4 +1,4 @@
-//! The HTTP client of one upstream server: the only file that names reqwest.
+//! The HTTP client of one upstream server. Beside `auth/jwks.rs` the only file that names reqwest.
 //!
 //! It never follows a redirect, uses no proxy from the environment, has no limit on the length of a stream but one on
 //! each silence in it, and keeps what the server writes in prose out of errors and logs.

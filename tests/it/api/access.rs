@@ -388,3 +388,89 @@ async fn pages_of_known_origins_may_ask_from_a_browser() {
     assert_eq!(refused.problem(), (401, "unauthenticated"));
     assert_eq!(refused.headers["access-control-allow-origin"], "https://chat.example", "a page can read why");
 }
+
+const ISSUER: &str = r#"
+[auth.jwt]
+issuer = "https://login.example/"
+audience = ["chat"]
+algorithms = ["HS256"]
+secret = "a-secret-that-is-shared-with-the-issuer"
+tenant_claim = "org"
+admin_claim = "roles"
+admin_value = "chat-admin"
+"#;
+
+/// A token with these claims, besides the usual ones.
+fn token(secret: &str, claims: &Value) -> String {
+    let mut all =
+        json!({"iss": "https://login.example/", "aud": "chat", "exp": 4_102_444_800_i64, "org": "acme"});
+    all.as_object_mut().unwrap().extend(claims.as_object().unwrap().clone());
+    let key = jsonwebtoken::EncodingKey::from_secret(secret.as_bytes());
+    jsonwebtoken::encode(&jsonwebtoken::Header::default(), &all, &key).unwrap()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_token_opens_its_own_user_alone() {
+    let scene = Scene::new(Protocol::Responses, Backend::Sqlite).await;
+    let gateway = scene.gateway_with(&format!("{KEYS}{ISSUER}")).await;
+    let good = |claims: Value| token("a-secret-that-is-shared-with-the-issuer", &claims);
+    let (alice, admin) =
+        (good(json!({"sub": "alice"})), good(json!({"sub": "eve", "roles": ["chat-admin"]})));
+    let ids = Ids::unknown();
+    let own = Ids { user: "alice", ..Ids::unknown() };
+    for route in routes() {
+        let (Some(needs), what) = (route.needs, format!("{} {}", route.method, route.path)) else { continue };
+        let opens = |answer: &Answer| ![401, 403].contains(&answer.status.as_u16());
+        let others = ask(&gateway, &route, &ids, &alice).await;
+        if route.path.contains("{user}") {
+            assert_eq!(others.problem(), (403, "forbidden"), "{what} of another user");
+            assert!(opens(&ask(&gateway, &route, &own, &alice).await), "{what} of its own");
+        } else {
+            assert_eq!(opens(&others), needs <= Access::Chat, "{what}: {others:?}");
+        }
+        assert_eq!(
+            opens(&ask(&gateway, &route, &ids, &admin).await),
+            needs <= Access::Admin,
+            "{what} for an admin"
+        );
+    }
+    // Spelled in another way it is the same user.
+    let spelled = gateway.request(Method::GET, "/v1/users/%61lice/threads").bearer_auth(&alice);
+    gateway.send(spelled).await.ok();
+
+    let bad = [
+        good(json!({"sub": "alice", "exp": 1_000_000_000})),
+        good(json!({"sub": "alice", "aud": "other"})),
+        good(json!({"sub": "alice", "iss": "https://evil.example/"})),
+        good(json!({"sub": "alice", "org": null})),
+        good(json!({})),
+        token("another-secret-that-nobody-shares-with-us", &json!({"sub": "alice"})),
+        format!("{}x", alice),
+    ];
+    for token in bad {
+        let request = gateway.request(Method::GET, "/v1/users/alice/threads").bearer_auth(&token);
+        assert_eq!(gateway.send(request).await.problem(), (401, "unauthenticated"), "{token}");
+    }
+    for line in gateway.logs() {
+        assert!(!line.contains(&alice) && !line.contains("shared-with-the-issuer"), "{line}");
+    }
+}
+
+/// A deletion is its user's as long as it is known whose it is, and nobody else's.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_receipt_is_for_its_user() {
+    let scene = Scene::new(Protocol::Responses, Backend::Sqlite).await;
+    let gateway = scene.gateway_with(ISSUER).await;
+    let good = |user: &str| token("a-secret-that-is-shared-with-the-issuer", &json!({"sub": user}));
+    let say = gateway.request(Method::POST, "/v1/users/alice/messages").json(&json!({"content": "hello"}));
+    gateway.send(say.bearer_auth(good("alice"))).await.ok();
+    scene.fault("any", "status=503", 1000);
+    let delete = gateway.request(Method::DELETE, "/v1/users/alice/thread").header("prefer", "respond-async");
+    let pending = gateway.send(delete.bearer_auth(good("alice"))).await;
+    assert_eq!(pending.status, StatusCode::ACCEPTED, "{pending:?}");
+    let path = pending.headers["location"].to_str().unwrap();
+    let receipt = |user: &str| gateway.send(gateway.request(Method::GET, path).bearer_auth(good(user)));
+    receipt("alice").await.ok();
+    assert_eq!(receipt("bob").await.problem(), (404, "not-found"));
+    scene.simulator.clear_faults();
+}

@@ -1,0 +1,360 @@
+//! The issuer's keys: which of them are used, and the key set that is fetched. Beside `upstream/client.rs` the only file
+//! that names reqwest.
+//!
+//! What is fetched is bounded in size and time, and so is how often: nobody can make us ask the issuer more than once
+//! per [`PAUSE`] with tokens of their own making.
+
+#[cfg(test)]
+mod tests;
+
+use std::sync::{Arc, PoisonError, RwLock};
+use std::time::Duration;
+
+use futures_util::FutureExt;
+use futures_util::future::BoxFuture;
+use http::header::ACCEPT;
+use jsonwebtoken::jwk::{AlgorithmParameters, EllipticCurve, Jwk, KeyOperations, PublicKeyUse};
+use jsonwebtoken::{Algorithm, DecodingKey};
+use serde::Deserialize;
+use serde_json::Value;
+use tokio::sync::Mutex;
+use tokio::time::{Instant, timeout};
+use url::Url;
+
+use super::jwt::{JwtRefusal, JwtSetupError};
+use crate::config::JwtAlgorithm;
+
+/// Time to connect to the issuer.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
+/// Longest silence of the issuer.
+const READ_TIMEOUT: Duration = Duration::from_secs(3);
+/// Time for all of a fetch.
+const TOTAL_TIMEOUT: Duration = Duration::from_secs(5);
+/// Largest key set, bytes.
+const MAX_BYTES: usize = 1024 * 1024;
+/// Keys of a set that are used at most.
+const MAX_KEYS: usize = 100;
+/// Between two fetches for keys that are not known, and between two tries to fetch a set that has become old.
+const PAUSE: Duration = Duration::from_secs(30);
+/// Between any two fetches, also as long as there are no keys at all.
+const SHORT_PAUSE: Duration = Duration::from_secs(1);
+/// Keys that could not be fetched again for so long are good for nothing: one of them may have been given up.
+const GOOD_FOR: Duration = Duration::from_hours(24);
+/// The modulus of an RSA key of 2048 bits, in digits of base64. The library refuses shorter ones with each token.
+const RSA_DIGITS: usize = 342;
+/// 32 bytes in digits of base64: a coordinate on P-256, or a key of Ed25519.
+const CURVE_DIGITS: usize = 43;
+
+/// A key set that is fetched when it is needed.
+pub(super) struct Jwks {
+    http: reqwest::Client,
+    url: Url,
+    algorithms: Arc<[JwtAlgorithm]>,
+    refresh: Duration,
+    /// Never locked across an await.
+    known: RwLock<Option<Known>>,
+    /// Locked by the one request that fetches.
+    fetching: Mutex<Fetching>,
+}
+
+#[derive(Clone)]
+struct Known {
+    keys: Arc<[Key]>,
+    /// When they were asked for.
+    as_of: Instant,
+}
+
+/// One key that fits one of the configured algorithms.
+struct Key {
+    id: Option<String>,
+    algorithm: JwtAlgorithm,
+    material: DecodingKey,
+}
+
+type Fetch = BoxFuture<'static, Result<Arc<[Key]>, FetchError>>;
+
+#[derive(Default)]
+struct Fetching {
+    /// A fetch that its request may have left, and when it was begun. Whoever comes next goes on with it: so a caller who
+    /// hangs up keeps no keys from the others, and does not make us ask more often.
+    begun: Option<(Instant, Fetch)>,
+    /// When the last one ended.
+    ended: Option<Instant>,
+    /// When keys were last fetched because one was not known.
+    searched: Option<Instant>,
+}
+
+/// Why there is no key set. Holds nothing of the answer.
+#[derive(Clone, Copy, Debug, Eq, PartialEq, thiserror::Error)]
+enum FetchError {
+    #[error("no connection")]
+    Connect,
+    #[error("it took too long")]
+    Timeout,
+    #[error("the connection broke")]
+    Broken,
+    #[error("the status is {0}")]
+    Status(u16),
+    #[error("the answer is longer than {MAX_BYTES} bytes")]
+    TooLong,
+    #[error("the answer is not a key set")]
+    NotKeys,
+}
+
+impl Jwks {
+    /// Prepares the client; connects to nothing.
+    pub(super) fn new(
+        url: Url,
+        refresh: Duration,
+        algorithms: &[JwtAlgorithm],
+    ) -> Result<Self, JwtSetupError> {
+        let mut builder = reqwest::Client::builder()
+            .user_agent(concat!("threadkeeper/", env!("CARGO_PKG_VERSION")))
+            .redirect(reqwest::redirect::Policy::none())
+            .referer(false)
+            .no_proxy()
+            .connect_timeout(CONNECT_TIMEOUT)
+            .read_timeout(READ_TIMEOUT)
+            // Asked too rarely for a connection to be of use again.
+            .pool_max_idle_per_host(0);
+        if url.scheme() == "http" {
+            // No redirect is followed, so this client never speaks TLS: it must not fail for lack of certificates.
+            builder = builder.tls_certs_only([]);
+        }
+        let http = builder.build().map_err(|error| {
+            let mut causes =
+                std::iter::successors(Some(&error as &dyn std::error::Error), |error| error.source());
+            if causes.any(|cause| cause.to_string().contains("No CA certificates")) {
+                JwtSetupError::NoRootCertificates
+            } else {
+                JwtSetupError::Client
+            }
+        })?;
+        let (known, fetching) = (RwLock::default(), Mutex::default());
+        Ok(Self { http, url, algorithms: algorithms.into(), refresh, known, fetching })
+    }
+
+    /// The key that the token says, or, if it says none, the only one that fits. May fetch the key set, and may be
+    /// dropped meanwhile.
+    pub(super) async fn find(
+        &self,
+        id: Option<&str>,
+        algorithm: JwtAlgorithm,
+    ) -> Result<DecodingKey, JwtRefusal> {
+        let keys = self.keys().await.ok_or(JwtRefusal::Unavailable)?;
+        let key = match pick(&keys, id, algorithm) {
+            None if id.is_some() => pick(&self.newer_than(keys).await, id, algorithm),
+            found => found,
+        };
+        key.ok_or(JwtRefusal::Invalid("none of the known keys is the one it was signed with"))
+    }
+
+    /// The keys that are known. One request at a time sees to it that they are not old.
+    async fn keys(&self) -> Option<Arc<[Key]>> {
+        let Some(known) = self.known() else {
+            let mut fetching = self.fetching.lock().await;
+            if self.known().is_none() && fetching.may_begin(SHORT_PAUSE) {
+                self.fetch(&mut fetching).await;
+            }
+            return self.known().map(|known| known.keys);
+        };
+        if known.as_of.elapsed() >= self.refresh
+            && let Ok(mut fetching) = self.fetching.try_lock()
+            && fetching.may_begin(PAUSE)
+        {
+            self.fetch(&mut fetching).await;
+            return self.known().map(|known| known.keys);
+        }
+        Some(known.keys)
+    }
+
+    /// Keys that were fetched after these, if that may be done now; these otherwise.
+    async fn newer_than(&self, keys: Arc<[Key]>) -> Arc<[Key]> {
+        let mut fetching = self.fetching.lock().await;
+        let is_newest = self.known().is_none_or(|known| Arc::ptr_eq(&known.keys, &keys));
+        if is_newest && fetching.may_search() {
+            self.fetch(&mut fetching).await;
+        }
+        self.known().map_or(keys, |known| known.keys)
+    }
+
+    fn known(&self) -> Option<Known> {
+        let known = self.known.read().unwrap_or_else(PoisonError::into_inner).clone();
+        known.filter(|known| known.as_of.elapsed() < GOOD_FOR)
+    }
+
+    /// Brings a fetch to its end: the one that a request left, or a new one. If it fails, the known keys stay.
+    async fn fetch(&self, fetching: &mut Fetching) {
+        let (as_of, request) = fetching.begun.get_or_insert_with(|| {
+            let request = request(self.http.clone(), self.url.clone(), Arc::clone(&self.algorithms));
+            (Instant::now(), request.boxed())
+        });
+        let (as_of, answer) = (*as_of, request.await);
+        fetching.begun = None;
+        fetching.ended = Some(Instant::now());
+        match answer {
+            Ok(keys) => {
+                if keys.is_empty() {
+                    tracing::warn!("no key of the issuer's key set can be used: all tokens are refused");
+                }
+                *self.known.write().unwrap_or_else(PoisonError::into_inner) = Some(Known { keys, as_of });
+            }
+            Err(error) => {
+                let has_keys = self.known().is_some();
+                tracing::warn!(%error, jwt.has_keys = has_keys, "cannot fetch the issuer's key set");
+            }
+        }
+    }
+}
+
+impl Fetching {
+    /// There is a fetch to go on with, or the last one ended long enough ago.
+    fn may_begin(&mut self, pause: Duration) -> bool {
+        self.give_up_old();
+        self.begun.is_some() || has_passed(self.ended, pause)
+    }
+
+    /// The same for a key that is not known; takes note of it.
+    fn may_search(&mut self) -> bool {
+        self.give_up_old();
+        if self.begun.is_some() {
+            return true;
+        }
+        let may = has_passed(self.searched, PAUSE) && has_passed(self.ended, SHORT_PAUSE);
+        if may {
+            self.searched = Some(Instant::now());
+        }
+        may
+    }
+
+    /// What was left for longer than a fetch may take has nothing to say any more.
+    fn give_up_old(&mut self) {
+        if self.begun.as_ref().is_some_and(|(begin, _)| begin.elapsed() >= TOTAL_TIMEOUT) {
+            self.begun = None;
+        }
+    }
+}
+
+fn has_passed(since: Option<Instant>, pause: Duration) -> bool {
+    since.is_none_or(|since| since.elapsed() >= pause)
+}
+
+/// The key of this name, or, without one, the only key.
+fn pick(keys: &[Key], id: Option<&str>, algorithm: JwtAlgorithm) -> Option<DecodingKey> {
+    let has_name = |key: &&Key| id.is_none_or(|id| key.id.as_deref() == Some(id));
+    let mut fitting = keys.iter().filter(|key| key.algorithm == algorithm).filter(has_name);
+    let first = fitting.next()?;
+    let is_clear = id.is_some() || fitting.next().is_none();
+    is_clear.then(|| first.material.clone())
+}
+
+/// Fetches the key set and keeps what can be used.
+async fn request(
+    http: reqwest::Client,
+    url: Url,
+    algorithms: Arc<[JwtAlgorithm]>,
+) -> Result<Arc<[Key]>, FetchError> {
+    let body = timeout(TOTAL_TIMEOUT, async {
+        let mut response =
+            http.get(url).header(ACCEPT, "application/json").send().await.map_err(|error| failure(&error))?;
+        if response.status() != http::StatusCode::OK {
+            return Err(FetchError::Status(response.status().as_u16()));
+        }
+        let mut body = Vec::new();
+        while let Some(chunk) = response.chunk().await.map_err(|error| failure(&error))? {
+            if body.len() + chunk.len() > MAX_BYTES {
+                return Err(FetchError::TooLong);
+            }
+            body.extend_from_slice(&chunk);
+        }
+        Ok(body)
+    });
+    let body = body.await.map_err(|_| FetchError::Timeout)??;
+    read(&body, &algorithms).ok_or(FetchError::NotKeys)
+}
+
+fn failure(error: &reqwest::Error) -> FetchError {
+    if error.is_timeout() {
+        FetchError::Timeout
+    } else if error.is_connect() {
+        FetchError::Connect
+    } else {
+        FetchError::Broken
+    }
+}
+
+/// The keys of a set that can be used. What is not understood is passed over, as the standard wants it.
+fn read(body: &[u8], algorithms: &[JwtAlgorithm]) -> Option<Arc<[Key]>> {
+    #[derive(Deserialize)]
+    struct Set {
+        keys: Vec<Value>,
+    }
+    let set: Set = serde_json::from_slice(body).ok()?;
+    let keys = set.keys.iter().filter_map(|key| usable(&Jwk::deserialize(key).ok()?, algorithms));
+    Some(keys.take(MAX_KEYS).collect())
+}
+
+fn usable(jwk: &Jwk, algorithms: &[JwtAlgorithm]) -> Option<Key> {
+    let algorithm = algorithms.iter().copied().find(|algorithm| fits(jwk, *algorithm))?;
+    let material = DecodingKey::from_jwk(jwk).ok()?;
+    Some(Key { id: jwk.common.key_id.clone(), algorithm, material })
+}
+
+/// The key is of the algorithm's kind and size, and meant for signatures made with it as far as it says.
+fn fits(jwk: &Jwk, algorithm: JwtAlgorithm) -> bool {
+    let common = &jwk.common;
+    let is_for_it = common.key_algorithm.is_none_or(|named| named == library_name(algorithm).into());
+    let is_for_signatures =
+        common.public_key_use.as_ref().is_none_or(|use_| *use_ == PublicKeyUse::Signature);
+    let verifies = common.key_operations.as_ref().is_none_or(|known| known.contains(&KeyOperations::Verify));
+    let is_of_its_kind = match (algorithm, &jwk.algorithm) {
+        (JwtAlgorithm::Rs256, AlgorithmParameters::RSA(rsa)) => rsa.n.len() >= RSA_DIGITS,
+        (JwtAlgorithm::Es256, AlgorithmParameters::EllipticCurve(point)) => {
+            point.curve == EllipticCurve::P256
+                && point.x.len() == CURVE_DIGITS
+                && point.y.len() == CURVE_DIGITS
+        }
+        (JwtAlgorithm::EdDsa, AlgorithmParameters::OctetKeyPair(pair)) => {
+            pair.curve == EllipticCurve::Ed25519 && pair.x.len() == CURVE_DIGITS
+        }
+        // A secret is never in a key set.
+        _ => false,
+    };
+    is_for_it && is_for_signatures && verifies && is_of_its_kind
+}
+
+/// The public key in this PEM text, if it is one for the algorithm.
+pub(super) fn from_pem(pem: &str, algorithm: JwtAlgorithm) -> Option<DecodingKey> {
+    // The library would also take these, and read something else out of them.
+    if ["PRIVATE KEY", "CERTIFICATE"].iter().any(|other| pem.contains(other)) {
+        return None;
+    }
+    let key = match algorithm {
+        JwtAlgorithm::Hs256 => return None,
+        JwtAlgorithm::Rs256 => DecodingKey::from_rsa_pem(pem.as_bytes()),
+        JwtAlgorithm::Es256 => DecodingKey::from_ec_pem(pem.as_bytes()),
+        JwtAlgorithm::EdDsa => DecodingKey::from_ed_pem(pem.as_bytes()),
+    };
+    let key = key.ok()?;
+    let jwk = Jwk::from_decoding_key(&key, Some(library_name(algorithm))).ok()?;
+    fits(&jwk, algorithm).then_some(key)
+}
+
+pub(super) const fn library_name(algorithm: JwtAlgorithm) -> Algorithm {
+    match algorithm {
+        JwtAlgorithm::Hs256 => Algorithm::HS256,
+        JwtAlgorithm::Rs256 => Algorithm::RS256,
+        JwtAlgorithm::Es256 => Algorithm::ES256,
+        JwtAlgorithm::EdDsa => Algorithm::EdDSA,
+    }
+}
+
+/// As the configuration calls it.
+pub(super) const fn name(algorithm: JwtAlgorithm) -> &'static str {
+    match algorithm {
+        JwtAlgorithm::Hs256 => "HS256",
+        JwtAlgorithm::Rs256 => "RS256",
+        JwtAlgorithm::Es256 => "ES256",
+        JwtAlgorithm::EdDsa => "EdDSA",
+    }
+}
