@@ -18,6 +18,7 @@
 //! | `stuck_cancel` | accepts a cancel that never takes effect: the run stays `cancelling`, or, for a response, the cancel call has no answer |
 //! | `latency=500ms`, `rate=20ms`, `tokens=50` | takes so long to its first token, and from one to the next; has at least so many words |
 //! | `status=429`, `code=…`, `retry_after=2` | is not accepted: an HTTP error |
+//! | `hostile=KIND` (`rate`, `status`, `location=URL`) | is not accepted: the answer is to harm its reader, see below |
 //! | `drop=before`, `drop=after` | the connection closes without an answer, before or after the turn was accepted |
 //! | `silent`, `silent_after=N` | is accepted, then nothing is sent, or nothing after N deltas |
 //! | `hold_after=N` | a hold takes effect after N deltas, not before the first one |
@@ -27,7 +28,21 @@
 //! | `crlf`, `no_event_lines`, `split`, `comments`, `unknown_events` | the stream is written so (`no_event_lines`: responses only; `split`: in cuts of 1 to 3 bytes) |
 //!
 //! The same words make up a [`Fault`], which waits for the next matching requests whatever these contain. For
-//! operations that start no run, `status` (with `code`, `retry_after`), `drop`, `silent` and `latency` apply.
+//! operations that start no run, `status` (with `code`, `retry_after`), `hostile`, `drop`, `silent` and `latency` apply.
+//!
+//! A hostile answer has status 200, or the one of `status`. It is made while it is read, and ends when the reader leaves:
+//!
+//! | Kind | As a stream | As JSON |
+//! |---|---|---|
+//! | `endless_line` | a line that never ends | a text that never ends |
+//! | `endless_events` | events that mean nothing, for ever | a list that never ends |
+//! | `endless_reply` | a run is named, then its reply goes on for ever, in refusals that no delta of text tells | the same list |
+//! | `huge_event` | an event of one GiB, in short lines | a text of one GiB, announced as such |
+//! | `invalid_utf8`, `deep_json`, `dense_json` | the first event is not UTF-8; is nested 100,000 deep; has millions of values | the same of the answer |
+//! | `html` | a page | a page |
+//! | `redirect` | 307 to `location` | 307 to `location` |
+//! | `gzip` | unpacks to no end, as `content-encoding` says | the same |
+//! | `drip` | a byte, then the next one after `rate` (20 ms), for ever | the same |
 //!
 //! What [`SimulatorHandle`] offers can be had over HTTP too, below `/_simulator`: `GET stats`, `GET runs`, `GET threads`,
 //! `GET threads/{id}/history`, `GET recorded`, `GET|POST|DELETE faults`, `POST hold`, `POST release`, `POST reset`,
@@ -50,6 +65,7 @@ mod faults;
 mod fields;
 mod handle;
 mod holding;
+mod hostile;
 mod operation;
 mod page;
 mod plan;

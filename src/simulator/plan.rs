@@ -6,6 +6,8 @@ use http::StatusCode;
 use humantime_serde::re::humantime::parse_duration;
 
 use super::error::ApiError;
+use super::hostile::{Hostile, Hostility};
+use super::router::Refused;
 
 const OPEN: &str = "[[sim:";
 const CLOSE: &str = "]]";
@@ -28,6 +30,10 @@ pub(super) struct Plan {
     pub(super) status: Option<StatusCode>,
     pub(super) code: Option<String>,
     pub(super) retry_after: Option<String>,
+    /// Answer in a way that is to harm the client, instead of accepting.
+    pub(super) hostile: Option<Hostile>,
+    /// Where a redirect leads.
+    pub(super) location: Option<String>,
     /// Close the connection without an answer.
     pub(super) drop: Option<Drop>,
     /// Close the connection after so many deltas.
@@ -120,14 +126,17 @@ impl Plan {
         Ok(())
     }
 
-    /// The error to answer instead of accepting, if there is one.
-    pub(super) fn refused(&self) -> Result<(), ApiError> {
-        match self.status {
-            None => Ok(()),
-            Some(status) => {
-                Err(ApiError::of_status(status, self.code.as_deref(), self.retry_after.as_deref()))
-            }
+    /// What happens instead of accepting, if anything does.
+    pub(super) fn refused(&self) -> Result<(), Refused> {
+        if let Some(kind) = self.hostile {
+            let (status, location, pause) = (self.status, self.location.clone(), self.interval);
+            return Err(Refused::Hostile(Hostility { kind, status, location, pause }));
         }
+        if let Some(status) = self.status {
+            let error = ApiError::of_status(status, self.code.as_deref(), self.retry_after.as_deref());
+            return Err(error.into());
+        }
+        if self.drop == Some(Drop::Before) { Err(Refused::Dropped) } else { Ok(()) }
     }
 
     /// Nothing is ever sent.
@@ -155,6 +164,11 @@ impl Plan {
             }
             "code" => self.code = Some(text()?),
             "retry_after" => self.retry_after = Some(text()?),
+            "hostile" => {
+                let kind = value.and_then(Hostile::named);
+                self.hostile = Some(kind.ok_or("a kind of hostile answer is wanted")?);
+            }
+            "location" => self.location = Some(text()?),
             "drop" => {
                 self.drop = Some(match value {
                     Some("before") => Drop::Before,
@@ -226,6 +240,8 @@ mod tests {
             "[[sim: status=200]]",
             "[[sim: rate=fast]]",
             "[[sim: fail_text=x]]",
+            "[[sim: hostile]]",
+            "[[sim: hostile=x]]",
         ] {
             assert!(Plan::of_text(text).is_err(), "{text}");
         }

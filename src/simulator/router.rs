@@ -14,8 +14,9 @@ use secrecy::ExposeSecret;
 use serde_json::{Map, Value};
 
 use super::error::ApiError;
+use super::hostile::Hostility;
 use super::operation::Operation;
-use super::plan::{Drop, Plan};
+use super::plan::Plan;
 use super::state::Server;
 use super::stats::Recorded;
 use super::{assistants, control, responses};
@@ -111,11 +112,8 @@ async fn protocol(
     if let Some(fault) = &fault {
         plan.apply(fault).expect("faults are checked when they are added");
     }
-    if let Err(error) = plan.refused() {
-        return Ok(error.into_response());
-    }
-    if plan.drop == Some(Drop::Before) {
-        return Err(Dropped);
+    if let Err(refused) = plan.refused() {
+        return refused.answer(operation);
     }
     if !operation.generates() {
         if plan.is_silent() {
@@ -145,8 +143,8 @@ async fn protocol(
     };
     match answer {
         Ok(response) if plan.drop.is_none() => Ok(response),
-        Err(Refused::Error(error)) => Ok(error.into_response()),
-        Ok(_) | Err(Refused::Dropped) => Err(Dropped),
+        Ok(_) => Err(Dropped),
+        Err(refused) => refused.answer(operation),
     }
 }
 
@@ -154,7 +152,18 @@ async fn protocol(
 #[derive(Debug)]
 pub(super) enum Refused {
     Error(ApiError),
+    Hostile(Hostility),
     Dropped,
+}
+
+impl Refused {
+    fn answer(self, operation: Operation) -> Result<Response, Dropped> {
+        match self {
+            Self::Error(error) => Ok(error.into_response()),
+            Self::Hostile(hostility) => Ok(hostility.answer(operation)),
+            Self::Dropped => Err(Dropped),
+        }
+    }
 }
 
 impl From<ApiError> for Refused {

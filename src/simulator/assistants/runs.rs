@@ -55,7 +55,7 @@ pub(super) fn create(server: &Arc<Server>, call: Call) -> Result<Response, Refus
         let thread = threads::thread_mut(&mut world, &id)?;
         let text = messages.iter().rev().find(|message| message.role == "user").map(Message::text);
         let plan = plan(&text.unwrap_or_else(|| thread.last_user_text()), call.fault.as_deref())?;
-        accept(&plan)?;
+        plan.refused()?;
         let texts = user_texts(&messages);
         for message in messages {
             thread.push(message);
@@ -76,7 +76,7 @@ pub(super) fn create_with_thread(server: &Arc<Server>, call: Call) -> Result<Res
     };
     let thread = threads::new_thread(server, body, "thread")?;
     let plan = plan(&thread.last_user_text(), call.fault.as_deref())?;
-    accept(&plan)?;
+    plan.refused()?;
     let (id, texts) = (thread.id.clone(), user_texts(&thread.messages));
     threads::insert(server, thread);
     let started = start(server, &mut server.world(), &id, request, plan, texts, true);
@@ -118,7 +118,7 @@ pub(super) fn submit_tool_outputs(server: &Arc<Server>, mut call: Call) -> Resul
         if let Some(fault) = &call.fault {
             plan.apply(fault).map_err(ApiError::invalid)?;
         }
-        accept(&plan)?;
+        plan.refused()?;
         let drop = plan.drop;
         run.work.plan = plan;
         run.work.outputs.extend(answers);
@@ -332,12 +332,6 @@ fn plan(text: &str, fault: Option<&str>) -> Result<Plan, ApiError> {
 
 fn user_texts(messages: &[Message]) -> Vec<String> {
     messages.iter().filter(|message| message.role == "user").map(Message::text).collect()
-}
-
-/// Refuses a turn whose plan says so.
-fn accept(plan: &Plan) -> Result<(), Refused> {
-    plan.refused()?;
-    if plan.drop == Some(Drop::Before) { Err(Refused::Dropped) } else { Ok(()) }
 }
 
 fn start(

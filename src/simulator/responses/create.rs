@@ -13,7 +13,7 @@ use super::items::{self, Context};
 use super::objects::{Response, ResponseStatus, Settings, StoredResponse};
 use crate::simulator::error::{ApiError, json_body};
 use crate::simulator::fields::{Fields, Metadata, wrong_type};
-use crate::simulator::plan::{Drop, Plan};
+use crate::simulator::plan::Plan;
 use crate::simulator::router::{Call, Refused};
 use crate::simulator::sse::{EventLog, EventOut};
 use crate::simulator::state::{Server, World};
@@ -169,9 +169,6 @@ fn start(
     let context = with_input(base, &input, fault)?;
     let plan = plan(&input, fault)?;
     plan.refused()?;
-    if plan.drop == Some(Drop::Before) {
-        return Err(Refused::Dropped);
-    }
     let lane = lane.unwrap_or_else(|| id.clone());
     let response = Response {
         id,

@@ -6,7 +6,7 @@ use reqwest::Method;
 use serde_json::{Value, json};
 use threadkeeper::simulator::{Fault, RunView, SimulatorConfig, Stats};
 
-use crate::support::wire::{Event, Sim, id, names};
+use crate::support::wire::{Event, PATIENCE, Sim, id, names};
 
 fn response(text: &str) -> Value {
     json!({"model": "m", "input": text, "stream": true})
@@ -393,4 +393,69 @@ async fn only_the_newest_runs_are_told() {
     let runs = sim.handle.runs();
     assert_eq!(runs.iter().map(|run| run.user_texts[0].as_str()).collect::<Vec<_>>(), ["2", "3"]);
     assert!(runs.iter().all(|run| run.status.as_deref() == Some("completed")));
+}
+
+/// The first `size` bytes of an answer, or all of it.
+async fn beginning(mut response: reqwest::Response, size: usize) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    while bytes.len() < size
+        && let Some(chunk) = tokio::time::timeout(PATIENCE, response.chunk()).await.unwrap().unwrap()
+    {
+        bytes.extend_from_slice(&chunk);
+    }
+    bytes
+}
+
+#[tokio::test]
+async fn hostile_answers_are_what_they_are_called() {
+    let sim = Sim::instant().await;
+    let endless = ["endless_line", "endless_events", "endless_reply", "huge_event", "gzip"];
+    for kind in
+        endless.into_iter().chain(["invalid_utf8", "deep_json", "dense_json", "html", "redirect", "drip"])
+    {
+        for (on, path) in [
+            ("create_response", "/responses"),
+            ("create_run", "/threads/t/runs"),
+            ("create_conversation", "/conversations"),
+        ] {
+            sim.handle.add_fault(fault(on, &format!("hostile={kind} rate=1ms"), 1)).unwrap();
+            let client =
+                reqwest::Client::builder().redirect(reqwest::redirect::Policy::none()).build().unwrap();
+            let request = client.post(format!("{}{path}", sim.base)).bearer_auth("sk-test");
+            let request = request.header("OpenAI-Beta", "assistants=v2").body("{}");
+            let answer = tokio::time::timeout(PATIENCE, request.send()).await.unwrap().unwrap();
+            let header =
+                |name: &str| answer.headers().get(name).map(|value| value.to_str().unwrap().to_owned());
+            assert_eq!(answer.status(), if kind == "redirect" { 307 } else { 200 }, "{kind}");
+            assert_eq!(header("location").is_some(), kind == "redirect");
+            assert_eq!(header("content-encoding").as_deref(), (kind == "gzip").then_some("gzip"));
+            let expected = match (kind, on) {
+                ("html", _) => "text/html",
+                (_, "create_conversation") => "application/json",
+                _ => "text/event-stream",
+            };
+            assert_eq!(header("content-type").as_deref(), Some(expected), "{kind}");
+            let size = if kind == "drip" { 20 } else { 1024 * 1024 };
+            let bytes = beginning(answer, size).await;
+            if endless.contains(&kind) || kind == "dense_json" || kind == "drip" {
+                assert!(bytes.len() >= size, "{kind} on {on} ended after {} bytes", bytes.len());
+            }
+            assert_eq!(
+                std::str::from_utf8(&bytes).is_err(),
+                ["invalid_utf8", "gzip"].contains(&kind),
+                "{kind}"
+            );
+        }
+    }
+    // From a user's text too, with a status of choice; and nothing of it takes effect.
+    let conversation = sim.conversation().await;
+    let body =
+        json!({"model": "m", "conversation": conversation, "input": "[[sim: hostile=html status=503]]"});
+    let answer = sim.request(Method::POST, "/responses").json(&body).send().await.unwrap();
+    assert_eq!(
+        (answer.status().as_u16(), &answer.headers()["content-type"]),
+        (503, &"text/html".parse().unwrap())
+    );
+    assert_eq!(sim.handle.stats().runs_started, 0);
+    assert_eq!(sim.handle.thread_history(&conversation), []);
 }
