@@ -6,7 +6,10 @@ mod breaker;
 mod calls;
 mod classify;
 mod client;
+mod density;
 mod finding;
+#[cfg(test)]
+mod mutation;
 mod pace;
 mod patience;
 mod relay;

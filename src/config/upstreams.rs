@@ -42,10 +42,11 @@ pub struct UpstreamConfig {
     pub shared: bool,
     #[serde(default = "UpstreamConfig::default_connect_timeout", with = "humantime_serde")]
     pub connect_timeout: Duration,
-    /// Longest silence of the server, before its answer or between two events.
+    /// Longest silence of the server, before its answer or between two events; and how long a JSON answer may take to
+    /// arrive.
     #[serde(default = "UpstreamConfig::default_idle_timeout", with = "humantime_serde")]
     pub idle_timeout: Duration,
-    /// Largest single event of a stream, and largest JSON answer, bytes.
+    /// Largest single event of a stream, most that is put together from one, and largest JSON answer, bytes.
     #[serde(default = "UpstreamConfig::default_max_event_bytes")]
     pub max_event_bytes: usize,
     /// How long a thread may stay locked after its run has ended, and within which a response whose connection was

@@ -25,6 +25,18 @@ pub enum ContentPart {
     },
 }
 
+impl ContentPart {
+    /// The bytes of what it says or names.
+    pub fn size(&self) -> usize {
+        match self {
+            Self::Text { text } => text.len(),
+            Self::Refusal { refusal } => refusal.len(),
+            Self::ImageUrl { image_url } => image_url.url.len(),
+            Self::ImageFile { image_file } => image_file.file_id.len(),
+        }
+    }
+}
+
 #[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize)]
 #[serde(deny_unknown_fields)]
 pub struct ImageUrl {

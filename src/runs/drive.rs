@@ -405,7 +405,8 @@ impl Drive<'_> {
                 UpstreamEvent::Ended(mut ended) => {
                     let calls = ended.tool_calls.iter().map(|it| it.arguments.len() + MIN_PIECE_COST);
                     progress.cost += calls.sum::<usize>();
-                    let size: usize = ended.content.iter().chain(&progress.content).map(content_size).sum();
+                    let size: usize =
+                        ended.content.iter().chain(&progress.content).map(ContentPart::size).sum();
                     if size.max(progress.cost) > limit {
                         return Err(Failure::ReplyTooLarge);
                     }
@@ -660,15 +661,6 @@ pub(super) fn plain(part: &ContentPart) -> Option<&str> {
     match part {
         ContentPart::Text { text } => Some(text),
         _ => None,
-    }
-}
-
-fn content_size(part: &ContentPart) -> usize {
-    match part {
-        ContentPart::Text { text } => text.len(),
-        ContentPart::Refusal { refusal } => refusal.len(),
-        ContentPart::ImageUrl { image_url } => image_url.url.len(),
-        ContentPart::ImageFile { image_file } => image_file.file_id.len(),
     }
 }
 

@@ -75,7 +75,7 @@ impl Upstream for AssistantsUpstream {
         let thread = request.thread.ok_or_else(no_thread)?;
         let path = ["threads", thread.as_str(), "runs"];
         let started = match self.client.events(Method::POST, &path, &[], Some(&run_body(&request))).await {
-            Ok(events) => relay(events, Turn::default()).await,
+            Ok(events) => relay(events, Turn::default(), self.client.max_bytes()).await,
             Err(refusal) => Err(refusal),
         };
         match started.map_err(UpstreamError::from) {
@@ -96,7 +96,9 @@ impl Upstream for AssistantsUpstream {
         let path = ["threads", thread.as_str(), "runs", run.as_str(), "submit_tool_outputs"];
         let body = outputs_body(request.outputs);
         let refused = match self.client.events(Method::POST, &path, &[], Some(&body)).await {
-            Ok(events) => return Ok(public(relay(events, Turn::default()).await?)),
+            Ok(events) => {
+                return Ok(public(relay(events, Turn::default(), self.client.max_bytes()).await?));
+            }
             Err(refusal) => refusal.error,
         };
         // A run that takes no outputs has moved on: it has expired, or has got them already. Its own status is the
@@ -232,7 +234,14 @@ impl AssistantsUpstream {
         let Some(run) = run else {
             return Ok(Settled { said: self.was_said(thread, leftover).await?, ..Settled::default() });
         };
-        let ended = self.end(thread, &run, None).await?;
+        let ended = match self.end(thread, &run, None).await {
+            Ok(ended) => ended,
+            // A name that the upstream does not know stands for nothing, and must not keep the thread for ever.
+            Err(UpstreamError::Refused { status: 404, .. }) if self.run(thread, &run).await?.is_none() => {
+                return Ok(Settled { said: self.was_said(thread, leftover).await?, ..Settled::default() });
+            }
+            Err(error) => return Err(error),
+        };
         let reply = self.reply(thread, &run).await?;
         Ok(Settled {
             said: true,

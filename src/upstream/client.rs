@@ -1,7 +1,8 @@
 //! The HTTP client of one upstream server. Beside `auth/jwks.rs` the only file that names reqwest.
 //!
-//! It never follows a redirect, uses no proxy from the environment, has no limit on the length of a stream but one on
-//! each silence in it, and keeps what the server writes in prose out of errors and logs.
+//! It never follows a redirect, uses no proxy from the environment, unpacks nothing, has no limit on the length of a
+//! stream but one on each silence in it, and keeps what the server writes in prose out of errors and logs. Any other
+//! answer must be there as a whole within that time, so that one that trickles does not go on for ever.
 
 use std::fmt;
 use std::sync::Arc;
@@ -9,7 +10,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use futures_util::stream::BoxStream;
-use futures_util::{Stream, StreamExt, stream};
+use futures_util::{Stream, stream};
 use http::header::{ACCEPT, AUTHORIZATION, CONTENT_TYPE};
 use http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode};
 use secrecy::{ExposeSecret, SecretString};
@@ -20,6 +21,7 @@ use url::Url;
 use super::UpstreamError;
 use super::breaker::Breaker;
 use super::classify::{Refusal, classify};
+use super::density::is_dense;
 use super::sse::{self, SseEvent};
 use crate::config::{AuthScheme, UpstreamConfig};
 
@@ -121,6 +123,12 @@ impl UpstreamClient {
         })
     }
 
+    /// The most that may be put together from one stream: as much as one event may hold, for the last one could repeat
+    /// it all.
+    pub(super) const fn max_bytes(&self) -> usize {
+        self.max_bytes
+    }
+
     /// Whether calls are made at all, or after how long they will be again.
     pub(super) fn available(&self) -> Result<(), Duration> {
         self.breaker.check()
@@ -151,6 +159,9 @@ impl UpstreamClient {
         let body = self.read(response, self.max_bytes).await?.ok_or_else(|| {
             UpstreamError::Protocol(format!("an answer is longer than {} bytes", self.max_bytes))
         })?;
+        if is_dense(&body) {
+            return Err(UpstreamError::Protocol("an answer has too many values".to_owned()));
+        }
         let value = serde_json::from_slice(&body)
             .map_err(|_| UpstreamError::Protocol("an answer is not the expected JSON".to_owned()))?;
         Ok(Answer { value, poll_after })
@@ -229,19 +240,25 @@ impl UpstreamClient {
     /// The whole body; `None` if it is longer than `limit`.
     async fn read(
         &self,
-        response: reqwest::Response,
+        mut response: reqwest::Response,
         limit: usize,
     ) -> Result<Option<Vec<u8>>, UpstreamError> {
-        let mut body = Vec::new();
-        let mut chunks = std::pin::pin!(self.chunks(response));
-        while let Some(chunk) = chunks.next().await {
-            let chunk = chunk?;
-            if body.len() + chunk.len() > limit {
+        let whole = async {
+            let announced = response.content_length().and_then(|length| usize::try_from(length).ok());
+            if announced.is_some_and(|length| length > limit) {
                 return Ok(None);
             }
-            body.extend_from_slice(&chunk);
-        }
-        Ok(Some(body))
+            let mut body = Vec::new();
+            while let Some(chunk) = response.chunk().await.map_err(|error| failure(&error))? {
+                if body.len() + chunk.len() > limit {
+                    return Ok(None);
+                }
+                body.extend_from_slice(&chunk);
+            }
+            Ok(Some(body))
+        };
+        let late = UpstreamError::Broken { timeout: true };
+        tokio::time::timeout(self.idle_timeout, whole).await.unwrap_or(Err(late))
     }
 
     /// The body as it arrives. The clock of the idle time runs only while somebody waits for the next chunk, so a slow

@@ -16,10 +16,16 @@ const DRAIN_TIME: Duration = Duration::from_millis(250);
 /// How many events there may be after the last one that matters.
 const DRAIN_EVENTS: usize = 64;
 
+/// What a place of a reply, such as a part of a message, counts at least: places are looked for among each other.
+pub(super) const PLACE_COST: usize = 1024;
+
 /// Reads one protocol.
 pub(super) trait Dialect: Send + 'static {
     /// Takes one event and adds what it means to `out`. Nothing is read after an error or an `Ended`.
     fn read(&mut self, event: SseEvent, out: &mut VecDeque<UpstreamEvent>) -> Result<(), Refusal>;
+
+    /// Bytes of the reply that are kept until the end.
+    fn held(&self) -> usize;
 }
 
 /// The events of one run, with what only the adapters know of its errors.
@@ -39,10 +45,14 @@ pub(super) fn out_of_sight(error: UpstreamError) -> UpstreamError {
 /// Reads until the first event that means something, so that a refusal which comes as an event is the error of the
 /// call, and gives the stream from there on.
 ///
-/// The stream ends after `Ended`, or after an error. Past `Ended` the rest of the body is read, for a
+/// The stream ends after `Ended`, or after an error; one is that more than `limit` bytes of the reply are to be kept. Past `Ended` the rest of the body is read, for a
 /// moment, so that the connection can be used again.
-pub(super) async fn relay(events: SseStream, dialect: impl Dialect) -> Result<RunEvents, Refusal> {
-    let mut relay = Relay { events, dialect, out: VecDeque::new(), state: State::Reading };
+pub(super) async fn relay(
+    events: SseStream,
+    dialect: impl Dialect,
+    limit: usize,
+) -> Result<RunEvents, Refusal> {
+    let mut relay = Relay { events, dialect, limit, out: VecDeque::new(), state: State::Reading };
     let broken = || Err(UpstreamError::Broken { timeout: false }.into());
     let first = relay.next().await.unwrap_or_else(broken)?;
     let rest =
@@ -53,6 +63,7 @@ pub(super) async fn relay(events: SseStream, dialect: impl Dialect) -> Result<Ru
 struct Relay<D> {
     events: SseStream,
     dialect: D,
+    limit: usize,
     out: VecDeque<UpstreamEvent>,
     state: State,
 }
@@ -91,6 +102,8 @@ impl<D: Dialect> Relay<D> {
                 Some(Err(error)) => Err(error.into()),
                 None => Err(UpstreamError::Broken { timeout: false }.into()),
             };
+            let read =
+                read.and_then(|()| if self.dialect.held() > self.limit { Err(too_long()) } else { Ok(()) });
             if let Err(error) = read {
                 self.state = State::Done;
                 self.out.clear();
@@ -109,14 +122,24 @@ impl<D: Dialect> Relay<D> {
     }
 }
 
+fn too_long() -> Refusal {
+    UpstreamError::Protocol("a reply has no end".to_owned()).into()
+}
+
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
     use super::*;
     use crate::domain::{RunStatus, UpstreamRunId};
     use crate::upstream::Ended;
 
-    /// `+x` is text, `!` the end, `-` an error; all else means nothing.
-    struct Toy;
+    const LIMIT: usize = 100;
+
+    /// `+x` is text, `!` the end, `-` an error, `*` ten bytes to keep; all else means nothing.
+    #[derive(Default)]
+    struct Toy(usize);
 
     impl Dialect for Toy {
         fn read(&mut self, event: SseEvent, out: &mut VecDeque<UpstreamEvent>) -> Result<(), Refusal> {
@@ -132,10 +155,15 @@ mod tests {
                     tool_calls: Vec::new(),
                     thread: None,
                 }))),
+                ("*", _) => self.0 += 10,
                 ("-", _) => return Err(UpstreamError::Busy { blocking_run: None }.into()),
                 _ => {}
             }
             Ok(())
+        }
+
+        fn held(&self) -> usize {
+            self.0
         }
     }
 
@@ -160,29 +188,46 @@ mod tests {
 
     #[tokio::test]
     async fn nothing_follows_the_end() {
-        let stream = relay(events(&["?", "#1", "+a", "!", "+b", "-"]).boxed(), Toy).await.unwrap();
+        let stream =
+            relay(events(&["?", "#1", "+a", "!", "+b", "-"]).boxed(), Toy::default(), LIMIT).await.unwrap();
         assert_eq!(shapes(stream).await, ["#1", "+a", "!"]);
     }
 
     #[tokio::test]
     async fn an_error_before_anything_else_is_the_error_of_the_call() {
-        let error = relay(events(&["?", "-"]).boxed(), Toy).await.err().unwrap().error;
+        let error = relay(events(&["?", "-"]).boxed(), Toy::default(), LIMIT).await.err().unwrap().error;
         assert!(matches!(error, UpstreamError::Busy { .. }));
-        let error = relay(events(&["?"]).boxed(), Toy).await.err().unwrap().error;
+        let error = relay(events(&["?"]).boxed(), Toy::default(), LIMIT).await.err().unwrap().error;
         assert!(matches!(error, UpstreamError::Broken { timeout: false }));
     }
 
     #[tokio::test]
     async fn a_stream_without_an_end_is_broken() {
-        let stream = relay(events(&["#1", "+a"]).boxed(), Toy).await.unwrap();
+        let stream = relay(events(&["#1", "+a"]).boxed(), Toy::default(), LIMIT).await.unwrap();
         assert_eq!(shapes(stream).await, ["#1", "+a", "the connection to the upstream broke"]);
+    }
+
+    #[tokio::test]
+    async fn a_reply_that_is_never_shown_has_a_limit() {
+        let pulled = Arc::new(AtomicUsize::new(0));
+        let count = Arc::clone(&pulled);
+        let more = stream::repeat_with(move || {
+            count.fetch_add(1, Ordering::Relaxed);
+            Ok(SseEvent { name: None, data: "*".to_owned() })
+        });
+        let stream = relay(events(&["#1"]).chain(more).boxed(), Toy::default(), LIMIT).await.unwrap();
+        assert_eq!(
+            shapes(stream).await,
+            ["#1", "the upstream answered something unreadable: a reply has no end"]
+        );
+        assert_eq!(pulled.load(Ordering::Relaxed), 11);
     }
 
     #[tokio::test(start_paused = true)]
     async fn a_body_that_never_ends_delays_the_end_only_for_those_who_ask_on() {
         let started = tokio::time::Instant::now();
         let body = events(&["#1", "!"]).chain(stream::pending()).boxed();
-        let mut stream = relay(body, Toy).await.unwrap();
+        let mut stream = relay(body, Toy::default(), LIMIT).await.unwrap();
         assert_eq!(shape(&stream.next().await.unwrap()), "#1");
         assert_eq!(shape(&stream.next().await.unwrap()), "!");
         assert_eq!(started.elapsed(), Duration::ZERO);
@@ -193,7 +238,7 @@ mod tests {
     #[tokio::test]
     async fn a_body_that_goes_on_and_on_is_given_up() {
         let more = stream::repeat_with(|| Ok(SseEvent { name: None, data: "?".to_owned() }));
-        let stream = relay(events(&["#1", "!"]).chain(more).boxed(), Toy).await.unwrap();
+        let stream = relay(events(&["#1", "!"]).chain(more).boxed(), Toy::default(), LIMIT).await.unwrap();
         assert_eq!(shapes(stream).await, ["#1", "!"]);
     }
 }

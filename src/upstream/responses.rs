@@ -118,8 +118,7 @@ impl Upstream for ResponsesUpstream {
         let custom = if has_custom_tools { self.custom_calls(&request).await? } else { Vec::new() };
         let mut body = self.body(thread, &Terms::of_answer(&request));
         body["input"] = output_items(request.outputs, &custom).into();
-        let events = relay(self.open(&body).await?, Turn::new(!self.conversations)).await?;
-        Ok(public(events))
+        self.read(self.open(&body).await?).await
     }
 
     async fn recover(&self, sent: &Leftover, failure: &UpstreamError) -> Result<Recovered, UpstreamError> {
@@ -204,6 +203,12 @@ impl ResponsesUpstream {
     async fn open(&self, body: &Value) -> Result<SseStream, Refusal> {
         let events = self.client.events(Method::POST, &["responses"], &[], Some(body)).await?;
         Ok(if self.background { resuming(self.client.clone(), events) } else { events })
+    }
+
+    /// What the events of a response mean.
+    async fn read(&self, events: SseStream) -> Result<EventStream, UpstreamError> {
+        let turn = Turn::new(!self.conversations);
+        Ok(public(relay(events, turn, self.client.max_bytes()).await?))
     }
 
     /// Which of the calls that are to be answered are those of custom tools.

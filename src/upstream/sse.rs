@@ -12,6 +12,7 @@ use futures_util::{Stream, StreamExt, stream};
 use sse_stream::SseByteStream;
 
 use super::UpstreamError;
+use super::density::is_dense;
 
 /// One event that has data.
 #[derive(Clone, Debug, Eq, PartialEq)]
@@ -26,8 +27,8 @@ pub(super) struct SseEvent {
 ///
 /// # Errors
 ///
-/// What `bytes` yields; [`UpstreamError::Protocol`] for invalid UTF-8, or when more than `limit` bytes have come
-/// since the last event, comments included.
+/// What `bytes` yields; [`UpstreamError::Protocol`] for invalid UTF-8, for JSON with too many values, or when more than
+/// `limit` bytes have come since the last event, comments included.
 pub(super) fn events<S>(bytes: S, limit: usize) -> BoxStream<'static, Result<SseEvent, UpstreamError>>
 where
     S: Stream<Item = Result<Bytes, UpstreamError>> + Send + 'static,
@@ -48,6 +49,9 @@ where
                 return Err(too_long(limit));
             }
             if let Some(data) = block.data {
+                if is_dense(data.as_bytes()) {
+                    return Err(UpstreamError::Protocol("an event has too many values".to_owned()));
+                }
                 return Ok(Some((SseEvent { name: block.event, data }, (decoder, since_event))));
             }
         }

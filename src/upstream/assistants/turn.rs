@@ -8,7 +8,7 @@ use serde_json::{Map, Value};
 use super::wire::{MessageDelta, MessageObject, RunObject};
 use crate::domain::{ContentPart, RunStatus, ToolCall, UpstreamRunId, Usage};
 use crate::upstream::classify::{ErrorDetail, Refusal};
-use crate::upstream::relay::Dialect;
+use crate::upstream::relay::{Dialect, PLACE_COST};
 use crate::upstream::sse::SseEvent;
 use crate::upstream::wire::failure;
 use crate::upstream::{Ended, UpstreamError, UpstreamEvent};
@@ -19,6 +19,8 @@ pub(super) struct Turn {
     accepted: bool,
     /// In the order in which they began.
     messages: Vec<Message>,
+    /// The size of that.
+    held: usize,
 }
 
 #[derive(Debug)]
@@ -62,6 +64,10 @@ impl Dialect for Turn {
         }
         Ok(())
     }
+
+    fn held(&self) -> usize {
+        self.held
+    }
 }
 
 impl Turn {
@@ -103,13 +109,12 @@ impl Turn {
     fn delta(&mut self, delta: MessageDelta, out: &mut VecDeque<UpstreamEvent>) {
         for mut piece in delta.delta.content.unwrap_or_default() {
             let text = piece.text();
-            if let Parts::Growing(parts) = &mut self.entry(&delta.id).parts {
-                match (&text, piece.refusal) {
-                    (Some(text), _) => grow(parts, piece.index, text, false),
-                    (None, Some(refusal)) => grow(parts, piece.index, &refusal, true),
-                    (None, None) => {}
-                }
-            }
+            let grown = match (&mut self.entry(&delta.id).parts, &text, piece.refusal) {
+                (Parts::Growing(parts), Some(text), _) => grow(parts, piece.index, text, false),
+                (Parts::Growing(parts), None, Some(refusal)) => grow(parts, piece.index, &refusal, true),
+                _ => 0,
+            };
+            self.held += grown;
             out.extend(text.map(UpstreamEvent::Text));
         }
     }
@@ -119,15 +124,18 @@ impl Turn {
             return;
         }
         let entry = self.entry(&message.id);
-        let parts = message.into_parts();
+        let parts = Parts::Whole(message.into_parts());
         // A server that stores the text elsewhere than it says must not take away what was streamed.
-        if !parts.is_empty() {
-            entry.parts = Parts::Whole(parts);
+        if parts.size() > 0 {
+            let before = std::mem::replace(&mut entry.parts, parts).size();
+            let now = entry.parts.size();
+            self.held = (self.held + now).saturating_sub(before);
         }
     }
 
     fn entry(&mut self, id: &str) -> &mut Message {
         let at = self.messages.iter().rposition(|message| message.id == id).unwrap_or_else(|| {
+            self.held += PLACE_COST + id.len();
             self.messages.push(Message { id: id.to_owned(), parts: Parts::Growing(BTreeMap::new()) });
             self.messages.len() - 1
         });
@@ -136,6 +144,14 @@ impl Turn {
 }
 
 impl Parts {
+    fn size(&self) -> usize {
+        let size = |part: &ContentPart| part.size() + PLACE_COST;
+        match self {
+            Self::Growing(parts) => parts.values().map(size).sum(),
+            Self::Whole(parts) => parts.iter().map(size).sum(),
+        }
+    }
+
     fn into_vec(self) -> Vec<ContentPart> {
         match self {
             Self::Growing(parts) => parts.into_values().collect(),
@@ -144,7 +160,9 @@ impl Parts {
     }
 }
 
-fn grow(parts: &mut BTreeMap<u64, ContentPart>, index: u64, more: &str, is_refusal: bool) {
+/// By how much the parts grew is the result.
+fn grow(parts: &mut BTreeMap<u64, ContentPart>, index: u64, more: &str, is_refusal: bool) -> usize {
+    let place = if parts.contains_key(&index) { 0 } else { PLACE_COST };
     let part = parts.entry(index).or_insert_with(|| {
         if is_refusal {
             ContentPart::Refusal { refusal: String::new() }
@@ -155,6 +173,7 @@ fn grow(parts: &mut BTreeMap<u64, ContentPart>, index: u64, more: &str, is_refus
     if let ContentPart::Text { text } | ContentPart::Refusal { refusal: text } = part {
         text.push_str(more);
     }
+    place + more.len()
 }
 
 /// By name; where a server leaves out the event line, by the object's own marks.
@@ -201,6 +220,7 @@ mod tests {
     use serde_json::json;
 
     use super::*;
+    use crate::upstream::mutation::{damaged, mutated, read_to_the_end};
 
     fn event(name: &str, data: &Value) -> SseEvent {
         SseEvent { name: (!name.is_empty()).then(|| name.to_owned()), data: data.to_string() }
@@ -399,15 +419,79 @@ mod tests {
         assert!(matches!(read([raw("thread.run.completed", "{")]), Err(UpstreamError::Protocol(_))));
     }
 
+    const NAMES: [&str; 11] = [
+        "",
+        "message",
+        "error",
+        "done",
+        "thread.run.created",
+        "thread.run.completed",
+        "thread.run.requires_action",
+        "thread.message.delta",
+        "thread.message.delta",
+        "thread.message.completed",
+        "thread.run.step.delta",
+    ];
+
+    /// Events that a plain turn does not have.
+    fn odd() -> Vec<Value> {
+        let mut asks = run("requires_action");
+        asks["required_action"] = json!({"type": "submit_tool_outputs", "submit_tool_outputs": {"tool_calls": [
+            {"id": "call_1", "type": "function", "function": {"name": "f", "arguments": "{"}},
+        ]}});
+        let refusal = json!({"id": "msg_2", "object": "thread.message.delta",
+                             "delta": {"content": [{"index": 1, "type": "refusal", "refusal": "no"}]}});
+        let failed = json!({"error": {"code": "server_error", "message": "m", "type": "x"}});
+        vec![asks, refusal, failed]
+    }
+
+    fn transcript() -> String {
+        let event = |(name, data): &(&str, Value)| format!("event: {name}\ndata: {data}\n\n");
+        plain().iter().map(event).collect::<Vec<_>>().concat()
+    }
+
     proptest! {
         #[test]
         fn arbitrary_events_do_not_panic(
-            names in proptest::collection::vec(0_usize..9, 0..12),
+            names in proptest::collection::vec(0..NAMES.len(), 0..12),
             data in "\\PC{0,40}|\\{\"id\":\"x\"\\}|\\{\"error\":[0-9]\\}",
         ) {
-            const NAMES: [&str; 9] = ["", "message", "error", "done", "thread.run.created", "thread.run.completed",
-                "thread.message.delta", "thread.message.completed", "thread.run.step.delta"];
             let _ = read(names.iter().map(|at| SseEvent { name: Some(NAMES[*at].to_owned()), data: data.clone() }));
+        }
+
+        #[test]
+        fn events_that_are_nearly_real_are_read_within_bounds(
+            events in proptest::collection::vec((0..NAMES.len(), mutated(plain().into_iter().map(|(_, data)| data).chain(odd()).collect())), 0..16),
+        ) {
+            let (mut turn, mut out, mut sent) = (Turn::default(), VecDeque::new(), 0);
+            for (name, data) in events {
+                let event = SseEvent { name: Some(NAMES[name].to_owned()), data: data.to_string() };
+                sent += event.data.len();
+                let read = turn.read(event, &mut out);
+                let kept: usize = turn.messages.iter().map(|message| message.parts.size()).sum();
+                prop_assert!(kept <= turn.held(), "{kept} of {}", turn.held());
+                if read.is_err() || matches!(out.back(), Some(UpstreamEvent::Ended(_))) {
+                    break;
+                }
+            }
+            let told: usize = out
+                .iter()
+                .map(|event| match event {
+                    UpstreamEvent::Accepted(_) => 0,
+                    UpstreamEvent::Text(text) => text.len(),
+                    UpstreamEvent::Ended(ended) => ended.content.iter().map(ContentPart::size).sum(),
+                })
+                .sum();
+            prop_assert!(told <= 2 * sent, "shown, and told again at the end: {told} of {sent}");
+        }
+
+        #[test]
+        fn a_damaged_stream_has_an_end(pieces in damaged(transcript().into_bytes())) {
+            let told = read_to_the_end(pieces, Turn::default(), 4096);
+            let ends = told.iter().filter(|event| event.starts_with("Ok(Ended") || event.starts_with("Err(") || event.starts_with("Refusal"));
+            prop_assert_eq!(ends.count(), 1, "{:?}", told);
+            let last = told.last().map(String::as_str).unwrap_or_default();
+            prop_assert!(!last.starts_with("Ok(Text") && !last.starts_with("Ok(Accepted"), "{last}");
         }
     }
 }

@@ -245,7 +245,11 @@ pub(super) fn content(parts: &[ContentPart]) -> Value {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
+    use crate::upstream::mutation::mutated;
+    use crate::upstream::wire::List;
 
     #[test]
     fn content_of_a_message_takes_the_shape_of_requests() {
@@ -301,5 +305,51 @@ mod tests {
                 ContentPart::Refusal { refusal: "no".to_owned() },
             ]
         );
+    }
+
+    fn answers() -> Vec<Value> {
+        let run = json!({
+            "id": "run_1", "object": "thread.run", "status": "requires_action", "metadata": {"tag": "x"},
+            "required_action": {"type": "submit_tool_outputs", "submit_tool_outputs": {"tool_calls": [
+                {"id": "call_1", "type": "function", "function": {"name": "f", "arguments": "{}"}},
+            ]}},
+            "last_error": {"code": "server_error", "message": "m"}, "incomplete_details": {"reason": "max_tokens"},
+            "usage": {"prompt_tokens": 1, "completion_tokens": 2, "total_tokens": 3},
+        });
+        let message = json!({
+            "id": "msg_1", "object": "thread.message", "created_at": 1_700_000_000, "role": "assistant",
+            "run_id": "run_1", "metadata": {}, "content": [
+                {"type": "text", "text": {"value": "a", "annotations": []}},
+                {"type": "image_url", "image_url": {"url": "u", "detail": "low"}},
+                {"type": "image_file", "image_file": {"file_id": "f"}},
+                {"type": "refusal", "refusal": "no"},
+            ],
+        });
+        let list = json!({"object": "list", "data": [message, run], "has_more": true});
+        vec![run, message, list]
+    }
+
+    proptest! {
+        #[test]
+        fn an_answer_that_is_nearly_real_is_read_or_refused(answer in mutated(answers())) {
+            let text = answer.to_string();
+            if let Ok(run) = serde_json::from_str::<RunObject>(&text) {
+                let calls = serde_json::from_str::<RunObject>(&text).map(RunObject::into_tool_calls).unwrap_or_default();
+                let _ = (run.run_status(), run.usage(), run.tag("tag"), run.has_ended(), run.is_cancelling());
+                prop_assert!(!run.waits_for(&calls) || run.waits_for_outputs());
+                prop_assert!(run.failure_code().is_none_or(|code| code.len() <= 64));
+            }
+            if let Ok(message) = serde_json::from_str::<MessageObject>(&text) {
+                let _ = (message.speaker(), message.created_at(), message.tag("tag"), message.is_reply());
+                let size: usize = message.into_parts().iter().map(ContentPart::size).sum();
+                prop_assert!(size <= text.len());
+            }
+            if let Ok(list) = serde_json::from_str::<List<RunObject>>(&text) {
+                let _ = list.next(|run| &run.id);
+            }
+            if let Ok(list) = serde_json::from_str::<List<MessageObject>>(&text) {
+                let _ = list.next(|message| &message.id);
+            }
+        }
     }
 }

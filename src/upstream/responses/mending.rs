@@ -72,8 +72,9 @@ impl Attempt {
 
     async fn send(&mut self) -> Result<RunEvents, UpstreamError> {
         loop {
+            let limit = self.upstream.client.max_bytes();
             let events = match self.upstream.open(&self.body).await {
-                Ok(events) => relay(events, Turn::to_be_mended(!self.upstream.conversations)).await,
+                Ok(events) => relay(events, Turn::to_be_mended(!self.upstream.conversations), limit).await,
                 Err(refusal) => Err(refusal),
             };
             match events {

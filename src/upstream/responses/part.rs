@@ -129,10 +129,13 @@ fn text<'a>(object: &'a Value, field: &str) -> &'a str {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
     use serde_json::json;
 
     use super::*;
     use crate::domain::{Baseline, ContentPart, RunId, ToolCall};
+    use crate::upstream::mutation::mutated;
+    use crate::upstream::responses::source::as_event;
 
     fn message(id: &str, role: &str, words: &str) -> Value {
         json!({"type": "message", "id": id, "role": role, "status": "completed",
@@ -234,6 +237,28 @@ mod tests {
         assert_eq!(broken_tail(&items[..3], &named("rs_0")), ["rs_0"], "even one that is further back");
         assert_eq!(broken_tail(&items[6..], &Damage::OrphanedReasoning(None)), ["rs_3"]);
         assert_eq!(broken_tail(&items[..3], &Damage::OrphanedReasoning(None)), [""; 0]);
+    }
+
+    proptest! {
+        /// Whatever stands in a conversation, what is found in it are parts of it.
+        #[test]
+        fn items_of_any_shape_are_read(
+            items in proptest::collection::vec(mutated(vec![message("m1", "user", "a"), message("m2", "assistant", "b"), call("call_1"), output("call_1"), reasoning("rs_1")]), 0..8),
+            skip in 0..3_u32,
+            inputs in 0..3_u32,
+            answers in any::<bool>(),
+        ) {
+            let own = own_part(&items, skip);
+            prop_assert!(own.len() <= items.len());
+            let sent = sent(inputs, if answers { &["call_1"] } else { &[] });
+            prop_assert!(what_followed(own, &sent).is_none_or(|rest| rest.len() <= own.len()));
+            let _ = (is_said(own, inputs), end_of(own));
+            for damage in [Damage::OpenCall, Damage::OrphanedReasoning(None), Damage::OrphanedReasoning(Some("rs_1".to_owned()))] {
+                prop_assert!(broken_tail(&items, &damage).len() <= items.len() + 1);
+            }
+            prop_assert!(kept(&items, own).len() <= items.len());
+            let _ = items.iter().map(as_event).count();
+        }
     }
 
     #[test]

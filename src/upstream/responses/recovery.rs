@@ -10,11 +10,9 @@ use super::ResponsesUpstream;
 use super::part::{end_of, own_part, what_followed};
 use super::settling::MAX_PAGES;
 use super::source::{as_event, retelling};
-use super::turn::Turn;
 use super::wire::Output;
 use crate::domain::{Leftover, UpstreamRunId, UpstreamThreadId};
 use crate::upstream::patience::{FIRST_WAIT, longer};
-use crate::upstream::relay::{public, relay};
 use crate::upstream::{Ended, EventStream, Recovered, UpstreamError, UpstreamEvent};
 
 /// What a conversation holds of what was sent.
@@ -122,8 +120,7 @@ impl ResponsesUpstream {
 
     /// A response, told from its beginning where it goes on.
     async fn running(&self, id: &UpstreamRunId, response: &Value) -> Result<EventStream, UpstreamError> {
-        let events = retelling(self.client.clone(), id.clone(), response);
-        Ok(public(relay(events, Turn::new(!self.conversations)).await?))
+        self.read(retelling(self.client.clone(), id.clone(), response)).await
     }
 
     /// It has ended, or works on although nobody listens.

@@ -8,7 +8,7 @@ use serde_json::value::RawValue;
 use super::wire::{Envelope, ResponseHead, ResponseObject};
 use crate::domain::{ContentPart, RunStatus, UpstreamRunId, UpstreamThreadId};
 use crate::upstream::classify::{ErrorDetail, Refusal};
-use crate::upstream::relay::Dialect;
+use crate::upstream::relay::{Dialect, PLACE_COST};
 use crate::upstream::sse::SseEvent;
 use crate::upstream::wire::failure;
 use crate::upstream::{Ended, UpstreamError, UpstreamEvent};
@@ -23,11 +23,13 @@ pub(super) struct Turn {
     response: Option<String>,
     /// Put together from deltas, by output and content index, in case the response does not hold it in the end.
     streamed: BTreeMap<(u64, u64), ContentPart>,
+    /// The size of that.
+    held: usize,
 }
 
 impl Turn {
     pub(super) fn new(chain: bool) -> Self {
-        Self { chain, mends: false, response: None, streamed: BTreeMap::new() }
+        Self { chain, mends: false, response: None, streamed: BTreeMap::new(), held: 0 }
     }
 
     /// For a reader who can mend a damaged conversation.
@@ -72,6 +74,10 @@ impl Dialect for Turn {
             _ => {}
         }
         Ok(())
+    }
+
+    fn held(&self) -> usize {
+        self.held
     }
 }
 
@@ -160,6 +166,7 @@ impl Turn {
     }
 
     fn grow(&mut self, place: (u64, u64), more: &str, is_refusal: bool) {
+        self.held += more.len() + if self.streamed.contains_key(&place) { 0 } else { PLACE_COST };
         let part = self.streamed.entry(place).or_insert_with(|| {
             if is_refusal {
                 ContentPart::Refusal { refusal: String::new() }
@@ -189,6 +196,7 @@ mod tests {
     use super::*;
     use crate::domain::Usage;
     use crate::upstream::classify::Damage;
+    use crate::upstream::mutation::{damaged, mutated, read_to_the_end};
 
     fn event(data: &Value) -> SseEvent {
         SseEvent { name: data["type"].as_str().map(str::to_owned), data: data.to_string() }
@@ -404,6 +412,27 @@ mod tests {
         }
     }
 
+    const NAMES: [&str; 5] = ["", "error", "response.completed", "response.output_text.delta", "ping"];
+
+    /// Events that a plain turn does not have.
+    fn odd() -> Vec<Value> {
+        let mut failed = response("response.failed", "failed", &json!([]));
+        failed["response"]["error"] =
+            json!({"code": "server_error", "message": "No tool output found for function call call_1."});
+        vec![
+            failed,
+            response("response.completed", "completed", &json!([call(), message("Hello")])),
+            json!({"type": "response.refusal.delta", "output_index": 1, "content_index": 0, "delta": "no"}),
+            json!({"type": "error", "code": "conversation_locked", "message": "m", "param": null}),
+        ]
+    }
+
+    fn transcript() -> String {
+        let name = |data: &Value| data["type"].as_str().unwrap_or_default().to_owned();
+        let event = |data| format!("event: {}\ndata: {data}\n\n", name(data));
+        plain().iter().map(event).collect::<Vec<_>>().concat()
+    }
+
     proptest! {
         #[test]
         fn arbitrary_events_do_not_panic(data in proptest::collection::vec(
@@ -413,6 +442,41 @@ mod tests {
             for item in data {
                 let _ = read(true, [SseEvent { name: None, data: item }]);
             }
+        }
+
+        #[test]
+        fn events_that_are_nearly_real_are_read_within_bounds(
+            events in proptest::collection::vec((0..NAMES.len(), mutated(plain().into_iter().chain(odd()).collect())), 0..16),
+        ) {
+            let (mut turn, mut out, mut sent) = (Turn::to_be_mended(true), VecDeque::new(), 0);
+            for (name, data) in events {
+                let event = SseEvent { name: Some(NAMES[name].to_owned()), data: data.to_string() };
+                sent += event.data.len();
+                let read = turn.read(event, &mut out);
+                let kept: usize = turn.streamed.values().map(ContentPart::size).sum();
+                prop_assert!(kept <= turn.held(), "{kept} of {}", turn.held());
+                if read.is_err() || matches!(out.back(), Some(UpstreamEvent::Ended(_))) {
+                    break;
+                }
+            }
+            let told: usize = out
+                .iter()
+                .map(|event| match event {
+                    UpstreamEvent::Accepted(_) => 0,
+                    UpstreamEvent::Text(text) => text.len(),
+                    UpstreamEvent::Ended(ended) => ended.content.iter().map(ContentPart::size).sum(),
+                })
+                .sum();
+            prop_assert!(told <= 2 * sent, "shown, and told again at the end: {told} of {sent}");
+        }
+
+        #[test]
+        fn a_damaged_stream_has_an_end(pieces in damaged(transcript().into_bytes())) {
+            let told = read_to_the_end(pieces, Turn::to_be_mended(true), 4096);
+            let ends = told.iter().filter(|event| event.starts_with("Ok(Ended") || event.starts_with("Err(") || event.starts_with("Refusal"));
+            prop_assert_eq!(ends.count(), 1, "{:?}", told);
+            let last = told.last().map(String::as_str).unwrap_or_default();
+            prop_assert!(!last.starts_with("Ok(Text") && !last.starts_with("Ok(Accepted"), "{last}");
         }
     }
 }

@@ -249,7 +249,65 @@ fn input_part(part: &ContentPart) -> Value {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
+    use crate::upstream::mutation::mutated;
+    use crate::upstream::wire::{Created, List};
+
+    fn answers() -> Vec<Value> {
+        let items = json!([
+            {"type": "message", "id": "msg_1", "role": "user", "content": [
+                {"type": "input_text", "text": "a"}, {"type": "input_image", "image_url": "u", "detail": "low"}]},
+            {"type": "reasoning", "id": "rs_1", "summary": []},
+            {"type": "function_call", "call_id": "call_1", "id": "fc_1", "name": "f", "arguments": "{}"},
+            {"type": "function_call_output", "call_id": "call_1", "output": "1"},
+            {"type": "custom_tool_call", "call_id": "call_2", "name": "h", "input": "x"},
+            {"type": "message", "id": "msg_2", "role": "assistant", "status": "completed", "content": [
+                {"type": "output_text", "text": "b", "annotations": []}, {"type": "refusal", "refusal": "no"}]},
+        ]);
+        let response = json!({
+            "id": "resp_1", "object": "response", "status": "completed", "output": items,
+            "error": {"code": "server_error", "message": "No tool output found for function call call_1."},
+            "incomplete_details": {"reason": "max_output_tokens"},
+            "usage": {"input_tokens": 1, "output_tokens": 2, "total_tokens": 3},
+        });
+        let event = json!({"type": "response.completed", "sequence_number": 7, "output_index": 0, "content_index": 0,
+                           "response": response, "delta": "x"});
+        vec![json!({"object": "list", "data": items, "has_more": true}), response, event]
+    }
+
+    proptest! {
+        #[test]
+        fn an_answer_that_is_nearly_real_is_read_or_refused(answer in mutated(answers())) {
+            let text = answer.to_string();
+            let items = |value: &Value| value.as_array().cloned().unwrap_or_default();
+            for items in [items(&answer["data"]), items(&answer["output"]), vec![answer.clone()]] {
+                let output = Output::of(&items);
+                prop_assert!(output.open_calls.len() <= items.len());
+                prop_assert!(output.content.iter().map(ContentPart::size).sum::<usize>() <= text.len());
+                prop_assert!(custom_calls(&items).len() + answered_calls(&items).len() <= items.len());
+                for item in &items {
+                    let _ = (said(item), is_call(item));
+                }
+            }
+            if let Ok(response) = serde_json::from_str::<ResponseObject>(&text) {
+                let _ = (response.damage(), response.usage());
+                prop_assert!(response.failure_code().is_none_or(|code| code.len() <= 64));
+                let _ = response.into_output();
+            }
+            if let Ok(head) = serde_json::from_str::<ResponseHead>(&text) {
+                let _ = head.run_status();
+            }
+            if let Ok(envelope) = serde_json::from_str::<Envelope<'_>>(&text) {
+                prop_assert!(envelope.response.is_none_or(|raw| raw.get().len() <= text.len()));
+            }
+            if let Ok(list) = serde_json::from_str::<List<Value>>(&text) {
+                let _ = list.next(|item| item["id"].as_str().unwrap_or_default());
+            }
+            let _ = serde_json::from_str::<Created>(&text).map(Created::into_thread);
+        }
+    }
 
     #[test]
     fn content_of_a_message_takes_the_shape_of_input_items() {

@@ -445,7 +445,7 @@ async fn a_token_opens_its_own_user_alone() {
         good(json!({"sub": "alice", "org": null})),
         good(json!({})),
         token("another-secret-that-nobody-shares-with-us", &json!({"sub": "alice"})),
-        format!("{}x", alice),
+        format!("{alice}x"),
     ];
     for token in bad {
         let request = gateway.request(Method::GET, "/v1/users/alice/threads").bearer_auth(&token);

@@ -10,6 +10,7 @@ mod erasure;
 mod events;
 mod expiry;
 mod failures;
+mod hostile;
 mod idempotency;
 mod killed;
 mod limits;
