@@ -38,7 +38,11 @@ impl Keeper {
             self.store().removed(thread.id, &removed, &names).await?;
         }
         let outcome = match &thread.upstream_thread_id {
-            None => removed.outcome.unwrap_or(UpstreamOutcome::None),
+            None => removed.outcome.unwrap_or(match &removed.upstream_thread_id {
+                // Another one that works on it was faster, and what it recorded was written over.
+                Some(_) => UpstreamOutcome::AlreadyGone,
+                None => UpstreamOutcome::None,
+            }),
             Some(id) => {
                 let deleted = upstream.delete_thread(id, &self.parts.pace, &mut removed.items).await;
                 let was_there = match deleted {
