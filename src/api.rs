@@ -34,9 +34,10 @@ use self::guard::Needs;
 pub use self::limits::Limits;
 use crate::auth::Auth;
 use crate::config::ServerConfig;
-use crate::domain::Access;
+use crate::domain::{Access, RunId};
 use crate::error::Error;
 use crate::life::Keeper;
+use crate::locks::Seats;
 use crate::runs::Runs;
 
 /// What handlers reach.
@@ -46,6 +47,8 @@ pub struct AppState {
     pub keeper: Keeper,
     pub auth: Arc<Auth>,
     pub limits: Arc<Limits>,
+    /// For those who follow a run's events.
+    pub readers: Arc<Seats<RunId>>,
     pub server: Arc<ServerConfig>,
 }
 

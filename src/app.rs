@@ -22,6 +22,7 @@ use crate::auth::{Auth, FreshKey};
 use crate::config::{Config, StoreConfig, Transcript, UpstreamConfig, UpstreamKind};
 use crate::domain::{Access, Keeping, ReplicaId, TenantKey};
 use crate::life::{Keeper, KeeperParts};
+use crate::locks::Seats;
 use crate::records::{self, Refused, Summary, What};
 use crate::runs::{Runs, RunsParts};
 use crate::server::{self, ServerStop};
@@ -107,6 +108,7 @@ impl App {
             keeper: keeper.clone(),
             auth: Arc::clone(&auth),
             limits: Arc::clone(&limits),
+            readers: Arc::new(Seats::new(usize::MAX, config.server.max_readers.get())),
             server: Arc::new(config.server.clone()),
         };
         Ok(Self {

@@ -74,6 +74,8 @@ pub struct ServerConfig {
     pub max_body_bytes: usize,
     /// Largest request head, bytes.
     pub max_header_bytes: usize,
+    /// Readers that may follow the events of one run.
+    pub max_readers: NonZeroUsize,
     /// Comment interval of an idle event stream.
     #[serde(with = "humantime_serde")]
     pub keep_alive: Duration,
@@ -320,6 +322,7 @@ impl Default for ServerConfig {
             write_timeout: Duration::from_secs(30),
             max_body_bytes: 1024 * 1024,
             max_header_bytes: 32 * 1024,
+            max_readers: NonZeroUsize::new(100).unwrap_or(NonZeroUsize::MAX),
             keep_alive: Duration::from_secs(15),
             shutdown_grace: Duration::from_secs(20),
         }

@@ -36,6 +36,8 @@ pub enum Error {
     RateLimited { whose: &'static str, rate: u32, retry_after: Duration },
     #[error("{limit} runs of this tenant are unfinished here already")]
     TooManyRuns { limit: usize },
+    #[error("{limit} readers follow this run here already")]
+    TooManyReaders { limit: usize },
     #[error("this replica has as many runs as it can take; nothing was stored")]
     Overloaded,
     #[error("{0}")]

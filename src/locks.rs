@@ -7,12 +7,16 @@
 //!
 //! Between processes the store's unique index holds the same promise; this line keeps waiting runs off it.
 
+mod seats;
+
 use std::collections::{HashMap, VecDeque};
 use std::fmt;
 use std::future::poll_fn;
 use std::hash::Hash;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll, Waker};
+
+pub use seats::{NoSeat, Seat, Seats};
 
 /// The lines of all keys. Clones share them.
 pub struct LockMap<K> {

@@ -14,7 +14,6 @@ mod reconcile;
 mod recorder;
 mod retries;
 mod rollover;
-mod seats;
 mod session;
 mod standing;
 mod takeover;
@@ -24,6 +23,7 @@ mod work;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
+use std::num::NonZeroUsize;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -42,7 +42,7 @@ use crate::domain::{
     UserKey,
 };
 use crate::error::Error;
-use crate::locks::{LockMap, QueueFull};
+use crate::locks::{LockMap, NoSeat, QueueFull, Seats};
 use crate::records;
 use crate::store::{
     Admission, Idempotency, InputMessage, Store, StoreError, ThreadFilter, ThreadName, ThreadReport,
@@ -56,7 +56,6 @@ pub use follow::{Answer, Follow};
 use news::Desk;
 pub use reconcile::{Differences, Unverified, Verified};
 pub use rollover::Renewed;
-use seats::Seats;
 use standing::Standing;
 pub use tools::NewOutputs;
 use turn::Taken;
@@ -97,7 +96,7 @@ struct Parts {
     given: RunsParts,
     locks: LockMap<ConversationKey>,
     standing: Standing,
-    seats: Seats,
+    seats: Seats<TenantKey>,
     desk: Desk,
     /// When the store was last seen to be in order. Locked while somebody looks, so that a flood of questions
     /// becomes one.
@@ -134,7 +133,8 @@ pub struct Submitted {
 impl Runs {
     pub fn new(parts: RunsParts) -> Self {
         let locks = LockMap::new(parts.runs.max_queue);
-        let seats = Seats::new(parts.runs.max_runs, parts.runs.max_runs_per_tenant);
+        let each = parts.runs.max_runs_per_tenant.map_or(usize::MAX, NonZeroUsize::get);
+        let seats = Seats::new(parts.runs.max_runs.get(), each);
         let parts = Parts {
             given: parts,
             locks,
@@ -172,7 +172,10 @@ impl Runs {
             return Ok(earlier);
         }
         self.is_reachable(&assistant.upstream)?;
-        let seat = self.parts.seats.take(&key.tenant)?;
+        let seat = self.parts.seats.take(&key.tenant).map_err(|none| match none {
+            NoSeat::Full => Error::Overloaded,
+            NoSeat::KeyFull(limit) => Error::TooManyRuns { limit },
+        })?;
         let full = |full: QueueFull| Error::QueueFull { limit: full.max_waiting };
         let locks = &self.parts.locks;
         let place = match new.strategy {

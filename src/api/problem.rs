@@ -109,6 +109,9 @@ impl From<&Error> for Problem {
             Error::Forbidden(_) => ("forbidden", "Forbidden", StatusCode::FORBIDDEN),
             Error::RateLimited { .. } => ("rate-limited", "Too many requests", StatusCode::TOO_MANY_REQUESTS),
             Error::TooManyRuns { .. } => ("too-many-runs", "Too many runs", StatusCode::TOO_MANY_REQUESTS),
+            Error::TooManyReaders { .. } => {
+                ("too-many-readers", "Too many readers", StatusCode::TOO_MANY_REQUESTS)
+            }
             Error::Overloaded => ("overloaded", "Overloaded", StatusCode::SERVICE_UNAVAILABLE),
             Error::NotFound(_) => ("not-found", "Not found", StatusCode::NOT_FOUND),
             Error::MethodNotAllowed => {
@@ -134,6 +137,7 @@ impl From<&Error> for Problem {
             | Error::OtherReplica
             | Error::IssuerUnavailable
             | Error::TooManyRuns { .. }
+            | Error::TooManyReaders { .. }
             | Error::Overloaded
             | Error::StoreUnavailable(_) => Some(Duration::from_secs(1)),
             Error::Draining => Some(Duration::from_secs(2)),

@@ -68,6 +68,8 @@ pub(super) async fn events(
     LastEventId(last): LastEventId,
 ) -> Result<Response, Error> {
     let (run, follow) = state.runs.follow(&key, id).await?;
+    let limit = state.server.max_readers.get();
+    let seat = state.readers.take(&id).map_err(|_| Error::TooManyReaders { limit })?;
     let from = match last {
         None => 0,
         Some((of, n)) if of == id => n.saturating_add(1),
@@ -80,5 +82,6 @@ pub(super) async fn events(
         let Some(first) = events.next().await else { return Ok(StatusCode::NO_CONTENT.into_response()) };
         events = stream::iter([first]).chain(events).boxed();
     }
+    let events = events.inspect(move |_| _ = &seat).boxed();
     Ok(sse::until_ended(&run, scope_of(&uri), last.map(|(_, n)| n), events, state.server.keep_alive))
 }

@@ -1,73 +1,76 @@
-//! How many runs this process takes at a time, so that what it has taken stays quick.
+//! So many at a time, in all and of each kind, so that what is taken stays quick.
 
 use std::collections::HashMap;
-use std::num::NonZeroUsize;
+use std::hash::Hash;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use crate::domain::TenantKey;
-use crate::error::Error;
-
-/// Seats for runs, of which there are only so many.
+/// Seats, of which there are only so many: in all, and for each key.
 #[derive(Debug)]
-pub(super) struct Seats {
-    all: NonZeroUsize,
-    /// Of these, for each tenant.
-    each: Option<NonZeroUsize>,
-    taken: Arc<Mutex<Taken>>,
+pub struct Seats<K> {
+    all: usize,
+    each: usize,
+    taken: Arc<Mutex<Taken<K>>>,
 }
 
-#[derive(Debug, Default)]
-struct Taken {
+#[derive(Debug)]
+struct Taken<K> {
     all: usize,
-    by_tenant: HashMap<TenantKey, usize>,
+    by_key: HashMap<K, usize>,
+}
+
+/// Why there is no seat.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum NoSeat {
+    /// None at all.
+    Full,
+    /// None for this key, which has that many.
+    KeyFull(usize),
 }
 
 /// A seat, until it is dropped.
 #[derive(Debug)]
-pub(super) struct Seat {
-    tenant: TenantKey,
-    taken: Arc<Mutex<Taken>>,
+pub struct Seat<K: Eq + Hash> {
+    key: K,
+    taken: Arc<Mutex<Taken<K>>>,
 }
 
-impl Seats {
-    pub(super) fn new(all: NonZeroUsize, each: Option<NonZeroUsize>) -> Self {
-        Self { all, each, taken: Arc::default() }
+impl<K: Clone + Eq + Hash> Seats<K> {
+    /// `usize::MAX` is no limit.
+    pub fn new(all: usize, each: usize) -> Self {
+        Self { all, each, taken: Arc::new(Mutex::new(Taken { all: 0, by_key: HashMap::new() })) }
     }
 
-    /// A seat for a run of the tenant.
-    ///
-    /// # Errors
-    /// [`Error::TooManyRuns`] if the tenant has all of its own; [`Error::Overloaded`] if there is none at all.
-    pub(super) fn take(&self, tenant: &TenantKey) -> Result<Seat, Error> {
+    /// A seat for the key, at once or not at all.
+    pub fn take(&self, key: &K) -> Result<Seat<K>, NoSeat> {
         let mut taken = lock(&self.taken);
-        let own = taken.by_tenant.get(tenant).copied().unwrap_or_default();
-        if let Some(limit) = self.each.map(NonZeroUsize::get).filter(|limit| own >= *limit) {
-            return Err(Error::TooManyRuns { limit });
+        let own = taken.by_key.get(key).copied().unwrap_or_default();
+        if own >= self.each {
+            return Err(NoSeat::KeyFull(self.each));
         }
-        if taken.all >= self.all.get() {
-            return Err(Error::Overloaded);
+        if taken.all >= self.all {
+            return Err(NoSeat::Full);
         }
         taken.all += 1;
-        taken.by_tenant.insert(tenant.clone(), own + 1);
-        Ok(Seat { tenant: tenant.clone(), taken: Arc::clone(&self.taken) })
+        taken.by_key.insert(key.clone(), own + 1);
+        Ok(Seat { key: key.clone(), taken: Arc::clone(&self.taken) })
     }
 }
 
-impl Drop for Seat {
+impl<K: Eq + Hash> Drop for Seat<K> {
     fn drop(&mut self) {
         let mut taken = lock(&self.taken);
         taken.all -= 1;
-        if let Some(own) = taken.by_tenant.get_mut(&self.tenant) {
+        if let Some(own) = taken.by_key.get_mut(&self.key) {
             *own -= 1;
             if *own == 0 {
-                taken.by_tenant.remove(&self.tenant);
+                taken.by_key.remove(&self.key);
             }
         }
     }
 }
 
 /// Nothing in here panics half-way through a change.
-fn lock(taken: &Mutex<Taken>) -> MutexGuard<'_, Taken> {
+fn lock<K>(taken: &Mutex<Taken<K>>) -> MutexGuard<'_, Taken<K>> {
     taken.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
@@ -77,16 +80,15 @@ mod tests {
 
     #[test]
     fn seats_are_free_again_once_they_are_left() {
-        let seats = Seats::new(NonZeroUsize::new(3).unwrap(), NonZeroUsize::new(2));
-        let (a, b) = (TenantKey::default(), TenantKey::try_from("b".to_owned()).unwrap());
-        let (one, _two) = (seats.take(&a).unwrap(), seats.take(&a).unwrap());
-        assert!(matches!(seats.take(&a), Err(Error::TooManyRuns { limit: 2 })));
-        let third = seats.take(&b).unwrap();
-        assert!(matches!(seats.take(&b), Err(Error::Overloaded)));
+        let seats = Seats::new(3, 2);
+        let (one, _two) = (seats.take(&"a").unwrap(), seats.take(&"a").unwrap());
+        assert_eq!(seats.take(&"a").unwrap_err(), NoSeat::KeyFull(2));
+        let third = seats.take(&"b").unwrap();
+        assert_eq!(seats.take(&"b").unwrap_err(), NoSeat::Full);
         drop(one);
-        let _again = seats.take(&a).unwrap();
+        let _again = seats.take(&"a").unwrap();
         drop(third);
-        assert!(seats.take(&b).is_ok());
-        assert_eq!(lock(&seats.taken).by_tenant.len(), 1, "nothing is kept of who has none");
+        assert!(seats.take(&"b").is_ok());
+        assert_eq!(lock(&seats.taken).by_key.len(), 1, "nothing is kept of who has none");
     }
 }

@@ -9,13 +9,12 @@ use tracing::Instrument;
 use super::end::{announce, bare_end, bound_waiting};
 use super::failure::{Failure, stopped};
 use super::follow::Follow;
-use super::seats::Seat;
 use super::standing::Working;
 use super::work::work;
 use super::{Outcome, RunEvent, Runs, Submitted, jittered};
-use crate::domain::{ConversationKey, MultitaskStrategy, Run, RunStatus, Step, Thread};
+use crate::domain::{ConversationKey, MultitaskStrategy, Run, RunStatus, Step, TenantKey, Thread};
 use crate::error::{Chain, Error};
-use crate::locks::Place;
+use crate::locks::{Place, Seat};
 use crate::store::{Admission, Admitted, Claim, News, Orphan, RunLease, Turn};
 
 /// How soon a run that is first in its line asks the store again while a run of another line is active on its thread. It
@@ -37,7 +36,7 @@ pub(super) enum Taken {
 pub(super) async fn conduct(
     runs: Runs,
     mut working: Working,
-    (mut place, _seat): (Place<ConversationKey>, Seat),
+    (mut place, _seat): (Place<ConversationKey>, Seat<TenantKey>),
     admission: Admission,
     answer: oneshot::Sender<Result<Taken, Error>>,
 ) {

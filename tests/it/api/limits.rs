@@ -68,3 +68,25 @@ async fn only_so_many_runs_are_taken() {
         tokio::time::sleep(std::time::Duration::from_millis(50)).await;
     }
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn only_so_many_read_along() {
+    let scene = Scene::new(Protocol::Responses, Backend::Sqlite).await;
+    let gateway = scene.gateway_with("[server]\nmax_readers = 2\n").await;
+    scene.simulator.hold();
+    let mut own = gateway.stream("/v1/users/alice", "hello").await;
+    let run = own.next().await.unwrap().data["run_id"].as_str().unwrap().to_owned();
+    let path = format!("/v1/users/alice/runs/{run}/events");
+    let (one, two) = (gateway.open_events(&path, None).await, gateway.open_events(&path, None).await);
+    assert_eq!((one.status().as_u16(), two.status().as_u16()), (200, 200));
+    let refused = gateway.get(&path).await;
+    assert_eq!(refused.problem(), (429, "too-many-readers"));
+    drop(one);
+    let begun = Instant::now();
+    while gateway.open_events(&path, None).await.status() != 200 {
+        assert!(begun.elapsed() < PATIENCE, "who left still has a seat");
+        tokio::time::sleep(std::time::Duration::from_millis(50)).await;
+    }
+    scene.simulator.release();
+    assert_eq!(own.rest().await.last().unwrap().name, "run.completed");
+}
