@@ -273,9 +273,14 @@ async fn a_message_on_a_known_thread_costs_two_store_round_trips() {
     for n in 0..8 {
         gateway.say("/v1/users/alice", &format!("number {n}, so that every statement is prepared")).await;
     }
-    let before = tap.round_trips();
-    gateway.say("/v1/users/alice", "what does this cost?").await;
-    assert_eq!(tap.round_trips() - before, 2);
+    // What the process does on its own, such as looking for orphans each second, may come on top of one or another.
+    let mut least = usize::MAX;
+    for _ in 0..5 {
+        let before = tap.round_trips();
+        gateway.say("/v1/users/alice", "what does this cost?").await;
+        least = least.min(tap.round_trips() - before);
+    }
+    assert_eq!(least, 2);
 }
 
 #[tokio::test(flavor = "multi_thread")]
