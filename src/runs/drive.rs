@@ -280,9 +280,11 @@ impl Drive<'_> {
         if self.progress.unheard == 0 || !self.upstream.capabilities().stores_runs {
             return Ok(());
         }
-        self.progress.heard();
         let store = &self.runs.parts.given.store;
-        insist(|| store.sends_again(&self.turn.lease)).await
+        insist(|| store.sends_again(&self.turn.lease)).await?;
+        // Only now: a run that is cut off before says at its end that there was such a request.
+        self.progress.heard();
+        Ok(())
     }
 
     /// Decides what to do after a request was refused or broke off.
