@@ -33,6 +33,7 @@ use futures_util::stream::BoxStream;
 use sqlx::migrate::Migrator;
 use sqlx::postgres::PgConnectOptions;
 use sqlx::{ConnectOptions, Connection, Executor, PgConnection, Postgres, Transaction};
+use std::fmt;
 use tokio_util::sync::CancellationToken;
 
 use super::errors::check_version;
@@ -112,7 +113,7 @@ use live_on;
 const CALL_TIMEOUT: Duration = Duration::from_secs(12);
 
 /// The store in a Postgres database.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub struct PostgresStore {
     /// Admissions, reads, and what else callers ask for.
     general: Arc<Pool<PgConnection>>,
@@ -124,6 +125,13 @@ pub struct PostgresStore {
     /// The way to the server itself, where a pooler is in between.
     direct: PgConnectOptions,
     closed: CancellationToken,
+}
+
+impl fmt::Debug for PostgresStore {
+    /// The driver's own text of the way to the server has the password in it.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("PostgresStore").field("general", &self.general).finish_non_exhaustive()
+    }
 }
 
 impl PostgresStore {

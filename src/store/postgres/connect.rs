@@ -1,5 +1,6 @@
 //! Getting to the server, and the pools.
 
+use std::fmt;
 use std::str::FromStr;
 use std::time::Duration;
 
@@ -8,6 +9,7 @@ use sqlx::postgres::{PgConnectOptions, PgConnection};
 use sqlx::{ConnectOptions, Connection};
 use tokio::time::{Instant, sleep, timeout_at};
 use tracing::log::LevelFilter;
+use url::Url;
 
 use crate::config::StoreConfig;
 use crate::store::StoreError;
@@ -18,12 +20,44 @@ const SLOW_STATEMENT: Duration = Duration::from_secs(1);
 const FIRST_PAUSE: Duration = Duration::from_millis(50);
 const LONGEST_PAUSE: Duration = Duration::from_secs(1);
 
+/// Parameters of a URL that the driver knows.
+const KNOWN_PARAMETERS: [&str; 18] = [
+    "sslmode",
+    "ssl-mode",
+    "sslrootcert",
+    "ssl-root-cert",
+    "ssl-ca",
+    "sslcert",
+    "ssl-cert",
+    "sslkey",
+    "ssl-key",
+    "statement-cache-capacity",
+    "host",
+    "hostaddr",
+    "port",
+    "dbname",
+    "user",
+    "password",
+    "application_name",
+    "options",
+];
+
 /// A way to the database.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub(super) struct Way {
     pub(super) options: PgConnectOptions,
     /// The setting that tells it.
     setting: &'static str,
+}
+
+impl fmt::Debug for Way {
+    /// The driver's own text of its options has the password in it.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Way")
+            .field("to", &place(&self.options))
+            .field("setting", &self.setting)
+            .finish_non_exhaustive()
+    }
 }
 
 /// Reads the URLs: the one for all that is done, and the one for what a pooler would not let through, if it is another.
@@ -40,6 +74,7 @@ fn way(url: &SecretString, setting: &'static str) -> Result<Way, StoreError> {
     let options = PgConnectOptions::from_str(url.expose_secret()).map_err(|_| {
         StoreError::Open(format!("{setting} is not of the form `postgres://user@host:port/database`"))
     })?;
+    tell_unknown_parameters(url, setting);
     let options = options
         .application_name("threadkeeper")
         // What servers since 12 do by themselves, and poolers do not know.
@@ -47,6 +82,29 @@ fn way(url: &SecretString, setting: &'static str) -> Result<Way, StoreError> {
         .log_statements(LevelFilter::Debug)
         .log_slow_statements(LevelFilter::Warn, SLOW_STATEMENT);
     Ok(Way { options, setting })
+}
+
+/// Warns of what the driver passes over. Its own warning, which repeats the value, is never logged.
+fn tell_unknown_parameters(url: &SecretString, setting: &'static str) {
+    let names = unknown_parameters(url);
+    if !names.is_empty() {
+        let names = names.join(", ");
+        tracing::warn!(
+            setting,
+            parameters = names,
+            "the URL has parameters that are not known, and passed over"
+        );
+    }
+}
+
+/// Names that are none, and may be anything, are not repeated.
+fn unknown_parameters(url: &SecretString) -> Vec<String> {
+    let Ok(url) = Url::parse(url.expose_secret()) else { return Vec::new() };
+    let is_known = |name: &str| KNOWN_PARAMETERS.contains(&name) || name.starts_with("options[");
+    let is_word =
+        |name: &str| name.len() <= 32 && name.bytes().all(|b| b.is_ascii_lowercase() || b"_-".contains(&b));
+    let unknown = url.query_pairs().map(|(name, _)| name).filter(|name| !is_known(name));
+    unknown.map(|name| if is_word(&name) { name.into_owned() } else { "(not a name)".to_owned() }).collect()
 }
 
 impl Way {
@@ -154,6 +212,20 @@ mod tests {
             assert!(matches!(error, StoreError::Open(_)), "{error:?}");
             assert!(!format!("{error:?}").contains("secret"), "{error:?}");
         }
+    }
+
+    #[test]
+    fn parameters_that_are_passed_over_are_named_without_their_values() {
+        let unknown = |query: &str| unknown_parameters(&format!("postgres://u:secret@h/d?{query}").into());
+        assert!(unknown("sslmode=require&host=%2Frun&options[a]=b").is_empty());
+        assert_eq!(unknown("pasword=secret&sslmod=secret&Secret9=1"), ["pasword", "sslmod", "(not a name)"]);
+    }
+
+    #[test]
+    fn a_password_is_in_no_text() {
+        let ways = options(&config("postgres://u:secret@h/d")).unwrap();
+        let text = format!("{ways:?}");
+        assert!(text.contains("h:5432") && !text.contains("secret"), "{text}");
     }
 
     #[test]
