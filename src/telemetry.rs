@@ -1,13 +1,15 @@
 //! Logs: one line per event on standard error, JSON for machines or compact text for people.
 //!
-//! What is logged where is up to the callers; keys go in hashed, and content and secrets never do. A panic is
+//! What is logged where is up to the callers; keys go in hashed, and content and secrets never do. What libraries say of
+//! their work is not for us to choose, so the filter cannot open more of it than is known to be harmless. A panic is
 //! logged as well, without a message that was put together at run time, since that may repeat content.
 
 use std::io::IsTerminal;
 use std::panic::PanicHookInfo;
 
 use tracing::Subscriber;
-use tracing_subscriber::filter::ParseError;
+use tracing::level_filters::LevelFilter;
+use tracing_subscriber::filter::{ParseError, Targets};
 use tracing_subscriber::fmt::MakeWriter;
 use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::util::{SubscriberInitExt, TryInitError};
@@ -69,7 +71,21 @@ where
         }
         LogFormat::Pretty => lines.compact().with_ansi(is_colored).boxed(),
     };
-    tracing_subscriber::registry().with(lines).with(filter)
+    tracing_subscriber::registry().with(lines).with(filter).with(discretion())
+}
+
+/// The most that is ever logged, whatever the filter says.
+///
+/// A library may tell of what goes through it, as the reader of event streams does of their comments, and the next version
+/// of one may tell more. Below `info` that is its own business.
+fn discretion() -> Targets {
+    Targets::new()
+        .with_default(LevelFilter::INFO)
+        .with_target("threadkeeper", LevelFilter::TRACE)
+        // The statements are ours, and values are not in them.
+        .with_target("sqlx::query", LevelFilter::DEBUG)
+        // Repeats the value of a parameter that it does not know, such as a misspelt password.
+        .with_target("sqlx_postgres::options", LevelFilter::OFF)
 }
 
 fn log_panic(panic: &PanicHookInfo<'_>) {
@@ -158,6 +174,29 @@ mod tests {
         assert!(text.contains("loud") && !text.contains("quiet"), "{text}");
         assert!(logged(&log, Some("info"), LogFormat::Pretty, work).contains("quiet"));
         assert!(filter(&log, Some("threadkeeper=loud")).is_err());
+    }
+
+    #[test]
+    fn no_filter_opens_what_libraries_say_of_their_work() {
+        let work = || {
+            tracing::trace!("ours");
+            tracing::info!(target: "hyper::proto", "at work");
+            tracing::debug!(target: "hyper::proto", "hunter2");
+            tracing::debug!(target: "sse_stream::stream::parser", comment = "hunter2");
+            tracing::debug!(target: "sqlx::query", "SELECT $1");
+            tracing::trace!(target: "sqlx::query", "hunter2");
+            tracing::warn!(target: "sqlx_postgres::options::parse", value = "hunter2");
+        };
+        for filter in
+            ["trace", "hyper=trace,sse_stream=trace,sqlx=trace,sqlx_postgres=trace,threadkeeper=trace"]
+        {
+            let text = logged(&LogConfig::default(), Some(filter), LogFormat::Json, work);
+            for said in ["ours", "at work", "SELECT $1"] {
+                assert!(text.contains(said), "{filter}: {text}");
+            }
+            assert!(!text.contains("hunter2"), "{filter}: {text}");
+        }
+        assert!(!logged(&LogConfig::default(), Some("warn"), LogFormat::Json, work).contains("at work"));
     }
 
     #[test]
