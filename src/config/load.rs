@@ -421,7 +421,7 @@ mod tests {
         assert_eq!(upstream.kind, UpstreamKind::Responses);
         assert_eq!(secret(upstream.api_key.as_ref()), Some("12345"));
         assert_eq!(secret(upstream.headers.get("X-Org")), Some("o1"));
-        assert_eq!(upstream.query["v"], "2");
+        assert_eq!(secret(upstream.query.get("v")), Some("2"));
         let assistant = &config.assistants["default"];
         assert_eq!(assistant.model.as_deref(), Some("4"));
         assert_eq!(assistant.timeout, Some(Duration::from_secs(5)));

@@ -27,9 +27,9 @@ pub struct UpstreamConfig {
     /// Fixed headers of every request.
     #[serde(default)]
     pub headers: BTreeMap<String, SecretString>,
-    /// Fixed query parameters of every request, such as `api-version`.
+    /// Fixed query parameters of every request, such as `api-version`. Some servers take their key so.
     #[serde(default)]
-    pub query: BTreeMap<String, String>,
+    pub query: BTreeMap<String, SecretString>,
     /// The server has `/conversations` (kind `responses` only). Without, each thread is a chain of responses.
     #[serde(default = "yes")]
     pub conversations: bool,

@@ -306,7 +306,8 @@ fn base_url(upstream: &str, config: &UpstreamConfig) -> Result<Url, InvalidUpstr
         return Err(invalid("must not have a query or fragment: use `query`"));
     }
     if !config.query.is_empty() {
-        url.query_pairs_mut().extend_pairs(&config.query);
+        let query = config.query.iter().map(|(name, value)| (name, value.expose_secret()));
+        url.query_pairs_mut().extend_pairs(query);
     }
     Ok(url)
 }
@@ -419,7 +420,7 @@ mod tests {
     #[test]
     fn configured_query_parameters_stand_on_every_url() {
         let mut config = config("http://h/v1");
-        config.query = BTreeMap::from([("api-version".to_owned(), "2025 05".to_owned())]);
+        config.query = BTreeMap::from([("api-version".to_owned(), "2025 05".to_owned().into())]);
         let client = UpstreamClient::new("u", &config).unwrap();
         assert_eq!(client.url(&["x"], &[]).unwrap().as_str(), "http://h/v1/x?api-version=2025+05");
         assert_eq!(
@@ -451,7 +452,7 @@ mod tests {
     #[test]
     fn the_key_is_in_no_debug_output() {
         let mut config = config("http://h/hidden");
-        config.query = BTreeMap::from([("key".to_owned(), "hidden".to_owned())]);
+        config.query = BTreeMap::from([("key".to_owned(), "hidden".to_owned().into())]);
         config.headers = BTreeMap::from([("x-key".to_owned(), "hidden".to_owned().into())]);
         let client = UpstreamClient::new("u", &config).unwrap();
         assert!(!format!("{client:?} {:?}", client.headers).contains("hidden"));

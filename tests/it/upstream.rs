@@ -209,7 +209,7 @@ async fn headers_query_and_key_are_sent_as_configured() {
     let base = format!("{}api/v1/", server.url);
     let mut settings = config(UpstreamKind::Assistants, &base);
     settings.headers = BTreeMap::from([("X-Team".to_owned(), "tea".to_owned().into())]);
-    settings.query = BTreeMap::from([("api-version".to_owned(), "2025-05-01".to_owned())]);
+    settings.query = BTreeMap::from([("api-version".to_owned(), "2025-05-01".to_owned().into())]);
     let odd = UpstreamThreadId("a/b?c".to_owned());
     turn(&*adapter(&settings), Some(&odd)).await.unwrap();
 
