@@ -1,11 +1,13 @@
 //! API keys: how they are made, and which of them are good.
 
 use std::collections::{BTreeMap, HashMap};
+use std::fmt;
 use std::fmt::Write as _;
 use std::sync::{PoisonError, RwLock};
 use std::time::Duration;
 
 use rand::Rng;
+use secrecy::zeroize::Zeroizing;
 use secrecy::{ExposeSecret, SecretString};
 use sha2::{Digest, Sha256};
 use subtle::ConstantTimeEq;
@@ -34,10 +36,10 @@ pub struct FreshKey {
 impl FreshKey {
     /// A key of 256 random bits.
     pub fn new(tenant: TenantKey, access: Access, label: String) -> Self {
-        let mut random = [0_u8; NAME_DIGITS / 2 + 32];
-        rand::rng().fill_bytes(&mut random);
-        let mut digits = String::with_capacity(random.len() * 2);
-        for byte in random {
+        let mut random = Zeroizing::new([0_u8; NAME_DIGITS / 2 + 32]);
+        rand::rng().fill_bytes(&mut *random);
+        let mut digits = Zeroizing::new(String::with_capacity(random.len() * 2));
+        for byte in *random {
             let _ = write!(digits, "{byte:02x}");
         }
         let (name, secret) = digits.split_at(NAME_DIGITS);
@@ -63,10 +65,16 @@ struct Recorded {
     read_at: Option<Instant>,
 }
 
-#[derive(Debug)]
 struct Entry {
     hash: [u8; 32],
     principal: Principal,
+}
+
+impl fmt::Debug for Entry {
+    /// Whose it is. A key of the configuration may be easier to guess than ours are, so not even its hash is shown.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Entry").field("principal", &self.principal).finish_non_exhaustive()
+    }
 }
 
 impl Keyring {

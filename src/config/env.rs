@@ -2,6 +2,8 @@
 
 use std::collections::BTreeMap;
 
+use secrecy::zeroize::Zeroizing;
+
 use super::load::{FILE_SUFFIX, did_you_mean, known_settings};
 use super::problem::{ConfigProblems, Origin, Problem};
 use super::tree::{Node, Value};
@@ -12,7 +14,8 @@ const RESERVED: [&str; 1] = ["THREADKEEPER_CONFIG"];
 
 /// Puts the settings among the variables over what the tree holds.
 pub(super) fn overlay(tree: &mut Node, env: Vec<(String, String)>, problems: &mut ConfigProblems) {
-    let env: BTreeMap<String, String> = env.into_iter().filter(|(_, value)| !value.is_empty()).collect();
+    let env = env.into_iter().filter(|(_, value)| !value.is_empty());
+    let env: BTreeMap<String, Zeroizing<String>> = env.map(|(name, value)| (name, value.into())).collect();
     let mut ours = BTreeMap::<Vec<String>, (&str, &str)>::new();
     for (name, value) in &env {
         let Some(rest) = name.strip_prefix(PREFIX) else { continue };
@@ -49,7 +52,7 @@ pub(super) fn overlay(tree: &mut Node, env: Vec<(String, String)>, problems: &mu
             continue;
         }
         let node =
-            Node { origin: Some(Origin::Variable(name.to_owned())), value: Value::Raw(value.to_owned()) };
+            Node { origin: Some(Origin::Variable(name.to_owned())), value: Value::raw((*value).to_owned()) };
         put(tree, &path, node, problems);
     }
 }

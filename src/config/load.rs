@@ -6,6 +6,7 @@ use std::fmt;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 
+use secrecy::zeroize::Zeroizing;
 use secrecy::{ExposeSecret, SecretString};
 
 use super::check::{self, Checker};
@@ -39,29 +40,40 @@ pub struct Sources {
 }
 
 /// A TOML document.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub enum ConfigFile {
     Path(PathBuf),
     Text { name: String, text: String },
 }
 
+impl fmt::Debug for ConfigFile {
+    /// Its name alone.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Path(path) => write!(f, "ConfigFile({:?})", path.display().to_string()),
+            Self::Text { name, .. } => write!(f, "ConfigFile({name:?})"),
+        }
+    }
+}
+
 impl fmt::Debug for Sources {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let file = match &self.file {
-            Some(ConfigFile::Path(path)) => Some(path.display().to_string()),
-            Some(ConfigFile::Text { name, .. }) => Some(name.clone()),
-            None => None,
-        };
-        f.debug_struct("Sources").field("file", &file).field("listen", &self.listen).finish_non_exhaustive()
+        f.debug_struct("Sources")
+            .field("file", &self.file)
+            .field("listen", &self.listen)
+            .finish_non_exhaustive()
     }
 }
 
 /// The process's environment as [`Sources::env`] takes it. What is not UTF-8 is marked, and refused by the loader if
 /// it is one of our variables.
 pub fn utf8_variables(vars: impl IntoIterator<Item = (OsString, OsString)>) -> Vec<(String, String)> {
-    vars.into_iter()
-        .map(|(name, value)| (name.to_string_lossy().into_owned(), value.to_string_lossy().into_owned()))
-        .collect()
+    vars.into_iter().map(|(name, value)| (utf8(name), utf8(value))).collect()
+}
+
+/// Without a copy, if it can be: it may be a secret.
+fn utf8(text: OsString) -> String {
+    text.into_string().unwrap_or_else(|text| text.to_string_lossy().into_owned())
 }
 
 impl Config {
@@ -104,7 +116,7 @@ impl Loaded {
         let mut tree = sources.file.map_or_else(Node::empty_table, |file| read_file(file, &mut problems));
         env::overlay(&mut tree, sources.env, &mut problems);
         if let Some(listen) = sources.listen {
-            let node = Node { origin: Some(Origin::Flag("--listen")), value: Value::Raw(listen.to_string()) };
+            let node = Node { origin: Some(Origin::Flag("--listen")), value: Value::raw(listen.to_string()) };
             env::put(&mut tree, &["server".to_owned(), "listen".to_owned()], node, &mut problems);
         }
         let mut config = decode(&mut tree, &mut problems);
@@ -117,9 +129,9 @@ impl Loaded {
 
 fn read_file(file: ConfigFile, problems: &mut ConfigProblems) -> Node {
     let (name, text) = match file {
-        ConfigFile::Text { name, text } => (name, text),
+        ConfigFile::Text { name, text } => (name, Zeroizing::new(text)),
         ConfigFile::Path(path) => match std::fs::read_to_string(&path) {
-            Ok(text) => (path.display().to_string(), text),
+            Ok(text) => (path.display().to_string(), Zeroizing::new(text)),
             Err(error) => {
                 problems.push(Problem {
                     path: String::new(),
@@ -209,7 +221,7 @@ fn set_aside(tree: &mut Node, error: &DecodeError, problems: &mut ConfigProblems
                 problems.push(Problem { path: dotted, origin: None, what, hint: Some(hint) });
             }
             let Some(stand_in) = stand_in(field) else { return tree.remove(&error.path) };
-            let node = Node { origin: None, value: Value::Text(stand_in.to_owned()) };
+            let node = Node { origin: None, value: Value::text(stand_in.to_owned()) };
             return tree.insert(&full, node).is_ok();
         }
         Fault::Unfit { expected } => {
@@ -634,11 +646,24 @@ mod tests {
             base_url = "https://api.example.com/v1"
             api_key = "hunter2hunter2"
             headers = { x-key = "hunter2hunter2" }
+            query = { key = "hunter2hunter2" }
+            [auth.keys.a]
+            key = "hunter2hunter2hunter2hunter2"
+            scope = "chat"
+            [auth.jwt]
+            issuer = "i"
+            audience = ["a"]
+            algorithms = ["HS256"]
+            secret = "hunter2hunter2hunter2hunter2hunter2"
             [assistants.default]
             upstream = "openai"
             model = "m"
         "#;
-        assert!(!format!("{:?}", load(good, &[])).contains(SECRET));
+        let loaded = load(good, &[]);
+        assert!(!format!("{loaded:?}").contains(SECRET));
+        assert!(!format!("{:?}", loaded.clone()).contains(SECRET));
+        let text = ConfigFile::Text { name: "g.toml".to_owned(), text: good.to_owned() };
+        assert!(!format!("{text:?}").contains(SECRET));
         assert!(!format!("{:?}", sources(good, &[("DATABASE_URL", SECRET)])).contains(SECRET));
 
         let bad = r#"

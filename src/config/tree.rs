@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
+use secrecy::zeroize::Zeroizing;
 use toml::de::{DeTable, DeValue};
 
 use super::problem::{Origin, Problem};
@@ -21,9 +22,9 @@ pub(super) enum Value {
     Bool(bool),
     Integer(i64),
     Float(f64),
-    Text(String),
+    Text(Zeroizing<String>),
     /// Text from outside of the file, such as an environment variable's: what it means is up to the field.
-    Raw(String),
+    Raw(Zeroizing<String>),
 }
 
 impl Node {
@@ -56,7 +57,7 @@ impl Node {
             serde_json::Value::Number(number) => number
                 .as_i64()
                 .map_or_else(|| Value::Float(number.as_f64().unwrap_or(f64::INFINITY)), Value::Integer),
-            serde_json::Value::String(text) => Value::Text(text),
+            serde_json::Value::String(text) => Value::text(text),
             serde_json::Value::Array(items) => {
                 Value::List(items.into_iter().map(|item| Self::from_json(origin, item)).collect())
             }
@@ -123,6 +124,14 @@ impl Node {
 }
 
 impl Value {
+    pub(super) fn text(text: String) -> Self {
+        Self::Text(Zeroizing::new(text))
+    }
+
+    pub(super) fn raw(text: String) -> Self {
+        Self::Raw(Zeroizing::new(text))
+    }
+
     /// What it is, in words, for a message.
     pub(super) const fn kind(&self) -> &'static str {
         match self {
@@ -160,14 +169,14 @@ impl Lines<'_> {
 
     fn value(&self, value: &DeValue<'_>) -> Value {
         match value {
-            DeValue::String(text) => Value::Text(text.to_string()),
+            DeValue::String(text) => Value::text(text.to_string()),
             DeValue::Integer(digits) => {
                 let parsed = i64::from_str_radix(digits.as_str(), digits.radix());
                 parsed.map_or(Value::Float(f64::INFINITY), Value::Integer)
             }
             DeValue::Float(digits) => Value::Float(digits.as_str().parse().unwrap_or(f64::NAN)),
             DeValue::Boolean(value) => Value::Bool(*value),
-            DeValue::Datetime(time) => Value::Text(time.to_string()),
+            DeValue::Datetime(time) => Value::text(time.to_string()),
             DeValue::Array(items) => Value::List(
                 items
                     .iter()
