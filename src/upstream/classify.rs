@@ -87,7 +87,7 @@ fn meaning(status: StatusCode, headers: &HeaderMap, detail: ErrorDetail) -> Upst
 /// What a server says of an error: in the body of an answer, in an `error` event, or inside a run or response.
 #[derive(Clone, Debug, Default)]
 pub(super) struct ErrorDetail {
-    /// The error's code, if it is a word that can be shown: 1 to 64 of letters, digits, `_`, `.`, `-`.
+    /// The error's code, if it is one that can be shown.
     pub(super) code: Option<String>,
     kind: Option<String>,
     /// The server's prose. Read here to tell cases apart, never passed on.
@@ -230,10 +230,18 @@ impl ErrorDetail {
     }
 }
 
-/// The text, if it can be shown to anyone: 1 to 64 of letters, digits, `_`, `.`, `-`.
+/// The text, if it can be shown to anyone: at most 64 characters, words and short numbers with `_`, `.` or `-` between them.
+/// A server may say a key that it was sent, or a piece of it, in the place of a code: these are no words.
 pub(super) fn token(text: &str) -> Option<String> {
-    let safe = |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'_' | b'.' | b'-');
-    ((1..=64).contains(&text.len()) && text.bytes().all(safe)).then(|| text.to_owned())
+    const LONGEST_WORD: usize = 32;
+    const LONGEST_NUMBER: usize = 4;
+    let is_word = |part: &str| {
+        let letters = part.trim_end_matches(|c: char| c.is_ascii_digit());
+        letters.len() <= LONGEST_WORD
+            && part.len() - letters.len() <= LONGEST_NUMBER
+            && letters.bytes().all(|byte| byte.is_ascii_alphabetic())
+    };
+    ((1..=64).contains(&text.len()) && text.split(['_', '.', '-']).all(is_word)).then(|| text.to_owned())
 }
 
 /// How long the server asks to wait; `None` if it does not say, or says nonsense.
@@ -306,6 +314,33 @@ mod tests {
         let code = if code.is_empty() { Value::Null } else { Value::from(code) };
         serde_json::json!({"error": {"message": message, "type": "invalid_request_error", "param": null, "code": code}})
             .to_string()
+    }
+
+    #[test]
+    fn a_code_is_made_of_words() {
+        for code in [
+            "context_length_exceeded",
+            "429",
+            "DeploymentNotFound",
+            "ResponsibleAIPolicyViolation",
+            "error404",
+            "invalid-request.v2",
+            "unsupported_country_region_territory",
+        ] {
+            assert_eq!(token(code).as_deref(), Some(code));
+        }
+        for other in [
+            "",
+            "two words",
+            "sk-proj-a1B2c3D4e5F6g7H8i9J0k1L2m3N4",
+            "sk-0123456789abcdef0123456789abcdef",
+            "3f2504e0-4f89-41d3-9a0c-0305e82c3301",
+            "abcdefghijklmnopqrstuvwxyzABCDEFGHIJ",
+            "20260101",
+            &"a_".repeat(33),
+        ] {
+            assert_eq!(token(other), None, "{other}");
+        }
     }
 
     #[test]

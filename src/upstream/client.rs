@@ -224,7 +224,7 @@ impl UpstreamClient {
         tracing::debug!(
             upstream.name = self.name,
             http.status = status.as_u16(),
-            upstream.request_id = request_id(response.headers()),
+            upstream.request_id = self.request_id(response.headers()),
             "upstream answered"
         );
         if status.is_success() { Ok(response) } else { Err(self.refusal(status, response).await) }
@@ -274,6 +274,27 @@ impl UpstreamClient {
                 Ok(Err(error)) => Err(failure(&error)),
                 Err(_) => Err(UpstreamError::Broken { timeout: true }),
             }
+        })
+    }
+
+    /// The server's id of the request, if it is harmless to log: it may be a server that says what it was told.
+    fn request_id<'a>(&self, headers: &'a HeaderMap) -> Option<&'a str> {
+        ["x-request-id", "apim-request-id", "x-ms-request-id"]
+            .into_iter()
+            .find_map(|name| headers.get(name)?.to_str().ok())
+            .filter(|id| id.len() <= 128 && id.bytes().all(|byte| byte.is_ascii_graphic()))
+            .filter(|id| !self.repeats_secret(id))
+    }
+
+    /// A piece of what goes along with each request is in the text.
+    fn repeats_secret(&self, text: &str) -> bool {
+        /// Fewer characters in common are by chance.
+        const PIECE: usize = 8;
+        let headers = self.headers.values().filter(|value| value.is_sensitive()).map(HeaderValue::as_bytes);
+        let query: Vec<_> = self.base_url.query_pairs().map(|(_, value)| value.into_owned()).collect();
+        let mut secrets = headers.chain(query.iter().map(String::as_bytes));
+        secrets.any(|secret| {
+            secret.windows(PIECE).any(|piece| text.as_bytes().windows(PIECE).any(|other| other == piece))
         })
     }
 
@@ -376,14 +397,6 @@ fn is_event_stream(headers: &HeaderMap) -> bool {
         .is_some_and(|kind| kind.trim().eq_ignore_ascii_case("text/event-stream"))
 }
 
-/// The server's id of the request, if it is harmless to log.
-fn request_id(headers: &HeaderMap) -> Option<&str> {
-    ["x-request-id", "apim-request-id", "x-ms-request-id"]
-        .into_iter()
-        .find_map(|name| headers.get(name)?.to_str().ok())
-        .filter(|id| id.len() <= 128 && id.bytes().all(|byte| byte.is_ascii_graphic()))
-}
-
 #[cfg(test)]
 mod tests {
     use std::collections::BTreeMap;
@@ -456,6 +469,25 @@ mod tests {
         config.headers = BTreeMap::from([("x-key".to_owned(), "hidden".to_owned().into())]);
         let client = UpstreamClient::new("u", &config).unwrap();
         assert!(!format!("{client:?} {:?}", client.headers).contains("hidden"));
+    }
+
+    #[test]
+    fn a_request_id_that_repeats_a_secret_is_not_logged() {
+        let mut config = config("http://h");
+        config.headers = BTreeMap::from([("x-key".to_owned(), "planted-header".to_owned().into())]);
+        config.query = BTreeMap::from([("key".to_owned(), "planted query".to_owned().into())]);
+        let client = UpstreamClient::new("u", &config).unwrap();
+        let id = |text: &str| {
+            let headers = HeaderMap::from_iter([(
+                HeaderName::from_static("x-request-id"),
+                HeaderValue::from_str(text).unwrap(),
+            )]);
+            client.request_id(&headers).map(str::to_owned)
+        };
+        assert_eq!(id("req_0123456789abcdef").as_deref(), Some("req_0123456789abcdef"));
+        for repeated in ["sk-hidden", "id:sk-hidden:1", "k-hidden", "planted-", "anted-header", "two words"] {
+            assert_eq!(id(repeated), None, "{repeated}");
+        }
     }
 
     #[test]
