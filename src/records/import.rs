@@ -71,12 +71,12 @@ pub struct Refused {
 pub enum Problem {
     #[error("it is longer than {MAX_LINE} bytes")]
     TooLong,
-    #[error("it is not a JSON object: {0}")]
+    #[error("it is not a JSON object: {}", without_value(.0))]
     NotJson(serde_json::Error),
     #[error("`type` must be `thread`, `run`, `message` or `end`")]
     Type,
     /// Where, and what.
-    #[error("{0}{1}")]
+    #[error("{}{}", .0, without_value(.1))]
     Field(String, serde_json::Error),
     #[error("`upstream` is missing, and there is no default assistant whose upstream could be meant")]
     NoUpstream,
@@ -111,6 +111,26 @@ pub enum Problem {
     NotWhole { said: Counts, found: Counts },
     #[error("the file has ids as an export has, but no end line: it was cut off")]
     CutOff,
+}
+
+/// What is wrong, without what was found in its place: that may be what somebody said, and this is for logs.
+fn without_value(error: &serde_json::Error) -> String {
+    let text = error.to_string();
+    // Names of fields are no values.
+    if ["unknown field", "missing field", "duplicate field"].iter().any(|begin| text.starts_with(begin)) {
+        return text;
+    }
+    let (found, expected) = match text.rfind(", expected ") {
+        Some(at) => text.split_at(at),
+        None => (text.as_str(), ""),
+    };
+    let is_quote = |c| matches!(c, '"' | '`');
+    match found.find(is_quote).zip(found.rfind(is_quote)) {
+        Some((first, last)) if first < last => {
+            format!("{}…{}{expected}", &found[..first], &found[last + 1..])
+        }
+        _ => text,
+    }
 }
 
 /// Why nothing more was read.
@@ -446,4 +466,34 @@ fn check_time(name: &'static str, time: Option<Timestamp>) -> Result<(), Problem
 
 fn is_upstream_text(text: &str) -> bool {
     (1..=512).contains(&text.len()) && !text.contains(char::is_control)
+}
+
+#[cfg(test)]
+mod tests {
+    use serde::Deserialize;
+
+    use super::*;
+
+    #[test]
+    fn what_was_found_is_not_repeated() {
+        #[derive(Debug, Deserialize)]
+        #[serde(deny_unknown_fields)]
+        struct Line {
+            #[serde(rename = "role")]
+            _role: Option<crate::domain::Role>,
+            #[serde(rename = "times")]
+            _times: Option<u32>,
+        }
+        for (json, told) in [
+            (r#"{"times": "planted \", expected"}"#, "invalid type: string …, expected u32"),
+            (r#"{"tims": 1}"#, "unknown field `tims`, expected `role` or `times`"),
+            ("[", "EOF while parsing"),
+        ] {
+            let error = serde_json::from_str::<Line>(json).unwrap_err();
+            let text = without_value(&error);
+            assert!(text.starts_with(told) && !text.contains("planted"), "{text}");
+        }
+        let error = serde_json::from_str::<Line>(r#"{"role": "planted"}"#).unwrap_err();
+        assert!(!without_value(&error).contains("planted"), "{error}");
+    }
 }
