@@ -24,6 +24,7 @@ mod recovery;
 mod replicas;
 mod rollover;
 mod scale;
+mod secrets;
 mod shutdown;
 mod statistics;
 mod strategies;
