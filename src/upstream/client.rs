@@ -253,6 +253,11 @@ impl UpstreamClient {
                 if body.len() + chunk.len() > limit {
                     return Ok(None);
                 }
+                if body.capacity() - body.len() < chunk.len() {
+                    // Twice as long, but never longer than it may become.
+                    let wanted = (2 * body.len()).clamp(body.len() + chunk.len(), limit);
+                    body.reserve_exact(wanted - body.len());
+                }
                 body.extend_from_slice(&chunk);
             }
             Ok(Some(body))
