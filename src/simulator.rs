@@ -39,6 +39,7 @@
 //! | `endless_reply` | a run is named, then its reply goes on for ever, in refusals that no delta of text tells | the same list |
 //! | `huge_event` | an event of one GiB, in short lines | a text of one GiB, announced as such |
 //! | `invalid_utf8`, `deep_json`, `dense_json` | the first event is not UTF-8; is nested 100,000 deep; has millions of values | the same of the answer |
+//! | `full_page` | the same as JSON | a page of a list, as full as can be, with another one behind it |
 //! | `html` | a page | a page |
 //! | `redirect` | 307 to `location` | 307 to `location` |
 //! | `gzip` | unpacks to no end, as `content-encoding` says | the same |

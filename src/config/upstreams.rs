@@ -46,7 +46,8 @@ pub struct UpstreamConfig {
     /// arrive.
     #[serde(default = "UpstreamConfig::default_idle_timeout", with = "humantime_serde")]
     pub idle_timeout: Duration,
-    /// Largest single event of a stream, most that is put together from one, and largest JSON answer, bytes.
+    /// Largest single event of a stream, most that is put together from one, largest JSON answer, and most of several
+    /// pages of a list that are needed together, bytes.
     #[serde(default = "UpstreamConfig::default_max_event_bytes")]
     pub max_event_bytes: usize,
     /// How long a thread may stay locked after its run has ended, and within which a response whose connection was

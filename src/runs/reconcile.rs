@@ -139,21 +139,40 @@ impl Runs {
     }
 }
 
-/// All messages of an upstream thread, oldest first. `None` if the server does not tell.
+/// The most that is kept of an upstream thread to compare it, in bytes, and the most pages that are read. A server may
+/// list for ever.
+const MAX_HISTORY: usize = 32 * 1024 * 1024;
+const MAX_HISTORY_PAGES: usize = 2000;
+/// What an entry, or a part of one, takes besides its texts.
+const ENTRY_COST: usize = 200;
+const PART_COST: usize = 100;
+
+/// All messages of an upstream thread, oldest first. `None` if the server does not tell, or tells too much.
 async fn history(
     upstream: &dyn Upstream,
     id: &UpstreamThreadId,
     pace: &Pace,
 ) -> Result<Option<Vec<HistoryEntry>>, UpstreamError> {
-    let (mut all, mut after) = (Vec::new(), None::<String>);
-    loop {
+    let (mut all, mut after, mut held) = (Vec::new(), None::<String>, 0);
+    for _ in 0..MAX_HISTORY_PAGES {
         let Some(some) = upstream.history(id, after.as_deref(), pace).await? else { return Ok(None) };
+        held += some.entries.iter().map(cost).sum::<usize>();
+        if held > MAX_HISTORY {
+            break;
+        }
         all.extend(some.entries);
         match some.next {
             Some(next) if after.as_ref() != Some(&next) => after = Some(next),
             _ => return Ok(Some(all)),
         }
     }
+    tracing::warn!("the upstream thread is too long to be compared with its transcript");
+    Ok(None)
+}
+
+fn cost(entry: &HistoryEntry) -> usize {
+    let parts: usize = entry.content.iter().map(|part| PART_COST + part.size()).sum();
+    ENTRY_COST + entry.id.len() + parts
 }
 
 /// All that the upstream thread of a thread may hold of the record: what was carried over, and its own transcript.

@@ -3,6 +3,7 @@
 //! They are made while they are read, and never held in memory. When the reader leaves, nobody asks for more.
 
 use std::io;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use axum::body::Body;
@@ -22,6 +23,11 @@ const HUGE: usize = 1024 * 1024 * 1024;
 const DEPTH: usize = 100;
 /// Size of the dense JSON: less than a client is known to refuse for its size.
 const DENSE: usize = 15 * 1024 * 1024;
+/// Size of the text on a full page, and values that it has besides: nearly as much as a client is known to read.
+const FULL: usize = 14 * 1024 * 1024;
+const FULL_VALUES: usize = 100_000;
+/// Each full page has an element that was on none before it.
+static PAGES: AtomicU64 = AtomicU64::new(0);
 /// A word that is in all that is said here, so that a test can see whether it comes through.
 const WORD: &str = "quagmire ";
 /// Where a redirect leads if nothing else is said: nobody listens there.
@@ -39,6 +45,7 @@ pub(super) enum Hostile {
     InvalidUtf8,
     DeepJson,
     DenseJson,
+    FullPage,
     Html,
     Redirect,
     Gzip,
@@ -55,6 +62,7 @@ impl Hostile {
             "invalid_utf8" => Self::InvalidUtf8,
             "deep_json" => Self::DeepJson,
             "dense_json" => Self::DenseJson,
+            "full_page" => Self::FullPage,
             "html" => Self::Html,
             "redirect" => Self::Redirect,
             "gzip" => Self::Gzip,
@@ -162,6 +170,18 @@ impl Hostility {
                 let (before, after) = form.around_value();
                 let zeros = stream::repeat(Bytes::from(filled("0,"))).take(DENSE / PIECE);
                 begun(before).chain(begun("[")).chain(zeros).chain(begun("0]")).chain(begun(after)).boxed()
+            }
+            Hostile::FullPage => {
+                let number = PAGES.fetch_add(1, Ordering::Relaxed);
+                let half = || stream::repeat(filler()).take(FULL / 2 / PIECE);
+                // A message as both protocols have it, each of which passes over the other's part.
+                let before = format!(
+                    "{{\"object\":\"list\",\"has_more\":true,\"data\":[{{\"id\":\"msg_{number}\",\"object\":\"thread.message\",\
+                     \"type\":\"message\",\"role\":\"assistant\",\"content\":[{{\"type\":\"output_text\",\"text\":\""
+                );
+                let between = "\"},{\"type\":\"text\",\"text\":{\"annotations\":[],\"value\":\"";
+                let zeros = format!("\"}}}}],\"zeros\":[{}0]}}]}}", "0,".repeat(FULL_VALUES));
+                begun(before).chain(half()).chain(begun(between)).chain(half()).chain(begun(zeros)).boxed()
             }
             Hostile::Html => begun(format!("<!doctype html><title>{WORD}</title><p>Sign in.")).boxed(),
             Hostile::Redirect => begun(WORD).boxed(),

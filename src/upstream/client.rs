@@ -21,7 +21,7 @@ use url::Url;
 use super::UpstreamError;
 use super::breaker::Breaker;
 use super::classify::{Refusal, classify};
-use super::density::is_dense;
+use super::density::{Kept, Size, is_dense};
 use super::sse::{self, SseEvent};
 use crate::config::{AuthScheme, UpstreamConfig};
 
@@ -83,6 +83,7 @@ pub(super) struct Answer<T> {
     pub(super) value: T,
     /// When the server wants to be asked again about an unfinished run.
     pub(super) poll_after: Option<Duration>,
+    pub(super) size: Size,
 }
 
 impl UpstreamClient {
@@ -129,6 +130,11 @@ impl UpstreamClient {
         self.max_bytes
     }
 
+    /// For what is to be kept of several answers.
+    pub(super) fn kept(&self) -> Kept {
+        Kept::new(self.max_bytes)
+    }
+
     /// Whether calls are made at all, or after how long they will be again.
     pub(super) fn available(&self) -> Result<(), Duration> {
         self.breaker.check()
@@ -164,7 +170,7 @@ impl UpstreamClient {
         }
         let value = serde_json::from_slice(&body)
             .map_err(|_| UpstreamError::Protocol("an answer is not the expected JSON".to_owned()))?;
-        Ok(Answer { value, poll_after })
+        Ok(Answer { value, poll_after, size: Size::of(&body) })
     }
 
     /// Makes one request whose answer says no more than that it was done.

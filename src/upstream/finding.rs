@@ -11,6 +11,10 @@ use crate::domain::{ThreadId, UpstreamThreadId};
 
 /// Pages that are looked through, the newest threads first.
 const MAX_PAGES: usize = 50;
+/// More than were ever made for one thread. A server that lists more of them lists anything.
+const MAX_FOUND: usize = 100;
+/// No server has longer ids.
+const MAX_ID_BYTES: usize = 512;
 
 #[derive(Debug, Deserialize)]
 struct Listed {
@@ -43,7 +47,11 @@ pub(super) async fn find(
         let is_of = |listed: &Listed| {
             listed.metadata.as_ref().and_then(|tags| tags.get(THREAD_TAG)?.as_str()) == Some(&of)
         };
-        found.extend(page.data.into_iter().filter(is_of).map(|listed| UpstreamThreadId(listed.id)));
+        let of_it = page.data.into_iter().filter(is_of).map(|listed| listed.id);
+        found.extend(of_it.filter(|id| id.len() <= MAX_ID_BYTES).take(MAX_FOUND).map(UpstreamThreadId));
+        if found.len() > MAX_FOUND {
+            return Err(UpstreamError::Protocol("too many threads have the same tag".to_owned()));
+        }
         if last.is_none() {
             return Ok(Some(found));
         }

@@ -85,7 +85,8 @@ impl AssistantsUpstream {
         Ok(())
     }
 
-    /// Reads pages until `last` is true of a message, which is left out, or until there are no more.
+    /// Reads pages until `last` is true of a message, which is left out, or until there are no more. All of them together
+    /// may be no longer than one answer.
     async fn messages(
         &self,
         thread: &UpstreamThreadId,
@@ -95,12 +96,15 @@ impl AssistantsUpstream {
     ) -> Result<Vec<MessageObject>, UpstreamError> {
         let path = ["threads", thread.as_str(), "messages"];
         let mut all: Vec<MessageObject> = Vec::new();
+        let mut kept = self.client.kept();
         for _ in 0..max_pages {
             let after = all.last().map(|message| message.id.clone());
             let cursor = after.as_deref().map(|id| ("after", id));
             let query: Vec<(&str, &str)> =
                 [("limit", PAGE)].into_iter().chain(query.iter().copied()).chain(cursor).collect();
-            let page: List<MessageObject> = self.call(Method::GET, &path, &query).await?.value;
+            let answer = self.call::<List<MessageObject>>(Method::GET, &path, &query).await?;
+            kept.add(answer.size)?;
+            let page = answer.value;
             let is_last_page = page.has_more != Some(true) || page.data.is_empty();
             for message in page.data {
                 if last(&message) {

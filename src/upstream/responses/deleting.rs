@@ -61,8 +61,10 @@ impl ResponsesUpstream {
             if listed.is_empty() {
                 return Ok(());
             }
-            let ids = listed.iter().filter_map(id_of);
-            let left: Vec<&str> = ids.filter(|id| !done.contains(*id)).collect();
+            let ids: HashSet<&str> = listed.iter().filter_map(id_of).collect();
+            // What is not listed any more is gone, and need not be remembered.
+            done.retain(|id: &String| ids.contains(id.as_str()));
+            let left: Vec<&str> = listed.iter().filter_map(id_of).filter(|id| !done.contains(*id)).collect();
             if left.is_empty() {
                 stale_looks += 1;
                 if stale_looks >= MAX_STALE_LOOKS {

@@ -35,7 +35,8 @@ impl Newest {
 }
 
 impl ResponsesUpstream {
-    /// Reads pages, the newest first, until the item `anchor`, or until the conversation's beginning.
+    /// Reads pages, the newest first, until the item `anchor`, or until the conversation's beginning. All of them together
+    /// may be no longer than one answer.
     pub(super) async fn newest(
         &self,
         conversation: &UpstreamThreadId,
@@ -44,6 +45,7 @@ impl ResponsesUpstream {
     ) -> Result<Newest, UpstreamError> {
         let path = ["conversations", conversation.as_str(), "items"];
         let mut newest_first: Vec<Value> = Vec::new();
+        let mut kept = self.client.kept();
         let mut met = None;
         let mut is_whole = false;
         for _ in 0..max_pages {
@@ -52,6 +54,7 @@ impl ResponsesUpstream {
             let query: Vec<_> = [("limit", PAGE_TEXT), ("order", "desc")].into_iter().chain(cursor).collect();
             let page: Answer<List<Value>> =
                 patiently(|| self.client.json(Method::GET, &path, &query, None)).await?;
+            kept.add(page.size)?;
             let List { data, has_more } = page.value;
             let is_last = data.is_empty() || !has_more.unwrap_or(data.len() >= PAGE);
             let before = newest_first.len();
