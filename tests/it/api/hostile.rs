@@ -8,25 +8,86 @@ use serde_json::{Value, json};
 use threadkeeper::simulator::Stats;
 
 use crate::support::gateway::{Answer, Gateway, text};
-use crate::support::scene::{Protocol, Scene, on_every_scene};
+use crate::support::scene::{Backend, Protocol, Scene};
 
-// What is tried is the adapters, not the stores: one is enough.
-on_every_scene!(@ assistants Assistants Sqlite [
-    no_answer_to_a_run_harms
-    no_answer_to_the_making_of_a_thread_harms
-    no_answer_to_a_look_harms
-    no_error_harms
-    a_redirect_is_not_followed
-    what_drips_for_ever_meets_the_deadline
-]);
-on_every_scene!(@ responses Responses Sqlite [
-    no_answer_to_a_run_harms
-    no_answer_to_the_making_of_a_thread_harms
-    no_answer_to_a_look_harms
-    no_error_harms
-    a_redirect_is_not_followed
-    what_drips_for_ever_meets_the_deadline
-]);
+/// Makes a test of each function for a way to speak to the upstream, which may need further settings. What is tried is the
+/// adapters, not the stores: one is enough.
+macro_rules! on_every_way {
+    ($($module:ident $protocol:ident $more:literal [$($case:ident)+])+) => {$(
+        mod $module {
+            use super::{Backend, Protocol, Scene, Way};
+            $(
+                #[tokio::test(flavor = "multi_thread")]
+                async fn $case() {
+                    let scene = Scene::new(Protocol::$protocol, Backend::Sqlite).await;
+                    super::$case(Way { scene, more: $more }).await;
+                }
+            )+
+        }
+    )+};
+}
+on_every_way! {
+    assistants Assistants "" [
+        no_answer_to_a_run_harms
+        no_answer_to_the_making_of_a_thread_harms
+        no_answer_to_a_look_harms
+        no_list_without_end_harms
+        no_error_harms
+        a_redirect_is_not_followed
+        what_drips_for_ever_meets_the_deadline
+    ]
+    responses Responses "" [
+        no_answer_to_a_run_harms
+        no_answer_to_the_making_of_a_thread_harms
+        no_answer_to_a_look_harms
+        no_list_without_end_harms
+        no_error_harms
+        a_redirect_is_not_followed
+        what_drips_for_ever_meets_the_deadline
+    ]
+    // A response is looked for by its id here, and again and again.
+    background Responses "background = true\n" [
+        no_answer_to_a_run_harms
+        no_answer_to_a_look_harms
+        no_error_harms
+        a_redirect_is_not_followed
+        what_drips_for_ever_meets_the_deadline
+    ]
+    // There is nothing to be made, and no list.
+    chain Chain "" [
+        no_answer_to_a_run_harms
+        no_answer_to_a_look_harms
+        no_error_harms
+        a_redirect_is_not_followed
+        what_drips_for_ever_meets_the_deadline
+    ]
+}
+
+/// A way to speak to the upstream.
+struct Way {
+    scene: Scene,
+    /// Settings of the upstream that make it that way.
+    more: &'static str,
+}
+
+impl Way {
+    async fn gateway(&self, upstream: &str) -> Gateway {
+        self.scene.gateway_both(SETTINGS, &format!("{upstream}{}", self.more)).await
+    }
+
+    fn is_background(&self) -> bool {
+        !self.more.is_empty()
+    }
+
+    /// What is asked for to learn what became of a run whose stream broke.
+    fn look(&self) -> &'static str {
+        match self.scene.protocol {
+            Protocol::Assistants => "get_run",
+            Protocol::Responses if !self.is_background() => "list_items",
+            _ => "get_response",
+        }
+    }
+}
 
 /// Neither locks that may linger, nor repeats, nor rests are what is tried here.
 const SETTINGS: &str = "[runs]\nsettle_timeout = \"2s\"\nmax_retries = 0\n";
@@ -46,29 +107,41 @@ const WORD: &str = "quagmire";
 struct Watch<'a> {
     gateway: &'a Gateway,
     before: u64,
+    /// How much it may grow, KiB.
+    most: u64,
 }
 
 impl<'a> Watch<'a> {
     /// A gateway that has answered `user` once.
     async fn over(gateway: &'a Gateway, user: &str) -> Self {
         gateway.say(&scope(user), "hello").await;
-        Self { gateway, before: memory(gateway, "VmRSS:") }
+        Self { gateway, before: memory(gateway, "VmRSS:"), most: MAX_GROWTH_KIB }
     }
 
-    /// `answer` is a refusal of this kind that came in time and tells nothing of what the upstream said.
-    fn contained(&self, what: &str, since: Instant, answer: &Answer, expected: (u16, &str, &str)) {
+    /// A message that is answered by harm is refused in this way, in time, without anything that the upstream said; and the
+    /// thread takes the next one. `what` says which harm it is.
+    async fn refused(&self, what: &str, user: &str, message: &Value, expected: (u16, &str, &str)) -> Answer {
+        let since = Instant::now();
         let (status, problem, code) = expected;
+        let answer = say(self.gateway, user, message).await;
         assert_eq!(answer.problem(), (status, problem), "{what}: {:#}", answer.body);
         assert_eq!(answer.body["code"], code, "{what}: {:#}", answer.body);
+        self.contained(what, user, since, &answer).await;
+        answer
+    }
+
+    async fn contained(&self, what: &str, user: &str, since: Instant, answer: &Answer) {
         assert!(!answer.body.to_string().contains(WORD), "{what} came through: {:#}", answer.body);
         assert!(since.elapsed() < BOUND, "{what} took {:?}", since.elapsed());
         self.small(what);
+        works_again(self.gateway, user, what).await;
+        println!("{what} took {:?}", since.elapsed());
     }
 
     fn small(&self, what: &str) {
         let grown = memory(self.gateway, "VmHWM:").saturating_sub(self.before);
         println!("after {what} the most memory so far is {grown} KiB more");
-        assert!(grown <= MAX_GROWTH_KIB, "{what} took {grown} KiB of memory");
+        assert!(grown <= self.most, "{what} took {grown} KiB of memory");
     }
 }
 
@@ -100,10 +173,13 @@ fn nothing_came_through(gateway: &Gateway) {
     assert_eq!(line, None, "what the upstream said is in the log");
 }
 
-async fn no_answer_to_a_run_harms(scene: Scene) {
-    const UNREADABLE: (u16, &str, &str) = (502, "upstream-error", "upstream_error");
-    const LATE: (u16, &str, &str) = (504, "upstream-timeout", "deadline_exceeded");
-    let gateway = scene.gateway_both(SETTINGS, UPSTREAM).await;
+const UNREADABLE: (u16, &str, &str) = (502, "upstream-error", "upstream_error");
+const BROKEN: (u16, &str, &str) = (502, "upstream-error", "stream_broken");
+const SILENT: (u16, &str, &str) = (504, "upstream-timeout", "upstream_timeout");
+const LATE: (u16, &str, &str) = (504, "upstream-timeout", "deadline_exceeded");
+
+async fn no_answer_to_a_run_harms(way: Way) {
+    let gateway = way.gateway(UPSTREAM).await;
     let watch = Watch::over(&gateway, "alice").await;
     for (kind, timeout_ms, expected) in [
         ("html", 60_000, UNREADABLE),
@@ -118,90 +194,97 @@ async fn no_answer_to_a_run_harms(scene: Scene) {
         ("dense_json", 60_000, UNREADABLE),
         ("endless_reply", 60_000, UNREADABLE),
     ] {
-        scene.fault("start", &format!("hostile={kind}"), 1);
-        let since = Instant::now();
-        let body = json!({"content": "oh", "timeout_ms": timeout_ms});
-        let answer = say(&gateway, "alice", &body).await;
-        watch.contained(kind, since, &answer, expected);
+        way.scene.fault("start", &format!("hostile={kind}"), 1);
+        let message = json!({"content": "oh", "timeout_ms": timeout_ms});
+        let answer = watch.refused(kind, "alice", &message, expected).await;
         let run = answer.body["run_id"].as_str().unwrap();
         let read = gateway.get(&format!("{}/runs/{run}", scope("alice"))).await.ok();
         let status = if expected == LATE { "expired" } else { "failed" };
         assert_eq!(read["run"]["status"], status, "{kind}: {read:#}");
-        works_again(&gateway, "alice", kind).await;
-        println!("{kind} took {:?}", since.elapsed());
     }
     nothing_came_through(&gateway);
 }
 
-async fn no_answer_to_the_making_of_a_thread_harms(scene: Scene) {
-    let gateway = scene.gateway_both(SETTINGS, SOON).await;
+async fn no_answer_to_the_making_of_a_thread_harms(way: Way) {
+    let gateway = way.gateway(SOON).await;
     let watch = Watch::over(&gateway, "alice").await;
-    for (kind, code) in [
-        ("html", "upstream_error"),
-        ("redirect", "upstream_error"),
-        ("invalid_utf8", "upstream_error"),
-        ("deep_json", "upstream_error"),
-        ("gzip", "upstream_error"),
-        ("dense_json", "upstream_error"),
-        ("endless_line", "upstream_error"),
-        ("endless_events", "upstream_error"),
-        ("huge_event", "upstream_error"),
-        ("drip", "upstream_timeout"),
+    for kind in [
+        "html",
+        "redirect",
+        "invalid_utf8",
+        "deep_json",
+        "gzip",
+        "dense_json",
+        "endless_line",
+        "endless_events",
+        "huge_event",
+        "drip",
     ] {
-        scene.fault("create_thread", &format!("hostile={kind}"), 1);
-        let since = Instant::now();
-        let answer = say(&gateway, kind, &json!({"content": "oh"})).await;
-        let expected =
-            if code == "upstream_timeout" { (504, "upstream-timeout") } else { (502, "upstream-error") };
-        watch.contained(kind, since, &answer, (expected.0, expected.1, code));
-        works_again(&gateway, kind, kind).await;
-        println!("{kind} took {:?}", since.elapsed());
+        way.scene.fault("create_thread", &format!("hostile={kind}"), 1);
+        let expected = if kind == "drip" { SILENT } else { UNREADABLE };
+        watch.refused(kind, kind, &json!({"content": "oh"}), expected).await;
     }
     nothing_came_through(&gateway);
 }
 
 /// A stream breaks, and whoever looks for what became of its run is answered so.
-async fn no_answer_to_a_look_harms(scene: Scene) {
-    let gateway = scene.gateway_both(SETTINGS, SOON).await;
+async fn no_answer_to_a_look_harms(way: Way) {
+    let gateway = way.gateway(SOON).await;
     let watch = Watch::over(&gateway, "alice").await;
-    let look = if scene.protocol == Protocol::Assistants { "get_run" } else { "list_items" };
     for kind in ["endless_line", "deep_json", "dense_json", "html", "drip"] {
-        scene.fault(look, &format!("hostile={kind}"), 1);
-        let since = Instant::now();
-        let answer = say(&gateway, "alice", &json!({"content": "oh [[sim: cut=2 tokens=9 rate=1ms]]"})).await;
-        // There the run goes on, and is followed to its end after the next look.
-        if scene.protocol == Protocol::Assistants {
+        way.scene.fault(way.look(), &format!("hostile={kind}"), 1);
+        let message = json!({"content": "oh [[sim: cut=2 tokens=9 rate=1ms]]"});
+        // Where the run goes on, it is followed to its end after the next look.
+        if way.scene.protocol == Protocol::Assistants || way.is_background() {
+            let since = Instant::now();
+            let answer = say(&gateway, "alice", &message).await;
+            watch.contained(kind, "alice", since, &answer).await;
             assert!(text(&answer.ok()["message"]).contains("oh"));
-            watch.small(kind);
         } else {
-            watch.contained(kind, since, &answer, (502, "upstream-error", "stream_broken"));
+            watch.refused(kind, "alice", &message, BROKEN).await;
         }
-        works_again(&gateway, "alice", kind).await;
-        println!("{kind} took {:?}", since.elapsed());
     }
     nothing_came_through(&gateway);
 }
 
-async fn no_error_harms(scene: Scene) {
-    let gateway = scene.gateway_both(SETTINGS, SOON).await;
+/// Lists whose pages are as full as can be, and always have another one behind them.
+async fn no_list_without_end_harms(way: Way) {
+    let gateway = way.gateway(UPSTREAM).await;
+    // A page is kept while the next one is read; and of what is compared with a transcript twice as much.
+    let watch = Watch { most: 2 * MAX_GROWTH_KIB, ..Watch::over(&gateway, "alice").await };
+    let list = if way.scene.protocol == Protocol::Assistants { "list_messages" } else { "list_items" };
+    way.scene.fault(list, "hostile=full_page", 1000);
+    let said = say(&gateway, "alice", &json!({"content": "oh [[sim: cut=2 tokens=9 rate=1ms]]"})).await;
+    watch.small("a broken stream");
+    assert!(said.status == 200 || said.status == 502, "{said:?}");
+    let since = Instant::now();
+    let verified = gateway.get(&format!("{}/thread?verify=upstream", scope("alice"))).await;
+    assert!(since.elapsed() < BOUND, "it took {:?}", since.elapsed());
+    assert_eq!(verified.ok()["verified"]["upstream_thread"], "cannot_tell");
+    watch.small("a comparison");
+    way.scene.simulator.clear_faults();
+    works_again(&gateway, "alice", list).await;
+    nothing_came_through(&gateway);
+}
+
+async fn no_error_harms(way: Way) {
+    let gateway = way.gateway(SOON).await;
     let watch = Watch::over(&gateway, "alice").await;
     for kind in ["html", "deep_json", "dense_json", "gzip", "endless_line", "endless_events", "drip"] {
-        scene.fault("start", &format!("status=400 hostile={kind}"), 1);
-        let since = Instant::now();
-        let answer = say(&gateway, "alice", &json!({"content": "oh"})).await;
-        watch.contained(kind, since, &answer, (502, "upstream-error", "upstream_error"));
-        works_again(&gateway, "alice", kind).await;
+        way.scene.fault("start", &format!("status=400 hostile={kind}"), 1);
+        watch.refused(kind, "alice", &json!({"content": "oh"}), UNREADABLE).await;
     }
     nothing_came_through(&gateway);
 }
 
-async fn a_redirect_is_not_followed(scene: Scene) {
+async fn a_redirect_is_not_followed(way: Way) {
     let target = TcpListener::bind("127.0.0.1:0").unwrap();
     target.set_nonblocking(true).unwrap();
     let location = format!("http://{}/v1", target.local_addr().unwrap());
-    let gateway = scene.gateway_both(SETTINGS, UPSTREAM).await;
-    for on in ["create_thread", "start"] {
-        scene.fault(on, &format!("hostile=redirect location={location}"), 1);
+    let gateway = way.gateway(UPSTREAM).await;
+    let makes_threads = way.scene.protocol != Protocol::Chain;
+    for on in ["create_thread", "start"].into_iter().filter(|on| makes_threads || *on == "start") {
+        way.scene.fault(on, &format!("hostile=redirect location={location}"), 1);
         let answer = say(&gateway, on, &json!({"content": "oh"})).await;
         assert_eq!(answer.problem(), (502, "upstream-error"), "{on}");
         assert!(!answer.body.to_string().contains(&location), "{on}: {:#}", answer.body);
@@ -211,9 +294,9 @@ async fn a_redirect_is_not_followed(scene: Scene) {
     assert_eq!(nobody, Some(std::io::ErrorKind::WouldBlock), "somebody came to where a redirect led");
 }
 
-async fn what_drips_for_ever_meets_the_deadline(scene: Scene) {
+async fn what_drips_for_ever_meets_the_deadline(way: Way) {
     // Each byte ends a silence, so that the longest one that is allowed never comes.
-    let gateway = scene.gateway_both(SETTINGS, SOON).await;
+    let gateway = way.gateway(SOON).await;
     gateway.say(&scope("alice"), "hello").await;
     let since = Instant::now();
     let body = json!({"content": "oh [[sim: hostile=drip rate=50ms]]", "timeout_ms": 1500});
@@ -229,12 +312,12 @@ async fn what_drips_for_ever_meets_the_deadline(scene: Scene) {
         let of = |name: &str| stats.requests_by_operation.get(name).copied().unwrap_or(0);
         of("create_run") + of("create_response")
     };
-    let before = begun(&scene.simulator.stats());
+    let before = begun(&way.scene.simulator.stats());
     let first = gateway.post_in_background(
         &format!("{}/messages", scope("alice")),
         &json!({"content": "oh [[sim: hostile=drip]]", "timeout_ms": 700}),
     );
-    let begins = scene.simulator.wait_for(|stats| begun(stats) > before);
+    let begins = way.scene.simulator.wait_for(|stats| begun(stats) > before);
     tokio::time::timeout(BOUND, begins).await.expect("it begins");
     works_again(&gateway, "alice", "drip").await;
     drop(first);
