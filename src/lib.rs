@@ -37,3 +37,6 @@ pub mod simulator;
 pub mod config;
 
 pub mod domain;
+
+#[cfg(test)]
+mod testing;

@@ -80,6 +80,7 @@ fn dependencies_point_one_way() {
         "simulator",
         "config",
         "domain",
+        "testing",
     ];
     for (file, code) in code() {
         assert!(

@@ -196,7 +196,7 @@ mod tests {
     use super::*;
     use crate::domain::Usage;
     use crate::upstream::classify::Damage;
-    use crate::upstream::mutation::{damaged, mutated, read_to_the_end};
+    use crate::upstream::mutation::{damaged, ends_once, mutated, read_to_the_end, told};
 
     fn event(data: &Value) -> SseEvent {
         SseEvent { name: data["type"].as_str().map(str::to_owned), data: data.to_string() }
@@ -459,24 +459,13 @@ mod tests {
                     break;
                 }
             }
-            let told: usize = out
-                .iter()
-                .map(|event| match event {
-                    UpstreamEvent::Accepted(_) => 0,
-                    UpstreamEvent::Text(text) => text.len(),
-                    UpstreamEvent::Ended(ended) => ended.content.iter().map(ContentPart::size).sum(),
-                })
-                .sum();
+            let told = told(&out);
             prop_assert!(told <= 2 * sent, "shown, and told again at the end: {told} of {sent}");
         }
 
         #[test]
         fn a_damaged_stream_has_an_end(pieces in damaged(transcript().into_bytes())) {
-            let told = read_to_the_end(pieces, Turn::to_be_mended(true), 4096);
-            let ends = told.iter().filter(|event| event.starts_with("Ok(Ended") || event.starts_with("Err(") || event.starts_with("Refusal"));
-            prop_assert_eq!(ends.count(), 1, "{:?}", told);
-            let last = told.last().map(String::as_str).unwrap_or_default();
-            prop_assert!(!last.starts_with("Ok(Text") && !last.starts_with("Ok(Accepted"), "{last}");
+            ends_once(&read_to_the_end(pieces, Turn::to_be_mended(true), 4096))?;
         }
     }
 }
