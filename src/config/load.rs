@@ -324,13 +324,14 @@ fn resolve_file(
             let text = SecretString::from(text);
             let trimmed = text.expose_secret().trim_end_matches(['\n', '\r']);
             if trimmed.trim().is_empty() {
-                checker.report(&file_path, format!("the file {} is empty", file.display()), "");
+                checker.report(&file_path, "the file is empty", "");
             } else {
                 *secret = Some(SecretString::from(trimmed));
             }
         }
         Err(error) => {
-            checker.report(&file_path, format!("the file {} cannot be read: {error}", file.display()), "");
+            // Its name is not repeated: somebody may have written the secret itself in its place.
+            checker.report(&file_path, format!("the file cannot be read: {error}"), "");
         }
     }
 }
@@ -339,8 +340,11 @@ fn resolve_file(
 mod tests {
     use std::time::Duration;
 
+    use proptest::prelude::*;
+
     use super::*;
     use crate::config::{LogFormat, Synchronous, UpstreamKind};
+    use crate::testing::damaged;
 
     const BOTH: &str = r#"
         [upstreams.openai]
@@ -625,6 +629,10 @@ mod tests {
         assert_eq!(key(&load(BOTH, &[(name, &good)])).as_deref(), Some("hunter2"));
         assert_one(&problems(BOTH, &[(name, &empty)]), &[name, "is empty"]);
         assert_one(&problems(BOTH, &[(name, &missing)]), &[name, "cannot be read"]);
+        assert!(
+            !problems(BOTH, &[(name, "hunter2hunter2")])[0].contains("hunter2"),
+            "not a file, but the key"
+        );
 
         // Within one layer they contradict each other; a higher layer replaces both.
         let plain = ("THREADKEEPER_UPSTREAMS__OPENAI__API_KEY", "other");
@@ -709,6 +717,76 @@ mod tests {
             let found = problems("", &[("DATABASE_URL", url)]);
             assert_one(&found, &["store.url (DATABASE_URL): is not the URL of a database"]);
             assert!(!found[0].contains(SECRET));
+        }
+    }
+
+    /// Sound, with a secret wherever one can be.
+    const WITH_SECRETS: &str = r#"
+[store]
+url = "postgres://u:hunter2hunter2@h/d"
+direct_url = "postgres://u:hunter2hunter2@h/d"
+[auth.keys.a]
+key = "hunter2hunter2hunter2hunter2"
+scope = "chat"
+[auth.jwt]
+issuer = "i"
+audience = ["a"]
+algorithms = ["HS256"]
+secret = "hunter2hunter2hunter2hunter2hunter2"
+[upstreams.openai]
+kind = "responses"
+base_url = "https://api.example.com/v1"
+api_key = "hunter2hunter2"
+headers = { x-key = "hunter2hunter2" }
+query = { key = "hunter2hunter2" }
+[assistants.default]
+upstream = "openai"
+model = "m"
+tools = [{ type = "function" }]
+"#;
+
+    /// It is a configuration, or has problems; and no text of either has a secret in it.
+    fn is_discreet(text: String, env: &[(String, String)]) -> Result<(), TestCaseError> {
+        let file = Some(ConfigFile::Text { name: "g.toml".to_owned(), text });
+        let sources = Sources { file, env: env.to_vec(), ..Sources::default() };
+        let texts = match Config::load_for_serve(sources) {
+            Ok(config) => vec![format!("{config:?}")],
+            Err(found) => vec![found.to_string(), format!("{found:?}")],
+        };
+        for text in texts {
+            prop_assert!(!text.contains("unter2h"), "{}", text);
+        }
+        Ok(())
+    }
+
+    proptest! {
+        #[test]
+        fn a_damaged_file_is_read_or_refused(bytes in damaged(WITH_SECRETS.as_bytes().to_vec())) {
+            is_discreet(String::from_utf8_lossy(&bytes).into_owned(), &[])?;
+        }
+
+        #[test]
+        fn any_variables_are_read_or_refused(
+            variables in prop::collection::vec(
+                (
+                    prop_oneof![
+                        prop::sample::select(known_settings()).prop_map(|path| {
+                            env::variable(&path.iter().map(|key| key.replace("<name>", "openai")).collect::<Vec<_>>())
+                        }),
+                        "THREADKEEPER_[A-Z_]{0,20}(__[A-Z_]{0,8}){0,3}",
+                        Just("DATABASE_URL".to_owned()),
+                    ],
+                    prop_oneof![
+                        "(postgres://u:)?hunter2hunter2(@h/d)?\\PC{0,3}",
+                        "[\\[{]\"?hunter2hunter2\"?[:,]?.{0,3}[\\]}]?",
+                        "[0-9a-z_.-]{0,12}",
+                        r#"\["hunter2hunter2", \{"a": "hunter2hunter2"\}\]"#,
+                    ],
+                ),
+                0..6,
+            ),
+        ) {
+            is_discreet(WITH_SECRETS.to_owned(), &variables)?;
         }
     }
 
