@@ -14,6 +14,10 @@ test:
 test-one name:
     cargo test {{ name }} -- --nocapture
 
+# The properties of the units with so many cases each (256 in CI): `just fuzz-units 20000`.
+fuzz-units cases:
+    PROPTEST_CASES={{ cases }} cargo test --lib
+
 # The container image.
 image:
     docker build -t threadkeeper .

@@ -321,3 +321,153 @@ fn build_upstream(name: &str, config: &UpstreamConfig) -> anyhow::Result<Arc<dyn
         UpstreamKind::Responses => Arc::new(ResponsesUpstream::new(client, config)),
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use axum::body::Body;
+    use axum::http::{HeaderName, HeaderValue, Method, Request, StatusCode};
+    use axum::response::Response;
+    use http_body_util::BodyExt;
+    use proptest::prelude::*;
+    use tower::ServiceExt;
+
+    use super::*;
+    use crate::api::{Route, routes};
+    use crate::config::{ConfigFile, Sources};
+
+    const KEY: &str = "a-key-that-opens-everything";
+
+    async fn app(folder: &std::path::Path) -> App {
+        let text = format!(
+            // Nobody keeps the session.
+            "[server]\nlisten = \"127.0.0.1:0\"\n[replica]\nsession_ttl = \"1h\"\n[store]\nurl = \"sqlite:{}/t.db\"\n\
+             [auth.keys.all]\nkey = \"{KEY}\"\nscope = \"operator\"\n\
+             [upstreams.none]\nkind = \"responses\"\nbase_url = \"http://127.0.0.1:9/v1\"\n\
+             [assistants.default]\nupstream = \"none\"\nmodel = \"m\"\n",
+            folder.display()
+        );
+        let file = Some(ConfigFile::Text { name: "g.toml".to_owned(), text });
+        let config = Config::load_for_serve(Sources { file, ..Sources::default() }).unwrap();
+        App::build(config).await.unwrap()
+    }
+
+    /// A request to one of the routes, more or less.
+    #[derive(Clone, Debug)]
+    struct Asked {
+        method: Method,
+        path: Vec<u8>,
+        headers: Vec<(&'static str, Vec<u8>)>,
+        body: Vec<u8>,
+    }
+
+    fn asked() -> impl Strategy<Value = Asked> {
+        let odd = || {
+            prop_oneof![
+                "[a-z]{1,3}".prop_map(String::into_bytes),
+                "(run|thr|del)_[0-9a-f]{32}".prop_map(String::into_bytes),
+                "(%[0-9a-fA-F]{2}|%[g-z]?|[./;:@]){1,6}".prop_map(String::into_bytes),
+                prop::collection::vec(0x80_u8.., 1..4),
+            ]
+        };
+        let header = (
+            prop::sample::select(
+                &[
+                    "prefer",
+                    "last-event-id",
+                    "idempotency-key",
+                    "authorization",
+                    "accept",
+                    "x-request-id",
+                    "origin",
+                ][..],
+            ),
+            prop_oneof![
+                prop::collection::vec(any::<u8>(), 0..40),
+                prop::sample::select(
+                    &["wait=18446744073709551615", "respond-async", "text/event-stream", "Bearer x", "1"][..]
+                )
+                .prop_map(|text| text.as_bytes().to_vec()),
+            ],
+        );
+        let body = prop_oneof![
+            "[^{]{0,20}".prop_map(String::into_bytes),
+            prop::sample::select(
+                &[
+                    r#"{"metadata": {"a": "b"}}"#,
+                    r#"{"tool_outputs": []}"#,
+                    r#"{"ttl_ms": null}"#,
+                    r#"{"content": 1}"#
+                ][..]
+            )
+            .prop_map(|text| text.as_bytes().to_vec()),
+        ];
+        let query = prop_oneof![
+            Just(Vec::new()),
+            "\\?(limit|order|after|before|which|verify|[a-z%]{0,2}|&|=|%ff|[0-9]{0,12}){0,6}"
+                .prop_map(String::into_bytes),
+        ];
+        let given = (
+            prop::collection::vec(odd(), 3),
+            prop::collection::vec(header, 0..4),
+            body,
+            query,
+            any::<bool>(),
+        );
+        (prop::sample::select(routes()), given).prop_map(|(route, given)| {
+            let Route { method, path, .. } = route;
+            let (names, mut headers, body, query, has_key) = given;
+            let mut names = names.iter();
+            let segment = |segment: &str| match segment.strip_prefix('{') {
+                Some(_) => names.next().cloned().unwrap_or_default(),
+                None => segment.as_bytes().to_vec(),
+            };
+            let path = path.split('/').map(segment).collect::<Vec<_>>().join(&b'/');
+            if has_key {
+                headers.retain(|(name, _)| *name != "authorization");
+                headers.push(("authorization", format!("Bearer {KEY}").into_bytes()));
+            }
+            headers.push(("content-type", b"application/json".to_vec()));
+            Asked { method, path: [path, query].concat(), headers, body }
+        })
+    }
+
+    /// `None` if it is no request.
+    async fn ask(router: Router, asked: Asked) -> Option<Response> {
+        let mut request = Request::builder().method(asked.method).uri(asked.path);
+        for (name, value) in asked.headers {
+            let Ok(value) = HeaderValue::from_bytes(&value) else { continue };
+            request = request.header(HeaderName::from_static(name), value);
+        }
+        let request = request.body(Body::from(asked.body)).ok()?;
+        Some(router.oneshot(request).await.unwrap())
+    }
+
+    #[test]
+    fn whatever_is_asked_has_an_answer() {
+        let runtime =
+            tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
+        let folder = tempfile::tempdir().unwrap();
+        let app = runtime.block_on(app(folder.path()));
+        proptest!(|(asked in asked())| {
+            let told = runtime.block_on(async {
+                let response = ask(app.router.clone(), asked.clone()).await?;
+                let (status, headers) = (response.status(), response.headers().clone());
+                let body = response.into_body().collect().await.unwrap().to_bytes();
+                Some((status, headers, body))
+            });
+            if let Some((status, headers, body)) = told {
+                prop_assert!(!status.is_server_error(), "{:?}: {}", asked, status);
+                prop_assert!(headers.contains_key("x-request-id"));
+                if status.is_client_error() {
+                    prop_assert_eq!(&headers["content-type"], "application/problem+json");
+                    let problem: serde_json::Value = serde_json::from_slice(&body).unwrap();
+                    prop_assert_eq!(&problem["status"], status.as_u16());
+                    prop_assert!(problem["type"].is_string() && problem["detail"].is_string());
+                } else {
+                    prop_assert!(status == StatusCode::ACCEPTED || status == StatusCode::OK, "{}", status);
+                }
+            }
+        });
+        runtime.shutdown_background();
+    }
+}

@@ -108,22 +108,7 @@ impl<T: DeserializeOwned> FromRequest<AppState> for ApiJson<T> {
             Ok(Err(error)) if error.is::<LengthLimitError>() => return Err(Error::PayloadTooLarge { limit }),
             Ok(Err(_)) => return Err(Error::Malformed("the body broke off".to_owned())),
         };
-        // Serde would also take a struct's fields as an array in their order, which nobody means.
-        if body.trim_ascii_start().first().is_some_and(|first| *first != b'{') {
-            return Err(Error::Malformed("the body must be a JSON object".to_owned()));
-        }
-        let mut deserializer = serde_json::Deserializer::from_slice(&body);
-        let value: T = serde_path_to_error::deserialize(&mut deserializer).map_err(|error| {
-            let path = error.path().to_string();
-            let inner = error.into_inner();
-            if inner.is_data() {
-                let at = if path == "." { String::new() } else { format!("`{path}`: ") };
-                Error::Invalid(format!("{at}{inner}"))
-            } else {
-                Error::Malformed(format!("the body is not JSON: {inner}"))
-            }
-        })?;
-        deserializer.end().map_err(|error| Error::Malformed(format!("the body is not JSON: {error}")))?;
+        let value = parsed(&body)?;
         let idempotency = idempotency_key.map(|key| {
             // By meaning, not by spelling: blanks and the order of fields do not matter.
             let canonical = serde_json::from_slice::<serde_json::Value>(&body).map(|body| body.to_string());
@@ -135,6 +120,27 @@ impl<T: DeserializeOwned> FromRequest<AppState> for ApiJson<T> {
         });
         Ok(Self(value, idempotency))
     }
+}
+
+/// What a body says.
+fn parsed<T: DeserializeOwned>(body: &[u8]) -> Result<T, Error> {
+    // Serde would also take a struct's fields as an array in their order, which nobody means.
+    if body.trim_ascii_start().first().is_some_and(|first| *first != b'{') {
+        return Err(Error::Malformed("the body must be a JSON object".to_owned()));
+    }
+    let mut deserializer = serde_json::Deserializer::from_slice(body);
+    let value: T = serde_path_to_error::deserialize(&mut deserializer).map_err(|error| {
+        let path = error.path().to_string();
+        let inner = error.into_inner();
+        if inner.is_data() {
+            let at = if path == "." { String::new() } else { format!("`{path}`: ") };
+            Error::Invalid(format!("{at}{inner}"))
+        } else {
+            Error::Malformed(format!("the body is not JSON: {inner}"))
+        }
+    })?;
+    deserializer.end().map_err(|error| Error::Malformed(format!("the body is not JSON: {error}")))?;
+    Ok(value)
 }
 
 /// The header `idempotency-key`: 1 to 255 visible ASCII characters.
@@ -298,4 +304,225 @@ fn read<T: DeserializeOwned>(query: &str) -> Result<T, Error> {
     Query::try_from_uri(&uri)
         .map(|Query(query)| query)
         .map_err(|rejection| Error::Malformed(format!("the query: {}", rejection.body_text())))
+}
+
+#[cfg(test)]
+mod tests {
+    use axum::body::Body;
+    use axum::extract::Extension;
+    use axum::http::{HeaderValue, StatusCode};
+    use axum::response::IntoResponse;
+    use axum::routing::get;
+    use axum::{Json, Router};
+    use futures_util::FutureExt;
+    use proptest::prelude::*;
+    use serde_json::{Value, json};
+    use tower::ServiceExt;
+
+    use super::super::SCOPES;
+    use super::super::views::{PatchThread, PostMessage, PostOutputs};
+    use super::*;
+    use crate::domain::{Principal, UserContent};
+    use crate::testing::{Words, damaged, mutated};
+
+    /// Status and body of the answer of a route below each kind of conversation, which tells the key that it read.
+    fn key_of(path: &[u8]) -> Option<(StatusCode, Value)> {
+        let tell = async |ApiConversation(key): ApiConversation| {
+            Json(json!([key.user.as_str(), key.scope.kind(), key.scope.name()]))
+        };
+        let router = SCOPES
+            .iter()
+            .fold(Router::new(), |router, scope| router.route(&format!("{scope}/thread"), get(tell)));
+        let router = router.layer(Extension(Caller(Principal::anybody())));
+        // What is no address does not come this far.
+        let uri = Uri::try_from(path).ok()?;
+        let request = Request::builder().uri(uri).body(Body::empty()).unwrap();
+        let answer = async {
+            let response = router.oneshot(request).await.unwrap();
+            let status = response.status();
+            let body = response.into_body().collect().await.unwrap().to_bytes();
+            (status, serde_json::from_slice(&body).unwrap_or_default())
+        };
+        answer.now_or_never()
+    }
+
+    /// Texts that may be keys, as a path may have them: each byte as it is, if it can be, or percent-encoded.
+    fn spelled() -> impl Strategy<Value = (String, Vec<u8>)> {
+        let text = "\\PC{1,40}|[./%?#;:@ ]{1,6}|\\.{1,2}|[a-z]{250,258}|[\\x00-\\x1fa]{1,3}";
+        (text, prop::collection::vec(0..3_u8, 1..20)).prop_map(|(text, ways)| {
+            let mut spelled = Vec::new();
+            for (byte, way) in text.bytes().zip(ways.iter().cycle()) {
+                let is_plain = byte.is_ascii_alphanumeric() || b"-._~!$&'()*+,;=:@".contains(&byte);
+                match way {
+                    0 if is_plain => spelled.push(byte),
+                    1 => spelled.extend(format!("%{byte:02x}").bytes()),
+                    _ => spelled.extend(format!("%{byte:02X}").bytes()),
+                }
+            }
+            (text, spelled)
+        })
+    }
+
+    const WORDS: Words = Words {
+        texts: &["text", "image_url", "refusal", "enqueue", "rollback", "continue", "\0", "threadkeeper_x"],
+        keys: &[
+            "content",
+            "type",
+            "text",
+            "metadata",
+            "stream",
+            "timeout_ms",
+            "ttl_ms",
+            "tool_outputs",
+            "output",
+            "tool_call_id",
+            "assistant",
+            "multitask_strategy",
+        ],
+    };
+
+    fn bodies() -> Vec<Value> {
+        vec![
+            json!({"content": "hello", "assistant": "default", "multitask_strategy": "enqueue", "stream": true,
+                "on_disconnect": "cancel", "metadata": {"a": "b"}, "timeout_ms": 5, "ttl_ms": 7}),
+            json!({"content": [{"type": "text", "text": "hi"}, {"type": "image_url", "image_url": {"url": "u"}},
+                {"type": "image_file", "image_file": {"file_id": "f", "detail": "low"}}]}),
+            json!({"tool_outputs": [{"tool_call_id": "call_1", "output": "4"}], "stream": false}),
+            json!({"metadata": {"a": "b", "c": ""}, "ttl_ms": null}),
+        ]
+    }
+
+    /// Each body is read, within what the domain allows, or refused by 400 or 422; and then not differently the next time.
+    fn is_read_or_refused(body: &[u8]) -> Result<(), TestCaseError> {
+        let refused = |error: Error| {
+            let is_typed = matches!(error, Error::Malformed(_) | Error::Invalid(_));
+            let status = error.into_response().status();
+            is_typed && [StatusCode::BAD_REQUEST, StatusCode::UNPROCESSABLE_ENTITY].contains(&status)
+        };
+        match parsed::<PostMessage>(body) {
+            Ok(message) => {
+                let size: usize = message.content.0.iter().map(crate::domain::ContentPart::size).sum();
+                prop_assert!(size <= body.len());
+                let _ = UserContent::try_from(message.content.0);
+                prop_assert!(message.metadata.is_none_or(|metadata| metadata.iter().count() <= 10));
+            }
+            Err(error) => prop_assert!(refused(error)),
+        }
+        match parsed::<PostOutputs>(body) {
+            Ok(outputs) => {
+                prop_assert!(outputs.tool_outputs.iter().all(|output| !output.output.contains('\0')));
+            }
+            Err(error) => prop_assert!(refused(error)),
+        }
+        match parsed::<PatchThread>(body) {
+            Ok(patch) => prop_assert!(patch.metadata.is_none_or(|metadata| metadata.iter().count() <= 10)),
+            Err(error) => prop_assert!(refused(error)),
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn bodies_that_are_cut_off_deep_huge_or_odd_are_refused() {
+        for body in bodies() {
+            let text = body.to_string();
+            for end in 0..text.len() {
+                is_read_or_refused(&text.as_bytes()[..end]).unwrap();
+                assert!(parsed::<PostMessage>(&text.as_bytes()[..end]).is_err(), "{}", &text[..end]);
+            }
+        }
+        for content in [
+            "[".repeat(100_000),
+            "{\"a\":".repeat(100_000),
+            format!("[{}", "[],".repeat(100_000)),
+            "1e999999".to_owned(),
+            "9".repeat(10_000),
+            "-1".to_owned(),
+            r#""\ud800""#.to_owned(),
+            r#""\udc00\ud800""#.to_owned(),
+            r#""a", "content": "b""#.to_owned(),
+        ] {
+            for field in ["content", "metadata", "ttl_ms", "timeout_ms", "tool_outputs"] {
+                let body = format!("{{\"content\": \"a\", \"{field}\": {content}}}");
+                is_read_or_refused(body.as_bytes()).unwrap();
+                assert!(parsed::<PostMessage>(body.as_bytes()).is_err(), "{field}: {content:.60}");
+            }
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn a_key_is_read_from_its_path_byte_for_byte((user, path) in spelled(), (name, tail) in spelled(), kind in 0..3_u8) {
+            let mut path = [b"/v1/users/", path.as_slice()].concat();
+            if kind > 0 {
+                path.extend(if kind == 1 { b"/sessions/".as_slice() } else { b"/topics/" });
+                path.extend(tail);
+            }
+            path.extend(b"/thread");
+            let (status, told) = key_of(&path).unwrap();
+            let is_key = |text: &str| (1..=256).contains(&text.len()) && !text.chars().any(char::is_control);
+            if is_key(&user) && (kind == 0 || is_key(&name)) {
+                let (kind, name) = [("user", ""), ("session", &name), ("topic", &name)][usize::from(kind)];
+                prop_assert_eq!(status, StatusCode::OK);
+                prop_assert_eq!(told, json!([user, kind, name]));
+            } else {
+                prop_assert_eq!(status, StatusCode::BAD_REQUEST);
+            }
+        }
+
+        #[test]
+        fn no_path_is_too_odd(path in prop::collection::vec(
+            prop_oneof![
+                Just(b"/v1/users/".to_vec()), Just(b"/thread".to_vec()), Just(b"/sessions/".to_vec()), Just(b"/topics/".to_vec()),
+                Just(b"%".to_vec()), Just(b"%zz".to_vec()), Just(b"%ff".to_vec()), Just(b"%00".to_vec()), Just(b"%2f".to_vec()),
+                Just(b"..".to_vec()), Just(b"//".to_vec()), prop::collection::vec(any::<u8>(), 0..4),
+            ],
+            0..12,
+        )) {
+            if let Some((status, told)) = key_of(&[b"/v1/users/", path.concat().as_slice()].concat()) {
+                let expected = [StatusCode::OK, StatusCode::BAD_REQUEST, StatusCode::NOT_FOUND];
+                prop_assert!(expected.contains(&status), "{}", status);
+                prop_assert_eq!(status == StatusCode::OK, told.is_array());
+            }
+        }
+
+        #[test]
+        fn headers_of_any_bytes_are_read_or_refused(
+            value in prop_oneof![
+                prop::collection::vec(any::<u8>(), 0..300),
+                "run_[0-9a-f]{32}:-?[0-9]{0,22}".prop_map(String::into_bytes),
+            ],
+        ) {
+            let Ok(value) = HeaderValue::from_bytes(&value) else { return Ok(()) };
+            let request = Request::builder().header("last-event-id", &value).header("idempotency-key", &value);
+            let (mut parts, ()) = request.body(()).unwrap().into_parts();
+            match LastEventId::from_request_parts(&mut parts, &()).now_or_never().unwrap() {
+                Ok(LastEventId(Some((run, n)))) => {
+                    let begin = [run.to_string().as_str(), ":"].concat();
+                    prop_assert!(n >= 0 && value.to_str().unwrap().starts_with(&begin));
+                }
+                // Unreadable bytes count as none, like an empty header.
+                Ok(LastEventId(None)) => prop_assert!(value.to_str().unwrap_or_default().is_empty()),
+                Err(error) => prop_assert!(matches!(error, Error::Malformed(_))),
+            }
+            match idempotency_key(&parts.headers) {
+                Ok(key) => prop_assert!(key.is_some_and(|key| key.as_bytes() == value.as_bytes() && key.len() <= 255)),
+                Err(error) => prop_assert!(matches!(error, Error::Malformed(_))),
+            }
+        }
+
+        #[test]
+        fn bodies_that_are_nearly_right_are_read_or_refused(body in mutated(bodies(), WORDS)) {
+            is_read_or_refused(body.to_string().as_bytes())?;
+        }
+
+        #[test]
+        fn bodies_of_any_bytes_are_read_or_refused(
+            body in prop_oneof![
+                prop::sample::select(bodies()).prop_flat_map(|body| damaged(body.to_string().into_bytes())),
+                prop::collection::vec(any::<u8>(), 0..200),
+            ],
+        ) {
+            is_read_or_refused(&body)?;
+        }
+    }
 }

@@ -77,3 +77,40 @@ impl<S: Send + Sync> FromRequestParts<S> for Caller {
         parts.extensions.get::<Self>().cloned().ok_or(Error::Internal(None))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use axum::http::HeaderValue;
+    use proptest::prelude::*;
+
+    use super::*;
+
+    proptest! {
+        #[test]
+        fn a_token_is_a_piece_of_its_header_or_none(
+            lines in prop::collection::vec(
+                prop_oneof![
+                    prop::collection::vec(any::<u8>(), 0..40),
+                    "[Bb]earer[ \\t]{0,3}[!-~]{0,20} ?[!-~]{0,3}".prop_map(String::into_bytes),
+                ],
+                0..3,
+            ),
+        ) {
+            let mut headers = HeaderMap::new();
+            for value in lines.iter().filter_map(|line| HeaderValue::from_bytes(line).ok()) {
+                headers.append(AUTHORIZATION, value);
+            }
+            let given: Vec<_> = headers.get_all(AUTHORIZATION).iter().collect();
+            match token(&headers) {
+                Ok(Some(token)) => {
+                    prop_assert_eq!(given.len(), 1);
+                    let value = given[0].to_str().unwrap();
+                    prop_assert!(!token.is_empty() && token.trim() == token && value.trim_end().ends_with(token));
+                    prop_assert!(value[..7].eq_ignore_ascii_case("bearer "));
+                }
+                Ok(None) => prop_assert!(given.len() <= 1),
+                Err(error) => prop_assert!(matches!(error, Error::Unauthenticated)),
+            }
+        }
+    }
+}

@@ -69,8 +69,30 @@ impl fmt::Display for Prefer {
 #[cfg(test)]
 mod tests {
     use axum::http::HeaderValue;
+    use proptest::prelude::*;
 
     use super::*;
+
+    proptest! {
+        #[test]
+        fn any_header_is_read(lines in prop::collection::vec(
+            prop_oneof![
+                prop::collection::vec(any::<u8>(), 0..60),
+                "(wait|respond-async|[a-z;=\", ]{0,4})( ?= ?\"?[0-9]{0,22}\"?)?[,;]?.{0,4}".prop_map(String::into_bytes),
+            ],
+            0..5,
+        )) {
+            let mut headers = HeaderMap::new();
+            for value in lines.iter().filter_map(|line| HeaderValue::from_bytes(line).ok()) {
+                headers.append(PREFER, value);
+            }
+            let prefer = Prefer::of(&headers);
+            // What is said to have been applied means the same.
+            let mut applied = HeaderMap::new();
+            applied.insert(PREFER, HeaderValue::from_str(&prefer.to_string()).unwrap());
+            prop_assert_eq!(Prefer::of(&applied), prefer);
+        }
+    }
 
     #[test]
     fn preferences_are_read_and_the_rest_is_passed_over() {

@@ -141,7 +141,10 @@ fn hash_of(key: &str) -> [u8; 32] {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
+    use crate::testing::damaged;
 
     fn stored(fresh: &FreshKey) -> StoredKey {
         let created_at = "2026-11-26T09:00:00Z".parse().unwrap();
@@ -161,6 +164,24 @@ mod tests {
         assert_ne!(text, other.key.expose_secret());
         assert_ne!(one.record.prefix, other.record.prefix);
         assert!(!format!("{one:?}").contains(&text[16..]), "it is in no text");
+    }
+
+    #[test]
+    fn nothing_but_the_key_opens() {
+        let key = fresh();
+        let ring = Keyring::new(&BTreeMap::new());
+        ring.renew(vec![stored(&key)]);
+        let text = key.key.expose_secret().to_owned();
+        proptest!(|(
+            other in prop_oneof!["\\PC{0,100}", "tk_[0-9a-f]{12}_[0-9a-f]{64}"],
+            damaged in damaged(text.clone().into_bytes()),
+        )| {
+            let damaged = String::from_utf8_lossy(&damaged).into_owned();
+            let prefixed = [&text[..KEY_PREFIX], &other].concat();
+            for guess in [other, damaged, prefixed] {
+                prop_assert_eq!(ring.find(&guess).is_some(), guess == text);
+            }
+        });
     }
 
     #[tokio::test(start_paused = true)]

@@ -105,3 +105,60 @@ impl TryFrom<Vec<ContentPart>> for UserContent {
         if empty { Err(InvalidContent::Empty) } else { Ok(Self(parts)) }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+    use serde_json::json;
+
+    use super::*;
+    use crate::testing::{Words, mutated};
+
+    const WORDS: Words = Words {
+        texts: &["text", "image_url", "image_file", "refusal", "auto", "\0"],
+        keys: &["type", "text", "image_url", "image_file", "refusal", "url", "file_id", "detail"],
+    };
+
+    proptest! {
+        #[test]
+        fn parts_are_kept_as_they_are_or_refused(
+            parts in prop::collection::vec(
+                mutated(
+                    vec![
+                        json!({"type": "text", "text": "a"}),
+                        json!({"type": "text", "text": ""}),
+                        json!({"type": "image_url", "image_url": {"url": "u", "detail": "low"}}),
+                        json!({"type": "image_file", "image_file": {"file_id": "f"}}),
+                        json!({"type": "refusal", "refusal": "no"}),
+                    ],
+                    WORDS,
+                ),
+                0..70,
+            ),
+        ) {
+            // Those that are none would refuse the rest.
+            let parts: Vec<ContentPart> =
+                parts.into_iter().filter_map(|part| serde_json::from_value(part).ok()).collect();
+            for part in &parts {
+                let text = serde_json::to_string(part).unwrap();
+                prop_assert_eq!(&serde_json::from_str::<ContentPart>(&text).unwrap(), part);
+                prop_assert!(part.size() <= text.len());
+            }
+            let text = serde_json::to_string(&parts).unwrap();
+            match UserContent::try_from(parts.clone()) {
+                Ok(content) => {
+                    prop_assert!((1..=MAX_PARTS).contains(&parts.len()) && !text.contains("\\u0000"));
+                    prop_assert!(parts.iter().any(|part| part.size() > 0));
+                    prop_assert_eq!(content.into_parts(), parts);
+                }
+                Err(InvalidContent::Empty) => prop_assert!(parts.iter().all(|part| part.size() == 0)),
+                Err(InvalidContent::TooManyParts(count)) => prop_assert!(count == parts.len() && count > MAX_PARTS),
+                Err(InvalidContent::Refusal) => {
+                    let is_refusal = |part: &ContentPart| matches!(part, ContentPart::Refusal { .. });
+                    prop_assert!(parts.iter().any(is_refusal));
+                }
+                Err(InvalidContent::Nul) => prop_assert!(text.contains("\\u0000")),
+            }
+        }
+    }
+}

@@ -204,7 +204,30 @@ upstream_id!(
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
+
+    proptest! {
+        #[test]
+        fn any_text_is_no_id_or_its_only_spelling(
+            text in "\\PC{0,50}|(run|thr|RUN)_?[0-9a-fA-F-]{30,38}|run_[0-9a-f]{32}",
+        ) {
+            if let Ok(id) = text.parse::<RunId>() {
+                prop_assert_eq!(id.to_string(), text.as_str());
+            }
+            prop_assert_eq!(RunId::try_from(text.clone()), text.parse());
+            let json = serde_json::to_string(&text).unwrap();
+            prop_assert_eq!(serde_json::from_str::<RunId>(&json).ok(), text.parse().ok());
+        }
+
+        #[test]
+        fn ids_are_told_apart_as_texts(a: u128, b: u128) {
+            let id = |n| RunId::from_uuid(Uuid::from_u128(n));
+            prop_assert_eq!(id(a).to_string().parse(), Ok(id(a)));
+            prop_assert_eq!(id(a).cmp(&id(b)), id(a).to_string().cmp(&id(b).to_string()));
+        }
+    }
 
     #[test]
     fn an_id_has_one_spelling() {

@@ -211,6 +211,45 @@ mod tests {
             prop_assert_eq!(a == b, a.fingerprint() == b.fingerprint());
         }
 
+        /// Wherever its parts begin and end, and whatever kind it is of.
+        #[test]
+        fn no_two_keys_are_taken_for_each_other(
+            texts in prop::collection::vec("[ab:/%]{1,3}|\\PC{1,3}", 3),
+            kinds in (0..3_u8, 0..3_u8),
+            cut in 0..3_usize,
+        ) {
+            let part = |text: &str| KeyText::try_from(text.to_owned()).unwrap();
+            let key = |[tenant, user, name]: [&str; 3], kind: u8| ConversationKey {
+                tenant: TenantKey(part(tenant)),
+                user: UserKey(part(user)),
+                scope: match kind {
+                    0 => Scope::User,
+                    1 => Scope::Session(SessionKey(part(name))),
+                    _ => Scope::Topic(TopicKey(part(name))),
+                },
+            };
+            // The same text in a row, cut elsewhere.
+            let moved = texts[1].chars().take(cut).collect::<String>();
+            let (longer, shorter) = (format!("{}{moved}", texts[0]), texts[1][moved.len()..].to_owned());
+            let one = key([&texts[0], &texts[1], &texts[2]], kinds.0);
+            let mut others = vec![key([&texts[0], &texts[1], &texts[2]], kinds.1), key([&texts[1], &texts[0], &texts[2]], kinds.0)];
+            if !shorter.is_empty() {
+                others.push(key([&longer, &shorter, &texts[2]], kinds.1));
+            }
+            let stored = |key: &ConversationKey| {
+                [key.tenant.as_str(), key.user.as_str(), key.scope.kind(), key.scope.name()].map(str::to_owned)
+            };
+            let hashed = |key: &ConversationKey| std::collections::HashSet::from([key.clone()]);
+            for other in others {
+                let same = one == other;
+                prop_assert_eq!(stored(&one) == stored(&other), same);
+                prop_assert_eq!(one.fingerprint() == other.fingerprint(), same);
+                prop_assert_eq!(hashed(&one).contains(&other), same);
+                prop_assert_eq!(one.cmp(&other).is_eq(), same);
+                prop_assert!(one.scope == other.scope || one.scope.to_string() != other.scope.to_string());
+            }
+        }
+
         #[test]
         fn any_text_is_either_kept_as_it_is_or_refused_for_the_stated_reason(raw in "\\PC{0,300}|[\\x00-\\x7f]{0,20}") {
             match KeyText::try_from(raw.clone()) {

@@ -62,3 +62,49 @@ impl From<Metadata> for BTreeMap<String, String> {
         metadata.0
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    proptest! {
+        #[test]
+        fn pairs_are_kept_as_they_are_or_refused_for_the_stated_reason(
+            pairs in prop::collection::btree_map(
+                "[a\\x00é]{0,3}|\\PC{60,70}|threadkeeper_?[a-z]{0,2}",
+                "\\PC{0,4}|[\\x00-\\x02]{0,2}|é{510,514}",
+                0..13,
+            ),
+        ) {
+            let json = serde_json::to_string(&pairs).unwrap();
+            let read = serde_json::from_str::<Metadata>(&json);
+            let long = |text: &str, most| text.chars().count() > most || text.contains('\0');
+            match Metadata::try_from(pairs.clone()) {
+                Ok(metadata) => {
+                    prop_assert!(pairs.len() <= MAX_PAIRS);
+                    for (key, value) in &pairs {
+                        prop_assert!(!key.is_empty() && !long(key, MAX_KEY_CHARS) && !long(value, MAX_VALUE_CHARS));
+                        prop_assert!(!key.starts_with(RESERVED_PREFIX));
+                    }
+                    prop_assert_eq!(serde_json::to_string(&metadata).unwrap(), json);
+                    prop_assert_eq!(read.ok(), Some(metadata.clone()));
+                    prop_assert_eq!(BTreeMap::from(metadata), pairs);
+                }
+                Err(why) => {
+                    prop_assert!(read.is_err());
+                    match why {
+                        InvalidMetadata::TooManyPairs(count) => prop_assert!(count == pairs.len() && count > MAX_PAIRS),
+                        InvalidMetadata::Key(shown) => prop_assert!(
+                            shown.chars().count() <= MAX_KEY_CHARS
+                                && pairs.keys().any(|key| key.is_empty() || long(key, MAX_KEY_CHARS))
+                        ),
+                        InvalidMetadata::Reserved(key) => prop_assert!(key.starts_with(RESERVED_PREFIX)),
+                        InvalidMetadata::Value(key) => prop_assert!(long(&pairs[&key], MAX_VALUE_CHARS)),
+                    }
+                }
+            }
+        }
+    }
+}
