@@ -84,7 +84,7 @@ impl Auth {
     /// The store failed; the keys that are known stay good for a while.
     pub async fn refresh(&self) -> Result<(), StoreError> {
         let Some(store) = &self.recorded else { return Ok(()) };
-        self.keys.renew(store.keys(None).await?);
+        self.keys.renew(store.good_keys().await?);
         Ok(())
     }
 

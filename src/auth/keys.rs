@@ -15,7 +15,7 @@ use tokio::time::Instant;
 
 use crate::config::KeyConfig;
 use crate::domain::{Access, KeyId, Principal, TenantKey};
-use crate::store::{NewKey, StoredKey};
+use crate::store::NewKey;
 
 /// What every key of ours begins with, so that leaked ones are found.
 const MARK: &str = "tk_";
@@ -116,14 +116,14 @@ impl Keyring {
         self.recorded.read().unwrap_or_else(PoisonError::into_inner).is_fresh()
     }
 
-    /// These are the recorded keys now.
-    pub(super) fn renew(&self, keys: Vec<StoredKey>) {
-        let entry = |StoredKey { key, .. }: StoredKey| {
+    /// These are the recorded keys that are good now.
+    pub(super) fn renew(&self, keys: Vec<NewKey>) {
+        let entry = |key: NewKey| {
             let principal =
                 Principal { tenant: key.tenant, access: key.access, user: None, name: key.prefix.clone() };
             (key.prefix, Entry { hash: key.hash, principal })
         };
-        let entries = keys.into_iter().filter(|key| key.revoked_at.is_none()).map(entry).collect();
+        let entries = keys.into_iter().map(entry).collect();
         let mut recorded = self.recorded.write().unwrap_or_else(PoisonError::into_inner);
         *recorded = Recorded { entries, read_at: Some(Instant::now()) };
     }
@@ -146,11 +146,6 @@ mod tests {
     use super::*;
     use crate::testing::damaged;
 
-    fn stored(fresh: &FreshKey) -> StoredKey {
-        let created_at = "2026-11-26T09:00:00Z".parse().unwrap();
-        StoredKey { key: fresh.record.clone(), created_at, revoked_at: None }
-    }
-
     fn fresh() -> FreshKey {
         FreshKey::new(TenantKey::default(), Access::Chat, "for tests".to_owned())
     }
@@ -170,7 +165,7 @@ mod tests {
     fn nothing_but_the_key_opens() {
         let key = fresh();
         let ring = Keyring::new(&BTreeMap::new());
-        ring.renew(vec![stored(&key)]);
+        ring.renew(vec![key.record.clone()]);
         let text = key.key.expose_secret().to_owned();
         proptest!(|(
             other in prop_oneof!["\\PC{0,100}", "tk_[0-9a-f]{12}_[0-9a-f]{64}"],
@@ -187,13 +182,11 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn recorded_keys_open_while_they_are_good() {
         let ring = Keyring::new(&BTreeMap::new());
-        let (good, revoked, unknown) = (fresh(), fresh(), fresh());
+        let (good, unknown) = (fresh(), fresh());
         assert_eq!(ring.find(good.key.expose_secret()), None);
-        let gone = StoredKey { revoked_at: Some(stored(&good).created_at), ..stored(&revoked) };
-        ring.renew(vec![stored(&good), gone]);
+        ring.renew(vec![good.record.clone()]);
         let found = ring.find(good.key.expose_secret()).unwrap();
         assert_eq!((found.name, found.access), (good.record.prefix.clone(), Access::Chat));
-        assert_eq!(ring.find(revoked.key.expose_secret()), None);
         assert_eq!(ring.find(unknown.key.expose_secret()), None);
         let text = good.key.expose_secret();
         for wrong in [&text[..15], &text[..79], &format!("{text}0"), &text.to_uppercase(), "", "tk_", "é"] {

@@ -496,6 +496,10 @@ impl Keys for Discreet {
         self.inner.keys(tenant).await
     }
 
+    async fn good_keys(&self) -> Result<Vec<NewKey>, StoreError> {
+        self.inner.good_keys().await
+    }
+
     async fn revoke_key(&self, prefix: &str) -> Result<Option<StoredKey>, StoreError> {
         self.inner.revoke_key(prefix).await
     }

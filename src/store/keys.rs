@@ -14,6 +14,9 @@ pub trait Keys: Send + Sync {
     /// All keys, of one tenant or of all, oldest first, revoked ones included.
     async fn keys(&self, tenant: Option<&TenantKey>) -> Result<Vec<StoredKey>, StoreError>;
 
+    /// Those that open something: not revoked. Of all tenants, oldest first.
+    async fn good_keys(&self) -> Result<Vec<NewKey>, StoreError>;
+
     /// Revokes the key that begins so. It is as it was if it was revoked before; `None` if there is none.
     async fn revoke_key(&self, prefix: &str) -> Result<Option<StoredKey>, StoreError>;
 }

@@ -7,6 +7,7 @@ mod deletion;
 mod expiry;
 mod import;
 mod keeping;
+mod keys;
 mod news;
 mod once;
 mod outages;

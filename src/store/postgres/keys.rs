@@ -20,6 +20,10 @@ impl Keys for PostgresStore {
         on!(self.general, c => all(c, tenant))
     }
 
+    async fn good_keys(&self) -> Result<Vec<NewKey>, StoreError> {
+        on!(self.general, c => good(c))
+    }
+
     async fn revoke_key(&self, prefix: &str) -> Result<Option<StoredKey>, StoreError> {
         on!(self.general, c => revoke(c, prefix))
     }

@@ -49,6 +49,18 @@ macro_rules! keys {
             rows.into_iter().map(StoredKey::try_from).collect()
         }
 
+        /// Implements [`Keys::good_keys`](crate::store::Keys::good_keys).
+        pub(super) async fn good(connection: &mut Connection) -> Result<Vec<NewKey>, StoreError> {
+            let rows: Vec<KeyRow> = sqlx::query_as(concat!(
+                "SELECT ",
+                key_columns!(),
+                " FROM api_keys k WHERE k.revoked_at IS NULL ORDER BY k.id",
+            ))
+            .fetch_all(connection)
+            .await?;
+            rows.into_iter().map(|row| StoredKey::try_from(row).map(|stored| stored.key)).collect()
+        }
+
         /// Implements [`Keys::revoke_key`](crate::store::Keys::revoke_key).
         pub(super) async fn revoke(
             connection: &mut Connection,

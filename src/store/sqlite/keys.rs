@@ -20,6 +20,10 @@ impl Keys for SqliteStore {
         on!(self.readers, c => all(c, tenant))
     }
 
+    async fn good_keys(&self) -> Result<Vec<NewKey>, StoreError> {
+        on!(self.readers, c => good(c))
+    }
+
     async fn revoke_key(&self, prefix: &str) -> Result<Option<StoredKey>, StoreError> {
         on!(self.writer, c => revoke(c, prefix))
     }

@@ -1,0 +1,36 @@
+//! API keys.
+
+use threadkeeper::domain::{Access, KeyId};
+use threadkeeper::store::NewKey;
+
+use super::*;
+
+on_every_backend!(a_revoked_key_is_listed_and_not_good);
+
+fn key(number: u8, tenant: &str) -> NewKey {
+    NewKey {
+        id: KeyId::new(),
+        prefix: format!("tk_{number:012}"),
+        hash: [number; 32],
+        tenant: TenantKey::try_from(tenant.to_owned()).unwrap(),
+        access: Access::Chat,
+        label: "for tests".to_owned(),
+    }
+}
+
+async fn a_revoked_key_is_listed_and_not_good(_: &TestDatabase, store: &dyn Store) {
+    let keys = [key(1, "acme"), key(2, "other"), key(3, "acme")];
+    for key in &keys {
+        store.add_key(key).await.unwrap();
+    }
+    assert_eq!(store.good_keys().await.unwrap(), keys);
+    let revoked = store.revoke_key(&keys[0].prefix).await.unwrap().unwrap();
+    assert!(revoked.revoked_at.is_some());
+    assert_eq!(store.good_keys().await.unwrap(), keys[1..]);
+    let listed = store.keys(None).await.unwrap();
+    assert_eq!(listed.iter().map(|it| &it.key).collect::<Vec<_>>(), keys.iter().collect::<Vec<_>>());
+    assert_eq!(listed[0], revoked);
+    assert_eq!(store.keys(Some(&keys[1].tenant)).await.unwrap().len(), 1);
+    assert_eq!(store.revoke_key(&keys[0].prefix).await.unwrap(), Some(revoked), "as it was");
+    assert_eq!(store.revoke_key("tk_").await.unwrap(), None);
+}
