@@ -8,6 +8,7 @@ mod health;
 mod limits;
 mod messages;
 mod observe;
+mod openapi;
 mod operators;
 mod prefer;
 mod problem;
@@ -32,6 +33,8 @@ use tower_http::catch_panic::CatchPanicLayer;
 
 use self::guard::Needs;
 pub use self::limits::Limits;
+use self::openapi::Doc;
+pub use self::openapi::openapi;
 use crate::auth::Auth;
 use crate::config::ServerConfig;
 use crate::domain::{Access, RunId};
@@ -72,51 +75,66 @@ pub fn router(state: AppState) -> Router {
 
 /// What there is to ask for.
 pub fn routes() -> Vec<Route> {
-    all().table
+    all().table.into_iter().map(|(route, _)| route).collect()
 }
 
 fn all() -> Routes {
     use Access::{Admin, Chat, Operator, Read};
     let mut routes = Routes::default();
-    routes.open("/healthz", health::healthz);
-    routes.open("/readyz", health::readyz);
+    routes.open("/healthz", health::healthz, health::healthz_doc);
+    routes.open("/readyz", health::readyz, health::readyz_doc);
+    routes.open("/openapi.json", openapi::show, openapi::show_doc);
     for scope in SCOPES {
         let at = |rest: &str| format!("{scope}{rest}");
-        routes.add(Chat, Method::POST, at("/messages"), messages::create);
-        routes.add(Read, Method::GET, at("/messages"), messages::list);
-        routes.add(Read, Method::GET, at("/thread"), threads::show);
-        routes.add(Chat, Method::PATCH, at("/thread"), threads::update);
-        routes.add(Chat, Method::DELETE, at("/thread"), threads::delete);
-        routes.add(Chat, Method::POST, at("/thread/rollover"), threads::roll_over);
-        routes.add(Chat, Method::POST, at("/thread/cancel"), threads::cancel);
-        routes.add(Chat, Method::POST, at("/runs/{run}/cancel"), runs::cancel);
-        routes.add(Chat, Method::POST, at("/runs/{run}/tool_outputs"), runs::tool_outputs);
-        routes.add(Read, Method::GET, at("/runs/{run}/events"), runs::events);
-        routes.add(Read, Method::GET, at("/runs"), runs::list);
-        routes.add(Read, Method::GET, at("/runs/{run}"), runs::show);
+        routes.add(Chat, Method::POST, at("/messages"), messages::create, messages::create_doc);
+        routes.add(Read, Method::GET, at("/messages"), messages::list, messages::list_doc);
+        routes.add(Read, Method::GET, at("/thread"), threads::show, threads::show_doc);
+        routes.add(Chat, Method::PATCH, at("/thread"), threads::update, threads::update_doc);
+        routes.add(Chat, Method::DELETE, at("/thread"), threads::delete, threads::delete_doc);
+        routes.add(Chat, Method::POST, at("/thread/rollover"), threads::roll_over, threads::roll_over_doc);
+        routes.add(Chat, Method::POST, at("/thread/cancel"), threads::cancel, threads::cancel_doc);
+        routes.add(Chat, Method::POST, at("/runs/{run}/cancel"), runs::cancel, runs::cancel_doc);
+        routes.add(
+            Chat,
+            Method::POST,
+            at("/runs/{run}/tool_outputs"),
+            runs::tool_outputs,
+            runs::tool_outputs_doc,
+        );
+        routes.add(Read, Method::GET, at("/runs/{run}/events"), runs::events, runs::events_doc);
+        routes.add(Read, Method::GET, at("/runs"), runs::list, runs::list_doc);
+        routes.add(Read, Method::GET, at("/runs/{run}"), runs::show, runs::show_doc);
     }
-    routes.add(Chat, Method::DELETE, "/v1/users/{user}", users::delete);
-    routes.add(Read, Method::GET, "/v1/users/{user}/threads", users::threads);
-    routes.add(Read, Method::GET, "/v1/users/{user}/export", users::export);
-    routes.add(Read, Method::GET, "/v1/deletions/{deletion}", deletions::show);
-    routes.add(Admin, Method::GET, "/v1/threads", operators::threads);
-    routes.add(Admin, Method::GET, "/v1/threads/{thread}", operators::thread);
-    routes.add(Admin, Method::GET, "/v1/threads/{thread}/messages", operators::messages);
-    routes.add(Operator, Method::POST, "/v1/admin/cleanup", operators::cleanup);
+    routes.add(Chat, Method::DELETE, "/v1/users/{user}", users::delete, users::delete_doc);
+    routes.add(Read, Method::GET, "/v1/users/{user}/threads", users::threads, users::threads_doc);
+    routes.add(Read, Method::GET, "/v1/users/{user}/export", users::export, users::export_doc);
+    routes.add(Read, Method::GET, "/v1/deletions/{deletion}", deletions::show, deletions::show_doc);
+    routes.add(Admin, Method::GET, "/v1/threads", operators::threads, operators::threads_doc);
+    routes.add(Admin, Method::GET, "/v1/threads/{thread}", operators::thread, operators::thread_doc);
+    routes.add(
+        Admin,
+        Method::GET,
+        "/v1/threads/{thread}/messages",
+        operators::messages,
+        operators::messages_doc,
+    );
+    routes.add(Operator, Method::POST, "/v1/admin/cleanup", operators::cleanup, operators::cleanup_doc);
     routes
 }
 
-/// Routes as they are added, each behind its guard.
+/// Routes as they are added, each behind its guard, and with what its handler says of itself.
 #[derive(Default)]
 struct Routes {
     router: Router<AppState>,
-    table: Vec<Route>,
+    table: Vec<(Route, Describe)>,
 }
+
+type Describe = fn() -> Doc;
 
 impl Routes {
     /// Anybody may ask for this.
-    fn open<H: Handler<T, AppState>, T: 'static>(&mut self, path: &str, handler: H) {
-        self.put(None, Method::GET, path.to_owned(), get(handler));
+    fn open<H: Handler<T, AppState>, T: 'static>(&mut self, path: &str, handler: H, doc: Describe) {
+        self.put(None, Method::GET, path.to_owned(), get(handler), doc);
     }
 
     fn add<H: Handler<T, AppState>, T: 'static>(
@@ -125,17 +143,25 @@ impl Routes {
         method: Method,
         path: impl Into<String>,
         handler: H,
+        doc: Describe,
     ) {
         // All methods that are used here are among those that the filter knows.
         let filter = MethodFilter::try_from(method.clone()).unwrap_or(MethodFilter::GET);
         let guarded =
             on(filter, handler).route_layer(from_fn(guard::guard)).route_layer(Extension(Needs(needs)));
-        self.put(Some(needs), method, path.into(), guarded);
+        self.put(Some(needs), method, path.into(), guarded, doc);
     }
 
-    fn put(&mut self, needs: Option<Access>, method: Method, path: String, route: MethodRouter<AppState>) {
+    fn put(
+        &mut self,
+        needs: Option<Access>,
+        method: Method,
+        path: String,
+        route: MethodRouter<AppState>,
+        doc: Describe,
+    ) {
         self.router = std::mem::take(&mut self.router).route(&path, route);
-        self.table.push(Route { method, path, needs });
+        self.table.push((Route { method, path, needs }, doc));
     }
 }
 

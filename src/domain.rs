@@ -12,7 +12,7 @@ mod trace;
 mod transition;
 
 pub use access::{Access, Principal};
-pub use content::{ContentPart, ImageFile, ImageUrl, InvalidContent, UserContent};
+pub use content::{ContentPart, ImageFile, ImageUrl, InvalidContent, MAX_PARTS, UserContent};
 pub use id::{
     DeletionId, InvalidId, KeyId, MessageId, RemnantId, ReplicaId, RunId, ThreadId, UpstreamRunId,
     UpstreamThreadId, now, set_clock,

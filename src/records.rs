@@ -24,13 +24,19 @@
 mod export;
 mod import;
 
+use std::borrow::Cow;
+
+use chrono::{DateTime, Utc};
 use serde::de::Error as _;
 use serde::{Deserialize, Deserializer, Serialize};
+use utoipa::openapi::RefOr;
+use utoipa::openapi::schema::{ObjectBuilder, OneOfBuilder, Schema, Type};
+use utoipa::{PartialSchema, ToSchema};
 
 use crate::domain::{
     ContentPart, Context, ConversationKey, Lifecycle, Message, MessageId, Metadata, MultitaskStrategy, Role,
-    Run, RunError, RunId, RunStatus, Scope, TenantKey, Thread, ThreadId, Timestamp, UpstreamRunId,
-    UpstreamThreadId, Usage, UserKey,
+    Run, RunError, RunId, RunStatus, Scope, TenantKey, Thread, ThreadId, UpstreamRunId, UpstreamThreadId,
+    Usage, UserKey,
 };
 
 pub use export::{What, export};
@@ -39,49 +45,95 @@ pub use import::{ImportError, Problem, Refused, Summary, import};
 /// A line.
 #[derive(Debug, Serialize)]
 #[serde(tag = "type", rename_all = "snake_case")]
-enum Line {
+pub(crate) enum Line {
     Thread(ThreadLine),
     Run(RunLine),
     Message(MessageLine),
     End(Counts),
 }
 
+impl ToSchema for Line {
+    fn name() -> Cow<'static, str> {
+        "ExportLine".into()
+    }
+
+    fn schemas(schemas: &mut Vec<(String, RefOr<Schema>)>) {
+        ThreadLine::schemas(schemas);
+        RunLine::schemas(schemas);
+        MessageLine::schemas(schemas);
+    }
+}
+
+impl PartialSchema for Line {
+    /// By hand, since the tag is a further field of what knows no further fields.
+    fn schema() -> RefOr<Schema> {
+        fn line<T: PartialSchema>(tag: &str) -> RefOr<Schema> {
+            let mut schema = T::schema();
+            if let RefOr::T(Schema::Object(object)) = &mut schema {
+                let tag = ObjectBuilder::new().schema_type(Type::String).enum_values(Some([tag]));
+                object.properties.insert("type".to_owned(), tag.into());
+                object.required.push("type".to_owned());
+            }
+            schema
+        }
+        OneOfBuilder::new()
+            .item(line::<ThreadLine>("thread"))
+            .item(line::<RunLine>("run"))
+            .item(line::<MessageLine>("message"))
+            .item(line::<Counts>("end"))
+            .into()
+    }
+}
+
 /// What the end line counts.
-#[derive(Clone, Copy, Debug, Default, Deserialize, Eq, PartialEq, Serialize)]
+#[derive(Clone, Copy, Debug, Default, Deserialize, Eq, PartialEq, Serialize, ToSchema)]
 #[serde(deny_unknown_fields)]
+#[schema(as = ExportedCounts)]
 pub struct Counts {
     pub threads: u64,
     pub runs: u64,
     pub messages: u64,
 }
 
-#[derive(Debug, Deserialize, Serialize)]
+#[derive(Debug, Deserialize, Serialize, ToSchema)]
 #[serde(deny_unknown_fields)]
-struct ThreadLine {
+#[schema(as = ExportedThread)]
+pub(crate) struct ThreadLine {
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(required)]
     id: Option<ThreadId>,
     key: KeyLine,
     /// That of the default assistant where it is left out.
     #[serde(default)]
+    #[schema(required)]
     upstream: Option<String>,
     #[serde(default)]
+    #[schema(required)]
     upstream_thread_id: Option<UpstreamThreadId>,
     #[serde(default = "current")]
+    #[schema(required)]
     lifecycle: Lifecycle,
     #[serde(default)]
+    #[schema(required)]
     previous_thread: Option<ThreadId>,
     #[serde(default)]
+    #[schema(required)]
     metadata: Metadata,
     #[serde(default)]
-    created_at: Option<Timestamp>,
+    #[schema(required)]
+    created_at: Option<DateTime<Utc>>,
     #[serde(default)]
-    last_active_at: Option<Timestamp>,
+    #[schema(required)]
+    last_active_at: Option<DateTime<Utc>>,
     #[serde(default)]
-    archived_at: Option<Timestamp>,
+    #[schema(required)]
+    archived_at: Option<DateTime<Utc>>,
     /// Limits of its own, in place of the configured ones.
     #[serde(default)]
+    #[schema(required)]
     max_age_ms: Option<u64>,
     #[serde(default)]
+    #[schema(required)]
     max_idle_ms: Option<u64>,
 }
 
@@ -89,20 +141,23 @@ const fn current() -> Lifecycle {
     Lifecycle::Current
 }
 
-#[derive(Debug, Deserialize, Serialize)]
+#[derive(Debug, Deserialize, Serialize, ToSchema)]
 #[serde(deny_unknown_fields)]
-struct KeyLine {
+#[schema(as = ExportedKey)]
+pub(crate) struct KeyLine {
     #[serde(default)]
+    #[schema(required)]
     tenant: TenantKey,
     user: UserKey,
     #[serde(default)]
+    #[schema(required, value_type = String, pattern = "^(user|session:.+|topic:.+)$")]
     scope: ScopeText,
 }
 
 /// A scope as the API shows it: `user`, `session:<id>`, `topic:<name>`.
 #[derive(Clone, Debug, Deserialize, Serialize)]
 #[serde(try_from = "String", into = "String")]
-struct ScopeText(Scope);
+pub(crate) struct ScopeText(Scope);
 
 impl Default for ScopeText {
     fn default() -> Self {
@@ -128,44 +183,58 @@ impl From<ScopeText> for String {
 }
 
 /// A turn. Only taken out: who brings a conversation along brings its messages.
-#[derive(Debug, Serialize)]
-struct RunLine {
+#[derive(Debug, Serialize, ToSchema)]
+#[schema(as = ExportedRun)]
+pub(crate) struct RunLine {
     id: RunId,
     thread_id: ThreadId,
     status: RunStatus,
     strategy: MultitaskStrategy,
     assistant: String,
     metadata: Metadata,
+    #[schema(required)]
     upstream_run_id: Option<UpstreamRunId>,
+    #[schema(required)]
     error: Option<RunError>,
+    #[schema(required)]
     usage: Option<Usage>,
-    created_at: Timestamp,
-    started_at: Option<Timestamp>,
-    finished_at: Option<Timestamp>,
+    created_at: DateTime<Utc>,
+    #[schema(required)]
+    started_at: Option<DateTime<Utc>>,
+    #[schema(required)]
+    finished_at: Option<DateTime<Utc>>,
 }
 
-#[derive(Debug, Deserialize, Serialize)]
+#[derive(Debug, Deserialize, Serialize, ToSchema)]
 #[serde(deny_unknown_fields)]
-struct MessageLine {
+#[schema(as = ExportedMessage)]
+pub(crate) struct MessageLine {
     #[serde(default)]
+    #[schema(required)]
     id: Option<MessageId>,
     #[serde(default)]
+    #[schema(required)]
     thread_id: Option<ThreadId>,
     role: Role,
     #[serde(deserialize_with = "text_or_parts")]
     content: Vec<ContentPart>,
     /// Only taken out, like `ended`: runs are not brought along.
     #[serde(default)]
+    #[schema(required)]
     run_id: Option<RunId>,
     #[serde(default)]
+    #[schema(required)]
     upstream_message_id: Option<String>,
     /// What the upstream has of it.
     #[serde(default)]
+    #[schema(required)]
     context: Option<Context>,
     #[serde(default)]
+    #[schema(required)]
     ended: Option<RunStatus>,
     #[serde(default)]
-    created_at: Option<Timestamp>,
+    #[schema(required)]
+    created_at: Option<DateTime<Utc>>,
 }
 
 fn text_or_parts<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<ContentPart>, D::Error> {

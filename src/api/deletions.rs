@@ -8,7 +8,9 @@ use axum::response::{IntoResponse, Response};
 use super::AppState;
 use super::extract::{ApiId, ApiPage};
 use super::guard::Caller;
+use super::openapi::Doc;
 use super::prefer::Prefer;
+use super::problem::NOT_FOUND;
 use super::views::DeletionView;
 use crate::domain::{DeletionId, ThreadId};
 use crate::error::Error;
@@ -24,6 +26,26 @@ pub(super) async fn deleted(
     let status = if report.finished_at.is_some() { StatusCode::OK } else { StatusCode::ACCEPTED };
     let place = [(header::LOCATION, format!("/v1/deletions/{}", report.id))];
     Ok((status, place, Json(DeletionView::from(report))).into_response())
+}
+
+/// What deletions have in common.
+pub(super) fn deleted_doc(doc: Doc) -> Doc {
+    doc.prefer()
+        .gives::<DeletionView>(StatusCode::OK, "The receipt: all is deleted, here and upstream.")
+        .gives::<DeletionView>(
+            StatusCode::ACCEPTED,
+            "It takes longer than the caller waits (10 s), and goes on in the background.",
+        )
+        .with(StatusCode::OK, &[&header::LOCATION])
+        .with(StatusCode::ACCEPTED, &[&header::LOCATION])
+}
+
+pub(super) fn show_doc() -> Doc {
+    Doc::new("deletions", "get_deletion", "What came of a request to delete.")
+        .about("Of its threads this shows a page, oldest first. A receipt that is completed names no user any more.")
+        .page_after::<ThreadId>()
+        .gives::<DeletionView>(StatusCode::OK, "The receipt.")
+        .refuses(&[NOT_FOUND])
 }
 
 /// The receipt, with a page of its threads.

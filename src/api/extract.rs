@@ -8,6 +8,7 @@ use http_body_util::{BodyExt, LengthLimitError, Limited};
 use serde::de::DeserializeOwned;
 use sha2::{Digest, Sha256};
 use tokio::time::timeout;
+use utoipa::{IntoParams, ToSchema};
 
 use super::AppState;
 use super::guard::Caller;
@@ -176,18 +177,24 @@ pub(super) struct ApiPage<Id, More = Nothing>(pub(super) PageRequest<Id>, pub(su
 #[serde(deny_unknown_fields)]
 pub(super) struct Nothing {}
 
-#[derive(serde::Deserialize)]
+#[derive(serde::Deserialize, IntoParams)]
 #[serde(deny_unknown_fields)]
-struct PageQuery {
+pub(super) struct PageQuery {
+    /// How many at most; 20 if absent.
+    #[param(minimum = 1, maximum = 100)]
     limit: Option<u32>,
+    /// `desc` if absent: newest first.
+    #[param(inline)]
     order: Option<Order>,
+    /// What comes after this one; not together with `before`.
     after: Option<String>,
+    /// What comes before this one.
     before: Option<String>,
 }
 
 const PAGE_FIELDS: [&str; 4] = ["limit", "order", "after", "before"];
 
-#[derive(serde::Deserialize)]
+#[derive(serde::Deserialize, ToSchema)]
 #[serde(rename_all = "lowercase")]
 enum Order {
     Asc,
@@ -267,13 +274,15 @@ where
 #[derive(Debug)]
 pub(super) struct ApiWhich(pub(super) Which);
 
-#[derive(serde::Deserialize)]
+#[derive(serde::Deserialize, IntoParams)]
 #[serde(deny_unknown_fields)]
-struct WhichQuery {
+pub(super) struct WhichQuery {
+    /// `active` if absent.
+    #[param(inline)]
     which: Option<WhichWord>,
 }
 
-#[derive(serde::Deserialize)]
+#[derive(serde::Deserialize, ToSchema)]
 #[serde(rename_all = "lowercase")]
 enum WhichWord {
     Active,

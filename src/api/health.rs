@@ -2,14 +2,36 @@
 
 use axum::Json;
 use axum::extract::State;
+use axum::http::StatusCode;
 use serde_json::{Value, json};
 
 use super::AppState;
+use super::openapi::Doc;
+use super::problem::{DRAINING, STORE_UNAVAILABLE};
 use crate::error::Error;
+
+pub(super) fn healthz_doc() -> Doc {
+    let schema = json!({"type": "object", "required": ["status"], "properties": {"status": {"const": "ok"}}});
+    Doc::new("health", "healthz", "The process answers.").gives_as(
+        StatusCode::OK,
+        "application/json",
+        &schema,
+        "It lives.",
+    )
+}
 
 /// The process answers. Depends on nothing else, so that a database outage restarts no replica.
 pub(super) async fn healthz() -> Json<Value> {
     Json(json!({"status": "ok"}))
+}
+
+pub(super) fn readyz_doc() -> Doc {
+    let schema =
+        json!({"type": "object", "required": ["status"], "properties": {"status": {"const": "ready"}}});
+    Doc::new("health", "readyz", "The process may take traffic.")
+        .about("The store answers, its schema is the right one, and the process is not shutting down.")
+        .gives_as(StatusCode::OK, "application/json", &schema, "It may.")
+        .refuses(&[DRAINING, STORE_UNAVAILABLE])
 }
 
 /// The store answers, its schema is ours, and the replica is not shutting down.

@@ -19,8 +19,8 @@ use crate::error::Error;
 const BURST_SECONDS: u32 = 10;
 /// How often buckets that are full again are forgotten.
 const FORGET_EVERY: Duration = Duration::from_mins(1);
-const POLICY: HeaderName = HeaderName::from_static("ratelimit-policy");
-const LIMIT: HeaderName = HeaderName::from_static("ratelimit");
+pub(super) const POLICY: HeaderName = HeaderName::from_static("ratelimit-policy");
+pub(super) const LIMIT: HeaderName = HeaderName::from_static("ratelimit");
 
 /// The buckets.
 #[derive(Debug)]

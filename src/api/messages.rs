@@ -8,15 +8,28 @@ use axum::http::{HeaderMap, Uri};
 use axum::response::Response;
 use serde::Deserialize;
 use tokio_util::sync::CancellationToken;
+use utoipa::IntoParams;
 
 use super::AppState;
 use super::extract::{ApiConversation, ApiJson, ApiPage};
-use super::turn::{Form, answer};
+use super::openapi::Doc;
+use super::problem::{NOT_FOUND, OVERLOADED, QUEUE_FULL, THREAD_BUSY, TOO_MANY_RUNS};
+use super::turn::{Form, answer, answer_doc};
 use super::views::{ListView, MessageView, OnDisconnect, PostMessage};
 use crate::domain::{MessageId, MultitaskStrategy};
 use crate::error::Error;
 use crate::runs::NewMessage;
 use crate::store::ThreadName;
+
+pub(super) fn create_doc() -> Doc {
+    let doc = Doc::new("messages", "create_message", "Appends a message and runs the assistant.")
+        .about(
+            "Answers when the run has ended or asks for function calls, or streams what happens, or, if the caller \
+             prefers not to wait, tells where to look. The first message of a key makes its thread.",
+        )
+        .body::<PostMessage>();
+    answer_doc(doc).refuses(&[THREAD_BUSY, QUEUE_FULL, TOO_MANY_RUNS, OVERLOADED])
+}
 
 /// Appends a message, runs the assistant, and answers when the run has ended or asks for function calls, or streams what
 /// happens, or, if the caller prefers not to wait, tells where to look.
@@ -45,12 +58,20 @@ pub(super) async fn create(
     answer(&state, &key, submitted, 0, form).await
 }
 
-/// Whether the threads before the key's current one are wanted, too.
-#[derive(Debug, Deserialize)]
+#[derive(Debug, Deserialize, IntoParams)]
 #[serde(deny_unknown_fields)]
 pub(super) struct Archived {
+    /// Those of the threads before the current one, too.
     #[serde(default)]
     archived: bool,
+}
+
+pub(super) fn list_doc() -> Doc {
+    Doc::new("messages", "list_messages", "The transcript.")
+        .page::<MessageId>()
+        .query::<Archived>()
+        .lists::<MessageView>("A page of messages.")
+        .refuses(&[NOT_FOUND])
 }
 
 /// The transcript.

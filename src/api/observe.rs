@@ -13,7 +13,7 @@ use uuid::Uuid;
 
 use super::problem;
 
-const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
+pub(super) const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 const MAX_REQUEST_ID: usize = 128;
 
 /// Gives the request an id (the caller's own `x-request-id` if it is usable), puts everything that is logged for

@@ -2,28 +2,43 @@
 
 use axum::Json;
 use axum::extract::State;
+use axum::http::StatusCode;
 use axum::response::{IntoResponse, Response};
+use chrono::{DateTime, Utc};
 use serde::Deserialize;
+use utoipa::IntoParams;
 
 use super::AppState;
 use super::extract::{ApiId, ApiPage, ApiQuery};
 use super::guard::Caller;
+use super::openapi::Doc;
+use super::problem::{DRAINING, NOT_FOUND, UPSTREAM_ERROR};
 use super::threads::{Verify, show_named};
 use super::views::{ListView, MessageView, OutlookView, ReportView, TallyView, ThreadView, list_threads};
-use crate::domain::{Lifecycle, MessageId, ThreadId, ThreadState, Timestamp, UserKey};
+use crate::domain::{Lifecycle, MessageId, ThreadId, ThreadState, UserKey};
 use crate::error::Error;
 use crate::store::{ThreadFilter, ThreadName};
 
 /// Which threads are wanted: those that fit all that is set.
-#[derive(Debug, Deserialize)]
+#[derive(Debug, Deserialize, IntoParams)]
 #[serde(deny_unknown_fields)]
 pub(super) struct Filter {
+    /// Of this user.
     user: Option<String>,
+    /// On this configured upstream.
     upstream: Option<String>,
     lifecycle: Option<Lifecycle>,
     state: Option<ThreadState>,
-    created_before: Option<Timestamp>,
-    inactive_since: Option<Timestamp>,
+    created_before: Option<DateTime<Utc>>,
+    inactive_since: Option<DateTime<Utc>>,
+}
+
+pub(super) fn threads_doc() -> Doc {
+    Doc::new("operators", "list_threads", "Threads of all users of the tenant.")
+        .about("Those that fit all that is set.")
+        .page::<ThreadId>()
+        .query::<Filter>()
+        .lists::<ThreadView>("A page of threads.")
 }
 
 pub(super) async fn threads(
@@ -44,6 +59,13 @@ pub(super) async fn threads(
     Ok(Json(list_threads(&state.runs, state.runs.threads(&filter, &page).await?)))
 }
 
+pub(super) fn thread_doc() -> Doc {
+    Doc::new("operators", "get_thread_by_id", "The statistics of any thread, archived ones, too.")
+        .query::<Verify>()
+        .gives::<ReportView>(StatusCode::OK, "The thread.")
+        .refuses(&[NOT_FOUND, UPSTREAM_ERROR])
+}
+
 /// The statistics of one thread.
 pub(super) async fn thread(
     State(state): State<AppState>,
@@ -52,6 +74,13 @@ pub(super) async fn thread(
     ApiQuery(query): ApiQuery<Verify>,
 ) -> Result<Json<ReportView>, Error> {
     show_named(&state, ThreadName::Id(&caller.tenant, id), &query).await
+}
+
+pub(super) fn messages_doc() -> Doc {
+    Doc::new("operators", "list_messages_by_id", "The transcript of any thread, archived ones, too.")
+        .page::<MessageId>()
+        .lists::<MessageView>("A page of messages.")
+        .refuses(&[NOT_FOUND])
 }
 
 /// The transcript of one thread.
@@ -66,14 +95,26 @@ pub(super) async fn messages(
 }
 
 /// How much is to be cleaned up.
-#[derive(Debug, Deserialize)]
+#[derive(Debug, Deserialize, IntoParams)]
 #[serde(deny_unknown_fields)]
 pub(super) struct Cleanup {
     /// Only tell what would be done, and why.
     #[serde(default)]
     dry_run: bool,
-    /// Threads: 1 to 1000.
+    /// Threads; 100 if absent.
+    #[param(minimum = 1, maximum = 1000)]
     limit: Option<u32>,
+}
+
+pub(super) fn cleanup_doc() -> Doc {
+    Doc::new("operators", "clean_up", "Does the work in the background now.")
+        .about("What it began goes on if the caller leaves.")
+        .query::<Cleanup>()
+        .gives_one_of::<TallyView, OutlookView>(
+            StatusCode::OK,
+            "What was done; with `dry_run` what would be done, and why.",
+        )
+        .refuses(&[DRAINING])
 }
 
 /// Has the janitor look now. What it began goes on if the caller leaves.

@@ -1,10 +1,13 @@
 //! Errors as RFC 9457 problem documents: the only place where an [`Error`] becomes HTTP.
 
+use std::collections::BTreeSet;
 use std::time::Duration;
 
 use axum::http::{HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use serde::Serialize;
+use utoipa::ToSchema;
+use utoipa::openapi::schema::{ObjectBuilder, Type};
 
 use crate::domain::{MultitaskStrategy, Run, RunErrorCode, RunId, ThreadId};
 use crate::error::{Chain, Error};
@@ -16,28 +19,42 @@ const TYPE_PREFIX: &str = "urn:threadkeeper:problem:";
 /// A problem on its way to the middleware that completes it.
 #[derive(Clone)]
 struct Problem {
-    name: &'static str,
-    title: &'static str,
-    status: StatusCode,
+    kind: Kind,
     detail: String,
     retry_after: Option<Duration>,
     run: Option<(RunId, ThreadId, RunErrorCode)>,
 }
 
-#[derive(Serialize)]
-struct Document<'a> {
+/// A problem document (RFC 9457).
+#[derive(Serialize, ToSchema)]
+#[schema(as = Problem)]
+pub(super) struct Document<'a> {
+    #[schema(schema_with = any_type)]
     r#type: String,
     title: &'a str,
+    #[schema(minimum = 400, maximum = 599)]
     status: u16,
+    /// What is wrong, and how to mend it.
     detail: &'a str,
+    /// As in the header `x-request-id`, and in the logs.
     request_id: &'a str,
+    /// Only where a run failed, like `thread_id` and `code`.
     #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(nullable = false)]
     run_id: Option<RunId>,
     #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(nullable = false)]
     thread_id: Option<ThreadId>,
     /// The run's own error code.
     #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(nullable = false)]
     code: Option<RunErrorCode>,
+}
+
+/// All types of problems.
+fn any_type() -> ObjectBuilder {
+    let names = KINDS.iter().map(|kind| kind.urn()).collect::<BTreeSet<_>>();
+    ObjectBuilder::new().schema_type(Type::String).enum_values(Some(names))
 }
 
 impl IntoResponse for Error {
@@ -45,7 +62,7 @@ impl IntoResponse for Error {
     fn into_response(self) -> Response {
         log(&self);
         let problem = Problem::from(&self);
-        let mut response = problem.status.into_response();
+        let mut response = problem.kind.status.into_response();
         response.extensions_mut().insert(problem);
         response
     }
@@ -55,9 +72,9 @@ impl IntoResponse for Error {
 pub(super) fn complete(mut response: Response, request_id: &str) -> Response {
     let Some(problem) = response.extensions_mut().remove::<Problem>() else { return response };
     let document = Document {
-        r#type: format!("{TYPE_PREFIX}{}", problem.name),
-        title: problem.title,
-        status: problem.status.as_u16(),
+        r#type: problem.kind.urn(),
+        title: problem.kind.title,
+        status: problem.kind.status.as_u16(),
         detail: &problem.detail,
         request_id,
         run_id: problem.run.map(|(run, _, _)| run),
@@ -68,7 +85,7 @@ pub(super) fn complete(mut response: Response, request_id: &str) -> Response {
     let (mut parts, _) = response.into_parts();
     parts.headers.remove(header::CONTENT_LENGTH);
     parts.headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/problem+json"));
-    if problem.status == StatusCode::UNAUTHORIZED {
+    if problem.kind.status == StatusCode::UNAUTHORIZED {
         parts.headers.insert(header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
     }
     if let Some(wait) = problem.retry_after {
@@ -86,7 +103,7 @@ fn log(error: &Error) {
             tracing::warn!(error = %Chain(error), "the request failed");
         }
         // Only the name: the text may quote the request.
-        _ => tracing::debug!(problem = Problem::from(error).name, "the request was refused"),
+        _ => tracing::debug!(problem = Problem::from(error).kind.name, "the request was refused"),
     }
 }
 
@@ -95,42 +112,29 @@ impl From<&Error> for Problem {
         let kind = match error {
             Error::Malformed(_) => INVALID_REQUEST,
             Error::Invalid(_) | Error::OtherUpstream { .. } => UNPROCESSABLE,
-            Error::UnsupportedMediaType => {
-                ("unsupported-media-type", "Unsupported media type", StatusCode::UNSUPPORTED_MEDIA_TYPE)
-            }
-            Error::PayloadTooLarge { .. } => {
-                ("payload-too-large", "Payload too large", StatusCode::PAYLOAD_TOO_LARGE)
-            }
-            Error::BodyTimeout => ("request-timeout", "Request timeout", StatusCode::REQUEST_TIMEOUT),
+            Error::UnsupportedMediaType => UNSUPPORTED_MEDIA_TYPE,
+            Error::PayloadTooLarge { .. } => PAYLOAD_TOO_LARGE,
+            Error::BodyTimeout => REQUEST_TIMEOUT,
             Error::Unauthenticated => UNAUTHENTICATED,
-            Error::IssuerUnavailable => {
-                ("issuer-unavailable", "Issuer unavailable", StatusCode::SERVICE_UNAVAILABLE)
-            }
-            Error::Forbidden(_) => ("forbidden", "Forbidden", StatusCode::FORBIDDEN),
-            Error::RateLimited { .. } => ("rate-limited", "Too many requests", StatusCode::TOO_MANY_REQUESTS),
-            Error::TooManyRuns { .. } => ("too-many-runs", "Too many runs", StatusCode::TOO_MANY_REQUESTS),
-            Error::TooManyReaders { .. } => {
-                ("too-many-readers", "Too many readers", StatusCode::TOO_MANY_REQUESTS)
-            }
-            Error::Overloaded => ("overloaded", "Overloaded", StatusCode::SERVICE_UNAVAILABLE),
-            Error::NotFound(_) => ("not-found", "Not found", StatusCode::NOT_FOUND),
-            Error::MethodNotAllowed => {
-                ("method-not-allowed", "Method not allowed", StatusCode::METHOD_NOT_ALLOWED)
-            }
+            Error::IssuerUnavailable => ISSUER_UNAVAILABLE,
+            Error::Forbidden(_) => FORBIDDEN,
+            Error::RateLimited { .. } => RATE_LIMITED,
+            Error::TooManyRuns { .. } => TOO_MANY_RUNS,
+            Error::TooManyReaders { .. } => TOO_MANY_READERS,
+            Error::Overloaded => OVERLOADED,
+            Error::NotFound(_) => NOT_FOUND,
+            Error::MethodNotAllowed => METHOD_NOT_ALLOWED,
             Error::ThreadBusy => THREAD_BUSY,
-            Error::QueueFull { .. } => ("queue-full", "Queue full", StatusCode::TOO_MANY_REQUESTS),
-            Error::IdempotencyMismatch => {
-                ("idempotency-mismatch", "Idempotency mismatch", StatusCode::UNPROCESSABLE_ENTITY)
-            }
-            Error::RunNotWaiting(_) => ("run-not-waiting", "Run not waiting", StatusCode::CONFLICT),
-            Error::OtherReplica => ("other-replica", "Other replica", StatusCode::MISDIRECTED_REQUEST),
+            Error::QueueFull { .. } => QUEUE_FULL,
+            Error::IdempotencyMismatch => IDEMPOTENCY_MISMATCH,
+            Error::RunNotWaiting(_) => RUN_NOT_WAITING,
+            Error::OtherReplica => OTHER_REPLICA,
             Error::UpstreamUnavailable { .. } | Error::UpstreamFailed(_) => UPSTREAM_ERROR,
             Error::RunFailed { run, .. } => of_run(run),
             Error::Draining => DRAINING,
             Error::StoreUnavailable(_) => STORE_UNAVAILABLE,
             Error::Internal(_) => INTERNAL,
         };
-        let (name, title, status) = kind;
         let retry_after = match error {
             Error::ThreadBusy
             | Error::QueueFull { .. }
@@ -161,22 +165,92 @@ impl From<&Error> for Problem {
             Error::StoreUnavailable(Some(StoreError::Schema(text))) => text.clone(),
             other => other.to_string(),
         };
-        Self { name, title, status, detail, retry_after, run }
+        Self { kind, detail, retry_after, run }
     }
 }
 
-type Kind = (&'static str, &'static str, StatusCode);
+/// A type of problem, as callers are told of it.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub(super) struct Kind {
+    pub(super) name: &'static str,
+    title: &'static str,
+    pub(super) status: StatusCode,
+    /// When it is told.
+    pub(super) when: &'static str,
+}
 
-const INVALID_REQUEST: Kind = ("invalid-request", "Invalid request", StatusCode::BAD_REQUEST);
-const UNPROCESSABLE: Kind = ("invalid-request", "Invalid request", StatusCode::UNPROCESSABLE_ENTITY);
-const UNAUTHENTICATED: Kind = ("unauthenticated", "Unauthenticated", StatusCode::UNAUTHORIZED);
-const THREAD_BUSY: Kind = ("thread-busy", "Thread busy", StatusCode::CONFLICT);
-const STORE_UNAVAILABLE: Kind = ("store-unavailable", "Store unavailable", StatusCode::SERVICE_UNAVAILABLE);
-const DRAINING: Kind = ("draining", "Shutting down", StatusCode::SERVICE_UNAVAILABLE);
-const REPLICA_LOST: Kind = ("replica-lost", "Replica lost", StatusCode::SERVICE_UNAVAILABLE);
-const INTERNAL: Kind = ("internal", "Internal error", StatusCode::INTERNAL_SERVER_ERROR);
-const UPSTREAM_ERROR: Kind = ("upstream-error", "Upstream error", StatusCode::BAD_GATEWAY);
-const UPSTREAM_TIMEOUT: Kind = ("upstream-timeout", "Upstream timeout", StatusCode::GATEWAY_TIMEOUT);
+impl Kind {
+    /// As the field `type` says it.
+    pub(super) fn urn(self) -> String {
+        format!("{TYPE_PREFIX}{}", self.name)
+    }
+}
+
+/// Constants, and the list of all of them.
+macro_rules! kinds {
+    ($(#[doc = $when:literal] $constant:ident = $name:literal, $title:literal, $status:ident;)+) => {
+        $(
+            #[doc = $when]
+            pub(super) const $constant: Kind =
+                Kind { name: $name, title: $title, status: StatusCode::$status, when: $when.trim_ascii() };
+        )+
+
+        pub(super) const KINDS: &[Kind] = &[$($constant),+];
+    };
+}
+
+kinds! {
+    /// The request cannot be read.
+    INVALID_REQUEST = "invalid-request", "Invalid request", BAD_REQUEST;
+    /// The request asks for what cannot be.
+    UNPROCESSABLE = "invalid-request", "Invalid request", UNPROCESSABLE_ENTITY;
+    /// No key or token was sent, or one that opens nothing.
+    UNAUTHENTICATED = "unauthenticated", "Unauthenticated", UNAUTHORIZED;
+    /// The key does not open this, or it is another user's.
+    FORBIDDEN = "forbidden", "Forbidden", FORBIDDEN;
+    /// There is no such thing, or none of this caller's.
+    NOT_FOUND = "not-found", "Not found", NOT_FOUND;
+    /// The path takes other methods.
+    METHOD_NOT_ALLOWED = "method-not-allowed", "Method not allowed", METHOD_NOT_ALLOWED;
+    /// The body did not arrive in time.
+    REQUEST_TIMEOUT = "request-timeout", "Request timeout", REQUEST_TIMEOUT;
+    /// Another run is unfinished and the request does not want to wait, or something else holds the upstream thread.
+    THREAD_BUSY = "thread-busy", "Thread busy", CONFLICT;
+    /// The run does not wait for these tool outputs (any more).
+    RUN_NOT_WAITING = "run-not-waiting", "Run not waiting", CONFLICT;
+    /// The body is larger than `server.max_body_bytes`.
+    PAYLOAD_TOO_LARGE = "payload-too-large", "Payload too large", PAYLOAD_TOO_LARGE;
+    /// The body is not declared as JSON.
+    UNSUPPORTED_MEDIA_TYPE = "unsupported-media-type", "Unsupported media type", UNSUPPORTED_MEDIA_TYPE;
+    /// Without a transcript: tool outputs for a run of another replica.
+    OTHER_REPLICA = "other-replica", "Other replica", MISDIRECTED_REQUEST;
+    /// The `Idempotency-Key` was used for another request.
+    IDEMPOTENCY_MISMATCH = "idempotency-mismatch", "Idempotency mismatch", UNPROCESSABLE_ENTITY;
+    /// More requests of a user or a tenant than `limits` allows.
+    RATE_LIMITED = "rate-limited", "Too many requests", TOO_MANY_REQUESTS;
+    /// The tenant has `runs.max_runs_per_tenant` unfinished runs at this replica.
+    TOO_MANY_RUNS = "too-many-runs", "Too many runs", TOO_MANY_REQUESTS;
+    /// `server.max_readers` follow the events of this run.
+    TOO_MANY_READERS = "too-many-readers", "Too many readers", TOO_MANY_REQUESTS;
+    /// Too many runs wait on the thread.
+    QUEUE_FULL = "queue-full", "Queue full", TOO_MANY_REQUESTS;
+    /// A defect of the gateway.
+    INTERNAL = "internal", "Internal error", INTERNAL_SERVER_ERROR;
+    /// The upstream refused, failed or broke off, or is left alone after too many failures.
+    UPSTREAM_ERROR = "upstream-error", "Upstream error", BAD_GATEWAY;
+    /// This replica is shutting down.
+    DRAINING = "draining", "Shutting down", SERVICE_UNAVAILABLE;
+    /// The keys of whoever issues tokens cannot be had at present.
+    ISSUER_UNAVAILABLE = "issuer-unavailable", "Issuer unavailable", SERVICE_UNAVAILABLE;
+    /// This replica has as many runs as it can take.
+    OVERLOADED = "overloaded", "Overloaded", SERVICE_UNAVAILABLE;
+    /// The database is away or has no connection to spare, or this replica has lost its session.
+    STORE_UNAVAILABLE = "store-unavailable", "Store unavailable", SERVICE_UNAVAILABLE;
+    /// The process that worked on the run died, and the upstream does not know of a better end.
+    REPLICA_LOST = "replica-lost", "Replica lost", SERVICE_UNAVAILABLE;
+    /// The run met its deadline, the upstream was silent for too long, or its thread stayed busy.
+    UPSTREAM_TIMEOUT = "upstream-timeout", "Upstream timeout", GATEWAY_TIMEOUT;
+}
 
 fn of_run(run: &Run) -> Kind {
     match run.error.as_ref().map(|error| error.code) {

@@ -2,18 +2,29 @@
 
 use axum::Json;
 use axum::extract::State;
-use axum::http::{HeaderMap, StatusCode, Uri};
+use axum::http::{HeaderMap, HeaderName, StatusCode, Uri};
 use axum::response::{IntoResponse, Response};
 use futures_util::StreamExt;
 use futures_util::stream;
+use serde_json::json;
 
 use super::extract::{ApiConversation, ApiJson, ApiPage, ApiRun, LastEventId};
-use super::turn::{Form, answer, scope_of};
+use super::openapi::Doc;
+use super::problem::{NOT_FOUND, OTHER_REPLICA, RUN_NOT_WAITING, TOO_MANY_READERS};
+use super::sse::EventView;
+use super::turn::{Form, answer, answer_doc, scope_of};
 use super::views::{ListView, PostOutputs, RunAndMessageView, RunView};
 use super::{AppState, sse};
 use crate::domain::RunId;
 use crate::error::Error;
 use crate::runs::NewOutputs;
+
+pub(super) fn list_doc() -> Doc {
+    Doc::new("runs", "list_runs", "The runs of the conversation's thread.")
+        .page::<RunId>()
+        .lists::<RunView>("A page of runs.")
+        .refuses(&[NOT_FOUND])
+}
 
 pub(super) async fn list(
     State(state): State<AppState>,
@@ -22,6 +33,12 @@ pub(super) async fn list(
 ) -> Result<Json<ListView<RunView>>, Error> {
     let page = state.runs.runs(&key, &page).await?;
     Ok(Json(ListView::new(page, |run| run.id.to_string(), RunView::from)))
+}
+
+pub(super) fn show_doc() -> Doc {
+    Doc::new("runs", "get_run", "One run with its reply, if it has one.")
+        .gives::<RunAndMessageView>(StatusCode::OK, "The run.")
+        .refuses(&[NOT_FOUND])
 }
 
 pub(super) async fn show(
@@ -33,6 +50,16 @@ pub(super) async fn show(
     Ok(Json(RunAndMessageView { run: run.into(), message: message.map(Into::into) }))
 }
 
+pub(super) fn cancel_doc() -> Doc {
+    Doc::new("runs", "cancel_run", "Cancels a run and tells how it ended.")
+        .about("One that had ended is told as it is.")
+        .gives::<RunAndMessageView>(
+            StatusCode::OK,
+            "The run as it ended, or, after a bounded wait, as it is.",
+        )
+        .refuses(&[NOT_FOUND])
+}
+
 /// Cancels a run and tells how it ended.
 pub(super) async fn cancel(
     State(state): State<AppState>,
@@ -41,6 +68,13 @@ pub(super) async fn cancel(
 ) -> Result<Json<RunAndMessageView>, Error> {
     let (run, message) = state.runs.cancel(&key, id).await?;
     Ok(Json(RunAndMessageView { run: run.into(), message: message.map(Into::into) }))
+}
+
+pub(super) fn tool_outputs_doc() -> Doc {
+    let doc = Doc::new("runs", "submit_tool_outputs", "Answers the function calls of a run, which goes on.")
+        .about("All outputs at once. Answered like a message.")
+        .body::<PostOutputs>();
+    answer_doc(doc).refuses(&[RUN_NOT_WAITING, OTHER_REPLICA])
 }
 
 /// Hands a run the outputs of its function calls, and answers like a message from there on.
@@ -56,6 +90,19 @@ pub(super) async fn tool_outputs(
     let (submitted, from) = state.runs.answer_tools(&key, id, new).await?;
     let form = Form { stream: body.stream, headers: &headers, uri: &uri, on_drop: None };
     answer(&state, &key, submitted, from, form).await
+}
+
+pub(super) fn events_doc() -> Doc {
+    let last = json!({"type": "string", "pattern": "^(run_[0-9a-f]{32}:[0-9]+)?$"});
+    Doc::new("runs", "stream_run_events", "The run's events, from the first one to its end.")
+        .header(
+            &HeaderName::from_static("last-event-id"),
+            &last,
+            "The id of the event that the caller saw last: the stream goes on after it.",
+        )
+        .streams::<EventView>("text/event-stream", "Each event with its fields, `data` as JSON.")
+        .gives_nothing(StatusCode::NO_CONTENT, "The caller has seen the end.")
+        .refuses(&[NOT_FOUND, TOO_MANY_READERS])
 }
 
 /// The run's events, from the first one or after the one that the caller saw last, to its end. A caller that saw the

@@ -1,5 +1,6 @@
 //! A run's events as a `text/event-stream`.
 
+use std::borrow::Cow;
 use std::convert::Infallible;
 use std::time::Duration;
 
@@ -8,11 +9,14 @@ use axum::response::sse::{Event, KeepAlive, Sse};
 use axum::response::{IntoResponse, Response};
 use futures_util::StreamExt;
 use futures_util::stream::{self, BoxStream};
-use serde_json::{Value, json};
+use serde::Serialize;
 use tokio_util::sync::DropGuard;
+use utoipa::openapi::schema::{ObjectBuilder, OneOfBuilder, Schema, Type};
+use utoipa::openapi::{Ref, RefOr};
+use utoipa::{PartialSchema, ToSchema};
 
 use super::views::{MessageView, RunView};
-use crate::domain::{Run, RunId, RunStatus, ThreadId};
+use crate::domain::{Run, RunId, RunStatus, ThreadId, ToolCall};
 use crate::runs::RunEvent;
 
 /// When a client shall come back whose stream ended before its run.
@@ -95,25 +99,22 @@ fn stream_of(
 /// a client that reconnects by itself asks for what it has not seen.
 fn reconnect(run: RunId, last: Option<i64>, rest: &str) -> Event {
     let after = last.map(|n| format!("{run}:{n}"));
-    Event::default()
-        .event("stream.reconnect")
-        .retry(RECONNECT_AFTER)
-        .data(json!({"events": rest, "after": after}).to_string())
+    let data = text(&Reconnect { events: rest, after });
+    Event::default().event(RECONNECT).retry(RECONNECT_AFTER).data(data)
 }
 
 fn render(run: RunId, thread: ThreadId, n: i64, event: &RunEvent) -> Event {
-    let (name, data): (&str, Value) = match event {
-        RunEvent::Queued { position } => {
-            ("run.queued", json!({"run_id": run, "thread_id": thread, "position": position}))
+    let (run_id, thread_id) = (run, thread);
+    let (name, data) = match event {
+        RunEvent::Queued { position } => (QUEUED, text(&Queued { run_id, thread_id, position: *position })),
+        RunEvent::Started => (STARTED, text(&Started { run_id, thread_id })),
+        RunEvent::Delta(delta) => (DELTA, text(&Delta { text: delta })),
+        RunEvent::RequiresAction(action) => {
+            let tool_calls = &action.tool_calls;
+            (REQUIRES_ACTION, text(&RequiresAction { run_id, thread_id, tool_calls }))
         }
-        RunEvent::Started => ("run.started", json!({"run_id": run, "thread_id": thread})),
-        RunEvent::Delta(text) => ("message.delta", json!({"text": **text})),
-        RunEvent::RequiresAction(action) => (
-            "run.requires_action",
-            json!({"run_id": run, "thread_id": thread, "tool_calls": action.tool_calls}),
-        ),
         RunEvent::MessageCompleted(message) => {
-            ("message.completed", json!({"message": MessageView::from((**message).clone())}))
+            (MESSAGE_COMPLETED, text(&MessageCompleted { message: MessageView::from((**message).clone()) }))
         }
         RunEvent::Ended(outcome) => {
             let name = match outcome.run.status {
@@ -123,8 +124,120 @@ fn render(run: RunId, thread: ThreadId, n: i64, event: &RunEvent) -> Event {
                 RunStatus::Expired => "run.expired",
                 _ => "run.failed",
             };
-            (name, json!({"run": RunView::from(outcome.run.clone())}))
+            (name, text(&Ended { run: RunView::from(outcome.run.clone()) }))
         }
     };
-    Event::default().id(format!("{run}:{n}")).event(name).data(data.to_string())
+    Event::default().id(format!("{run}:{n}")).event(name).data(data)
+}
+
+fn text(data: &impl Serialize) -> String {
+    serde_json::to_string(data).unwrap_or_default()
+}
+
+const QUEUED: &str = "run.queued";
+const STARTED: &str = "run.started";
+const DELTA: &str = "message.delta";
+const REQUIRES_ACTION: &str = "run.requires_action";
+const MESSAGE_COMPLETED: &str = "message.completed";
+const ENDS: [&str; 5] = ["run.completed", "run.incomplete", "run.failed", "run.cancelled", "run.expired"];
+const RECONNECT: &str = "stream.reconnect";
+
+#[derive(Serialize, ToSchema)]
+struct Queued {
+    run_id: RunId,
+    thread_id: ThreadId,
+    /// 1: next.
+    #[schema(minimum = 1)]
+    position: i64,
+}
+
+#[derive(Serialize, ToSchema)]
+struct Started {
+    run_id: RunId,
+    thread_id: ThreadId,
+}
+
+#[derive(Serialize, ToSchema)]
+struct Delta<'a> {
+    text: &'a str,
+}
+
+#[derive(Serialize, ToSchema)]
+struct RequiresAction<'a> {
+    run_id: RunId,
+    thread_id: ThreadId,
+    tool_calls: &'a [ToolCall],
+}
+
+#[derive(Serialize, ToSchema)]
+struct MessageCompleted {
+    /// Now in the transcript.
+    message: MessageView,
+}
+
+#[derive(Serialize, ToSchema)]
+struct Ended {
+    run: RunView,
+}
+
+/// This replica stops, the run goes on.
+#[derive(Serialize, ToSchema)]
+struct Reconnect<'a> {
+    /// The path to read on at.
+    events: &'a str,
+    /// The id to send in `Last-Event-ID`; `null`: none.
+    #[schema(required)]
+    after: Option<String>,
+}
+
+/// Any event of a stream, with its fields: `event`, `data`, and but for `stream.reconnect` an `id`.
+pub(super) struct EventView;
+
+impl ToSchema for EventView {
+    fn name() -> Cow<'static, str> {
+        "Event".into()
+    }
+
+    fn schemas(schemas: &mut Vec<(String, RefOr<Schema>)>) {
+        fn add<T: ToSchema>(schemas: &mut Vec<(String, RefOr<Schema>)>) {
+            T::schemas(schemas);
+            schemas.push((T::name().into_owned(), T::schema()));
+        }
+        add::<Queued>(schemas);
+        add::<Started>(schemas);
+        add::<Delta<'_>>(schemas);
+        add::<RequiresAction<'_>>(schemas);
+        add::<MessageCompleted>(schemas);
+        add::<Ended>(schemas);
+        add::<Reconnect<'_>>(schemas);
+    }
+}
+
+impl PartialSchema for EventView {
+    fn schema() -> RefOr<Schema> {
+        fn event<T: ToSchema>(names: &[&str]) -> ObjectBuilder {
+            let name = ObjectBuilder::new().schema_type(Type::String).enum_values(Some(names.to_vec()));
+            ObjectBuilder::new()
+                .property("event", name)
+                .property("data", Ref::from_schema_name(T::name()))
+                .required("event")
+                .required("data")
+        }
+        let with_id = |event: ObjectBuilder| {
+            let id = ObjectBuilder::new()
+                .schema_type(Type::String)
+                .pattern(Some("^run_[0-9a-f]{32}:[0-9]+$"))
+                .description(Some("For `Last-Event-ID`. Opaque."));
+            event.property("id", id).required("id")
+        };
+        OneOfBuilder::new()
+            .item(with_id(event::<Queued>(&[QUEUED])))
+            .item(with_id(event::<Started>(&[STARTED])))
+            .item(with_id(event::<Delta<'_>>(&[DELTA])))
+            .item(with_id(event::<RequiresAction<'_>>(&[REQUIRES_ACTION])))
+            .item(with_id(event::<MessageCompleted>(&[MESSAGE_COMPLETED])))
+            .item(with_id(event::<Ended>(&ENDS)))
+            .item(event::<Reconnect<'_>>(&[RECONNECT]))
+            .into()
+    }
 }

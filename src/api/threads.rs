@@ -7,10 +7,13 @@ use axum::extract::State;
 use axum::http::{HeaderMap, StatusCode};
 use axum::response::{IntoResponse, Response};
 use serde::Deserialize;
+use utoipa::{IntoParams, ToSchema};
 
 use super::AppState;
-use super::deletions::deleted;
-use super::extract::{ApiConversation, ApiJson, ApiQuery, ApiWhich};
+use super::deletions::{deleted, deleted_doc};
+use super::extract::{ApiConversation, ApiJson, ApiQuery, ApiWhich, WhichQuery};
+use super::openapi::Doc;
+use super::problem::{NOT_FOUND, UPSTREAM_ERROR};
 use super::views::{ListView, PatchThread, ReportView, RunView, TtlMs, cancelled};
 use crate::domain::NewLife;
 use crate::error::Error;
@@ -20,16 +23,26 @@ use crate::store::ThreadName;
 use crate::upstream::Pace;
 
 /// What the statistics are to be compared with.
-#[derive(Debug, Deserialize)]
+#[derive(Debug, Deserialize, IntoParams)]
 #[serde(deny_unknown_fields)]
 pub(super) struct Verify {
+    /// Compares the transcript with the upstream thread.
+    #[param(inline)]
     verify: Option<Against>,
 }
 
-#[derive(Debug, Deserialize)]
+#[derive(Debug, Deserialize, ToSchema)]
 #[serde(rename_all = "lowercase")]
 enum Against {
     Upstream,
+}
+
+pub(super) fn show_doc() -> Doc {
+    Doc::new("threads", "get_thread", "The thread: ids, state, counts, last run, expiry.")
+        .about("From the record alone unless a comparison is asked for.")
+        .query::<Verify>()
+        .gives::<ReportView>(StatusCode::OK, "The thread.")
+        .refuses(&[NOT_FOUND, UPSTREAM_ERROR])
 }
 
 /// The statistics of the thread, from the record alone unless a comparison is asked for.
@@ -55,6 +68,13 @@ pub(super) async fn show_named(
     Ok(Json(ReportView::new(&state.runs, report, verified)))
 }
 
+pub(super) fn update_doc() -> Doc {
+    Doc::new("threads", "update_thread", "Changes metadata, all of it, or how long the thread lives.")
+        .body::<PatchThread>()
+        .gives::<ReportView>(StatusCode::OK, "The thread as it is now.")
+        .refuses(&[NOT_FOUND])
+}
+
 /// Changes metadata, all of it, or how long the thread lives.
 pub(super) async fn update(
     State(state): State<AppState>,
@@ -71,12 +91,19 @@ pub(super) async fn update(
 }
 
 /// What is to stay of a deleted thread.
-#[derive(Debug, Deserialize)]
+#[derive(Debug, Deserialize, IntoParams)]
 #[serde(deny_unknown_fields)]
 pub(super) struct Archive {
     /// Its transcript, read only.
     #[serde(default)]
     archive: bool,
+}
+
+pub(super) fn delete_doc() -> Doc {
+    let doc = Doc::new("threads", "delete_thread", "Deletes the conversation, here and upstream.")
+        .about("What runs or waits is cancelled. A message that comes meanwhile starts a fresh thread.")
+        .query::<Archive>();
+    deleted_doc(doc).refuses(&[NOT_FOUND])
 }
 
 /// Deletes the conversation; 202 if it takes longer than the caller waits.
@@ -90,6 +117,16 @@ pub(super) async fn delete(
     deleted(&state, target, &headers).await
 }
 
+pub(super) fn roll_over_doc() -> Doc {
+    Doc::new("threads", "roll_over_thread", "Archives the thread and starts a fresh one.")
+        .about(
+            "The fresh one begins with the last messages, which the model is told, and all runs that wait.",
+        )
+        .gives::<ReportView>(StatusCode::OK, "The fresh thread.")
+        .gives::<ReportView>(StatusCode::ACCEPTED, "The thread: that has to wait for a run.")
+        .refuses(&[NOT_FOUND])
+}
+
 /// Archives the thread and starts a fresh one; 202 if that has to wait for a run.
 pub(super) async fn roll_over(
     State(state): State<AppState>,
@@ -101,6 +138,13 @@ pub(super) async fn roll_over(
     };
     let report = state.runs.thread(ThreadName::Id(&key.tenant, thread.id)).await?;
     Ok((status, Json(ReportView::new(&state.runs, report, None))).into_response())
+}
+
+pub(super) fn cancel_doc() -> Doc {
+    Doc::new("threads", "cancel_runs", "Cancels runs of the thread and tells how they ended.")
+        .query::<WhichQuery>()
+        .lists::<RunView>("The runs that were cancelled.")
+        .refuses(&[NOT_FOUND])
 }
 
 /// Cancels runs of the thread and tells how they ended.

@@ -7,7 +7,10 @@ use axum::response::{IntoResponse, Response};
 use tokio::time::timeout;
 use tokio_util::sync::DropGuard;
 
+use super::openapi::Doc;
 use super::prefer::{PREFERENCE_APPLIED, Prefer};
+use super::problem::{DRAINING, NOT_FOUND, REPLICA_LOST, UPSTREAM_ERROR, UPSTREAM_TIMEOUT};
+use super::sse::EventView;
 use super::views::{ThreadView, TurnView};
 use super::{AppState, sse};
 use crate::domain::{ConversationKey, RunStatus, ThreadActivity, ThreadState};
@@ -16,7 +19,7 @@ use crate::runs::{Answer, Outcome, Runs, Submitted};
 use crate::store::ThreadName;
 
 /// Says that a run is that of an earlier request with the same idempotency key.
-const REPLAYED: HeaderName = HeaderName::from_static("idempotent-replayed");
+pub(super) const REPLAYED: HeaderName = HeaderName::from_static("idempotent-replayed");
 
 /// The form that a caller wants.
 pub(super) struct Form<'a> {
@@ -25,6 +28,24 @@ pub(super) struct Form<'a> {
     pub(super) uri: &'a Uri,
     /// Cancels the run when it is dropped.
     pub(super) on_drop: Option<DropGuard>,
+}
+
+/// What the three forms have in common wherever they are given.
+pub(super) fn answer_doc(doc: Doc) -> Doc {
+    doc.prefer()
+        .idempotent()
+        .gives::<TurnView>(StatusCode::OK, "The run has ended, or asks for function calls.")
+        .streams::<EventView>(
+            "text/event-stream",
+            "With `stream`, or if `Accept` names it, a stream of events until then: each with its fields, `data` as JSON.",
+        )
+        .gives::<TurnView>(
+            StatusCode::ACCEPTED,
+            "The run goes on: the caller did not want to wait longer, or this replica stops.",
+        )
+        .with(StatusCode::OK, &[&REPLAYED])
+        .with(StatusCode::ACCEPTED, &[&REPLAYED, &header::LOCATION, &PREFERENCE_APPLIED])
+        .refuses(&[NOT_FOUND, UPSTREAM_ERROR, UPSTREAM_TIMEOUT, DRAINING, REPLICA_LOST])
 }
 
 /// Answers with what the run does from event number `from` on.

@@ -8,13 +8,22 @@ use axum::response::{IntoResponse, Response};
 use futures_util::{StreamExt, stream};
 
 use super::AppState;
-use super::deletions::deleted;
+use super::deletions::{deleted, deleted_doc};
 use super::extract::{ApiConversation, ApiPage};
+use super::openapi::Doc;
 use super::views::{ListView, ThreadView, list_threads};
 use crate::domain::ThreadId;
 use crate::error::Error;
 use crate::life::Target;
+use crate::records::Line;
 use crate::store::ThreadFilter;
+
+pub(super) fn threads_doc() -> Doc {
+    Doc::new("users", "list_user_threads", "All threads of a user.")
+        .about("Archived ones and those on their way out, too.")
+        .page::<ThreadId>()
+        .lists::<ThreadView>("A page of threads.")
+}
 
 /// All threads of a user, archived ones and those on their way out, too.
 pub(super) async fn threads(
@@ -26,6 +35,10 @@ pub(super) async fn threads(
     Ok(Json(list_threads(&state.runs, state.runs.threads(&filter, &page).await?)))
 }
 
+pub(super) fn delete_doc() -> Doc {
+    deleted_doc(Doc::new("users", "delete_user", "Erases all that is held of a user, here and upstream."))
+}
+
 /// Erases all that is held of a user, here and upstream; 202 if it takes longer than the caller waits.
 pub(super) async fn delete(
     State(state): State<AppState>,
@@ -33,6 +46,12 @@ pub(super) async fn delete(
     headers: HeaderMap,
 ) -> Result<Response, Error> {
     deleted(&state, Target::User(key.tenant, key.user), &headers).await
+}
+
+pub(super) fn export_doc() -> Doc {
+    Doc::new("users", "export_user", "All that is held of a user, line by line.")
+        .about("The last line counts the others, so that an export that was cut off is noticed.")
+        .streams::<Line>("application/x-ndjson", "Each line is a JSON object.")
 }
 
 /// All that is held of a user, line by line as the caller reads.

@@ -4,12 +4,18 @@ mod threads;
 
 use std::fmt;
 
+use chrono::{DateTime, Utc};
 use serde::de::{self, SeqAccess, Visitor};
 use serde::{Deserialize, Deserializer, Serialize};
+use utoipa::openapi::RefOr;
+use utoipa::openapi::schema::{
+    AdditionalProperties, ArrayBuilder, ObjectBuilder, OneOfBuilder, Schema, Type,
+};
+use utoipa::{PartialSchema, ToSchema};
 
 use crate::domain::{
-    ContentPart, Context, Message, MessageId, Metadata, MultitaskStrategy, Page, RequiredAction, Role, Run,
-    RunError, RunId, RunStatus, ThreadId, Timestamp, ToolOutput, Usage,
+    ContentPart, Context, MAX_PARTS, Message, MessageId, Metadata, MultitaskStrategy, Page, RequiredAction,
+    Role, Run, RunError, RunId, RunStatus, ThreadId, ToolOutput, Usage,
 };
 
 pub(super) use threads::{
@@ -18,36 +24,54 @@ pub(super) use threads::{
 };
 
 /// The body of `POST …/messages`.
-#[derive(Debug, Deserialize)]
+#[derive(Debug, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub(super) struct PostMessage {
     pub(super) content: Content,
+    /// Name of a configured assistant; the default one if absent.
     pub(super) assistant: Option<String>,
+    /// What it does on a busy thread; `enqueue` if absent.
     pub(super) multitask_strategy: Option<MultitaskStrategy>,
+    /// `true`: the answer is a stream of events; if absent, the header `Accept` decides.
     pub(super) stream: Option<bool>,
+    /// `continue` if absent.
     pub(super) on_disconnect: Option<OnDisconnect>,
+    /// Kept with the run and sent upstream.
     pub(super) metadata: Option<Metadata>,
+    /// How long the run may take once it has started, waits for tool outputs included; up to `runs.max_timeout`.
+    #[schema(minimum = 1)]
     pub(super) timeout_ms: Option<u64>,
+    /// How long the thread lives, from now on; up to `threads.max_ttl`.
+    #[schema(minimum = 1)]
     pub(super) ttl_ms: Option<u64>,
 }
 
 /// The body of `POST …/runs/{run}/tool_outputs`.
-#[derive(Debug, Deserialize)]
+#[derive(Debug, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub(super) struct PostOutputs {
+    /// One for each call of the run's `required_action`.
     #[serde(deserialize_with = "outputs")]
+    #[schema(value_type = Vec<Output>)]
     pub(super) tool_outputs: Vec<ToolOutput>,
+    /// `true`: the answer is a stream of events; if absent, the header `Accept` decides.
     pub(super) stream: Option<bool>,
 }
 
-/// Closed, unlike the domain's own shape, which must be able to grow in the store.
+/// The answer to a function call.
+// Closed, unlike the domain's own shape, which must be able to grow in the store.
+#[derive(Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+#[schema(as = ToolOutput)]
+struct Output {
+    /// The call's id.
+    #[schema(pattern = r"^[^\u0000]*$")]
+    tool_call_id: String,
+    #[schema(pattern = r"^[^\u0000]*$")]
+    output: String,
+}
+
 fn outputs<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<ToolOutput>, D::Error> {
-    #[derive(Deserialize)]
-    #[serde(deny_unknown_fields)]
-    struct Output {
-        tool_call_id: String,
-        output: String,
-    }
     let given = Vec::<Output>::deserialize(deserializer)?;
     if given.iter().any(|it| it.output.contains('\0') || it.tool_call_id.contains('\0')) {
         return Err(de::Error::custom("must not contain NUL characters"));
@@ -56,7 +80,7 @@ fn outputs<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<ToolOutput>
 }
 
 /// What becomes of the run when its caller leaves.
-#[derive(Clone, Copy, Debug, Deserialize, Eq, PartialEq)]
+#[derive(Clone, Copy, Debug, Deserialize, Eq, PartialEq, ToSchema)]
 #[serde(rename_all = "lowercase")]
 pub(super) enum OnDisconnect {
     Continue,
@@ -91,11 +115,42 @@ impl<'de> Deserialize<'de> for Content {
     }
 }
 
+impl ToSchema for Content {
+    fn schemas(schemas: &mut Vec<(String, RefOr<Schema>)>) {
+        ContentPart::schemas(schemas);
+    }
+}
+
+impl PartialSchema for Content {
+    fn schema() -> RefOr<Schema> {
+        let mut part = ContentPart::schema();
+        if let RefOr::T(Schema::OneOf(kinds)) = &mut part {
+            kinds.items.retain_mut(|kind| {
+                let RefOr::T(Schema::Object(kind)) = kind else { return true };
+                kind.additional_properties = Some(Box::new(AdditionalProperties::FreeForm(false)));
+                // Only received.
+                !kind.properties.contains_key("refusal")
+            });
+        }
+        let text =
+            ObjectBuilder::new().schema_type(Type::String).min_length(Some(1)).pattern(Some(r"^[^\u0000]*$"));
+        let parts = ArrayBuilder::new().items(part).min_items(Some(1)).max_items(Some(MAX_PARTS));
+        OneOfBuilder::new()
+            .description(Some("A string, or a list of parts with some text or image in them."))
+            .item(text)
+            .item(parts)
+            .into()
+    }
+}
+
 /// A list, or a page of one.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, ToSchema)]
+#[schema(as = List)]
 pub(super) struct ListView<T> {
     data: Vec<T>,
+    #[schema(required)]
     first_id: Option<String>,
+    #[schema(required)]
     last_id: Option<String>,
     has_more: bool,
 }
@@ -111,19 +166,26 @@ impl<T> ListView<T> {
     }
 }
 
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, ToSchema)]
+#[schema(as = Run)]
 pub(super) struct RunView {
     id: RunId,
     thread_id: ThreadId,
     status: RunStatus,
     assistant: String,
     multitask_strategy: MultitaskStrategy,
-    created_at: Timestamp,
-    started_at: Option<Timestamp>,
-    finished_at: Option<Timestamp>,
-    deadline_at: Option<Timestamp>,
+    created_at: DateTime<Utc>,
+    #[schema(required)]
+    started_at: Option<DateTime<Utc>>,
+    #[schema(required)]
+    finished_at: Option<DateTime<Utc>>,
+    #[schema(required)]
+    deadline_at: Option<DateTime<Utc>>,
+    #[schema(required)]
     usage: Option<Usage>,
+    #[schema(required)]
     error: Option<RunError>,
+    #[schema(required)]
     required_action: Option<RequiredAction>,
     /// It was rolled back: its messages are not in the transcript.
     rolled_back: bool,
@@ -151,25 +213,28 @@ impl From<Run> for RunView {
     }
 }
 
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, ToSchema)]
+#[schema(as = Message)]
 pub(super) struct MessageView {
     id: MessageId,
     role: Role,
     content: Vec<ContentPart>,
+    #[schema(required)]
     run_id: Option<RunId>,
     thread_id: ThreadId,
     /// Ascending from 1; a gap is where messages were rolled back.
     position: i64,
     status: MessageStatus,
     /// Why it is incomplete: its run's end.
+    #[schema(required)]
     incomplete_reason: Option<RunStatus>,
     /// The model knows of it, or will with the next turn.
     in_context: bool,
-    created_at: Timestamp,
+    created_at: DateTime<Utc>,
 }
 
 /// Whether a message belongs to a turn that came to its proper end, as far as that is known.
-#[derive(Clone, Copy, Debug, Serialize)]
+#[derive(Clone, Copy, Debug, Serialize, ToSchema)]
 #[serde(rename_all = "lowercase")]
 enum MessageStatus {
     Completed,
@@ -198,16 +263,20 @@ impl From<Message> for MessageView {
 }
 
 /// The answer to a message.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, ToSchema)]
+#[schema(as = Turn)]
 pub(super) struct TurnView {
     pub(super) thread: ThreadView,
     pub(super) run: RunView,
+    #[schema(required)]
     pub(super) message: Option<MessageView>,
 }
 
 /// One run with its reply, if it has one.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, ToSchema)]
+#[schema(as = RunAndMessage)]
 pub(super) struct RunAndMessageView {
     pub(super) run: RunView,
+    #[schema(required)]
     pub(super) message: Option<MessageView>,
 }

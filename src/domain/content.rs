@@ -1,12 +1,13 @@
 //! What a message says: a list of parts, the same shape in requests, in the transcript and in answers.
 
 use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
 
 /// The most parts that one message may have.
-const MAX_PARTS: usize = 64;
+pub const MAX_PARTS: usize = 64;
 
 /// One part of a message.
-#[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize)]
+#[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize, ToSchema)]
 #[serde(tag = "type", rename_all = "snake_case", deny_unknown_fields)]
 pub enum ContentPart {
     Text {
@@ -37,7 +38,7 @@ impl ContentPart {
     }
 }
 
-#[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize)]
+#[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct ImageUrl {
     pub url: String,
@@ -46,7 +47,7 @@ pub struct ImageUrl {
     pub detail: Option<String>,
 }
 
-#[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize)]
+#[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct ImageFile {
     pub file_id: String,

@@ -8,6 +8,9 @@ use std::sync::{LazyLock, Mutex, PoisonError};
 use std::time::{Duration, SystemTime};
 
 use serde::{Deserialize, Serialize};
+use utoipa::openapi::RefOr;
+use utoipa::openapi::schema::{ObjectBuilder, Schema, Type};
+use utoipa::{PartialSchema, ToSchema};
 use uuid::{ContextV7, Uuid};
 
 use super::Timestamp;
@@ -132,6 +135,15 @@ macro_rules! prefixed_id {
                 id.to_string()
             }
         }
+
+        impl ToSchema for $name {}
+
+        impl PartialSchema for $name {
+            fn schema() -> RefOr<Schema> {
+                let pattern = concat!("^", $prefix, "[0-9a-f]{32}$");
+                ObjectBuilder::new().schema_type(Type::String).pattern(Some(pattern)).into()
+            }
+        }
     };
 }
 
@@ -174,7 +186,7 @@ prefixed_id!(
 macro_rules! upstream_id {
     ($(#[$doc:meta])* $name:ident) => {
         $(#[$doc])*
-        #[derive(Clone, Debug, Deserialize, Eq, Hash, PartialEq, Serialize)]
+        #[derive(Clone, Debug, Deserialize, Eq, Hash, PartialEq, Serialize, ToSchema)]
         #[serde(transparent)]
         pub struct $name(pub String);
 

@@ -4,6 +4,9 @@ use std::fmt;
 
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
+use utoipa::openapi::RefOr;
+use utoipa::openapi::schema::{ObjectBuilder, Schema, Type};
+use utoipa::{PartialSchema, ToSchema};
 
 /// The longest key part, in bytes of UTF-8.
 const MAX_KEY_BYTES: usize = 256;
@@ -49,6 +52,20 @@ impl TryFrom<String> for KeyText {
     }
 }
 
+impl ToSchema for KeyText {}
+
+impl PartialSchema for KeyText {
+    fn schema() -> RefOr<Schema> {
+        // Counted in characters here, which are never more than bytes.
+        ObjectBuilder::new()
+            .schema_type(Type::String)
+            .min_length(Some(1))
+            .max_length(Some(MAX_KEY_BYTES))
+            .pattern(Some(r"^[^\u0000-\u001f\u007f-\u009f]*$"))
+            .into()
+    }
+}
+
 impl From<KeyText> for String {
     fn from(key: KeyText) -> Self {
         key.0
@@ -65,6 +82,14 @@ macro_rules! key_part {
         impl $name {
             pub fn as_str(&self) -> &str {
                 self.0.as_str()
+            }
+        }
+
+        impl ToSchema for $name {}
+
+        impl PartialSchema for $name {
+            fn schema() -> RefOr<Schema> {
+                KeyText::schema()
             }
         }
 

@@ -3,6 +3,9 @@
 use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
+use utoipa::openapi::RefOr;
+use utoipa::openapi::schema::{ObjectBuilder, Schema, Type};
+use utoipa::{PartialSchema, ToSchema};
 
 /// The upstreams take 16 pairs; the gateway needs up to six of them for its own tags.
 const MAX_PAIRS: usize = 10;
@@ -32,6 +35,25 @@ pub struct Metadata(BTreeMap<String, String>);
 impl Metadata {
     pub fn iter(&self) -> impl Iterator<Item = (&str, &str)> {
         self.0.iter().map(|(key, value)| (key.as_str(), value.as_str()))
+    }
+}
+
+impl ToSchema for Metadata {}
+
+impl PartialSchema for Metadata {
+    fn schema() -> RefOr<Schema> {
+        let text = || ObjectBuilder::new().schema_type(Type::String);
+        let key = text()
+            .min_length(Some(1))
+            .max_length(Some(MAX_KEY_CHARS))
+            .pattern(Some(format!(r"^(?!{RESERVED_PREFIX})[^\u0000]*$")));
+        let value = text().max_length(Some(MAX_VALUE_CHARS)).pattern(Some(r"^[^\u0000]*$"));
+        ObjectBuilder::new()
+            .description(Some("Pairs of strings."))
+            .max_properties(Some(MAX_PAIRS))
+            .property_names(Some(key))
+            .additional_properties(Some(Schema::from(value)))
+            .into()
     }
 }
 

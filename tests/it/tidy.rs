@@ -47,6 +47,7 @@ fn libraries_are_named_where_they_belong() {
         ("jsonwebtoken::", &["auth/"]),
         ("axum::", &["api", "server.rs", "simulator", "app.rs"]),
         ("governor::", &["api/limits.rs"]),
+        ("utoipa::", &["api", "domain", "records.rs"]),
         ("clap::", &["main.rs", "cli.rs", "simulator/config.rs"]),
     ];
     for (file, code) in code() {

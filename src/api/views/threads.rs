@@ -1,6 +1,8 @@
 //! Wire types of threads as a whole: statistics, deletions, and what the janitor does.
 
+use chrono::{DateTime, Utc};
 use serde::{Deserialize, Deserializer, Serialize};
+use utoipa::ToSchema;
 
 use super::{ListView, RunView};
 use crate::domain::{
@@ -12,11 +14,14 @@ use crate::runs::{Runs, Verified};
 use crate::store::{DeletedThread, DeletionReport, Pruned, Remnant, ThreadReport};
 
 /// The body of `PATCH …/thread`.
-#[derive(Debug, Deserialize)]
+#[derive(Debug, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub(in crate::api) struct PatchThread {
+    /// All of it, in the place of what there is.
     pub(in crate::api) metadata: Option<Metadata>,
+    /// How long the thread lives, from now on; `null`: as configured.
     #[serde(default, deserialize_with = "given")]
+    #[schema(value_type = Option<u64>, minimum = 1)]
     pub(in crate::api) ttl_ms: TtlMs,
 }
 
@@ -33,7 +38,8 @@ fn given<'de, D: Deserializer<'de>>(deserializer: D) -> Result<TtlMs, D::Error> 
     Ok(Option::deserialize(deserializer)?.map_or(TtlMs::Null, TtlMs::Given))
 }
 
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, ToSchema)]
+#[schema(as = Thread)]
 pub(in crate::api) struct ThreadView {
     id: ThreadId,
     key: KeyView,
@@ -41,21 +47,28 @@ pub(in crate::api) struct ThreadView {
     queue_depth: i64,
     lifecycle: Lifecycle,
     upstream: String,
+    #[schema(required)]
     upstream_thread_id: Option<UpstreamThreadId>,
+    #[schema(required)]
     previous_thread: Option<ThreadId>,
     message_count: i64,
     run_count: i64,
-    created_at: Timestamp,
-    last_active_at: Timestamp,
-    expires_at: Option<Timestamp>,
-    archived_at: Option<Timestamp>,
+    created_at: DateTime<Utc>,
+    last_active_at: DateTime<Utc>,
+    #[schema(required)]
+    expires_at: Option<DateTime<Utc>>,
+    #[schema(required)]
+    archived_at: Option<DateTime<Utc>>,
     metadata: Metadata,
 }
 
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, ToSchema)]
+#[schema(as = ThreadKey)]
 struct KeyView {
     tenant: String,
     user: String,
+    /// `user`, `session:<id>` or `topic:<name>`.
+    #[schema(pattern = "^(user|session:.+|topic:.+)$")]
     scope: String,
 }
 
@@ -93,25 +106,33 @@ impl KeyView {
 }
 
 /// All that the record says of one thread.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, ToSchema)]
+#[schema(as = ThreadReport)]
 pub(in crate::api) struct ReportView {
     #[serde(flatten)]
     thread: ThreadView,
+    #[schema(required)]
     next_thread: Option<ThreadId>,
     /// It is to be rolled over before its next turn.
     rollover_pending: bool,
+    #[schema(required)]
     last_run: Option<LastRunView>,
+    /// Only if it was asked for.
     #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(nullable = false)]
     verified: Option<VerifiedView>,
 }
 
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, ToSchema)]
+#[schema(as = LastRun)]
 struct LastRunView {
     id: RunId,
     status: RunStatus,
+    #[schema(required)]
     error: Option<RunError>,
-    created_at: Timestamp,
-    finished_at: Option<Timestamp>,
+    created_at: DateTime<Utc>,
+    #[schema(required)]
+    finished_at: Option<DateTime<Utc>>,
 }
 
 impl ReportView {
@@ -134,12 +155,15 @@ impl ReportView {
 }
 
 /// How the transcript compares with the upstream thread.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, ToSchema)]
+#[schema(as = Verification)]
 struct VerifiedView {
-    upstream_thread: &'static str,
+    upstream_thread: Existence,
     /// The transcript and the upstream thread say the same; `null` if that cannot be told.
+    #[schema(required)]
     in_step: Option<bool>,
     /// Messages of the upstream thread.
+    #[schema(required)]
     messages: Option<usize>,
     /// Messages that it should hold and does not.
     missing: Vec<MessageId>,
@@ -147,12 +171,25 @@ struct VerifiedView {
     foreign: Vec<ForeignView>,
 }
 
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, ToSchema)]
+#[schema(as = ForeignMessage)]
 struct ForeignView {
     upstream_message_id: String,
     role: Role,
     /// The position of the message that it comes after; 0: it comes first.
     after_position: i64,
+}
+
+/// What there is of a thread at its upstream.
+#[derive(Clone, Copy, Debug, Serialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+enum Existence {
+    Found,
+    /// None was made yet.
+    None,
+    Gone,
+    /// The server does not tell what a thread holds.
+    CannotTell,
 }
 
 impl From<Verified> for VerifiedView {
@@ -165,11 +202,11 @@ impl From<Verified> for VerifiedView {
             foreign: Vec::new(),
         };
         match verified {
-            Verified::NoThread => without("none", None),
-            Verified::Gone => without("gone", Some(false)),
-            Verified::CannotTell => without("cannot_tell", None),
+            Verified::NoThread => without(Existence::None, None),
+            Verified::Gone => without(Existence::Gone, Some(false)),
+            Verified::CannotTell => without(Existence::CannotTell, None),
             Verified::Compared(found) => Self {
-                upstream_thread: "found",
+                upstream_thread: Existence::Found,
                 in_step: Some(found.missing.is_empty() && found.foreign.is_empty()),
                 messages: Some(found.held),
                 missing: found.missing,
@@ -188,25 +225,29 @@ impl From<Verified> for VerifiedView {
 }
 
 /// What came of a request to delete.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, ToSchema)]
+#[schema(as = Deletion)]
 pub(in crate::api) struct DeletionView {
     id: DeletionId,
-    status: &'static str,
+    status: DeletionStatus,
     /// The transcript was to stay.
     archive: bool,
-    requested_at: Timestamp,
-    finished_at: Option<Timestamp>,
+    requested_at: DateTime<Utc>,
+    #[schema(required)]
+    finished_at: Option<DateTime<Utc>>,
     threads_done: i64,
     threads_pending: i64,
     threads: ListView<DeletedThreadView>,
 }
 
 /// What was deleted of one thread, and where.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, ToSchema)]
+#[schema(as = DeletedThread)]
 struct DeletedThreadView {
     thread_id: ThreadId,
-    status: &'static str,
-    finished_at: Option<Timestamp>,
+    status: DeletionStatus,
+    #[schema(required)]
+    finished_at: Option<DateTime<Utc>>,
     /// In the record.
     messages: i64,
     runs: i64,
@@ -215,14 +256,18 @@ struct DeletedThreadView {
     #[serde(flatten)]
     removed: RemovedView,
     attempts: i64,
+    #[schema(required)]
     last_failure: Option<String>,
 }
 
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, ToSchema)]
 #[expect(clippy::struct_field_names, reason = "the names on the wire")]
+#[schema(as = Removed)]
 struct RemovedView {
+    #[schema(required)]
     upstream_thread_id: Option<UpstreamThreadId>,
     /// `null`: not done yet.
+    #[schema(required)]
     upstream_outcome: Option<UpstreamOutcome>,
     upstream_items: u64,
     upstream_responses: u64,
@@ -274,12 +319,21 @@ impl From<Removed> for RemovedView {
     }
 }
 
-const fn status(finished_at: Option<Timestamp>) -> &'static str {
-    if finished_at.is_some() { "completed" } else { "in_progress" }
+/// How far a deletion has come.
+#[derive(Clone, Copy, Debug, Serialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+enum DeletionStatus {
+    InProgress,
+    Completed,
 }
 
-/// What a look of the janitor did.
-#[derive(Debug, Serialize)]
+const fn status(finished_at: Option<Timestamp>) -> DeletionStatus {
+    if finished_at.is_some() { DeletionStatus::Completed } else { DeletionStatus::InProgress }
+}
+
+/// What the janitor did.
+#[derive(Debug, Serialize, ToSchema)]
+#[schema(as = CleanupTally)]
 pub(in crate::api) struct TallyView {
     dry_run: bool,
     expired: u64,
@@ -292,7 +346,8 @@ pub(in crate::api) struct TallyView {
     has_more: bool,
 }
 
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, ToSchema)]
+#[schema(as = Pruned)]
 struct PrunedView {
     runs: u64,
     events: u64,
@@ -323,8 +378,9 @@ impl From<Tally> for TallyView {
     }
 }
 
-/// What it would do.
-#[derive(Debug, Serialize)]
+/// What the janitor would do.
+#[derive(Debug, Serialize, ToSchema)]
+#[schema(as = CleanupOutlook)]
 pub(in crate::api) struct OutlookView {
     dry_run: bool,
     threads: Vec<PlanView>,
@@ -334,22 +390,43 @@ pub(in crate::api) struct OutlookView {
     has_more: bool,
 }
 
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, ToSchema)]
+#[schema(as = PlannedChore)]
 struct PlanView {
     thread_id: ThreadId,
     key: KeyView,
     lifecycle: Lifecycle,
-    action: &'static str,
+    action: ThreadAction,
     reason: String,
 }
 
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, ToSchema)]
+#[schema(as = Remnant)]
 struct RemnantView {
     thread_id: ThreadId,
     upstream: String,
+    #[schema(required)]
     upstream_id: Option<String>,
-    action: &'static str,
+    action: RemnantAction,
     reason: &'static str,
+}
+
+/// What would be done about a thread.
+#[derive(Clone, Copy, Debug, Serialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+enum ThreadAction {
+    Archive,
+    DeleteUpstream,
+    Erase,
+    None,
+}
+
+/// What would be done about something at an upstream that no thread uses.
+#[derive(Clone, Copy, Debug, Serialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+enum RemnantAction {
+    Delete,
+    FindAndDelete,
 }
 
 impl From<Outlook> for OutlookView {
@@ -367,18 +444,21 @@ impl From<Outlook> for OutlookView {
 impl From<Plan> for PlanView {
     fn from(Plan { thread, chore }: Plan) -> Self {
         let (action, reason) = match chore {
-            Chore::Expire { since } => ("archive", format!("it expired at {}", since.to_rfc3339())),
-            Chore::ClearUpstream => {
-                ("delete_upstream", "it is archived, and its upstream copy is not needed any more".to_owned())
+            Chore::Expire { since } => {
+                (ThreadAction::Archive, format!("it expired at {}", since.to_rfc3339()))
             }
+            Chore::ClearUpstream => (
+                ThreadAction::DeleteUpstream,
+                "it is archived, and its upstream copy is not needed any more".to_owned(),
+            ),
             Chore::Discard { since } => {
-                ("erase", format!("its archive was to be kept until {}", since.to_rfc3339()))
+                (ThreadAction::Erase, format!("its archive was to be kept until {}", since.to_rfc3339()))
             }
             Chore::Delete(Deletion::Archive) => {
-                ("archive", "somebody asked to delete it and to keep the transcript".to_owned())
+                (ThreadAction::Archive, "somebody asked to delete it and to keep the transcript".to_owned())
             }
-            Chore::Delete(Deletion::Erase) => ("erase", "its deletion is under way".to_owned()),
-            Chore::Nothing { .. } => ("none", "it is not time yet".to_owned()),
+            Chore::Delete(Deletion::Erase) => (ThreadAction::Erase, "its deletion is under way".to_owned()),
+            Chore::Nothing { .. } => (ThreadAction::None, "it is not time yet".to_owned()),
         };
         Self { thread_id: thread.id, key: KeyView::of(&thread), lifecycle: thread.lifecycle, action, reason }
     }
@@ -387,8 +467,8 @@ impl From<Plan> for PlanView {
 impl From<Remnant> for RemnantView {
     fn from(remnant: Remnant) -> Self {
         let (action, reason) = match remnant.upstream_id {
-            Some(_) => ("delete", "no thread uses it any more"),
-            None => ("find_and_delete", "it was to be made, and nobody heard whether it was"),
+            Some(_) => (RemnantAction::Delete, "no thread uses it any more"),
+            None => (RemnantAction::FindAndDelete, "it was to be made, and nobody heard whether it was"),
         };
         Self {
             thread_id: remnant.thread,

@@ -52,6 +52,7 @@ enum Gets {
 const ROWS: &[(&str, &str, Gets)] = &[
     ("GET", "/healthz", Gets::Served),
     ("GET", "/readyz", Gets::Served),
+    ("GET", "/openapi.json", Gets::Served),
     ("POST", "{scope}/messages", Gets::Own),
     ("GET", "{scope}/messages", Gets::NotFound),
     ("GET", "{scope}/thread", Gets::NotFound),

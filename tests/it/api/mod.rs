@@ -15,6 +15,7 @@ mod idempotency;
 mod killed;
 mod limits;
 mod logs;
+mod openapi;
 mod operators;
 mod portability;
 mod problems;

@@ -1,0 +1,467 @@
+//! `/openapi.json`: what each handler says of itself, and what is true of every route.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::LazyLock;
+
+use axum::http::header::{ALLOW, CONTENT_TYPE, LOCATION, RETRY_AFTER, WWW_AUTHENTICATE};
+use axum::http::{HeaderName, StatusCode};
+use axum::response::IntoResponse;
+use bytes::Bytes;
+use serde_json::{Map, Value, json};
+use utoipa::openapi::RefOr;
+use utoipa::openapi::path::ParameterIn;
+use utoipa::openapi::schema::Schema;
+use utoipa::{IntoParams, PartialSchema, ToSchema};
+
+use super::extract::PageQuery;
+use super::limits::{LIMIT, POLICY};
+use super::observe::REQUEST_ID;
+use super::prefer::{PREFER, PREFERENCE_APPLIED};
+use super::problem::{
+    Document as Problem, FORBIDDEN, INTERNAL, INVALID_REQUEST, ISSUER_UNAVAILABLE, Kind, METHOD_NOT_ALLOWED,
+    NOT_FOUND, PAYLOAD_TOO_LARGE, RATE_LIMITED, REQUEST_TIMEOUT, STORE_UNAVAILABLE, UNAUTHENTICATED,
+    UNPROCESSABLE, UNSUPPORTED_MEDIA_TYPE,
+};
+use super::turn::REPLAYED;
+use super::views::ListView;
+use super::{Route, all};
+use crate::domain::{Access, DeletionId, RunId, SessionKey, ThreadId, TopicKey, UserKey};
+
+/// The document, which is the same for every gateway of this version.
+static DOCUMENT: LazyLock<Bytes> =
+    LazyLock::new(|| serde_json::to_vec(&openapi()).unwrap_or_default().into());
+
+const ABOUT: &str = "An HTTP gateway that keeps chatbot conversations: one thread for each key, one run at a time.
+
+A conversation is that of a user, of a session of a user, or of a topic of a user; all three have the same resources. \
+Keys in paths are percent-encoded and compared byte for byte.
+
+Where neither a key nor an issuer of tokens is configured nobody has to show anything.
+
+Every error is a problem document (RFC 9457). Unknown paths are answered with 404 `not-found`, other methods with 405 \
+`method-not-allowed` and the header `allow`. `HEAD` is answered wherever `GET` is, and `OPTIONS` where pages of other origins \
+may ask. A request head that is no HTTP, or too large, gets a bare 400 or 431.";
+
+/// Groups of operations.
+const TAGS: [(&str, &str); 7] = [
+    ("messages", "Say something, and read what was said."),
+    ("runs", "Turns of a conversation: their events, function calls, cancels."),
+    ("threads", "A conversation as a whole."),
+    ("users", "All that is held of a user."),
+    ("deletions", "What came of requests to delete."),
+    ("operators", "Threads of all users, and the work in the background."),
+    ("health", "For load balancers, and this document."),
+];
+
+/// The document as it is sent.
+pub(super) async fn show() -> impl IntoResponse {
+    ([(CONTENT_TYPE, "application/json")], DOCUMENT.clone())
+}
+
+pub(super) fn show_doc() -> Doc {
+    Doc::new("health", "openapi", "This document.").gives_as(
+        StatusCode::OK,
+        "application/json",
+        &json!({"type": "object"}),
+        "OpenAPI 3.1.",
+    )
+}
+
+/// The document, for who checks answers against it.
+pub fn openapi() -> Value {
+    let mut document = Document::default();
+    for (route, doc) in all().table {
+        document.add(&route, doc());
+    }
+    document.finish()
+}
+
+type Schemas = BTreeMap<String, Value>;
+
+/// What one handler takes and gives, wherever its route stands.
+#[derive(Debug)]
+pub(super) struct Doc {
+    tag: &'static str,
+    id: &'static str,
+    summary: &'static str,
+    about: Option<&'static str>,
+    parameters: Vec<Value>,
+    body: Option<Value>,
+    answers: BTreeMap<u16, Value>,
+    kinds: Vec<Kind>,
+    schemas: Schemas,
+}
+
+impl Doc {
+    /// `id`: of the operation; the kind of conversation is put before it.
+    pub(super) fn new(tag: &'static str, id: &'static str, summary: &'static str) -> Self {
+        Self {
+            tag,
+            id,
+            summary,
+            about: None,
+            parameters: Vec::new(),
+            body: None,
+            answers: BTreeMap::new(),
+            kinds: Vec::new(),
+            schemas: Schemas::new(),
+        }
+    }
+
+    /// More than the summary says.
+    pub(super) fn about(mut self, about: &'static str) -> Self {
+        self.about = Some(about);
+        self
+    }
+
+    /// What the query may hold.
+    pub(super) fn query<Q: IntoParams>(mut self) -> Self {
+        self.parameters.extend(Q::into_params(|| Some(ParameterIn::Query)).iter().map(|parameter| {
+            let mut parameter = value(parameter);
+            never_null(&mut parameter["schema"]);
+            parameter
+        }));
+        self
+    }
+
+    /// Which page of a list is wanted.
+    pub(super) fn page<Id: ToSchema>(self) -> Self {
+        let cursor = value(&Id::schema());
+        let mut doc = self.query::<PageQuery>().refuses(&[UNPROCESSABLE]);
+        for parameter in &mut doc.parameters {
+            if ["after", "before"].iter().any(|name| parameter["name"] == *name) {
+                parameter["schema"] = cursor.clone();
+            }
+        }
+        doc
+    }
+
+    /// The same for a list that has one direction.
+    pub(super) fn page_after<Id: ToSchema>(self) -> Self {
+        let mut doc = self.page::<Id>();
+        doc.parameters.retain(|parameter| parameter["name"] != "before");
+        doc
+    }
+
+    /// A header that the request may have.
+    pub(super) fn header(mut self, name: &HeaderName, schema: &Value, about: &str) -> Self {
+        self.parameters.push(
+            json!({"name": name.as_str(), "in": "header", "required": false, "description": about, "schema": schema}),
+        );
+        self
+    }
+
+    /// The header `prefer`.
+    pub(super) fn prefer(self) -> Self {
+        let about = "How long to wait for the end (RFC 7240): `respond-async` or `wait=<seconds>`. Others are passed over.";
+        self.header(&PREFER, &json!({"type": "string"}), about)
+    }
+
+    /// The header `idempotency-key`, and what it may lead to.
+    pub(super) fn idempotent(self) -> Self {
+        let schema = json!({"type": "string", "minLength": 1, "maxLength": 255, "pattern": "^[!-~]+$"});
+        let about = "A request that is sent again with the same key gets the run of the first time.";
+        self.header(&HeaderName::from_static("idempotency-key"), &schema, about)
+            .refuses(&[super::problem::IDEMPOTENCY_MISMATCH])
+    }
+
+    /// A JSON object as the body.
+    pub(super) fn body<B: ToSchema>(mut self) -> Self {
+        let schema = self.schema::<B>();
+        self.body = Some(json!({"required": true, "content": {"application/json": {"schema": schema}}}));
+        self.refuses(&[UNPROCESSABLE, REQUEST_TIMEOUT, PAYLOAD_TOO_LARGE, UNSUPPORTED_MEDIA_TYPE])
+    }
+
+    /// An answer in JSON.
+    pub(super) fn gives<A: ToSchema>(mut self, status: StatusCode, about: &str) -> Self {
+        let schema = self.schema::<A>();
+        self.gives_as(status, "application/json", &schema, about)
+    }
+
+    /// An answer in JSON that has one of two shapes.
+    pub(super) fn gives_one_of<A: ToSchema, B: ToSchema>(mut self, status: StatusCode, about: &str) -> Self {
+        let schema = json!({"oneOf": [self.schema::<A>(), self.schema::<B>()]});
+        self.gives_as(status, "application/json", &schema, about)
+    }
+
+    /// An answer that is a list.
+    pub(super) fn lists<A: ToSchema>(mut self, about: &str) -> Self {
+        let item = self.schema::<A>();
+        let name = format!("{}_{}", ListView::<A>::name(), A::name());
+        let mut list = value(&ListView::<A>::schema());
+        list["properties"]["data"]["items"] = item;
+        self.schemas.insert(name.clone(), list);
+        self.gives_as(StatusCode::OK, "application/json", &reference("schemas", &name), about)
+    }
+
+    /// A line of text or an event at a time, each described by this.
+    pub(super) fn streams<A: ToSchema>(mut self, content_type: &str, about: &str) -> Self {
+        let schema = self.schema::<A>();
+        self.gives_as(StatusCode::OK, content_type, &schema, about)
+    }
+
+    /// An answer of a kind of content; several of one status are alternatives.
+    pub(super) fn gives_as(
+        mut self,
+        status: StatusCode,
+        content_type: &str,
+        schema: &Value,
+        about: &str,
+    ) -> Self {
+        let answer = self.answers.entry(status.as_u16()).or_insert_with(|| json!({"headers": {}}));
+        let before = answer["description"].as_str().map(|before| format!("{before} ")).unwrap_or_default();
+        answer["description"] = format!("{before}{about}").into();
+        answer["content"][content_type] = json!({"schema": schema});
+        self
+    }
+
+    /// An answer without a body.
+    pub(super) fn gives_nothing(mut self, status: StatusCode, about: &str) -> Self {
+        self.answers.insert(status.as_u16(), json!({"headers": {}, "description": about}));
+        self
+    }
+
+    /// Headers of an answer besides those that all have.
+    pub(super) fn with(mut self, status: StatusCode, headers: &[&HeaderName]) -> Self {
+        for header in headers {
+            let headers = &mut self.answers.entry(status.as_u16()).or_default()["headers"];
+            headers[header.as_str()] = reference("headers", header.as_str());
+        }
+        self
+    }
+
+    /// What it is refused with besides what all are.
+    pub(super) fn refuses(mut self, kinds: &[Kind]) -> Self {
+        self.kinds.extend(kinds);
+        self
+    }
+
+    /// A reference to the schema of a type.
+    fn schema<T: ToSchema>(&mut self) -> Value {
+        let mut schemas = Vec::<(String, RefOr<Schema>)>::new();
+        T::schemas(&mut schemas);
+        schemas.push((T::name().into_owned(), T::schema()));
+        self.schemas.extend(schemas.into_iter().map(|(name, schema)| (name, value(&schema))));
+        reference("schemas", &T::name())
+    }
+}
+
+/// The document as it grows with the routes.
+#[derive(Debug, Default)]
+pub(super) struct Document {
+    paths: Map<String, Value>,
+    schemas: Schemas,
+    responses: BTreeMap<String, Value>,
+}
+
+impl Document {
+    /// A route: what its handler says, and what follows from the route itself.
+    pub(super) fn add(&mut self, route: &Route, doc: Doc) {
+        let mut parameters: Vec<Value> = names(&route.path).map(path_parameter).collect();
+        parameters.extend(doc.parameters);
+        let mut kinds = doc.kinds;
+        kinds.push(INTERNAL);
+        if !parameters.is_empty() || doc.body.is_some() {
+            kinds.push(INVALID_REQUEST);
+        }
+        if route.needs.is_some() {
+            kinds.extend([UNAUTHENTICATED, FORBIDDEN, RATE_LIMITED, ISSUER_UNAVAILABLE, STORE_UNAVAILABLE]);
+        }
+        let mut answers = Map::new();
+        for (status, mut answer) in doc.answers {
+            answer["headers"][REQUEST_ID.as_str()] = reference("headers", REQUEST_ID.as_str());
+            if route.needs.is_some() {
+                for limit in [LIMIT, POLICY] {
+                    answer["headers"][limit.as_str()] = reference("headers", limit.as_str());
+                }
+            }
+            answers.insert(status.to_string(), answer);
+        }
+        let statuses = kinds.iter().map(|kind| kind.status.as_u16()).collect::<BTreeSet<_>>();
+        for status in statuses {
+            let of_status = kinds.iter().filter(|kind| kind.status.as_u16() == status);
+            let of_status = of_status.map(|kind| (kind.name, *kind)).collect::<BTreeMap<_, _>>();
+            answers
+                .insert(status.to_string(), self.refusal(status, of_status.values(), route.needs.is_some()));
+        }
+        let mut operation = json!({
+            "tags": [doc.tag],
+            "summary": doc.summary,
+            "operationId": operation_id(&route.path, doc.id),
+            "responses": answers,
+            "security": security(route.needs),
+        });
+        let further = [
+            ("description", doc.about.map(Value::from)),
+            ("parameters", Some(parameters.into()).filter(|it: &Value| it != &json!([]))),
+            ("requestBody", doc.body),
+        ];
+        for (name, it) in further {
+            if let Some(it) = it {
+                operation[name] = it;
+            }
+        }
+        self.schemas.extend(doc.schemas);
+        let path = self.paths.entry(route.path.clone()).or_insert_with(|| json!({}));
+        path[route.method.as_str().to_ascii_lowercase()] = operation;
+    }
+
+    /// Problems of one status; the same ones stand once in the document.
+    fn refusal<'a>(
+        &mut self,
+        status: u16,
+        kinds: impl Iterator<Item = &'a Kind> + Clone,
+        guarded: bool,
+    ) -> Value {
+        let names = kinds.clone().map(|kind| kind.name).collect::<Vec<_>>();
+        let name = format!("{status}{}.{}", if guarded { "" } else { ".open" }, names.join("."));
+        let mut headers = vec![REQUEST_ID];
+        headers.extend([LIMIT, POLICY].into_iter().filter(|_| guarded));
+        match status {
+            405 => headers.push(ALLOW),
+            401 => headers.push(WWW_AUTHENTICATE),
+            409 | 421 | 429 | 502..=504 => headers.push(RETRY_AFTER),
+            _ => {}
+        }
+        let headers = headers.iter().map(|it| {
+            // Elsewhere it depends on what went wrong.
+            let always = *it == RETRY_AFTER && [429, 503].contains(&status);
+            let header = if always { RETRY_AFTER_ALWAYS } else { it.as_str() };
+            (it.as_str().to_owned(), reference("headers", header))
+        });
+        let urns = kinds.clone().map(|kind| kind.urn()).collect::<Vec<_>>();
+        let about = kinds.map(|kind| format!("`{}`: {}", kind.name, kind.when)).collect::<Vec<_>>();
+        let answer = json!({
+            "description": about.join(" "),
+            "headers": headers.collect::<Map<_, _>>(),
+            "content": {"application/problem+json": {"schema": {
+                "allOf": [reference("schemas", &Problem::name())],
+                "properties": {"type": {"enum": urns}, "status": {"const": status}},
+            }}},
+        });
+        self.responses.insert(name.clone(), answer);
+        reference("responses", &name)
+    }
+
+    fn finish(mut self) -> Value {
+        // Of no operation, since they are about what is none.
+        for kind in [NOT_FOUND, METHOD_NOT_ALLOWED] {
+            self.refusal(kind.status.as_u16(), [kind].iter(), false);
+        }
+        let mut problem = Doc::new("", "", "");
+        problem.schema::<Problem<'_>>();
+        self.schemas.extend(problem.schemas);
+        let tags = TAGS.map(|(name, about)| json!({"name": name, "description": about}));
+        json!({
+            "openapi": "3.1.0",
+            "info": {
+                "title": "Threadkeeper",
+                "version": env!("CARGO_PKG_VERSION"),
+                "description": ABOUT,
+                "license": {"name": "Apache-2.0", "identifier": "Apache-2.0"},
+            },
+            "tags": tags,
+            "paths": self.paths,
+            "components": {
+                "schemas": self.schemas,
+                "responses": self.responses,
+                "headers": headers(),
+                "securitySchemes": {
+                    "key": {
+                        "type": "http",
+                        "scheme": "bearer",
+                        "description": "A key of the gateway. Its scope opens what it names and all before it: `read`, `chat`, `admin`, `operator`.",
+                    },
+                    "token": {
+                        "type": "http",
+                        "scheme": "bearer",
+                        "bearerFormat": "JWT",
+                        "description": "A token of the configured issuer. It opens what belongs to its `sub`, as `chat` does; that of an admin all that `admin` opens.",
+                    },
+                },
+            },
+        })
+    }
+}
+
+/// The kind of conversation, if the path has one, and the handler's own name: a name for each route.
+fn operation_id(path: &str, id: &str) -> String {
+    let kinds = [("session_", "/sessions/{"), ("topic_", "/topics/{")];
+    let kind = kinds.iter().find(|(_, part)| path.contains(part)).map_or("", |(kind, _)| kind);
+    format!("{kind}{id}")
+}
+
+/// A key of that scope, or a token where tokens open it.
+fn security(needs: Option<Access>) -> Value {
+    match needs {
+        None => json!([]),
+        Some(Access::Operator) => json!([{"key": [Access::Operator]}]),
+        Some(needs) => json!([{"key": [needs]}, {"token": [needs]}]),
+    }
+}
+
+/// The placeholders of a path template.
+fn names(path: &str) -> impl Iterator<Item = &str> {
+    path.split('/').filter_map(|part| part.strip_prefix('{')?.strip_suffix('}'))
+}
+
+/// What stands in the place of a placeholder. One that is not known here takes nothing, and a test says so.
+fn path_parameter(name: &str) -> Value {
+    let (schema, about) = match name {
+        "user" => (UserKey::schema(), "The caller's own id of a user: 1 to 256 bytes of UTF-8."),
+        "session" => (SessionKey::schema(), "The caller's own id of a session of the user."),
+        "topic" => (TopicKey::schema(), "The caller's own name of a topic of the user."),
+        "run" => (RunId::schema(), "The id of a run."),
+        "thread" => (ThreadId::schema(), "The id of a thread."),
+        "deletion" => (DeletionId::schema(), "The id of a request to delete."),
+        _ => return json!({"name": name, "in": "path", "required": true, "schema": false}),
+    };
+    json!({"name": name, "in": "path", "required": true, "description": about, "schema": value(&schema)})
+}
+
+/// The headers of answers. The one that is there always where it helps has two rows, for elsewhere it helps now and then.
+fn headers() -> Value {
+    let text = || json!({"type": "string"});
+    let seconds = || json!({"type": "string", "pattern": "^[1-9][0-9]*$"});
+    let mut all = Map::new();
+    let mut add = |name: &str, required: bool, schema: Value, about: &str| {
+        let header = json!({"required": required, "schema": schema, "description": about});
+        all.insert(name.to_owned(), header);
+    };
+    add(REQUEST_ID.as_str(), true, text(), "The request's own id if it was usable, else one made for it.");
+    add(LOCATION.as_str(), true, text(), "Where to ask for what comes of it.");
+    add(PREFERENCE_APPLIED.as_str(), false, text(), "The preference that was heeded.");
+    let replayed = "The run is that of an earlier request with this `Idempotency-Key`.";
+    add(REPLAYED.as_str(), false, json!({"const": "true"}), replayed);
+    add(RETRY_AFTER.as_str(), false, seconds(), "When to come back, in seconds, where that helps.");
+    add(RETRY_AFTER_ALWAYS, true, seconds(), "When to come back, in seconds.");
+    add(WWW_AUTHENTICATE.as_str(), true, json!({"const": "Bearer"}), "How to say who asks.");
+    add(ALLOW.as_str(), true, text(), "The methods that the path takes.");
+    add(LIMIT.as_str(), false, text(), "What is left of the limits, where there are any.");
+    add(POLICY.as_str(), false, text(), "The limits, where there are any.");
+    all.into()
+}
+
+const RETRY_AFTER_ALWAYS: &str = "retry-after-always";
+
+/// What is `None` in a query is not there.
+fn never_null(schema: &mut Value) {
+    for (word, is_null) in [("type", json!("null")), ("oneOf", json!({"type": "null"}))] {
+        let Some(kinds) = schema.get_mut(word).and_then(Value::as_array_mut) else { continue };
+        kinds.retain(|kind| *kind != is_null);
+        let Some(only) = kinds.pop() else { continue };
+        if word == "type" {
+            schema[word] = only;
+        } else {
+            *schema = only;
+        }
+    }
+}
+
+fn reference(kind: &str, name: &str) -> Value {
+    json!({"$ref": format!("#/components/{kind}/{name}")})
+}
+
+fn value(of: &impl serde::Serialize) -> Value {
+    serde_json::to_value(of).unwrap_or_default()
+}
