@@ -18,9 +18,9 @@ use super::limits::{LIMIT, POLICY};
 use super::observe::REQUEST_ID;
 use super::prefer::{PREFER, PREFERENCE_APPLIED};
 use super::problem::{
-    Document as Problem, FORBIDDEN, INTERNAL, INVALID_REQUEST, ISSUER_UNAVAILABLE, Kind, METHOD_NOT_ALLOWED,
-    NOT_FOUND, PAYLOAD_TOO_LARGE, RATE_LIMITED, REQUEST_TIMEOUT, STORE_UNAVAILABLE, UNAUTHENTICATED,
-    UNPROCESSABLE, UNSUPPORTED_MEDIA_TYPE,
+    Document as Problem, FORBIDDEN, IDEMPOTENCY_MISMATCH, INTERNAL, INVALID_REQUEST, ISSUER_UNAVAILABLE,
+    Kind, METHOD_NOT_ALLOWED, NOT_FOUND, PAYLOAD_TOO_LARGE, RATE_LIMITED, REQUEST_TIMEOUT, STORE_UNAVAILABLE,
+    UNAUTHENTICATED, UNPROCESSABLE, UNSUPPORTED_MEDIA_TYPE,
 };
 use super::turn::REPLAYED;
 use super::views::ListView;
@@ -162,7 +162,7 @@ impl Doc {
         let schema = json!({"type": "string", "minLength": 1, "maxLength": 255, "pattern": "^[!-~]+$"});
         let about = "A request that is sent again with the same key gets the run of the first time.";
         self.header(&HeaderName::from_static("idempotency-key"), &schema, about)
-            .refuses(&[super::problem::IDEMPOTENCY_MISMATCH])
+            .refuses(&[IDEMPOTENCY_MISMATCH])
     }
 
     /// A JSON object as the body.
@@ -260,6 +260,7 @@ impl Document {
         let mut parameters: Vec<Value> = names(&route.path).map(path_parameter).collect();
         parameters.extend(doc.parameters);
         let mut kinds = doc.kinds;
+        let replays = kinds.contains(&IDEMPOTENCY_MISMATCH);
         kinds.push(INTERNAL);
         if !parameters.is_empty() || doc.body.is_some() {
             kinds.push(INVALID_REQUEST);
@@ -281,8 +282,8 @@ impl Document {
         for status in statuses {
             let of_status = kinds.iter().filter(|kind| kind.status.as_u16() == status);
             let of_status = of_status.map(|kind| (kind.name, *kind)).collect::<BTreeMap<_, _>>();
-            answers
-                .insert(status.to_string(), self.refusal(status, of_status.values(), route.needs.is_some()));
+            let refusal = self.refusal(status, of_status.values(), route.needs.is_some(), replays);
+            answers.insert(status.to_string(), refusal);
         }
         let mut operation = json!({
             "tags": [doc.tag],
@@ -312,11 +313,17 @@ impl Document {
         status: u16,
         kinds: impl Iterator<Item = &'a Kind> + Clone,
         guarded: bool,
+        replays: bool,
     ) -> Value {
         let names = kinds.clone().map(|kind| kind.name).collect::<Vec<_>>();
-        let name = format!("{status}{}.{}", if guarded { "" } else { ".open" }, names.join("."));
         let mut headers = vec![REQUEST_ID];
         headers.extend([LIMIT, POLICY].into_iter().filter(|_| guarded));
+        // Where a run failed, and is asked for again.
+        let replays = replays && matches!(status, 404 | 409 | 500 | 502..=504);
+        headers.extend(replays.then_some(REPLAYED));
+        let open = if guarded { "" } else { ".open" };
+        let repeated = if replays { ".repeated" } else { "" };
+        let name = format!("{status}{open}{repeated}.{}", names.join("."));
         match status {
             405 => headers.push(ALLOW),
             401 => headers.push(WWW_AUTHENTICATE),
@@ -346,7 +353,7 @@ impl Document {
     fn finish(mut self) -> Value {
         // Of no operation, since they are about what is none.
         for kind in [NOT_FOUND, METHOD_NOT_ALLOWED] {
-            self.refusal(kind.status.as_u16(), [kind].iter(), false);
+            self.refusal(kind.status.as_u16(), [kind].iter(), false, false);
         }
         let mut problem = Doc::new("", "", "");
         problem.schema::<Problem<'_>>();

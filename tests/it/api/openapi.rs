@@ -2,9 +2,12 @@
 
 use std::collections::BTreeSet;
 
+use reqwest::header::HeaderMap;
+use reqwest::{Method, StatusCode};
 use serde_json::{Value, json};
 use threadkeeper::api::{openapi, routes};
 
+use crate::support::contract;
 use crate::support::scene::{Backend, Protocol, Scene};
 
 #[tokio::test(flavor = "multi_thread")]
@@ -97,6 +100,34 @@ fn operations_are_whole() {
             assert_eq!(is_problem, status.as_str() >= "400", "{what} {status}");
         }
     }
+}
+
+/// All other tests rely on that.
+#[test]
+fn an_answer_that_it_does_not_tell_of_is_noticed() {
+    let headers = |lines: &[(&'static str, &str)]| {
+        lines
+            .iter()
+            .map(|(name, value)| (name.parse().unwrap(), value.parse().unwrap()))
+            .collect::<HeaderMap>()
+    };
+    let good = headers(&[("x-request-id", "1"), ("content-type", "application/json")]);
+    let bare = headers(&[("content-type", "application/json")]);
+    let more =
+        headers(&[("x-request-id", "1"), ("content-type", "application/json"), ("location", "/elsewhere")]);
+    let html = headers(&[("x-request-id", "1"), ("content-type", "text/html")]);
+    let (ok, ready) = (StatusCode::OK, r#"{"status":"ok"}"#);
+    let told = |status, headers: &HeaderMap, body: &str| {
+        contract::checked(&Method::GET, "/healthz", status, headers, Some(body)).is_ok()
+    };
+    assert!(told(ok, &good, ready));
+    assert!(!told(ok, &good, r#"{"status":"ok","more":1}"#), "a field");
+    assert!(!told(ok, &good, r#"{"status":"fine"}"#), "a value");
+    assert!(!told(ok, &good, "ok"), "no JSON");
+    assert!(!told(ok, &bare, ready), "no id");
+    assert!(!told(ok, &more, ready), "a header");
+    assert!(!told(ok, &html, ready), "a type");
+    assert!(!told(StatusCode::CREATED, &good, ready), "a status");
 }
 
 /// Every operation with its path and its method.

@@ -8,6 +8,7 @@ use reqwest::{Method, RequestBuilder, StatusCode};
 use tokio::time::{sleep, timeout};
 
 use super::world::{Teller, World};
+use crate::support::contract;
 use crate::support::gateway::{Answer, EventReader};
 
 /// How long an answer is waited for.
@@ -54,12 +55,17 @@ impl Client {
 
     pub(super) async fn ask(&self, request: RequestBuilder) -> Reply {
         let answered = async {
-            let response = request.send().await?;
+            let request = request.build()?;
+            let (method, path) = (request.method().clone(), request.url().path().to_owned());
+            let response = self.http.execute(request).await?;
             let (status, headers) = (response.status(), response.headers().clone());
             if headers.get("content-type").is_some_and(|kind| kind == "text/event-stream") {
                 return Ok(Reply::Stream(EventReader::new(response)));
             }
             let text = response.text().await?;
+            if let Err(error) = contract::checked(&method, &path, status, &headers, Some(&text)) {
+                self.fault(format!("{method} {path} is answered against the contract: {error}"));
+            }
             let body = serde_json::from_str(&text).unwrap_or(serde_json::Value::String(text));
             Ok::<_, reqwest::Error>(Reply::Answer(Answer { status, headers, body }))
         };

@@ -12,6 +12,8 @@ use reqwest::{Method, RequestBuilder, Response, StatusCode};
 use serde_json::Value;
 use tempfile::TempDir;
 
+use super::contract;
+
 /// How long anything may take that is not measured: generous, since the machine may be busy.
 pub(crate) const PATIENCE: Duration = Duration::from_mins(1);
 
@@ -122,9 +124,15 @@ impl Gateway {
     }
 
     pub(crate) async fn send(&self, request: RequestBuilder) -> Answer {
-        let response = request.send().await.unwrap();
+        let request = request.build().unwrap();
+        let (method, path) = (request.method().clone(), request.url().path().to_owned());
+        let response = self.client.execute(request).await.unwrap();
         let (status, headers) = (response.status(), response.headers().clone());
         let text = response.text().await.unwrap();
+        // Asked by a browser on behalf of a page, and answered before any route.
+        if method != Method::OPTIONS {
+            contract::check(&method, &path, status, &headers, &text);
+        }
         let body = serde_json::from_str(&text).unwrap_or(Value::String(text));
         Answer { status, headers, body }
     }
@@ -165,7 +173,9 @@ impl Gateway {
         let request = request.json(&serde_json::json!({"content": text}));
         async move {
             let response = request.send().await.unwrap();
-            let (status, body) = (response.status(), response.text().await.unwrap());
+            let (status, headers) = (response.status(), response.headers().clone());
+            let (path, body) = (response.url().path().to_owned(), response.text().await.unwrap());
+            contract::check(&Method::POST, &path, status, &headers, &body);
             assert_eq!(status, StatusCode::OK, "{body}");
             serde_json::from_str(&body).unwrap()
         }
@@ -182,7 +192,9 @@ impl Gateway {
         if let Some(after) = after {
             request = request.header("last-event-id", after);
         }
-        request.send().await.unwrap()
+        let response = request.send().await.unwrap();
+        contract::check_head(&Method::GET, path, response.status(), response.headers());
+        response
     }
 
     /// Posts a message with `stream: true`.
@@ -285,6 +297,9 @@ pub(crate) struct EventReader {
 impl EventReader {
     pub(crate) fn new(response: Response) -> Self {
         assert_eq!(response.headers()["content-type"], "text/event-stream");
+        let path = response.url().path();
+        let method = if path.ends_with("/events") { Method::GET } else { Method::POST };
+        contract::check_head(&method, path, response.status(), response.headers());
         Self {
             bytes: response.bytes_stream().boxed(),
             pending: Vec::new(),
@@ -316,7 +331,9 @@ impl EventReader {
                     continue;
                 }
                 let data = serde_json::from_str(&field("data:")).unwrap();
-                return Ok(Some(Event { id: field("id:"), name: field("event:"), data }));
+                let event = Event { id: field("id:"), name: field("event:"), data };
+                contract::check_event(&event);
+                return Ok(Some(event));
             }
             let chunk = tokio::time::timeout(PATIENCE, self.bytes.next()).await;
             let Some(chunk) = chunk.expect("the stream went silent") else { return Ok(None) };

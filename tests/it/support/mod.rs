@@ -2,6 +2,7 @@
 
 pub(crate) mod clock;
 pub(crate) mod cluster;
+pub(crate) mod contract;
 mod database;
 pub(crate) mod gate;
 pub(crate) mod gateway;

@@ -1,5 +1,5 @@
 //! Checks requests, answers and events against the published specifications, of which `tests/specs` keeps what is
-//! needed.
+//! needed. The gateway's own document is read by [`contract`](super::contract).
 //!
 //! Where a document and what servers really send disagree, the schema is amended here, each time with the reason.
 
@@ -52,9 +52,12 @@ pub(crate) fn responses() -> &'static Document {
     &RESPONSES
 }
 
-/// One published document.
+/// One document: by the name of an operation (`GET /threads/{thread_id}`) what it takes and gives, and beside that
+/// what schemas refer to.
 pub(crate) struct Document {
     root: Value,
+    /// Where the schemas that others refer to stand.
+    definitions: &'static [&'static str],
     validators: Mutex<HashMap<String, Arc<Validator>>>,
 }
 
@@ -83,16 +86,25 @@ impl Document {
                 }
             }
         }
-        Self { root, validators: Mutex::default() }
+        Self::new(root, &["$defs"])
+    }
+
+    pub(super) fn new(root: Value, definitions: &'static [&'static str]) -> Self {
+        Self { root, definitions, validators: Mutex::default() }
     }
 
     /// The path template that a concrete path below the base belongs to: `/threads/{thread_id}/runs`.
     pub(crate) fn template(&self, method: &str, path: &str) -> Option<String> {
         let operations = self.root["operations"].as_object()?;
         let templates = operations.keys().filter_map(|key| key.strip_prefix(method)?.strip_prefix(' '));
+        // Nothing stands for a placeholder, but not at the end.
         let matches = |template: &&str| {
+            if path.ends_with('/') {
+                return path == *template;
+            }
             let (mut of_path, mut of_template) = (path.split('/'), template.split('/'));
-            of_path.by_ref().zip(of_template.by_ref()).all(|(a, b)| a == b || b.starts_with('{'))
+            let fits = |(a, b): (&str, &str)| a == b || b.starts_with('{');
+            of_path.by_ref().zip(of_template.by_ref()).all(fits)
                 && path.split('/').count() == template.split('/').count()
         };
         // `/threads/runs` before `/threads/{thread_id}`: fewer placeholders win.
@@ -162,15 +174,34 @@ impl Document {
         }
     }
 
-    fn operation(&self, key: &str) -> Result<&Value, String> {
+    pub(super) fn operation(&self, key: &str) -> Result<&Value, String> {
         self.root["operations"].get(key).ok_or_else(|| format!("there is no operation {key}"))
     }
 
-    fn check(&self, what: &str, schema: &Value, instance: &Value) -> Result<(), String> {
+    /// What a value refers to, or the value itself.
+    pub(super) fn resolved<'a>(&'a self, value: &'a Value) -> &'a Value {
+        let place = value["$ref"].as_str().and_then(|reference| reference.strip_prefix('#'));
+        place.map_or(value, |place| self.root.pointer(place).expect("references lead somewhere"))
+    }
+
+    pub(super) fn component(&self, kind: &str, name: &str) -> &Value {
+        &self.root["components"][kind][name]
+    }
+
+    /// The names of the components of a kind.
+    pub(super) fn names_of(&self, kind: &str) -> impl Iterator<Item = &str> {
+        self.root["components"][kind].as_object().into_iter().flatten().map(|(name, _)| name.as_str())
+    }
+
+    /// One validator is made for each `what`.
+    pub(super) fn check(&self, what: &str, schema: &Value, instance: &Value) -> Result<(), String> {
         let validator = {
             let mut validators = self.validators.lock().unwrap_or_else(PoisonError::into_inner);
             let make = || {
-                let whole = json!({"$defs": self.root["$defs"], "allOf": [schema]});
+                let mut whole = json!({"allOf": [schema]});
+                for place in self.definitions {
+                    whole[place] = self.root[place].clone();
+                }
                 Arc::new(jsonschema::draft202012::new(&whole).expect("the document's schemas are valid"))
             };
             Arc::clone(validators.entry(what.to_owned()).or_insert_with(make))
