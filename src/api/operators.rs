@@ -4,7 +4,7 @@ use axum::Json;
 use axum::extract::State;
 use axum::http::StatusCode;
 use axum::response::{IntoResponse, Response};
-use chrono::{DateTime, Utc};
+use chrono::{DateTime, Datelike, Utc};
 use serde::Deserialize;
 use utoipa::IntoParams;
 
@@ -24,8 +24,10 @@ use crate::store::{ThreadFilter, ThreadName};
 #[serde(deny_unknown_fields)]
 pub(super) struct Filter {
     /// Of this user.
+    #[param(inline, value_type = Option<UserKey>)]
     user: Option<String>,
-    /// On this configured upstream.
+    /// On the upstream of this name.
+    #[param(pattern = r"^[^\u0000]*$")]
     upstream: Option<String>,
     lifecycle: Option<Lifecycle>,
     state: Option<ThreadState>,
@@ -49,14 +51,30 @@ pub(super) async fn threads(
     let user = wanted.user.map(UserKey::try_from).transpose();
     let filter = ThreadFilter {
         user: user.map_err(|error| Error::Malformed(format!("`user`: {error}")))?,
-        upstream: wanted.upstream,
+        upstream: wanted.upstream.map(without_nul).transpose()?,
         lifecycle: wanted.lifecycle,
         state: wanted.state,
-        created_before: wanted.created_before,
-        inactive_since: wanted.inactive_since,
+        created_before: within_the_calendar("created_before", wanted.created_before)?,
+        inactive_since: within_the_calendar("inactive_since", wanted.inactive_since)?,
         ..ThreadFilter::all(caller.tenant)
     };
     Ok(Json(list_threads(&state.runs, state.runs.threads(&filter, &page).await?)))
+}
+
+/// Years that RFC 3339 knows. Others can be written too, and not every database takes them.
+fn within_the_calendar(name: &str, time: Option<DateTime<Utc>>) -> Result<Option<DateTime<Utc>>, Error> {
+    if time.is_some_and(|time| !(0..=9999).contains(&time.year())) {
+        return Err(Error::Malformed(format!("`{name}`: the year must be between 0000 and 9999")));
+    }
+    Ok(time)
+}
+
+/// Postgres knows no such text.
+fn without_nul(upstream: String) -> Result<String, Error> {
+    if upstream.contains('\0') {
+        return Err(Error::Malformed("`upstream` must not contain NUL characters".to_owned()));
+    }
+    Ok(upstream)
 }
 
 pub(super) fn thread_doc() -> Doc {

@@ -149,3 +149,29 @@ async fn a_lost_race_leaves_no_thread_upstream(scene: Scene) {
     assert_eq!(scene.upstream_threads(), [answer["thread"]["upstream_thread_id"].as_str().unwrap()]);
     assert_eq!(scene.database.number("SELECT count(*) FROM remnants").await, 0);
 }
+
+/// What one database takes and another does not, and what no database takes.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_filter_that_no_database_knows_is_refused() {
+    for backend in [Backend::Sqlite, Backend::Postgres] {
+        let scene = Scene::new(Protocol::Responses, backend).await;
+        let gateway = scene.gateway_with(BY_HAND).await;
+        gateway.say("/v1/users/alice", "hello").await;
+        for query in [
+            "created_before=-262143-01-01T00:00:00Z",
+            "inactive_since=-262143-01-01T00:00:00Z",
+            "created_before=%2B262142-12-31T23:59:59Z",
+            "inactive_since=-0001-12-31T23:59:59Z",
+            "created_before=%2B10000-01-01T00:00:00Z",
+            "upstream=%00",
+        ] {
+            let answer = gateway.get(&format!("/v1/threads?{query}")).await;
+            assert_eq!(answer.problem(), (400, "invalid-request"), "{query} on {backend:?}: {answer:?}");
+            let name = query.split('=').next().unwrap();
+            assert!(answer.body["detail"].as_str().unwrap().contains(name), "{answer:?}");
+        }
+        let all = "created_before=9999-12-31T23:59:59Z&inactive_since=9999-12-31T23:59:59Z";
+        assert_eq!(listed(&gateway, all).await, ["alice"]);
+        assert!(listed(&gateway, "created_before=0000-01-01T00:00:00Z").await.is_empty());
+    }
+}
