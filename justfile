@@ -22,6 +22,10 @@ fuzz-units cases:
 image:
     docker build -t threadkeeper .
 
+# Requests made from our own OpenAPI document, good and bad, on each protocol and store for so long: `just fuzz 10m`.
+fuzz time:
+    THREADKEEPER_FUZZ_FOR={{ time }} cargo test fuzz:: -- --nocapture
+
 # Everything fails, at random, for so long: `just chaos 30m`.
 chaos time:
     THREADKEEPER_CHAOS_FOR={{ time }} cargo test chaos:: -- --nocapture

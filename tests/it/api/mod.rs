@@ -10,6 +10,7 @@ mod erasure;
 mod events;
 mod expiry;
 mod failures;
+mod fuzz;
 mod hostile;
 mod idempotency;
 mod killed;

@@ -16,6 +16,9 @@ static CONTRACT: LazyLock<Document> = LazyLock::new(|| {
         for (method, operation) in methods.as_object().unwrap() {
             let mut operation = operation.clone();
             close(&mut operation["responses"]);
+            if let Some(body) = operation.pointer("/requestBody/content/application~1json/schema") {
+                operation["request"] = body.clone();
+            }
             operations.insert(format!("{} {path}", method.to_uppercase()), operation);
         }
     }
@@ -100,6 +103,12 @@ pub(crate) fn checked_event(event: &Event) -> Result<(), String> {
         whole["id"] = event.id.clone().into();
     }
     CONTRACT.check("event", &json!({"$ref": "#/components/schemas/Event"}), &whole)
+}
+
+/// What is wrong with the body of a request to an operation.
+pub(crate) fn checked_request(method: &str, template: &str, body: &Value) -> Result<(), String> {
+    let key = format!("{method} {template}");
+    CONTRACT.check(&format!("{key} request"), &CONTRACT.operation(&key)?["request"], body)
 }
 
 /// What is wrong with an answer.

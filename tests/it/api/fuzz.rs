@@ -1,0 +1,193 @@
+//! Requests made from the gateway's own document: good ones, and ones that are wrong in every way, many at a time. Whatever
+//! is sent, the answer is one that the document tells of, and never that something is wrong here.
+//!
+//! `THREADKEEPER_FUZZ_FOR=10m` sets how long; the default is made for `cargo test`. The seed that is printed
+//! (`THREADKEEPER_TEST_SEED`) chooses what is sent; which ids it is sent with, and when, is up to the machine.
+
+mod pool;
+mod raw;
+mod requests;
+mod values;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::hash::{BuildHasher, RandomState};
+use std::sync::Mutex;
+use std::time::{Duration, Instant};
+
+use futures_util::future::join_all;
+use rand::SeedableRng;
+use rand::rngs::StdRng;
+use reqwest::{Method, StatusCode};
+use serde_json::{Value, json};
+
+use crate::support::contract;
+use crate::support::gateway::{Event, Gateway};
+use crate::support::scene::{Scene, on_every_scene};
+use pool::Pool;
+use raw::Response;
+use requests::{Generator, Operation, Request};
+
+on_every_scene!(whatever_is_sent_the_answer_is_one_of_those_described);
+
+const WORKERS: usize = 12;
+/// By each worker.
+const REQUESTS: usize = 60;
+/// Longest wait for an answer.
+const PATIENCE: Duration = Duration::from_secs(30);
+/// How long events are read before their reader leaves.
+const READS_FOR: Duration = Duration::from_millis(300);
+/// After so many faults the rest would not tell more.
+const ENOUGH: usize = 5;
+
+/// Runs that wait for tool outputs do not wait for long, and bodies that do not come are given up soon.
+const SETTINGS: &str = r#"
+[server]
+max_body_bytes = 65536
+body_read_timeout = "300ms"
+[runs]
+timeout = "2s"
+settle_timeout = "2s"
+[janitor]
+calls_per_second = 10000
+[limits]
+user_rate = 100000
+tenant_rate = 100000
+[auth.keys.operator]
+key = "operator-of-the-tenant-default"
+scope = "operator"
+[auth.keys.chatter]
+key = "chatter-of-the-tenant-default"
+scope = "chat"
+[auth.keys.reader]
+key = "reader-of-the-tenant-default"
+scope = "read"
+[auth.keys.other]
+key = "operator-of-the-tenant-other"
+tenant = "other"
+scope = "operator"
+"#;
+const OPERATOR: &str = "operator-of-the-tenant-default";
+
+/// What all workers share.
+struct World {
+    gateway: Gateway,
+    document: Value,
+    operations: Vec<Operation>,
+    pool: Pool,
+    until: Option<Instant>,
+    seen: Mutex<Seen>,
+}
+
+#[derive(Default)]
+struct Seen {
+    faults: Vec<String>,
+    /// How often each status was answered.
+    statuses: BTreeMap<u16, usize>,
+    /// Operations that were asked for with success.
+    served: BTreeSet<String>,
+}
+
+async fn whatever_is_sent_the_answer_is_one_of_those_described(scene: Scene) {
+    let seed = match std::env::var("THREADKEEPER_TEST_SEED") {
+        Ok(text) => text.parse().unwrap(),
+        Err(_) => RandomState::new().hash_one(0_u8),
+    };
+    println!("THREADKEEPER_TEST_SEED={seed}");
+    let time = std::env::var("THREADKEEPER_FUZZ_FOR");
+    let time = time.map(|text| humantime_serde::re::humantime::parse_duration(&text).unwrap());
+    let gateway = scene.gateway_with(SETTINGS).await;
+    let document = gateway.get("/openapi.json").await.ok();
+    let world = World {
+        operations: Operation::all(&document),
+        gateway,
+        document,
+        pool: Pool::default(),
+        until: time.ok().map(|time| Instant::now() + time),
+        seen: Mutex::default(),
+    };
+    join_all(
+        (0..WORKERS as u64).map(|number| work(&world, StdRng::seed_from_u64(seed.wrapping_add(number)))),
+    )
+    .await;
+
+    // It lives, and does what it is there for.
+    let last = world.gateway.request(Method::POST, "/v1/users/last/messages").bearer_auth(OPERATOR);
+    let last = world.gateway.send(last.json(&json!({"content": "Are you still there?"}))).await.ok();
+    assert_eq!(last["run"]["status"], "completed");
+    let told = world.seen.lock().unwrap();
+    println!("answers: {:?}", told.statuses);
+    assert!(told.faults.is_empty(), "{} faults:\n\n{}", told.faults.len(), told.faults.join("\n\n"));
+    let (served, all) = (told.served.len(), world.operations.len());
+    println!("served: {served} of {all} operations");
+    assert!(served * 3 > all * 2, "only {served} of {all} operations did anything: this shows little");
+}
+
+async fn work(world: &World, mut rng: StdRng) {
+    let mut sent = 0;
+    let goes_on = |sent| world.until.map_or(sent < REQUESTS, |until| Instant::now() < until);
+    while goes_on(sent) && world.seen.lock().unwrap().faults.len() < ENOUGH {
+        let request = Generator::new(&mut rng, &world.document, &world.pool).request(&world.operations);
+        let answer = raw::send(world.gateway.address(), &request.bytes).await;
+        let judged = answer.and_then(|answer| judge(world, &request, &answer));
+        if let Err(fault) = judged {
+            let sent = request.bytes.escape_ascii().to_string();
+            let sent: String = sent.chars().take(3000).collect();
+            world.seen.lock().unwrap().faults.push(format!("{fault}\nto: {sent}"));
+        }
+        sent += 1;
+    }
+}
+
+/// What is wrong with an answer.
+fn judge(world: &World, request: &Request, answer: &Response) -> Result<(), String> {
+    let status = answer.status;
+    *world.seen.lock().unwrap().statuses.entry(status.as_u16()).or_default() += 1;
+    // What is no HTTP does not reach the routes.
+    let is_bare = answer.body.is_empty() && !answer.headers.contains_key("x-request-id");
+    if is_bare && request.may_be_no_http && [400, 414, 431].contains(&status.as_u16()) {
+        return Ok(());
+    }
+    let body = String::from_utf8(answer.body.clone()).map_err(|_| "the body is not UTF-8".to_owned())?;
+    if status.is_server_error() && !may_fail(&body) {
+        return Err(format!("{status}: {body}"));
+    }
+    let method = request.method.parse::<Method>().map_err(|error| error.to_string())?;
+    contract::checked(&method, &request.path, status, &answer.headers, Some(&body))?;
+    if request.is_good && status == StatusCode::BAD_REQUEST {
+        return Err(format!("the document allows what cannot be read: {body}"));
+    }
+    if let Some(wrong) = request.wrong_body.as_ref().filter(|_| status.is_success()) {
+        return Err(format!("the body is taken ({status}) that the document does not allow: {wrong}"));
+    }
+    if answer.headers.get("content-type").is_some_and(|kind| kind == "text/event-stream") {
+        for block in body.split_inclusive("\n\n").filter(|block| block.ends_with("\n\n")) {
+            if let Some(event) = event(block)? {
+                contract::checked_event(&event)?;
+            }
+        }
+    }
+    if status.is_success() {
+        world.pool.learn(&request.path, &body);
+        world.seen.lock().unwrap().served.insert(request.operation.clone());
+    }
+    Ok(())
+}
+
+/// A run that met the deadline that its caller had set, or waited for tool outputs that never came, has failed, which is
+/// told as such.
+fn may_fail(body: &str) -> bool {
+    serde_json::from_str::<Value>(body).is_ok_and(|problem| problem["code"] == "deadline_exceeded")
+}
+
+/// `None`: a comment.
+fn event(block: &str) -> Result<Option<Event>, String> {
+    if block.starts_with(':') {
+        return Ok(None);
+    }
+    let field = |name: &str| {
+        let value = block.lines().find_map(|line| line.strip_prefix(name)).unwrap_or_default();
+        value.trim().to_owned()
+    };
+    let data = serde_json::from_str(&field("data:")).map_err(|error| format!("{error} in {block}"))?;
+    Ok(Some(Event { id: field("id:"), name: field("event:"), data }))
+}
