@@ -302,7 +302,10 @@ impl Document {
                 operation[name] = it;
             }
         }
-        self.schemas.extend(doc.schemas);
+        for (name, schema) in doc.schemas {
+            let known = self.schemas.entry(name).or_insert_with(|| schema.clone());
+            debug_assert_eq!(*known, schema, "two types have one name");
+        }
         let path = self.paths.entry(route.path.clone()).or_insert_with(|| json!({}));
         path[route.method.as_str().to_ascii_lowercase()] = operation;
     }
@@ -456,11 +459,10 @@ fn never_null(schema: &mut Value) {
     for (word, is_null) in [("type", json!("null")), ("oneOf", json!({"type": "null"}))] {
         let Some(kinds) = schema.get_mut(word).and_then(Value::as_array_mut) else { continue };
         kinds.retain(|kind| *kind != is_null);
-        let Some(only) = kinds.pop() else { continue };
-        if word == "type" {
-            schema[word] = only;
-        } else {
-            *schema = only;
+        match kinds.as_slice() {
+            [only] if word == "type" => schema[word] = only.clone(),
+            [only] => *schema = only.clone(),
+            _ => {}
         }
     }
 }

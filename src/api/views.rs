@@ -1,4 +1,6 @@
-//! Wire types: the shapes that callers send and see.
+//! Wire types: the shapes that callers send and see, which is what `/openapi.json` describes.
+//!
+//! Times are `DateTime<Utc>` here and not `Timestamp`, which is the same: the derived schemas go by the name.
 
 mod threads;
 

@@ -151,7 +151,8 @@ pub(crate) fn checked(
             body.lines().try_for_each(|line| CONTRACT.check(&what, schema, &json(line)?))
         }
         "text/event-stream" => Ok(()),
-        _ => CONTRACT.check(&what, schema, &json(body)?),
+        kind if kind.ends_with("json") => CONTRACT.check(&what, schema, &json(body)?),
+        _ => CONTRACT.check(&what, schema, &body.into()),
     }
 }
 
