@@ -23,7 +23,7 @@ use std::any::Any;
 use std::sync::Arc;
 
 use axum::Router;
-use axum::extract::Extension;
+use axum::extract::{Extension, FromRef};
 use axum::handler::Handler;
 use axum::http::Method;
 use axum::middleware::from_fn;
@@ -53,6 +53,12 @@ pub struct AppState {
     /// For those who follow a run's events.
     pub readers: Arc<Seats<RunId>>,
     pub server: Arc<ServerConfig>,
+}
+
+impl FromRef<AppState> for Arc<ServerConfig> {
+    fn from_ref(state: &AppState) -> Self {
+        Arc::clone(&state.server)
+    }
 }
 
 /// The three kinds of conversation, each with the same resources below it.

@@ -21,13 +21,16 @@ use secrecy::SecretString;
 use serde::Deserialize;
 use tracing_subscriber::EnvFilter;
 
-use crate::domain::{Lifetimes, Limits};
+use crate::domain::{KeyText, Lifetimes, Limits, Metadata, UserContent};
 
 pub use auth::{AuthConfig, JwtAlgorithm, JwtConfig, KeyConfig};
 pub use check::reserved_parameters;
 pub use load::{ConfigFile, Sources, utf8_variables};
 pub use problem::{ConfigProblems, Origin, Problem};
 pub use upstreams::{AssistantConfig, AuthScheme, UpstreamConfig, UpstreamKind};
+
+/// The longest page of a list that there can be.
+pub const MAX_PAGE: u32 = 100;
 
 /// All settings of the gateway.
 #[derive(Clone, Debug, Default, Deserialize)]
@@ -74,6 +77,14 @@ pub struct ServerConfig {
     pub max_body_bytes: usize,
     /// Largest request head, bytes.
     pub max_header_bytes: usize,
+    /// Longest key of a user, session or topic, bytes of UTF-8: [`KeyText::MAX_BYTES`] or less.
+    pub max_key_bytes: usize,
+    /// Most parts of a message: [`UserContent::MAX_PARTS`] or less.
+    pub max_content_parts: usize,
+    /// Most pairs of metadata: [`Metadata::MAX_PAIRS`] or less.
+    pub max_metadata_pairs: usize,
+    /// Most entries of a page of a list: [`MAX_PAGE`] or less.
+    pub max_page: u32,
     /// Readers that may follow the events of one run.
     pub max_readers: NonZeroUsize,
     /// Comment interval of an idle event stream.
@@ -322,6 +333,10 @@ impl Default for ServerConfig {
             write_timeout: Duration::from_secs(30),
             max_body_bytes: 1024 * 1024,
             max_header_bytes: 32 * 1024,
+            max_key_bytes: KeyText::MAX_BYTES,
+            max_content_parts: UserContent::MAX_PARTS,
+            max_metadata_pairs: Metadata::MAX_PAIRS,
+            max_page: MAX_PAGE,
             max_readers: NonZeroUsize::new(100).unwrap_or(NonZeroUsize::MAX),
             keep_alive: Duration::from_secs(15),
             shutdown_grace: Duration::from_secs(20),

@@ -1,6 +1,8 @@
 //! Our extractors: what they refuse is a problem document like every other error.
 
-use axum::extract::{FromRequest, FromRequestParts, Query, RawPathParams, Request};
+use std::sync::Arc;
+
+use axum::extract::{FromRef, FromRequest, FromRequestParts, Query, RawPathParams, Request};
 use axum::http::header::CONTENT_TYPE;
 use axum::http::request::Parts;
 use axum::http::{HeaderMap, Uri};
@@ -12,6 +14,7 @@ use utoipa::{IntoParams, ToSchema};
 
 use super::AppState;
 use super::guard::Caller;
+use crate::config::ServerConfig;
 use crate::domain::{ConversationKey, InvalidKey, PageRequest, RunId, Scope};
 use crate::error::Error;
 use crate::runs::Which;
@@ -21,16 +24,28 @@ use crate::store::Idempotency;
 #[derive(Debug)]
 pub(super) struct ApiConversation(pub(super) ConversationKey);
 
-impl<S: Send + Sync> FromRequestParts<S> for ApiConversation {
+impl<S> FromRequestParts<S> for ApiConversation
+where
+    S: Send + Sync,
+    Arc<ServerConfig>: FromRef<S>,
+{
     type Rejection = Error;
 
     async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, Error> {
         let Caller(principal) = Caller::from_request_parts(parts, state).await?;
         let params = path_params(parts, state).await?;
-        let named =
-            |name: &str| params.iter().find(|(key, _)| *key == name).map(|(_, value)| value.to_owned());
-        let user = named("user").ok_or(Error::Internal(None))?;
-        let scope = match (named("session"), named("topic")) {
+        let limit = Arc::<ServerConfig>::from_ref(state).max_key_bytes;
+        let named = |name: &'static str| {
+            let value = params.iter().find(|(key, _)| *key == name).map(|(_, value)| value.to_owned());
+            match value {
+                Some(value) if value.len() > limit => {
+                    Err(invalid(name)(InvalidKey::TooLong { limit, bytes: value.len() }))
+                }
+                value => Ok(value),
+            }
+        };
+        let user = named("user")?.ok_or(Error::Internal(None))?;
+        let scope = match (named("session")?, named("topic")?) {
             (Some(name), _) => Scope::Session(name.try_into().map_err(invalid("session"))?),
             (None, Some(name)) => Scope::Topic(name.try_into().map_err(invalid("topic"))?),
             (None, None) => Scope::User,
@@ -167,7 +182,7 @@ fn is_json(request: &Request) -> bool {
     essence == "application/json" || (essence.starts_with("application/") && essence.ends_with("+json"))
 }
 
-/// Which page of a list is wanted: `limit` 1 to 100 (20), `order` `asc` or `desc` (newest first), `after`, `before`; and
+/// Which page of a list is wanted: `limit` 1 to `server.max_page` (20), `order` `asc` or `desc` (newest first), `after`, `before`; and
 /// what else the query may hold.
 #[derive(Debug)]
 pub(super) struct ApiPage<Id, More = Nothing>(pub(super) PageRequest<Id>, pub(super) More);
@@ -204,12 +219,13 @@ enum Order {
 impl<S, Id, More> FromRequestParts<S> for ApiPage<Id, More>
 where
     S: Send + Sync,
+    Arc<ServerConfig>: FromRef<S>,
     Id: std::str::FromStr<Err: std::fmt::Display>,
     More: DeserializeOwned,
 {
     type Rejection = Error;
 
-    async fn from_request_parts(parts: &mut Parts, _state: &S) -> Result<Self, Error> {
+    async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, Error> {
         let given = parts.uri.query().unwrap_or_default();
         let some = |of_page: bool| {
             let pairs = url::form_urlencoded::parse(given.as_bytes());
@@ -217,9 +233,10 @@ where
             url::form_urlencoded::Serializer::new(String::new()).extend_pairs(wanted).finish()
         };
         let page: PageQuery = read(&some(true))?;
-        let limit = page.limit.unwrap_or(20);
-        if !(1..=100).contains(&limit) {
-            return Err(Error::Malformed("`limit` must be between 1 and 100".to_owned()));
+        let most = Arc::<ServerConfig>::from_ref(state).max_page;
+        let limit = page.limit.unwrap_or(most.min(20));
+        if !(1..=most).contains(&limit) {
+            return Err(Error::Malformed(format!("`limit` must be between 1 and {most}")));
         }
         if page.after.is_some() && page.before.is_some() {
             return Err(Error::Malformed("give `after` or `before`, not both".to_owned()));
@@ -343,6 +360,7 @@ mod tests {
             .iter()
             .fold(Router::new(), |router, scope| router.route(&format!("{scope}/thread"), get(tell)));
         let router = router.layer(Extension(Caller(Principal::anybody())));
+        let router = router.with_state(Arc::new(ServerConfig::default()));
         // What is no address does not come this far.
         let uri = Uri::try_from(path).ok()?;
         let request = Request::builder().uri(uri).body(Body::empty()).unwrap();

@@ -16,7 +16,9 @@ use super::openapi::Doc;
 use super::problem::{NOT_FOUND, OVERLOADED, QUEUE_FULL, THREAD_BUSY, TOO_MANY_RUNS};
 use super::turn::{Form, answer, answer_doc};
 use super::views::{ListView, MessageView, OnDisconnect, PostMessage};
-use crate::domain::{MessageId, MultitaskStrategy};
+use crate::domain::{
+    ContentPart, InvalidContent, InvalidMetadata, MessageId, Metadata, MultitaskStrategy, UserContent,
+};
 use crate::error::Error;
 use crate::runs::NewMessage;
 use crate::store::ThreadName;
@@ -43,11 +45,12 @@ pub(super) async fn create(
     let cancel = CancellationToken::new();
     // Dropped with the answer, or with this handler when the caller leaves before there is one.
     let on_drop = (body.on_disconnect == Some(OnDisconnect::Cancel)).then(|| cancel.clone().drop_guard());
+    let metadata = metadata_within(&state, body.metadata)?;
     let message = NewMessage {
-        content: body.content.0.try_into().map_err(|error| Error::Invalid(format!("`content`: {error}")))?,
+        content: content_within(&state, body.content.0)?,
         assistant: body.assistant,
         strategy: body.multitask_strategy.unwrap_or(MultitaskStrategy::Enqueue),
-        metadata: body.metadata.unwrap_or_default(),
+        metadata: metadata.unwrap_or_default(),
         timeout: body.timeout_ms.map(Duration::from_millis),
         ttl: body.ttl_ms.map(Duration::from_millis),
         cancel,
@@ -82,4 +85,29 @@ pub(super) async fn list(
 ) -> Result<Json<ListView<MessageView>>, Error> {
     let page = state.runs.messages(ThreadName::Newest(&key), archived, &page).await?;
     Ok(Json(ListView::new(page, |message| message.id.to_string(), MessageView::from)))
+}
+
+/// Content that the settings and the domain let pass.
+fn content_within(state: &AppState, parts: Vec<ContentPart>) -> Result<UserContent, Error> {
+    let limit = state.server.max_content_parts;
+    let content = if parts.len() > limit {
+        Err(InvalidContent::TooManyParts { limit, parts: parts.len() })
+    } else {
+        parts.try_into()
+    };
+    content.map_err(|error| Error::Invalid(format!("`content`: {error}")))
+}
+
+/// Metadata that the settings let pass.
+pub(super) fn metadata_within(
+    state: &AppState,
+    metadata: Option<Metadata>,
+) -> Result<Option<Metadata>, Error> {
+    let limit = state.server.max_metadata_pairs;
+    let pairs = metadata.iter().flat_map(Metadata::iter).count();
+    if pairs > limit {
+        let error = InvalidMetadata::TooManyPairs { limit, pairs };
+        return Err(Error::Invalid(format!("`metadata`: {error}")));
+    }
+    Ok(metadata)
 }

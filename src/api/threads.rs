@@ -12,6 +12,7 @@ use utoipa::{IntoParams, ToSchema};
 use super::AppState;
 use super::deletions::{deleted, deleted_doc};
 use super::extract::{ApiConversation, ApiJson, ApiQuery, ApiWhich, WhichQuery};
+use super::messages::metadata_within;
 use super::openapi::Doc;
 use super::problem::{NOT_FOUND, UPSTREAM_ERROR};
 use super::views::{ListView, PatchThread, ReportView, RunView, TtlMs, cancelled};
@@ -86,7 +87,8 @@ pub(super) async fn update(
         TtlMs::Null => Some(NewLife::AsConfigured),
         TtlMs::Given(ttl) => Some(state.runs.life(&key, Duration::from_millis(ttl))?),
     };
-    let report = state.runs.update_thread(&key, body.metadata, life).await?;
+    let metadata = metadata_within(&state, body.metadata)?;
+    let report = state.runs.update_thread(&key, metadata, life).await?;
     Ok(Json(ReportView::new(&state.runs, report, None)))
 }
 

@@ -8,7 +8,8 @@ use url::Url;
 
 use super::problem::{ConfigProblems, Problem};
 use super::tree::Node;
-use super::{AssistantConfig, AuthScheme, Config, KeyConfig, UpstreamConfig, UpstreamKind};
+use super::{AssistantConfig, AuthScheme, Config, KeyConfig, MAX_PAGE, UpstreamConfig, UpstreamKind};
+use crate::domain::{KeyText, Metadata, UserContent};
 
 /// Longer than any sensible setting; sums with it stay within every clock's range.
 const LONGEST: Duration = Duration::from_hours(10 * 365 * 24);
@@ -246,6 +247,10 @@ fn limits(config: &Config, checker: &mut Checker<'_>) {
         (["server", "max_connections"], server.max_connections, 1, 1_000_000),
         (["server", "max_body_bytes"], server.max_body_bytes, 1, usize::MAX),
         (["server", "max_header_bytes"], server.max_header_bytes, SMALLEST_HEAD, 16 * 1024 * 1024),
+        (["server", "max_key_bytes"], server.max_key_bytes, 1, KeyText::MAX_BYTES),
+        (["server", "max_content_parts"], server.max_content_parts, 1, UserContent::MAX_PARTS),
+        (["server", "max_metadata_pairs"], server.max_metadata_pairs, 0, Metadata::MAX_PAIRS),
+        (["server", "max_page"], server.max_page as usize, 1, MAX_PAGE as usize),
         (["store", "max_connections"], store_connections, 1, 10_000),
         (["runs", "max_queue"], runs.max_queue, 1, usize::MAX),
         (["runs", "max_reply_bytes"], runs.max_reply_bytes, 1, usize::MAX),

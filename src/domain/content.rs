@@ -61,8 +61,8 @@ pub struct ImageFile {
 pub enum InvalidContent {
     #[error("content must not be empty")]
     Empty,
-    #[error("content has at most {MAX_PARTS} parts, this has {0}")]
-    TooManyParts(usize),
+    #[error("content has at most {limit} parts, this has {parts}")]
+    TooManyParts { limit: usize, parts: usize },
     #[error("a part of type `refusal` cannot be sent, only received")]
     Refusal,
     #[error("content must not contain NUL characters")]
@@ -74,6 +74,9 @@ pub enum InvalidContent {
 pub struct UserContent(Vec<ContentPart>);
 
 impl UserContent {
+    /// The most parts that there can be.
+    pub const MAX_PARTS: usize = MAX_PARTS;
+
     pub fn into_parts(self) -> Vec<ContentPart> {
         self.0
     }
@@ -84,7 +87,7 @@ impl TryFrom<Vec<ContentPart>> for UserContent {
 
     fn try_from(parts: Vec<ContentPart>) -> Result<Self, InvalidContent> {
         if parts.len() > MAX_PARTS {
-            return Err(InvalidContent::TooManyParts(parts.len()));
+            return Err(InvalidContent::TooManyParts { limit: MAX_PARTS, parts: parts.len() });
         }
         let mut empty = true;
         for part in &parts {
@@ -153,7 +156,9 @@ mod tests {
                     prop_assert_eq!(content.into_parts(), parts);
                 }
                 Err(InvalidContent::Empty) => prop_assert!(parts.iter().all(|part| part.size() == 0)),
-                Err(InvalidContent::TooManyParts(count)) => prop_assert!(count == parts.len() && count > MAX_PARTS),
+                Err(InvalidContent::TooManyParts { limit, parts: count }) => {
+                    prop_assert!(count == parts.len() && count > limit);
+                },
                 Err(InvalidContent::Refusal) => {
                     let is_refusal = |part: &ContentPart| matches!(part, ContentPart::Refusal { .. });
                     prop_assert!(parts.iter().any(is_refusal));

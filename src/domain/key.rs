@@ -16,8 +16,8 @@ const MAX_KEY_BYTES: usize = 256;
 pub enum InvalidKey {
     #[error("a key must not be empty")]
     Empty,
-    #[error("a key is at most {MAX_KEY_BYTES} bytes of UTF-8, this one has {0}")]
-    TooLong(usize),
+    #[error("a key is at most {limit} bytes of UTF-8, this one has {bytes}")]
+    TooLong { limit: usize, bytes: usize },
     #[error("a key must not contain control characters (found U+{0:04X})")]
     ControlCharacter(u32),
 }
@@ -30,6 +30,9 @@ pub enum InvalidKey {
 pub struct KeyText(String);
 
 impl KeyText {
+    /// The longest that there can be, in bytes.
+    pub const MAX_BYTES: usize = MAX_KEY_BYTES;
+
     pub fn as_str(&self) -> &str {
         &self.0
     }
@@ -43,7 +46,7 @@ impl TryFrom<String> for KeyText {
             return Err(InvalidKey::Empty);
         }
         if raw.len() > MAX_KEY_BYTES {
-            return Err(InvalidKey::TooLong(raw.len()));
+            return Err(InvalidKey::TooLong { limit: MAX_KEY_BYTES, bytes: raw.len() });
         }
         match raw.chars().find(|c| c.is_control()) {
             Some(c) => Err(InvalidKey::ControlCharacter(u32::from(c))),
@@ -280,7 +283,7 @@ mod tests {
             match KeyText::try_from(raw.clone()) {
                 Ok(key) => prop_assert_eq!(key.as_str(), raw),
                 Err(InvalidKey::Empty) => prop_assert!(raw.is_empty()),
-                Err(InvalidKey::TooLong(n)) => prop_assert!(n > MAX_KEY_BYTES && n == raw.len()),
+                Err(InvalidKey::TooLong { bytes, .. }) => prop_assert!(bytes > MAX_KEY_BYTES && bytes == raw.len()),
                 Err(InvalidKey::ControlCharacter(_)) => prop_assert!(raw.chars().any(char::is_control)),
             }
         }

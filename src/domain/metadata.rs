@@ -17,8 +17,8 @@ const RESERVED_PREFIX: &str = "threadkeeper_";
 /// Why a map is not metadata.
 #[derive(Clone, Debug, Eq, PartialEq, thiserror::Error)]
 pub enum InvalidMetadata {
-    #[error("metadata has at most {MAX_PAIRS} pairs, this has {0}")]
-    TooManyPairs(usize),
+    #[error("metadata has at most {limit} pairs, this has {pairs}")]
+    TooManyPairs { limit: usize, pairs: usize },
     #[error("a metadata key has 1 to {MAX_KEY_CHARS} characters; `{0}` does not")]
     Key(String),
     #[error("metadata keys that begin with `{RESERVED_PREFIX}` are reserved; `{0}` does")]
@@ -33,6 +33,9 @@ pub enum InvalidMetadata {
 pub struct Metadata(BTreeMap<String, String>);
 
 impl Metadata {
+    /// The most pairs that there can be.
+    pub const MAX_PAIRS: usize = MAX_PAIRS;
+
     pub fn iter(&self) -> impl Iterator<Item = (&str, &str)> {
         self.0.iter().map(|(key, value)| (key.as_str(), value.as_str()))
     }
@@ -62,7 +65,7 @@ impl TryFrom<BTreeMap<String, String>> for Metadata {
 
     fn try_from(pairs: BTreeMap<String, String>) -> Result<Self, InvalidMetadata> {
         if pairs.len() > MAX_PAIRS {
-            return Err(InvalidMetadata::TooManyPairs(pairs.len()));
+            return Err(InvalidMetadata::TooManyPairs { limit: MAX_PAIRS, pairs: pairs.len() });
         }
         for (key, value) in &pairs {
             if key.is_empty() || key.chars().count() > MAX_KEY_CHARS || key.contains('\0') {
@@ -117,7 +120,9 @@ mod tests {
                 Err(why) => {
                     prop_assert!(read.is_err());
                     match why {
-                        InvalidMetadata::TooManyPairs(count) => prop_assert!(count == pairs.len() && count > MAX_PAIRS),
+                        InvalidMetadata::TooManyPairs { limit, pairs: count } => {
+                            prop_assert!(count == pairs.len() && count > limit);
+                        },
                         InvalidMetadata::Key(shown) => prop_assert!(
                             shown.chars().count() <= MAX_KEY_CHARS
                                 && pairs.keys().any(|key| key.is_empty() || long(key, MAX_KEY_CHARS))

@@ -1,11 +1,13 @@
 //! Callers who ask too often.
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use futures_util::future::join_all;
 use reqwest::Method;
 
 use serde_json::json;
+
+use tokio::time::sleep;
 
 use crate::support::gateway::PATIENCE;
 use crate::support::scene::{Backend, Protocol, Scene};
@@ -65,7 +67,7 @@ async fn only_so_many_runs_are_taken() {
     let begun = Instant::now();
     while say("first", "bob").await.status != 202 {
         assert!(begun.elapsed() < PATIENCE, "no seat is free again");
-        tokio::time::sleep(std::time::Duration::from_millis(50)).await;
+        sleep(Duration::from_millis(50)).await;
     }
 }
 
@@ -85,8 +87,56 @@ async fn only_so_many_read_along() {
     let begun = Instant::now();
     while gateway.open_events(&path, None).await.status() != 200 {
         assert!(begun.elapsed() < PATIENCE, "who left still has a seat");
-        tokio::time::sleep(std::time::Duration::from_millis(50)).await;
+        sleep(Duration::from_millis(50)).await;
     }
     scene.simulator.release();
     assert_eq!(own.rest().await.last().unwrap().name, "run.completed");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_requests_may_hold_can_be_set() {
+    let scene = Scene::new(Protocol::Responses, Backend::Sqlite).await;
+    let settings =
+        "[server]\nmax_key_bytes = 8\nmax_content_parts = 2\nmax_metadata_pairs = 1\nmax_page = 5\n";
+    let gateway = scene.gateway_with(settings).await;
+    let message = "/v1/users/8%C3%A4bytes/messages";
+    let part = json!({"type": "text", "text": "hello"});
+    let (one, two) = (json!({"a": "1"}), json!({"a": "1", "b": "2"}));
+    gateway.post(message, &json!({"content": [part, part], "metadata": one})).await.ok();
+    for (body, says) in [
+        (json!({"content": [part, part, part]}), "`content`: content has at most 2 parts, this has 3"),
+        (
+            json!({"content": "hello", "metadata": two}),
+            "`metadata`: metadata has at most 1 pairs, this has 2",
+        ),
+    ] {
+        let refused = gateway.post(message, &body).await;
+        assert_eq!(
+            (refused.problem(), refused.body["detail"].as_str()),
+            ((422, "invalid-request"), Some(says))
+        );
+    }
+    let thread = "/v1/users/8%C3%A4bytes/thread";
+    assert_eq!(gateway.patch(thread, &json!({"metadata": two})).await.problem(), (422, "invalid-request"));
+    assert_eq!(
+        gateway.get("/v1/users/8%C3%A4bytes/messages").await.ok()["data"].as_array().unwrap().len(),
+        2
+    );
+    for (path, says) in [
+        (
+            "/v1/users/ninebytes/thread",
+            "the user key in the path: a key is at most 8 bytes of UTF-8, this one has 9",
+        ),
+        (
+            "/v1/users/a/topics/ninebytes/thread",
+            "the topic key in the path: a key is at most 8 bytes of UTF-8, this one has 9",
+        ),
+        ("/v1/users/a/threads?limit=6", "`limit` must be between 1 and 5"),
+    ] {
+        let refused = gateway.get(path).await;
+        assert_eq!(
+            (refused.problem(), refused.body["detail"].as_str()),
+            ((400, "invalid-request"), Some(says))
+        );
+    }
 }
