@@ -74,6 +74,7 @@ impl App {
             sessions: config.sessions.clone(),
             threads: config.threads.clone(),
             shared: names(&config, |upstream| upstream.shared),
+            recorded_at_once: recorded_at_once(config.store.max_connections),
             admission_timeout: config.store.acquire_timeout,
             replica: ReplicaId::new(),
             attend_every: config.replica.session_ttl / 3,
@@ -307,6 +308,13 @@ fn upstreams(config: &Config) -> anyhow::Result<BTreeMap<String, Arc<dyn Upstrea
         .iter()
         .map(|(name, upstream)| Ok((name.clone(), build_upstream(name, upstream)?)))
         .collect()
+}
+
+/// So many messages and ends of runs may be on their way into the store without anybody waiting: no more than there are
+/// connections, nor than keep the processors busy.
+fn recorded_at_once(connections: u32) -> usize {
+    let processors = std::thread::available_parallelism().map_or(1, usize::from);
+    usize::try_from(connections).map_or(usize::MAX, |connections| connections.min(8 * processors))
 }
 
 /// The names of the upstreams of which something holds.

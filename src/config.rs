@@ -185,6 +185,9 @@ pub struct RunsConfig {
     pub max_runs: NonZeroUsize,
     /// Of these, for each tenant.
     pub max_runs_per_tenant: Option<NonZeroUsize>,
+    /// How long messages may have to wait to be recorded, when more keep arriving than can be.
+    #[serde(with = "humantime_serde")]
+    pub max_delay: Duration,
     /// Further tries of a request that the upstream provably did not take: no connection, a rate limit, or a failure
     /// after which it has no trace of the request.
     pub max_retries: u32,
@@ -375,6 +378,7 @@ impl Default for RunsConfig {
             max_queue: 256,
             max_runs: NonZeroUsize::new(10_000).unwrap_or(NonZeroUsize::MAX),
             max_runs_per_tenant: None,
+            max_delay: Duration::from_millis(2),
             max_retries: 3,
             settle_timeout: Duration::from_secs(10),
             max_reply_bytes: 4 * 1024 * 1024,

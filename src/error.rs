@@ -38,7 +38,8 @@ pub enum Error {
     TooManyRuns { limit: usize },
     #[error("{limit} readers follow this run here already")]
     TooManyReaders { limit: usize },
-    #[error("this replica has as many runs as it can take; nothing was stored")]
+    /// More runs than it may have, or messages come faster than they can be recorded.
+    #[error("this replica has as much work as it can take; nothing new was stored")]
     Overloaded,
     #[error("{0}")]
     NotFound(&'static str),

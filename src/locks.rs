@@ -8,6 +8,7 @@
 //! Between processes the store's unique index holds the same promise; this line keeps waiting runs off it.
 
 mod seats;
+mod shedder;
 
 use std::collections::{HashMap, VecDeque};
 use std::fmt;
@@ -17,6 +18,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll, Waker};
 
 pub use seats::{NoSeat, Seat, Seats};
+pub use shedder::{Overrun, Pass, Shedder};
 
 /// The lines of all keys. Clones share them.
 pub struct LockMap<K> {

@@ -375,11 +375,16 @@ enum Closed {
 /// that the database refuses time and again is replaced by a bare failure.
 async fn finish_in_store(runs: &Runs, lease: &RunLease, mut end: RunEnd) -> Closed {
     let parts = &runs.parts.given;
+    // No new messages are taken if the ends of those before them pile up.
+    let pass = runs.parts.shedder.enter_anyway();
     let mut pause = Duration::from_millis(50);
     let mut refusals = 0;
     loop {
         let error = match parts.store.finish(lease, &end).await {
-            Ok(Closing::Finished(finished)) => return Closed::Finished(finished),
+            Ok(Closing::Finished(finished)) => {
+                pass.is_through();
+                return Closed::Finished(finished);
+            }
             Ok(Closing::MustDiscard) => return Closed::MustDiscard,
             Ok(Closing::Lost) => return Closed::LeaseLost,
             Err(error) => error,

@@ -394,6 +394,7 @@ mod tests {
                 sessions: config.sessions,
                 threads: config.threads,
                 shared: BTreeSet::new(),
+                recorded_at_once: 16,
                 admission_timeout: Duration::from_secs(5),
                 replica: ReplicaId::new(),
                 attend_every: Duration::from_secs(3),

@@ -14,7 +14,7 @@ use super::work::work;
 use super::{Outcome, RunEvent, Runs, Submitted, jittered};
 use crate::domain::{ConversationKey, MultitaskStrategy, Run, RunStatus, Step, TenantKey, Thread};
 use crate::error::{Chain, Error};
-use crate::locks::{Place, Seat};
+use crate::locks::{Pass, Place, Seat};
 use crate::store::{Admission, Admitted, Claim, News, Orphan, RunLease, Turn};
 
 /// How soon a run that is first in its line asks the store again while a run of another line is active on its thread. It
@@ -36,7 +36,7 @@ pub(super) enum Taken {
 pub(super) async fn conduct(
     runs: Runs,
     mut working: Working,
-    (mut place, _seat): (Place<ConversationKey>, Seat<TenantKey>),
+    (mut place, _seat, pass): (Place<ConversationKey>, Seat<TenantKey>, Pass),
     admission: Admission,
     answer: oneshot::Sender<Result<Taken, Error>>,
 ) {
@@ -45,11 +45,13 @@ pub(super) async fn conduct(
         let start = match admit(&runs, &mut place, &admission).await {
             Ok(Ok(start)) => start,
             Ok(Err(taken)) => {
+                pass.is_through();
                 drop(place);
                 // Whoever left need not hear it.
                 return drop(answer.send(Ok(taken)));
             }
             Err((error, is_ambiguous)) => {
+                drop(pass);
                 if is_ambiguous {
                     runs.parts.standing.refuse(admission.run_id);
                 }
@@ -60,6 +62,7 @@ pub(super) async fn conduct(
                 return;
             }
         };
+        pass.is_through();
         place.recorded();
         working.feed.push(match start.next {
             Next::Work(_) => RunEvent::Started,

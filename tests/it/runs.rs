@@ -67,6 +67,7 @@ impl Process {
             sessions: config.sessions,
             shared: BTreeSet::new(),
             threads: config.threads,
+            recorded_at_once: 16,
             admission_timeout: Duration::from_secs(5),
             replica,
             attend_every: Duration::from_secs(3),

@@ -2,7 +2,9 @@
 
 use std::time::{Duration, Instant};
 
+use futures_util::StreamExt;
 use futures_util::future::join_all;
+use futures_util::stream::FuturesUnordered;
 use reqwest::Method;
 
 use serde_json::json;
@@ -91,6 +93,35 @@ async fn only_so_many_read_along() {
     }
     scene.simulator.release();
     assert_eq!(own.rest().await.last().unwrap().name, "run.completed");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn messages_that_cannot_be_recorded_soon_are_refused_at_once() {
+    let scene = Scene::new(Protocol::Responses, Backend::Postgres).await;
+    let gateway = scene.gateway_that_sheds().await;
+    let lock = scene.database.lock("threads").await;
+    let gateway = &gateway;
+    let say = |n: usize| async move {
+        let body = json!({"content": "hello"});
+        gateway.post(&format!("/v1/users/user-{n}/messages"), &body).await
+    };
+    // More than there are connections. It counts as a burst for a while, and so does what comes meanwhile.
+    let mut waiting: FuturesUnordered<_> = (0..20).map(say).collect();
+    let mut further = 20..;
+    let refused = loop {
+        tokio::select! {
+            Some(answer) = waiting.next() => break answer,
+            () = sleep(Duration::from_millis(20)) => waiting.push(say(further.next().unwrap())),
+        }
+    };
+    assert_eq!(refused.problem(), (503, "overloaded"));
+    assert_eq!(refused.headers["retry-after"], "1");
+    drop(lock);
+    while let Some(answer) = waiting.next().await {
+        // All who were let in are answered; whoever came behind the one that was refused may have been, too.
+        assert!(answer.status == 200 || answer.problem() == (503, "overloaded"), "{answer:?}");
+    }
+    say(0).await.ok();
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -268,6 +268,14 @@ impl TestDatabase {
         self.try_execute(sql).await.expect("the test's statement works");
     }
 
+    /// Keeps everybody from a table until what this gives is dropped. Postgres only.
+    pub(crate) async fn lock(&self, table: &str) -> PgConnection {
+        let mut connection = self.pg().await;
+        let lock = AssertSqlSafe(format!("BEGIN; LOCK TABLE {table} IN ACCESS EXCLUSIVE MODE"));
+        connection.execute(lock).await.expect("a table can be locked");
+        connection
+    }
+
     /// Runs statements past the store.
     pub(crate) async fn try_execute(&self, sql: &str) -> Result<(), sqlx::Error> {
         let sql = sqlx::raw_sql(AssertSqlSafe(sql));

@@ -64,11 +64,16 @@ pub(crate) struct Event {
 impl Gateway {
     /// Starts `threadkeeper serve` with this configuration (TOML; `listen` is added) and waits until it listens.
     pub(crate) async fn start(config: &str) -> Self {
+        Self::start_with(config, &[]).await
+    }
+
+    /// The same, with variables of the environment.
+    pub(crate) async fn start_with(config: &str, environment: &[(&str, &str)]) -> Self {
         let folder = TempDir::new().unwrap();
         let file = folder.path().join("gateway.toml");
         std::fs::write(&file, config).unwrap();
         let mut command = Self::command(&["serve", "--listen", "127.0.0.1:0", "--config"]);
-        command.arg(&file);
+        command.arg(&file).envs(environment.iter().copied());
         Self::spawn(command, folder).await
     }
 
@@ -81,6 +86,8 @@ impl Gateway {
         {
             command.env_remove(name);
         }
+        // No test is to depend on how fast the machine is.
+        command.env("THREADKEEPER_RUNS__MAX_DELAY", "1h");
         command
     }
 

@@ -75,6 +75,12 @@ impl Scene {
         Gateway::start(&self.config(more)).await
     }
 
+    /// A gateway that turns messages away as soon as more come than it can record, as no other of the tests does.
+    pub(crate) async fn gateway_that_sheds(&self) -> Gateway {
+        let config = self.config("");
+        Gateway::start_with(&config, &[("THREADKEEPER_RUNS__MAX_DELAY", "0s")]).await
+    }
+
     /// A gateway with further settings (TOML) of its upstream.
     pub(crate) async fn gateway_upstream(&self, upstream: &str) -> Gateway {
         self.gateway_both("", upstream).await
