@@ -18,6 +18,10 @@ test-one name:
 fuzz-units cases:
     PROPTEST_CASES={{ cases }} cargo test --lib
 
+# Turns a second, overload, the cost of refusals: `just bench overload`. It reports, and fails nobody.
+bench *what:
+    cargo bench --bench load -- {{ what }}
+
 # The container image.
 image:
     docker build -t threadkeeper .

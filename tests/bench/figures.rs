@@ -1,0 +1,56 @@
+//! Numbers of a report.
+
+use std::fmt;
+use std::time::Duration;
+
+/// How long things took, in order.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Durations(Vec<Duration>);
+
+impl FromIterator<Duration> for Durations {
+    fn from_iter<I: IntoIterator<Item = Duration>>(durations: I) -> Self {
+        let mut all: Vec<_> = durations.into_iter().collect();
+        all.sort();
+        Self(all)
+    }
+}
+
+impl Durations {
+    pub(crate) fn len(&self) -> usize {
+        self.0.len()
+    }
+
+    /// So many of a thousand took no longer than this.
+    pub(crate) fn permille(&self, part: usize) -> Duration {
+        let last = self.0.len().saturating_sub(1);
+        self.0.get(last * part / 1000).copied().unwrap_or_default()
+    }
+
+    pub(crate) fn p50(&self) -> Duration {
+        self.permille(500)
+    }
+
+    pub(crate) fn p99(&self) -> Duration {
+        self.permille(990)
+    }
+}
+
+impl fmt::Display for Durations {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "p50 {:.1?}, p99 {:.1?}, longest {:.1?}", self.p50(), self.p99(), self.permille(1000))
+    }
+}
+
+pub(crate) fn median(mut figures: Vec<f64>) -> f64 {
+    figures.sort_by(f64::total_cmp);
+    figures.get(figures.len() / 2).copied().unwrap_or_default()
+}
+
+#[expect(clippy::cast_precision_loss, reason = "nobody counts that far")]
+pub(crate) fn count(number: usize) -> f64 {
+    number as f64
+}
+
+pub(crate) fn micros(duration: Duration) -> f64 {
+    duration.as_secs_f64() * 1e6
+}

@@ -1,0 +1,73 @@
+//! Processes that are measured from outside.
+
+use std::io::{BufRead, BufReader};
+use std::net::SocketAddr;
+use std::process::{Child, Command, Stdio};
+use std::time::Duration;
+
+/// A process that listens. Dropped, it is killed.
+pub(crate) struct Process {
+    child: Child,
+    pub(crate) address: SocketAddr,
+}
+
+impl Process {
+    /// Starts the gateway's binary and waits until it says where it listens. `alone`: on the first processor.
+    pub(crate) fn start(args: &[&str], environment: &[(&str, String)], alone: bool) -> Self {
+        let binary = env!("CARGO_BIN_EXE_threadkeeper");
+        let mut command = if alone { Command::new("taskset") } else { Command::new(binary) };
+        if alone {
+            command.args(["-c", "0", binary]);
+        }
+        command.args(args).envs(environment.iter().map(|(name, value)| (name, value)));
+        let mut child = command.stdin(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
+        let mut lines = BufReader::new(child.stderr.take().unwrap()).lines();
+        let mut seen = Vec::new();
+        let address = lines.by_ref().map_while(Result::ok).find_map(|line| {
+            let address = line.contains("listening").then(|| address_in(&line)).flatten();
+            seen.push(line);
+            address
+        });
+        let Some(address) = address else { panic!("it did not start:\n{}", seen.join("\n")) };
+        // It must not block on a pipe that nobody empties.
+        std::thread::spawn(move || lines.map_while(Result::ok).for_each(drop));
+        Self { child, address }
+    }
+
+    /// The processor time that it has used.
+    pub(crate) fn cpu(&self) -> Duration {
+        // The kernel's own count of the time on a processor, in nanoseconds, for each thread.
+        let threads = std::fs::read_dir(format!("/proc/{}/task", self.child.id())).unwrap();
+        let nanos = threads.filter_map(|thread| {
+            let text = std::fs::read_to_string(thread.ok()?.path().join("schedstat")).ok()?;
+            text.split(' ').next()?.parse::<u64>().ok()
+        });
+        Duration::from_nanos(nanos.sum())
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        drop(self.child.kill());
+        drop(self.child.wait());
+    }
+}
+
+fn address_in(line: &str) -> Option<SocketAddr> {
+    let from = line.find("127.0.0.1:")?;
+    line[from..].split(|c: char| !c.is_ascii_digit() && c != '.' && c != ':').next()?.parse().ok()
+}
+
+/// Keeps this process, and what it starts, to all processors but the first.
+pub(crate) fn leave_the_first_processor() {
+    let last = std::fs::read_to_string("/sys/devices/system/cpu/online").unwrap();
+    let last = last.trim().rsplit(['-', ',']).next().unwrap();
+    stay_on(&format!("1-{last}"));
+}
+
+/// Keeps this process, and what it starts from now on, to these processors.
+pub(crate) fn stay_on(processors: &str) {
+    let own = std::process::id().to_string();
+    let moved = Command::new("taskset").args(["-acp", processors, &own]).stdout(Stdio::null()).status();
+    assert!(moved.is_ok_and(|status| status.success()), "processors cannot be chosen here: try --share");
+}
