@@ -242,7 +242,7 @@ kinds! {
     DRAINING = "draining", "Shutting down", SERVICE_UNAVAILABLE;
     /// The keys of whoever issues tokens cannot be had at present.
     ISSUER_UNAVAILABLE = "issuer-unavailable", "Issuer unavailable", SERVICE_UNAVAILABLE;
-    /// This replica has as many runs as it can take.
+    /// Messages arrive faster than this replica can record them, or it has as many unfinished runs as it takes.
     OVERLOADED = "overloaded", "Overloaded", SERVICE_UNAVAILABLE;
     /// The database is away or has no connection to spare, or this replica has lost its session.
     STORE_UNAVAILABLE = "store-unavailable", "Store unavailable", SERVICE_UNAVAILABLE;
