@@ -22,7 +22,7 @@ use crate::auth::{Auth, FreshKey};
 use crate::config::{Config, StoreConfig, Transcript, UpstreamConfig, UpstreamKind};
 use crate::domain::{Access, Keeping, ReplicaId, TenantKey};
 use crate::life::{Keeper, KeeperParts};
-use crate::locks::Seats;
+use crate::locks::{Gate, Seats};
 use crate::records::{self, Refused, Summary, What};
 use crate::runs::{Runs, RunsParts};
 use crate::server::{self, ServerStop};
@@ -74,7 +74,7 @@ impl App {
             sessions: config.sessions.clone(),
             threads: config.threads.clone(),
             shared: names(&config, |upstream| upstream.shared),
-            recorded_at_once: recorded_at_once(config.store.max_connections),
+            gate: gate(&config),
             admission_timeout: config.store.acquire_timeout,
             replica: ReplicaId::new(),
             attend_every: config.replica.session_ttl / 3,
@@ -310,11 +310,12 @@ fn upstreams(config: &Config) -> anyhow::Result<BTreeMap<String, Arc<dyn Upstrea
         .collect()
 }
 
-/// So many messages and ends of runs may be on their way into the store without anybody waiting: no more than there are
-/// connections, nor than keep the processors busy.
-fn recorded_at_once(connections: u32) -> usize {
+/// What records messages and ends of runs: as many at once as there are connections, if that is worth it. It is no overload
+/// if no more are on their way than that, nor than keep the processors busy.
+fn gate(config: &Config) -> Gate {
+    let connections = usize::try_from(config.store.max_connections).unwrap_or(usize::MAX);
     let processors = std::thread::available_parallelism().map_or(1, usize::from);
-    usize::try_from(connections).map_or(usize::MAX, |connections| connections.min(8 * processors))
+    Gate::new(connections, config.runs.shed_load.then_some(connections.min(8 * processors)))
 }
 
 /// The names of the upstreams of which something holds.

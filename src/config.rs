@@ -185,9 +185,8 @@ pub struct RunsConfig {
     pub max_runs: NonZeroUsize,
     /// Of these, for each tenant.
     pub max_runs_per_tenant: Option<NonZeroUsize>,
-    /// How long messages may have to wait to be recorded, when more keep arriving than can be.
-    #[serde(with = "humantime_serde")]
-    pub max_delay: Duration,
+    /// Refuse messages that would wait for long, when more keep arriving than can be recorded.
+    pub shed_load: bool,
     /// Further tries of a request that the upstream provably did not take: no connection, a rate limit, or a failure
     /// after which it has no trace of the request.
     pub max_retries: u32,
@@ -378,7 +377,7 @@ impl Default for RunsConfig {
             max_queue: 256,
             max_runs: NonZeroUsize::new(10_000).unwrap_or(NonZeroUsize::MAX),
             max_runs_per_tenant: None,
-            max_delay: Duration::from_millis(2),
+            shed_load: true,
             max_retries: 3,
             settle_timeout: Duration::from_secs(10),
             max_reply_bytes: 4 * 1024 * 1024,

@@ -7,8 +7,9 @@
 //!
 //! Between processes the store's unique index holds the same promise; this line keeps waiting runs off it.
 
+mod gate;
 mod seats;
-mod shedder;
+mod width;
 
 use std::collections::{HashMap, VecDeque};
 use std::fmt;
@@ -17,8 +18,8 @@ use std::hash::Hash;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll, Waker};
 
+pub use gate::{Gate, Overrun, Pass, Turn};
 pub use seats::{NoSeat, Seat, Seats};
-pub use shedder::{Overrun, Pass, Shedder};
 
 /// The lines of all keys. Clones share them.
 pub struct LockMap<K> {

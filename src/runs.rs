@@ -42,7 +42,7 @@ use crate::domain::{
     UserKey,
 };
 use crate::error::Error;
-use crate::locks::{LockMap, NoSeat, QueueFull, Seats, Shedder};
+use crate::locks::{Gate, LockMap, NoSeat, QueueFull, Seats};
 use crate::records;
 use crate::store::{
     Admission, Idempotency, InputMessage, Store, StoreError, ThreadFilter, ThreadName, ThreadReport,
@@ -79,8 +79,8 @@ pub struct RunsParts {
     pub threads: ThreadsConfig,
     /// Names of the upstreams to whose threads others may write.
     pub shared: BTreeSet<String>,
-    /// So many messages and ends of runs may be on their way into the store without anybody waiting.
-    pub recorded_at_once: usize,
+    /// For messages on their way into the store, and ends of runs.
+    pub gate: Gate,
     /// Longest wait for the runs before a new one to be recorded.
     pub admission_timeout: Duration,
     pub replica: ReplicaId,
@@ -99,8 +99,6 @@ struct Parts {
     locks: LockMap<ConversationKey>,
     standing: Standing,
     seats: Seats<TenantKey>,
-    /// For messages on their way into the store, and ends of runs.
-    shedder: Shedder,
     desk: Desk,
     /// When the store was last seen to be in order. Locked while somebody looks, so that a flood of questions
     /// becomes one.
@@ -139,13 +137,11 @@ impl Runs {
         let locks = LockMap::new(parts.runs.max_queue);
         let each = parts.runs.max_runs_per_tenant.map_or(usize::MAX, NonZeroUsize::get);
         let seats = Seats::new(parts.runs.max_runs.get(), each);
-        let shedder = Shedder::new(parts.recorded_at_once, parts.runs.max_delay);
         let parts = Parts {
             given: parts,
             locks,
             standing: Standing::new(),
             seats,
-            shedder,
             desk: Desk::default(),
             seen_ready: Mutex::default(),
         };
@@ -161,7 +157,7 @@ impl Runs {
         // Keeps a stop from finding no task between this check and the spawn below.
         let _token = parts.tasks.token();
         self.takes_work()?;
-        let pass = self.parts.shedder.enter().map_err(|_| Error::Overloaded)?;
+        let pass = parts.gate.enter().map_err(|_| Error::Overloaded)?;
         let name = new.assistant.unwrap_or_else(|| parts.default_assistant.clone());
         let Some(assistant) = parts.assistants.get(&name) else {
             let known: Vec<_> = parts.assistants.keys().map(String::as_str).collect();
@@ -176,7 +172,6 @@ impl Runs {
             return Err(Error::Invalid(format!("`timeout_ms` must be between 1 and {max}")));
         }
         if let Some(earlier) = self.repeated(&key, new.idempotency.as_ref()).await? {
-            pass.is_through();
             return Ok(earlier);
         }
         self.is_reachable(&assistant.upstream)?;

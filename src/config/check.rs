@@ -215,7 +215,6 @@ fn durations(config: &Config, checker: &mut Checker<'_>) {
         (["runs", "timeout"], runs.timeout, false),
         (["runs", "max_timeout"], runs.max_timeout, false),
         (["runs", "settle_timeout"], runs.settle_timeout, false),
-        (["runs", "max_delay"], runs.max_delay, true),
         (["runs", "idempotency_ttl"], runs.idempotency_ttl, false),
         (["sessions", "ttl"], config.sessions.ttl, false),
         (["replica", "session_ttl"], config.replica.session_ttl, false),

@@ -376,15 +376,12 @@ enum Closed {
 async fn finish_in_store(runs: &Runs, lease: &RunLease, mut end: RunEnd) -> Closed {
     let parts = &runs.parts.given;
     // No new messages are taken if the ends of those before them pile up.
-    let pass = runs.parts.shedder.enter_anyway();
+    let pass = parts.gate.enter_anyway();
     let mut pause = Duration::from_millis(50);
     let mut refusals = 0;
     loop {
-        let error = match parts.store.finish(lease, &end).await {
-            Ok(Closing::Finished(finished)) => {
-                pass.is_through();
-                return Closed::Finished(finished);
-            }
+        let error = match pass.turn().await.take(parts.store.finish(lease, &end)).await {
+            Ok(Closing::Finished(finished)) => return Closed::Finished(finished),
             Ok(Closing::MustDiscard) => return Closed::MustDiscard,
             Ok(Closing::Lost) => return Closed::LeaseLost,
             Err(error) => error,

@@ -342,6 +342,7 @@ mod tests {
         ContentPart, Context, Lifetimes, Limits, MessageId, Metadata, MultitaskStrategy, ReplicaId,
         RunStatus, Scope, TenantKey, ThreadId, ToolCall, ToolOutput, UpstreamRunId, UserKey,
     };
+    use crate::locks::Gate;
     use crate::runs::RunsParts;
     use crate::runs::end::bare_end;
     use crate::store::{
@@ -394,7 +395,7 @@ mod tests {
                 sessions: config.sessions,
                 threads: config.threads,
                 shared: BTreeSet::new(),
-                recorded_at_once: 16,
+                gate: Gate::new(16, None),
                 admission_timeout: Duration::from_secs(5),
                 replica: ReplicaId::new(),
                 attend_every: Duration::from_secs(3),

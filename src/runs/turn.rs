@@ -42,16 +42,14 @@ pub(super) async fn conduct(
 ) {
     let span = tracing::info_span!("run", run.id = %admission.run_id, key = %admission.key.fingerprint());
     async move {
-        let start = match admit(&runs, &mut place, &admission).await {
+        let start = match admit(&runs, &mut place, pass, &admission).await {
             Ok(Ok(start)) => start,
             Ok(Err(taken)) => {
-                pass.is_through();
                 drop(place);
                 // Whoever left need not hear it.
                 return drop(answer.send(Ok(taken)));
             }
             Err((error, is_ambiguous)) => {
-                drop(pass);
                 if is_ambiguous {
                     runs.parts.standing.refuse(admission.run_id);
                 }
@@ -62,7 +60,6 @@ pub(super) async fn conduct(
                 return;
             }
         };
-        pass.is_through();
         place.recorded();
         working.feed.push(match start.next {
             Next::Work(_) => RunEvent::Started,
@@ -131,13 +128,18 @@ enum Next {
 async fn admit(
     runs: &Runs,
     place: &mut Place<ConversationKey>,
+    pass: Pass,
     admission: &Admission,
 ) -> Result<Result<Start, Taken>, (Error, bool)> {
     let parts = &runs.parts.given;
-    if timeout(parts.admission_timeout, place.to_record()).await.is_err() {
+    let turn = async {
+        place.to_record().await;
+        pass.turn().await
+    };
+    let Ok(turn) = timeout(parts.admission_timeout, turn).await else {
         return Err((Error::StoreUnavailable(None), false));
-    }
-    match parts.store.admit(admission).await {
+    };
+    match turn.take(parts.store.admit(admission)).await {
         Ok(Admitted::Started(turn)) => {
             Ok(Ok(Start { thread: turn.thread.clone(), run: turn.run.clone(), next: Next::Work(turn) }))
         }

@@ -12,6 +12,7 @@ use threadkeeper::config::{AssistantConfig, Config};
 use threadkeeper::domain::{
     ConversationKey, Metadata, MultitaskStrategy, ReplicaId, RunErrorCode, RunStatus,
 };
+use threadkeeper::locks::Gate;
 use threadkeeper::runs::{Answer, NewMessage, RunEvent, Runs, RunsParts};
 use threadkeeper::store::Store;
 use threadkeeper::upstream::Upstream;
@@ -67,7 +68,7 @@ impl Process {
             sessions: config.sessions,
             shared: BTreeSet::new(),
             threads: config.threads,
-            recorded_at_once: 16,
+            gate: Gate::new(16, None),
             admission_timeout: Duration::from_secs(5),
             replica,
             attend_every: Duration::from_secs(3),

@@ -78,7 +78,7 @@ impl Scene {
     /// A gateway that turns messages away as soon as more come than it can record, as no other of the tests does.
     pub(crate) async fn gateway_that_sheds(&self) -> Gateway {
         let config = self.config("");
-        Gateway::start_with(&config, &[("THREADKEEPER_RUNS__MAX_DELAY", "0s")]).await
+        Gateway::start_with(&config, &[("THREADKEEPER_RUNS__SHED_LOAD", "true")]).await
     }
 
     /// A gateway with further settings (TOML) of its upstream.
