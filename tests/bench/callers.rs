@@ -162,14 +162,14 @@ impl Callers {
 }
 
 /// A connection to the gateway, which it keeps open.
-struct Connection {
+pub(crate) struct Connection {
     address: SocketAddr,
     stream: TcpStream,
     buffer: Vec<u8>,
 }
 
 impl Connection {
-    async fn open(address: SocketAddr) -> Self {
+    pub(crate) async fn open(address: SocketAddr) -> Self {
         let stream = TcpStream::connect(address).await.unwrap();
         stream.set_nodelay(true).unwrap();
         Self { address, stream, buffer: Vec::with_capacity(4096) }
@@ -184,8 +184,14 @@ impl Connection {
         (status, took)
     }
 
+    /// The body of the last answer.
+    pub(crate) fn body(&self) -> &[u8] {
+        let end = self.buffer.windows(4).position(|window| window == b"\r\n\r\n");
+        &self.buffer[end.unwrap() + 4..]
+    }
+
     /// The status, once the whole answer is there; `None` if the connection broke.
-    async fn ask(&mut self, message: &str) -> Option<u16> {
+    pub(crate) async fn ask(&mut self, message: &str) -> Option<u16> {
         self.stream.write_all(message.as_bytes()).await.ok()?;
         self.buffer.clear();
         loop {

@@ -12,6 +12,7 @@ mod cluster;
 #[path = "../it/support/database.rs"]
 #[expect(dead_code, reason = "the tests use more of it")]
 mod database;
+mod existence;
 mod figures;
 mod overload;
 #[path = "../it/support/postgres.rs"]
@@ -59,6 +60,8 @@ enum What {
     Overload,
     /// What a refusal of each kind costs.
     Refusals,
+    /// Whether the time of a 404 tells that something is there.
+    Existence,
 }
 
 fn main() {
@@ -66,7 +69,7 @@ fn main() {
     if cfg!(debug_assertions) {
         println!("This is a build for debugging: the figures mean nothing.");
     }
-    let all = [What::Turns, What::Overload, What::Refusals];
+    let all = [What::Turns, What::Overload, What::Refusals, What::Existence];
     let what = if args.what.is_empty() { &all[..] } else { &args.what };
     let databases = args.database.map_or(vec![Kind::Sqlite, Kind::Postgres], |one| vec![one]);
     if !args.share {
@@ -86,6 +89,7 @@ fn main() {
                 What::Turns => runtime.block_on(turns::report(&args, database)),
                 What::Overload => runtime.block_on(overload::report(&args, database)),
                 What::Refusals => runtime.block_on(refusals::report(&args, database)),
+                What::Existence => runtime.block_on(existence::report(&args, database)),
             }
         }
     }
