@@ -27,7 +27,10 @@ use pool::Pool;
 use raw::Response;
 use requests::{Generator, Operation, Request};
 
-on_every_scene!(whatever_is_sent_the_answer_is_one_of_those_described);
+on_every_scene!(
+    whatever_is_sent_the_answer_is_one_of_those_described,
+    whatever_is_sent_without_a_transcript_the_answer_is_one_of_those_described,
+);
 
 const WORKERS: usize = 12;
 /// By each worker.
@@ -65,8 +68,17 @@ scope = "read"
 key = "operator-of-the-tenant-other"
 tenant = "other"
 scope = "operator"
+[auth.jwt]
+issuer = "https://login.example.com/"
+audience = ["chat"]
+algorithms = ["HS256"]
+secret = "what-the-gateway-and-its-issuer-share"
 "#;
 const OPERATOR: &str = "operator-of-the-tenant-default";
+/// The token of one user, signed with that secret:
+/// `{"iss":"https://login.example.com/","aud":"chat","sub":"alice","exp":4102444800}`, which is in the year 2100.
+const ALICE: &str = "eyJhbGciOiJIUzI1NiIsInR5cCI6IkpXVCJ9.eyJpc3MiOiJodHRwczovL2xvZ2luLmV4YW1wbGUuY29tLyIsImF1ZCI6ImNoYX\
+                     QiLCJzdWIiOiJhbGljZSIsImV4cCI6NDEwMjQ0NDgwMH0.9rSw-7c96oCQ509bdSBzQqBGTXXnewKqLC2pxv9iWwM";
 
 /// What all workers share.
 struct World {
@@ -88,6 +100,15 @@ struct Seen {
 }
 
 async fn whatever_is_sent_the_answer_is_one_of_those_described(scene: Scene) {
+    send_and_judge(scene.gateway_with(SETTINGS).await).await;
+}
+
+async fn whatever_is_sent_without_a_transcript_the_answer_is_one_of_those_described(scene: Scene) {
+    let config = scene.config(SETTINGS).replace("[store]\n", "[store]\ntranscript = \"off\"\n");
+    send_and_judge(Gateway::start(&config).await).await;
+}
+
+async fn send_and_judge(gateway: Gateway) {
     let seed = match std::env::var("THREADKEEPER_TEST_SEED") {
         Ok(text) => text.parse().unwrap(),
         Err(_) => RandomState::new().hash_one(0_u8),
@@ -95,7 +116,6 @@ async fn whatever_is_sent_the_answer_is_one_of_those_described(scene: Scene) {
     println!("THREADKEEPER_TEST_SEED={seed}");
     let time = std::env::var("THREADKEEPER_FUZZ_FOR");
     let time = time.map(|text| humantime_serde::re::humantime::parse_duration(&text).unwrap());
-    let gateway = scene.gateway_with(SETTINGS).await;
     let document = gateway.get("/openapi.json").await.ok();
     let world = World {
         operations: Operation::all(&document),
@@ -114,6 +134,8 @@ async fn whatever_is_sent_the_answer_is_one_of_those_described(scene: Scene) {
     let last = world.gateway.request(Method::POST, "/v1/users/last/messages").bearer_auth(OPERATOR);
     let last = world.gateway.send(last.json(&json!({"content": "Are you still there?"}))).await.ok();
     assert_eq!(last["run"]["status"], "completed");
+    let own = world.gateway.request(Method::GET, "/v1/users/alice/thread").bearer_auth(ALICE);
+    assert_ne!(world.gateway.send(own).await.status, StatusCode::UNAUTHORIZED);
     let told = world.seen.lock().unwrap();
     println!("answers: {:?}", told.statuses);
     assert!(told.faults.is_empty(), "{} faults:\n\n{}", told.faults.len(), told.faults.join("\n\n"));

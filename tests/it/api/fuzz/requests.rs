@@ -7,9 +7,9 @@ use rand::rngs::StdRng;
 use rand::seq::IndexedRandom;
 use serde_json::{Value, json};
 
-use super::OPERATOR;
 use super::pool::Pool;
 use super::values::{TEXTS, Values};
+use super::{ALICE, OPERATOR};
 use crate::support::contract;
 
 /// Few, so that requests meet.
@@ -336,7 +336,8 @@ impl<'a> Generator<'a> {
         let mut lines: Vec<(&str, String)> =
             vec![("host", "gateway".to_owned()), ("connection", "close".to_owned())];
         if self.chance(0.93) {
-            lines.push(("authorization", format!("Bearer {OPERATOR}")));
+            let credential = if self.chance(0.9) { OPERATOR } else { ALICE };
+            lines.push(("authorization", format!("Bearer {credential}")));
         }
         if self.chance(0.04) {
             lines.retain(|(name, _)| *name != "authorization" || self.values.rng.random_bool(0.2));
