@@ -158,24 +158,26 @@ mod tests {
         }
     }
 
+    /// What is 5 ms of work for one processor, and so far away: once for a while, then far too often.
+    async fn overloaded(way: Duration) -> (f64, Duration) {
+        let (slow, gate) = (Slow::new(way, 1, 5 * MS), Arc::new(Gate::new(16, Some(16))));
+        slow.load(&gate, 1, Duration::from_secs(5)).await;
+        slow.load(&gate, 50, Duration::from_mins(1)).await
+    }
+
     #[tokio::test(start_paused = true)]
     async fn what_is_near_is_kept_busy_and_no_more() {
-        // 200 a second at the most, and 5 ms each if it is alone.
-        let (slow, gate) = (Slow::new(Duration::ZERO, 1, 5 * MS), Arc::new(Gate::new(16, Some(16))));
-        slow.load(&gate, 1, Duration::from_secs(5)).await;
-        let (rate, took) = slow.load(&gate, 50, Duration::from_mins(1)).await;
-        assert!(rate > 190.0, "{rate}");
-        assert!(took <= 20 * MS, "{took:?}");
+        let (rate, took) = overloaded(Duration::ZERO).await;
+        assert!(rate > 190.0, "{rate} of 200");
+        assert!(took <= 20 * MS, "{took:?} instead of 5 ms");
     }
 
     #[tokio::test(start_paused = true)]
     async fn what_is_far_away_has_more_on_the_way() {
         // Eight at once keep it busy.
-        let (slow, gate) = (Slow::new(35 * MS, 1, 5 * MS), Arc::new(Gate::new(16, Some(16))));
-        slow.load(&gate, 1, Duration::from_secs(5)).await;
-        let (rate, took) = slow.load(&gate, 50, Duration::from_mins(1)).await;
-        assert!(rate > 170.0, "{rate}");
-        assert!(took <= 80 * MS, "{took:?}");
+        let (rate, took) = overloaded(35 * MS).await;
+        assert!(rate > 170.0, "{rate} of 200");
+        assert!(took <= 80 * MS, "{took:?} instead of 40 ms");
     }
 
     #[tokio::test(start_paused = true)]
