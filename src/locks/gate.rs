@@ -11,14 +11,19 @@ use super::width::Width;
 /// How long more may be under way than is good before it counts as no mere burst.
 const BURST: Duration = Duration::from_millis(100);
 /// After something was turned away nothing counts as a burst for so long: where far too much arrives, a moment's pause of
-/// those who send it must not let in a crowd.
+/// those who send it must not let in a crowd. If nothing was for so long the overload is over.
 const CALM: Duration = Duration::from_secs(1);
+/// An overload counts as over after so long in any case, and is found anew if it is not: what is let in during one is so
+/// little that even an ordinary load has some turned away now and then, so it would never end.
+const TRIAL: Duration = Duration::from_secs(10);
 /// Work that takes longer is held up by something of its own, and keeps nobody else waiting.
 const HELD_UP: Duration = Duration::from_millis(100);
+
 /// The way to what is slow: the database, or the processors that it shares with us.
 ///
 /// A burst is let in, however large: it is worked off in a while. When work keeps coming faster than it is done, only as
-/// much is let in as gets through soon, and the rest is turned away at once, until no more comes than gets through.
+/// much is let in as gets through soon, and the rest is turned away at once; from time to time it is tried whether that is
+/// still needed.
 ///
 /// What enters has its turn first come first served. In an overload only so much is at work at once as makes good use of
 /// what is slow: more would hinder itself, and us. How much that is, is seen, not set.
@@ -40,8 +45,10 @@ struct Flow {
     under_way: usize,
     /// When last nothing was under way.
     busy_since: Instant,
+    /// When the last overload was found.
+    overrun_since: Option<Instant>,
     /// When last something was turned away.
-    overrun_at: Option<Instant>,
+    refused_at: Option<Instant>,
     widest: usize,
     /// What is worth it at once in an overload.
     width: Width,
@@ -76,7 +83,8 @@ impl Gate {
         let flow = Flow {
             under_way: 0,
             busy_since: now,
-            overrun_at: None,
+            overrun_since: None,
+            refused_at: None,
             widest,
             width: Width::new(widest, now),
             at_once: widest,
@@ -93,7 +101,10 @@ impl Gate {
     pub fn enter(&self) -> Result<Pass, Overrun> {
         let (now, mut flow) = (Instant::now(), self.shared.flow());
         if self.roomy.is_some_and(|roomy| flow.is_overrun(roomy, now)) {
-            flow.overrun_at = Some(now);
+            if !flow.is_overload(now) {
+                flow.overrun_since = Some(now);
+            }
+            flow.refused_at = Some(now);
             flow.resize(&self.shared.turns, now);
             return Err(Overrun);
         }
@@ -125,23 +136,24 @@ impl Shared {
 impl Flow {
     /// What comes now is too much.
     fn is_overrun(&self, roomy: usize, now: Instant) -> bool {
-        let is_burst = self.under_way == 0 || now.duration_since(self.busy_since) < BURST;
         // Half as many wait as are at work: it is busy without a pause, and who waits has a turn soon.
         let quick = self.width.at_once() * 3 / 2;
-        if self.is_calm(now) {
-            !is_burst && self.under_way >= roomy.max(quick)
-        } else {
-            self.under_way >= quick
+        if self.is_overload(now) {
+            return self.under_way >= quick;
         }
+        let may_be_burst = self.refused_at.is_none_or(|at| now.duration_since(at) >= CALM);
+        let is_burst = self.under_way == 0 || now.duration_since(self.busy_since) < BURST;
+        self.under_way >= roomy.max(quick) && !(may_be_burst && is_burst)
     }
 
-    fn is_calm(&self, now: Instant) -> bool {
-        self.overrun_at.is_none_or(|at| now.duration_since(at) >= CALM)
+    fn is_overload(&self, now: Instant) -> bool {
+        let since = |instant: Option<Instant>, time| instant.is_some_and(|at| now.duration_since(at) < time);
+        since(self.overrun_since, TRIAL) && since(self.refused_at, CALM)
     }
 
     /// Sees to it that there are as many turns as may be, or will be when those that are held are given up.
     fn resize(&mut self, semaphore: &Semaphore, now: Instant) {
-        self.at_once = if self.is_calm(now) { self.widest } else { self.width.at_once() };
+        self.at_once = if self.is_overload(now) { self.width.at_once() } else { self.widest };
         if self.at_once > self.turns {
             semaphore.add_permits(self.at_once - self.turns);
             self.turns = self.at_once;
@@ -262,6 +274,44 @@ mod tests {
         let burst: Vec<_> = (0..1000).map(|_| gate.enter().unwrap()).collect();
         assert_eq!(burst.len(), 1000);
         assert_eq!(gate.shared.turns.available_permits(), 8);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn an_ordinary_load_ends_an_overload() {
+        let gate = Gate::new(8, Some(ROOMY));
+        let flood: Vec<_> = (0..100).filter_map(|_| gate.enter().ok()).collect();
+        advance(BURST).await;
+        assert_eq!(gate.enter().unwrap_err(), Overrun);
+        drop(flood);
+        // Twelve at once from time to time: fewer than are no overload, more than are let in during one.
+        let mut refused_at = vec![];
+        for tenth in 0..300 {
+            let passes: Vec<_> = (0..12).map(|_| gate.enter()).collect();
+            if passes.iter().any(Result::is_err) {
+                refused_at.push(tenth);
+            }
+            drop(passes);
+            advance(Duration::from_millis(100)).await;
+        }
+        assert!((90..=101).contains(&refused_at.len()), "{refused_at:?}");
+        assert!(refused_at.is_sorted() && refused_at.last() < Some(&101), "{refused_at:?}");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn an_overload_that_goes_on_is_found_again() {
+        let gate = Gate::new(8, Some(ROOMY));
+        let (mut under_way, mut crowds) = (VecDeque::new(), vec![]);
+        for millisecond in 0..30_000 {
+            under_way.extend((0..4).filter_map(|_| gate.enter().ok()));
+            if under_way.len() > 8 {
+                crowds.push(millisecond);
+            }
+            under_way.pop_front();
+            advance(Duration::from_millis(1)).await;
+        }
+        // The first burst, and a moment for each trial.
+        let late = crowds.iter().filter(|at| **at > 1000).count();
+        assert!((1..200).contains(&late), "{crowds:?}");
     }
 
     #[tokio::test(start_paused = true)]
