@@ -310,8 +310,8 @@ fn upstreams(config: &Config) -> anyhow::Result<BTreeMap<String, Arc<dyn Upstrea
         .collect()
 }
 
-/// What records messages and ends of runs: as many at once as there are connections, if that is worth it. It is no overload
-/// if no more are on their way than that, nor than keep the processors busy.
+/// The way of messages and ends of runs into the store: for as many at once as there are connections. It is no overload if
+/// no more are on their way than that, nor than keep the processors busy.
 fn gate(config: &Config) -> Gate {
     let connections = usize::try_from(config.store.max_connections).unwrap_or(usize::MAX);
     let processors = std::thread::available_parallelism().map_or(1, usize::from);
