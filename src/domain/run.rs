@@ -157,6 +157,15 @@ pub struct RequiredAction {
     pub tool_calls: Vec<ToolCall>,
 }
 
+impl RequiredAction {
+    /// Each of the calls has one of the outputs, and none is left over.
+    pub fn is_answered_by(&self, outputs: &[ToolOutput]) -> bool {
+        let calls = &self.tool_calls;
+        outputs.len() == calls.len()
+            && calls.iter().all(|call| outputs.iter().filter(|it| it.tool_call_id == call.id).count() == 1)
+    }
+}
+
 #[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize, ToSchema)]
 pub struct ToolCall {
     /// What the output must name.

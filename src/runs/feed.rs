@@ -306,9 +306,9 @@ impl Feed {
         }
     }
 
-    /// The number of the event by which the run asked for these calls.
-    pub(super) fn asked(&self, action: &RequiredAction) -> Option<i64> {
-        let asks = |event: &RunEvent| matches!(event, RunEvent::RequiresAction(it) if **it == *action);
+    /// The number of the event by which the run asked last for calls of which this is true.
+    pub(super) fn asked(&self, is_meant: impl Fn(&RequiredAction) -> bool) -> Option<i64> {
+        let asks = |event: &RunEvent| matches!(event, RunEvent::RequiresAction(it) if is_meant(it));
         lock(&self.log).events.iter().rev().find(|(_, event)| asks(event)).map(|(number, _)| *number)
     }
 
@@ -651,8 +651,8 @@ mod tests {
         let writer = FeedWriter::resumed(FIRST, FIRST);
         push(&writer, &[LoggedEvent::Started, asks("1"), delta("a"), asks("1"), asks("2")]);
         let feed = writer.feed();
-        assert_eq!(feed.asked(&action("1")), Some(FIRST + 3));
-        assert_eq!(feed.asked(&action("2")), Some(FIRST + 4));
-        assert_eq!(feed.asked(&action("3")), None);
+        assert_eq!(feed.asked(|it| *it == action("1")), Some(FIRST + 3));
+        assert_eq!(feed.asked(|it| *it == action("2")), Some(FIRST + 4));
+        assert_eq!(feed.asked(|it| *it == action("3")), None);
     }
 }

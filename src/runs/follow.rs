@@ -15,7 +15,7 @@ use super::takeover::StoredLog;
 use super::{NO_THREAD, Runs, jittered};
 use crate::domain::{
     ConversationKey, EventBatch, LoggedEvent, Message, RequiredAction, Run, RunId, Thread, ThreadActivity,
-    ThreadState,
+    ThreadState, ToolOutput,
 };
 use crate::error::{Chain, Error};
 use crate::store::{News, Store, StoreError, ThreadName, Waiting};
@@ -104,26 +104,16 @@ impl Follow {
         }
     }
 
-    /// The number after the event by which the run asked for these calls; 0 if it cannot be told.
-    pub(super) async fn after(&self, action: &RequiredAction) -> i64 {
-        if let Some(asked) = self.live.as_ref().and_then(|feed| feed.asked(action)) {
-            return asked + 1;
+    /// The number after the event by which the run asked last for the calls that these outputs answer. `None`: nothing of
+    /// what it shows asks for them.
+    pub(super) async fn after(&self, outputs: &[ToolOutput]) -> Result<Option<i64>, StoreError> {
+        let is_meant = |action: &RequiredAction| action.is_answered_by(outputs);
+        if let Some(asked) = self.live.as_ref().and_then(|feed| feed.asked(is_meant)) {
+            return Ok(Some(asked + 1));
         }
-        let asked = |(_, event): &(i64, LoggedEvent)| matches!(event, LoggedEvent::RequiresAction(it) if it == action);
-        match self.runs.store().events(self.run, 0).await {
-            Ok(batches) => numbered(batches).filter(asked).last().map_or(0, |(n, _)| n + 1),
-            Err(_) => 0,
-        }
-    }
-
-    /// The calls for which the run asked last, of those that these outputs answer.
-    pub(super) async fn asked(&self, answers: impl Fn(&RequiredAction) -> bool) -> Option<RequiredAction> {
-        let batches = self.runs.store().events(self.run, 0).await.ok()?;
-        let asked = numbered(batches).filter_map(|(_, event)| match event {
-            LoggedEvent::RequiresAction(action) if answers(&action) => Some(action),
-            _ => None,
-        });
-        asked.last()
+        let batches = self.runs.store().events(self.run, 0).await?;
+        let asks = |(_, event): &(i64, LoggedEvent)| matches!(event, LoggedEvent::RequiresAction(it) if is_meant(it));
+        Ok(numbered(batches).filter(asks).last().map(|(number, _)| number + 1))
     }
 
     async fn read(&self, from: i64) -> Result<Recorded, Error> {
@@ -372,12 +362,25 @@ mod tests {
         RequiredAction { tool_calls: vec![call] }
     }
 
+    fn outputs(id: &str) -> Vec<ToolOutput> {
+        vec![ToolOutput { tool_call_id: id.to_owned(), output: String::new() }]
+    }
+
+    /// The number after the event by which the run asked last for call 1.
+    async fn after(follow: &Follow) -> i64 {
+        follow.after(&outputs("1")).await.unwrap().unwrap()
+    }
+
     fn text(text: &str) -> Vec<ContentPart> {
         vec![ContentPart::Text { text: text.to_owned() }]
     }
 
     impl World {
         async fn new() -> Self {
+            Self::that_logged(begun()).await
+        }
+
+        async fn that_logged(events: Vec<LoggedEvent>) -> Self {
             let folder = TempDir::new().unwrap();
             let url = format!("sqlite:{}", folder.path().join("t.db").display());
             let settings = StoreConfig { url: Some(url.into()), ..StoreConfig::default() };
@@ -423,7 +426,7 @@ mod tests {
                 panic!("the thread is free")
             };
             let world = Self { runs, store, turn: *turn, _folder: folder };
-            world.pause(&world.turn.lease, EventBatch { first: 0, events: begun() }).await;
+            world.pause(&world.turn.lease, EventBatch { first: 0, events }).await;
             world
         }
 
@@ -526,22 +529,21 @@ mod tests {
             let lease = world.store.adopt_orphans(ReplicaId::new(), &[], 1).await.unwrap().remove(0).lease;
             let working = world.runs.parts.standing.goes_on(lease, 3);
             let follow = world.follow();
-            assert_eq!(follow.after(&action("1")).await, 3, "as the store tells it");
+            assert_eq!(after(&follow).await, 3, "as the store tells it");
             assert!(follow.answer(3).now_or_never().is_none());
 
             // It asks for the same again; that it did is told live and by the record, and is to be seen once.
-            let output = ToolOutput { tool_call_id: "1".to_owned(), output: String::new() };
-            let answer = ToolAnswer { expected: action("1"), outputs: vec![output], idempotency: None };
+            let answer = ToolAnswer { expected: action("1"), outputs: outputs("1"), idempotency: None };
             world.store.answer_tools(key, run, &answer).await.unwrap();
             working.feed.push(RunEvent::Delta("b".into()));
             let asks = RunEvent::RequiresAction(action("1").into());
             world.pause(&lease, working.feed.unstored(Some(asks.clone()))).await;
             let by_record = Follow { live: None, ..follow.clone() };
-            assert_eq!(by_record.after(&action("1")).await, others + 1, "as it has asked last");
+            assert_eq!(after(&by_record).await, others + 1, "as it has asked last");
             working.feed.push(asks);
             working.feed.all_stored();
             working.feed.push(RunEvent::Delta("c".into()));
-            assert_eq!(follow.after(&action("1")).await, others + 1);
+            assert_eq!(after(&follow).await, others + 1);
             let live = [numbered_from(3, &["b"]), numbered_from(others, &["asks 1", "c"])].concat();
             let mut events = follow.events(1);
             for wanted in [numbered_from(1, &["a", "asks 1"]), live.clone()].concat() {
@@ -598,11 +600,24 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn the_calls_that_outputs_answered_are_found() {
+    async fn the_calls_that_outputs_answer_are_found() {
         let world = World::new().await;
         let follow = world.follow();
-        assert_eq!(follow.asked(|_| true).await, Some(action("1")));
-        assert_eq!(follow.asked(|it| *it == action("2")).await, None);
-        assert_eq!((follow.after(&action("1")).await, follow.after(&action("2")).await), (3, 0));
+        assert_eq!(follow.after(&outputs("1")).await.unwrap(), Some(3));
+        assert_eq!(follow.after(&outputs("2")).await.unwrap(), None);
+        world.store.close().await;
+        assert!(
+            follow.after(&outputs("1")).await.is_err(),
+            "that it cannot be read does not mean that there are none"
+        );
+    }
+
+    /// Where contents are not kept, the record tells which calls there were, and not what they said.
+    #[tokio::test]
+    async fn calls_are_known_by_their_ids() {
+        let mut asked = action("1");
+        asked.tool_calls[0].arguments.clear();
+        let world = World::that_logged(vec![LoggedEvent::Started, LoggedEvent::RequiresAction(asked)]).await;
+        assert_eq!(after(&world.follow()).await, 2);
     }
 }

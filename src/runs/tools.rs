@@ -2,7 +2,6 @@
 
 use tracing::Instrument;
 
-use super::work::answers;
 use super::{Runs, Submitted};
 use crate::domain::{ConversationKey, RequiredAction, Run, RunId, RunStatus, ToolOutput};
 use crate::error::Error;
@@ -32,7 +31,7 @@ impl Runs {
         let _token = self.parts.given.tasks.token();
         self.takes_work()?;
         if let Some(earlier) = self.repeated(key, new.idempotency.as_ref()).await? {
-            return Ok(self.after_outputs(earlier, &new.outputs).await);
+            return after_outputs(earlier, &new.outputs).await;
         }
         let (run, follow) = self.follow(key, id).await?;
         let expected = match &run.required_action {
@@ -47,11 +46,10 @@ impl Runs {
         }
         let thread = self.thread(ThreadName::Id(&key.tenant, run.thread_id)).await?.thread;
         self.is_reachable(&thread.upstream)?;
-        let answer = ToolAnswer {
-            expected: expected.clone(),
-            outputs: new.outputs.clone(),
-            idempotency: new.idempotency.clone(),
-        };
+        // Before they are taken: where this cannot be read the caller is refused, and nothing has happened.
+        let from = follow.after(&new.outputs).await?.unwrap_or(0);
+        let answer =
+            ToolAnswer { expected, outputs: new.outputs.clone(), idempotency: new.idempotency.clone() };
         let handing = hand_over(self.clone(), key.clone(), id, answer);
         let answered = if self.store().keeps_content() {
             handing.await?
@@ -62,7 +60,6 @@ impl Runs {
         };
         match answered {
             Answered::Resumed(waiting) => {
-                let from = follow.after(&expected).await;
                 let submitted =
                     Submitted { thread: waiting.thread, run: waiting.run, follow, replayed: false };
                 Ok((submitted, from))
@@ -83,36 +80,34 @@ impl Runs {
         follow: &Follow,
         new: NewOutputs,
     ) -> Result<(Submitted, i64), Error> {
-        match self.repeated(key, new.idempotency.as_ref()).await? {
-            Some(earlier) => Ok(self.after_outputs(earlier, &new.outputs).await),
-            None => Err(Error::RunNotWaiting(self.why_not_waiting(run, follow, &new.outputs).await)),
+        if let Some(earlier) = self.repeated(key, new.idempotency.as_ref()).await? {
+            return after_outputs(earlier, &new.outputs).await;
         }
+        let were_asked_for = follow.after(&new.outputs).await?.is_some();
+        Err(Error::RunNotWaiting(why_not_waiting(run.status, were_asked_for)))
     }
+}
 
-    /// An earlier request with the same outputs, from where these let the run go on.
-    async fn after_outputs(&self, earlier: Submitted, outputs: &[ToolOutput]) -> (Submitted, i64) {
-        let from = match earlier.follow.asked(|action| answers(outputs, action)).await {
-            Some(action) => earlier.follow.after(&action).await,
-            None => 0,
-        };
-        (earlier, from)
-    }
+/// An earlier request with the same outputs, from where these let the run go on. If the log is gone by now, that is the end.
+async fn after_outputs(earlier: Submitted, outputs: &[ToolOutput]) -> Result<(Submitted, i64), Error> {
+    let from = earlier.follow.after(outputs).await?.unwrap_or(0);
+    Ok((earlier, from))
+}
 
-    async fn why_not_waiting(&self, run: &Run, follow: &Follow, outputs: &[ToolOutput]) -> String {
-        let status = run.status;
-        if follow.asked(|action| answers(outputs, action)).await.is_some() && !late(status) {
-            return format!("these calls were answered already; the run is {status}");
+/// Why a run with this status does not wait for the outputs of calls.
+fn why_not_waiting(status: RunStatus, were_asked_for: bool) -> String {
+    match status {
+        RunStatus::Expired => {
+            "the outputs came after the run's deadline; post a new message to go on".to_owned()
         }
-        match status {
-            RunStatus::Expired => {
-                "the outputs came after the run's deadline; post a new message to go on".to_owned()
-            }
-            status if status.is_final() => format!("the run has ended ({status}) and takes no outputs"),
-            RunStatus::RequiresAction => {
-                "the run waits for other calls by now; ask for the run to see which".to_owned()
-            }
-            status => format!("the run is {status} and waits for no outputs"),
+        status if were_asked_for && status != RunStatus::Cancelled => {
+            format!("these calls were answered already; the run is {status}")
         }
+        status if status.is_final() => format!("the run has ended ({status}) and takes no outputs"),
+        RunStatus::RequiresAction => {
+            "the run waits for other calls by now; ask for the run to see which".to_owned()
+        }
+        status => format!("the run is {status} and waits for no outputs"),
     }
 }
 
@@ -134,14 +129,9 @@ async fn hand_over(
     Ok(answered)
 }
 
-/// The run ended without going on after its wait.
-fn late(status: RunStatus) -> bool {
-    matches!(status, RunStatus::Expired | RunStatus::Cancelled)
-}
-
 /// What is wrong with outputs for these calls.
 fn wrong(outputs: &[ToolOutput], expected: &RequiredAction) -> Option<String> {
-    if answers(outputs, expected) {
+    if expected.is_answered_by(outputs) {
         return None;
     }
     let expected: Vec<&str> = expected.tool_calls.iter().map(|call| call.id.as_str()).collect();

@@ -242,7 +242,7 @@ impl Rounds<'_> {
         let answered = async {
             loop {
                 let given = outputs.borrow_and_update().clone();
-                if answers(&given, action) {
+                if action.is_answered_by(&given) {
                     return given;
                 }
                 if outputs.changed().await.is_err() {
@@ -259,13 +259,6 @@ impl Rounds<'_> {
             () = parts.draining.cancelled() => None,
         }
     }
-}
-
-/// The outputs answer each of the calls once, and nothing else.
-pub(super) fn answers(outputs: &[ToolOutput], action: &RequiredAction) -> bool {
-    let calls = &action.tool_calls;
-    outputs.len() == calls.len()
-        && calls.iter().all(|call| outputs.iter().filter(|it| it.tool_call_id == call.id).count() == 1)
 }
 
 /// Asks the store until it answers; an answer that is lost on its way does no harm.

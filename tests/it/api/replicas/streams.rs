@@ -4,7 +4,7 @@ use futures_util::future::join_all;
 use reqwest::{Method, StatusCode};
 use serde_json::json;
 
-use super::{Half, LONG, SCOPE, ask, assert_ascending, completed, half_way, outputs, whole};
+use super::{Half, LONG, SCOPE, ask, assert_ascending, completed, counted, half_way, outputs, whole};
 use crate::support::gateway::{Answer, EventReader, Gateway, text_of};
 use crate::support::scene::{Scene, on_every_shared_scene};
 
@@ -13,6 +13,7 @@ on_every_shared_scene!(
     a_reader_goes_on_anywhere,
     a_repeated_message_joins_its_run_elsewhere,
     a_wait_for_outputs_is_live_elsewhere,
+    an_answer_to_outputs_begins_after_the_wait,
 );
 
 async fn two(scene: &Scene) -> (Gateway, Gateway) {
@@ -142,4 +143,25 @@ async fn a_wait_for_outputs_is_live_elsewhere(scene: Scene) {
         answered.last().unwrap().data["run"],
         owner.get(&format!("{SCOPE}/runs/{run}")).await.ok()["run"]
     );
+}
+
+/// Also where the log cannot be read just then, from which it is known where that is.
+async fn an_answer_to_outputs_begins_after_the_wait(scene: Scene) {
+    let (owner, other) = two(&scene).await;
+    let asked = ask(&owner, SCOPE).await;
+    let (path, mut body) = outputs(SCOPE, &asked);
+    body["stream"] = json!(true);
+    let give = || other.request(Method::POST, &path).header("idempotency-key", "outputs").json(&body);
+    // Their first time, and again when all is over.
+    for _ in 0..2 {
+        let locked = scene.database.lock("run_events").await;
+        let cut = "SELECT count(pg_terminate_backend(pid)) FROM pg_locks
+            WHERE relation = 'run_events'::regclass AND NOT granted";
+        let (refused, ()) = tokio::join!(other.send(give()), counted(&scene, cut, 1));
+        assert_eq!(refused.problem(), (503, "store-unavailable"));
+        drop(locked);
+        let told = EventReader::new(give().send().await.unwrap()).rest().await;
+        assert!(text_of(&told).contains("4 °C"), "{told:#?}");
+        assert!(told.iter().all(|event| event.name != "run.requires_action"), "{told:#?}");
+    }
 }
