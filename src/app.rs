@@ -13,7 +13,7 @@ use axum::Router;
 use futures_util::TryStreamExt;
 use secrecy::ExposeSecret;
 use tokio::net::TcpListener;
-use tokio::time::{sleep, timeout};
+use tokio::time::{Instant, sleep, timeout};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
@@ -26,11 +26,14 @@ use crate::locks::{Gate, Seats};
 use crate::records::{self, Refused, Summary, What};
 use crate::runs::{Runs, RunsParts};
 use crate::server::{self, ServerStop};
-use crate::store::{BackendKind, Discreet, PostgresStore, SqliteStore, Store, StoredKey};
+use crate::store::{BackendKind, Discreet, PostgresStore, SqliteStore, Store, StoreError, StoredKey};
 use crate::upstream::{AssistantsUpstream, ResponsesUpstream, Upstream, UpstreamClient};
 
 /// Time for runs to record their end once they are told to stop, and for connections to close after that.
 const LAST_WORDS: Duration = Duration::from_secs(4);
+
+/// Between two tries of a step of the start.
+const PAUSE: Duration = Duration::from_millis(250);
 
 /// A gateway that is bound and connected, and not serving yet.
 #[derive(Debug)]
@@ -82,7 +85,8 @@ impl App {
             draining: draining.clone(),
             stop: stop.clone(),
         });
-        runs.renew(&address.to_string(), config.replica.session_ttl)
+        let (place, ttl) = (address.to_string(), config.replica.session_ttl);
+        patiently(&config.store, || runs.renew(&place, ttl))
             .await
             .context("cannot register this replica in the store")?;
         let keeper = Keeper::new(KeeperParts {
@@ -102,7 +106,7 @@ impl App {
             draining: draining.clone(),
         });
         let auth = Arc::new(Auth::new(&config.auth, Arc::clone(&store)).context("auth.jwt")?);
-        auth.refresh().await.context("cannot read the API keys")?;
+        patiently(&config.store, || auth.refresh()).await.context("cannot read the API keys")?;
         let limits = Arc::new(Limits::new(&config.limits));
         let state = AppState {
             runs: runs.clone(),
@@ -283,7 +287,7 @@ async fn open_store(config: &StoreConfig) -> anyhow::Result<Arc<dyn Store>> {
         BackendKind::Postgres => {
             let store = PostgresStore::connect(config).await?;
             if config.migrate_on_start {
-                store.migrate().await?;
+                patiently(config, || store.migrate()).await?;
             }
             Arc::new(store)
         }
@@ -295,11 +299,28 @@ async fn open_store(config: &StoreConfig) -> anyhow::Result<Arc<dyn Store>> {
             Arc::new(store)
         }
     };
-    store.ready().await?;
+    patiently(config, || store.ready()).await?;
     Ok(match config.transcript {
         Transcript::On => store,
         Transcript::Off => Arc::new(Discreet::new(store)),
     })
+}
+
+/// Does a step of the start. A database that goes away meanwhile is waited for like one that is not up yet.
+async fn patiently<T>(
+    config: &StoreConfig,
+    step: impl AsyncFn() -> Result<T, StoreError>,
+) -> Result<T, StoreError> {
+    let deadline = Instant::now() + config.startup_timeout;
+    loop {
+        match step().await {
+            Err(StoreError::Unavailable(error)) if Instant::now() + PAUSE < deadline => {
+                tracing::warn!(%error, "the database went away; trying again");
+                sleep(PAUSE).await;
+            }
+            done => return done,
+        }
+    }
 }
 
 fn upstreams(config: &Config) -> anyhow::Result<BTreeMap<String, Arc<dyn Upstream>>> {

@@ -118,3 +118,27 @@ async fn a_single_replica_goes_on_after_an_outage() {
     assert_eq!(heard(&gateway, SCOPE).await, ["tell me", "me too"]);
     assert_same(&scene, &gateway, SCOPE).await;
 }
+
+/// At whichever step of a start the database goes away, the process waits for it, as for one that is not up yet.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_start_outlives_the_loss_of_its_database() {
+    let scene = Scene::new(Protocol::Responses, Backend::Postgres).await;
+    let gate = Gate::default();
+    let tap = Wiretap::gated(&scene.database.url(), &gate, Steps::All).await;
+    let config = scene.config_with(SHORT, "").replace(&scene.database.url(), &tap.url);
+    let mut steps = 0;
+    loop {
+        gate.set(steps + 1, Moment::Before);
+        let mut start = std::pin::pin!(Gateway::start(&config));
+        tokio::select! {
+            _ = &mut start => break,
+            () = gate.caught() => {}
+        }
+        gate.open();
+        let gateway = start.await;
+        gateway.say(&format!("/v1/users/after-{steps}"), "hello").await;
+        steps += 1;
+    }
+    gate.open();
+    assert!(steps >= 4, "a schema, a session and a look at both take more than {steps} steps");
+}
