@@ -9,7 +9,7 @@ use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
 
 use super::AppState;
-use crate::domain::{Access, Principal};
+use crate::domain::{Access, Principal, UserKey};
 use crate::error::Error;
 
 /// What a route asks of its callers.
@@ -40,7 +40,9 @@ pub(super) async fn guard(
     {
         return Err(Error::Forbidden("these are the conversations of another user"));
     }
-    let (left, taken) = state.limits.take(&principal.tenant, user);
+    // What is no key is nobody's, and refused later.
+    let named = user.and_then(|user| UserKey::try_from(user.to_owned()).ok());
+    let (left, taken) = state.limits.take(&principal.tenant, named.as_ref().or(principal.user.as_ref()));
     let mut response = match taken {
         Ok(()) => {
             parts.extensions.insert(Caller(principal));

@@ -12,20 +12,20 @@ use tokio::time::sleep;
 use tokio_util::sync::CancellationToken;
 
 use crate::config::LimitsConfig;
-use crate::domain::TenantKey;
+use crate::domain::{TenantKey, UserKey};
 use crate::error::Error;
 
 /// What a bucket holds if that is not set, in seconds of its rate.
 const BURST_SECONDS: u32 = 10;
-/// How often buckets that are full again are forgotten.
-const FORGET_EVERY: Duration = Duration::from_mins(1);
+/// How often buckets that are full again are forgotten: until then somebody may ask for one made-up user after the other.
+const FORGET_EVERY: Duration = Duration::from_secs(5);
 pub(super) const POLICY: HeaderName = HeaderName::from_static("ratelimit-policy");
 pub(super) const LIMIT: HeaderName = HeaderName::from_static("ratelimit");
 
 /// The buckets.
 #[derive(Debug)]
 pub struct Limits {
-    users: Option<Buckets<(TenantKey, String)>>,
+    users: Option<Buckets<(TenantKey, UserKey)>>,
     tenants: Option<Buckets<TenantKey>>,
 }
 
@@ -55,17 +55,17 @@ impl Limits {
         }
     }
 
-    /// Takes a request of a user's, if the path names one, and of the tenant's. The user's first: what it refuses costs the
-    /// others of the tenant nothing.
-    pub(super) fn take(&self, tenant: &TenantKey, user: Option<&str>) -> (Left, Result<(), Error>) {
+    /// Takes a request of a user's, if it is known whose it is, and of the tenant's. The user's first: what it refuses costs
+    /// the others of the tenant nothing.
+    pub(super) fn take(&self, tenant: &TenantKey, user: Option<&UserKey>) -> (Left, Result<(), Error>) {
         let mut left = Left::default();
         let taken = self.take_each(tenant, user, &mut left);
         (left, taken)
     }
 
-    fn take_each(&self, tenant: &TenantKey, user: Option<&str>, left: &mut Left) -> Result<(), Error> {
+    fn take_each(&self, tenant: &TenantKey, user: Option<&UserKey>, left: &mut Left) -> Result<(), Error> {
         if let (Some(users), Some(user)) = (&self.users, user) {
-            users.take(&(tenant.clone(), user.to_owned()), left)?;
+            users.take(&(tenant.clone(), user.clone()), left)?;
         }
         self.tenants.as_ref().map_or(Ok(()), |tenants| tenants.take(tenant, left))
     }
@@ -147,25 +147,29 @@ mod tests {
         })
     }
 
+    fn user(name: &str) -> UserKey {
+        name.to_owned().try_into().unwrap()
+    }
+
     #[test]
     fn a_user_who_asks_too_often_costs_the_others_nothing() {
         let (limits, tenant) = (limits(2, 4), TenantKey::default());
-        let ask = |user: &str| limits.take(&tenant, Some(user)).1.is_ok();
+        let ask = |name: &str| limits.take(&tenant, Some(&user(name))).1.is_ok();
         assert_eq!([ask("a"), ask("a"), ask("a"), ask("a"), ask("a")], [true, true, false, false, false]);
         assert_eq!([ask("b"), ask("b"), ask("c")], [true, true, false], "the tenant has four in all");
         let other = TenantKey::try_from("other".to_owned()).unwrap();
-        assert!(limits.take(&other, Some("a")).1.is_ok());
+        assert!(limits.take(&other, Some(&user("a"))).1.is_ok());
     }
 
     #[test]
     fn what_is_left_is_told() {
         let (limits, tenant) = (limits(2, 4), TenantKey::default());
         let mut headers = HeaderMap::new();
-        limits.take(&tenant, Some("a")).0.tell(&mut headers);
+        limits.take(&tenant, Some(&user("a"))).0.tell(&mut headers);
         assert_eq!(headers[POLICY], "\"user\";q=2;w=2, \"tenant\";q=4;w=4");
         assert_eq!(headers[LIMIT], "\"user\";r=1, \"tenant\";r=3");
-        let _ = limits.take(&tenant, Some("a"));
-        let (left, refused) = limits.take(&tenant, Some("a"));
+        let _ = limits.take(&tenant, Some(&user("a")));
+        let (left, refused) = limits.take(&tenant, Some(&user("a")));
         let Err(Error::RateLimited { whose: "user", rate: 1, retry_after }) = refused else {
             panic!("{refused:?}")
         };
@@ -177,7 +181,7 @@ mod tests {
     #[test]
     fn without_a_rate_there_is_no_limit() {
         let limits = Limits::new(&LimitsConfig::default());
-        let (left, taken) = limits.take(&TenantKey::default(), Some("a"));
+        let (left, taken) = limits.take(&TenantKey::default(), Some(&user("a")));
         let mut headers = HeaderMap::new();
         left.tell(&mut headers);
         assert!(taken.is_ok() && headers.is_empty());

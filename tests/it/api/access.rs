@@ -448,6 +448,22 @@ async fn a_token_opens_its_own_user_alone() {
     }
 }
 
+/// Also where the path names no user: it is not the others of the tenant who pay for it.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_token_is_limited_like_its_user() {
+    let scene = Scene::new(Protocol::Responses, Backend::Sqlite).await;
+    let limits = "[limits]\nuser_rate = 1\nuser_burst = 2\ntenant_rate = 1000\n";
+    let gateway = scene.gateway_with(&format!("{ISSUER}{limits}")).await;
+    let good = |user: &str| token("a-secret-that-is-shared-with-the-issuer", &json!({"sub": user}));
+    let alice = good("alice");
+    let path = "/v1/deletions/del_0198f000000070008000000000000000";
+    let ask = |token: &str| gateway.send(gateway.request(Method::GET, path).bearer_auth(token));
+    let answers = futures_util::future::join_all((0..20).map(|_| ask(&alice))).await;
+    let refused = answers.iter().filter(|answer| answer.status == 429).count();
+    assert!(refused >= 10, "{refused} of 20 were refused");
+    assert_eq!(ask(&good("bob")).await.problem(), (404, "not-found"));
+}
+
 /// A deletion is its user's as long as it is known whose it is, and nobody else's.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_receipt_is_for_its_user() {
