@@ -2,7 +2,7 @@
 //! that names reqwest.
 //!
 //! What is fetched is bounded in size and time, and so is how often: nobody can make us ask the issuer more than once
-//! per [`PAUSE`] with tokens of their own making.
+//! per [`PAUSE`] with tokens of their own making, once there are keys; until then once per [`SHORT_PAUSE`].
 
 #[cfg(test)]
 mod tests;
@@ -10,15 +10,14 @@ mod tests;
 use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Duration;
 
-use futures_util::FutureExt;
-use futures_util::future::BoxFuture;
 use http::header::ACCEPT;
 use jsonwebtoken::jwk::{AlgorithmParameters, EllipticCurve, Jwk, KeyOperations, PublicKeyUse};
 use jsonwebtoken::{Algorithm, DecodingKey};
 use serde::Deserialize;
 use serde_json::Value;
-use tokio::sync::Mutex;
+use tokio::sync::{Mutex, OwnedMutexGuard};
 use tokio::time::{Instant, timeout};
+use tokio_util::task::TaskTracker;
 use url::Url;
 
 use super::jwt::{JwtRefusal, JwtSetupError};
@@ -47,14 +46,20 @@ const CURVE_DIGITS: usize = 43;
 
 /// A key set that is fetched when it is needed.
 pub(super) struct Jwks {
+    source: Arc<Source>,
+    refresh: Duration,
+    /// Locked by who fetches.
+    fetching: Arc<Mutex<Fetching>>,
+    tasks: TaskTracker,
+}
+
+/// Where the keys come from, and those that came last.
+struct Source {
     http: reqwest::Client,
     url: Url,
     algorithms: Arc<[JwtAlgorithm]>,
-    refresh: Duration,
     /// Never locked across an await.
     known: RwLock<Option<Known>>,
-    /// Locked by the one request that fetches.
-    fetching: Mutex<Fetching>,
 }
 
 #[derive(Clone)]
@@ -71,15 +76,13 @@ struct Key {
     material: DecodingKey,
 }
 
-type Fetch = BoxFuture<'static, Result<Arc<[Key]>, FetchError>>;
-
+/// What is known of the fetches so far.
 #[derive(Default)]
 struct Fetching {
-    /// A fetch that its request may have left, and when it was begun. Whoever comes next goes on with it: so a caller who
-    /// hangs up keeps no keys from the others, and does not make us ask more often.
-    begun: Option<(Instant, Fetch)>,
     /// When the last one ended.
     ended: Option<Instant>,
+    /// It brought no keys.
+    failed: bool,
     /// When keys were last fetched because one was not known.
     searched: Option<Instant>,
 }
@@ -130,8 +133,9 @@ impl Jwks {
                 JwtSetupError::Client
             }
         })?;
-        let (known, fetching) = (RwLock::default(), Mutex::default());
-        Ok(Self { http, url, algorithms: algorithms.into(), refresh, known, fetching })
+        let source = Source { http, url, algorithms: algorithms.into(), known: RwLock::default() };
+        let (fetching, tasks) = (Arc::default(), TaskTracker::new());
+        Ok(Self { source: Arc::new(source), refresh, fetching, tasks })
     }
 
     /// The key that the token says, or, if it says none, the only one that fits. May fetch the key set, and may be
@@ -143,7 +147,7 @@ impl Jwks {
     ) -> Result<DecodingKey, JwtRefusal> {
         let keys = self.keys().await.ok_or(JwtRefusal::Unavailable)?;
         let key = match pick(&keys, id, algorithm) {
-            None if id.is_some() => pick(&self.newer_than(keys).await, id, algorithm),
+            None if id.is_some() => pick(&self.newer_than(keys).await?, id, algorithm),
             found => found,
         };
         key.ok_or(JwtRefusal::Invalid("none of the known keys is the one it was signed with"))
@@ -151,47 +155,61 @@ impl Jwks {
 
     /// The keys that are known. One request at a time sees to it that they are not old.
     async fn keys(&self) -> Option<Arc<[Key]>> {
-        let Some(known) = self.known() else {
-            let mut fetching = self.fetching.lock().await;
-            if self.known().is_none() && fetching.may_begin(SHORT_PAUSE) {
-                self.fetch(&mut fetching).await;
+        let Some(known) = self.source.known() else {
+            let fetching = Arc::clone(&self.fetching).lock_owned().await;
+            if self.source.known().is_none() && has_passed(fetching.ended, SHORT_PAUSE) {
+                self.fetch(fetching).await;
             }
-            return self.known().map(|known| known.keys);
+            return self.source.known().map(|known| known.keys);
         };
         if known.as_of.elapsed() >= self.refresh
-            && let Ok(mut fetching) = self.fetching.try_lock()
-            && fetching.may_begin(PAUSE)
+            && let Ok(fetching) = Arc::clone(&self.fetching).try_lock_owned()
+            && has_passed(fetching.ended, PAUSE)
         {
-            self.fetch(&mut fetching).await;
-            return self.known().map(|known| known.keys);
+            self.fetch(fetching).await;
+            return self.source.known().map(|known| known.keys);
         }
         Some(known.keys)
     }
 
-    /// Keys that were fetched after these, if that may be done now; these otherwise.
-    async fn newer_than(&self, keys: Arc<[Key]>) -> Arc<[Key]> {
-        let mut fetching = self.fetching.lock().await;
-        let is_newest = self.known().is_none_or(|known| Arc::ptr_eq(&known.keys, &keys));
-        if is_newest && fetching.may_search() {
-            self.fetch(&mut fetching).await;
-        }
-        self.known().map_or(keys, |known| known.keys)
+    /// Keys that were fetched after these, if that may be done now; these otherwise. Unavailable if the issuer did not
+    /// tell, when it was asked last, whether there are any.
+    async fn newer_than(&self, keys: Arc<[Key]>) -> Result<Arc<[Key]>, JwtRefusal> {
+        let mut fetching = Arc::clone(&self.fetching).lock_owned().await;
+        let is_newest = self.source.known().is_none_or(|known| Arc::ptr_eq(&known.keys, &keys));
+        let has_told = if is_newest && fetching.may_search() {
+            self.fetch(fetching).await
+        } else {
+            !is_newest || !fetching.failed
+        };
+        let newest = self.source.known().map_or(keys, |known| known.keys);
+        if has_told { Ok(newest) } else { Err(JwtRefusal::Unavailable) }
     }
 
+    /// Fetches the keys; whether that worked. If it fails, the known ones stay.
+    ///
+    /// It goes on if this is dropped, and who comes next waits for it: a caller who hangs up keeps no keys from the others.
+    async fn fetch(&self, mut fetching: OwnedMutexGuard<Fetching>) -> bool {
+        let source = Arc::clone(&self.source);
+        let task = self.tasks.spawn(async move {
+            let has_worked = source.fetch().await;
+            (fetching.ended, fetching.failed) = (Some(Instant::now()), !has_worked);
+            has_worked
+        });
+        task.await.unwrap_or(false)
+    }
+}
+
+impl Source {
     fn known(&self) -> Option<Known> {
         let known = self.known.read().unwrap_or_else(PoisonError::into_inner).clone();
         known.filter(|known| known.as_of.elapsed() < GOOD_FOR)
     }
 
-    /// Brings a fetch to its end: the one that a request left, or a new one. If it fails, the known keys stay.
-    async fn fetch(&self, fetching: &mut Fetching) {
-        let (as_of, request) = fetching.begun.get_or_insert_with(|| {
-            let request = request(self.http.clone(), self.url.clone(), Arc::clone(&self.algorithms));
-            (Instant::now(), request.boxed())
-        });
-        let (as_of, answer) = (*as_of, request.await);
-        fetching.begun = None;
-        fetching.ended = Some(Instant::now());
+    async fn fetch(&self) -> bool {
+        let as_of = Instant::now();
+        let answer = request(&self.http, &self.url, &self.algorithms).await;
+        let has_worked = answer.is_ok();
         match answer {
             Ok(keys) => {
                 if keys.is_empty() {
@@ -204,34 +222,18 @@ impl Jwks {
                 tracing::warn!(%error, jwt.has_keys = has_keys, "cannot fetch the issuer's key set");
             }
         }
+        has_worked
     }
 }
 
 impl Fetching {
-    /// There is a fetch to go on with, or the last one ended long enough ago.
-    fn may_begin(&mut self, pause: Duration) -> bool {
-        self.give_up_old();
-        self.begun.is_some() || has_passed(self.ended, pause)
-    }
-
-    /// The same for a key that is not known; takes note of it.
+    /// It is long enough ago that keys were fetched because one was not known. Takes note of it.
     fn may_search(&mut self) -> bool {
-        self.give_up_old();
-        if self.begun.is_some() {
-            return true;
-        }
         let may = has_passed(self.searched, PAUSE) && has_passed(self.ended, SHORT_PAUSE);
         if may {
             self.searched = Some(Instant::now());
         }
         may
-    }
-
-    /// What was left for longer than a fetch may take has nothing to say any more.
-    fn give_up_old(&mut self) {
-        if self.begun.as_ref().is_some_and(|(begin, _)| begin.elapsed() >= TOTAL_TIMEOUT) {
-            self.begun = None;
-        }
     }
 }
 
@@ -250,13 +252,17 @@ fn pick(keys: &[Key], id: Option<&str>, algorithm: JwtAlgorithm) -> Option<Decod
 
 /// Fetches the key set and keeps what can be used.
 async fn request(
-    http: reqwest::Client,
-    url: Url,
-    algorithms: Arc<[JwtAlgorithm]>,
+    http: &reqwest::Client,
+    url: &Url,
+    algorithms: &[JwtAlgorithm],
 ) -> Result<Arc<[Key]>, FetchError> {
     let body = timeout(TOTAL_TIMEOUT, async {
-        let mut response =
-            http.get(url).header(ACCEPT, "application/json").send().await.map_err(|error| failure(&error))?;
+        let mut response = http
+            .get(url.clone())
+            .header(ACCEPT, "application/json")
+            .send()
+            .await
+            .map_err(|error| failure(&error))?;
         if response.status() != http::StatusCode::OK {
             return Err(FetchError::Status(response.status().as_u16()));
         }
@@ -270,7 +276,7 @@ async fn request(
         Ok(body)
     });
     let body = body.await.map_err(|_| FetchError::Timeout)??;
-    read(&body, &algorithms).ok_or(FetchError::NotKeys)
+    read(&body, algorithms).ok_or(FetchError::NotKeys)
 }
 
 fn failure(error: &reqwest::Error) -> FetchError {

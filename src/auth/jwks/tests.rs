@@ -1,3 +1,4 @@
+use futures_util::FutureExt;
 use futures_util::future::join_all;
 use serde_json::{Value, json};
 
@@ -237,12 +238,39 @@ async fn a_fetch_that_is_left_goes_on_with_the_next() {
     }
     assert!(!is_good(&verifier, &RSA.token(Some("c"))).await);
     assert_eq!(issuer.asked(), 2);
-    // One that was left for too long is not waited for.
-    pass(PAUSE).await;
-    assert!(verifier.verify(&RSA.token(Some("d"))).now_or_never().is_none());
+}
+
+#[tokio::test]
+async fn who_hangs_up_keeps_no_key_from_the_others() {
+    let issuer = Issuer::start(only_a()).await;
+    let jwks = Jwks::new(issuer.url.clone(), Duration::from_mins(10), &[JwtAlgorithm::Rs256]).unwrap();
+    let find = |id: &'static str| jwks.find(Some(id), JwtAlgorithm::Rs256);
+    assert!(find("a").await.is_ok());
     pass(PAUSE).await;
     issuer.set(a_and_b());
-    assert!(is_good(&verifier, &OTHER_RSA.token(Some("b"))).await);
+    assert!(find("c").now_or_never().is_none(), "it is looked for");
+    // Nobody waits for it, and it ends.
+    drop(jwks.fetching.lock().await);
+    pass(PAUSE / 2).await;
+    assert!(find("b").await.is_ok());
+    assert_eq!(issuer.asked(), 2);
+}
+
+#[tokio::test]
+async fn a_key_that_is_not_known_is_not_refused_while_the_issuer_does_not_answer() {
+    let issuer = Issuer::start(only_a()).await;
+    let verifier = rsa(&issuer);
+    let (known, new) = (RSA.token(Some("a")), OTHER_RSA.token(Some("b")));
+    assert!(is_good(&verifier, &known).await);
+    issuer.set(Answer::Status(503));
+    for _ in 0..2 {
+        pass(PAUSE / 2).await;
+        assert_eq!(verifier.verify(&new).await, Err(JwtRefusal::Unavailable));
+        assert!(is_good(&verifier, &known).await);
+    }
+    issuer.set(a_and_b());
+    pass(PAUSE).await;
+    assert!(is_good(&verifier, &new).await);
 }
 
 #[tokio::test]
