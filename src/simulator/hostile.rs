@@ -21,8 +21,10 @@ const PIECE: usize = 16 * 1024;
 const HUGE: usize = 1024 * 1024 * 1024;
 /// How deep the deep JSON is, in thousands.
 const DEPTH: usize = 100;
-/// Size of the dense JSON: less than a client is known to refuse for its size.
+/// Size of the dense and of the nested JSON: less than a client is known to refuse for its size.
 const DENSE: usize = 15 * 1024 * 1024;
+/// How deep the values of the nested JSON are: less than a reader is known to refuse for it.
+const NESTED: usize = 100;
 /// Size of the text on a full page, and values that it has besides: nearly as much as a client is known to read.
 const FULL: usize = 14 * 1024 * 1024;
 const FULL_VALUES: usize = 100_000;
@@ -45,6 +47,7 @@ pub(super) enum Hostile {
     InvalidUtf8,
     DeepJson,
     DenseJson,
+    NestedJson,
     FullPage,
     Html,
     Redirect,
@@ -62,6 +65,7 @@ impl Hostile {
             "invalid_utf8" => Self::InvalidUtf8,
             "deep_json" => Self::DeepJson,
             "dense_json" => Self::DenseJson,
+            "nested_json" => Self::NestedJson,
             "full_page" => Self::FullPage,
             "html" => Self::Html,
             "redirect" => Self::Redirect,
@@ -166,10 +170,9 @@ impl Hostility {
                 let (opened, closed) = (levels("[{\"a\":"), levels("}]"));
                 begun(before).chain(opened).chain(begun("0")).chain(closed).chain(begun(after)).boxed()
             }
-            Hostile::DenseJson => {
-                let (before, after) = form.around_value();
-                let zeros = stream::repeat(Bytes::from(filled("0,"))).take(DENSE / PIECE);
-                begun(before).chain(begun("[")).chain(zeros).chain(begun("0]")).chain(begun(after)).boxed()
+            Hostile::DenseJson => form.dense("0,"),
+            Hostile::NestedJson => {
+                form.dense(&format!("{}0{},", "{\"\":".repeat(NESTED), "}".repeat(NESTED)))
             }
             Hostile::FullPage => {
                 let number = PAGES.fetch_add(1, Ordering::Relaxed);
@@ -216,6 +219,13 @@ impl Form {
             Self::RunEvents | Self::ResponseEvents => "data: ",
             Self::Json => "{\"id\":\"",
         }
+    }
+
+    /// A list of nothing but this element, which ends with a comma.
+    fn dense(self, element: &str) -> Pieces {
+        let (before, after) = self.around_value();
+        let elements = stream::repeat(Bytes::from(filled(element))).take(DENSE / PIECE);
+        begun(before).chain(begun("[")).chain(elements).chain(begun("0]")).chain(begun(after)).boxed()
     }
 
     /// The event that says that a run was accepted, which nobody else knows of. `status` is JSON.

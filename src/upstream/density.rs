@@ -4,6 +4,8 @@ use super::UpstreamError;
 
 /// Values that one answer or event may have. In memory they take some 64 MiB.
 const MAX_VALUES: usize = 500_000;
+/// As many values an object counts for: its first entry takes the place of eleven.
+const PER_OBJECT: usize = 5;
 
 /// The JSON has too many values to be read.
 pub(super) fn is_dense(json: &[u8]) -> bool {
@@ -11,19 +13,20 @@ pub(super) fn is_dense(json: &[u8]) -> bool {
     json.len() > MAX_VALUES && values(json) > MAX_VALUES
 }
 
-/// How many values there are, more or less: as many as there are commas, but for those in texts.
+/// How many values there are, more or less: as many as there are commas, lists and objects, but for those in texts.
 fn values(json: &[u8]) -> usize {
-    let (mut commas, mut in_text, mut escaped) = (0, false, false);
+    let (mut values, mut in_text, mut escaped) = (0, false, false);
     for byte in json {
         match byte {
             _ if escaped => escaped = false,
             b'\\' => escaped = in_text,
             b'"' => in_text = !in_text,
-            b',' if !in_text => commas += 1,
+            b',' | b'[' if !in_text => values += 1,
+            b'{' if !in_text => values += PER_OBJECT,
             _ => {}
         }
     }
-    commas
+    values
 }
 
 /// What an answer was like when it came.
@@ -78,6 +81,8 @@ mod tests {
     #[test]
     fn long_texts_pass_and_long_lists_of_nothing_do_not() {
         assert!(!is_dense("0,".repeat(MAX_VALUES).as_bytes()));
+        assert!(is_dense("[]".repeat(MAX_VALUES + 1).as_bytes()));
+        assert!(is_dense("{\"\":0}".repeat(MAX_VALUES / PER_OBJECT + 1).as_bytes()));
         assert!(is_dense("0,".repeat(MAX_VALUES + 1).as_bytes()));
         let numbers = "0,".repeat(2 * MAX_VALUES);
         assert!(!is_dense(format!("{{\"text\": \"{numbers}\"}}").as_bytes()));

@@ -192,6 +192,7 @@ async fn no_answer_to_a_run_harms(way: Way) {
         ("huge_event", 60_000, UNREADABLE),
         ("gzip", 60_000, UNREADABLE),
         ("dense_json", 60_000, UNREADABLE),
+        ("nested_json", 60_000, UNREADABLE),
         ("endless_reply", 60_000, UNREADABLE),
     ] {
         way.scene.fault("start", &format!("hostile={kind}"), 1);
@@ -215,6 +216,7 @@ async fn no_answer_to_the_making_of_a_thread_harms(way: Way) {
         "deep_json",
         "gzip",
         "dense_json",
+        "nested_json",
         "endless_line",
         "endless_events",
         "huge_event",
@@ -231,7 +233,7 @@ async fn no_answer_to_the_making_of_a_thread_harms(way: Way) {
 async fn no_answer_to_a_look_harms(way: Way) {
     let gateway = way.gateway(SOON).await;
     let watch = Watch::over(&gateway, "alice").await;
-    for kind in ["endless_line", "deep_json", "dense_json", "html", "drip"] {
+    for kind in ["endless_line", "deep_json", "dense_json", "nested_json", "html", "drip"] {
         way.scene.fault(way.look(), &format!("hostile={kind}"), 1);
         let message = json!({"content": "oh [[sim: cut=2 tokens=9 rate=1ms]]"});
         // Where the run goes on, it is followed to its end after the next look.
@@ -270,7 +272,9 @@ async fn no_list_without_end_harms(way: Way) {
 async fn no_error_harms(way: Way) {
     let gateway = way.gateway(SOON).await;
     let watch = Watch::over(&gateway, "alice").await;
-    for kind in ["html", "deep_json", "dense_json", "gzip", "endless_line", "endless_events", "drip"] {
+    for kind in
+        ["html", "deep_json", "dense_json", "nested_json", "gzip", "endless_line", "endless_events", "drip"]
+    {
         way.scene.fault("start", &format!("status=400 hostile={kind}"), 1);
         watch.refused(kind, "alice", &json!({"content": "oh"}), UNREADABLE).await;
     }
