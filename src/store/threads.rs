@@ -28,7 +28,7 @@ macro_rules! threads {
 
         use crate::domain::{
             Context, ConversationKey, Lifecycle, Limits, MessageId, Page, PageRequest, Run, Thread, ThreadActivity, ThreadId,
-            ThreadState, UpstreamThreadId,
+            ThreadState, UpstreamThreadId, UserKey,
         };
         use crate::store::columns::{
             activity, current_of_key, lasting_of_key, newest_of_key, run_columns, thread_columns,
@@ -110,10 +110,14 @@ macro_rules! threads {
             let cursor = page.after.or(page.before);
             if let Some(id) = cursor {
                 let known: bool = sqlx::query_scalar(
-                    "SELECT EXISTS (SELECT 1 FROM threads t WHERE t.id = $1 AND t.tenant = $2)",
+                    "SELECT EXISTS (
+                        SELECT 1 FROM threads t
+                        WHERE t.id = $1 AND t.tenant = $2 AND t.user_key = COALESCE($3, t.user_key)
+                    )",
                 )
                 .bind(id.uuid())
                 .bind(filter.tenant.as_str())
+                .bind(filter.user.as_ref().map(UserKey::as_str))
                 .fetch_one(&mut *connection)
                 .await?;
                 if !known {

@@ -9,7 +9,7 @@ on_every_backend!(
     a_report_tells_all_of_a_thread,
     threads_have_pages,
     threads_are_found_by_what_they_are,
-    the_cursor_of_another_tenant_is_unknown,
+    a_cursor_of_others_is_unknown,
     runs_are_read_in_order,
     an_archived_thread_can_still_be_read,
     transcripts_of_all_threads_have_pages,
@@ -166,18 +166,27 @@ async fn threads_are_found_by_what_they_are(database: &TestDatabase, store: &dyn
     assert_eq!(states, [idle, idle, idle, ThreadState::Active, ThreadState::RequiresAction, idle]);
 }
 
-async fn the_cursor_of_another_tenant_is_unknown(_: &TestDatabase, store: &dyn Store) {
+async fn a_cursor_of_others_is_unknown(_: &TestDatabase, store: &dyn Store) {
     let mine = exchange(store, &user("alice")).await.thread;
     let other = TenantKey::try_from("other".to_owned()).unwrap();
     let others = exchange(store, &ConversationKey { tenant: other, ..user("alice") }).await.thread;
-    for (id, known) in [(mine.id, true), (others.id, false), (ThreadId::new(), false)] {
+    let bobs = exchange(store, &user("bob")).await.thread;
+    let of_alice = ThreadFilter { user: Some(user("alice").user), ..every_thread() };
+    for (filter, id, known) in [
+        (every_thread(), mine.id, true),
+        (every_thread(), others.id, false),
+        (every_thread(), ThreadId::new(), false),
+        (of_alice.clone(), mine.id, true),
+        (of_alice.clone(), bobs.id, false),
+        (of_alice, others.id, false),
+    ] {
         for page in [
             PageRequest { after: Some(id), ..first_page() },
             PageRequest { before: Some(id), ..first_page() },
         ] {
-            let got = store.threads(&every_thread(), &page).await;
+            let got = store.threads(&filter, &page).await;
             match got {
-                Ok(page) => assert!(known && page.data.is_empty()),
+                Ok(page) => assert!(known && page.data.iter().all(|(thread, _)| thread.id == bobs.id)),
                 Err(error) => assert!(!known && matches!(error, StoreError::UnknownCursor)),
             }
         }
