@@ -22,6 +22,7 @@ use super::UpstreamError;
 use super::breaker::Breaker;
 use super::classify::{Refusal, classify};
 use super::density::{Kept, Size, is_dense};
+use super::patience::{LONGEST_WAIT, SHORTEST_WAIT};
 use super::sse::{self, SseEvent};
 use crate::config::{AuthScheme, UpstreamConfig};
 
@@ -81,7 +82,7 @@ pub enum InvalidUpstream {
 #[derive(Debug)]
 pub(super) struct Answer<T> {
     pub(super) value: T,
-    /// When the server wants to be asked again about an unfinished run.
+    /// When the server wants to be asked again about an unfinished run, within bounds.
     pub(super) poll_after: Option<Duration>,
     pub(super) size: Size,
 }
@@ -161,7 +162,7 @@ impl UpstreamClient {
             .headers()
             .get("openai-poll-after-ms")
             .and_then(|value| value.to_str().ok()?.parse().ok())
-            .map(Duration::from_millis);
+            .map(|ms| Duration::from_millis(ms).clamp(SHORTEST_WAIT, LONGEST_WAIT));
         let body = self.read(response, self.max_bytes).await?.ok_or_else(|| {
             UpstreamError::Protocol(format!("an answer is longer than {} bytes", self.max_bytes))
         })?;

@@ -9,6 +9,8 @@ use super::UpstreamError;
 /// The first wait between two tries, or two looks at something that is under way; it doubles.
 pub(super) const FIRST_WAIT: Duration = Duration::from_millis(250);
 pub(super) const LONGEST_WAIT: Duration = Duration::from_secs(2);
+/// The shortest wait between two looks that a server may ask for.
+pub(super) const SHORTEST_WAIT: Duration = Duration::from_millis(20);
 /// Failures in a row after which there is no further try.
 const MAX_FAILURES: u32 = 5;
 

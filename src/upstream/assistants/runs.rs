@@ -10,7 +10,7 @@ use super::AssistantsUpstream;
 use super::wire::RunObject;
 use crate::domain::{RunId, RunStatus, UpstreamRunId, UpstreamThreadId};
 use crate::upstream::client::Answer;
-use crate::upstream::patience::{FIRST_WAIT, LONGEST_WAIT, longer};
+use crate::upstream::patience::{FIRST_WAIT, longer};
 use crate::upstream::relay::out_of_sight;
 use crate::upstream::tags::RUN_TAG;
 use crate::upstream::wire::{List, failure};
@@ -91,7 +91,7 @@ impl AssistantsUpstream {
         let mut wait = FIRST_WAIT;
         let mut asked = None;
         while !reached(&run) {
-            sleep(asked.unwrap_or(wait).min(LONGEST_WAIT)).await;
+            sleep(asked.unwrap_or(wait)).await;
             wait = longer(wait);
             let path = ["threads", thread.as_str(), "runs", run.id.as_str()];
             let seen = self.call(Method::GET, &path, &[]).await?;
@@ -140,7 +140,7 @@ impl AssistantsUpstream {
             if seen.value.has_ended() {
                 return Ok(seen.value);
             }
-            sleep(seen.poll_after.unwrap_or(wait).min(LONGEST_WAIT)).await;
+            sleep(seen.poll_after.unwrap_or(wait)).await;
             wait = longer(wait);
             cancelling = seen.value.is_cancelling();
         }

@@ -37,12 +37,17 @@ fn rest(events: usize) -> Play {
 }
 
 fn response(status: &str) -> Play {
+    response_that_asks(status, "1")
+}
+
+/// `after`: milliseconds after which the server wants to be asked again.
+fn response_that_asks(status: &str, after: &str) -> Play {
     let done = json!({"id": "r_1", "status": status, "output": if status == "completed" {
         json!([{"type": "message", "id": "msg_1", "role": "assistant", "content": [{"type": "output_text", "text": "Hello!"}]}])
     } else {
         Value::from(Vec::<Value>::new())
     }});
-    json_answer(200, &[("openai-poll-after-ms", "1")], &done.to_string())
+    json_answer(200, &[("openai-poll-after-ms", after)], &done.to_string())
 }
 
 #[tokio::test]
@@ -108,6 +113,8 @@ async fn a_server_that_cannot_stream_again_is_asked_for_the_response() {
         vec![cut_after(3), sse(vec![]), response("in_progress"), response("completed")],
         vec![cut_after(3), error_event(), response("in_progress"), response("completed")],
         vec![unnumbered(), response("in_progress"), response("completed")],
+        // A day is not waited for.
+        vec![cut_after(3), refused(), response_that_asks("in_progress", "86400000"), response("completed")],
     ] {
         let (count, server) = (plays.len(), Scripted::start(plays).await);
         let events = turn(&*background(&server), Some(&thread())).await.unwrap();
