@@ -69,6 +69,8 @@ pub enum Error {
     /// A call to the upstream that a request needed.
     #[error("the upstream did not answer as it should: {0}")]
     UpstreamFailed(#[source] UpstreamError),
+    #[error("the upstream did not tell in time what it holds of the thread; nothing was changed")]
+    UpstreamTooSlow,
     /// The run ended without a reply that could be called one.
     #[error("{}", run.error.as_ref().map_or("the run did not complete", |error| error.message.as_str()))]
     RunFailed { run: Box<Run>, retry_after: Option<Duration> },

@@ -29,7 +29,7 @@ use std::time::Duration;
 
 use futures_util::Stream;
 use rand::RngExt;
-use tokio::sync::{Mutex, oneshot};
+use tokio::sync::{Mutex, Semaphore, oneshot};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -100,6 +100,8 @@ struct Parts {
     standing: Standing,
     seats: Seats<TenantKey>,
     desk: Desk,
+    /// Who compares a transcript with its upstream thread has one of these.
+    comparing: Semaphore,
     /// When the store was last seen to be in order. Locked while somebody looks, so that a flood of questions
     /// becomes one.
     seen_ready: Mutex<Option<Instant>>,
@@ -143,6 +145,7 @@ impl Runs {
             standing: Standing::new(),
             seats,
             desk: Desk::default(),
+            comparing: Semaphore::new(reconcile::AT_A_TIME),
             seen_ready: Mutex::default(),
         };
         Self { parts: Arc::new(parts) }

@@ -12,7 +12,7 @@ use super::AppState;
 use super::extract::{ApiId, ApiPage, ApiQuery};
 use super::guard::Caller;
 use super::openapi::Doc;
-use super::problem::{DRAINING, NOT_FOUND, UPSTREAM_ERROR};
+use super::problem::{DRAINING, NOT_FOUND, UPSTREAM_ERROR, UPSTREAM_TIMEOUT};
 use super::threads::{Verify, show_named};
 use super::views::{ListView, MessageView, OutlookView, ReportView, TallyView, ThreadView, list_threads};
 use crate::domain::{Lifecycle, MessageId, ThreadId, ThreadState, UserKey};
@@ -81,7 +81,7 @@ pub(super) fn thread_doc() -> Doc {
     Doc::new("operators", "get_thread_by_id", "The statistics of any thread, archived ones, too.")
         .query::<Verify>()
         .gives::<ReportView>(StatusCode::OK, "The thread.")
-        .refuses(&[NOT_FOUND, UPSTREAM_ERROR])
+        .refuses(&[NOT_FOUND, UPSTREAM_ERROR, UPSTREAM_TIMEOUT])
 }
 
 /// The statistics of one thread.

@@ -130,6 +130,7 @@ impl From<&Error> for Problem {
             Error::RunNotWaiting(_) => RUN_NOT_WAITING,
             Error::OtherReplica => OTHER_REPLICA,
             Error::UpstreamUnavailable { .. } | Error::UpstreamFailed(_) => UPSTREAM_ERROR,
+            Error::UpstreamTooSlow => UPSTREAM_TIMEOUT,
             Error::RunFailed { run, .. } => of_run(run),
             Error::Draining => DRAINING,
             Error::StoreUnavailable(_) => STORE_UNAVAILABLE,
@@ -248,7 +249,7 @@ kinds! {
     STORE_UNAVAILABLE = "store-unavailable", "Store unavailable", SERVICE_UNAVAILABLE;
     /// The process that worked on the run died, and the upstream does not know of a better end.
     REPLICA_LOST = "replica-lost", "Replica lost", SERVICE_UNAVAILABLE;
-    /// The run met its deadline, the upstream was silent for too long, or its thread stayed busy.
+    /// The run met its deadline, the upstream was silent or slow for too long, or its thread stayed busy.
     UPSTREAM_TIMEOUT = "upstream-timeout", "Upstream timeout", GATEWAY_TIMEOUT;
 }
 

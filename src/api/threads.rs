@@ -14,7 +14,7 @@ use super::deletions::{deleted, deleted_doc};
 use super::extract::{ApiConversation, ApiJson, ApiQuery, ApiWhich, WhichQuery};
 use super::messages::metadata_within;
 use super::openapi::Doc;
-use super::problem::{NOT_FOUND, UPSTREAM_ERROR};
+use super::problem::{NOT_FOUND, UPSTREAM_ERROR, UPSTREAM_TIMEOUT};
 use super::views::{ListView, PatchThread, ReportView, RunView, TtlMs, cancelled};
 use crate::domain::NewLife;
 use crate::error::Error;
@@ -43,7 +43,7 @@ pub(super) fn show_doc() -> Doc {
         .about("From the record alone unless a comparison is asked for.")
         .query::<Verify>()
         .gives::<ReportView>(StatusCode::OK, "The thread.")
-        .refuses(&[NOT_FOUND, UPSTREAM_ERROR])
+        .refuses(&[NOT_FOUND, UPSTREAM_ERROR, UPSTREAM_TIMEOUT])
 }
 
 /// The statistics of the thread, from the record alone unless a comparison is asked for.
@@ -126,7 +126,7 @@ pub(super) fn roll_over_doc() -> Doc {
         )
         .gives::<ReportView>(StatusCode::OK, "The fresh thread.")
         .gives::<ReportView>(StatusCode::ACCEPTED, "The thread: that has to wait for a run.")
-        .refuses(&[NOT_FOUND])
+        .refuses(&[NOT_FOUND, UPSTREAM_ERROR, UPSTREAM_TIMEOUT])
 }
 
 /// Archives the thread and starts a fresh one; 202 if that has to wait for a run.

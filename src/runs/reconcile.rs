@@ -2,8 +2,11 @@
 
 use std::borrow::Cow;
 use std::collections::{HashMap, HashSet};
+use std::time::{Duration, Instant};
 
-use similar::{Algorithm, DiffOp, capture_diff_slices};
+use similar::{Algorithm, DiffOp, capture_diff_slices_deadline};
+use tokio::task::spawn_blocking;
+use tokio::time::timeout;
 
 use super::Runs;
 use crate::domain::{
@@ -48,6 +51,8 @@ pub enum Unverified {
     Store(#[from] StoreError),
     #[error("the upstream failed")]
     Upstream(#[from] UpstreamError),
+    #[error("the upstream did not tell in time what its thread holds")]
+    TooLate,
     #[error("the configuration does not name the thread's upstream")]
     NotConfigured,
 }
@@ -60,6 +65,7 @@ impl From<Unverified> for Error {
                 Self::UpstreamUnavailable { retry_after }
             }
             Unverified::Upstream(error) => Self::UpstreamFailed(error),
+            Unverified::TooLate => Self::UpstreamTooSlow,
             Unverified::NotConfigured => {
                 Self::Invalid("the configuration does not name this thread's upstream (any more)".to_owned())
             }
@@ -68,11 +74,21 @@ impl From<Unverified> for Error {
 }
 
 impl Runs {
-    /// Compares a thread with its upstream thread. A run that works on it meanwhile shows as a difference.
+    /// Compares a thread with its upstream thread, within `runs.settle_timeout`. A run that works on it meanwhile shows as a
+    /// difference.
     ///
     /// # Errors
     /// The store or the upstream failed.
     pub async fn verify(&self, thread: &Thread, pace: &Pace) -> Result<Verified, Unverified> {
+        let compared = async {
+            let _turn = self.parts.comparing.acquire().await;
+            self.compared(thread, pace).await
+        };
+        let limit = self.parts.given.runs.settle_timeout;
+        timeout(limit, compared).await.unwrap_or(Err(Unverified::TooLate))
+    }
+
+    async fn compared(&self, thread: &Thread, pace: &Pace) -> Result<Verified, Unverified> {
         let Some(id) = &thread.upstream_thread_id else { return Ok(Verified::NoThread) };
         let upstream = self.parts.given.upstreams.get(&thread.upstream).ok_or(Unverified::NotConfigured)?;
         // The transcript last: what is in the thread by then is in there, or was not yet asked for.
@@ -81,12 +97,15 @@ impl Runs {
             Ok(None) => return Ok(Verified::CannotTell),
             theirs => theirs?.unwrap_or_default(),
         };
-        let ours = transcript(self.store(), thread).await?;
+        let Some(ours) = transcript(self.store(), thread).await? else { return Ok(Verified::CannotTell) };
         // Said while nothing that is said was stored.
         if ours.iter().any(|message| message.content.is_empty() && message.context != Context::Withheld) {
             return Ok(Verified::CannotTell);
         }
-        Ok(Verified::Compared(compare(&ours, thread.id, theirs)))
+        let thread = thread.id;
+        let compared =
+            spawn_blocking(move || compare(&ours, thread, theirs, Instant::now() + DIFF_TIME)).await;
+        Ok(compared.ok().flatten().map_or(Verified::CannotTell, Verified::Compared))
     }
 
     /// Takes over what others wrote to the upstream thread, if its upstream is one to which they may. `by` is the run
@@ -107,8 +126,12 @@ impl Runs {
         if let (Some(left), Some(upstream)) =
             (&thread.leftover, self.parts.given.upstreams.get(&thread.upstream))
         {
-            upstream.settle(left).await?;
-            upstream.remove(left).await?;
+            let settled = async {
+                upstream.settle(left).await?;
+                upstream.remove(left).await
+            };
+            let limit = self.parts.given.runs.settle_timeout;
+            timeout(limit, settled).await.map_err(|_| Unverified::TooLate)??;
         }
         let foreign = match self.verify(thread, pace).await {
             Ok(Verified::Compared(differences)) => differences.foreign,
@@ -143,6 +166,10 @@ impl Runs {
 /// list for ever.
 const MAX_HISTORY: usize = 32 * 1024 * 1024;
 const MAX_HISTORY_PAGES: usize = 2000;
+/// Comparisons at a time: each may hold that much of both sides.
+pub(super) const AT_A_TIME: usize = 4;
+/// Longest time for finding out what differs, which grows with how much does.
+const DIFF_TIME: Duration = Duration::from_secs(2);
 /// What an entry, or a part of one, takes besides its texts.
 const ENTRY_COST: usize = 200;
 const PART_COST: usize = 100;
@@ -156,7 +183,7 @@ async fn history(
     let (mut all, mut after, mut held) = (Vec::new(), None::<String>, 0);
     for _ in 0..MAX_HISTORY_PAGES {
         let Some(some) = upstream.history(id, after.as_deref(), pace).await? else { return Ok(None) };
-        held += some.entries.iter().map(cost).sum::<usize>();
+        held += some.entries.iter().map(|entry| cost(&entry.content)).sum::<usize>();
         if held > MAX_HISTORY {
             break;
         }
@@ -170,25 +197,36 @@ async fn history(
     Ok(None)
 }
 
-fn cost(entry: &HistoryEntry) -> usize {
-    let parts: usize = entry.content.iter().map(|part| PART_COST + part.size()).sum();
-    ENTRY_COST + entry.id.len() + parts
+fn cost(content: &[ContentPart]) -> usize {
+    ENTRY_COST + content.iter().map(|part| PART_COST + part.size()).sum::<usize>()
 }
 
-/// All that the upstream thread of a thread may hold of the record: what was carried over, and its own transcript.
-async fn transcript(store: &dyn Store, thread: &Thread) -> Result<Vec<Message>, StoreError> {
+/// All that the upstream thread of a thread may hold of the record: what was carried over, and its own transcript. `None`
+/// if that is too much.
+async fn transcript(store: &dyn Store, thread: &Thread) -> Result<Option<Vec<Message>>, StoreError> {
     let mut all = if thread.carried > 0 { store.carried(thread.id).await? } else { Vec::new() };
-    let mut after = 0;
+    let (mut after, mut held) = (0, 0);
     loop {
         let page = store.transcript(thread.id, after, PAGE).await?;
-        let Some(last) = page.last() else { return Ok(all) };
+        let Some(last) = page.last() else { return Ok(Some(all)) };
         after = last.position;
+        held += page.iter().map(|message| cost(&message.content)).sum::<usize>();
+        if held > MAX_HISTORY {
+            tracing::warn!("the transcript is too long to be compared with its upstream thread");
+            return Ok(None);
+        }
         all.extend(page);
     }
 }
 
-/// Compares what is said, part by part: a reply of several rounds is one message here and several there.
-fn compare(ours: &[Message], thread: ThreadId, theirs: Vec<HistoryEntry>) -> Differences {
+/// Compares what is said, part by part: a reply of several rounds is one message here and several there. `None` if the
+/// time is up.
+fn compare(
+    ours: &[Message],
+    thread: ThreadId,
+    theirs: Vec<HistoryEntry>,
+    deadline: Instant,
+) -> Option<Differences> {
     let held = theirs.len();
     let known: HashMap<&str, usize> = ours
         .iter()
@@ -208,7 +246,14 @@ fn compare(ours: &[Message], thread: ThreadId, theirs: Vec<HistoryEntry>) -> Dif
         .collect();
     // Which message of ours each entry belongs to.
     let mut belongs: HashMap<usize, usize> = HashMap::new();
-    for op in capture_diff_slices(Algorithm::Patience, &said(&here), &said(&there)) {
+    let differences =
+        capture_diff_slices_deadline(Algorithm::Patience, &said(&here), &said(&there), Some(deadline));
+    // What it says from there on is a guess.
+    if Instant::now() >= deadline {
+        tracing::warn!("too much differs between a transcript and its upstream thread to be told");
+        return None;
+    }
+    for op in differences {
         if let DiffOp::Equal { old_index, new_index, len } = op {
             for n in 0..len {
                 belongs.insert(there[new_index + n].0, here[old_index + n].0);
@@ -236,7 +281,7 @@ fn compare(ours: &[Message], thread: ThreadId, theirs: Vec<HistoryEntry>) -> Dif
             None => foreign.push((position, entry)),
         }
     }
-    Differences { missing, foreign, held }
+    Some(Differences { missing, foreign, held })
 }
 
 /// A piece of what somebody said.
@@ -267,6 +312,24 @@ mod tests {
 
     fn text(text: &str) -> Vec<ContentPart> {
         vec![ContentPart::Text { text: text.to_owned() }]
+    }
+
+    fn compare(ours: &[Message], thread: ThreadId, theirs: Vec<HistoryEntry>) -> Differences {
+        super::compare(ours, thread, theirs, Instant::now() + Duration::from_mins(1)).unwrap()
+    }
+
+    #[test]
+    fn a_comparison_that_takes_too_long_is_no_answer() {
+        let thread = ThreadId::new();
+        let of = |name: &'static str| (0..100_000).map(move |n| format!("{name} {n}"));
+        let ours: Vec<_> =
+            (1..).zip(of("a")).map(|(n, said)| message(thread, n, Role::User, &[&said])).collect();
+        let theirs = of("b").map(|said| entry(&said, Role::User, &said)).collect();
+        let begun = Instant::now();
+        let limit = Duration::from_millis(100);
+        assert_eq!(super::compare(&ours, thread, theirs, begun + limit), None);
+        // Not a minute.
+        assert!(begun.elapsed() < Duration::from_secs(20), "{:?}", begun.elapsed());
     }
 
     fn message(thread: ThreadId, position: i64, role: Role, parts: &[&str]) -> Message {

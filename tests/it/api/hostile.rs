@@ -251,7 +251,8 @@ async fn no_answer_to_a_look_harms(way: Way) {
 
 /// Lists whose pages are as full as can be, and always have another one behind them.
 async fn no_list_without_end_harms(way: Way) {
-    let gateway = way.gateway(UPSTREAM).await;
+    let settings = SETTINGS.replace("\"2s\"", "\"20s\"");
+    let gateway = way.scene.gateway_both(&settings, &format!("{UPSTREAM}{}", way.more)).await;
     // A page is kept while the next one is read; and of what is compared with a transcript twice as much.
     let watch = Watch { most: 2 * MAX_GROWTH_KIB, ..Watch::over(&gateway, "alice").await };
     let list = if way.scene.protocol == Protocol::Assistants { "list_messages" } else { "list_items" };
