@@ -95,9 +95,9 @@ const UPSTREAM: &str = "lock_window = \"100ms\"\nmax_failures = 0\n";
 /// For what drips instead of an answer.
 const SOON: &str = "lock_window = \"100ms\"\nmax_failures = 0\nidle_timeout = \"500ms\"\n";
 /// What hostile answers may cost, one after the other: an event or a JSON answer of the length that it may have by default
-/// (16 MiB), three times, for a buffer that grows is there twice at its last step, once at double length; and once more
-/// for what the allocator keeps of the answer before, which another thread read.
-const MAX_GROWTH_KIB: u64 = 4 * 16 * 1024;
+/// (16 MiB), three times, for a buffer that grows is there twice at its last step, once at double length; and twice more
+/// for what the allocator keeps of the answers before, which other threads read.
+const MAX_GROWTH_KIB: u64 = 5 * 16 * 1024;
 /// The longest that an answer may take which nothing but the reader's patience ends. The machine may be busy.
 const BOUND: Duration = Duration::from_secs(20);
 /// A word that is in all that the simulator sends to harm.
