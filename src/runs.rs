@@ -52,7 +52,7 @@ use crate::upstream::Upstream;
 
 pub use cancel::Which;
 pub use feed::{Outcome, RunEvent};
-pub use follow::{Answer, Follow};
+pub use follow::{Answer, DELETED, Follow};
 use news::Desk;
 pub use reconcile::{Differences, Unverified, Verified};
 pub use rollover::Renewed;

@@ -2,6 +2,7 @@
 
 use std::borrow::Cow;
 use std::convert::Infallible;
+use std::sync::Arc;
 use std::time::Duration;
 
 use axum::http::{HeaderName, HeaderValue};
@@ -16,8 +17,8 @@ use utoipa::openapi::{Ref, RefOr};
 use utoipa::{PartialSchema, ToSchema};
 
 use super::views::{MessageView, RunView};
-use crate::domain::{Run, RunId, RunStatus, ThreadId, ToolCall};
-use crate::runs::RunEvent;
+use crate::domain::{RequiredAction, Run, RunId, RunStatus, ThreadId, ToolCall};
+use crate::runs::{Follow, RunEvent};
 
 /// When a client shall come back whose stream ended before its run.
 const RECONNECT_AFTER: Duration = Duration::from_secs(1);
@@ -25,31 +26,25 @@ const RECONNECT_AFTER: Duration = Duration::from_secs(1);
 /// The events of a run, each with its number.
 type Events = BoxStream<'static, (i64, RunEvent)>;
 
-/// Streams until the run has ended, or waits for tool outputs. Each event's id is `<run>:<n>`. `on_drop` lives
-/// as long as the stream, unless that ends because of a wait: leaving to make function calls is no disconnect.
+/// Streams from number `from` on until the run has ended, or waits for tool outputs. Each event's id is `<run>:<n>`.
+/// `on_drop` lives as long as the stream, unless the run asks for outputs: leaving to make function calls is no disconnect.
 pub(super) fn until_answered(
     run: &Run,
     scope: &str,
-    events: Events,
+    follow: Follow,
+    from: i64,
     on_drop: Option<DropGuard>,
     keep_alive: Duration,
 ) -> Response {
-    let answered = stream::unfold(Some((events, on_drop)), |state| async move {
-        let (mut events, on_drop) = state?;
-        let Some((n, event)) = events.next().await else {
-            // This process stops, and others go on with the run: that is no disconnect.
-            drop(on_drop.map(DropGuard::disarm));
-            return None;
-        };
-        let rest = if matches!(event, RunEvent::RequiresAction(_)) {
-            drop(on_drop.map(DropGuard::disarm));
-            None
-        } else {
-            Some((events, on_drop))
-        };
-        Some(((n, event), rest))
+    let guarded = stream::unfold((follow.events(from), on_drop), |(mut events, mut on_drop)| async move {
+        let next = events.next().await;
+        // Without an event this process stops, and others go on with the run: that is no disconnect either.
+        if matches!(next, None | Some((_, RunEvent::RequiresAction(_)))) {
+            on_drop.take().map(DropGuard::disarm);
+        }
+        next.map(|event| (event, (events, on_drop)))
     });
-    stream_of(run, scope, None, answered.boxed(), true, keep_alive)
+    stream_of(run, scope, None, guarded.boxed(), Some(follow), keep_alive)
 }
 
 /// Streams until the run has ended.
@@ -61,33 +56,53 @@ pub(super) fn until_ended(
     events: Events,
     keep_alive: Duration,
 ) -> Response {
-    stream_of(run, scope, seen, events, false, keep_alive)
+    stream_of(run, scope, seen, events, None, keep_alive)
 }
 
-/// `a_wait_ends_it`: so does an event by which the run asks for tool outputs. A stream that ends otherwise says where its
-/// run can be followed on.
+/// A stream's place in its run.
+struct Place {
+    events: Events,
+    /// The number of the event that its reader saw last.
+    last: Option<i64>,
+    /// What that asked for.
+    asked: Option<Arc<RequiredAction>>,
+    /// Where the run can be followed on.
+    rest: String,
+    ends_at_wait: Option<Follow>,
+}
+
+/// `ends_at_wait`: the stream ends where the run waits for outputs, too. One that ends otherwise says where its run can be
+/// followed on.
 fn stream_of(
     run: &Run,
     scope: &str,
     seen: Option<i64>,
     events: Events,
-    a_wait_ends_it: bool,
+    ends_at_wait: Option<Follow>,
     keep_alive: Duration,
 ) -> Response {
     let (run, thread) = (run.id, run.thread_id);
     let rest = format!("{scope}/runs/{run}/events");
-    let events = stream::unfold(Some((events, seen, rest)), move |state| async move {
-        let (mut events, last, rest) = state?;
-        let Some((n, event)) = events.next().await else {
-            return Some((Ok::<_, Infallible>(reconnect(run, last, &rest)), None));
+    let place = Place { events, last: seen, asked: None, rest, ends_at_wait };
+    let events = stream::unfold(Some(place), move |place| async move {
+        let mut place = place?;
+        // It is told of the calls first: whether they were answered by now may take long to find out.
+        if let (Some(asked), Some(follow)) = (place.asked.take(), &place.ends_at_wait)
+            && follow.waits_for(&asked).await
+        {
+            return None;
+        }
+        let Some((n, event)) = place.events.next().await else {
+            return Some((Ok::<_, Infallible>(reconnect(run, place.last, &place.rest)), None));
         };
-        let is_last = match event {
-            RunEvent::Ended(_) => true,
-            RunEvent::RequiresAction(_) => a_wait_ends_it,
-            _ => false,
+        let rendered = render(run, thread, n, &event);
+        place.last = Some(n);
+        let next = match event {
+            RunEvent::Ended(_) => None,
+            RunEvent::RequiresAction(asked) => Some(Place { asked: Some(asked), ..place }),
+            _ => Some(place),
         };
-        let next = (!is_last).then_some((events, Some(n), rest));
-        Some((Ok(render(run, thread, n, &event)), next))
+        Some((Ok(rendered), next))
     });
     let sse = Sse::new(events).keep_alive(KeepAlive::new().interval(keep_alive).text("keep-alive"));
     // Without the hint, a reverse proxy may hold the events back until its buffer is full.

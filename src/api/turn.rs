@@ -15,7 +15,7 @@ use super::views::{ThreadView, TurnView};
 use super::{AppState, sse};
 use crate::domain::{ConversationKey, RunStatus, ThreadActivity, ThreadState};
 use crate::error::Error;
-use crate::runs::{Answer, Outcome, Runs, Submitted};
+use crate::runs::{Answer, DELETED, Outcome, Runs, Submitted};
 use crate::store::ThreadName;
 
 /// Says that a run is that of an earlier request with the same idempotency key.
@@ -76,9 +76,8 @@ async fn in_form(
 ) -> Result<Response, Error> {
     let Form { stream, headers, uri, on_drop } = form;
     if stream.unwrap_or_else(|| accepts_events(headers)) {
-        let events = submitted.follow.events(from);
-        let scope = scope_of(uri);
-        return Ok(sse::until_answered(&submitted.run, scope, events, on_drop, state.server.keep_alive));
+        let Submitted { run, follow, .. } = submitted;
+        return Ok(sse::until_answered(&run, scope_of(uri), follow, from, on_drop, state.server.keep_alive));
     }
     let prefer = Prefer::of(headers);
     let waits = submitted.follow.answer(from);
@@ -87,7 +86,7 @@ async fn in_form(
         Some(wait) => timeout(wait, waits).await.ok(),
     };
     if answered.as_ref().is_some_and(Option::is_none) && !state.runs.is_draining() {
-        return Err(Error::NotFound("the run was deleted meanwhile"));
+        return Err(DELETED);
     }
     if let Some(answered) = answered.flatten() {
         // Asking for function calls is no end: leaving to make them is no disconnect.

@@ -158,6 +158,11 @@ pub struct RequiredAction {
 }
 
 impl RequiredAction {
+    /// The same calls. Their ids tell: what they say is not stored everywhere.
+    pub fn is(&self, other: &Self) -> bool {
+        self.tool_calls.iter().map(|call| &call.id).eq(other.tool_calls.iter().map(|call| &call.id))
+    }
+
     /// Each of the calls has one of the outputs, and none is left over.
     pub fn is_answered_by(&self, outputs: &[ToolOutput]) -> bool {
         let calls = &self.tool_calls;

@@ -286,22 +286,19 @@ impl Feed {
         }
     }
 
-    /// Waits for the next event from number `from` on that answers a caller: the run waits for tool outputs, or has
-    /// ended. `None` if the log breaks off before.
-    pub(super) async fn answer(mut self, from: i64) -> Option<RunEvent> {
-        let mut next = lock(&self.log).place(from);
+    /// Waits for the next event from number `from` on that may answer a caller: the run has ended, or has asked for tool
+    /// outputs and nothing has come of it yet. With its number; `None` if the log breaks off before.
+    pub(super) async fn answer(mut self, from: i64) -> Option<(i64, RunEvent)> {
         loop {
-            let known = *self.length.borrow_and_update();
-            let found = {
-                let log = lock(&self.log);
-                let new = log.events.get(next..known).unwrap_or_default();
-                let mut new = new.iter().map(|(_, event)| event);
-                new.find(|it| matches!(it, RunEvent::RequiresAction(_) | RunEvent::Ended(_))).cloned()
-            };
-            if found.is_some() {
-                return found;
+            self.length.borrow_and_update();
+            // What it says after it has asked shows that the calls were answered.
+            let last = lock(&self.log).events.last().cloned();
+            if let Some((number, event)) = last
+                && number >= from
+                && matches!(event, RunEvent::RequiresAction(_) | RunEvent::Ended(_))
+            {
+                return Some((number, event));
             }
-            next = next.max(known);
             self.length.changed().await.ok()?;
         }
     }
@@ -629,21 +626,40 @@ mod tests {
     #[tokio::test]
     async fn a_caller_is_answered_by_what_comes_from_its_place_on() {
         let writer = FeedWriter::resumed(FIRST, FIRST);
-        push(&writer, &[LoggedEvent::Started, asks("1"), delta("a"), asks("2"), delta("b")]);
-        for (from, wanted) in [(0, "1"), (FIRST, "1"), (FIRST + 1, "1"), (FIRST + 2, "2"), (FIRST + 3, "2")] {
-            let answer = writer.feed().answer(from).await.unwrap();
-            assert_eq!(answer.logged(), Some(asks(wanted)), "{from}");
+        let waits = |from| writer.feed().answer(from).now_or_never().is_none();
+        push(&writer, &[LoggedEvent::Started]);
+        assert!(waits(0));
+        let early = writer.feed().answer(0);
+        push(&writer, &[asks("1")]);
+        let (number, event) = early.await.unwrap();
+        assert_eq!((number, event.logged()), (FIRST + 1, Some(asks("1"))));
+        assert!(waits(FIRST + 2), "it is answered by an earlier event");
+        // What comes of it shows that the calls were answered.
+        push(&writer, &[delta("a")]);
+        assert!(waits(0));
+        push(&writer, &[asks("2")]);
+        for from in [0, FIRST + 1, FIRST + 3] {
+            let (_, event) = writer.feed().answer(from).await.unwrap();
+            assert_eq!(event.logged(), Some(asks("2")), "{from}");
         }
-        for from in [FIRST + 4, FIRST + 5, FIRST + 9] {
-            let mut answer = Box::pin(writer.feed().answer(from));
-            assert!((&mut answer).now_or_never().is_none(), "{from}: it is answered by an earlier event");
-        }
-        let mut late = Box::pin(writer.feed().answer(FIRST + 4));
-        push(&writer, &[delta("c")]);
-        assert!((&mut late).now_or_never().is_none());
+        let late = writer.feed().answer(FIRST + 4);
+        push(&writer, &[delta("b"), delta("c")]);
+        assert!(waits(FIRST + 3));
         writer.push(ended());
-        assert_eq!(late.await.unwrap().logged(), None);
-        assert_eq!(writer.feed().answer(FIRST + 2).await.unwrap().logged(), Some(asks("2")));
+        assert!(matches!(late.await.unwrap(), (_, RunEvent::Ended(_))));
+        assert!(matches!(writer.feed().answer(0).await.unwrap(), (_, RunEvent::Ended(_))));
+    }
+
+    /// The owner before may have shown its caller more than it had recorded.
+    #[tokio::test]
+    async fn a_caller_is_not_answered_by_what_it_has_seen() {
+        let writer = FeedWriter::resumed(5, 0);
+        let answer = writer.feed().answer(9);
+        push(&writer, &[asks("1")]);
+        assert!(answer.now_or_never().is_none());
+        push(&writer, &[delta("abc"), asks("2")]);
+        let (number, event) = writer.feed().answer(9).await.unwrap();
+        assert_eq!((number, event.logged()), (9, Some(asks("2"))));
     }
 
     #[test]

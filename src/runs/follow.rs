@@ -14,16 +14,17 @@ use super::news::Subscription;
 use super::takeover::StoredLog;
 use super::{NO_THREAD, Runs, jittered};
 use crate::domain::{
-    ConversationKey, EventBatch, LoggedEvent, Message, RequiredAction, Run, RunId, Thread, ThreadActivity,
-    ThreadState, ToolOutput,
+    ConversationKey, EventBatch, LoggedEvent, RequiredAction, Run, RunId, RunStatus, Thread, ToolOutput,
 };
 use crate::error::{Chain, Error};
-use crate::store::{News, Store, StoreError, ThreadName, Waiting};
+use crate::store::{News, Store, StoreError, ThreadName, ThreadReport, Waiting};
 
 /// How soon the store is asked again for news of a run that another process works on. It doubles up to the longest, for
 /// that process tells when there are any.
 const FIRST_POLL: Duration = Duration::from_millis(100);
 const LONGEST_POLL: Duration = Duration::from_secs(1);
+
+pub const DELETED: Error = Error::NotFound("the run was deleted meanwhile");
 
 /// A run that can be followed.
 #[derive(Clone)]
@@ -64,33 +65,60 @@ impl Follow {
             .boxed()
     }
 
-    /// Waits for the next event from number `from` on that answers a caller. `None` as for [`events`](Self::events).
-    pub async fn answer(&self, from: i64) -> Option<Answer> {
-        let mut event = match &self.live {
-            // Without looking at each piece of text.
-            Some(feed) if from >= feed.first() => feed.clone().answer(from).await,
-            _ => None,
-        };
-        if event.is_none() {
-            let mut reader = Reader::new(Self { live: None, ..self.clone() }, from);
-            while event.is_none() {
-                let (_, next) = reader.next().await?;
-                event =
-                    Some(next).filter(|it| matches!(it, RunEvent::RequiresAction(_) | RunEvent::Ended(_)));
+    /// Waits until the run answers a caller who has seen all before number `from`. Calls that were answered already are no
+    /// answer. `None` as for [`events`](Self::events).
+    pub async fn answer(&self, mut from: i64) -> Option<Answer> {
+        let mut reader = None;
+        loop {
+            let live = match &self.live {
+                // Without looking at each piece of text.
+                Some(feed) if reader.is_none() && from >= feed.first() => feed.clone().answer(from).await,
+                _ => None,
+            };
+            let (number, event) = if let Some(event) = live {
+                event
+            } else {
+                let by_record = || Reader::new(Self { live: None, ..self.clone() }, from);
+                reader.get_or_insert_with(by_record).next().await?
+            };
+            match event {
+                RunEvent::Ended(outcome) => return Some(Answer::Ended(outcome)),
+                RunEvent::RequiresAction(asked) => {
+                    if let Some(waiting) = self.waiting(&asked).await {
+                        return Some(Answer::RequiresAction(Box::new(waiting)));
+                    }
+                }
+                _ => {}
             }
+            from = number + 1;
         }
-        if let RunEvent::Ended(outcome) = event? {
-            return Some(Answer::Ended(outcome));
-        }
-        let (run, _) = self.insist().await?;
-        let (thread, activity) = self.thread_of(&run).await;
-        Some(Answer::RequiresAction(Box::new(Waiting { thread, activity, run })))
     }
 
-    /// The run as it is now, however long it takes to be told: it waits for its caller, and its caller for it.
-    async fn insist(&self) -> Option<(Run, Option<Message>)> {
+    /// The run waits for outputs of just these calls. Where the store is away this waits for it: so does the run.
+    pub async fn waits_for(&self, asked: &RequiredAction) -> bool {
+        self.run_that_waits_for(asked).await.is_some()
+    }
+
+    async fn run_that_waits_for(&self, asked: &RequiredAction) -> Option<Run> {
+        let (run, _) = self.insist(|| self.runs.store().run(&self.thread.key, self.run)).await?;
+        let waits_for = run.required_action.as_ref().filter(|_| run.status == RunStatus::RequiresAction);
+        waits_for.is_some_and(|action| action.is(asked)).then_some(run)
+    }
+
+    async fn waiting(&self, asked: &RequiredAction) -> Option<Waiting> {
+        let run = self.run_that_waits_for(asked).await?;
+        let name = ThreadName::Id(&self.thread.key.tenant, run.thread_id);
+        let ThreadReport { thread, activity, .. } = self.insist(|| self.runs.store().report(name)).await?;
+        Some(Waiting { thread, activity, run })
+    }
+
+    /// What the store tells, however long that takes. `None` also if this process stops.
+    async fn insist<T, Asked>(&self, ask: impl Fn() -> Asked) -> Option<T>
+    where
+        Asked: Future<Output = Result<Option<T>, StoreError>>,
+    {
         loop {
-            match self.runs.store().run(&self.thread.key, self.run).await {
+            match ask().await {
                 Ok(found) => return found,
                 Err(error) => {
                     tracing::warn!(error = %Chain(&error), "cannot read a run that asks for tool outputs");
@@ -132,24 +160,14 @@ impl Follow {
             events.push_back((next, RunEvent::MessageCompleted(Arc::new(message.clone()))));
             next += 1;
         }
-        let outcome = self.outcome(run, message).await;
+        let name = ThreadName::Id(&self.thread.key.tenant, run.thread_id);
+        let Some(ThreadReport { thread, activity, .. }) = store.report(name).await? else {
+            return Ok(Recorded::Gone);
+        };
+        let outcome = Outcome { thread, activity, run, message, retry_after: None };
         events.push_back((next, RunEvent::Ended(Arc::new(outcome))));
         events.retain(|(n, _)| *n >= from);
         Ok(Recorded::Whole(events))
-    }
-
-    async fn outcome(&self, run: Run, message: Option<Message>) -> Outcome {
-        let (thread, activity) = self.thread_of(&run).await;
-        Outcome { thread, activity, run, message, retry_after: None }
-    }
-
-    /// The run's thread as it is now, or as it was last known.
-    async fn thread_of(&self, run: &Run) -> (Thread, ThreadActivity) {
-        let name = ThreadName::Id(&self.thread.key.tenant, run.thread_id);
-        match self.runs.store().report(name).await {
-            Ok(Some(report)) => (report.thread, report.activity),
-            _ => (self.thread.clone(), ThreadActivity { state: ThreadState::Idle, queue_depth: 0 }),
-        }
     }
 }
 
@@ -500,9 +518,27 @@ mod tests {
             let rest: Vec<_> = whole.iter().filter(|(n, _)| *n >= from).cloned().collect();
             assert_eq!(read(&follow, from).await, rest, "{from}");
         }
-        assert!(matches!(follow.answer(0).await, Some(Answer::RequiresAction(_))));
-        assert!(matches!(follow.answer(3).await, Some(Answer::Ended(_))));
+        for from in [0, 3] {
+            assert!(matches!(follow.answer(from).await, Some(Answer::Ended(_))), "{from}");
+        }
         assert!(follow.answer(6).await.is_none(), "the end was seen already");
+    }
+
+    #[tokio::test]
+    async fn a_caller_is_not_asked_for_what_was_given() {
+        let world = World::new().await;
+        let (follow, key, run) = (world.follow(), &world.turn.thread.key, world.turn.run.id);
+        assert!(matches!(follow.answer(0).await, Some(Answer::RequiresAction(_))));
+        assert!(follow.waits_for(&action("1")).await && !follow.waits_for(&action("2")).await);
+        let answer = ToolAnswer { expected: action("1"), outputs: outputs("1"), idempotency: None };
+        world.store.answer_tools(key, run, &answer).await.unwrap();
+        assert!(!follow.waits_for(&action("1")).await);
+        let answered = follow.answer(0);
+        let ends = async {
+            world.finish(&world.turn.lease, 3, vec![delta("b")]).await;
+        };
+        let (answered, ()) = tokio::join!(answered, ends);
+        assert!(matches!(answered, Some(Answer::Ended(_))), "{answered:?}");
     }
 
     #[tokio::test]

@@ -7,7 +7,7 @@ use futures_util::future::join_all;
 use reqwest::{Method, StatusCode};
 use serde_json::{Value, json};
 
-use crate::support::gateway::{Answer, EventReader, Gateway, text};
+use crate::support::gateway::{Answer, Event, EventReader, Gateway, text, text_of};
 use crate::support::history::assert_same;
 use crate::support::scene::{Backend, Scene, on_every_scene};
 
@@ -20,6 +20,8 @@ on_every_scene!(
     a_merged_message_is_remembered_too,
     repeated_outputs_are_taken_once,
     a_failure_is_repeated_as_a_failure,
+    a_repeat_is_told_where_its_run_is_now,
+    calls_that_were_answered_are_no_answer,
     a_refusal_is_not_remembered,
     a_key_is_forgotten_in_time,
     a_key_has_a_form,
@@ -184,6 +186,101 @@ async fn a_failure_is_repeated_as_a_failure(scene: Scene) {
     assert_eq!(again.problem(), (502, "upstream-error"));
     assert_eq!(again.body["run_id"], first.body["run_id"]);
     assert_eq!(scene.simulator.stats().runs_started, 1);
+}
+
+/// The same message as a stream.
+async fn stream(gateway: &Gateway, key: &str, content: &str) -> EventReader {
+    let request = gateway.request(Method::POST, &format!("{SCOPE}/messages")).header("idempotency-key", key);
+    let request = request.header("accept", "text/event-stream").json(&json!({"content": content}));
+    let response = request.send().await.unwrap();
+    assert_eq!(response.headers()["idempotent-replayed"], "true");
+    EventReader::new(response)
+}
+
+/// Gives the run that asked these outputs, and does not wait for what comes of it.
+async fn give(gateway: &Gateway, asked: &Value, output: &str) {
+    let path = format!("{SCOPE}/runs/{}/tool_outputs", asked["run"]["id"].as_str().unwrap());
+    let call = &asked["run"]["required_action"]["tool_calls"][0]["id"];
+    let body = json!({"tool_outputs": [{"tool_call_id": call, "output": output}]});
+    let request = gateway.request(Method::POST, &path).header("prefer", "respond-async");
+    assert_eq!(gateway.send(request.json(&body)).await.status, StatusCode::ACCEPTED);
+}
+
+/// The run's whole story, as whoever reads it hears it.
+async fn story(gateway: &Gateway, asked: &Value) -> Vec<Event> {
+    gateway.events(SCOPE, asked["run"]["id"].as_str().unwrap(), None).await.rest().await
+}
+
+async fn a_repeat_is_told_where_its_run_is_now(scene: Scene) {
+    let gateway = scene.gateway().await;
+    let content = "weather? [[sim: tool=get_place]]";
+    let asked = say(&gateway, "k1", content).await.ok();
+    assert_eq!(say(&gateway, "k1", content).await.ok(), asked, "it waits as before");
+    let events = stream(&gateway, "k1", content).await.rest().await;
+    assert_eq!(events.last().unwrap().name, "run.requires_action");
+
+    // It asks again: the calls of before are answered, these are not.
+    give(&gateway, &asked, "Paris [[sim: tool=get_weather]]").await;
+    let again = say(&gateway, "k1", content).await.ok();
+    assert_eq!(again["run"]["status"], "requires_action", "{again:#}");
+    assert_ne!(again["run"]["required_action"], asked["run"]["required_action"]);
+    let events = stream(&gateway, "k1", content).await.rest().await;
+    let names = events.iter().map(|event| event.name.as_str());
+    assert_eq!(names.filter(|name| *name == "run.requires_action").count(), 2, "{events:#?}");
+    let wanted = &again["run"]["required_action"]["tool_calls"];
+    assert_eq!(events.last().unwrap().data["tool_calls"], *wanted, "{events:#?}");
+
+    give(&gateway, &again, "4 °C").await;
+    let mut gateway = gateway;
+    for round in 0..2 {
+        let ended = say(&gateway, "k1", content).await;
+        assert!(is_replay(&ended));
+        let ended = ended.ok();
+        assert_eq!(ended["run"]["status"], "completed", "round {round}: {ended:#}");
+        assert!(text(&ended["message"]).contains("4 °C"), "{ended:#}");
+        let events = stream(&gateway, "k1", content).await.rest().await;
+        assert_eq!(events, story(&gateway, &asked).await, "round {round}");
+        assert!(text_of(&events).contains("4 °C"));
+        if round == 0 {
+            gateway.kill();
+            gateway = scene.gateway().await;
+        }
+    }
+    // What failed is repeated as the same failure.
+    let content = "and there? [[sim: tool=get_weather]]";
+    let asked = say(&gateway, "k2", content).await.ok();
+    give(&gateway, &asked, "30 °C [[sim: fail]]").await;
+    let failed = say(&gateway, "k2", content).await;
+    assert_eq!((failed.problem(), is_replay(&failed)), ((502, "upstream-error"), true));
+    assert_eq!(stream(&gateway, "k2", content).await.rest().await.last().unwrap().name, "run.failed");
+}
+
+/// Neither while the run that asked for them goes on.
+async fn calls_that_were_answered_are_no_answer(scene: Scene) {
+    let gateway = scene.gateway().await;
+    let content = "weather? [[sim: tool=get_weather]]";
+    let asked = say(&gateway, "k1", content).await.ok();
+    scene.simulator.hold();
+    give(&gateway, &asked, "4 °C").await;
+    let mut reader = stream(&gateway, "k1", content).await;
+    let mut events = Vec::new();
+    for _ in 0..2 {
+        events.push(reader.next().await.unwrap());
+    }
+    assert_eq!(events[1].name, "run.requires_action", "it is told where it was");
+    let request = gateway.request(Method::POST, &format!("{SCOPE}/messages")).header("idempotency-key", "k1");
+    let request = request.header("prefer", "wait=0").json(&json!({"content": content}));
+    let taken = gateway.send(request).await;
+    assert_eq!((taken.status, &taken.body["run"]["status"]), (StatusCode::ACCEPTED, &json!("in_progress")));
+    let release = async {
+        scene.simulator.release();
+        reader.rest().await
+    };
+    let (ended, rest) = tokio::join!(say(&gateway, "k1", content), release);
+    let ended = ended.ok();
+    assert!(text(&ended["message"]).contains("4 °C"), "{ended:#}");
+    events.extend(rest);
+    assert_eq!(events, story(&gateway, &asked).await);
 }
 
 async fn a_refusal_is_not_remembered(scene: Scene) {
