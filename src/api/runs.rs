@@ -5,7 +5,6 @@ use axum::extract::State;
 use axum::http::{HeaderMap, HeaderName, StatusCode, Uri};
 use axum::response::{IntoResponse, Response};
 use futures_util::StreamExt;
-use futures_util::stream;
 use serde_json::json;
 
 use super::extract::{ApiConversation, ApiJson, ApiPage, ApiRun, LastEventId};
@@ -124,11 +123,12 @@ pub(super) async fn events(
             return Err(Error::Malformed(format!("`last-event-id` names the run {of}, the path {id}")));
         }
     };
-    let mut events = follow.events(from);
-    if run.status.is_final() {
-        let Some(first) = events.next().await else { return Ok(StatusCode::NO_CONTENT.into_response()) };
-        events = stream::iter([first]).chain(events).boxed();
-    }
+    let events = if run.status.is_final() {
+        let Some(rest) = follow.rest(from).await? else { return Ok(StatusCode::NO_CONTENT.into_response()) };
+        rest
+    } else {
+        follow.events(from)
+    };
     let events = events.inspect(move |_| _ = &seat).boxed();
     Ok(sse::until_ended(&run, scope_of(&uri), last.map(|(_, n)| n), events, state.server.keep_alive))
 }

@@ -65,6 +65,17 @@ impl Follow {
             .boxed()
     }
 
+    /// The same of a run that has ended, read at once. `None`: nothing comes from number `from` on.
+    pub async fn rest(&self, from: i64) -> Result<Option<BoxStream<'static, (i64, RunEvent)>>, Error> {
+        Ok(match self.read(from).await? {
+            Recorded::Gone => return Err(DELETED),
+            Recorded::Whole(events) if events.is_empty() => None,
+            Recorded::Whole(events) if self.live.is_none() => Some(stream::iter(events).boxed()),
+            // The task tells all that was said, the record maybe not.
+            Recorded::Whole(_) | Recorded::SoFar(_) => Some(self.events(from)),
+        })
+    }
+
     /// Waits until the run answers a caller who has seen all before number `from`. Calls that were answered already are no
     /// answer. `None` as for [`events`](Self::events).
     pub async fn answer(&self, mut from: i64) -> Option<Answer> {
@@ -522,6 +533,21 @@ mod tests {
             assert!(matches!(follow.answer(from).await, Some(Answer::Ended(_))), "{from}");
         }
         assert!(follow.answer(6).await.is_none(), "the end was seen already");
+    }
+
+    #[tokio::test]
+    async fn that_nothing_comes_any_more_is_told_only_by_the_record() {
+        let world = World::new().await;
+        world.finish(&world.turn.lease, 3, vec![delta("b")]).await;
+        let follow = world.follow();
+        let rest: Vec<_> =
+            follow.rest(4).await.unwrap().unwrap().map(|(n, event)| (n, word(&event))).collect().await;
+        assert_eq!(rest, numbered_from(4, &["message assistant", "completed"]));
+        assert!(follow.rest(6).await.unwrap().is_none(), "the end was seen already");
+        let gone = Follow::of(&world.runs, &world.turn.thread, RunId::new());
+        assert!(matches!(gone.rest(6).await, Err(Error::NotFound(_))));
+        world.store.close().await;
+        assert!(matches!(follow.rest(6).await, Err(Error::StoreUnavailable(_))));
     }
 
     #[tokio::test]

@@ -15,6 +15,7 @@ on_every_scene!(
     a_stream_shows_how_a_run_failed,
     only_events_of_the_run_can_be_asked_for,
     a_run_of_another_process_can_be_followed,
+    a_record_that_cannot_be_read_is_no_end,
 );
 // Readers have nothing to do with the protocol, and this takes a while.
 on_every_scene!(@ many_on_sqlite Assistants Sqlite [slow_readers_stall_nobody_and_cost_little]);
@@ -119,6 +120,23 @@ async fn a_run_of_another_process_can_be_followed(scene: Scene) {
     let (rest, seen) = tokio::join!(original.rest(), follower.rest());
     let whole: Vec<_> = std::iter::once(first).chain(rest).collect();
     assert_eq!(seen, whole);
+}
+
+async fn a_record_that_cannot_be_read_is_no_end(scene: Scene) {
+    let gateway = scene.gateway().await;
+    let original = gateway.stream(SCOPE, "tell me").await.rest().await;
+    let run = run_of(&original[0]);
+    let path = format!("{SCOPE}/runs/{run}/events");
+    scene.database.execute("ALTER TABLE run_events RENAME TO run_events_away").await;
+    for last in [&original[0].id, &original.last().unwrap().id] {
+        let request = gateway.request(Method::GET, &path).header("last-event-id", last);
+        let answer = gateway.send(request).await;
+        assert_eq!(answer.problem().0, 500, "a reader who hears that this was the end asks no more");
+    }
+    scene.database.execute("ALTER TABLE run_events_away RENAME TO run_events").await;
+    assert_eq!(replay(&gateway, &run, Some(&original[0].id)).await, original[1..]);
+    let over = open(&gateway, &run, Some(&original.last().unwrap().id)).await;
+    assert_eq!(over.status(), StatusCode::NO_CONTENT);
 }
 
 async fn slow_readers_stall_nobody_and_cost_little(scene: Scene) {
