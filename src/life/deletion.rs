@@ -7,7 +7,7 @@ use tracing::Instrument;
 
 use super::Keeper;
 use super::janitor::Counts;
-use crate::domain::{ConversationKey, Deletion, DeletionId, TenantKey, ThreadId, UserKey};
+use crate::domain::{ConversationKey, Deletion, DeletionId, Page, TenantKey, ThreadId, UserKey, now};
 use crate::error::{Chain, Error};
 use crate::store::{DeletionReport, DeletionRequest, DeletionTarget, Due, ThreadName};
 
@@ -61,10 +61,12 @@ impl Keeper {
             None => true,
         };
         let mut id = DeletionId::new();
+        let requested_at = now();
+        let mut begun = 0;
         if exists {
             let mut request =
                 DeletionRequest { id, tenant: tenant.clone(), target: target.clone(), end, hold: HOLD };
-            let begun = self.store().begin_deletion(&request, AT_ONCE).await?;
+            begun = self.store().begin_deletion(&request, AT_ONCE).await?;
             if begun > 0 {
                 let (keeper, of) = (self.clone(), tenant.clone());
                 self.parts.given.tasks.spawn(async move { keeper.see_to(&of, id).await }.in_current_span());
@@ -76,8 +78,7 @@ impl Keeper {
                 self.parts.nudge.notify_one();
             }
         }
-        let own = if exists { Some(self.report(&tenant, id, None, 1).await?) } else { None };
-        if own.is_none_or(|own| own.done + own.pending == 0) {
+        if begun == 0 {
             // An earlier request has begun with all of it, or there is nothing.
             match self.store().deletion_under_way(&tenant, &target).await? {
                 Some(earlier) => id = earlier,
@@ -94,9 +95,28 @@ impl Keeper {
                 sleep(POLL).await;
             }
         };
-        match timeout(patience, finished).await {
+        let report = match timeout(patience, finished).await {
             Ok(report) => report,
             Err(_) => self.report(&tenant, id, None, AT_ONCE).await,
+        };
+        match report {
+            // It goes on, so this must not look as if it did not.
+            Err(error) if begun > 0 => {
+                tracing::warn!(error = %Chain(&error), "cannot read what came of a deletion yet");
+                let threads = Page { data: Vec::new(), has_more: true };
+                let (archive, pending) = (end == Deletion::Archive, i64::try_from(begun).unwrap_or(i64::MAX));
+                Ok(DeletionReport {
+                    id,
+                    user: None,
+                    requested_at,
+                    finished_at: None,
+                    archive,
+                    done: 0,
+                    pending,
+                    threads,
+                })
+            }
+            report => report,
         }
     }
 

@@ -17,6 +17,7 @@ on_every_scene!(
     a_deletion_that_the_upstream_refuses_goes_on_in_the_background,
     an_archive_stays_if_it_is_asked_for,
     a_killed_deletion_goes_on,
+    a_deletion_whose_receipt_cannot_be_read_is_taken,
 );
 
 const SCOPE: &str = "/v1/users/alice/topics/secret";
@@ -150,6 +151,21 @@ async fn a_message_during_a_deletion_starts_afresh(scene: Scene) {
     finish(&scene, &gateway, answer.headers["location"].to_str().unwrap()).await;
     nothing_is_left(&scene).await;
     assert_eq!(gateway.get(THREAD).await.ok()["id"], fresh["thread"]["id"]);
+}
+
+async fn a_deletion_whose_receipt_cannot_be_read_is_taken(scene: Scene) {
+    let gateway = scene.gateway_with(BY_HAND).await;
+    gateway.say(SCOPE, "needle").await;
+    scene.database.execute("ALTER TABLE deleted_threads RENAME TO deleted_threads_away").await;
+    let answer = gateway.delete(THREAD).await;
+    assert_eq!(answer.status, 202, "{:#}", answer.body);
+    assert_eq!((&answer.body["status"], &answer.body["threads_pending"]), (&json!("in_progress"), &json!(1)));
+    assert_eq!(gateway.get(THREAD).await.problem(), (404, "not-found"), "nobody reads it any more");
+    scene.database.execute("ALTER TABLE deleted_threads_away RENAME TO deleted_threads").await;
+    let place = answer.headers["location"].to_str().unwrap();
+    let receipt = finish(&scene, &gateway, place).await;
+    assert_eq!((&receipt["id"], &receipt["threads_done"]), (&answer.body["id"], &json!(1)));
+    nothing_is_left(&scene).await;
 }
 
 /// Has the janitor go on, whatever wait it is in, until the deletion is done.
