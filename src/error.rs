@@ -78,6 +78,10 @@ pub enum Error {
     Draining,
     #[error("the database is not available")]
     StoreUnavailable(#[source] Option<StoreError>),
+    #[error(
+        "the database failed while the message was added to a run that waits, and it may be there: send it again only with the same `idempotency-key`, or look at the messages first"
+    )]
+    MaybeMerged(#[source] StoreError),
     #[error("something went wrong inside the gateway; the log has the request id")]
     Internal(#[source] Option<Box<dyn StdError + Send + Sync>>),
 }

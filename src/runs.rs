@@ -191,7 +191,7 @@ impl Runs {
             }
             MultitaskStrategy::Reject => locks.join_idle(key.clone()).ok_or(Error::ThreadBusy)?,
         };
-        let admission = Admission {
+        let mut admission = Admission {
             new_thread: ThreadId::new(),
             limits: parts.lifetimes.of(&key.scope),
             ttl: new.ttl.map(|ttl| self.ttl(&key, ttl)).transpose()?,
@@ -206,6 +206,10 @@ impl Runs {
             replica: parts.replica,
             idempotency: new.idempotency.clone(),
         };
+        if admission.strategy == MultitaskStrategy::Merge {
+            // It makes no run by which it could be told whether it was taken.
+            admission.idempotency.get_or_insert_with(own_key);
+        }
         // From here on the work belongs to a task: a caller that leaves must not leave a recorded run undone.
         let (answer, answered) = oneshot::channel();
         let working = self.parts.standing.begins(admission.run_id, new.cancel);
@@ -381,6 +385,12 @@ impl fmt::Debug for RunsParts {
 const READY_FOR: Duration = Duration::from_secs(1);
 
 const NO_THREAD: Error = Error::NotFound("this key has no conversation yet; post a message to start one");
+
+/// A key for a request that has none of its caller's, by which it can be told what became of it if the answer is lost.
+/// No caller's key has a blank.
+fn own_key() -> Idempotency {
+    Idempotency { key: format!("own {}", MessageId::new()), request_hash: [0; 32] }
+}
 
 /// Between half of `pause` and all of it.
 fn jittered(pause: Duration) -> Duration {

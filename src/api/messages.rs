@@ -13,7 +13,7 @@ use utoipa::IntoParams;
 use super::AppState;
 use super::extract::{ApiConversation, ApiJson, ApiPage};
 use super::openapi::Doc;
-use super::problem::{NOT_FOUND, OVERLOADED, QUEUE_FULL, THREAD_BUSY, TOO_MANY_RUNS};
+use super::problem::{MAYBE_MERGED, NOT_FOUND, OVERLOADED, QUEUE_FULL, THREAD_BUSY, TOO_MANY_RUNS};
 use super::turn::{Form, answer, answer_doc};
 use super::views::{ListView, MessageView, OnDisconnect, PostMessage};
 use crate::domain::{
@@ -30,7 +30,7 @@ pub(super) fn create_doc() -> Doc {
              prefers not to wait, tells where to look. The first message of a key makes its thread.",
         )
         .body::<PostMessage>();
-    answer_doc(doc).refuses(&[THREAD_BUSY, QUEUE_FULL, TOO_MANY_RUNS, OVERLOADED])
+    answer_doc(doc).refuses(&[THREAD_BUSY, QUEUE_FULL, TOO_MANY_RUNS, OVERLOADED, MAYBE_MERGED])
 }
 
 /// Appends a message, runs the assistant, and answers when the run has ended or asks for function calls, or streams what

@@ -99,7 +99,7 @@ pub(super) fn complete(mut response: Response, request_id: &str) -> Response {
 fn log(error: &Error) {
     match error {
         Error::Internal(_) => tracing::error!(error = %Chain(error), "the request failed"),
-        Error::StoreUnavailable(_) => {
+        Error::StoreUnavailable(_) | Error::MaybeMerged(_) => {
             tracing::warn!(error = %Chain(error), "the request failed");
         }
         // Only the name: the text may quote the request.
@@ -134,6 +134,7 @@ impl From<&Error> for Problem {
             Error::RunFailed { run, .. } => of_run(run),
             Error::Draining => DRAINING,
             Error::StoreUnavailable(_) => STORE_UNAVAILABLE,
+            Error::MaybeMerged(_) => MAYBE_MERGED,
             Error::Internal(_) => INTERNAL,
         };
         let retry_after = match error {
@@ -144,7 +145,8 @@ impl From<&Error> for Problem {
             | Error::TooManyRuns { .. }
             | Error::TooManyReaders { .. }
             | Error::Overloaded
-            | Error::StoreUnavailable(_) => Some(Duration::from_secs(1)),
+            | Error::StoreUnavailable(_)
+            | Error::MaybeMerged(_) => Some(Duration::from_secs(1)),
             Error::Draining => Some(Duration::from_secs(2)),
             Error::RunFailed { .. } if [DRAINING, REPLICA_LOST, STORE_UNAVAILABLE].contains(&kind) => {
                 Some(Duration::from_secs(2))
@@ -247,6 +249,8 @@ kinds! {
     OVERLOADED = "overloaded", "Overloaded", SERVICE_UNAVAILABLE;
     /// The database is away or has no connection to spare, or this replica has lost its session.
     STORE_UNAVAILABLE = "store-unavailable", "Store unavailable", SERVICE_UNAVAILABLE;
+    /// The database failed while a message was added to a run that waits: it may be there.
+    MAYBE_MERGED = "maybe-merged", "Maybe merged", SERVICE_UNAVAILABLE;
     /// The process that worked on the run died, and the upstream does not know of a better end.
     REPLICA_LOST = "replica-lost", "Replica lost", SERVICE_UNAVAILABLE;
     /// The run met its deadline, the upstream was silent or slow for too long, or its thread stayed busy.

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use tokio::sync::oneshot;
-use tokio::time::{sleep, timeout};
+use tokio::time::{Instant, sleep, timeout};
 use tracing::Instrument;
 
 use super::end::{announce, bare_end, bound_waiting};
@@ -15,7 +15,7 @@ use super::{Outcome, RunEvent, Runs, Submitted, jittered};
 use crate::domain::{ConversationKey, MultitaskStrategy, Run, RunStatus, Step, TenantKey, Thread};
 use crate::error::{Chain, Error};
 use crate::locks::{Pass, Place, Seat};
-use crate::store::{Admission, Admitted, Claim, News, Orphan, RunLease, Turn};
+use crate::store::{Admission, Admitted, Claim, News, Orphan, Repeated, RunLease, StoreError, Turn};
 
 /// How soon a run that is first in its line asks the store again while a run of another line is active on its thread. It
 /// doubles up to the longest, for whoever ends that one tells it.
@@ -139,7 +139,13 @@ async fn admit(
     let Ok(turn) = timeout(parts.admission_timeout, turn).await else {
         return Err((Error::StoreUnavailable(None), false));
     };
-    match turn.take(parts.store.admit(admission)).await {
+    let admitted = match turn.take(parts.store.admit(admission)).await {
+        Err(error @ StoreError::Unavailable(_)) if admission.strategy == MultitaskStrategy::Merge => {
+            merge_again(runs, admission, error).await
+        }
+        admitted => admitted.map_err(Error::from),
+    };
+    match admitted {
         Ok(Admitted::Started(turn)) => {
             Ok(Ok(Start { thread: turn.thread.clone(), run: turn.run.clone(), next: Next::Work(turn) }))
         }
@@ -156,8 +162,47 @@ async fn admit(
         Ok(Admitted::OtherUpstream(thread)) => {
             Err((Error::OtherUpstream { thread, assistant: admission.assistant.clone() }, false))
         }
-        Err(error) => Err((error.into(), true)),
+        Err(error) => Err((error, true)),
     }
+}
+
+/// Finds out what became of a merge whose answer was lost, and does it if nothing did. Its idempotency key sees to it that
+/// it is done once, however late the first try arrives.
+async fn merge_again(runs: &Runs, admission: &Admission, mut lost: StoreError) -> Result<Admitted, Error> {
+    let parts = &runs.parts.given;
+    let until = Instant::now() + parts.admission_timeout;
+    while Instant::now() < until && !parts.draining.is_cancelled() {
+        sleep(jittered(FIRST_CLAIM_POLL)).await;
+        match merged_before(runs, admission).await {
+            // It had found none to join, and a run of its own can be voided.
+            Ok(Some(earlier)) if earlier.run.id == admission.run_id => {
+                return Err(Error::StoreUnavailable(Some(lost)));
+            }
+            Ok(Some(Repeated { thread, run, .. })) => {
+                return Ok(Admitted::Merged { thread: Box::new(thread), run: Box::new(run) });
+            }
+            Ok(None) => match parts.store.admit(admission).await {
+                // The first try has arrived just now, or another request with its caller's key.
+                Ok(Admitted::Repeated) => {}
+                Ok(admitted) => return Ok(admitted),
+                Err(error) => lost = error,
+            },
+            Err(Error::StoreUnavailable(Some(error))) => lost = error,
+            Err(error) => return Err(error),
+        }
+    }
+    Err(Error::MaybeMerged(lost))
+}
+
+/// What the idempotency key of this admission stands for by now.
+async fn merged_before(runs: &Runs, admission: &Admission) -> Result<Option<Repeated>, Error> {
+    let Some(used) = &admission.idempotency else { return Ok(None) };
+    let remember = runs.parts.given.runs.idempotency_ttl;
+    let earlier = runs.store().repeated(&admission.key, &used.key, remember).await?;
+    if earlier.as_ref().is_some_and(|earlier| earlier.request_hash != used.request_hash) {
+        return Err(Error::IdempotencyMismatch);
+    }
+    Ok(earlier)
 }
 
 /// Ends a run of which it is not known whether it was, or still will be, recorded: its sender heard that it was not.

@@ -52,16 +52,22 @@ impl Discreet {
         Self { inner, held: Mutex::default() }
     }
 
-    /// A message cannot join a run that waits in another process, which would not hear what it says.
-    async fn strategy(&self, admission: &Admission) -> Result<MultitaskStrategy, StoreError> {
+    /// A message cannot join a run that waits in another process, which would not hear what it says. With the runs that it
+    /// may join.
+    async fn strategy(&self, admission: &Admission) -> Result<(MultitaskStrategy, Vec<RunId>), StoreError> {
         if admission.strategy != MultitaskStrategy::Merge {
-            return Ok(admission.strategy);
+            return Ok((admission.strategy, Vec::new()));
         }
         let unfinished = self.inner.unfinished(&admission.key).await?.unwrap_or_default();
         let held = self.held();
-        let mut waiting = unfinished.iter().filter(|run| run.status == RunStatus::Queued);
-        let all_are_ours = waiting.all(|run| held.contains_key(&run.id));
-        Ok(if all_are_ours { MultitaskStrategy::Merge } else { MultitaskStrategy::Enqueue })
+        let waiting = unfinished.iter().filter(|run| run.status == RunStatus::Queued);
+        let waiting: Vec<RunId> = waiting.map(|run| run.id).collect();
+        let all_are_ours = waiting.iter().all(|run| held.contains_key(run));
+        Ok(if all_are_ours {
+            (MultitaskStrategy::Merge, waiting)
+        } else {
+            (MultitaskStrategy::Enqueue, Vec::new())
+        })
     }
 
     /// The message of an admission is one of a waiting run's now. That may have ended by now; and it may have found the
@@ -140,11 +146,8 @@ impl Store for Discreet {
 
     async fn admit(&self, admission: &Admission) -> Result<Admitted, StoreError> {
         let Admission { run_id, message, .. } = admission;
-        let blank = Admission {
-            strategy: self.strategy(admission).await?,
-            message: blank_input(message),
-            ..admission.clone()
-        };
+        let (strategy, may_join) = self.strategy(admission).await?;
+        let blank = Admission { strategy, message: blank_input(message), ..admission.clone() };
         // First of all: once it is recorded, the run that it joins may start at any time.
         self.held().insert(*run_id, Held { input: vec![message.clone()], asked: None });
         let mut admitted = self.inner.admit(&blank).await;
@@ -155,8 +158,13 @@ impl Store for Discreet {
                 self.joins(run.id, message);
                 self.forget(*run_id);
             }
-            // A run whose admission was not answered never starts.
-            Ok(Admitted::Busy | Admitted::OtherUpstream(_) | Admitted::Repeated) | Err(_) => {
+            Ok(Admitted::Busy | Admitted::OtherUpstream(_) | Admitted::Repeated) => self.forget(*run_id),
+            Err(_) => {
+                // The run that it joined, if it did, knows it by its id.
+                for run in may_join {
+                    self.joins(run, message);
+                }
+                // A run whose admission was not answered never starts.
                 self.forget(*run_id);
             }
         }

@@ -16,6 +16,7 @@ mod idempotency;
 mod killed;
 mod limits;
 mod logs;
+mod lost;
 mod openapi;
 mod operators;
 mod portability;

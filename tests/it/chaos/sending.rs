@@ -124,7 +124,10 @@ impl Conversation {
                 sent.run = run;
                 true
             }
-            503 => false,
+            503 => {
+                sent.had_silence |= answer.problem().1 == "maybe-merged";
+                false
+            }
             404 if self.may_be_deleted => {
                 sent.had_silence = true;
                 true

@@ -13,6 +13,15 @@ pub(crate) enum Moment {
     After,
 }
 
+/// Which step is stopped.
+#[derive(Clone, Copy)]
+enum Trap {
+    /// The one with this number.
+    Number(usize),
+    /// The first that begins like this.
+    Like(&'static str),
+}
+
 /// What taps pass their questions through. Clones are the same gate.
 #[derive(Clone, Default)]
 pub(crate) struct Gate {
@@ -23,7 +32,7 @@ pub(crate) struct Gate {
 struct State {
     /// Since the trap was set.
     steps: Vec<String>,
-    trap: Option<(usize, Moment)>,
+    trap: Option<(Trap, Moment)>,
     /// A step is being stopped, and no other one begins.
     closed: bool,
     caught: CancellationToken,
@@ -43,9 +52,18 @@ pub(crate) struct Step {
 impl Gate {
     /// Stops at the `n`-th step from now on (1: the next one), and lets no other one begin from then on.
     pub(crate) fn set(&self, n: usize, moment: Moment) {
+        self.trap(Trap::Number(n), moment);
+    }
+
+    /// The same at the next step that begins like this.
+    pub(crate) fn set_at(&self, what: &'static str, moment: Moment) {
+        self.trap(Trap::Like(what), moment);
+    }
+
+    fn trap(&self, trap: Trap, moment: Moment) {
         self.change(|state| {
             state.steps.clear();
-            state.trap = Some((n, moment));
+            state.trap = Some((trap, moment));
         });
     }
 
@@ -69,9 +87,14 @@ impl Gate {
             let mut stop = None;
             if state.closed {
                 stop = Some((Moment::Before, false));
-            } else if let Some((n, moment)) = state.trap {
-                state.steps.push(what());
-                if state.steps.len() == n {
+            } else if let Some((trap, moment)) = state.trap {
+                let what = what();
+                let is_it = match trap {
+                    Trap::Number(n) => state.steps.len() + 1 == n,
+                    Trap::Like(begin) => what.starts_with(begin),
+                };
+                state.steps.push(what);
+                if is_it {
                     state.closed = true;
                     stop = Some((moment, true));
                 }

@@ -1,0 +1,140 @@
+//! Answers of the database that are lost: what was asked for may have been done all the same.
+
+use reqwest::{Method, StatusCode};
+use serde_json::{Value, json};
+
+use crate::support::gate::{Gate, Moment};
+use crate::support::gateway::{Answer, Gateway};
+use crate::support::history::{all, upstream};
+use crate::support::scene::{Backend, Protocol, Scene};
+use crate::support::wiretap::{Steps, Wiretap};
+
+const SCOPE: &str = "/v1/users/alice";
+/// Longer than any of these tests takes.
+const SESSION: &str = "[replica]\nsession_ttl = \"5m\"\n";
+/// How the statement begins.
+const MERGE: &str = "WITH last AS MATERIALIZED";
+
+struct World {
+    scene: Scene,
+    gate: Gate,
+    gateway: Gateway,
+    _tap: Wiretap,
+}
+
+impl World {
+    async fn new(transcript: &str) -> Self {
+        let scene = Scene::new(Protocol::Responses, Backend::Postgres).await;
+        let gate = Gate::default();
+        let tap = Wiretap::gated(&scene.database.url(), &gate, Steps::Changes).await;
+        let config = scene.config(SESSION).replace(&scene.database.url(), &tap.url);
+        let store = format!("[store]\ntranscript = \"{transcript}\"\n");
+        let gateway = Gateway::start(&config.replace("[store]\n", &store)).await;
+        Self { scene, gate, gateway, _tap: tap }
+    }
+
+    /// Sends a request, and cuts the connection on which it asks for this.
+    async fn cut(&self, statement: &'static str, moment: Moment, path: &str, body: &Value) -> Answer {
+        self.gate.set_at(statement, moment);
+        let request = self.gateway.request(Method::POST, path).json(body);
+        let request = if statement == MERGE { request.header("prefer", "respond-async") } else { request };
+        let (answer, ()) = tokio::join!(self.gateway.send(request), async {
+            self.gate.caught().await;
+            self.gate.open();
+        });
+        answer
+    }
+
+    async fn heard(&self) -> Vec<String> {
+        let lines = upstream(&self.scene, &self.gateway, SCOPE).await.into_iter();
+        lines.filter(|(role, _)| role == "user").map(|(_, text)| text).collect()
+    }
+}
+
+/// The message joins the run that waits, once, and its sender is told so.
+async fn a_merge_is_taken_once(transcript: &str, moment: Moment) {
+    let world = World::new(transcript).await;
+    let gateway = &world.gateway;
+    gateway.say(SCOPE, "hello").await;
+    world.scene.simulator.hold();
+    let mut active = gateway.stream(SCOPE, "first").await;
+    active.next().await.unwrap();
+    let mut waiting = gateway.stream(SCOPE, "second").await;
+    let run = waiting.next().await.unwrap().data["run_id"].clone();
+    let body = json!({"content": "third", "multitask_strategy": "merge"});
+    let answer = world.cut(MERGE, moment, &format!("{SCOPE}/messages"), &body).await;
+    assert_eq!((answer.status, &answer.body["run"]["id"]), (StatusCode::ACCEPTED, &run), "{answer:?}");
+    assert!(!answer.headers.contains_key("idempotent-replayed"), "{answer:?}");
+    world.scene.simulator.release();
+    active.rest().await;
+    let ended = waiting.rest().await;
+    assert_eq!(ended.last().unwrap().name, "run.completed", "{ended:#?}");
+    assert_eq!(world.heard().await, ["hello", "first", "second", "third"]);
+    assert_eq!(all(gateway, &format!("{SCOPE}/runs")).await.len(), 3);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_merge_that_was_done_is_found() {
+    a_merge_is_taken_once("on", Moment::After).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_merge_that_was_not_done_is_done() {
+    a_merge_is_taken_once("on", Moment::Before).await;
+}
+
+/// What is said is known to this process alone, and goes along all the same.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_merge_that_was_done_says_what_is_not_stored() {
+    a_merge_is_taken_once("off", Moment::After).await;
+}
+
+/// The sender of a message hears of the run that it joined even if that has ended by then.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_merge_with_a_key_is_known_by_it() {
+    let world = World::new("on").await;
+    let gateway = &world.gateway;
+    world.scene.simulator.hold();
+    let mut active = gateway.stream(SCOPE, "first").await;
+    active.next().await.unwrap();
+    let mut waiting = gateway.stream(SCOPE, "second").await;
+    let run = waiting.next().await.unwrap().data["run_id"].clone();
+    let request = || {
+        let request = gateway.request(Method::POST, &format!("{SCOPE}/messages"));
+        let request = request.header("idempotency-key", "k1").header("prefer", "respond-async");
+        request.json(&json!({"content": "third", "multitask_strategy": "merge"}))
+    };
+    world.gate.set_at(MERGE, Moment::After);
+    let (answer, ()) = tokio::join!(gateway.send(request()), async {
+        world.gate.caught().await;
+        world.gate.open();
+    });
+    for answer in [answer, gateway.send(request()).await] {
+        assert_eq!((answer.status, &answer.body["run"]["id"]), (StatusCode::ACCEPTED, &run), "{answer:?}");
+    }
+    world.scene.simulator.release();
+    active.rest().await;
+    assert_eq!(waiting.rest().await.last().unwrap().name, "run.completed");
+    assert_eq!(world.heard().await, ["first", "second", "third"]);
+}
+
+/// The database stays away for longer than the sender waits.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_merge_of_which_nobody_knows_is_told_as_such() {
+    let world = World::new("off").await;
+    let gateway = &world.gateway;
+    world.scene.simulator.hold();
+    let mut active = gateway.stream(SCOPE, "first").await;
+    active.next().await.unwrap();
+    let mut waiting = gateway.stream(SCOPE, "second").await;
+    waiting.next().await.unwrap();
+    world.gate.set_at(MERGE, Moment::After);
+    let body = json!({"content": "third", "multitask_strategy": "merge"});
+    let answer = gateway.post(&format!("{SCOPE}/messages"), &body).await;
+    assert_eq!(answer.problem(), (503, "maybe-merged"));
+    world.gate.open();
+    world.scene.simulator.release();
+    active.rest().await;
+    assert_eq!(waiting.rest().await.last().unwrap().name, "run.completed");
+    assert_eq!(world.heard().await, ["first", "second", "third"]);
+}
