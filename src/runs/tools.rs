@@ -1,12 +1,20 @@
 //! Answers to the function calls of a run.
 
+use std::time::Duration;
+
+use tokio::time::{Instant, sleep, timeout};
 use tracing::Instrument;
 
-use super::{Runs, Submitted};
-use crate::domain::{ConversationKey, RequiredAction, Run, RunId, RunStatus, ToolOutput};
-use crate::error::Error;
+use super::{Runs, Submitted, jittered, own_key};
+use crate::domain::{ConversationKey, RequiredAction, Run, RunId, RunStatus, Thread, ToolOutput};
+use crate::error::{Chain, Error};
 use crate::runs::Follow;
 use crate::store::{Answered, Idempotency, News, StoreError, ThreadName, ToolAnswer};
+
+/// How soon to ask again what became of outputs whose answer was lost.
+const LOOK_AGAIN: Duration = Duration::from_millis(500);
+/// They cannot be taken any more so long after: it is past any statement's time limit.
+const LATEST: Duration = Duration::from_secs(20);
 
 /// Outputs of the functions that a run asked for: all at once.
 #[derive(Clone, Debug)]
@@ -48,8 +56,11 @@ impl Runs {
         self.is_reachable(&thread.upstream)?;
         // Before they are taken: where this cannot be read the caller is refused, and nothing has happened.
         let from = follow.after(&new.outputs).await?.unwrap_or(0);
-        let answer =
+        let mut answer =
             ToolAnswer { expected, outputs: new.outputs.clone(), idempotency: new.idempotency.clone() };
+        if !self.store().keeps_content() {
+            answer.idempotency.get_or_insert_with(own_key);
+        }
         let handing = hand_over(self.clone(), key.clone(), id, answer);
         let answered = if self.store().keeps_content() {
             handing.await?
@@ -58,17 +69,11 @@ impl Runs {
             let task = self.parts.given.tasks.spawn(handing.in_current_span());
             task.await.map_err(|error| Error::Internal(Some(error.into())))??
         };
-        match answered {
-            Answered::Resumed(waiting) => {
-                let submitted =
-                    Submitted { thread: waiting.thread, run: waiting.run, follow, replayed: false };
-                Ok((submitted, from))
-            }
-            Answered::Repeated | Answered::NotWaiting => {
-                let (run, _) = self.run(key, id).await?;
-                self.not_waiting(key, &run, &follow, new).await
-            }
+        if let Some((thread, run)) = answered {
+            return Ok((Submitted { thread, run, follow, replayed: false }, from));
         }
+        let (run, _) = self.run(key, id).await?;
+        self.not_waiting(key, &run, &follow, new).await
     }
 
     /// The run does not wait for these outputs: another request with the same idempotency key was faster, or they
@@ -111,24 +116,100 @@ fn why_not_waiting(status: RunStatus, were_asked_for: bool) -> String {
     }
 }
 
+/// The run that took outputs, and its thread. `None`: it did not wait for them (any more).
+type TakenBy = Option<(Thread, Run)>;
+
 /// Records outputs and lets the run go on with them.
 async fn hand_over(
     runs: Runs,
     key: ConversationKey,
     id: RunId,
     answer: ToolAnswer,
-) -> Result<Answered, StoreError> {
-    let answered = runs.store().answer_tools(&key, id, &answer).await?;
-    // Another replica's run is resumed by that replica, which looks for such requests.
-    if matches!(answered, Answered::Resumed(_)) {
-        match runs.parts.standing.handle(id) {
-            Some(handle) => handle.answer(answer.outputs),
-            None => runs.parts.desk.tell(News::Asked(id)),
+) -> Result<TakenBy, StoreError> {
+    let error = match runs.store().answer_tools(&key, id, &answer).await {
+        Ok(Answered::Resumed(waiting)) => {
+            pass_on(&runs, id, answer.outputs);
+            return Ok(Some((waiting.thread, waiting.run)));
         }
+        Ok(Answered::Repeated | Answered::NotWaiting) => return Ok(None),
+        Err(error) => error,
+    };
+    let is_lost = matches!(error, StoreError::Unavailable(_)) && !runs.store().keeps_content();
+    let (true, Some(used)) = (is_lost, answer.idempotency.clone()) else { return Err(error) };
+    // The outputs may have to wait for the store longer than their sender does.
+    let patience = runs.parts.given.admission_timeout;
+    let finding = find_out(runs.clone(), key, id, (answer, used), patience).in_current_span();
+    match timeout(patience, runs.parts.given.tasks.spawn(finding)).await {
+        Ok(Ok(Some(taken))) => Ok(taken),
+        _ => Err(error),
     }
-    Ok(answered)
 }
 
+/// Hands outputs that were taken to the run's task. Another replica's run is resumed by that replica, which looks for such
+/// requests.
+fn pass_on(runs: &Runs, id: RunId, outputs: Vec<ToolOutput>) {
+    match runs.parts.standing.handle(id) {
+        Some(handle) => handle.answer(outputs),
+        None => runs.parts.desk.tell(News::Asked(id)),
+    }
+}
+
+/// Finds out whether outputs were taken that the store could not give again, and hands them over. For as long as their
+/// sender waits that is done by giving them again, which their idempotency key lets happen once; then only by looking.
+/// `None`: it cannot be told.
+async fn find_out(
+    runs: Runs,
+    key: ConversationKey,
+    id: RunId,
+    (answer, used): (ToolAnswer, Idempotency),
+    patience: Duration,
+) -> Option<TakenBy> {
+    let begun = Instant::now();
+    loop {
+        tokio::select! {
+            biased;
+            () = runs.parts.given.draining.cancelled() => return None,
+            () = sleep(jittered(LOOK_AGAIN)) => {}
+        }
+        let is_awaited = begun.elapsed() < patience;
+        let found = if is_awaited {
+            match runs.store().answer_tools(&key, id, &answer).await {
+                Ok(Answered::Resumed(waiting)) => Ok(Some((waiting.thread, waiting.run))),
+                Ok(Answered::NotWaiting) => Ok(None),
+                Ok(Answered::Repeated) => taken_before(&runs, &key, id, &used).await,
+                Err(error) => Err(error),
+            }
+        } else {
+            taken_before(&runs, &key, id, &used).await
+        };
+        match found {
+            Ok(Some(taken)) => {
+                pass_on(&runs, id, answer.outputs);
+                return Some(Some(taken));
+            }
+            Ok(None) if is_awaited => return Some(None),
+            Ok(None) if begun.elapsed() > LATEST => return None,
+            Ok(None) | Err(StoreError::Unavailable(_)) => {}
+            Err(error) => {
+                tracing::error!(error = %Chain(&error), "cannot tell whether tool outputs were taken");
+                return None;
+            }
+        }
+    }
+}
+
+/// The run, if the outputs that came with this key were taken.
+async fn taken_before(
+    runs: &Runs,
+    key: &ConversationKey,
+    id: RunId,
+    used: &Idempotency,
+) -> Result<TakenBy, StoreError> {
+    let remember = runs.parts.given.runs.idempotency_ttl;
+    let earlier = runs.store().repeated(key, &used.key, remember).await?;
+    let earlier = earlier.filter(|it| it.run.id == id && it.request_hash == used.request_hash);
+    Ok(earlier.map(|it| (it.thread, it.run)))
+}
 /// What is wrong with outputs for these calls.
 fn wrong(outputs: &[ToolOutput], expected: &RequiredAction) -> Option<String> {
     if expected.is_answered_by(outputs) {

@@ -4,7 +4,7 @@ use reqwest::{Method, StatusCode};
 use serde_json::{Value, json};
 
 use crate::support::gate::{Gate, Moment};
-use crate::support::gateway::{Answer, Gateway};
+use crate::support::gateway::{Answer, Gateway, text};
 use crate::support::history::{all, upstream};
 use crate::support::scene::{Backend, Protocol, Scene};
 use crate::support::wiretap::{Steps, Wiretap};
@@ -12,8 +12,9 @@ use crate::support::wiretap::{Steps, Wiretap};
 const SCOPE: &str = "/v1/users/alice";
 /// Longer than any of these tests takes.
 const SESSION: &str = "[replica]\nsession_ttl = \"5m\"\n";
-/// How the statement begins.
+/// How the statements begin.
 const MERGE: &str = "WITH last AS MATERIALIZED";
+const ANSWER_TOOLS: &str = "WITH answered AS";
 
 struct World {
     scene: Scene,
@@ -137,4 +138,47 @@ async fn a_merge_of_which_nobody_knows_is_told_as_such() {
     active.rest().await;
     assert_eq!(waiting.rest().await.last().unwrap().name, "run.completed");
     assert_eq!(world.heard().await, ["first", "second", "third"]);
+}
+
+/// Where outputs are not stored only this process can hand them over.
+async fn outputs_reach_their_run(moment: Moment) {
+    let world = World::new("off").await;
+    let gateway = &world.gateway;
+    let asked = gateway.say(SCOPE, "weather? [[sim: tool=get_weather]]").await;
+    let path = format!("{SCOPE}/runs/{}/tool_outputs", asked["run"]["id"].as_str().unwrap());
+    let call = &asked["run"]["required_action"]["tool_calls"][0]["id"];
+    let body = json!({"tool_outputs": [{"tool_call_id": call, "output": "4 °C"}]});
+    let answer = world.cut(ANSWER_TOOLS, moment, &path, &body).await;
+    assert!(!answer.headers.contains_key("idempotent-replayed"), "{answer:?}");
+    let answer = answer.ok();
+    assert_eq!(answer["run"]["status"], "completed", "{answer:#}");
+    assert!(text(&answer["message"]).contains("4 °C"), "{answer:#}");
+    assert_eq!(gateway.post(&path, &body).await.problem(), (409, "run-not-waiting"));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn outputs_that_were_taken_reach_their_run() {
+    outputs_reach_their_run(Moment::After).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn outputs_that_were_not_taken_are_taken() {
+    outputs_reach_their_run(Moment::Before).await;
+}
+
+/// Their sender does not wait so long, they do.
+#[tokio::test(flavor = "multi_thread")]
+async fn outputs_outlast_an_outage() {
+    let world = World::new("off").await;
+    let gateway = &world.gateway;
+    let asked = gateway.say(SCOPE, "weather? [[sim: tool=get_weather]]").await;
+    let run = format!("{SCOPE}/runs/{}", asked["run"]["id"].as_str().unwrap());
+    let call = &asked["run"]["required_action"]["tool_calls"][0]["id"];
+    let body = json!({"tool_outputs": [{"tool_call_id": call, "output": "4 °C"}]});
+    world.gate.set_at(ANSWER_TOOLS, Moment::After);
+    let answer = gateway.post(&format!("{run}/tool_outputs"), &body).await;
+    assert_eq!(answer.problem(), (503, "store-unavailable"));
+    world.gate.open();
+    let read = gateway.until(&run, |answer| answer.body["run"]["finished_at"].is_string()).await.ok();
+    assert_eq!(read["run"]["status"], "completed", "{read:#}");
 }
