@@ -42,6 +42,10 @@ pub use life::{
 pub use postgres::PostgresStore;
 pub use sqlite::SqliteStore;
 
+/// So many bytes of content, and the rest of the message that reaches them, are read of a transcript at a time: messages
+/// may have several MiB each, and what was read is in memory until its reader has taken it.
+pub const PAGE_BYTES: usize = 4 * 1024 * 1024;
+
 /// Threads, runs and transcripts of all tenants, in one database that several replicas may share.
 #[async_trait]
 pub trait Store: Life + Keys + Send + Sync + std::fmt::Debug {
@@ -170,7 +174,8 @@ pub trait Store: Life + Keys + Send + Sync + std::fmt::Debug {
     async fn events(&self, run: RunId, from: i64) -> Result<Vec<EventBatch>, StoreError>;
 
     /// A page of a transcript by position, or `across` all threads that the key has and had, the oldest thread first, but
-    /// for those that are being deleted; `None` if there is no such thread.
+    /// for those that are being deleted; `None` if there is no such thread. It ends before its limit, with `has_more`, once
+    /// it holds [`PAGE_BYTES`].
     ///
     /// # Errors
     /// [`StoreError::UnknownCursor`] if `after` or `before` names no message of it.
@@ -181,7 +186,8 @@ pub trait Store: Life + Keys + Send + Sync + std::fmt::Debug {
         page: &PageRequest<MessageId>,
     ) -> Result<Option<Page<Message>>, StoreError>;
 
-    /// Up to `limit` messages of any thread that stand after a position (0: from the first on), oldest first.
+    /// Up to `limit` messages of any thread that stand after a position (0: from the first on), oldest first: fewer, but
+    /// one at least, if they hold [`PAGE_BYTES`]. None comes only if there is none.
     async fn transcript(&self, thread: ThreadId, after: i64, limit: u32) -> Result<Vec<Message>, StoreError>;
 
     /// A page of the runs of the key's newest thread by order of admission; `None` if the key has no thread.

@@ -71,6 +71,7 @@ pub(super) struct Archived {
 
 pub(super) fn list_doc() -> Doc {
     Doc::new("messages", "list_messages", "The transcript.")
+        .about("A page holds fewer than `limit`, and has more behind it, once they have 4 MiB of content.")
         .page::<MessageId>()
         .query::<Archived>()
         .lists::<MessageView>("A page of messages.")

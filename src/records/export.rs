@@ -9,7 +9,7 @@ use super::{Counts, Line};
 use crate::domain::{Lifecycle, PageRequest, TenantKey, Thread, ThreadId, UserKey};
 use crate::store::{Store, StoreError, ThreadFilter};
 
-/// Rows in one read: no more are held in memory at a time.
+/// Rows in one read, at most: no more are held in memory at a time.
 const PAGE: u32 = 50;
 
 /// What is taken out.
@@ -119,9 +119,10 @@ impl Export {
             }
             Place::Messages(thread, after) => {
                 let messages = self.store.transcript(thread, after, PAGE).await?;
+                // Fewer may have come than there are: long ones.
                 self.at = match messages.last() {
-                    Some(last) if messages.len() == PAGE as usize => Place::Messages(thread, last.position),
-                    _ => Place::Threads,
+                    Some(last) => Place::Messages(thread, last.position),
+                    None => Place::Threads,
                 };
                 self.counts.messages += messages.len() as u64;
                 messages.into_iter().try_for_each(|message| self.write(&Line::Message(message.into())))

@@ -16,7 +16,7 @@ use crate::error::Error;
 use crate::store::{Foreign, Store, StoreError};
 use crate::upstream::{HistoryEntry, Pace, Upstream, UpstreamError};
 
-/// Messages read at a time.
+/// Messages read at a time, at most.
 const PAGE: u32 = 500;
 
 /// How a transcript and its upstream thread differ.

@@ -5,6 +5,7 @@ macro_rules! reads {
     ($database:ty) => {
         use uuid::Uuid;
 
+        use super::dialect::{STEP_BYTES, listed};
         use crate::domain::{
             Baseline, ConversationKey, EventBatch, Message, MessageId, Page, PageRequest, ReplicaId, Run, RunId, ThreadId,
         };
@@ -12,7 +13,9 @@ macro_rules! reads {
             first_position, lasting_of_key, message_columns, newest_of_key, of_a_run_at_work, queue_depth, run_columns,
             thread_columns,
         };
-        use crate::store::rows::{EventRow, MessageRow, RunRow, RunWithReply, Span, ThreadAndRun, WaitingRow, cursor};
+        use crate::store::rows::{
+            EventRow, Filling, ListedRow, MessageRow, RunRow, RunWithReply, Span, ThreadAndRun, WaitingRow, cursor,
+        };
         use crate::store::{Claim, Idempotency, InputMessage, RunLease, StoreError, ThreadName, Turn, Waiting};
 
         /// Implements [`Store::messages`](crate::store::Store::messages).
@@ -57,30 +60,45 @@ macro_rules! reads {
                 return Ok(None);
             };
             let span = Span::new(page, cursor(page, position)?);
-            let statement = if span.upwards {
-                concat!(
-                    "SELECT ",
-                    message_columns!(),
-                    " FROM messages m WHERE m.thread_id = $1 AND m.position > $2 AND m.position < $3
-                    ORDER BY m.position ASC LIMIT $4",
-                )
-            } else {
-                concat!(
-                    "SELECT ",
-                    message_columns!(),
-                    " FROM messages m WHERE m.thread_id = $1 AND m.position > $2 AND m.position < $3
-                    ORDER BY m.position DESC LIMIT $4",
-                )
-            };
-            let rows: Vec<MessageRow> = sqlx::query_as(statement)
-                .bind(thread)
-                .bind(span.above)
-                .bind(span.below)
-                .bind(span.fetch)
-                .fetch_all(&mut *connection)
-                .await?;
-            span.page(rows).map(Some)
+            Ok(Some(listed(connection, thread, span, page.limit).await?.page(span)))
         }
+
+        /// Messages of a thread, up to so many.
+        async fn listed(
+            connection: &mut <$database as sqlx::Database>::Connection,
+            thread: Uuid,
+            mut span: Span,
+            limit: u32,
+        ) -> Result<Filling, StoreError> {
+            let statement = if span.upwards { UPWARDS } else { DOWNWARDS };
+            let mut filling = Filling::new(limit);
+            while let Some(room) = filling.room() {
+                let rows: Vec<ListedRow> = sqlx::query_as(statement)
+                    .bind(thread)
+                    .bind(span.above)
+                    .bind(span.below)
+                    .bind(room)
+                    .bind(STEP_BYTES)
+                    .fetch_all(&mut *connection)
+                    .await?;
+                if let Some(last) = filling.add(rows)? {
+                    span = span.behind(last.position);
+                }
+            }
+            Ok(filling)
+        }
+
+        /// The messages of the thread `$1` between two positions, up to `$4`, and to the one that reaches `$5` bytes.
+        const UPWARDS: &str = listed!(
+            "m_position ASC", "$4", "$5",
+            "FROM messages m WHERE m.thread_id = $1 AND m.position > $2 AND m.position < $3 ORDER BY m.position ASC"
+        );
+
+        /// The same from the other end.
+        const DOWNWARDS: &str = listed!(
+            "m_position DESC", "$4", "$5",
+            "FROM messages m WHERE m.thread_id = $1 AND m.position > $2 AND m.position < $3 ORDER BY m.position DESC"
+        );
 
         /// The part of [`messages`] that reads all threads of a key.
         async fn messages_across(
@@ -131,17 +149,25 @@ macro_rules! reads {
             } else {
                 (ACROSS_DOWNWARDS, Uuid::max(), span.below)
             };
-            let rows: Vec<MessageRow> = sqlx::query_as(statement)
-                .bind(&tenant)
-                .bind(&user)
-                .bind(&kind)
-                .bind(&scope)
-                .bind(thread.unwrap_or(first))
-                .bind(bound)
-                .bind(span.fetch)
-                .fetch_all(&mut *connection)
-                .await?;
-            span.page(rows).map(Some)
+            let mut behind = (thread.unwrap_or(first), bound);
+            let mut filling = Filling::new(page.limit);
+            while let Some(room) = filling.room() {
+                let rows: Vec<ListedRow> = sqlx::query_as(statement)
+                    .bind(&tenant)
+                    .bind(&user)
+                    .bind(&kind)
+                    .bind(&scope)
+                    .bind(behind.0)
+                    .bind(behind.1)
+                    .bind(room)
+                    .bind(STEP_BYTES)
+                    .fetch_all(&mut *connection)
+                    .await?;
+                if let Some(last) = filling.add(rows)? {
+                    behind = (last.thread_id.uuid(), last.position);
+                }
+            }
+            Ok(Some(filling.page(span)))
         }
 
         /// Implements [`Store::transcript`](crate::store::Store::transcript).
@@ -151,17 +177,9 @@ macro_rules! reads {
             after: i64,
             limit: u32,
         ) -> Result<Vec<Message>, StoreError> {
-            let rows: Vec<MessageRow> = sqlx::query_as(concat!(
-                "SELECT ",
-                message_columns!(),
-                " FROM messages m WHERE m.thread_id = $1 AND m.position > $2 ORDER BY m.position ASC LIMIT $3",
-            ))
-            .bind(thread.uuid())
-            .bind(after)
-            .bind(i64::from(limit))
-            .fetch_all(&mut *connection)
-            .await?;
-            rows.into_iter().map(Message::try_from).collect()
+            let all = PageRequest::<MessageId> { limit, ascending: true, after: None, before: None };
+            let span = Span::new(&all, None).behind(after);
+            Ok(listed(connection, thread.uuid(), span, limit).await?.messages())
         }
 
         /// Implements [`Store::runs`](crate::store::Store::runs).

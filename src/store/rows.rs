@@ -16,7 +16,8 @@ use sqlx::{ColumnIndex, Decode, Encode, FromRow, Row, Type};
 use uuid::Uuid;
 
 use super::{
-    Finished, InputMessage, Orphan, Renewed, Repeated, Request, RunLease, StoreError, ThreadReport, Waiting,
+    Finished, InputMessage, Orphan, PAGE_BYTES, Renewed, Repeated, Request, RunLease, StoreError,
+    ThreadReport, Waiting,
 };
 use crate::domain::{
     ContentPart, ConversationKey, EventBatch, Leftover, Limits, LoggedEvent, Message, MessageId, Metadata,
@@ -216,6 +217,15 @@ impl TryFrom<MessageRow> for InputMessage {
     fn try_from(row: MessageRow) -> Result<Self, StoreError> {
         Ok(Self { id: MessageId::from_uuid(row.m_id), content: row.m_content.0 })
     }
+}
+
+/// A message in a step of a list.
+#[derive(FromRow)]
+pub(super) struct ListedRow {
+    #[sqlx(flatten)]
+    message: MessageRow,
+    /// How many there were for the step. It takes fewer if these have many bytes.
+    found: i64,
 }
 
 /// What a thread is doing, as a statement tells it.
@@ -503,6 +513,11 @@ impl Span {
         }
     }
 
+    /// What stands behind this number, in the direction of travel.
+    pub(super) fn behind(self, number: i64) -> Self {
+        if self.upwards { Self { above: number, ..self } } else { Self { below: number, ..self } }
+    }
+
     /// Makes a page of the rows that were fetched.
     pub(super) fn page<Row, T>(self, rows: Vec<Row>) -> Result<Page<T>, StoreError>
     where
@@ -515,6 +530,57 @@ impl Span {
             data.reverse();
         }
         Ok(Page { data, has_more })
+    }
+}
+
+/// Messages that are read step by step, until there are enough, by number or by bytes.
+pub(super) struct Filling {
+    limit: usize,
+    messages: Vec<Message>,
+    bytes: usize,
+    has_more: bool,
+}
+
+impl Filling {
+    pub(super) fn new(limit: u32) -> Self {
+        Self { limit: limit as usize, messages: Vec::new(), bytes: 0, has_more: true }
+    }
+
+    /// How many the next step may read, if there is to be one.
+    pub(super) fn room(&self) -> Option<i64> {
+        let room = self.limit - self.messages.len();
+        (self.has_more && self.bytes < PAGE_BYTES && room > 0)
+            .then(|| i64::try_from(room).unwrap_or(i64::MAX))
+    }
+
+    /// Takes what a step has read. The last message, behind which the next step begins.
+    pub(super) fn add(&mut self, rows: Vec<ListedRow>) -> Result<Option<&Message>, StoreError> {
+        let found = rows.first().map_or(0, |row| row.found);
+        self.has_more = i64::try_from(rows.len()).is_ok_and(|taken| taken < found);
+        for row in rows {
+            // A step goes by what is stored, which may have been compressed.
+            if self.bytes >= PAGE_BYTES {
+                self.has_more = true;
+                break;
+            }
+            let message = Message::try_from(row.message)?;
+            self.bytes += message.content.iter().map(ContentPart::size).sum::<usize>();
+            self.messages.push(message);
+        }
+        Ok(self.messages.last())
+    }
+
+    pub(super) fn messages(self) -> Vec<Message> {
+        self.messages
+    }
+
+    /// The page that a request with that span wants.
+    pub(super) fn page(self, span: Span) -> Page<Message> {
+        let Self { messages: mut data, has_more, .. } = self;
+        if span.reverse {
+            data.reverse();
+        }
+        Page { data, has_more }
     }
 }
 

@@ -122,8 +122,30 @@ macro_rules! and_no_more {
     };
 }
 
+/// A step of a list of messages: of the first `$limit` `$rows`, given as what follows the columns of a query of `messages m`,
+/// those up to the one with which there are `$bytes`, in an `$order` of columns of the result. `found` is how many rows there
+/// are, of one more than the limit. A size is that of what is stored, which is known without reading it.
+macro_rules! listed {
+    ($order:literal, $limit:literal, $bytes:literal, $($rows:tt)*) => {
+        concat!(
+            "SELECT p.* FROM (
+                SELECT q.*, count(*) OVER () AS found,
+                    sum(pg_column_size(q.m_content)) OVER (ORDER BY ", $order, " ROWS UNBOUNDED PRECEDING)
+                        - pg_column_size(q.m_content) AS before
+                FROM (SELECT ", $crate::store::columns::message_columns!(), " ", $($rows)*, " LIMIT ", $limit, " + 1) q
+            ) p
+            WHERE p.before < ", $bytes, "
+            ORDER BY ", $order, "
+            LIMIT ", $limit
+        )
+    };
+}
+
+/// Stored bytes that one step of a list reads, and one message more. What was compressed may be a hundred times as long.
+pub(super) const STEP_BYTES: i64 = 128 * 1024;
+
 pub(super) use {
-    among, and_no_more, at, each, each_text, held, id, id_after, left_of, locked, locked_if_free,
+    among, and_no_more, at, each, each_text, held, id, id_after, left_of, listed, locked, locked_if_free,
     locked_whole, ms, now, rows_of, spelled,
 };
 

@@ -6,41 +6,41 @@ use crate::store::read::reads;
 
 reads!(sqlx::Postgres);
 
-/// The messages of all threads of a key behind the position `$6` of the thread `$5`, up to `$7`. So many are read of each
-/// thread at most: a sort over all of them would read whole transcripts.
-const ACROSS_UPWARDS: &str = concat!(
-    "SELECT ",
-    message_columns!(),
-    " FROM threads t
+/// The messages of all threads of a key behind the position `$6` of the thread `$5`, up to `$7`, and to the one that reaches
+/// `$8` bytes. So many are read of each thread at most: a sort over all of them would read whole transcripts.
+const ACROSS_UPWARDS: &str = listed!(
+    "m_thread_id ASC, m_position ASC",
+    "$7",
+    "$8",
+    "FROM threads t
     CROSS JOIN LATERAL (
         SELECT f.* FROM messages f
         WHERE f.thread_id = t.id AND f.position > CASE WHEN t.id = $5 THEN $6 ELSE 0 END
         ORDER BY f.position ASC
-        LIMIT $7
+        LIMIT $7 + 1
     ) m
     WHERE ",
     lasting_of_key!(),
     " AND t.id >= $5
-    ORDER BY t.id ASC, m.position ASC
-    LIMIT $7",
+    ORDER BY t.id ASC, m.position ASC"
 );
 
 /// The same before that position, backwards.
-const ACROSS_DOWNWARDS: &str = concat!(
-    "SELECT ",
-    message_columns!(),
-    " FROM threads t
+const ACROSS_DOWNWARDS: &str = listed!(
+    "m_thread_id DESC, m_position DESC",
+    "$7",
+    "$8",
+    "FROM threads t
     CROSS JOIN LATERAL (
         SELECT f.* FROM messages f
         WHERE f.thread_id = t.id AND f.position < CASE WHEN t.id = $5 THEN $6 ELSE 9223372036854775807 END
         ORDER BY f.position DESC
-        LIMIT $7
+        LIMIT $7 + 1
     ) m
     WHERE ",
     lasting_of_key!(),
     " AND t.id <= $5
-    ORDER BY t.id DESC, m.position DESC
-    LIMIT $7",
+    ORDER BY t.id DESC, m.position DESC"
 );
 
 /// The newest migration that was applied; `None` if none was.

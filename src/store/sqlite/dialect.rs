@@ -111,9 +111,34 @@ macro_rules! and_no_more {
     };
 }
 
+/// A step of a list of messages: see the other one. A window would copy what goes through it, so only sizes do.
+macro_rules! listed {
+    ($order:literal, $limit:literal, $bytes:literal, $($rows:tt)*) => {
+        concat!(
+            "SELECT ", $crate::store::columns::message_columns!(), ", p.found FROM (
+                SELECT q.*, count(*) OVER () AS found,
+                    sum(q.size) OVER (ORDER BY ", $order, " ROWS UNBOUNDED PRECEDING) - q.size AS before
+                FROM (
+                    SELECT m.rowid AS row, m.thread_id AS m_thread_id, m.position AS m_position,
+                        octet_length(m.content) AS size
+                    ", $($rows)*, " LIMIT ", $limit, " + 1
+                ) q
+            ) p
+            CROSS JOIN messages m ON m.rowid = p.row
+            WHERE p.before < ", $bytes, "
+            ORDER BY ", $order, "
+            LIMIT ", $limit
+        )
+    };
+}
+
+/// Bytes that one step of a list reads, and one message more: nothing is compressed, so one step makes a page.
+#[expect(clippy::cast_possible_wrap, reason = "a few MiB")]
+pub(super) const STEP_BYTES: i64 = crate::store::PAGE_BYTES as i64;
+
 pub(super) use super::{now, write};
 pub(super) use {
-    among, and_no_more, at, each, each_text, held, id, id_after, left_of, locked, locked_if_free,
+    among, and_no_more, at, each, each_text, held, id, id_after, left_of, listed, locked, locked_if_free,
     locked_whole, ms, rows_of, spelled,
 };
 

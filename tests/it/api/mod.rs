@@ -19,6 +19,7 @@ mod logs;
 mod lost;
 mod openapi;
 mod operators;
+mod pages;
 mod portability;
 mod problems;
 mod queue;

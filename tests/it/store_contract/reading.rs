@@ -1,7 +1,7 @@
 //! Pages, and looking from outside.
 
-use threadkeeper::domain::{Page, Run};
-use threadkeeper::store::StoreError;
+use threadkeeper::domain::{Page, Role, Run};
+use threadkeeper::store::{ImportedMessage, PAGE_BYTES, StoreError};
 
 use super::*;
 
@@ -9,6 +9,7 @@ on_every_backend!(
     a_store_is_ready,
     nothing_is_known_of_a_new_key,
     transcripts_have_pages,
+    long_messages_end_a_page,
     runs_have_pages,
     a_cursor_of_another_list_is_unknown,
     a_closed_store_says_so,
@@ -69,6 +70,70 @@ async fn transcripts_have_pages(_: &TestDatabase, store: &dyn Store) {
         let got = store.messages(ThreadName::Newest(&key), false, &page).await.unwrap().unwrap();
         let positions: Vec<_> = got.data.iter().map(|message| message.position).collect();
         assert_eq!((positions, got.has_more), (wanted, has_more), "{page:?}");
+    }
+}
+
+async fn long_messages_end_a_page(_: &TestDatabase, store: &dyn Store) {
+    let key = user("alice");
+    let thread = exchange(store, &key).await.thread.id;
+    // Of a quarter of what a page holds, but for the sixth. A database may know how to make some of them short.
+    let quarter = PAGE_BYTES / 4;
+    let noise = (0..quarter / 4).fold((String::new(), 1_u64), |(text, n), _| {
+        let n = n.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (format!("{text}{:04x}", n >> 48), n)
+    });
+    let (noise, silence) = (&noise.0, &"x".repeat(quarter));
+    for said in [noise, silence, silence, noise, silence, &silence.repeat(5), noise] {
+        let message = ImportedMessage {
+            id: MessageId::new(),
+            role: Role::User,
+            content: text(said),
+            upstream_message_id: None,
+            context: None,
+            created_at: None,
+        };
+        store.import_messages(thread, &[message]).await.unwrap();
+    }
+    let mut all = Vec::new();
+    loop {
+        let after = all.last().map_or(0, |message: &Message| message.position);
+        let step = store.transcript(thread, after, 100).await.unwrap();
+        let lengths: Vec<_> = step.iter().map(|message| message.content[0].size()).collect();
+        match after {
+            0 => assert_eq!(lengths[2..], [quarter; 4]),
+            6 => assert_eq!(lengths, [quarter, 5 * quarter]),
+            8 => assert_eq!(lengths, [quarter]),
+            _ => {
+                assert_eq!((after, &*lengths), (9, &[][..]));
+                break;
+            }
+        }
+        all.extend(step);
+    }
+    let id = |position: usize| all[position - 1].id;
+
+    for (limit, ascending, after, before, wanted, has_more) in [
+        (100, true, None, None, vec![1, 2, 3, 4, 5, 6], true),
+        (6, true, None, None, vec![1, 2, 3, 4, 5, 6], true),
+        (5, true, None, None, vec![1, 2, 3, 4, 5], true),
+        (100, true, Some(6), None, vec![7, 8], true),
+        (100, true, Some(7), None, vec![8], true),
+        (100, true, Some(8), None, vec![9], false),
+        (100, true, None, Some(9), vec![8], true),
+        (100, true, None, Some(8), vec![4, 5, 6, 7], true),
+        (100, true, None, Some(6), vec![1, 2, 3, 4, 5], false),
+        (100, false, None, None, vec![9, 8], true),
+        (100, false, Some(8), None, vec![7, 6, 5, 4], true),
+        (100, false, Some(7), None, vec![6, 5, 4, 3], true),
+        (100, false, Some(6), None, vec![5, 4, 3, 2, 1], false),
+        (100, false, None, Some(4), vec![8, 7, 6, 5], true),
+    ] {
+        for across in [false, true] {
+            let page = PageRequest { limit, ascending, after: after.map(id), before: before.map(id) };
+            let got = store.messages(ThreadName::Newest(&key), across, &page).await.unwrap().unwrap();
+            let positions: Vec<_> = got.data.iter().map(|message| message.position).collect();
+            assert_eq!((&positions, got.has_more), (&wanted, has_more), "{across} {page:?}");
+        }
     }
 }
 
