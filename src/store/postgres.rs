@@ -37,7 +37,7 @@ use std::fmt;
 use tokio_util::sync::CancellationToken;
 
 use super::errors::check_version;
-use super::pool::{Pool, Trust, on};
+use super::pool::{Dropped, Pool, Trust, on};
 use super::{
     Admission, Admitted, Answered, Binding, Claim, Closing, News, Orphan, Pause, Paused, Renewed, Repeated,
     Request, RunEnd, RunLease, RunProgress, Store, StoreError, ThreadName, ToolAnswer,
@@ -152,14 +152,14 @@ impl PostgresStore {
         let vital = (config.max_connections / 4).clamp(1, 8);
         let general = config.max_connections.saturating_sub(vital).max(1);
         let trust = Arc::new(Trust::default());
-        let pool = |size| {
+        let pool = |size, dropped| {
             let options = options.options.clone();
-            Pool::new(options, Arc::clone(&trust), size, config.acquire_timeout, CALL_TIMEOUT)
+            Pool::new(options, Arc::clone(&trust), size, config.acquire_timeout, CALL_TIMEOUT, dropped)
         };
         Ok(Self {
-            general: Arc::new(pool(general)?),
-            vital: Arc::new(pool(vital)?),
-            session: Arc::new(pool(1)?),
+            general: Arc::new(pool(general, Dropped::Settled)?),
+            vital: Arc::new(pool(vital, Dropped::Closed)?),
+            session: Arc::new(pool(1, Dropped::Closed)?),
             direct: direct.unwrap_or(options).options,
             trust,
             closed: CancellationToken::new(),

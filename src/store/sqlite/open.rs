@@ -13,7 +13,7 @@ use tracing::log::LevelFilter;
 
 use crate::config::{StoreConfig, Synchronous};
 use crate::store::StoreError;
-use crate::store::pool::Pool;
+use crate::store::pool::{Dropped, Pool};
 
 /// How long SQLite waits for a lock: only the check-pointing of its log and visitors such as a backup take any.
 const BUSY_TIMEOUT: Duration = Duration::from_secs(5);
@@ -79,7 +79,7 @@ pub(super) fn writer(path: &Path, config: &StoreConfig) -> Result<Pool<SqliteCon
     };
     let options =
         options(path).create_if_missing(true).journal_mode(SqliteJournalMode::Wal).synchronous(synchronous);
-    Pool::new(options, Arc::default(), 1, config.acquire_timeout, CALL_TIMEOUT)
+    Pool::new(options, Arc::default(), 1, config.acquire_timeout, CALL_TIMEOUT, Dropped::Settled)
 }
 
 /// The connections that only read; opened when they are needed.
@@ -90,6 +90,7 @@ pub(super) fn readers(path: &Path, config: &StoreConfig) -> Result<Pool<SqliteCo
         config.max_connections,
         config.acquire_timeout,
         CALL_TIMEOUT,
+        Dropped::Settled,
     )
 }
 

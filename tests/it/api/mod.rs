@@ -11,6 +11,7 @@ mod events;
 mod expiry;
 mod failures;
 mod fuzz;
+mod hanging_up;
 mod hostile;
 mod idempotency;
 mod killed;

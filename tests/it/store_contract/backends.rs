@@ -2,12 +2,15 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::task::Poll;
 use std::time::Duration;
 
 use sqlx::{Connection, Executor};
 use threadkeeper::config::StoreConfig;
-use threadkeeper::domain::{Lifecycle, RunStatus, ThreadState, UpstreamThreadId};
-use threadkeeper::store::{Paused, PostgresStore, SqliteStore, StoreError, ThreadFilter, ThreadUpdate};
+use threadkeeper::domain::{Lifecycle, Role, RunStatus, ThreadState, UpstreamThreadId};
+use threadkeeper::store::{
+    ImportedMessage, Paused, PostgresStore, SqliteStore, StoreError, ThreadFilter, ThreadUpdate,
+};
 
 use super::*;
 use crate::support::wiretap::Wiretap;
@@ -821,4 +824,69 @@ async fn an_end_sees_what_came_while_it_waited_on_postgres() {
     let withheld = "SELECT count(*) FROM messages WHERE context = 'withheld' AND ended = 'cancelled'";
     assert_eq!(database.number(withheld).await, 1);
     check_invariants(&database).await;
+}
+
+/// A call that is dropped at any moment is done or not done, and its connection is good for the next ones.
+async fn dropped_calls_leave_nothing_open(database: &TestDatabase, store: &dyn Store) {
+    let key = user("alice");
+    let thread = exchange(store, &key).await.thread.id;
+    for polls in 1..=20 {
+        let message = [ImportedMessage {
+            id: MessageId::new(),
+            role: Role::User,
+            content: text("hello"),
+            upstream_message_id: None,
+            context: None,
+            created_at: None,
+        }];
+        polled(store.import_messages(thread, &message), polls).await;
+        // One statement, which nobody else would see if it were in a transaction that was left open.
+        started(store.admit(&admission(&user(&format!("n{polls}")))).await.unwrap());
+        assert_eq!(database.number("SELECT count(*) FROM runs").await, 1 + i64::from(polls));
+        polled(store.transcript(thread, 0, 100), polls).await;
+        store.import_messages(thread, &message).await.unwrap();
+        assert_eq!(database.number("SELECT count(*) FROM messages").await, 2 + 2 * i64::from(polls));
+    }
+    check_invariants(database).await;
+}
+
+/// Polls a future so many times, if it takes so many, and drops it.
+async fn polled(future: impl Future, mut polls: u32) {
+    let mut future = std::pin::pin!(future);
+    std::future::poll_fn(|context| {
+        polls -= 1;
+        let at_its_end = future.as_mut().poll(context).is_ready();
+        if at_its_end || polls == 0 { Poll::Ready(()) } else { Poll::Pending }
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn dropped_calls_leave_nothing_open_on_sqlite() {
+    let database = TestDatabase::sqlite().await;
+    let store = database.store().await;
+    dropped_calls_leave_nothing_open(&database, &*store).await;
+    store.close().await;
+}
+
+#[tokio::test]
+async fn dropped_calls_leave_nothing_open_on_postgres() {
+    let database = TestDatabase::postgres().await;
+    // One of them for callers: each call gets the connection of the one before.
+    let config = StoreConfig { max_connections: 2, ..database.config() };
+    let store = PostgresStore::connect(&config).await.unwrap();
+    dropped_calls_leave_nothing_open(&database, &store).await;
+    store.close().await;
+}
+
+#[tokio::test]
+async fn a_store_closes_though_the_server_is_at_work_on_what_was_dropped() {
+    let database = TestDatabase::postgres().await;
+    let store = database.store().await;
+    let _lock = database.lock("messages").await;
+    tokio::select! {
+        read = store.transcript(ThreadId::new(), 0, 100) => panic!("{read:?}"),
+        () = blocked(&database, 1) => {}
+    }
+    tokio::time::timeout(Duration::from_secs(5), store.close()).await.expect("it closes at once");
 }
