@@ -18,6 +18,7 @@ use utoipa::{PartialSchema, ToSchema};
 
 use super::views::{MessageView, RunView};
 use crate::domain::{RequiredAction, Run, RunId, RunStatus, ThreadId, ToolCall};
+use crate::locks::Seat;
 use crate::runs::{Follow, RunEvent};
 
 /// When a client shall come back whose stream ended before its run.
@@ -28,15 +29,17 @@ type Events = BoxStream<'static, (i64, RunEvent)>;
 
 /// Streams from number `from` on until the run has ended, or waits for tool outputs. Each event's id is `<run>:<n>`.
 /// `on_drop` lives as long as the stream, unless the run asks for outputs: leaving to make function calls is no disconnect.
+/// Its seat does in any case.
 pub(super) fn until_answered(
     run: &Run,
     scope: &str,
     follow: Follow,
     from: i64,
-    on_drop: Option<DropGuard>,
+    (on_drop, seat): (Option<DropGuard>, Option<Seat<RunId>>),
     keep_alive: Duration,
 ) -> Response {
-    let guarded = stream::unfold((follow.events(from), on_drop), |(mut events, mut on_drop)| async move {
+    let events = follow.events(from).inspect(move |_| _ = &seat).boxed();
+    let guarded = stream::unfold((events, on_drop), |(mut events, mut on_drop)| async move {
         let next = events.next().await;
         // Without an event this process stops, and others go on with the run: that is no disconnect either.
         if matches!(next, None | Some((_, RunEvent::RequiresAction(_)))) {

@@ -9,7 +9,7 @@ use tokio_util::sync::DropGuard;
 
 use super::openapi::Doc;
 use super::prefer::{PREFERENCE_APPLIED, Prefer};
-use super::problem::{DRAINING, NOT_FOUND, REPLICA_LOST, UPSTREAM_ERROR, UPSTREAM_TIMEOUT};
+use super::problem::{DRAINING, NOT_FOUND, REPLICA_LOST, TOO_MANY_READERS, UPSTREAM_ERROR, UPSTREAM_TIMEOUT};
 use super::sse::EventView;
 use super::views::{ThreadView, TurnView};
 use super::{AppState, sse};
@@ -45,7 +45,7 @@ pub(super) fn answer_doc(doc: Doc) -> Doc {
         )
         .with(StatusCode::OK, &[&REPLAYED])
         .with(StatusCode::ACCEPTED, &[&REPLAYED, &header::LOCATION, &PREFERENCE_APPLIED])
-        .refuses(&[NOT_FOUND, UPSTREAM_ERROR, UPSTREAM_TIMEOUT, DRAINING, REPLICA_LOST])
+        .refuses(&[NOT_FOUND, UPSTREAM_ERROR, UPSTREAM_TIMEOUT, DRAINING, REPLICA_LOST, TOO_MANY_READERS])
 }
 
 /// Answers with what the run does from event number `from` on.
@@ -57,7 +57,12 @@ pub(super) async fn answer(
     form: Form<'_>,
 ) -> Result<Response, Error> {
     let replayed = submitted.replayed;
-    let response = in_form(state, key, submitted, from, form).await;
+    let response = if form.stream.unwrap_or_else(|| accepts_events(form.headers)) {
+        // That there are too many readers is not what became of the run.
+        Ok(streamed(state, submitted, from, form)?)
+    } else {
+        as_json(state, key, submitted, from, form).await
+    };
     if !replayed {
         return response;
     }
@@ -67,18 +72,32 @@ pub(super) async fn answer(
     Ok(response)
 }
 
-async fn in_form(
+fn streamed(
+    state: &AppState,
+    submitted: Submitted,
+    from: i64,
+    Form { uri, on_drop, .. }: Form<'_>,
+) -> Result<Response, Error> {
+    let Submitted { run, follow, replayed, .. } = submitted;
+    let seat = match state.readers.take(&run.id) {
+        // What was taken is answered. Of its repeats there may be any number.
+        Err(_) if replayed => {
+            return Err(Error::TooManyReaders { limit: state.server.max_readers.get() });
+        }
+        seat => seat.ok(),
+    };
+    let keep_alive = state.server.keep_alive;
+    Ok(sse::until_answered(&run, scope_of(uri), follow, from, (on_drop, seat), keep_alive))
+}
+
+async fn as_json(
     state: &AppState,
     key: &ConversationKey,
     submitted: Submitted,
     from: i64,
     form: Form<'_>,
 ) -> Result<Response, Error> {
-    let Form { stream, headers, uri, on_drop } = form;
-    if stream.unwrap_or_else(|| accepts_events(headers)) {
-        let Submitted { run, follow, .. } = submitted;
-        return Ok(sse::until_answered(&run, scope_of(uri), follow, from, on_drop, state.server.keep_alive));
-    }
+    let Form { headers, uri, on_drop, .. } = form;
     let prefer = Prefer::of(headers);
     let waits = submitted.follow.answer(from);
     let answered = match prefer.patience() {

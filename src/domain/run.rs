@@ -158,8 +158,8 @@ pub struct RequiredAction {
 }
 
 impl RequiredAction {
-    /// The same calls. Their ids tell: what they say is not stored everywhere.
-    pub fn is(&self, other: &Self) -> bool {
+    /// Their ids tell: what they say is not stored everywhere.
+    pub fn has_same_calls(&self, other: &Self) -> bool {
         self.tool_calls.iter().map(|call| &call.id).eq(other.tool_calls.iter().map(|call| &call.id))
     }
 

@@ -24,6 +24,7 @@ use crate::store::{News, Store, StoreError, ThreadName, ThreadReport, Waiting};
 const FIRST_POLL: Duration = Duration::from_millis(100);
 const LONGEST_POLL: Duration = Duration::from_secs(1);
 
+/// The run was there when somebody began to follow it.
 pub const DELETED: Error = Error::NotFound("the run was deleted meanwhile");
 
 /// A run that can be followed.
@@ -113,7 +114,7 @@ impl Follow {
     async fn run_that_waits_for(&self, asked: &RequiredAction) -> Option<Run> {
         let (run, _) = self.insist(|| self.runs.store().run(&self.thread.key, self.run)).await?;
         let waits_for = run.required_action.as_ref().filter(|_| run.status == RunStatus::RequiresAction);
-        waits_for.is_some_and(|action| action.is(asked)).then_some(run)
+        waits_for.is_some_and(|action| action.has_same_calls(asked)).then_some(run)
     }
 
     async fn waiting(&self, asked: &RequiredAction) -> Option<Waiting> {

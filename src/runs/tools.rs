@@ -210,6 +210,7 @@ async fn taken_before(
     let earlier = earlier.filter(|it| it.run.id == id && it.request_hash == used.request_hash);
     Ok(earlier.map(|it| (it.thread, it.run)))
 }
+
 /// What is wrong with outputs for these calls.
 fn wrong(outputs: &[ToolOutput], expected: &RequiredAction) -> Option<String> {
     if expected.is_answered_by(outputs) {

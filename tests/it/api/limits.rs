@@ -11,7 +11,7 @@ use serde_json::json;
 
 use tokio::time::sleep;
 
-use crate::support::gateway::PATIENCE;
+use crate::support::gateway::{EventReader, PATIENCE};
 use crate::support::scene::{Backend, Protocol, Scene};
 
 const LIMITS: &str = "[limits]\nuser_rate = 1\nuser_burst = 3\ntenant_rate = 1000\n";
@@ -76,14 +76,19 @@ async fn only_so_many_runs_are_taken() {
 #[tokio::test(flavor = "multi_thread")]
 async fn only_so_many_read_along() {
     let scene = Scene::new(Protocol::Responses, Backend::Sqlite).await;
-    let gateway = scene.gateway_with("[server]\nmax_readers = 2\n").await;
+    let gateway = scene.gateway_with("[server]\nmax_readers = 3\n").await;
     scene.simulator.hold();
-    let mut own = gateway.stream("/v1/users/alice", "hello").await;
+    let own = gateway.request(Method::POST, "/v1/users/alice/messages").header("idempotency-key", "hello");
+    let own = own.json(&json!({"content": "hello", "stream": true})).send().await.unwrap();
+    let mut own = EventReader::new(own);
     let run = own.next().await.unwrap().data["run_id"].as_str().unwrap().to_owned();
     let path = format!("/v1/users/alice/runs/{run}/events");
     let (one, two) = (gateway.open_events(&path, None).await, gateway.open_events(&path, None).await);
     assert_eq!((one.status().as_u16(), two.status().as_u16()), (200, 200));
     let refused = gateway.get(&path).await;
+    assert_eq!(refused.problem(), (429, "too-many-readers"));
+    let again = gateway.request(Method::POST, "/v1/users/alice/messages").header("idempotency-key", "hello");
+    let refused = gateway.send(again.json(&json!({"content": "hello", "stream": true}))).await;
     assert_eq!(refused.problem(), (429, "too-many-readers"));
     drop(one);
     let begun = Instant::now();
