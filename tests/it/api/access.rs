@@ -7,7 +7,7 @@ use reqwest::{Method, RequestBuilder, StatusCode};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 use threadkeeper::api::{Route, routes};
-use threadkeeper::domain::{Access, DeletionId, RunId, ThreadId};
+use threadkeeper::domain::{Access, DeletionId, MessageId, RunId, ThreadId};
 
 use crate::support::gateway::{Answer, Gateway, PATIENCE};
 use crate::support::scene::{Backend, Protocol, Scene};
@@ -445,6 +445,57 @@ async fn a_token_opens_its_own_user_alone() {
     for token in bad {
         let request = gateway.request(Method::GET, "/v1/users/alice/threads").bearer_auth(&token);
         assert_eq!(gateway.send(request).await.problem(), (401, "unauthenticated"), "{token}");
+    }
+}
+
+/// Neither by the ids of what they have in the path, nor by cursors of their lists.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_token_learns_nothing_of_other_users() {
+    for backend in [Backend::Sqlite, Backend::Postgres] {
+        let scene = Scene::new(Protocol::Responses, backend).await;
+        let gateway = scene.gateway_with(ISSUER).await;
+        let token = |user: &str| token("a-secret-that-is-shared-with-the-issuer", &json!({"sub": user}));
+        let get = |path: String, user: &str| {
+            gateway.send(gateway.request(Method::GET, &path).bearer_auth(token(user)))
+        };
+        let mut asked = Vec::new();
+        for user in ["alice", "bob"] {
+            let body = json!({"content": "hello [[sim: tool=get_weather]]"});
+            let say = gateway.request(Method::POST, &format!("/v1/users/{user}/messages")).json(&body);
+            asked.push(gateway.send(say.bearer_auth(token(user))).await.ok());
+        }
+        let id = |of: &str| asked[1][of]["id"].as_str().unwrap().to_owned();
+        let own = Ids { user: "alice", ..Ids::unknown() };
+        let bobs = Ids { run: id("run"), thread: id("thread"), ..Ids { user: "alice", ..Ids::unknown() } };
+        let by_id = routes().into_iter().filter(|it| it.needs.is_some_and(|needs| needs <= Access::Chat));
+        for route in by_id.filter(|it| ["{run}", "{thread}"].iter().any(|id| it.path.contains(id))) {
+            let what = format!("{} {}", route.method, route.path);
+            let theirs = ask(&gateway, &route, &bobs, &token("alice")).await;
+            assert_eq!(theirs.problem(), (404, "not-found"), "{what}");
+            assert_eq!(
+                outcome(&theirs),
+                outcome(&ask(&gateway, &route, &own, &token("alice")).await),
+                "{what}"
+            );
+        }
+        let said = get("/v1/users/bob/messages".to_owned(), "bob").await.ok();
+        let said = said["data"][0]["id"].as_str().unwrap().to_owned();
+        for (list, theirs, none) in [
+            ("threads", id("thread"), ThreadId::new().to_string()),
+            ("runs", id("run"), RunId::new().to_string()),
+            ("messages", said, MessageId::new().to_string()),
+        ] {
+            for cursor in ["after", "before"] {
+                let list = |id: &str| get(format!("/v1/users/alice/{list}?{cursor}={id}"), "alice");
+                let refused = list(&theirs).await;
+                assert_eq!(refused.status, StatusCode::UNPROCESSABLE_ENTITY, "{refused:?}");
+                assert_eq!(outcome(&refused), outcome(&list(&none).await));
+            }
+        }
+        assert_eq!(
+            get(format!("/v1/users/bob/runs/{}", id("run")), "bob").await.ok()["run"],
+            asked[1]["run"]
+        );
     }
 }
 
