@@ -26,14 +26,14 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use threadkeeper::domain::{
-    ContentPart, Context, ConversationKey, EventBatch, Limits, LoggedEvent, Message, MessageId, Metadata,
-    MultitaskStrategy, PageRequest, RemnantId, ReplicaId, RequiredAction, Run, RunId, RunStatus, Scope,
-    SessionKey, TenantKey, Thread, ThreadActivity, ThreadId, ToolCall, ToolOutput, TopicKey, UpstreamRunId,
-    UpstreamThreadId, Usage, UserKey,
+    ContentPart, Context, ConversationKey, EventBatch, Lifecycle, Limits, LoggedEvent, Message, MessageId,
+    Metadata, MultitaskStrategy, PageRequest, RemnantId, ReplicaId, RequiredAction, Run, RunId, RunStatus,
+    Scope, SessionKey, TenantKey, Thread, ThreadActivity, ThreadId, ToolCall, ToolOutput, TopicKey,
+    UpstreamRunId, UpstreamThreadId, Usage, UserKey,
 };
 use threadkeeper::store::{
-    Admission, Admitted, Binding, Claim, Closing, Finished, Idempotency, InputMessage, Pause, Reply, RunEnd,
-    RunLease, Store, ThreadFilter, ThreadName, ToolAnswer, Turn,
+    Admission, Admitted, Binding, Claim, Closing, Finished, Idempotency, ImportedThread, InputMessage, Pause,
+    Reply, RunEnd, RunLease, Store, ThreadFilter, ThreadName, ToolAnswer, Turn,
 };
 
 use crate::support::TestDatabase;
@@ -68,6 +68,24 @@ pub(crate) fn user(name: &str) -> ConversationKey {
         tenant: TenantKey::default(),
         user: UserKey::try_from(name.to_owned()).unwrap(),
         scope: Scope::User,
+    }
+}
+
+/// A thread from elsewhere of which nothing is known but its key.
+pub(crate) fn imported(key: &ConversationKey) -> ImportedThread {
+    ImportedThread {
+        id: None,
+        key: key.clone(),
+        upstream: "main".to_owned(),
+        upstream_thread_id: None,
+        lifecycle: Lifecycle::Current,
+        previous_thread: None,
+        metadata: Metadata::default(),
+        created_at: None,
+        last_active_at: None,
+        archived_at: None,
+        limits: Limits::NONE,
+        configured: Limits::NONE,
     }
 }
 

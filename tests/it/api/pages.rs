@@ -4,12 +4,12 @@ use std::fmt::Write;
 
 use reqwest::Method;
 use serde_json::Value;
-use threadkeeper::domain::{ContentPart, Lifecycle, Limits, MessageId, Metadata, Role};
-use threadkeeper::store::{Imported, ImportedMessage, ImportedThread};
+use threadkeeper::domain::{ContentPart, MessageId, Role};
+use threadkeeper::store::{Imported, ImportedMessage};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 
-use crate::store_contract::user;
+use crate::store_contract::{imported, user};
 use crate::support::gateway::Gateway;
 use crate::support::scene::{Backend, Protocol, Scene};
 
@@ -80,20 +80,7 @@ async fn long_messages_cost_little_memory(scene: Scene) {
 /// A thread of messages of 1 MiB each, that begin with their number: every other one can be compressed to almost nothing.
 async fn add_messages(scene: &Scene) {
     let store = scene.database.store().await;
-    let thread = ImportedThread {
-        id: None,
-        key: user("alice"),
-        upstream: "main".to_owned(),
-        upstream_thread_id: None,
-        lifecycle: Lifecycle::Current,
-        previous_thread: None,
-        metadata: Metadata::default(),
-        created_at: None,
-        last_active_at: None,
-        archived_at: None,
-        limits: Limits::NONE,
-        configured: Limits::NONE,
-    };
+    let thread = imported(&user("alice"));
     let Imported::Added(id) = store.import_thread(&thread).await.unwrap() else { panic!("it is new") };
     let mut noise = 1_u64;
     for n in 0..MESSAGES {

@@ -1,7 +1,7 @@
 //! Threads and messages from elsewhere.
 
-use threadkeeper::domain::{Lifecycle, Role, Timestamp, UpstreamThreadId};
-use threadkeeper::store::{Imported, ImportedMessage, ImportedThread};
+use threadkeeper::domain::{Role, Timestamp};
+use threadkeeper::store::{Imported, ImportedMessage};
 
 use super::*;
 
@@ -21,23 +21,6 @@ on_every_backend!(
 );
 
 const HOUR: Duration = Duration::from_hours(1);
-
-fn thread(key: &ConversationKey) -> ImportedThread {
-    ImportedThread {
-        id: None,
-        key: key.clone(),
-        upstream: "main".to_owned(),
-        upstream_thread_id: None,
-        lifecycle: Lifecycle::Current,
-        previous_thread: None,
-        metadata: Metadata::default(),
-        created_at: None,
-        last_active_at: None,
-        archived_at: None,
-        limits: Limits::NONE,
-        configured: Limits::NONE,
-    }
-}
 
 fn upstream(id: &str) -> UpstreamThreadId {
     UpstreamThreadId(id.to_owned())
@@ -80,7 +63,7 @@ async fn a_thread_comes_as_it_is_said(database: &TestDatabase, store: &dyn Store
         last_active_at: Some(time("2026-02-02T03:04:05.678Z")),
         limits: Limits { max_age: Some(1000 * HOUR), max_idle: Some(500 * HOUR) },
         configured: limits(HOUR),
-        ..thread(&key)
+        ..imported(&key)
     };
     let id = added(store, &said).await;
     assert_eq!(Some(id), said.id);
@@ -97,17 +80,17 @@ async fn a_thread_comes_as_it_is_said(database: &TestDatabase, store: &dyn Store
 
 async fn what_is_not_said_of_a_thread_is_filled_in(database: &TestDatabase, store: &dyn Store) {
     let now = exchange(store, &user("bob")).await.thread.created_at;
-    let id = added(store, &ImportedThread { configured: limits(HOUR), ..thread(&user("alice")) }).await;
+    let id = added(store, &ImportedThread { configured: limits(HOUR), ..imported(&user("alice")) }).await;
     let got = by_id(store, id).await;
     assert!(got.created_at >= now && got.last_active_at == got.created_at);
     assert_eq!(database.due_at("alice").await, limits(HOUR).end(got.created_at, got.last_active_at));
-    added(store, &thread(&user("carol"))).await;
+    added(store, &imported(&user("carol"))).await;
     assert_eq!(database.due_at("carol").await, None);
 }
 
 async fn a_thread_comes_once(database: &TestDatabase, store: &dyn Store) {
     let key = user("alice");
-    let one = ImportedThread { id: Some(ThreadId::new()), ..thread(&key) };
+    let one = ImportedThread { id: Some(ThreadId::new()), ..imported(&key) };
     let id = added(store, &one).await;
     let before = by_id(store, id).await;
     let again = ImportedThread { metadata: metadata(&[("a", "b")]), ..one.clone() };
@@ -126,8 +109,8 @@ async fn a_thread_comes_once(database: &TestDatabase, store: &dyn Store) {
 
 async fn a_thread_without_an_id_is_known_by_its_key(database: &TestDatabase, store: &dyn Store) {
     let key = user("alice");
-    let bare = thread(&key);
-    let named = |id| ImportedThread { upstream_thread_id: Some(upstream(id)), ..thread(&key) };
+    let bare = imported(&key);
+    let named = |id| ImportedThread { upstream_thread_id: Some(upstream(id)), ..imported(&key) };
     let id = added(store, &named("thread_abc")).await;
     assert_eq!(store.import_thread(&named("thread_abc")).await.unwrap(), Imported::Known(id));
     assert_eq!(store.import_thread(&bare).await.unwrap(), Imported::Known(id));
@@ -148,7 +131,7 @@ async fn a_thread_without_an_id_is_known_by_its_key(database: &TestDatabase, sto
     assert_eq!(store.import_thread(&named("thread_abc")).await.unwrap(), Imported::Known(id));
     assert_eq!(database.number("SELECT count(*) FROM threads").await, 2);
 
-    let many: Vec<_> = (0..16).map(|_| thread(&user("bob"))).collect();
+    let many: Vec<_> = (0..16).map(|_| imported(&user("bob"))).collect();
     let results = futures_util::future::join_all(many.iter().map(|it| store.import_thread(it))).await;
     let new = results.iter().filter(|it| matches!(it, Ok(Imported::Added(_)))).count();
     let known = results.iter().filter(|it| matches!(it, Ok(Imported::Known(_)))).count();
@@ -163,7 +146,7 @@ async fn an_archived_thread_comes_beside_the_current_one(database: &TestDatabase
         lifecycle: Lifecycle::Archived,
         created_at: Some(time(created_at)),
         archived_at: archived_at.map(time),
-        ..thread(&key)
+        ..imported(&key)
     };
     let one = archived(Some(ThreadId::new()), "2026-01-01T00:00:00Z", Some("2026-03-01T00:00:00Z"));
     let got = by_id(store, added(store, &one).await).await;
@@ -189,7 +172,7 @@ async fn ids_tell_how_old_threads_are(_: &TestDatabase, store: &dyn Store) {
     for (name, created_at) in
         [("c", "2026-03-01T00:00:00Z"), ("a", "2024-01-01T00:00:00Z"), ("b", "2025-01-01T00:00:00Z")]
     {
-        let said = ImportedThread { created_at: Some(time(created_at)), ..thread(&user(name)) };
+        let said = ImportedThread { created_at: Some(time(created_at)), ..imported(&user(name)) };
         wanted.push((created_at, added(store, &said).await));
     }
     wanted.sort_unstable();
@@ -206,7 +189,7 @@ async fn ids_tell_how_old_threads_are(_: &TestDatabase, store: &dyn Store) {
 async fn a_thread_that_came_is_used(database: &TestDatabase, store: &dyn Store) {
     let key = user("alice");
     let id =
-        added(store, &ImportedThread { upstream_thread_id: Some(upstream("thread_abc")), ..thread(&key) })
+        added(store, &ImportedThread { upstream_thread_id: Some(upstream("thread_abc")), ..imported(&key) })
             .await;
     store
         .import_messages(id, &[message(Role::User, "before"), message(Role::Assistant, "yes")])
@@ -221,7 +204,7 @@ async fn a_thread_that_came_is_used(database: &TestDatabase, store: &dyn Store) 
     assert_eq!(transcript(store, &key).await, wanted);
     check_invariants(database).await;
 
-    let old = ImportedThread { created_at: Some(time("2024-01-01T00:00:00Z")), ..thread(&user("bob")) };
+    let old = ImportedThread { created_at: Some(time("2024-01-01T00:00:00Z")), ..imported(&user("bob")) };
     let old = added(store, &old).await;
     let fresh =
         started(store.admit(&Admission { limits: limits(HOUR), ..admission(&user("bob")) }).await.unwrap());
@@ -231,7 +214,7 @@ async fn a_thread_that_came_is_used(database: &TestDatabase, store: &dyn Store) 
 async fn messages_come_in_their_order(_: &TestDatabase, store: &dyn Store) {
     let key = user("alice");
     let id =
-        added(store, &ImportedThread { upstream_thread_id: Some(upstream("thread_abc")), ..thread(&key) })
+        added(store, &ImportedThread { upstream_thread_id: Some(upstream("thread_abc")), ..imported(&key) })
             .await;
     let before = by_id(store, id).await;
     let one = ImportedMessage {
@@ -258,7 +241,7 @@ async fn messages_come_in_their_order(_: &TestDatabase, store: &dyn Store) {
 }
 
 async fn messages_come_once(database: &TestDatabase, store: &dyn Store) {
-    let id = added(store, &thread(&user("alice"))).await;
+    let id = added(store, &imported(&user("alice"))).await;
     let [one, two, three] = ["one", "two", "three"].map(|said| message(Role::User, said));
     let first = [one.clone(), two.clone(), one.clone()];
     assert_eq!(store.import_messages(id, &first).await.unwrap(), 2);
@@ -266,7 +249,7 @@ async fn messages_come_once(database: &TestDatabase, store: &dyn Store) {
     assert_eq!(store.import_messages(id, &[two, three.clone(), one.clone()]).await.unwrap(), 1);
     assert_eq!(transcript(store, &user("alice")).await, ["user: one", "user: two", "user: three"]);
     // Not in another thread either, nor in one that is not there or is on its way out.
-    let other = added(store, &thread(&user("bob"))).await;
+    let other = added(store, &imported(&user("bob"))).await;
     assert_eq!(store.import_messages(other, &[one]).await.unwrap(), 0);
     let four = [message(Role::User, "four")];
     assert_eq!(store.import_messages(ThreadId::new(), &four).await.unwrap(), 0);
@@ -277,7 +260,7 @@ async fn messages_come_once(database: &TestDatabase, store: &dyn Store) {
 
 async fn messages_of_a_thread_without_a_copy_are_missing_there(database: &TestDatabase, store: &dyn Store) {
     let key = user("alice");
-    let id = added(store, &thread(&key)).await;
+    let id = added(store, &imported(&key)).await;
     store.import_messages(id, &[message(Role::User, "one"), message(Role::Assistant, "two")]).await.unwrap();
     assert_eq!(by_id(store, id).await.backlog, 2);
     let turn = started(store.admit(&admission(&key)).await.unwrap());
@@ -301,7 +284,7 @@ async fn messages_come_behind_those_that_are_there(database: &TestDatabase, stor
 
 async fn many_messages_come_at_once(database: &TestDatabase, store: &dyn Store) {
     let key = user("alice");
-    let id = added(store, &thread(&key)).await;
+    let id = added(store, &imported(&key)).await;
     let many: Vec<_> = (0..250).map(|n| message(Role::User, &n.to_string())).collect();
     assert_eq!(store.import_messages(id, &many).await.unwrap(), 250);
     assert_eq!(store.import_messages(id, &many).await.unwrap(), 0);
