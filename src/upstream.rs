@@ -159,6 +159,8 @@ pub struct Capabilities {
     pub has_threads: bool,
     /// Runs are kept apart from their thread, and are not deleted with it.
     pub stores_runs: bool,
+    /// A run goes on though nobody reads it, and only who has heard its id can end it.
+    pub goes_on_unread: bool,
 }
 
 /// Messages of an upstream thread in a row.

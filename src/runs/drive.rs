@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use futures_util::StreamExt;
+use tokio::sync::watch;
 use tokio::time::{Instant, sleep};
 
 use super::failure::Failure;
@@ -50,6 +51,8 @@ pub(super) struct Drive<'a> {
     pub(super) turn: &'a Turn,
     pub(super) feed: &'a FeedWriter,
     pub(super) progress: &'a mut Progress,
+    /// Whether a request is out of which it is not heard yet under which id it runs.
+    pub(super) asking: &'a watch::Sender<bool>,
 }
 
 /// What a failure leads to.
@@ -127,7 +130,7 @@ impl Drive<'_> {
                 metadata: &self.turn.run.metadata,
             };
             self.may_send()?;
-            self.progress.unheard += 1;
+            self.asks();
             let error = match self.upstream.start(request).await {
                 Ok(events) => match self.relay(events, false).await {
                     // A thread that turns out to be broken only after it took the run.
@@ -162,8 +165,14 @@ impl Drive<'_> {
                     {
                         return self.relay(events, true).await;
                     }
-                    if was_busy && !rebuilt {
-                        self.take_away_earlier().await?;
+                    if was_busy && !rebuilt && self.turn.thread.leftover.is_some() {
+                        // What held it may have come in since it was looked at, and what went along with it.
+                        if self.settle_earlier().await? {
+                            history.messages = self.backlog().await?;
+                        } else {
+                            history = self.start_anew().await?;
+                            (needs_thread, rebuilt) = (true, true);
+                        }
                     }
                 }
             }
@@ -236,7 +245,7 @@ impl Drive<'_> {
                 metadata: &self.turn.run.metadata,
             };
             self.may_send()?;
-            self.progress.unheard += 1;
+            self.asks();
             let error = match self.upstream.answer_tools(request).await {
                 Ok(events) => return self.relay(events, false).await,
                 Err(error) => error,
@@ -267,8 +276,15 @@ impl Drive<'_> {
         insist(|| store.sends_outputs(&self.turn.lease)).await
     }
 
+    /// A request goes out that may start something, of which it is not heard yet under which id.
+    fn asks(&mut self) {
+        self.progress.unheard += 1;
+        self.asking.send_replace(true);
+    }
+
     /// Whoever says how a request failed has not left anything of it.
     fn heard(&mut self, error: &UpstreamError) {
+        self.asking.send_replace(false);
         if !matches!(error, UpstreamError::Broken { .. } | UpstreamError::Protocol(_)) {
             self.progress.heard();
         }
@@ -392,6 +408,7 @@ impl Drive<'_> {
         while let Some(event) = events.next().await {
             match event.map_err(Failure::Upstream)? {
                 UpstreamEvent::Accepted(id) => {
+                    self.asking.send_replace(false);
                     self.feed.accepted(&id);
                     progress.accepted(id);
                 }

@@ -1,9 +1,11 @@
 //! A turn at work, as a task of its own: its rounds at the upstream, its waits for tool outputs, its end.
 
 use std::panic::AssertUnwindSafe;
+use std::pin::pin;
 use std::time::Duration;
 
 use futures_util::FutureExt;
+use tokio::sync::watch;
 use tokio::time::{Instant, sleep, sleep_until};
 
 use super::drive::{Drive, Round, drain};
@@ -18,6 +20,9 @@ use crate::domain::{RequiredAction, Run, RunStatus, ToolOutput};
 use crate::error::Chain;
 use crate::store::{News, Orphan, Pause, Paused, RunLease, Store, StoreError, Turn};
 use crate::upstream::{Ended, EventStream, Upstream};
+
+/// How long the id of a run is waited for that is cut off before it was heard.
+const HEARING: Duration = Duration::from_secs(2);
 
 /// What a run that was taken over from another process begins with.
 enum Begin {
@@ -179,6 +184,7 @@ impl Rounds<'_> {
     /// One request and what it leads to.
     async fn round(&mut self, working: &Working, round: Round<'_>) -> Rounded {
         let parts = &self.runs.parts.given;
+        let (asking, mut asks) = watch::channel(false);
         let drive = Drive {
             runs: self.runs,
             upstream: self.upstream,
@@ -186,15 +192,29 @@ impl Rounds<'_> {
             turn: self.turn,
             feed: &working.feed,
             progress: self.progress,
+            asking: &asking,
         };
-        tokio::select! {
+        let mut round = pin!(AssertUnwindSafe(drive.round(round)).catch_unwind());
+        let cut = tokio::select! {
             biased;
-            () = working.lost.cancelled() => Err(Failure::LeaseLost),
-            () = parts.stop.cancelled() => Err(Failure::Stopped),
-            () = working.cancel.requested() => Err(Failure::Cancelled),
-            () = sleep_until(self.deadline) => Err(Failure::Deadline),
-            result = AssertUnwindSafe(drive.round(round)).catch_unwind() => result.unwrap_or(Err(Failure::Panic)),
+            () = working.lost.cancelled() => return Err(Failure::LeaseLost),
+            () = parts.stop.cancelled() => return Err(Failure::Stopped),
+            () = working.cancel.requested() => Failure::Cancelled,
+            () = sleep_until(self.deadline) => Failure::Deadline,
+            result = &mut round => return result.unwrap_or(Err(Failure::Panic)),
+        };
+        if self.upstream.capabilities().goes_on_unread {
+            // The id by which it can be ended may be on its way.
+            tokio::select! {
+                biased;
+                () = working.lost.cancelled() => return Err(Failure::LeaseLost),
+                () = parts.stop.cancelled() => return Err(Failure::Stopped),
+                _ = asks.wait_for(|asks| !asks) => {}
+                _ = &mut round => {}
+                () = sleep(HEARING) => {}
+            }
         }
+        Err(cut)
     }
 
     /// Lets the run wait: from here on the outputs may come, and whoever takes the run over knows what it said.

@@ -50,7 +50,13 @@ impl AssistantsUpstream {
 #[async_trait]
 impl Upstream for AssistantsUpstream {
     fn capabilities(&self) -> Capabilities {
-        Capabilities { lock_window: self.lock_window, has_threads: true, stores_runs: false }
+        Capabilities {
+            lock_window: self.lock_window,
+            has_threads: true,
+            stores_runs: false,
+            // The lock of its thread names it.
+            goes_on_unread: false,
+        }
     }
 
     fn available(&self) -> Result<(), Duration> {

@@ -66,7 +66,12 @@ impl ResponsesUpstream {
 #[async_trait]
 impl Upstream for ResponsesUpstream {
     fn capabilities(&self) -> Capabilities {
-        Capabilities { lock_window: self.lock_window, has_threads: self.conversations, stores_runs: true }
+        Capabilities {
+            lock_window: self.lock_window,
+            has_threads: self.conversations,
+            stores_runs: true,
+            goes_on_unread: self.background,
+        }
     }
 
     fn available(&self) -> Result<(), Duration> {

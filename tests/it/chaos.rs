@@ -16,7 +16,6 @@ mod seen;
 mod sending;
 mod takeover;
 mod users;
-mod wire;
 mod world;
 
 use std::hash::{BuildHasher, RandomState};

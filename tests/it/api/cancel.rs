@@ -1,10 +1,13 @@
 //! Stopping what runs or waits.
 
+use std::time::Duration;
+
 use reqwest::Method;
 use serde_json::{Value, json};
 
 use crate::support::gateway::{EventReader, Gateway, PATIENCE, text, text_of};
 use crate::support::history::assert_same;
+use crate::support::link::{Link, Weather};
 use crate::support::scene::{Backend, Protocol, Scene, on_every_scene};
 
 on_every_scene!(
@@ -215,4 +218,59 @@ async fn any_process_can_cancel_a_run(scene: Scene) {
     works_again(&other, &scene).await;
     works_again(&owner, &scene).await;
     assert_same(&scene, &owner, SCOPE).await;
+}
+
+/// A response in the background goes on though nobody reads it. So whoever cuts one off before its id was heard waits for
+/// that, and ends it.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_run_whose_id_is_on_its_way_is_cancelled_upstream() {
+    for protocol in [Protocol::Responses, Protocol::Chain] {
+        let scene = Scene::new(protocol, Backend::Sqlite).await;
+        let link = Link::to_upstream(&scene.upstream_url).await;
+        let config = scene.config_with("", "background = true\n").replace(&scene.upstream_url, &link.url);
+        let gateway = Gateway::start(&config).await;
+        gateway.say(SCOPE, "hello").await;
+        link.valve.set(Weather { delay: Duration::from_millis(300), ..Weather::default() });
+        let mut stream = gateway.stream(SCOPE, "a long story [[sim: silent_after=3]]").await;
+        let run = stream.next().await.unwrap().data["run_id"].as_str().unwrap().to_owned();
+        scene.simulator.wait_for(|stats| stats.runs_started == 2).await;
+        let cancelled = cancel(&gateway, &format!("runs/{run}/cancel")).await.ok();
+        assert_eq!(cancelled["run"]["status"], "cancelled");
+        assert_eq!(scene.simulator.stats().runs_ended.get("cancelled"), Some(&1), "{protocol:?}");
+        link.valve.set(Weather::default());
+        works_again(&gateway, &scene).await;
+        assert_same(&scene, &gateway, SCOPE).await;
+    }
+}
+
+/// Nobody heard its id, so it works on while the next message waits, and what it was told besides is there in the end.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_went_along_with_a_run_that_works_on_is_not_said_again() {
+    let scene = Scene::new(Protocol::Responses, Backend::Sqlite).await;
+    let link = Link::to_upstream(&scene.upstream_url).await;
+    let upstream = "background = true\nlock_window = \"1s\"\n";
+    let config = scene.config_with("", upstream).replace(&scene.upstream_url, &link.url);
+    let gateway = Gateway::start(&config).await;
+    gateway.say(SCOPE, "hello").await;
+    let begin = async |said: &str| {
+        let mut stream = gateway.stream(SCOPE, said).await;
+        let run = stream.next().await.unwrap().data["run_id"].as_str().unwrap().to_owned();
+        (stream, format!("runs/{run}/cancel"))
+    };
+    // The upstream forgets it, so it goes along with the next one.
+    let (_first, stop) = begin("first [[sim: silent_after=3]]").await;
+    scene.simulator.wait_for(|stats| stats.runs_started == 2).await;
+    cancel(&gateway, &stop).await.ok();
+
+    link.valve.set(Weather { delay: Duration::from_millis(200), ..Weather::default() });
+    let (_second, stop) = begin("second [[sim: tokens=40 rate=50ms]]").await;
+    scene.simulator.wait_for(|stats| stats.runs_started == 3).await;
+    link.valve.cut();
+    link.valve.set(Weather::default());
+    assert_eq!(cancel(&gateway, &stop).await.ok()["run"]["status"], "cancelled");
+    assert_eq!(scene.simulator.stats().active_runs, 1, "it goes on");
+    let third = gateway.say(SCOPE, "third").await;
+    assert!(text(&third["message"]).contains("third"), "{third:#}");
+    works_again(&gateway, &scene).await;
+    assert_same(&scene, &gateway, SCOPE).await;
 }

@@ -9,8 +9,6 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::task::JoinSet;
 use tokio::time::{sleep, timeout};
 
-use super::wire::{Valve, next_client};
-
 const CHECK_EVERY: Duration = Duration::from_millis(100);
 const CHECK_TIMEOUT: Duration = Duration::from_millis(500);
 /// How long a connection waits for a replica if none is ready.
@@ -127,3 +125,4 @@ async fn connect(shared: &Shared) -> (&Place, TcpStream) {
         sleep(Duration::from_millis(20)).await;
     }
 }
+use crate::support::link::{Valve, next_client};

@@ -9,9 +9,9 @@ use tempfile::TempDir;
 use tokio::sync::{Mutex as AsyncMutex, OwnedMutexGuard};
 
 use super::balancer::Balancer;
-use super::wire::Link;
 use crate::support::clock;
 use crate::support::gateway::Gateway;
+use crate::support::link::Link;
 
 /// How long a replica that is silent counts as alive.
 pub(super) const SESSION: Duration = Duration::from_secs(2);

@@ -11,9 +11,9 @@ use tokio::task::{JoinSet, spawn_blocking};
 use tokio::time::sleep;
 
 use super::fleet::{GRACE, LAST_WORDS, Replica, SESSION, Stopped};
-use super::wire::{Valve, Weather};
 use super::world::{Teller, World};
 use crate::support::cluster::Stop;
+use crate::support::link::{Valve, Weather};
 
 /// How bad it gets.
 #[derive(Clone, Copy, Debug)]

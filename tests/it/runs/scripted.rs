@@ -107,7 +107,12 @@ fn name(left: &Leftover) -> &str {
 #[async_trait]
 impl Upstream for Scripted {
     fn capabilities(&self) -> Capabilities {
-        Capabilities { lock_window: Duration::ZERO, has_threads: !self.chain, stores_runs: self.chain }
+        Capabilities {
+            lock_window: Duration::ZERO,
+            has_threads: !self.chain,
+            stores_runs: self.chain,
+            goes_on_unread: false,
+        }
     }
 
     fn available(&self) -> Result<(), Duration> {

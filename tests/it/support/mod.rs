@@ -7,6 +7,7 @@ mod database;
 pub(crate) mod gate;
 pub(crate) mod gateway;
 pub(crate) mod history;
+pub(crate) mod link;
 pub(crate) mod needles;
 pub(crate) mod openapi;
 mod postgres;

@@ -13,42 +13,42 @@ use url::Url;
 
 /// What happens to what passes.
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
-pub(super) struct Weather {
+pub(crate) struct Weather {
     /// For each piece, in either direction.
-    pub(super) delay: Duration,
+    pub(crate) delay: Duration,
     /// New connections are closed at once.
-    pub(super) refuses: bool,
+    pub(crate) refuses: bool,
     /// Nothing passes, and nobody is told.
-    pub(super) swallows: bool,
+    pub(crate) swallows: bool,
 }
 
 /// What steers the connections of a way. Clones steer the same ones.
 #[derive(Clone, Debug)]
-pub(super) struct Valve {
+pub(crate) struct Valve {
     weather: watch::Sender<Weather>,
     connections: Arc<Mutex<CancellationToken>>,
 }
 
 impl Valve {
-    pub(super) fn new() -> Self {
+    pub(crate) fn new() -> Self {
         Self { weather: watch::Sender::new(Weather::default()), connections: Arc::default() }
     }
 
-    pub(super) fn set(&self, weather: Weather) {
+    pub(crate) fn set(&self, weather: Weather) {
         self.weather.send_replace(weather);
     }
 
-    pub(super) fn weather(&self) -> Weather {
+    pub(crate) fn weather(&self) -> Weather {
         *self.weather.borrow()
     }
 
     /// Breaks all connections that there are.
-    pub(super) fn cut(&self) {
+    pub(crate) fn cut(&self) {
         std::mem::take(&mut *self.connections.lock().unwrap()).cancel();
     }
 
     /// Carries bytes between two sockets until both have said their last, or either is gone, or the connection is cut.
-    pub(super) async fn join<C, S>(&self, client: C, server: S)
+    pub(crate) async fn join<C, S>(&self, client: C, server: S)
     where
         C: AsyncRead + AsyncWrite,
         S: AsyncRead + AsyncWrite,
@@ -98,16 +98,16 @@ enum Target {
 }
 
 /// A way of one replica to a server, which can be disturbed.
-pub(super) struct Link {
+pub(crate) struct Link {
     /// Of the server, by this way.
-    pub(super) url: String,
-    pub(super) valve: Valve,
+    pub(crate) url: String,
+    pub(crate) valve: Valve,
     _task: JoinSet<()>,
 }
 
 impl Link {
     /// Another way to the database of this URL.
-    pub(super) async fn to_postgres(url: &str) -> Self {
+    pub(crate) async fn to_postgres(url: &str) -> Self {
         let target = Url::parse(url).unwrap();
         let port = target.port().unwrap_or(5432);
         let socket =
@@ -120,7 +120,7 @@ impl Link {
     }
 
     /// Another way to the upstream of this URL.
-    pub(super) async fn to_upstream(url: &str) -> Self {
+    pub(crate) async fn to_upstream(url: &str) -> Self {
         let target = Url::parse(url).unwrap();
         let place = Target::Tcp(format!("{}:{}", target.host_str().unwrap(), target.port().unwrap()));
         Self::open(target, place, None).await
@@ -165,7 +165,7 @@ async fn accept(listener: TcpListener, target: Target, valve: Valve) {
 }
 
 /// The next connection; what has ended meanwhile is forgotten.
-pub(super) async fn next_client(listener: &TcpListener, connections: &mut JoinSet<()>) -> TcpStream {
+pub(crate) async fn next_client(listener: &TcpListener, connections: &mut JoinSet<()>) -> TcpStream {
     loop {
         tokio::select! {
             Some(ended) = connections.join_next() => ended.unwrap(),
