@@ -3,6 +3,7 @@
 
 mod cancel;
 mod drive;
+mod earlier;
 mod end;
 mod failure;
 mod feed;
@@ -12,6 +13,7 @@ mod news;
 mod progress;
 mod reconcile;
 mod recorder;
+mod relay;
 mod retries;
 mod rollover;
 mod session;

@@ -1,38 +1,26 @@
 //! The upstream side of a round: the thread, the call, the stream, and what to do when one of them fails.
 
-use std::sync::Arc;
 use std::time::Duration;
 
-use futures_util::StreamExt;
 use tokio::sync::watch;
 use tokio::time::{Instant, sleep};
 
+use super::earlier::History;
 use super::failure::Failure;
 use super::feed::FeedWriter;
-use super::making::Making;
 use super::progress::{Progress, Reach};
 use super::retries::{FIRST_BACK_OFF, Retries};
-use super::{RunEvent, Runs, jittered};
+use super::{Runs, jittered};
 use crate::config::AssistantConfig;
-use crate::domain::{
-    ContentPart, Context, Leftover, Message, MultitaskStrategy, Role, Thread, ToolOutput, UpstreamRunId,
-};
+use crate::domain::{Leftover, MultitaskStrategy, ToolOutput, UpstreamRunId};
 use crate::error::Chain;
 use crate::store::{StoreError, Turn};
 use crate::upstream::{
-    AnswerTools, Ended, EventStream, Ownership, Recovered, Settled, StartRun, Upstream, UpstreamError,
-    UpstreamEvent,
+    AnswerTools, Ended, EventStream, Ownership, Recovered, StartRun, Upstream, UpstreamError,
 };
 
-/// What each streamed piece of a reply counts at least towards the limit on replies, bytes: the log of a run keeps
-/// the pieces apart.
-const MIN_PIECE_COST: usize = 64;
-/// Messages read at a time when an upstream thread is made again.
-const HISTORY_PAGE: u32 = 500;
 /// Looks at what became of one request, before it is given up.
 const MAX_LOOKS: u32 = 3;
-/// How often a stream that breaks is taken up again.
-const MAX_BREAKS: u32 = 5;
 
 /// What a round sends.
 #[derive(Clone, Copy)]
@@ -65,7 +53,7 @@ enum Next {
 
 impl Drive<'_> {
     /// Sends what the round is about and relays the reply until the upstream says how the round ended. May be dropped at
-    /// any await: what is known by then is in the progress. The stream comes back to be [drained](drain).
+    /// any await: what is known by then is in the progress. The stream comes back to be [drained](super::relay::drain).
     pub(super) async fn round(mut self, round: Round<'_>) -> Result<(Ended, EventStream), Failure> {
         let before = self.progress.usage;
         let id_before = self.progress.upstream_run.clone();
@@ -260,7 +248,7 @@ impl Drive<'_> {
 
     /// Whether this process still has the thread to itself: one that was stopped for a while may not know yet that it has
     /// not.
-    fn may_send(&self) -> Result<(), Failure> {
+    pub(super) fn may_send(&self) -> Result<(), Failure> {
         if self.runs.parts.standing.has_lapsed() { Err(Failure::LeaseLost) } else { Ok(()) }
     }
 
@@ -372,83 +360,8 @@ impl Drive<'_> {
         Ok(())
     }
 
-    /// Relays the stream to its end. One that breaks is followed up as long as the upstream has the run. `followed_up`:
-    /// it tells the round from its beginning again.
-    async fn relay(
-        &mut self,
-        mut events: EventStream,
-        mut followed_up: bool,
-    ) -> Result<(Ended, EventStream), Failure> {
-        let mut breaks = 0;
-        loop {
-            let error = match self.relay_once(&mut events, followed_up).await {
-                Ok(ended) => return Ok((ended, events)),
-                Err(Failure::Upstream(error)) if error.is_ambiguous() => error,
-                Err(failure) => return Err(failure),
-            };
-            breaks += 1;
-            if breaks > MAX_BREAKS {
-                return Err(Failure::Upstream(error));
-            }
-            match self.recover(&error).await? {
-                Some(Recovered::Running(rest)) => {
-                    tracing::warn!(error = %Chain(&error), "the stream broke; following the run to its end");
-                    (events, followed_up) = (rest, true);
-                }
-                _ => return Err(Failure::Upstream(error)),
-            }
-        }
-    }
-
-    async fn relay_once(&mut self, events: &mut EventStream, followed_up: bool) -> Result<Ended, Failure> {
-        let progress = &mut *self.progress;
-        let limit = self.runs.parts.given.runs.max_reply_bytes;
-        let shown = if followed_up { progress.text.clone() } else { String::new() };
-        let mut retelling = Retelling { shown, differs: false };
-        while let Some(event) = events.next().await {
-            match event.map_err(Failure::Upstream)? {
-                UpstreamEvent::Accepted(id) => {
-                    self.asking.send_replace(false);
-                    self.feed.accepted(&id);
-                    progress.accepted(id);
-                }
-                UpstreamEvent::Text(text) => {
-                    let Some(text) = retelling.unheard(text) else { continue };
-                    progress.cost += text.len().max(MIN_PIECE_COST);
-                    if progress.cost > limit {
-                        return Err(Failure::ReplyTooLarge);
-                    }
-                    progress.text.push_str(&text);
-                    self.feed.push(RunEvent::Delta(text.into()));
-                }
-                UpstreamEvent::Ended(mut ended) => {
-                    let calls = ended.tool_calls.iter().map(|it| it.arguments.len() + MIN_PIECE_COST);
-                    progress.cost += calls.sum::<usize>();
-                    let size: usize =
-                        ended.content.iter().chain(&progress.content).map(ContentPart::size).sum();
-                    if size.max(progress.cost) > limit {
-                        return Err(Failure::ReplyTooLarge);
-                    }
-                    if followed_up {
-                        if ended.content.starts_with(&progress.content) {
-                            ended.content.drain(..progress.content.len());
-                        }
-                        // Whoever reads the deltas alone shall have the whole text too.
-                        let text: String = ended.content.iter().filter_map(plain).collect();
-                        if let Some(rest) = text.strip_prefix(&progress.text).filter(|rest| !rest.is_empty())
-                        {
-                            self.feed.push(RunEvent::Delta(rest.into()));
-                        }
-                    }
-                    return Ok(*ended);
-                }
-            }
-        }
-        Err(Failure::Upstream(UpstreamError::Broken { timeout: false }))
-    }
-
     /// Finds out what became of a request. `None` if the upstream does not say.
-    async fn recover(&mut self, error: &UpstreamError) -> Result<Option<Recovered>, Failure> {
+    pub(super) async fn recover(&mut self, error: &UpstreamError) -> Result<Option<Recovered>, Failure> {
         let sent = leftover(self.runs, self.turn, self.progress).await?;
         for look in 0..MAX_LOOKS {
             if look > 0 {
@@ -463,140 +376,6 @@ impl Drive<'_> {
         }
         Ok(None)
     }
-
-    /// What an earlier run may have left is looked at before anything is sent: its remains are taken away, and what
-    /// the transcript holds of it goes along with this turn. `false` if the thread is in no state to tell.
-    async fn settle_earlier(&self) -> Result<bool, Failure> {
-        let Some(left) = &self.turn.thread.leftover else { return Ok(true) };
-        let was_there = match self.take_away_earlier().await {
-            Err(Failure::Upstream(UpstreamError::Protocol(_))) => return Ok(false),
-            was_there => was_there?,
-        };
-        let reached_the_model = left.upstream_run.is_some() || was_there.said;
-        let found = if reached_the_model { Context::Missing } else { Context::Withheld };
-        // A chain goes on from before that run, and there nothing went along with it.
-        let synced = left.synced && was_there.said && was_there.thread.is_none();
-        let store = &self.runs.parts.given.store;
-        insist(|| store.settled(&self.turn.lease, left.run, found, synced)).await?;
-        Ok(true)
-    }
-
-    /// Gives the upstream thread up. What a new one has to be told.
-    async fn start_anew(&mut self) -> Result<History, Failure> {
-        let history = self.history_before().await?;
-        tracing::warn!(
-            messages = history.messages.len(),
-            "the upstream thread is gone or broken; making it again from the transcript"
-        );
-        self.progress.thread = None;
-        Ok(history)
-    }
-
-    /// Ends and removes what an earlier run left at the upstream, if it may have left something. What was there.
-    async fn take_away_earlier(&self) -> Result<Settled, Failure> {
-        let Some(left) = &self.turn.thread.leftover else { return Ok(Settled::default()) };
-        self.may_send()?;
-        let settled = self.upstream.settle(left).await.map_err(Failure::Upstream)?;
-        if settled.said || left.remove {
-            // What stands there now may be another's.
-            self.may_send()?;
-            self.upstream.remove(left).await.map_err(Failure::Upstream)?;
-        }
-        Ok(settled)
-    }
-
-    /// What the upstream thread lacks of the transcript.
-    async fn backlog(&self) -> Result<Vec<Message>, Failure> {
-        loop {
-            match self.runs.parts.given.store.backlog(self.turn.run.id).await {
-                Ok(messages) => return Ok(with_content(messages)),
-                Err(error) => wait_out(error).await?,
-            }
-        }
-    }
-
-    /// What a new upstream thread begins with: what is carried over from the thread before, and the transcript up to
-    /// this run, as far as the model may know it.
-    async fn history_before(&self) -> Result<History, Failure> {
-        let store = &self.runs.parts.given.store;
-        let Thread { id, carried, .. } = self.turn.thread;
-        let mut messages = loop {
-            if carried == 0 {
-                break Vec::new();
-            }
-            match store.carried(id).await {
-                Ok(carried) => break with_content(carried),
-                Err(error) => wait_out(error).await?,
-            }
-        };
-        let carried_users = count_users(&messages);
-        let mut after = 0;
-        loop {
-            match store.transcript(id, after, HISTORY_PAGE).await {
-                Ok(page) => {
-                    let Some(last) = page.last() else { break };
-                    after = last.position;
-                    messages.extend(page);
-                }
-                Err(error) => wait_out(error).await?,
-            }
-        }
-        let own = Some(self.turn.run.id);
-        messages.retain(|message| message.run_id != own && message.context != Context::Withheld);
-        if messages.iter().any(|message| message.content.is_empty()) {
-            return self.nothing_before().await;
-        }
-        Ok(History { messages, carried_users })
-    }
-
-    /// Where not all that was said is stored, a new upstream thread begins with nothing: a story with gaps is another one.
-    async fn nothing_before(&self) -> Result<History, Failure> {
-        let store = &self.runs.parts.given.store;
-        insist(|| store.withhold_earlier(&self.turn.lease)).await?;
-        Ok(History::default())
-    }
-
-    /// Makes the upstream thread and records it before it is used. Whether there is one that holds the seed: where
-    /// threads are chains of responses the first run makes it.
-    async fn create_thread(&mut self, owner: &Ownership, seed: Option<&History>) -> Result<bool, Failure> {
-        if !self.upstream.capabilities().has_threads {
-            self.progress.thread = None;
-            return Ok(false);
-        }
-        let given = &self.runs.parts.given;
-        let Some(upstream) = given.upstreams.get(&self.turn.thread.upstream) else {
-            return Err(Failure::NotConfigured);
-        };
-        self.may_send()?;
-        let making = Making {
-            store: Arc::clone(&given.store),
-            upstream: Arc::clone(upstream),
-            lease: self.turn.lease,
-            owner: owner.clone(),
-            seed: seed.map(|seed| (seed.messages.clone(), seed.carried_users)),
-        };
-        self.progress.thread = Some(making.carry_out(&given.tasks).await?);
-        Ok(true)
-    }
-}
-
-/// Messages that an upstream thread lacks, oldest first.
-#[derive(Default)]
-struct History {
-    messages: Vec<Message>,
-    /// How many of the user's among them come from the thread before.
-    carried_users: u32,
-}
-
-/// Without those that were said while nothing that is said was stored.
-pub(super) fn with_content(mut messages: Vec<Message>) -> Vec<Message> {
-    messages.retain(|message| !message.content.is_empty());
-    messages
-}
-
-fn count_users(messages: &[Message]) -> u32 {
-    let users = messages.iter().filter(|message| message.role == Role::User).count();
-    u32::try_from(users).unwrap_or(u32::MAX)
 }
 
 /// What a turn may have left at the upstream, with what is needed to find it there.
@@ -621,7 +400,7 @@ pub(super) async fn leftover(runs: &Runs, turn: &Turn, progress: &Progress) -> R
 }
 
 /// Notes something of a run that this process has, however long the database is away.
-async fn insist<F>(note: impl Fn() -> F) -> Result<(), Failure>
+pub(super) async fn insist<F>(note: impl Fn() -> F) -> Result<(), Failure>
 where
     F: Future<Output = Result<bool, StoreError>>,
 {
@@ -642,78 +421,4 @@ pub(super) async fn wait_out(error: StoreError) -> Result<(), Failure> {
     }
     sleep(jittered(Duration::from_millis(500))).await;
     Ok(())
-}
-
-/// A stream that tells a round from its beginning again, of which some was shown before.
-struct Retelling {
-    /// What was shown and has not been told again yet.
-    shown: String,
-    /// It tells something else: what holds is told by the end.
-    differs: bool,
-}
-
-impl Retelling {
-    /// What is new of a piece of text.
-    fn unheard(&mut self, text: String) -> Option<String> {
-        let common = self.shown.len().min(text.len());
-        if self.differs || self.shown.as_bytes()[..common] != text.as_bytes()[..common] {
-            self.differs = true;
-            return None;
-        }
-        if common == 0 {
-            return Some(text);
-        }
-        self.shown.drain(..common);
-        Some(text[common..].to_owned()).filter(|new| !new.is_empty())
-    }
-}
-
-/// Reads what is left of an answer, so that its connection can be used again. The stream itself bounds that.
-pub(super) async fn drain(rest: Option<EventStream>) {
-    if let Some(rest) = rest {
-        rest.for_each(|_| std::future::ready(())).await;
-    }
-}
-
-/// The text of a part that is text.
-pub(super) fn plain(part: &ContentPart) -> Option<&str> {
-    match part {
-        ContentPart::Text { text } => Some(text),
-        _ => None,
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use proptest::prelude::*;
-
-    use super::*;
-
-    /// What a reader sees of a retelling in these pieces.
-    fn seen(shown: &str, pieces: &[&str]) -> String {
-        let mut retelling = Retelling { shown: shown.to_owned(), differs: false };
-        pieces.iter().filter_map(|piece| retelling.unheard((*piece).to_owned())).collect()
-    }
-
-    #[test]
-    fn what_was_shown_is_not_shown_again() {
-        assert_eq!(seen("", &["a", "b"]), "ab");
-        assert_eq!(seen("abc", &["ab", "cd", "e"]), "de");
-        assert_eq!(seen("abc", &["abcde"]), "de");
-        assert_eq!(seen("abc", &["a"]), "");
-        assert_eq!(seen("abc", &["ax", "bc", "d"]), "", "another story");
-        assert_eq!(seen("äö", &["ä", "öü"]), "ü");
-    }
-
-    proptest! {
-        #[test]
-        fn any_retelling_goes_on_where_it_was_left(text in ".{0,20}", at in 0..20_usize, cuts in proptest::collection::vec(0..20_usize, 0..4)) {
-            let boundary = |at: usize| text.floor_char_boundary(at.min(text.len()));
-            let mut cuts: Vec<_> = cuts.into_iter().map(boundary).chain([0, text.len()]).collect();
-            cuts.sort_unstable();
-            let pieces: Vec<_> = cuts.windows(2).map(|it| &text[it[0]..it[1]]).filter(|it| !it.is_empty()).collect();
-            let at = boundary(at);
-            prop_assert_eq!(seen(&text[..at], &pieces), &text[at..]);
-        }
-    }
 }

@@ -7,9 +7,10 @@ use std::time::Duration;
 use futures_util::FutureExt;
 use tokio::time::sleep;
 
-use super::drive::{drain, leftover, plain};
+use super::drive::leftover;
 use super::failure::{Failure, internal, stopped};
 use super::progress::{Progress, Reach};
+use super::relay::{drain, plain};
 use super::standing::Working;
 use super::{Outcome, RunEvent, Runs, jittered};
 use crate::domain::{

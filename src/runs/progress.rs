@@ -1,6 +1,6 @@
 //! What is known of a turn while it goes on.
 
-use super::drive::plain;
+use super::relay::plain;
 use super::takeover::Before;
 use crate::domain::{
     ContentPart, Message, Role, Thread, ToolCall, ToolOutput, UpstreamRunId, UpstreamThreadId, Usage,

@@ -5,7 +5,7 @@ use std::time::Duration;
 use tokio::time::{sleep, timeout};
 use tracing::Instrument;
 
-use super::drive::with_content;
+use super::earlier::with_content;
 use super::feed::STARTED;
 use super::follow::stored_log;
 use super::standing::Working;

@@ -8,10 +8,11 @@ use futures_util::FutureExt;
 use tokio::sync::watch;
 use tokio::time::{Instant, sleep, sleep_until};
 
-use super::drive::{Drive, Round, drain};
+use super::drive::{Drive, Round};
 use super::end::{announce, bound_turn};
 use super::failure::Failure;
 use super::progress::Progress;
+use super::relay::drain;
 use super::standing::Working;
 use super::takeover::Before;
 use super::{Outcome, RunEvent, Runs, jittered};
