@@ -250,9 +250,24 @@ impl Gateway {
         self.signal("-TERM");
     }
 
-    /// SIGSTOP: the process does nothing until it is told to go on.
+    /// SIGSTOP: from here on the process does nothing until it is told to go on.
     pub(crate) fn freeze(&self) {
         self.signal("-STOP");
+        let start = Instant::now();
+        // A thread that is running when the signal is sent goes on for a moment.
+        while !self.is_stopped() {
+            assert!(start.elapsed() < PATIENCE, "the gateway does not stop");
+            std::thread::yield_now();
+        }
+    }
+
+    fn is_stopped(&self) -> bool {
+        let threads = std::fs::read_dir(format!("/proc/{}/task", self.id())).unwrap();
+        threads.into_iter().all(|thread| {
+            // One that has just ended does nothing either. The name in parentheses may hold anything.
+            let status = std::fs::read_to_string(thread.unwrap().path().join("stat")).unwrap_or_default();
+            status.rsplit_once(") ").is_none_or(|(_, rest)| rest.starts_with('T'))
+        })
     }
 
     /// SIGCONT.
