@@ -47,8 +47,8 @@ use crate::error::Error;
 use crate::locks::{Gate, LockMap, NoSeat, QueueFull, Seats};
 use crate::records;
 use crate::store::{
-    Admission, Idempotency, InputMessage, Store, StoreError, ThreadFilter, ThreadName, ThreadReport,
-    ThreadUpdate,
+    Admission, Idempotency, InputMessage, Repeated, Store, StoreError, ThreadFilter, ThreadName,
+    ThreadReport, ThreadUpdate,
 };
 use crate::upstream::Upstream;
 
@@ -265,16 +265,26 @@ impl Runs {
         key: &ConversationKey,
         idempotency: Option<&Idempotency>,
     ) -> Result<Option<Submitted>, Error> {
-        let Some(Idempotency { key: idempotency_key, request_hash }) = idempotency else { return Ok(None) };
+        let earlier = self.earlier(key, idempotency).await?;
+        Ok(earlier.map(|Repeated { thread, run, .. }| {
+            let follow = Follow::of(self, &thread, run.id);
+            Submitted { thread, run, follow, replayed: true }
+        }))
+    }
+
+    /// What an idempotency key stands for by now. An error if that is another request.
+    async fn earlier(
+        &self,
+        key: &ConversationKey,
+        idempotency: Option<&Idempotency>,
+    ) -> Result<Option<Repeated>, Error> {
+        let Some(used) = idempotency else { return Ok(None) };
         let remember = self.parts.given.runs.idempotency_ttl;
-        let Some(earlier) = self.store().repeated(key, idempotency_key, remember).await? else {
-            return Ok(None);
-        };
-        if earlier.request_hash != *request_hash {
-            return Err(Error::IdempotencyMismatch);
+        let earlier = self.store().repeated(key, &used.key, remember).await?;
+        match earlier {
+            Some(earlier) if earlier.request_hash != used.request_hash => Err(Error::IdempotencyMismatch),
+            earlier => Ok(earlier),
         }
-        let follow = Follow::of(self, &earlier.thread, earlier.run.id);
-        Ok(Some(Submitted { thread: earlier.thread, run: earlier.run, follow, replayed: true }))
     }
 
     /// This replica takes new work.

@@ -176,11 +176,11 @@ async fn find_out(
             match runs.store().answer_tools(&key, id, &answer).await {
                 Ok(Answered::Resumed(waiting)) => Ok(Some((waiting.thread, waiting.run))),
                 Ok(Answered::NotWaiting) => Ok(None),
-                Ok(Answered::Repeated) => taken_before(&runs, &key, id, &used).await,
-                Err(error) => Err(error),
+                Ok(Answered::Repeated) => taken_before(&runs, &key, &used).await,
+                Err(error) => Err(error.into()),
             }
         } else {
-            taken_before(&runs, &key, id, &used).await
+            taken_before(&runs, &key, &used).await
         };
         match found {
             Ok(Some(taken)) => {
@@ -189,7 +189,7 @@ async fn find_out(
             }
             Ok(None) if is_awaited => return Some(None),
             Ok(None) if begun.elapsed() > LATEST => return None,
-            Ok(None) | Err(StoreError::Unavailable(_)) => {}
+            Ok(None) | Err(Error::StoreUnavailable(_)) => {}
             Err(error) => {
                 tracing::error!(error = %Chain(&error), "cannot tell whether tool outputs were taken");
                 return None;
@@ -199,15 +199,8 @@ async fn find_out(
 }
 
 /// The run, if the outputs that came with this key were taken.
-async fn taken_before(
-    runs: &Runs,
-    key: &ConversationKey,
-    id: RunId,
-    used: &Idempotency,
-) -> Result<TakenBy, StoreError> {
-    let remember = runs.parts.given.runs.idempotency_ttl;
-    let earlier = runs.store().repeated(key, &used.key, remember).await?;
-    let earlier = earlier.filter(|it| it.run.id == id && it.request_hash == used.request_hash);
+async fn taken_before(runs: &Runs, key: &ConversationKey, used: &Idempotency) -> Result<TakenBy, Error> {
+    let earlier = runs.earlier(key, Some(used)).await?;
     Ok(earlier.map(|it| (it.thread, it.run)))
 }
 

@@ -173,7 +173,7 @@ async fn merge_again(runs: &Runs, admission: &Admission, mut lost: StoreError) -
     let until = Instant::now() + parts.admission_timeout;
     while Instant::now() < until && !parts.draining.is_cancelled() {
         sleep(jittered(FIRST_CLAIM_POLL)).await;
-        match merged_before(runs, admission).await {
+        match runs.earlier(&admission.key, admission.idempotency.as_ref()).await {
             // It had found none to join, and a run of its own can be voided.
             Ok(Some(earlier)) if earlier.run.id == admission.run_id => {
                 return Err(Error::StoreUnavailable(Some(lost)));
@@ -192,17 +192,6 @@ async fn merge_again(runs: &Runs, admission: &Admission, mut lost: StoreError) -
         }
     }
     Err(Error::MaybeMerged(lost))
-}
-
-/// What the idempotency key of this admission stands for by now.
-async fn merged_before(runs: &Runs, admission: &Admission) -> Result<Option<Repeated>, Error> {
-    let Some(used) = &admission.idempotency else { return Ok(None) };
-    let remember = runs.parts.given.runs.idempotency_ttl;
-    let earlier = runs.store().repeated(&admission.key, &used.key, remember).await?;
-    if earlier.as_ref().is_some_and(|earlier| earlier.request_hash != used.request_hash) {
-        return Err(Error::IdempotencyMismatch);
-    }
-    Ok(earlier)
 }
 
 /// Ends a run of which it is not known whether it was, or still will be, recorded: its sender heard that it was not.
