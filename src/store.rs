@@ -9,6 +9,7 @@ mod discreet;
 mod errors;
 mod keys;
 mod life;
+mod paging;
 mod pool;
 mod postgres;
 mod read;

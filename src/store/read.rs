@@ -13,9 +13,8 @@ macro_rules! reads {
             first_position, lasting_of_key, message_columns, newest_of_key, of_a_run_at_work, queue_depth, run_columns,
             thread_columns,
         };
-        use crate::store::rows::{
-            EventRow, Filling, ListedRow, MessageRow, RunRow, RunWithReply, Span, ThreadAndRun, WaitingRow, cursor,
-        };
+        use crate::store::paging::{Filling, ListedRow, Span, cursor};
+        use crate::store::rows::{EventRow, MessageRow, RunRow, RunWithReply, ThreadAndRun, WaitingRow};
         use crate::store::{Claim, Idempotency, InputMessage, RunLease, StoreError, ThreadName, Turn, Waiting};
 
         /// Implements [`Store::messages`](crate::store::Store::messages).

@@ -16,14 +16,13 @@ use sqlx::{ColumnIndex, Decode, Encode, FromRow, Row, Type};
 use uuid::Uuid;
 
 use super::{
-    Finished, InputMessage, Orphan, PAGE_BYTES, Renewed, Repeated, Request, RunLease, StoreError,
-    ThreadReport, Waiting,
+    Finished, InputMessage, Orphan, Renewed, Repeated, Request, RunLease, StoreError, ThreadReport, Waiting,
 };
 use crate::domain::{
     ContentPart, ConversationKey, EventBatch, Leftover, Limits, LoggedEvent, Message, MessageId, Metadata,
-    Page, PageRequest, Removed, ReplicaId, RequiredAction, Run, RunError, RunId, RunStatus, Scope, TenantKey,
-    Thread, ThreadActivity, ThreadId, ThreadState, Timestamp, ToolOutput, Ttl, UpstreamRunId,
-    UpstreamThreadId, Usage, UserKey,
+    Removed, ReplicaId, RequiredAction, Run, RunError, RunId, RunStatus, Scope, TenantKey, Thread,
+    ThreadActivity, ThreadId, ThreadState, Timestamp, ToolOutput, Ttl, UpstreamRunId, UpstreamThreadId,
+    Usage, UserKey,
 };
 
 /// A point in time: `timestamptz` in Postgres, milliseconds since 1970 in SQLite.
@@ -217,15 +216,6 @@ impl TryFrom<MessageRow> for InputMessage {
     fn try_from(row: MessageRow) -> Result<Self, StoreError> {
         Ok(Self { id: MessageId::from_uuid(row.m_id), content: row.m_content.0 })
     }
-}
-
-/// A message in a step of a list.
-#[derive(FromRow)]
-pub(super) struct ListedRow {
-    #[sqlx(flatten)]
-    message: MessageRow,
-    /// How many there were for the step. It takes fewer if these have many bytes.
-    found: i64,
 }
 
 /// What a thread is doing, as a statement tells it.
@@ -486,115 +476,6 @@ pub(super) fn ended(status: RunStatus) -> Option<&'static str> {
     (status != RunStatus::Completed).then_some(status.as_str())
 }
 
-/// The rows of a list that a page wants: numbers between two bounds, both exclusive, from one end.
-#[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub(super) struct Span {
-    pub(super) above: i64,
-    pub(super) below: i64,
-    /// Fetch from the low end.
-    pub(super) upwards: bool,
-    /// The rows come out in the opposite of the wanted order.
-    reverse: bool,
-    /// Rows to fetch: one more than the page holds tells whether more follow.
-    pub(super) fetch: i64,
-}
-
-impl Span {
-    /// `cursor` is the number of the row that the request's `after` or `before` names.
-    pub(super) fn new<Id>(page: &PageRequest<Id>, cursor: Option<i64>) -> Self {
-        let backwards = page.after.is_none() && page.before.is_some();
-        let upwards = page.ascending != backwards;
-        Self {
-            above: cursor.filter(|_| upwards).unwrap_or(0),
-            below: cursor.filter(|_| !upwards).unwrap_or(i64::MAX),
-            upwards,
-            reverse: backwards,
-            fetch: i64::from(page.limit) + 1,
-        }
-    }
-
-    /// What stands behind this number, in the direction of travel.
-    pub(super) fn behind(self, number: i64) -> Self {
-        if self.upwards { Self { above: number, ..self } } else { Self { below: number, ..self } }
-    }
-
-    /// Makes a page of the rows that were fetched.
-    pub(super) fn page<Row, T>(self, rows: Vec<Row>) -> Result<Page<T>, StoreError>
-    where
-        T: TryFrom<Row, Error = StoreError>,
-    {
-        let limit = usize::try_from(self.fetch - 1).unwrap_or(0);
-        let has_more = rows.len() > limit;
-        let mut data = rows.into_iter().take(limit).map(T::try_from).collect::<Result<Vec<_>, _>>()?;
-        if self.reverse {
-            data.reverse();
-        }
-        Ok(Page { data, has_more })
-    }
-}
-
-/// Messages that are read step by step, until there are enough, by number or by bytes.
-pub(super) struct Filling {
-    limit: usize,
-    messages: Vec<Message>,
-    bytes: usize,
-    has_more: bool,
-}
-
-impl Filling {
-    pub(super) fn new(limit: u32) -> Self {
-        Self { limit: limit as usize, messages: Vec::new(), bytes: 0, has_more: true }
-    }
-
-    /// How many the next step may read, if there is to be one.
-    pub(super) fn room(&self) -> Option<i64> {
-        let room = self.limit - self.messages.len();
-        (self.has_more && self.bytes < PAGE_BYTES && room > 0)
-            .then(|| i64::try_from(room).unwrap_or(i64::MAX))
-    }
-
-    /// Takes what a step has read. The last message, behind which the next step begins.
-    pub(super) fn add(&mut self, rows: Vec<ListedRow>) -> Result<Option<&Message>, StoreError> {
-        let found = rows.first().map_or(0, |row| row.found);
-        self.has_more = i64::try_from(rows.len()).is_ok_and(|taken| taken < found);
-        for row in rows {
-            // A step goes by what is stored, which may have been compressed.
-            if self.bytes >= PAGE_BYTES {
-                self.has_more = true;
-                break;
-            }
-            let message = Message::try_from(row.message)?;
-            self.bytes += message.content.iter().map(ContentPart::size).sum::<usize>();
-            self.messages.push(message);
-        }
-        Ok(self.messages.last())
-    }
-
-    pub(super) fn messages(self) -> Vec<Message> {
-        self.messages
-    }
-
-    /// The page that a request with that span wants.
-    pub(super) fn page(self, span: Span) -> Page<Message> {
-        let Self { messages: mut data, has_more, .. } = self;
-        if span.reverse {
-            data.reverse();
-        }
-        Page { data, has_more }
-    }
-}
-
-/// The number of the row that a cursor names: an error if it was given and names none.
-pub(super) fn cursor<Id: Copy>(
-    page: &PageRequest<Id>,
-    found: Option<i64>,
-) -> Result<Option<i64>, StoreError> {
-    match (page.after.or(page.before), found) {
-        (Some(_), None) => Err(StoreError::UnknownCursor),
-        (_, found) => Ok(found),
-    }
-}
-
 /// The JSON text of a value. NUL characters, which Postgres cannot hold, become U+FFFD: a reply that has one
 /// must not keep its run from ending. A value that was read back gives the same text again, so texts can be compared.
 pub(super) fn json<T: Serialize>(value: &T) -> Result<String, StoreError> {
@@ -664,42 +545,6 @@ fn without_nul(json: &str, substitute: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    fn request(ascending: bool, after: Option<u8>, before: Option<u8>) -> PageRequest<u8> {
-        PageRequest { limit: 2, ascending, after, before }
-    }
-
-    struct Number(i64);
-    impl TryFrom<i64> for Number {
-        type Error = StoreError;
-        fn try_from(n: i64) -> Result<Self, StoreError> {
-            Ok(Self(n))
-        }
-    }
-
-    #[test]
-    fn a_span_takes_the_rows_next_to_the_cursor_in_the_chosen_order() {
-        for (ascending, after, before, data, has_more) in [
-            (true, None, None, [1, 2], true),
-            (false, None, None, [5, 4], true),
-            (true, Some(3), None, [4, 5], false),
-            (true, None, Some(4), [2, 3], true),
-            (true, None, Some(3), [1, 2], false),
-            (false, Some(3), None, [2, 1], false),
-            (false, None, Some(2), [4, 3], true),
-        ] {
-            let page = request(ascending, after, before);
-            let span = Span::new(&page, after.or(before).map(i64::from));
-            let mut rows: Vec<i64> = (1..=5).filter(|n| span.above < *n && *n < span.below).collect();
-            if !span.upwards {
-                rows.reverse();
-            }
-            rows.truncate(usize::try_from(span.fetch).unwrap());
-            let got: Page<Number> = span.page(rows).unwrap();
-            assert_eq!(got.data.iter().map(|n| n.0).collect::<Vec<_>>(), data, "{page:?}");
-            assert_eq!(got.has_more, has_more, "{page:?}");
-        }
-    }
 
     #[test]
     fn only_real_nul_characters_are_replaced() {

@@ -33,7 +33,8 @@ macro_rules! threads {
         use crate::store::columns::{
             activity, current_of_key, lasting_of_key, newest_of_key, run_columns, thread_columns,
         };
-        use crate::store::rows::{At, ReportRow, RunRow, Span, ThreadWithActivity, json, millis};
+        use crate::store::paging::Span;
+        use crate::store::rows::{At, ReportRow, RunRow, ThreadWithActivity, json, millis};
         use crate::store::threads::{made_before, id_of};
         use crate::store::{Imported, ImportedMessage, ImportedThread, StoreError, ThreadFilter, ThreadName, ThreadReport};
 
