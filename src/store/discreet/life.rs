@@ -12,7 +12,7 @@ use crate::domain::{
 };
 use crate::store::{
     DeletionReport, DeletionRequest, DeletionTarget, Due, Foreign, Imported, ImportedMessage, ImportedThread,
-    Keys, Life, NewKey, Pruned, Pruning, Remnant, RemnantName, Rolled, Rollover, RunLease, StoreError,
+    Keys, Life, Made, NewKey, Pruned, Pruning, Remnant, RemnantName, Rolled, Rollover, RunLease, StoreError,
     StoredKey, ThreadFilter, ThreadName, ThreadReport, ThreadUpdate,
 };
 

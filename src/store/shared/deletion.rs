@@ -1,15 +1,16 @@
 //! Requests to delete, and their way to a receipt.
 
 /// The threads `t` of a target that came before the request `$5`: its tenant, user, scope's kind and name are the first
-/// parameters.
+/// parameters. A thread that a rollover has put in the place of an earlier one came with that one: it holds the messages
+/// that waited there, and its upstream thread begins with what was said there.
 macro_rules! of_target {
     (key) => {
         "t.tenant = $1 AND t.user_key = $2 AND t.scope_kind = $3 AND t.scope_name = $4
-            AND t.created_at <= (SELECT d.requested_at FROM deletions d WHERE d.id = $5)"
+            AND COALESCE(t.began_at, t.created_at) <= (SELECT d.requested_at FROM deletions d WHERE d.id = $5)"
     };
     (user) => {
         "t.tenant = $1 AND t.user_key = $2
-            AND t.created_at <= (SELECT d.requested_at FROM deletions d WHERE d.id = $5)"
+            AND COALESCE(t.began_at, t.created_at) <= (SELECT d.requested_at FROM deletions d WHERE d.id = $5)"
     };
 }
 
@@ -114,7 +115,7 @@ macro_rules! deletions {
                             WHERE t.tenant = d.tenant AND t.user_key = d.user_key
                                 AND (d.scope_kind IS NULL
                                     OR (t.scope_kind = d.scope_kind AND t.scope_name = d.scope_name))
-                                AND t.created_at <= d.requested_at
+                                AND COALESCE(t.began_at, t.created_at) <= d.requested_at
                         ))",
                 ))
                 .bind(requested.id)
@@ -141,8 +142,8 @@ macro_rules! deletions {
             Err(StoreError::Unavailable("new runs kept coming".into()))
         }
 
-        /// Runs are locked before their threads. `None` if there are others than these once the threads are locked, so that no
-        /// more can come, or the threads became others': nothing must be kept then.
+        /// Runs are locked before their threads. `None` if the target has other runs or threads than these once the threads are
+        /// locked, so that no more can come, or the threads became others': nothing must be kept then.
         async fn try_begin(
             tx: &mut Connection,
             requested: &RequestedRow,
@@ -153,16 +154,17 @@ macro_rules! deletions {
                 Some(_) => to_begin_with!(key),
                 None => to_begin_with!(user),
             };
-            let found: Vec<Uuid> = sqlx::query_scalar(statement)
-                .bind(&requested.tenant)
-                .bind(&requested.user_key)
-                .bind(&requested.scope_kind)
-                .bind(&requested.scope_name)
-                .bind(requested.id)
-                .bind(!requested.archive)
-                .bind(i64::from(limit))
-                .fetch_all(&mut *tx)
-                .await?;
+            let find = || {
+                sqlx::query_scalar(statement)
+                    .bind(&requested.tenant)
+                    .bind(&requested.user_key)
+                    .bind(&requested.scope_kind)
+                    .bind(&requested.scope_name)
+                    .bind(requested.id)
+                    .bind(!requested.archive)
+                    .bind(i64::from(limit))
+            };
+            let found: Vec<Uuid> = find().fetch_all(&mut *tx).await?;
             if found.is_empty() {
                 return Ok(Some(0));
             }
@@ -187,10 +189,12 @@ macro_rules! deletions {
                 ORDER BY t.id",
                 locked!("t"),
             ))
-            .bind(ids(found))
+            .bind(ids(found.iter().copied()))
             .bind(!requested.archive)
             .fetch_all(&mut *tx)
             .await?;
+            // A rollover that ended while its thread was waited for has put a fresh one in its place.
+            let now: Vec<Uuid> = find().fetch_all(&mut *tx).await?;
             let others: bool = sqlx::query_scalar(concat!(
                 "SELECT EXISTS (
                     SELECT 1 FROM runs r
@@ -204,7 +208,7 @@ macro_rules! deletions {
             .bind(ids(runs.iter().copied()))
             .fetch_one(&mut *tx)
             .await?;
-            if others || threads.is_empty() {
+            if others || threads.is_empty() || now != found {
                 return Ok(None);
             }
             sqlx::query(concat!(

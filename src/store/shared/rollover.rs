@@ -172,7 +172,7 @@ macro_rules! rollovers {
             sqlx::query(concat!(
                 "INSERT INTO threads (
                     id, tenant, user_key, scope_kind, scope_name, upstream, lifecycle, previous_thread, metadata,
-                    message_count, last_position, backlog, run_count, carried, created_at, last_active_at,
+                    message_count, last_position, backlog, run_count, carried, began_at, created_at, last_active_at,
                     max_age_ms, max_idle_ms
                 )
                 SELECT $2, t.tenant, t.user_key, t.scope_kind, t.scope_name, t.upstream, 'current', t.id, t.metadata,
@@ -194,7 +194,7 @@ macro_rules! rollovers {
                             LIMIT $5
                         ) c
                     ),
-                    ",
+                    COALESCE(t.began_at, t.created_at), ",
                 now!(),
                 ", ",
                 now!(),

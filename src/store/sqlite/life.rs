@@ -12,7 +12,7 @@ use crate::domain::{
 use crate::store::pool::on;
 use crate::store::{
     DeletionReport, DeletionRequest, DeletionTarget, Due, Foreign, Imported, ImportedMessage, ImportedThread,
-    Life, Pruned, Pruning, Remnant, RemnantName, Rolled, Rollover, RunLease, StoreError, ThreadFilter,
+    Life, Made, Pruned, Pruning, Remnant, RemnantName, Rolled, Rollover, RunLease, StoreError, ThreadFilter,
     ThreadName, ThreadReport, ThreadUpdate,
 };
 

@@ -1,9 +1,12 @@
 //! Requests to delete, from the mark to the receipt.
 
 use threadkeeper::domain::{Deletion, DeletionId, Lifecycle, Removed, UpstreamOutcome};
-use threadkeeper::store::{DeletedThread, DeletionReport, DeletionRequest, DeletionTarget, RemnantName};
+use threadkeeper::store::{
+    DeletedThread, DeletionReport, DeletionRequest, DeletionTarget, RemnantName, Rolled,
+};
 
 use super::keeping::{HOUR, earlier, id, thread, time};
+use super::rollover::rollover;
 use super::*;
 
 on_every_backend!(
@@ -12,6 +15,8 @@ on_every_backend!(
     many_threads_are_begun_with_bit_by_bit,
     a_target_without_threads_is_done_at_once,
     what_came_after_the_request_is_not_meant,
+    rollover_after_the_request_is_erased_too,
+    rollover_between_two_batches_is_archived_or_erased_too,
     nothing_is_concluded_before_its_time,
     an_erasure_is_concluded_in_small_steps,
     an_archive_keeps_the_transcript,
@@ -165,6 +170,58 @@ async fn what_came_after_the_request_is_not_meant(database: &TestDatabase, store
     let later = exchange(store, &key).await.thread.id;
     assert_eq!(store.begin_deletion(&erase, 10).await.unwrap(), 0);
     assert_eq!(thread(store, later).await.unwrap().lifecycle, Lifecycle::Current);
+}
+
+/// A rollover puts a fresh thread in the place of one that is meant. It holds a message that was acknowledged before.
+async fn rollover_after_the_request_is_erased_too(database: &TestDatabase, store: &dyn Store) {
+    let key = user("alice");
+    let old = exchange(store, &key).await.thread.id;
+    let (active, waiting) = (admission(&key), admission(&key));
+    let active = started(store.admit(&active).await.unwrap());
+    let (waiting, ..) = queued(store.admit(&waiting).await.unwrap());
+    let erase = erase(&key);
+    assert_eq!(store.begin_deletion(&erase, 0).await.unwrap(), 0, "it is recorded, and has no thread yet");
+    closed(store.finish(&active.lease, &completed(Some("hi"))).await.unwrap());
+    let turn = claimed(store.claim(&waiting).await.unwrap());
+    for lease in [Some(turn.lease), None] {
+        let before = seen(store, &key).await.unwrap().0.id;
+        let rolled = store.roll_over(&rollover(before, lease)).await.unwrap();
+        assert!(matches!(rolled, Rolled::Done { .. } | Rolled::Later(_)), "{rolled:?}");
+    }
+    let fresh = seen(store, &key).await.unwrap().0;
+    assert_eq!(fresh.previous_thread, Some(old));
+    assert_eq!(store.begin_deletion(&erase, 10).await.unwrap(), 2);
+    let after = started(store.admit(&admission(&key)).await.unwrap());
+    assert_eq!(store.begin_deletion(&erase, 10).await.unwrap(), 0, "what came after it is not meant");
+    closed(store.finish(&turn.lease, &completed(Some("too late"))).await.unwrap());
+    for thread in [old, fresh.id] {
+        gone_upstream(store, thread).await;
+        assert!(store.conclude(thread, 100).await.unwrap());
+    }
+    let report = report(store, &erase).await;
+    assert_eq!((report.done, report.pending, report.finished_at.is_some()), (2, 0, true));
+    let left =
+        format!("SELECT count(*) FROM messages WHERE thread_id <> {}", id(database, after.thread.id.uuid()));
+    assert_eq!(database.number(&left).await, 0);
+}
+
+/// What a user has is taken bit by bit, and threads are rolled over in between.
+async fn rollover_between_two_batches_is_archived_or_erased_too(database: &TestDatabase, store: &dyn Store) {
+    let keys = [session("alice", "a"), session("alice", "b")];
+    for key in &keys {
+        exchange(store, key).await;
+    }
+    let erase = erase_user(&keys[0]);
+    assert_eq!(store.begin_deletion(&erase, 1).await.unwrap(), 1);
+    let mut current = seen(store, &keys[1]).await.unwrap().0;
+    for _ in 0..2 {
+        store.roll_over(&rollover(current.id, None)).await.unwrap();
+        current = seen(store, &keys[1]).await.unwrap().0;
+        exchange(store, &keys[1]).await;
+    }
+    while store.begin_deletion(&erase, 1).await.unwrap() > 0 {}
+    assert_eq!(report(store, &erase).await.pending, 4);
+    assert_eq!(database.number("SELECT count(*) FROM threads WHERE lifecycle <> 'deleting'").await, 0);
 }
 
 async fn nothing_is_concluded_before_its_time(_: &TestDatabase, store: &dyn Store) {

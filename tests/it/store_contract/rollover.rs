@@ -29,7 +29,7 @@ on_every_backend!(
     nothing_is_put_in_beside_a_run_at_work,
 );
 
-fn rollover(thread: ThreadId, by: Option<RunLease>) -> Rollover {
+pub(super) fn rollover(thread: ThreadId, by: Option<RunLease>) -> Rollover {
     Rollover { thread, by, new_thread: ThreadId::new(), carry_over: 2, limits: Limits::NONE }
 }
 
