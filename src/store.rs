@@ -130,10 +130,13 @@ pub trait Store: Life + Keys + Send + Sync + std::fmt::Debug {
     /// Those of these runs that others have taken over from the replica.
     async fn lost(&self, replica: ReplicaId, working: &[RunId]) -> Result<Vec<RunId>, StoreError>;
 
-    /// Records where the thread of a run lives upstream, and that what was [intended](Life::intend) is done. `false` if
-    /// the lease was lost; what was made is a remnant then. Harmless to repeat.
-    async fn bind_upstream_thread(&self, lease: &RunLease, binding: &Binding<'_>)
-    -> Result<bool, StoreError>;
+    /// Records where the thread of a run lives upstream, and that what was [intended](Life::intend) is done. If the lease
+    /// was lost, what was made becomes a remnant where its intent is still recorded. Harmless to repeat.
+    async fn bind_upstream_thread(
+        &self,
+        lease: &RunLease,
+        binding: &Binding<'_>,
+    ) -> Result<Bound, StoreError>;
 
     /// Withholds all messages before those of a run, for good: its upstream thread is to begin without them. `false` if
     /// the lease was lost. Harmless to repeat.

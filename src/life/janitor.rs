@@ -87,7 +87,7 @@ pub(super) enum Trouble {
     RunsGoOn(usize),
     #[error("what others wrote to its upstream thread cannot be read: {0}")]
     Unverified(#[from] Unverified),
-    #[error("another upstream thread is being made for it")]
+    #[error("an upstream thread is being made for it")]
     Underway,
     #[error("the time for one look was over")]
     TimeIsUp,

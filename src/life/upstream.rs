@@ -1,18 +1,30 @@
 //! Deleting what a thread has at its upstream, in steps that can be repeated.
 
+use std::time::Duration;
+
+use tokio::time::{Instant, sleep};
+
 use super::Keeper;
 use super::janitor::Trouble;
-use crate::domain::{Removed, Thread, UpstreamOutcome, UpstreamRunId, UpstreamThreadId};
+use crate::domain::{Removed, Thread, ThreadId, UpstreamOutcome, UpstreamRunId, UpstreamThreadId};
 use crate::store::{Remnant, RemnantKind, RemnantName};
 use crate::upstream::Upstream;
 
 /// Runs and remnants of a thread handled between two records of what is done.
 const BATCH: u32 = 20;
+/// How long a look waits for an upstream thread that is being made, and how often it asks.
+const MAKING_PATIENCE: Duration = Duration::from_secs(8);
+const MAKING_POLL: Duration = Duration::from_millis(100);
 
 impl Keeper {
     /// Deletes all that a thread has at its upstream: stored runs, threads that were made for it and given up, last its
-    /// own. What is done is recorded as it goes, so that whoever goes on does not begin anew.
+    /// own. What is done is recorded as it goes, so that whoever goes on does not begin anew. Its runs have ended.
+    ///
+    /// # Errors
+    /// [`Trouble::Underway`] while an upstream thread is being made for one of its runs that was cut off: its id is known
+    /// as soon as that is answered.
     pub(super) async fn clear_upstream(&self, thread: &Thread) -> Result<(), Trouble> {
+        self.wait_for_making(thread.id).await?;
         let mut removed = thread.removed.clone();
         let Some(upstream) = self.parts.given.upstreams.get(&thread.upstream) else {
             removed.upstream_thread_id = thread.upstream_thread_id.clone().or(removed.upstream_thread_id);
@@ -60,6 +72,21 @@ impl Keeper {
         };
         removed.outcome = Some(outcome);
         Ok(self.store().removed(thread.id, &removed, &[]).await?)
+    }
+
+    /// Waits until nobody makes an upstream thread for the thread any more, within a bound.
+    async fn wait_for_making(&self, thread: ThreadId) -> Result<(), Trouble> {
+        let until = Instant::now() + MAKING_PATIENCE;
+        loop {
+            let remnants = self.store().remnants(thread, false, u32::MAX).await?;
+            if remnants.iter().all(|remnant| !remnant.underway) {
+                return Ok(());
+            }
+            if Instant::now() >= until {
+                return Err(Trouble::Underway);
+            }
+            sleep(MAKING_POLL).await;
+        }
     }
 
     /// Deletes one remnant of a thread that goes on. What was deleted, or cannot be found.

@@ -2,16 +2,25 @@
 //! writes down is lost at most servers.
 
 use std::sync::Arc;
+use std::time::Duration;
 
+use tokio::time::{sleep, timeout};
 use tokio_util::task::TaskTracker;
 use tracing::Instrument;
 
 use super::drive::wait_out;
 use super::failure::Failure;
+use super::jittered;
 use crate::domain::{Message, RemnantId, UpstreamThreadId};
 use crate::error::Chain;
-use crate::store::{Binding, RunLease, Store};
-use crate::upstream::{Ownership, Upstream, UpstreamError};
+use crate::store::{Binding, Bound, Made, RunLease, Store, UNHEARD_OF};
+use crate::upstream::{Ownership, Pace, Upstream, UpstreamError};
+
+/// Longest time for the making of one, after which its intent is the janitor's. So it ends before others look for it.
+const LONGEST_MAKING: Duration = UNHEARD_OF.saturating_sub(Duration::from_mins(2));
+/// Tries to delete one that nothing of the record names, and the pause before the second. It doubles.
+const DELETE_TRIES: u32 = 8;
+const FIRST_DELETE_PAUSE: Duration = Duration::from_secs(1);
 
 /// An upstream thread that is to be made.
 pub(super) struct Making {
@@ -42,18 +51,18 @@ impl Making {
             }
         }
         let (messages, carried_users) = self.seed.as_ref().map_or((&[][..], 0), |(all, users)| (all, *users));
-        let made = match self.upstream.create_thread(&self.owner, messages).await {
-            Ok(made) => made.ok_or_else(|| UpstreamError::Protocol("it made no thread".to_owned())),
-            Err(error) => Err(error),
+        let made = match timeout(LONGEST_MAKING, self.upstream.create_thread(&self.owner, messages)).await {
+            Ok(Ok(made)) => made.ok_or_else(|| UpstreamError::Protocol("it made no thread".to_owned())),
+            Ok(Err(error)) => Err(error),
+            Err(_) => Err(UpstreamError::Broken { timeout: true }),
         };
         let made = match made {
             Ok(made) => made,
             Err(error) => {
                 // An intent that is not known to have come to nothing is for the janitor.
-                if !error.is_ambiguous()
-                    && let Err(error) = self.store.resolve(intent, None).await
-                {
-                    tracing::warn!(error = %Chain(&error), "cannot forget that an upstream thread was to be made");
+                let came_to = if error.is_ambiguous() { Made::Unknown } else { Made::Nothing };
+                if let Err(error) = self.store.resolve(intent, came_to).await {
+                    tracing::warn!(error = %Chain(&error), "cannot record what came of an upstream thread");
                 }
                 return Err(Failure::Upstream(error));
             }
@@ -61,10 +70,31 @@ impl Making {
         let binding = Binding { id: &made, intent, seeded: self.seed.is_some(), carried_users };
         loop {
             match self.store.bind_upstream_thread(&self.lease, &binding).await {
-                Ok(true) => return Ok(made),
-                Ok(false) => return Err(Failure::LeaseLost),
+                Ok(Bound::Done) => return Ok(made),
+                Ok(Bound::Lost) => return Err(Failure::LeaseLost),
+                Ok(Bound::Unrecorded) => {
+                    self.delete(&made).await;
+                    return Err(Failure::LeaseLost);
+                }
                 Err(error) => wait_out(error).await?,
             }
+        }
+    }
+
+    /// Deletes an upstream thread whose gateway thread was erased while this one was made: nobody else knows its id.
+    async fn delete(&self, made: &UpstreamThreadId) {
+        let mut pause = FIRST_DELETE_PAUSE;
+        for tries_left in (0..DELETE_TRIES).rev() {
+            let deleted = self.upstream.delete_thread(made, &Pace::UNBOUND, &mut 0).await;
+            let Err(error) = deleted else { return };
+            tracing::error!(
+                error = %Chain(&error),
+                upstream.thread_id = made.as_str(),
+                tries_left,
+                "cannot delete an upstream thread that was made for an erased thread"
+            );
+            sleep(jittered(pause)).await;
+            pause *= 2;
         }
     }
 }

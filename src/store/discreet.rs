@@ -22,7 +22,7 @@ use async_trait::async_trait;
 use futures_util::stream::BoxStream;
 
 use super::{
-    Admission, Admitted, Answered, Binding, Claim, Closing, InputMessage, News, Orphan, Pause, Paused,
+    Admission, Admitted, Answered, Binding, Bound, Claim, Closing, InputMessage, News, Orphan, Pause, Paused,
     Renewed, Repeated, Request, RunEnd, RunLease, RunProgress, Store, StoreError, ThreadName, ToolAnswer,
     Turn,
 };
@@ -274,8 +274,10 @@ impl Store for Discreet {
         &self,
         lease: &RunLease,
         binding: &Binding<'_>,
-    ) -> Result<bool, StoreError> {
-        Ok(self.if_held(lease, self.inner.bind_upstream_thread(lease, binding).await?))
+    ) -> Result<Bound, StoreError> {
+        let bound = self.inner.bind_upstream_thread(lease, binding).await?;
+        self.if_held(lease, bound == Bound::Done);
+        Ok(bound)
     }
 
     async fn withhold_earlier(&self, lease: &RunLease) -> Result<bool, StoreError> {

@@ -145,12 +145,12 @@ pub trait Life: Send + Sync {
     /// any more; `false` if there is more to do, or it is not time for it. Finishes the user's requests that waited for it.
     async fn conclude(&self, thread: ThreadId, limit: u32) -> Result<bool, StoreError>;
 
-    /// Records that an upstream thread is about to be made for the thread of a run. `false` if the lease was lost. Harmless to
-    /// repeat.
+    /// Records that an upstream thread is about to be made for the thread of a run: the intent is
+    /// [`underway`](Remnant::underway) for [`UNHEARD_OF`] at most. `false` if the lease was lost. Harmless to repeat.
     async fn intend(&self, lease: &RunLease, intent: RemnantId) -> Result<bool, StoreError>;
 
-    /// An intent came to nothing: nothing was made (`None`), or something that nobody will use.
-    async fn resolve(&self, intent: RemnantId, made: Option<&UpstreamThreadId>) -> Result<(), StoreError>;
+    /// Records what an intent came to, other than an upstream thread that is [bound](super::Store::bind_upstream_thread).
+    async fn resolve(&self, intent: RemnantId, made: Made<'_>) -> Result<(), StoreError>;
 
     /// Remnants at which it is time to look: those that were given up, and intents that nobody heard of for a while. They
     /// are due again only after `lease`, as in [`claim_due`](Self::claim_due).
@@ -374,7 +374,22 @@ pub struct Remnant {
     pub kind: RemnantKind,
     /// `None`: it was to be made, and nobody knows whether it was.
     pub upstream_id: Option<String>,
+    /// A process is making it, and will record its id: until then nobody can tell that it does not exist.
+    pub underway: bool,
     pub attempts: i64,
+}
+
+/// How long an intent is left to the process that makes the upstream thread. That process gives up before.
+pub const UNHEARD_OF: Duration = Duration::from_mins(10);
+
+/// What an [intent](Life::intend) came to.
+#[derive(Clone, Copy, Debug)]
+pub enum Made<'a> {
+    Nothing,
+    /// An upstream thread that nobody will use.
+    Unused(&'a UpstreamThreadId),
+    /// The answer was lost, so it may exist. Nobody will record its id.
+    Unknown,
 }
 
 /// Where a remnant is recorded.
@@ -404,6 +419,17 @@ pub struct Binding<'a> {
     pub seeded: bool,
     /// How many of the user's messages of the thread before it begins with.
     pub carried_users: u32,
+}
+
+/// What became of a [`Binding`].
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum Bound {
+    /// The thread of the run lives there now.
+    Done,
+    /// The lease was lost. The record has the id all the same: as a remnant, or as the thread's own since an earlier call.
+    Lost,
+    /// The lease was lost, and the record has no place for the id: whoever made the upstream thread has to delete it.
+    Unrecorded,
 }
 
 /// A thread that is to be rolled over.

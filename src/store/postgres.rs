@@ -253,7 +253,7 @@ impl Store for PostgresStore {
         &self,
         lease: &RunLease,
         binding: &Binding<'_>,
-    ) -> Result<bool, StoreError> {
+    ) -> Result<Bound, StoreError> {
         on!(self.vital, c => turn::bind_upstream_thread(c, lease, binding))
     }
 

@@ -15,7 +15,9 @@ macro_rules! reads {
         };
         use crate::store::paging::{Filling, ListedRow, Span, cursor};
         use crate::store::rows::{EventRow, MessageRow, RunRow, RunWithReply, ThreadAndRun, WaitingRow};
-        use crate::store::{Claim, Idempotency, InputMessage, RunLease, StoreError, ThreadName, Turn, Waiting};
+        use crate::store::{
+            Binding, Bound, Claim, Idempotency, InputMessage, RunLease, StoreError, ThreadName, Turn, Waiting,
+        };
 
         /// Implements [`Store::messages`](crate::store::Store::messages).
         pub(super) async fn messages(
@@ -363,6 +365,27 @@ macro_rules! reads {
             let input = said(connection, lease.run_id).await?;
             let turn = Turn { lease: *lease, thread: both.thread.try_into()?, run: both.run.try_into()?, input };
             Ok(Claim::Started(Box::new(turn)))
+        }
+
+        /// The answer to a binding that found no lease: whether the record has the id of the upstream thread all the same.
+        pub(super) async fn bound_before(
+            connection: &mut <$database as sqlx::Database>::Connection,
+            lease: &RunLease,
+            binding: &Binding<'_>,
+        ) -> Result<Bound, StoreError> {
+            let recorded: bool = sqlx::query_scalar(
+                "SELECT EXISTS (SELECT 1 FROM remnants x WHERE x.id = $1 AND x.upstream_id = $2)
+                    OR EXISTS (
+                        SELECT 1 FROM runs r JOIN threads t ON t.id = r.thread_id
+                        WHERE r.id = $3 AND t.upstream_thread_id = $2
+                    )",
+            )
+            .bind(binding.intent.uuid())
+            .bind(binding.id.as_str())
+            .bind(lease.run_id.uuid())
+            .fetch_one(connection)
+            .await?;
+            Ok(if recorded { Bound::Lost } else { Bound::Unrecorded })
         }
 
         /// What the user said in a run that has started.

@@ -246,7 +246,7 @@ impl Store for SqliteStore {
         &self,
         lease: &RunLease,
         binding: &Binding<'_>,
-    ) -> Result<bool, StoreError> {
+    ) -> Result<Bound, StoreError> {
         on!(self.writer, c => turn::bind_upstream_thread(c, lease, binding))
     }
 

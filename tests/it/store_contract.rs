@@ -32,8 +32,8 @@ use threadkeeper::domain::{
     UpstreamRunId, UpstreamThreadId, Usage, UserKey,
 };
 use threadkeeper::store::{
-    Admission, Admitted, Binding, Claim, Closing, Finished, Idempotency, ImportedThread, InputMessage, Pause,
-    Reply, RunEnd, RunLease, Store, ThreadFilter, ThreadName, ToolAnswer, Turn,
+    Admission, Admitted, Binding, Bound, Claim, Closing, Finished, Idempotency, ImportedThread, InputMessage,
+    Pause, Reply, RunEnd, RunLease, Store, ThreadFilter, ThreadName, ToolAnswer, Turn,
 };
 
 use crate::support::TestDatabase;
@@ -241,7 +241,7 @@ fn limits(max_age: Duration) -> Limits {
 /// Binds the upstream thread of a run's thread, as the outcome of some intent.
 async fn bind(store: &dyn Store, lease: &RunLease, id: &UpstreamThreadId, seeded: bool) -> bool {
     let binding = Binding { id, intent: RemnantId::new(), seeded, carried_users: 0 };
-    store.bind_upstream_thread(lease, &binding).await.unwrap()
+    store.bind_upstream_thread(lease, &binding).await.unwrap() == Bound::Done
 }
 
 /// Admits a message of the key and ends its run.

@@ -8,7 +8,7 @@ use super::Discreet;
 use super::blank::lasting;
 use crate::domain::{
     ConversationKey, DeletionId, Lifetimes, Limits, Message, Page, PageRequest, RemnantId, Removed, Run,
-    RunId, TenantKey, Thread, ThreadActivity, ThreadId, UpstreamThreadId,
+    TenantKey, Thread, ThreadActivity, ThreadId,
 };
 use crate::store::{
     DeletionReport, DeletionRequest, DeletionTarget, Due, Foreign, Imported, ImportedMessage, ImportedThread,
@@ -183,7 +183,7 @@ impl Life for Discreet {
         Ok(self.if_held(lease, self.inner.intend(lease, intent).await?))
     }
 
-    async fn resolve(&self, intent: RemnantId, made: Option<&UpstreamThreadId>) -> Result<(), StoreError> {
+    async fn resolve(&self, intent: RemnantId, made: Made<'_>) -> Result<(), StoreError> {
         self.inner.resolve(intent, made).await
     }
 

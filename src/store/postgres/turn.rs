@@ -4,11 +4,11 @@ use sqlx::error::DatabaseError;
 use sqlx::types::Json;
 use sqlx::{FromRow, PgConnection, Row};
 
-use super::read::started_before;
+use super::read::{bound_before, started_before};
 use crate::domain::{Context, RemnantId, RunId};
 use crate::store::columns::{first_position, run_columns, started_position, thread_columns};
 use crate::store::rows::ThreadAndRun;
-use crate::store::{Binding, Claim, InputMessage, RunLease, StoreError, Turn};
+use crate::store::{Binding, Bound, Claim, InputMessage, RunLease, StoreError, Turn};
 
 /// Implements [`Store::claim`](crate::store::Store::claim).
 ///
@@ -94,12 +94,13 @@ fn is_refused(error: &sqlx::Error) -> bool {
 /// Implements [`Store::bind_upstream_thread`](crate::store::Store::bind_upstream_thread).
 ///
 /// What was missing is told from the rest, since the thread counts it. If the lease was lost, nothing of the thread is
-/// changed, and the intent becomes what is to be deleted.
+/// changed, and the intent becomes what is to be deleted. Whether the record has the id anyway is asked by a statement of
+/// its own: it must see what an earlier call, or a deletion that went first, has committed.
 pub(super) async fn bind_upstream_thread(
     connection: &mut PgConnection,
     lease: &RunLease,
     binding: &Binding<'_>,
-) -> Result<bool, StoreError> {
+) -> Result<Bound, StoreError> {
     // The run is locked, so that nobody takes it over between the check and the write.
     let done = sqlx::query(concat!(
         "WITH held AS MATERIALIZED (
@@ -145,7 +146,7 @@ pub(super) async fn bind_upstream_thread(
     .bind(i64::from(binding.carried_users))
     .execute(&mut *connection)
     .await?;
-    Ok(done.rows_affected() == 1)
+    if done.rows_affected() == 1 { Ok(Bound::Done) } else { bound_before(connection, lease, binding).await }
 }
 
 /// Implements [`Store::settled`](crate::store::Store::settled).

@@ -7,16 +7,21 @@ macro_rules! remnants {
         use sqlx::types::Json;
         use uuid::Uuid;
 
-        use crate::domain::{RemnantId, RunId, ThreadId, UpstreamThreadId};
+        use crate::domain::{RemnantId, RunId, ThreadId};
         use crate::store::rows::millis;
         use crate::store::shared::{RemnantRow, upstream_ids};
-        use crate::store::{Remnant, RemnantKind, RemnantName, RunLease, StoreError};
+        use crate::store::{Made, Remnant, RemnantKind, RemnantName, RunLease, StoreError, UNHEARD_OF};
 
         type Connection = <$database as sqlx::Database>::Connection;
 
         macro_rules! remnant_columns {
             () => {
-                "x.id, x.thread_id, x.upstream, x.kind, x.upstream_id, x.attempts"
+                concat!(
+                    "x.id, x.thread_id, x.upstream, x.kind, x.upstream_id, x.attempts,
+                    x.underway AND x.upstream_id IS NULL AND COALESCE(x.due_at > ",
+                    now!(),
+                    ", false) AS underway"
+                )
             };
         }
 
@@ -61,6 +66,7 @@ macro_rules! remnants {
                         upstream: upstream.clone(),
                         kind: RemnantKind::Run,
                         upstream_id: Some(id),
+                        underway: false,
                         attempts: 0,
                     })
                     .collect();
@@ -84,8 +90,8 @@ macro_rules! remnants {
                     WHERE r.id = $1 AND r.fence = $2 AND r.status IN ('in_progress', 'requires_action', 'cancelling')",
                 held!("r"),
                 ")
-                INSERT INTO remnants (id, thread_id, upstream, kind, created_at, due_at)
-                SELECT $3, t.id, t.upstream, 'thread', ",
+                INSERT INTO remnants (id, thread_id, upstream, kind, underway, created_at, due_at)
+                SELECT $3, t.id, t.upstream, 'thread', true, ",
                 now!(),
                 ", ",
                 now!(),
@@ -104,24 +110,22 @@ macro_rules! remnants {
             Ok(done.rows_affected() == 1)
         }
 
-        /// How long an intent is left alone.
-        const UNHEARD_OF: Duration = Duration::from_mins(10);
-
         /// Implements [`Life::resolve`](crate::store::Life::resolve).
         pub(super) async fn resolve(
             connection: &mut Connection,
             intent: RemnantId,
-            made: Option<&UpstreamThreadId>,
+            made: Made<'_>,
         ) -> Result<(), StoreError> {
-            let statement = match made {
-                None => "DELETE FROM remnants WHERE id = $1",
-                Some(_) => concat!("UPDATE remnants SET upstream_id = $2, due_at = ", now!(), " WHERE id = $1"),
+            let (statement, id) = match made {
+                Made::Nothing => ("DELETE FROM remnants WHERE id = $1 AND $2 IS NULL", None),
+                Made::Unused(id) => (
+                    concat!("UPDATE remnants SET upstream_id = $2, due_at = ", now!(), " WHERE id = $1"),
+                    Some(id.as_str()),
+                ),
+                // What was on its way may take effect late, so the time of the look stays.
+                Made::Unknown => ("UPDATE remnants SET underway = false WHERE id = $1 AND $2 IS NULL", None),
             };
-            sqlx::query(statement)
-                .bind(intent.uuid())
-                .bind(made.map(UpstreamThreadId::as_str))
-                .execute(connection)
-                .await?;
+            sqlx::query(statement).bind(intent.uuid()).bind(id).execute(connection).await?;
             Ok(())
         }
 
@@ -149,7 +153,7 @@ macro_rules! remnants {
                 .fetch_all(&mut *tx)
                 .await?;
             sqlx::query(concat!(
-                "UPDATE remnants SET due_at = ",
+                "UPDATE remnants SET underway = false, due_at = ",
                 now!(),
                 " + ",
                 ms!("$2"),

@@ -31,6 +31,7 @@ pub(in crate::store) struct RemnantRow {
     upstream: String,
     kind: String,
     upstream_id: Option<String>,
+    underway: bool,
     attempts: i64,
 }
 
@@ -54,6 +55,7 @@ impl TryFrom<RemnantRow> for Remnant {
                 _ => return Err(corrupt("the kind of a remnant")),
             },
             upstream_id: row.upstream_id,
+            underway: row.underway,
             attempts: row.attempts,
         })
     }

@@ -7,7 +7,7 @@ use async_trait::async_trait;
 use super::{SqliteStore, deletion, keeping, remnants, rollover, threads};
 use crate::domain::{
     ConversationKey, DeletionId, Lifetimes, Limits, Message, Page, PageRequest, RemnantId, Removed, Run,
-    RunId, TenantKey, Thread, ThreadActivity, ThreadId, UpstreamThreadId,
+    TenantKey, Thread, ThreadActivity, ThreadId,
 };
 use crate::store::pool::on;
 use crate::store::{
@@ -144,7 +144,7 @@ impl Life for SqliteStore {
         on!(self.writer, c => remnants::intend(c, lease, intent))
     }
 
-    async fn resolve(&self, intent: RemnantId, made: Option<&UpstreamThreadId>) -> Result<(), StoreError> {
+    async fn resolve(&self, intent: RemnantId, made: Made<'_>) -> Result<(), StoreError> {
         on!(self.writer, c => remnants::resolve(c, intent, made))
     }
 

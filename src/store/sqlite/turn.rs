@@ -4,12 +4,12 @@ use sqlx::types::Json;
 use sqlx::{FromRow, Row, SqliteConnection};
 use uuid::Uuid;
 
-use super::read::started_before;
+use super::read::{bound_before, started_before};
 use super::{now, write};
 use crate::domain::{Context, RemnantId, Run, RunId, Thread};
 use crate::store::columns::{first_position, run_columns, started_position, thread_columns};
 use crate::store::rows::{RunRow, ThreadRow, json};
-use crate::store::{Binding, Claim, InputMessage, RunLease, StoreError, Turn};
+use crate::store::{Binding, Bound, Claim, InputMessage, RunLease, StoreError, Turn};
 
 /// The messages that the thread `$2` lacks upstream, counted.
 macro_rules! missing_messages {
@@ -68,7 +68,7 @@ pub(super) async fn bind_upstream_thread(
     connection: &mut SqliteConnection,
     lease: &RunLease,
     binding: &Binding<'_>,
-) -> Result<bool, StoreError> {
+) -> Result<Bound, StoreError> {
     let mut tx = write(connection).await?;
     let Some(thread) = active(&mut tx, lease).await? else {
         sqlx::query(concat!("UPDATE remnants SET upstream_id = $2, due_at = ", now!(), " WHERE id = $1"))
@@ -76,8 +76,9 @@ pub(super) async fn bind_upstream_thread(
             .bind(binding.id.as_str())
             .execute(&mut *tx)
             .await?;
+        let bound = bound_before(&mut tx, lease, binding).await?;
         tx.commit().await?;
-        return Ok(false);
+        return Ok(bound);
     };
     if binding.seeded {
         sqlx::query(concat!(
@@ -116,7 +117,7 @@ pub(super) async fn bind_upstream_thread(
     .execute(&mut *tx)
     .await?;
     tx.commit().await?;
-    Ok(true)
+    Ok(Bound::Done)
 }
 
 /// Implements [`Store::settled`](crate::store::Store::settled).

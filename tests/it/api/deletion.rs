@@ -18,6 +18,8 @@ on_every_scene!(
     an_archive_stays_if_it_is_asked_for,
     a_killed_deletion_goes_on,
     a_deletion_whose_receipt_cannot_be_read_is_taken,
+    deletion_finds_an_upstream_thread_that_is_being_made,
+    deletion_finds_an_upstream_thread_that_is_being_made_again,
 );
 
 const SCOPE: &str = "/v1/users/alice/topics/secret";
@@ -259,4 +261,52 @@ async fn upstream_threads_of_which_nobody_heard_are_found_or_told() {
         assert_eq!(told, if list_threads { [2, 0] } else { [0, 2] }, "{receipt:#}");
         assert_eq!(scene.upstream_threads().len(), if list_threads { 0 } else { 2 });
     }
+}
+
+/// Sends a message whose upstream thread is made only after the deletion has come.
+async fn delete_while_it_is_made(scene: &Scene, gateway: &Gateway) {
+    scene.fault("create_thread", "latency=1500ms", 1);
+    let mut running = gateway.stream(SCOPE, "needle at last").await;
+    running.next().await.unwrap();
+    let intended = "SELECT count(*) FROM remnants WHERE upstream_id IS NULL";
+    while scene.database.number(intended).await == 0 {
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    let receipt = gateway.delete(THREAD).await.ok();
+    assert_eq!(receipt["status"], "completed", "{receipt:#}");
+    assert_eq!(running.rest().await.pop().unwrap().name, "run.cancelled");
+    let unknown: u64 = receipt["threads"]["data"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|it| it["upstream_unknown"].as_u64().unwrap())
+        .sum();
+    assert_eq!(unknown, 0, "{receipt:#}");
+    assert_eq!(scene.upstream_threads(), Vec::<String>::new());
+    assert_eq!(scene.database.holding("needle").await, Vec::<String>::new());
+    assert_eq!(scene.database.number("SELECT count(*) FROM remnants").await, 0);
+}
+
+async fn deletion_finds_an_upstream_thread_that_is_being_made(scene: Scene) {
+    if scene.protocol == Protocol::Chain {
+        return;
+    }
+    let gateway = scene.gateway_with(BY_HAND).await;
+    delete_while_it_is_made(&scene, &gateway).await;
+    nothing_is_left(&scene).await;
+}
+
+/// It begins with all that was said.
+async fn deletion_finds_an_upstream_thread_that_is_being_made_again(scene: Scene) {
+    if scene.protocol == Protocol::Chain {
+        return;
+    }
+    let gateway = scene.gateway_with(BY_HAND).await;
+    let last = converse(&gateway).await;
+    let gone = last["thread"]["upstream_thread_id"].as_str().unwrap();
+    scene.delete_thread(gone).await;
+    delete_while_it_is_made(&scene, &gateway).await;
+    // Whoever deletes a conversation leaves its items, and these are not the gateway's to find.
+    let left = scene.simulator.holds_text("needle");
+    assert!(left.iter().all(|it| it.contains(gone)), "{left:#?}");
 }

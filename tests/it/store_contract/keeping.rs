@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use threadkeeper::domain::{Deletion, DeletionId, Lifecycle, Lifetimes, Limits, RemnantId, Timestamp};
 use threadkeeper::store::{
-    DeletionRequest, DeletionTarget, Due, Pruned, Pruning, RemnantKind, RemnantName, ThreadName,
+    DeletionRequest, DeletionTarget, Due, Made, Pruned, Pruning, RemnantKind, RemnantName, ThreadName,
 };
 use uuid::Uuid;
 
@@ -607,10 +607,10 @@ async fn roll_over(store: &dyn Store, key: &ConversationKey) {
     for intent in intents {
         assert!(store.intend(&turn.lease, intent).await.unwrap());
     }
-    store.resolve(intents[0], None).await.unwrap();
+    store.resolve(intents[0], Made::Nothing).await.unwrap();
     let made = UpstreamThreadId("c".to_owned());
     let binding = Binding { id: &made, intent: intents[1], seeded: true, carried_users: 1 };
-    assert!(store.bind_upstream_thread(&turn.lease, &binding).await.unwrap());
+    assert_eq!(store.bind_upstream_thread(&turn.lease, &binding).await.unwrap(), Bound::Done);
     store.baseline(turn.run.id).await.unwrap();
     store.schedule_remnant(intents[0], Some(HOUR)).await.unwrap();
 }

@@ -1,13 +1,15 @@
 //! What is, or may be, at an upstream besides the threads' own.
 
-use threadkeeper::domain::Baseline;
-use threadkeeper::store::{Remnant, RemnantKind, RemnantName};
+use threadkeeper::domain::{Baseline, Deletion};
+use threadkeeper::store::{DeletionTarget, Made, Remnant, RemnantKind, RemnantName, UNHEARD_OF};
 
+use super::deletion::{gone_upstream, request};
 use super::keeping::{HOUR, earlier, thread};
 use super::*;
 
 on_every_backend!(
     an_intent_is_looked_at_when_nobody_heard_of_it,
+    intent_is_underway_until_its_making_is_over,
     only_who_holds_the_lease_may_intend,
     what_came_to_nothing_is_resolved,
     what_is_bound_is_no_remnant,
@@ -44,14 +46,57 @@ async fn an_intent_is_looked_at_when_nobody_heard_of_it(database: &TestDatabase,
         upstream: "main".to_owned(),
         kind: RemnantKind::Thread,
         upstream_id: None,
+        underway: true,
         attempts: 0,
     };
     let expected = [expected];
     assert_eq!(store.remnants(turn.thread.id, false, 10).await.unwrap(), expected);
     assert_eq!(store.due_remnants(10).await.unwrap(), []);
     assert_eq!(store.claim_remnants(10, HOUR).await.unwrap(), []);
-    earlier(database, "remnants", &["due_at"], HOUR).await;
+    earlier(database, "remnants", &["due_at"], UNHEARD_OF).await;
+    let expected = [Remnant { underway: false, ..expected }];
     assert_eq!(store.due_remnants(10).await.unwrap(), expected);
+    assert_eq!(store.claim_remnants(10, HOUR).await.unwrap(), expected);
+    assert_eq!(
+        store.remnants(turn.thread.id, false, 10).await.unwrap(),
+        expected,
+        "nobody makes it any more"
+    );
+}
+
+/// Its run was cut off and ended. Whoever erases the thread waits until the id is known.
+async fn intent_is_underway_until_its_making_is_over(database: &TestDatabase, store: &dyn Store) {
+    let turn = turn(store, &user("alice")).await;
+    let thread = turn.thread.id;
+    let underway = async || {
+        let remnants = store.remnants(thread, false, 10).await.unwrap();
+        remnants.iter().filter(|remnant| remnant.underway).count()
+    };
+    let intents = [RemnantId::new(), RemnantId::new(), RemnantId::new()];
+    for intent in intents {
+        assert!(store.intend(&turn.lease, intent).await.unwrap());
+    }
+    closed(store.finish(&turn.lease, &completed(None)).await.unwrap());
+    assert_eq!(underway().await, 3);
+    store.resolve(intents[0], Made::Unknown).await.unwrap();
+    assert_eq!(underway().await, 2);
+    assert_eq!(store.due_remnants(10).await.unwrap(), [], "what was on its way may take effect late");
+    let made = upstream("t_1");
+    let binding = |intent| Binding { id: &made, intent, seeded: true, carried_users: 0 };
+    assert_eq!(store.bind_upstream_thread(&turn.lease, &binding(intents[1])).await.unwrap(), Bound::Lost);
+    assert_eq!(underway().await, 1);
+    assert_eq!(store.due_remnants(10).await.unwrap()[0].upstream_id.as_deref(), Some("t_1"));
+    // Its thread is erased by then.
+    let key = turn.thread.key.clone();
+    let erase = request(DeletionTarget::Key(key), Deletion::Erase);
+    assert_eq!(store.begin_deletion(&erase, 10).await.unwrap(), 1);
+    gone_upstream(store, thread).await;
+    assert!(store.conclude(thread, 10).await.unwrap());
+    assert_eq!(
+        store.bind_upstream_thread(&turn.lease, &binding(intents[2])).await.unwrap(),
+        Bound::Unrecorded
+    );
+    check_invariants(database).await;
 }
 
 async fn only_who_holds_the_lease_may_intend(_: &TestDatabase, store: &dyn Store) {
@@ -73,9 +118,9 @@ async fn what_came_to_nothing_is_resolved(_: &TestDatabase, store: &dyn Store) {
     for intent in [nothing, something] {
         assert!(store.intend(&turn.lease, intent).await.unwrap());
     }
-    store.resolve(nothing, None).await.unwrap();
-    store.resolve(something, Some(&upstream("t_1"))).await.unwrap();
-    store.resolve(RemnantId::new(), Some(&upstream("t_2"))).await.unwrap();
+    store.resolve(nothing, Made::Nothing).await.unwrap();
+    store.resolve(something, Made::Unused(&upstream("t_1"))).await.unwrap();
+    store.resolve(RemnantId::new(), Made::Unused(&upstream("t_2"))).await.unwrap();
     assert_eq!(left(store, turn.thread.id).await, [Some("t_1".to_owned())]);
     assert_eq!(store.due_remnants(10).await.unwrap()[0].name, RemnantName::Row(something));
 }
@@ -86,7 +131,7 @@ async fn what_is_bound_is_no_remnant(_: &TestDatabase, store: &dyn Store) {
     assert!(store.intend(&turn.lease, intent).await.unwrap());
     let binding = Binding { id: &upstream("t_1"), intent, seeded: false, carried_users: 0 };
     for _ in 0..2 {
-        assert!(store.bind_upstream_thread(&turn.lease, &binding).await.unwrap());
+        assert_eq!(store.bind_upstream_thread(&turn.lease, &binding).await.unwrap(), Bound::Done);
         assert_eq!(left(store, turn.thread.id).await, []);
     }
     let found = thread(store, turn.thread.id).await.unwrap();
@@ -100,7 +145,7 @@ async fn what_is_made_under_a_lost_lease_is_a_remnant(_: &TestDatabase, store: &
     let lost = RunLease { fence: turn.lease.fence + 1, ..turn.lease };
     for seeded in [false, true] {
         let binding = Binding { id: &upstream("t_1"), intent, seeded, carried_users: 1 };
-        assert!(!store.bind_upstream_thread(&lost, &binding).await.unwrap());
+        assert_eq!(store.bind_upstream_thread(&lost, &binding).await.unwrap(), Bound::Lost);
         assert_eq!(left(store, turn.thread.id).await, [Some("t_1".to_owned())]);
     }
     assert_eq!(store.due_remnants(10).await.unwrap()[0].name, RemnantName::Row(intent));
@@ -109,8 +154,8 @@ async fn what_is_made_under_a_lost_lease_is_a_remnant(_: &TestDatabase, store: &
     let intent = RemnantId::new();
     assert!(store.intend(&turn.lease, intent).await.unwrap());
     let binding = Binding { id: &upstream("t_2"), intent, seeded: false, carried_users: 0 };
-    assert!(store.bind_upstream_thread(&turn.lease, &binding).await.unwrap());
-    assert!(!store.bind_upstream_thread(&lost, &binding).await.unwrap());
+    assert_eq!(store.bind_upstream_thread(&turn.lease, &binding).await.unwrap(), Bound::Done);
+    assert_eq!(store.bind_upstream_thread(&lost, &binding).await.unwrap(), Bound::Lost);
     assert_eq!(left(store, turn.thread.id).await, [Some("t_1".to_owned())]);
 }
 
@@ -196,7 +241,7 @@ async fn remnants_are_claimed_by_one_at_a_time(database: &TestDatabase, store: &
     for _ in 0..5 {
         let intent = RemnantId::new();
         assert!(store.intend(&turn.lease, intent).await.unwrap());
-        store.resolve(intent, Some(&upstream(&intent.to_string()))).await.unwrap();
+        store.resolve(intent, Made::Unused(&upstream(&intent.to_string()))).await.unwrap();
         // Each waits longer than the next.
         earlier(database, "remnants", &["due_at"], HOUR).await;
         intents.push(RemnantName::Row(intent));
@@ -225,7 +270,7 @@ async fn what_is_carried_over_counts_where_nothing_is_anchored(_: &TestDatabase,
     let turn = turn(store, &key).await;
     let (id, other) = (upstream("t_1"), upstream("t_2"));
     let seed = |id, carried_users| Binding { id, intent: RemnantId::new(), seeded: true, carried_users };
-    assert!(store.bind_upstream_thread(&turn.lease, &seed(&id, 3)).await.unwrap());
+    assert_eq!(store.bind_upstream_thread(&turn.lease, &seed(&id, 3)).await.unwrap(), Bound::Done);
     assert_eq!(store.baseline(turn.run.id).await.unwrap(), Baseline { anchor: None, skip: 3 });
     // A binding that is not seeded leaves that alone.
     assert!(bind(store, &turn.lease, &id, false).await);
@@ -235,6 +280,6 @@ async fn what_is_carried_over_counts_where_nothing_is_anchored(_: &TestDatabase,
     let next = self::turn(store, &key).await;
     let anchor = Some("m_1".to_owned());
     assert_eq!(store.baseline(next.run.id).await.unwrap(), Baseline { anchor, skip: 0 });
-    assert!(store.bind_upstream_thread(&next.lease, &seed(&other, 2)).await.unwrap());
+    assert_eq!(store.bind_upstream_thread(&next.lease, &seed(&other, 2)).await.unwrap(), Bound::Done);
     assert_eq!(store.baseline(next.run.id).await.unwrap(), Baseline { anchor: None, skip: 2 + 1 });
 }
