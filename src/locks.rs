@@ -215,8 +215,18 @@ impl Line {
     /// one that may not go yet is harmless: it asks again.
     fn take_next(&mut self) -> [Option<Waker>; 2] {
         let recorder = self.first_unrecorded().and_then(|ticket| self.slot(ticket)?.waker.take());
-        let first = self.places.front_mut().and_then(|slot| slot.waker.take());
-        [recorder, first]
+        let mut woken = Vec::from_iter(recorder);
+        // Nearly always there is one.
+        let mut lanes = Vec::new();
+        for slot in &mut self.places {
+            // Behind one that is not recorded yet nobody has a turn.
+            let Some(lane) = slot.lane else { break };
+            if !lanes.contains(&lane) {
+                lanes.push(lane);
+                woken.extend(slot.waker.take());
+            }
+        }
+        woken
     }
 }
 

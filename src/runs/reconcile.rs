@@ -9,11 +9,9 @@ use tokio::task::spawn_blocking;
 use tokio::time::timeout;
 
 use super::Runs;
-use crate::domain::{
-    ContentPart, Context, Message, MessageId, Role, RunId, Thread, ThreadId, UpstreamThreadId,
-};
+use crate::domain::{ContentPart, Context, Message, MessageId, Role, Thread, ThreadId, UpstreamThreadId};
 use crate::error::Error;
-use crate::store::{Foreign, Store, StoreError};
+use crate::store::{Foreign, RunLease, Store, StoreError};
 use crate::upstream::{HistoryEntry, Pace, Upstream, UpstreamError};
 
 /// Messages read at a time, at most.
@@ -55,6 +53,8 @@ pub enum Unverified {
     TooLate,
     #[error("the configuration does not name the thread's upstream")]
     NotConfigured,
+    #[error("the run that has its turn on the thread may be another replica's by now")]
+    LeaseLost,
 }
 
 impl From<Unverified> for Error {
@@ -66,6 +66,7 @@ impl From<Unverified> for Error {
             }
             Unverified::Upstream(error) => Self::UpstreamFailed(error),
             Unverified::TooLate => Self::UpstreamTooSlow,
+            Unverified::LeaseLost => Self::StoreUnavailable(None),
             Unverified::NotConfigured => {
                 Self::Invalid("the configuration does not name this thread's upstream (any more)".to_owned())
             }
@@ -108,15 +109,15 @@ impl Runs {
         Ok(compared.ok().flatten().map_or(Verified::CannotTell, Verified::Compared))
     }
 
-    /// Takes over what others wrote to the upstream thread, if its upstream is one to which they may. `by` is the run
-    /// that has its turn on the thread, if there is one. How many messages.
+    /// Takes over what others wrote to the upstream thread, if its upstream is one to which they may. `by` is the lease of
+    /// the run that has its turn on the thread, if there is one. How many messages.
     ///
     /// # Errors
     /// The store or the upstream failed; nothing was taken over then, or all of it.
     pub async fn reconcile(
         &self,
         thread: &Thread,
-        by: Option<RunId>,
+        by: Option<RunLease>,
         pace: &Pace,
     ) -> Result<u64, Unverified> {
         if !self.parts.given.shared.contains(&thread.upstream) || !self.store().keeps_content() {
@@ -126,6 +127,10 @@ impl Runs {
         if let (Some(left), Some(upstream)) =
             (&thread.leftover, self.parts.given.upstreams.get(&thread.upstream))
         {
+            if by.is_some() && self.parts.standing.has_lapsed() {
+                // What stands there now may be the work of who has the run by now.
+                return Err(Unverified::LeaseLost);
+            }
             let settled = async {
                 upstream.settle(left).await?;
                 upstream.remove(left).await

@@ -37,7 +37,7 @@ impl Runs {
     /// Rolls the thread of a turn over that is about to begin, if it is time for that. The turn as it is then.
     ///
     /// Nothing of the turn is upstream yet, and no other run is active, so nothing is cut in two. What fails here is
-    /// tried again before the next turn.
+    /// tried again before the next turn. May be dropped at any await.
     pub(super) async fn rolled(&self, turn: Turn) -> Turn {
         let threads = &self.parts.given.threads;
         let before = turn.thread.message_count - i64::try_from(turn.input.len()).unwrap_or(i64::MAX);
@@ -46,7 +46,7 @@ impl Runs {
             return turn;
         }
         let limit = self.parts.given.runs.settle_timeout;
-        match timeout(limit, self.reconcile(&turn.thread, Some(turn.run.id), &Pace::UNBOUND)).await {
+        match timeout(limit, self.reconcile(&turn.thread, Some(turn.lease), &Pace::UNBOUND)).await {
             Ok(Ok(_)) => {}
             Ok(Err(error)) => {
                 tracing::warn!(error = %Chain(&error), "cannot roll the thread over now");

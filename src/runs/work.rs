@@ -198,12 +198,12 @@ impl Rounds<'_> {
         let mut round = pin!(AssertUnwindSafe(drive.round(round)).catch_unwind());
         let cut = tokio::select! {
             biased;
-            () = working.lost.cancelled() => return Err(Failure::LeaseLost),
-            () = parts.stop.cancelled() => return Err(Failure::Stopped),
-            () = working.cancel.requested() => Failure::Cancelled,
-            () = sleep_until(self.deadline) => Failure::Deadline,
+            cut = cut_off(self.runs, working, self.deadline) => cut,
             result = &mut round => return result.unwrap_or(Err(Failure::Panic)),
         };
+        if matches!(cut, Failure::LeaseLost | Failure::Stopped) {
+            return Err(cut);
+        }
         if self.upstream.capabilities().goes_on_unread {
             // The id by which it can be ended may be on its way.
             tokio::select! {
@@ -279,6 +279,17 @@ impl Rounds<'_> {
             () = sleep_until(self.deadline) => Some(Err(Failure::Deadline)),
             () = parts.draining.cancelled() => None,
         }
+    }
+}
+
+/// Resolves when a run at work has to stop before its end, with the reason.
+async fn cut_off(runs: &Runs, working: &Working, deadline: Instant) -> Failure {
+    tokio::select! {
+        biased;
+        () = working.lost.cancelled() => Failure::LeaseLost,
+        () = runs.parts.given.stop.cancelled() => Failure::Stopped,
+        () = working.cancel.requested() => Failure::Cancelled,
+        () = sleep_until(deadline) => Failure::Deadline,
     }
 }
 

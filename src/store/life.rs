@@ -181,11 +181,11 @@ pub trait Life: Send + Sync {
 
     /// Puts messages that others wrote to the upstream thread into the transcript, each behind the one it names, and those
     /// behind the same one in their order. Those that the thread has by their id upstream are passed over. How many. Nothing
-    /// if the thread has an active run other than `by`.
+    /// if the thread has an active run other than the one of the lease `by`, or if that lease was lost.
     async fn insert_foreign(
         &self,
         thread: ThreadId,
-        by: Option<RunId>,
+        by: Option<RunLease>,
         messages: &[Foreign],
     ) -> Result<u64, StoreError>;
 

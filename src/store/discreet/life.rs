@@ -223,7 +223,7 @@ impl Life for Discreet {
     async fn insert_foreign(
         &self,
         thread: ThreadId,
-        by: Option<RunId>,
+        by: Option<RunLease>,
         messages: &[Foreign],
     ) -> Result<u64, StoreError> {
         let blank = |message: &Foreign| {

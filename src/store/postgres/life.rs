@@ -179,7 +179,7 @@ impl Life for PostgresStore {
     async fn insert_foreign(
         &self,
         thread: ThreadId,
-        by: Option<RunId>,
+        by: Option<RunLease>,
         messages: &[Foreign],
     ) -> Result<u64, StoreError> {
         on!(self.general, c => rollover::insert_foreign(c, thread, by, messages))

@@ -8,7 +8,7 @@ macro_rules! rollovers {
         use uuid::Uuid;
 
         use super::read::started_before;
-        use crate::domain::{Lifecycle, Message, RunId, RunStatus, Thread, ThreadId};
+        use crate::domain::{Lifecycle, Message, RunStatus, Thread, ThreadId};
         use crate::store::columns::{message_columns, thread_columns};
         use crate::store::rows::{MessageRow, ThreadRow, json, millis};
         use crate::store::{Claim, Foreign, Rolled, Rollover, RunLease, StoreError, Turn};
@@ -303,7 +303,7 @@ macro_rules! rollovers {
         pub(super) async fn insert_foreign(
             connection: &mut Connection,
             thread: ThreadId,
-            by: Option<RunId>,
+            by: Option<RunLease>,
             messages: &[Foreign],
         ) -> Result<u64, StoreError> {
             let mut tx = write(connection).await?;
@@ -313,10 +313,12 @@ macro_rules! rollovers {
         }
 
         /// The thread is locked first, so that no run begins meanwhile; and none is active that would have locked messages.
+        /// A run that changes hands gets its new fence without the thread. Its new owner reads what is there only after that,
+        /// so what is put in before counts for it too.
         async fn try_insert(
             tx: &mut Connection,
             thread: ThreadId,
-            by: Option<RunId>,
+            by: Option<RunLease>,
             messages: &[Foreign],
         ) -> Result<u64, StoreError> {
             let last: Option<i64> = sqlx::query_scalar(concat!(
@@ -327,18 +329,15 @@ macro_rules! rollovers {
             .fetch_optional(&mut *tx)
             .await?;
             let Some(last) = last else { return Ok(0) };
-            let busy: bool = sqlx::query_scalar(
-                "SELECT EXISTS (
-                    SELECT 1 FROM runs r
-                    WHERE r.thread_id = $1 AND r.status IN ('in_progress', 'requires_action', 'cancelling')
-                        AND r.id IS DISTINCT FROM $2
-                )",
+            let active: Vec<(Uuid, i64)> = sqlx::query_as(
+                "SELECT r.id, r.fence FROM runs r
+                WHERE r.thread_id = $1 AND r.status IN ('in_progress', 'requires_action', 'cancelling')",
             )
             .bind(thread.uuid())
-            .bind(by.map(RunId::uuid))
-            .fetch_one(&mut *tx)
+            .fetch_all(&mut *tx)
             .await?;
-            if busy {
+            let expected = by.map(|lease| (lease.run_id.uuid(), lease.fence));
+            if active != Vec::from_iter(expected) {
                 return Ok(0);
             }
             let unknown = unknown(tx, thread, messages).await?;

@@ -602,7 +602,7 @@ async fn roll_over(store: &dyn Store, key: &ConversationKey) {
         upstream_message_id: Some("m".to_owned()),
         created_at: None,
     };
-    store.insert_foreign(rollover.new_thread, Some(turn.run.id), &[foreign]).await.unwrap();
+    store.insert_foreign(rollover.new_thread, Some(turn.lease), &[foreign]).await.unwrap();
     let intents = [RemnantId::new(), RemnantId::new()];
     for intent in intents {
         assert!(store.intend(&turn.lease, intent).await.unwrap());

@@ -49,8 +49,7 @@ async fn an_intent_is_looked_at_when_nobody_heard_of_it(database: &TestDatabase,
         underway: true,
         attempts: 0,
     };
-    let expected = [expected];
-    assert_eq!(store.remnants(turn.thread.id, false, 10).await.unwrap(), expected);
+    assert_eq!(store.remnants(turn.thread.id, false, 10).await.unwrap(), std::slice::from_ref(&expected));
     assert_eq!(store.due_remnants(10).await.unwrap(), []);
     assert_eq!(store.claim_remnants(10, HOUR).await.unwrap(), []);
     earlier(database, "remnants", &["due_at"], UNHEARD_OF).await;

@@ -448,7 +448,7 @@ async fn what_others_wrote_stands_where_they_wrote_it(database: &TestDatabase, s
         Foreign { upstream_message_id: None, ..foreign(4, "f") },
         foreign(99, "g"),
     ];
-    assert_eq!(store.insert_foreign(made, Some(turn.run.id), &messages).await.unwrap(), 7);
+    assert_eq!(store.insert_foreign(made, Some(turn.lease), &messages).await.unwrap(), 7);
     let expected = [
         (1, "a"),
         (2, "b"),
@@ -511,7 +511,8 @@ async fn nothing_is_put_in_beside_a_run_at_work(_: &TestDatabase, store: &dyn St
     let turn = started(store.admit(&admission(&key)).await.unwrap());
     let (waiting, ..) = queued(store.admit(&admission(&key)).await.unwrap());
     let made = turn.thread.id;
-    for by in [None, Some(waiting.run_id)] {
+    let stale = RunLease { fence: turn.lease.fence - 1, ..turn.lease };
+    for by in [None, Some(waiting), Some(stale)] {
         assert_eq!(store.insert_foreign(made, by, &[foreign(0, "a")]).await.unwrap(), 0);
     }
     closed(store.finish(&turn.lease, &completed(None)).await.unwrap());
@@ -520,6 +521,8 @@ async fn nothing_is_put_in_beside_a_run_at_work(_: &TestDatabase, store: &dyn St
         1,
         "who waits does not mind"
     );
+    let late = store.insert_foreign(made, Some(turn.lease), &[foreign(0, "b")]).await.unwrap();
+    assert_eq!(late, 0, "the run is over");
 }
 
 /// Messages of all kinds come to two replicas while the thread is rolled over again and again, by its runs and by callers:
