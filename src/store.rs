@@ -166,6 +166,11 @@ pub trait Store: Life + Keys + Send + Sync + std::fmt::Debug {
     /// Repeating the call with the same lease and end is harmless and answers the same.
     async fn finish(&self, lease: &RunLease, end: &RunEnd) -> Result<Closing, StoreError>;
 
+    /// Takes a message back whose sender heard that it was not taken, although its run was recorded. A waiting run that
+    /// others have [joined](MultitaskStrategy::Merge) goes on without it, and the message's idempotency key stands for
+    /// nothing any more. Else the run ends as [`finish`](Self::finish) ends it. Harmless to repeat.
+    async fn withdraw(&self, lease: &RunLease, taken: &Withdrawal) -> Result<Withdrawn, StoreError>;
+
     /// Records what runs at work have shown since it was last recorded, and where they are at their upstream: what
     /// whoever takes one over, or follows it on another replica, needs to know. Those of which it was recorded; one that
     /// is missing among them is being ended, or its lease was lost, or should be tried again. Each run comes once. Harmless
@@ -504,6 +509,31 @@ pub enum Closing {
     /// Nothing changed: the run was marked to be discarded, and the end does not say that its traces are gone.
     MustDiscard,
     /// Nothing changed: the lease was lost.
+    Lost,
+}
+
+/// A message that is to be taken back.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Withdrawal {
+    pub message: MessageId,
+    pub idempotency_key: Option<String>,
+    /// How its run ends if it holds no other message.
+    pub end: RunEnd,
+}
+
+/// What became of a [`Withdrawal`].
+#[derive(Clone, Debug, PartialEq)]
+pub enum Withdrawn {
+    /// The run has ended.
+    Ended,
+    /// The run waits on, with the messages of others.
+    Shared {
+        thread: Box<Thread>,
+        run: Box<Run>,
+        /// 1 for the run that goes next.
+        position: i64,
+    },
+    /// There is no such run (yet), or the lease was lost.
     Lost,
 }
 

@@ -11,14 +11,16 @@ use super::drive::leftover;
 use super::failure::{Failure, internal, stopped};
 use super::progress::{Progress, Reach};
 use super::relay::{drain, plain};
-use super::standing::Working;
+use super::standing::{Refused, Working};
 use super::{Outcome, RunEvent, Runs, jittered};
 use crate::domain::{
     ContentPart, Context, EventBatch, Leftover, MessageId, MultitaskStrategy, Run, RunError, RunErrorCode,
     RunStatus, Step, Thread, ThreadActivity, ThreadState, UpstreamThreadId,
 };
 use crate::error::Chain;
-use crate::store::{Closing, Finished, News, Reply, RunEnd, RunLease, StoreError, Turn};
+use crate::store::{
+    Closing, Finished, News, Reply, RunEnd, RunLease, StoreError, Turn, Withdrawal, Withdrawn,
+};
 use crate::upstream::{Ended, EventStream, Settled, Upstream, UpstreamError};
 
 /// How long to try to end what a run left upstream once the process is told to stop.
@@ -401,9 +403,10 @@ async fn finish_in_store(runs: &Runs, lease: &RunLease, mut end: RunEnd) -> Clos
     }
 }
 
-/// Ends a run of which it is not known whether it was recorded: its sender heard that it was not, and may say the same
-/// again, so its message goes. `true` if it was, and has ended.
-pub(super) async fn void(runs: &Runs, lease: RunLease) -> bool {
+/// Takes the message of a run back of which it is not known whether it was recorded: its sender heard that it was not, and
+/// may say the same again. Asks for as long as the database is away.
+pub(super) async fn withdraw(runs: &Runs, lease: &RunLease, refused: &Refused) -> Withdrawn {
+    let parts = &runs.parts.given;
     let (status, error) = Failure::NotRecorded.end(false);
     let end = RunEnd { discard: true, ..bare_end(status, error) };
     matches!(finish_in_store(runs, &lease, end).await, Closed::Finished(_))

@@ -1,31 +1,49 @@
 //! What this process knows of its own standing: the runs that it works on, and how long its session is good.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use tokio::sync::watch;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use super::feed::{Feed, FeedWriter};
-use crate::domain::{RunId, ToolOutput};
-use crate::store::RunLease;
+use crate::domain::{MessageId, RunId, ToolOutput};
+use crate::store::{Admission, RunLease};
 
 /// What other events than text are numbered from in a run that changes hands, as a power of two for each change: beyond
 /// all that the one before can have shown.
 const EVENTS_PER_FENCE: u32 = 32;
+/// How long it is remembered that an admission was refused. The server gives up its statement long before.
+const REFUSED_FOR: Duration = Duration::from_mins(10);
 
 /// What this process knows of its own standing.
 #[derive(Debug)]
 pub(super) struct Standing {
     /// Runs that a task of this process works on, from before they are recorded until their end is.
     working: Arc<Mutex<HashMap<RunId, Handle>>>,
-    /// Admissions of which it is not known whether they were recorded, and whose senders heard that they were not.
-    refused: Mutex<HashSet<RunId>>,
+    /// Admissions of which it is not known whether they were recorded, and whose senders heard that they were not. Kept
+    /// for [`REFUSED_FOR`]: no admission arrives later.
+    refused: Mutex<HashMap<RunId, (Refused, Instant)>>,
     /// Held while runs change hands: what this process has just taken is not to be taken again as a stray.
     pub(super) taking: tokio::sync::Mutex<()>,
     session: Mutex<Session>,
+}
+
+/// A message whose sender heard that it was not taken.
+#[derive(Clone, Debug)]
+pub(super) struct Refused {
+    pub(super) message: MessageId,
+    pub(super) idempotency_key: Option<String>,
+}
+
+impl Refused {
+    pub(super) fn of(admission: &Admission) -> Self {
+        let idempotency_key = admission.idempotency.as_ref().map(|used| used.key.clone());
+        Self { message: admission.message.id, idempotency_key }
+    }
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -161,14 +179,16 @@ impl Standing {
         }
     }
 
-    /// The sender of this message heard that it was not taken.
-    pub(super) fn refuse(&self, run: RunId) {
-        lock(&self.refused).insert(run);
+    /// The sender of the message of this run heard that it was not taken.
+    pub(super) fn refuse(&self, run: RunId, refused: Refused) {
+        let (mut all, now) = (lock(&self.refused), Instant::now());
+        all.retain(|_, (_, since)| now - *since < REFUSED_FOR);
+        all.insert(run, (refused, now));
     }
 
-    /// It is settled what became of it. Whether it had been refused.
-    pub(super) fn was_refused(&self, run: RunId) -> bool {
-        lock(&self.refused).remove(&run)
+    /// It is settled what became of it. What had been refused, if it had.
+    pub(super) fn was_refused(&self, run: RunId) -> Option<Refused> {
+        lock(&self.refused).remove(&run).map(|(refused, _)| refused)
     }
 
     /// The session is good until then.

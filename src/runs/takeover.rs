@@ -8,7 +8,7 @@ use tracing::Instrument;
 use super::earlier::with_content;
 use super::feed::STARTED;
 use super::follow::stored_log;
-use super::standing::Working;
+use super::standing::{Refused, Working};
 use super::{RunEvent, Runs, end, jittered, turn, work};
 use crate::domain::{Message, RunStatus};
 use crate::error::Chain;
@@ -95,7 +95,7 @@ impl Runs {
                 || tracing::warn!(status = %orphan.run.status, "took over a run that nobody worked on"),
             );
             let was_refused = self.parts.standing.was_refused(run);
-            if orphan.run.status == RunStatus::Queued && orphan.content_lost && !was_refused {
+            if orphan.run.status == RunStatus::Queued && orphan.content_lost && was_refused.is_none() {
                 never_start.push((working, orphan));
                 continue;
             }
@@ -110,11 +110,11 @@ impl Runs {
 }
 
 /// Goes on with a run where the one before left it, or ends it.
-async fn go_on(runs: Runs, working: Working, orphan: Orphan, before: Before, was_refused: bool) {
-    if was_refused {
+async fn go_on(runs: Runs, working: Working, orphan: Orphan, before: Before, was_refused: Option<Refused>) {
+    if let Some(refused) = was_refused {
         // Its sender heard that it was not taken, so it must not run.
-        end::void(&runs, orphan.lease).await;
-        return;
+        let withdrawn = end::withdraw(&runs, &orphan.lease, &refused).await;
+        return turn::go_on_for_others(runs, working, orphan.lease, withdrawn).await;
     }
     if orphan.run.status != RunStatus::Queued && before.log.end <= STARTED {
         // The one before had no time to record that. Its text is numbered from there, whoever tells it.

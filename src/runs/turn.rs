@@ -6,16 +6,18 @@ use tokio::sync::oneshot;
 use tokio::time::{Instant, sleep, timeout};
 use tracing::Instrument;
 
-use super::end::{announce, bare_end, bound_waiting};
+use super::end::{announce, bare_end, bound_waiting, withdraw};
 use super::failure::{Failure, stopped};
 use super::follow::Follow;
-use super::standing::Working;
+use super::standing::{Refused, Working};
 use super::work::work;
 use super::{Outcome, RunEvent, Runs, Submitted, jittered};
-use crate::domain::{ConversationKey, MultitaskStrategy, Run, RunStatus, Step, TenantKey, Thread};
+use crate::domain::{ConversationKey, MultitaskStrategy, Run, RunStatus, Step, TenantKey, Thread, ThreadId};
 use crate::error::{Chain, Error};
 use crate::locks::{Pass, Place, Seat};
-use crate::store::{Admission, Admitted, Claim, News, Orphan, Repeated, RunLease, StoreError, Turn};
+use crate::store::{
+    Admission, Admitted, Claim, News, Orphan, Repeated, RunLease, StoreError, Turn, Withdrawn,
+};
 
 /// How soon a run that is first in its line asks the store again while a run of another line is active on its thread. It
 /// doubles up to the longest, for whoever ends that one tells it.
@@ -50,12 +52,13 @@ pub(super) async fn conduct(
                 return drop(answer.send(Ok(taken)));
             }
             Err((error, is_ambiguous)) => {
+                let refused = Refused::of(&admission);
                 if is_ambiguous {
-                    runs.parts.standing.refuse(admission.run_id);
+                    runs.parts.standing.refuse(admission.run_id, refused.clone());
                 }
                 drop((answer.send(Err(error)), place));
                 if is_ambiguous {
-                    void(&runs, RunLease { run_id: admission.run_id, fence: 1 }).await;
+                    void(runs, working, RunLease { run_id: admission.run_id, fence: 1 }, &refused).await;
                 }
                 return;
             }
@@ -194,23 +197,41 @@ async fn merge_again(runs: &Runs, admission: &Admission, mut lost: StoreError) -
     Err(Error::MaybeMerged(lost))
 }
 
-/// Ends a run of which it is not known whether it was, or still will be, recorded: its sender heard that it was not.
-/// What appears later than this looks is found as a stray.
-async fn void(runs: &Runs, lease: RunLease) {
+/// Takes a message back of which it is not known whether it was, or still will be, recorded: its sender heard that it was
+/// not. What appears later than this looks is found as a stray.
+async fn void(runs: Runs, working: Working, lease: RunLease, refused: &Refused) {
     for pause in VOID_AFTER {
         tokio::select! {
             biased;
             () = runs.parts.given.draining.cancelled() => {}
             () = sleep(pause) => {}
         }
-        if super::end::void(runs, lease).await {
-            runs.parts.standing.was_refused(lease.run_id);
-            return;
-        }
-        if runs.parts.given.draining.is_cancelled() {
-            return;
+        match withdraw(&runs, &lease, refused).await {
+            Withdrawn::Lost if runs.parts.given.draining.is_cancelled() => return,
+            Withdrawn::Lost => {}
+            withdrawn => {
+                runs.parts.standing.was_refused(lease.run_id);
+                return go_on_for_others(runs, working, lease, withdrawn).await;
+            }
         }
     }
+}
+
+/// Works on a run that others have joined although its own message was refused.
+pub(super) async fn go_on_for_others(
+    runs: Runs,
+    mut working: Working,
+    lease: RunLease,
+    withdrawn: Withdrawn,
+) {
+    let Withdrawn::Shared { thread, run, position } = withdrawn else { return };
+    tracing::warn!("the run's own message was refused; it goes on with those that joined it");
+    working.feed.push(RunEvent::Queued { position });
+    let outcome = match wait_for_turn(&runs, &working, None, lease, &thread, &run).await {
+        Ok(turn) => work(&runs, &mut working, turn).await,
+        Err(outcome) => outcome.map(|outcome| *outcome),
+    };
+    announce(&runs, &working, outcome);
 }
 
 /// Waits in line, then until the store lets the run start. The outcome, if it ended instead; `None` if others go on with

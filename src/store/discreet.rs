@@ -16,7 +16,7 @@ mod tests;
 use std::collections::HashMap;
 use std::fmt;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
 use futures_util::stream::BoxStream;
@@ -24,7 +24,7 @@ use futures_util::stream::BoxStream;
 use super::{
     Admission, Admitted, Answered, Binding, Bound, Claim, Closing, InputMessage, News, Orphan, Pause, Paused,
     Renewed, Repeated, Request, RunEnd, RunLease, RunProgress, Store, StoreError, ThreadName, ToolAnswer,
-    Turn,
+    Turn, Withdrawal, Withdrawn,
 };
 use crate::domain::{
     Baseline, Context, ConversationKey, EventBatch, Message, MessageId, MultitaskStrategy, Page, PageRequest,
@@ -45,7 +45,12 @@ struct Held {
     input: Vec<InputMessage>,
     /// The calls that it asked for last.
     asked: Option<RequiredAction>,
+    /// When its own message was refused. Others may have joined it all the same, or may do so now.
+    refused: Option<Instant>,
 }
+
+/// How long something is held for a run that may not exist. Its admission has arrived by then, or never does.
+const REFUSED_FOR: Duration = Duration::from_mins(10);
 
 impl Discreet {
     pub fn new(inner: Arc<dyn Store>) -> Self {
@@ -77,6 +82,16 @@ impl Discreet {
             && input.iter().all(|it| it.id != message.id)
         {
             input.push(message.clone());
+        }
+    }
+
+    /// The message is not one of that run's any more: its sender heard that it was not taken.
+    fn leaves(&self, run: RunId, message: MessageId) {
+        let (mut held, now) = (self.held(), Instant::now());
+        held.retain(|_, it| it.refused.is_none_or(|since| !it.input.is_empty() || now - since < REFUSED_FOR));
+        if let Some(own) = held.get_mut(&run) {
+            own.input.retain(|it| it.id != message);
+            own.refused = Some(now);
         }
     }
 
@@ -149,7 +164,7 @@ impl Store for Discreet {
         let (strategy, may_join) = self.strategy(admission).await?;
         let blank = Admission { strategy, message: blank_input(message), ..admission.clone() };
         // First of all: once it is recorded, the run that it joins may start at any time.
-        self.held().insert(*run_id, Held { input: vec![message.clone()], asked: None });
+        self.held().insert(*run_id, Held { input: vec![message.clone()], ..Held::default() });
         let mut admitted = self.inner.admit(&blank).await;
         match &mut admitted {
             Ok(Admitted::Started(turn)) => self.give_input(turn),
@@ -164,8 +179,8 @@ impl Store for Discreet {
                 for run in may_join {
                     self.joins(run, message);
                 }
-                // A run whose admission was not answered never starts.
-                self.forget(*run_id);
+                // Should it be recorded all the same, it goes on only if others have joined it.
+                self.leaves(*run_id, message.id);
             }
         }
         admitted
@@ -331,6 +346,16 @@ impl Store for Discreet {
             Closing::Lost => self.forget(lease.run_id),
         }
         Ok(closing)
+    }
+
+    async fn withdraw(&self, lease: &RunLease, taken: &Withdrawal) -> Result<Withdrawn, StoreError> {
+        let withdrawn = self.inner.withdraw(lease, taken).await?;
+        match &withdrawn {
+            Withdrawn::Ended => self.forget(lease.run_id),
+            Withdrawn::Shared { .. } => self.leaves(lease.run_id, taken.message),
+            Withdrawn::Lost => {}
+        }
+        Ok(withdrawn)
     }
 
     async fn record(&self, progress: &[RunProgress]) -> Result<Vec<RunId>, StoreError> {

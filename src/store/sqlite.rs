@@ -39,8 +39,9 @@ use tokio_util::sync::CancellationToken;
 use super::errors::check_version;
 use super::pool::{Pool, on};
 use super::{
-    Admission, Admitted, Answered, Binding, Claim, Closing, News, Orphan, Pause, Paused, Renewed, Repeated,
-    Request, RunEnd, RunLease, RunProgress, Store, StoreError, ThreadName, ToolAnswer,
+    Admission, Admitted, Answered, Binding, Bound, Claim, Closing, News, Orphan, Pause, Paused, Renewed,
+    Repeated, Request, RunEnd, RunLease, RunProgress, Store, StoreError, ThreadName, ToolAnswer, Withdrawal,
+    Withdrawn,
 };
 use crate::config::StoreConfig;
 use crate::domain::{
@@ -274,6 +275,10 @@ impl Store for SqliteStore {
 
     async fn finish(&self, lease: &RunLease, end: &RunEnd) -> Result<Closing, StoreError> {
         on!(self.writer, c => end::finish(c, lease, end))
+    }
+
+    async fn withdraw(&self, lease: &RunLease, taken: &Withdrawal) -> Result<Withdrawn, StoreError> {
+        on!(self.writer, c => end::withdraw(c, lease, taken))
     }
 
     async fn events(&self, run: RunId, from: i64) -> Result<Vec<EventBatch>, StoreError> {

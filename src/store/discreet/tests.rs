@@ -181,7 +181,7 @@ async fn a_message_that_is_just_joining_is_found() {
     let (lease, run) = world.queue("two").await;
     let merge = world.admission(MultitaskStrategy::Merge, "three");
     let blank = Admission { message: blank_input(&merge.message), ..merge.clone() };
-    let held = Held { input: vec![merge.message.clone()], asked: None };
+    let held = Held { input: vec![merge.message.clone()], ..Held::default() };
     world.store.held().insert(merge.run_id, held);
     world.inner.admit(&blank).await.unwrap();
     world.store.finish(&turn.lease, &end(RunStatus::Completed)).await.unwrap();
@@ -290,7 +290,29 @@ async fn a_refused_message_is_forgotten() {
     assert_eq!(world.held(), 1);
     world.inner.close().await;
     assert!(world.store.admit(&world.admission(MultitaskStrategy::Enqueue, "three")).await.is_err());
-    assert_eq!(world.held(), 1, "it never starts");
+    let speaks = |held: &&Held| !held.input.is_empty();
+    assert_eq!(world.store.held().values().filter(speaks).count(), 1, "it never starts");
+}
+
+/// The admission of the run's own message was not answered, and another one joins before it is taken back.
+#[tokio::test]
+async fn message_that_joined_a_refused_one_is_said() {
+    let world = World::new().await;
+    let turn = world.start("one").await;
+    let refused = world.admission(MultitaskStrategy::Enqueue, "two");
+    let Admitted::Queued { lease, .. } = world.store.admit(&refused).await.unwrap() else {
+        panic!("the thread is busy")
+    };
+    world.store.leaves(refused.run_id, refused.message.id);
+    let joins = world.admission(MultitaskStrategy::Merge, "three");
+    assert!(matches!(world.store.admit(&joins).await.unwrap(), Admitted::Merged { .. }));
+    let end_of_refused = RunEnd { discard: true, ..end(RunStatus::Failed) };
+    let taken = Withdrawal { message: refused.message.id, idempotency_key: None, end: end_of_refused };
+    assert!(matches!(world.store.withdraw(&lease, &taken).await.unwrap(), Withdrawn::Shared { .. }));
+    world.store.finish(&turn.lease, &end(RunStatus::Completed)).await.unwrap();
+    assert_eq!(world.claim(&lease).await, [text("three")]);
+    world.store.finish(&lease, &end(RunStatus::Completed)).await.unwrap();
+    assert_eq!(world.held(), 0);
 }
 
 #[test]

@@ -1,12 +1,13 @@
 //! The end of a run.
 
-use sqlx::SqliteConnection;
+use sqlx::types::Json;
+use sqlx::{FromRow, Row, SqliteConnection};
 
 use super::{now, write};
-use crate::domain::{Context, RunStatus, UpstreamRunId, UpstreamThreadId};
+use crate::domain::{Context, Run, RunStatus, Thread, UpstreamRunId, UpstreamThreadId};
 use crate::store::columns::{activity, first_position, message_columns, run_columns, thread_columns};
-use crate::store::rows::{FinishedRow, ended, json, log_json};
-use crate::store::{Closing, Finished, RunEnd, RunLease, StoreError};
+use crate::store::rows::{FinishedRow, RunRow, ThreadRow, ended, json, log_json};
+use crate::store::{Closing, Finished, InputMessage, RunEnd, RunLease, StoreError, Withdrawal, Withdrawn};
 
 /// The run `r` has not ended, the lease is good, and if the run must be discarded the end does that.
 macro_rules! ending {
@@ -125,6 +126,12 @@ pub(super) async fn finish(
     end: &RunEnd,
 ) -> Result<Closing, StoreError> {
     let mut tx = write(connection).await?;
+    let closing = finish_in(&mut tx, lease, end).await?;
+    tx.commit().await?;
+    Ok(closing)
+}
+
+async fn finish_in(tx: &mut SqliteConnection, lease: &RunLease, end: &RunEnd) -> Result<Closing, StoreError> {
     let reply = end.reply.as_ref().filter(|_| !end.discard);
     let as_begun = end.said == Context::Present && end.status == RunStatus::Completed;
     let row: Option<FinishedRow> = sqlx::query_as(FINISH)
@@ -151,13 +158,11 @@ pub(super) async fn finish(
         .bind(i32::try_from(end.unheard).unwrap_or(i32::MAX))
         .fetch_optional(&mut *tx)
         .await?;
-    let closing = match row {
+    Ok(match row {
         Some(row) => Closing::Finished(Box::new(Finished::try_from(row)?)),
-        None if must_discard(&mut tx, lease).await? => Closing::MustDiscard,
+        None if must_discard(tx, lease).await? => Closing::MustDiscard,
         None => Closing::Lost,
-    };
-    tx.commit().await?;
-    Ok(closing)
+    })
 }
 
 /// Whether a run that did not end is held back by its mark.
@@ -172,4 +177,62 @@ async fn must_discard(tx: &mut SqliteConnection, lease: &RunLease) -> Result<boo
     .fetch_optional(tx)
     .await?;
     Ok(marked == Some(true))
+}
+
+/// Implements [`Store::withdraw`](crate::store::Store::withdraw). The writer is alone, so no message joins between the look and the end.
+pub(super) async fn withdraw(
+    connection: &mut SqliteConnection,
+    lease: &RunLease,
+    taken: &Withdrawal,
+) -> Result<Withdrawn, StoreError> {
+    let mut tx = write(connection).await?;
+    let waiting: Option<Json<Vec<InputMessage>>> = sqlx::query_scalar(
+        "SELECT r.input FROM runs r WHERE r.id = $1 AND r.fence = $2 AND r.status = 'queued'",
+    )
+    .bind(lease.run_id.uuid())
+    .bind(lease.fence)
+    .fetch_optional(&mut *tx)
+    .await?;
+    let others: Vec<InputMessage> = waiting
+        .map(|Json(input)| input.into_iter().filter(|message| message.id != taken.message).collect())
+        .unwrap_or_default();
+    if others.is_empty() {
+        let closing = finish_in(&mut tx, lease, &taken.end).await?;
+        tx.commit().await?;
+        return Ok(match closing {
+            Closing::Finished(_) => Withdrawn::Ended,
+            Closing::MustDiscard | Closing::Lost => Withdrawn::Lost,
+        });
+    }
+    // What it does to a busy thread was the wish of the one who is gone.
+    let run: RunRow = sqlx::query_as(concat!(
+        "UPDATE runs AS r SET input = $2, strategy = 'merge' WHERE r.id = $1 RETURNING ",
+        run_columns!("runs"),
+    ))
+    .bind(lease.run_id.uuid())
+    .bind(Json(&others))
+    .fetch_one(&mut *tx)
+    .await?;
+    let run = Run::try_from(run)?;
+    let row = sqlx::query(concat!(
+        "SELECT ",
+        thread_columns!(),
+        ", (
+            SELECT count(*) FROM runs o, runs w
+            WHERE w.id = $2 AND o.thread_id = w.thread_id AND o.status = 'queued' AND (o.rank, o.seq) < (w.rank, w.seq)
+        ) AS before FROM threads t WHERE t.id = $1",
+    ))
+    .bind(run.thread_id.uuid())
+    .bind(lease.run_id.uuid())
+    .fetch_one(&mut *tx)
+    .await?;
+    sqlx::query("DELETE FROM idempotency_keys WHERE run_id = $1 AND key = $2")
+        .bind(lease.run_id.uuid())
+        .bind(&taken.idempotency_key)
+        .execute(&mut *tx)
+        .await?;
+    tx.commit().await?;
+    let position = row.try_get::<i64, _>("before")? + 1;
+    let thread = Thread::try_from(ThreadRow::from_row(&row)?)?;
+    Ok(Withdrawn::Shared { thread: Box::new(thread), run: Box::new(run), position })
 }

@@ -15,6 +15,7 @@ const SESSION: &str = "[replica]\nsession_ttl = \"5m\"\n";
 /// How the statements begin.
 const MERGE: &str = "WITH last AS MATERIALIZED";
 const ANSWER_TOOLS: &str = "WITH answered AS";
+const ADMIT: &str = "WITH seen AS MATERIALIZED";
 
 struct World {
     scene: Scene,
@@ -181,4 +182,53 @@ async fn outputs_outlast_an_outage() {
     world.gate.open();
     let read = gateway.until(&run, |answer| answer.body["run"]["finished_at"].is_string()).await.ok();
     assert_eq!(read["run"]["status"], "completed", "{read:#}");
+}
+
+/// A message joins a waiting run whose own sender is about to hear that it was not taken.
+#[tokio::test(flavor = "multi_thread")]
+async fn message_stays_in_a_run_whose_own_message_was_refused() {
+    let world = World::new("on").await;
+    let gateway = &world.gateway;
+    // Its way to the database is not tapped.
+    let other = Gateway::start(&world.scene.config(SESSION)).await;
+    world.scene.simulator.hold();
+    let mut active = gateway.stream(SCOPE, "first").await;
+    active.next().await.unwrap();
+    let post = async |gateway: &Gateway, key: &str, body: &Value| {
+        let request = gateway.request(Method::POST, &format!("{SCOPE}/messages"));
+        gateway
+            .send(request.header("idempotency-key", key).header("prefer", "respond-async").json(body))
+            .await
+    };
+    world.gate.set_at(ADMIT, Moment::After);
+    let (second, third) =
+        (json!({"content": "second"}), json!({"content": "third", "multitask_strategy": "merge"}));
+    let (refused, joined) = tokio::join!(post(gateway, "k2", &second), async {
+        world.gate.caught().await;
+        let joined = post(&other, "k3", &third).await;
+        world.gate.open();
+        joined
+    });
+    assert_eq!(refused.problem(), (503, "store-unavailable"));
+    assert_eq!(joined.status, StatusCode::ACCEPTED, "{joined:?}");
+    let run = joined.body["run"]["id"].as_str().unwrap();
+    let input = "SELECT jsonb_array_length(input)::bigint FROM runs WHERE status = 'queued'";
+    while world.scene.database.number(input).await != 1 {
+        tokio::time::sleep(std::time::Duration::from_millis(5)).await;
+    }
+    world.scene.simulator.release();
+    active.rest().await;
+    let path = format!("{SCOPE}/runs/{run}");
+    let ended = other.until(&path, |answer| answer.body["run"]["finished_at"].is_string()).await.ok();
+    assert_eq!(ended["run"]["status"], "completed", "{ended:#}");
+    assert_eq!(world.heard().await, ["first", "third"]);
+    // Its sender says it again, and is not told of a run that does not have it.
+    let again = post(gateway, "k2", &second).await;
+    assert!(!again.headers.contains_key("idempotent-replayed"), "{again:?}");
+    let path = format!("{SCOPE}/runs/{}", again.body["run"]["id"].as_str().unwrap());
+    gateway.until(&path, |answer| answer.body["run"]["finished_at"].is_string()).await.ok();
+    assert_eq!(world.heard().await, ["first", "third", "second"]);
+    // And the other one is told of the run that has it.
+    let again = post(gateway, "k3", &third).await;
+    assert_eq!(again.body["run"]["id"], run, "{again:?}");
 }

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use threadkeeper::domain::{MultitaskStrategy, RunStatus};
-use threadkeeper::store::MAX_MERGED;
+use threadkeeper::store::{MAX_MERGED, Withdrawal, Withdrawn};
 
 use super::*;
 
@@ -18,6 +18,8 @@ on_every_backend!(
     a_mark_to_discard_stays,
     a_cancel_reaches_active_runs_only,
     a_waiting_run_can_be_taken_over,
+    withdrawal_leaves_the_messages_of_others_in_line,
+    withdrawal_ends_a_run_that_nobody_joined,
 );
 
 fn with(key: &ConversationKey, strategy: MultitaskStrategy, words: &str) -> Admission {
@@ -99,6 +101,72 @@ async fn a_merged_message_joins_the_last_that_waits(database: &TestDatabase, sto
     let page = store.messages(ThreadName::Newest(&key), false, &first_page()).await.unwrap().unwrap();
     assert_eq!(page.data[2..].iter().map(|it| it.id).collect::<Vec<_>>(), joins.map(|it| it.message.id));
     assert!(page.data[1..].iter().all(|it| it.run_id == Some(last.run_id)));
+    check_invariants(database).await;
+}
+
+fn withdrawal(admission: &Admission) -> Withdrawal {
+    Withdrawal {
+        message: admission.message.id,
+        idempotency_key: admission.idempotency.as_ref().map(|used| used.key.clone()),
+        end: RunEnd { status: RunStatus::Failed, said: Context::Withheld, discard: true, ..completed(None) },
+    }
+}
+
+async fn withdrawal_leaves_the_messages_of_others_in_line(database: &TestDatabase, store: &dyn Store) {
+    use MultitaskStrategy::{Enqueue, Interrupt, Merge};
+    let key = user("alice");
+    let active = started(store.admit(&with(&key, Enqueue, "1")).await.unwrap());
+    queued(store.admit(&with(&key, Interrupt, "0")).await.unwrap());
+    let refused = Admission { idempotency: Some(idempotency("k2")), ..with(&key, Enqueue, "2") };
+    let (lease, ..) = queued(store.admit(&refused).await.unwrap());
+    let joins = [("k3", "3"), ("k4", "4")]
+        .map(|(name, words)| Admission { idempotency: Some(idempotency(name)), ..with(&key, Merge, words) });
+    for join in &joins {
+        assert!(matches!(store.admit(join).await.unwrap(), Admitted::Merged { .. }));
+    }
+    let stale = RunLease { fence: lease.fence - 1, ..lease };
+    assert_eq!(store.withdraw(&stale, &withdrawal(&refused)).await.unwrap(), Withdrawn::Lost);
+    for _ in 0..2 {
+        match store.withdraw(&lease, &withdrawal(&refused)).await.unwrap() {
+            Withdrawn::Shared { thread, run, position } => {
+                assert_eq!((thread.id, run.id, position), (active.thread.id, lease.run_id, 2));
+                assert_eq!((run.status, run.strategy), (RunStatus::Queued, Merge));
+            }
+            other => panic!("{other:?}"),
+        }
+    }
+    let remember = Duration::from_hours(1);
+    assert_eq!(store.repeated(&key, "k2", remember).await.unwrap(), None, "it may be said again");
+    for name in ["k3", "k4"] {
+        assert_eq!(store.repeated(&key, name, remember).await.unwrap().unwrap().run.id, lease.run_id);
+    }
+    closed(store.finish(&active.lease, &completed(Some("hi"))).await.unwrap());
+    let interrupt =
+        store.unfinished(&key).await.unwrap().unwrap().into_iter().find(|run| run.id != lease.run_id);
+    let interrupt = RunLease { run_id: interrupt.unwrap().id, fence: 1 };
+    claimed(store.claim(&interrupt).await.unwrap());
+    closed(store.finish(&interrupt, &completed(None)).await.unwrap());
+    let turn = claimed(store.claim(&lease).await.unwrap());
+    assert_eq!(turn.input, joins.map(|join| join.message));
+    closed(store.finish(&lease, &completed(Some("hi"))).await.unwrap());
+    check_invariants(database).await;
+}
+
+async fn withdrawal_ends_a_run_that_nobody_joined(database: &TestDatabase, store: &dyn Store) {
+    let key = user("alice");
+    let unknown = RunLease { run_id: RunId::new(), fence: 1 };
+    let (active, waiting) = (admission(&key), admission(&key));
+    assert_eq!(store.withdraw(&unknown, &withdrawal(&active)).await.unwrap(), Withdrawn::Lost);
+    let active_lease = started(store.admit(&active).await.unwrap()).lease;
+    let (waiting_lease, ..) = queued(store.admit(&waiting).await.unwrap());
+    for (lease, admission) in [(waiting_lease, &waiting), (active_lease, &active)] {
+        for _ in 0..2 {
+            assert_eq!(store.withdraw(&lease, &withdrawal(admission)).await.unwrap(), Withdrawn::Ended);
+        }
+        let (run, _) = store.run(&key, lease.run_id).await.unwrap().unwrap();
+        assert_eq!((run.status, run.discarded), (RunStatus::Failed, true));
+    }
+    assert_eq!(transcript(store, &key).await, [""; 0]);
     check_invariants(database).await;
 }
 
