@@ -5,6 +5,10 @@
 //! line. Both orders are the same but for places that [go next](LockMap::join_next). Dropping a place at any moment
 //! gives it up and wakes whoever is next. A line vanishes with its last place.
 //!
+//! A key may have runs on several threads: the one before has expired or is being deleted, and its run goes on. The
+//! store tells with each record which thread the run is on. That is the place's *lane*, and a place waits only for
+//! those before it in its own lane, and for those of which the lane is not known yet.
+//!
 //! Between processes the store's unique index holds the same promise; this line keeps waiting runs off it.
 
 mod gate;
@@ -21,11 +25,13 @@ use std::task::{Context, Poll, Waker};
 pub use gate::{Gate, Overrun, Pass, Turn};
 pub use seats::{NoSeat, Seat, Seats};
 
-/// The lines of all keys. Clones share them.
-pub struct LockMap<K> {
-    lines: Arc<Mutex<HashMap<K, Line>>>,
+/// The lines of all keys `K`, in lanes `L`. Clones share them.
+pub struct LockMap<K, L> {
+    lines: Lines<K, L>,
     max_waiting: usize,
 }
+
+type Lines<K, L> = Arc<Mutex<HashMap<K, Line<L>>>>;
 
 /// The line is as long as it may get.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
@@ -34,7 +40,7 @@ pub struct QueueFull {
     pub max_waiting: usize,
 }
 
-impl<K: Clone + Eq + Hash> LockMap<K> {
+impl<K: Clone + Eq + Hash, L: Copy + Eq> LockMap<K, L> {
     /// Lines of one place that may have its turn and `max_waiting` behind it.
     pub fn new(max_waiting: usize) -> Self {
         Self { lines: Arc::default(), max_waiting }
@@ -44,7 +50,7 @@ impl<K: Clone + Eq + Hash> LockMap<K> {
     ///
     /// # Errors
     /// [`QueueFull`] if `max_waiting` places wait already.
-    pub fn join(&self, key: K) -> Result<Place<K>, QueueFull> {
+    pub fn join(&self, key: K) -> Result<Place<K, L>, QueueFull> {
         self.join_at(key, |line| line.places.len())
     }
 
@@ -52,17 +58,21 @@ impl<K: Clone + Eq + Hash> LockMap<K> {
     ///
     /// # Errors
     /// [`QueueFull`] if `max_waiting` places wait already.
-    pub fn join_next(&self, key: K) -> Result<Place<K>, QueueFull> {
+    pub fn join_next(&self, key: K) -> Result<Place<K, L>, QueueFull> {
         self.join_at(key, |line| line.places.iter().take_while(|slot| slot.started).count())
     }
 
-    /// Joins the key's line if nobody is in it.
-    pub fn join_idle(&self, key: K) -> Option<Place<K>> {
+    /// All that were in one lane of the key's line are in another one now.
+    pub fn moved(&self, key: &K, from: L, to: L) {
         let mut lines = lock(&self.lines);
-        if lines.contains_key(&key) { None } else { Some(self.place(&mut lines, key, |_| 0)) }
+        let Some(line) = lines.get_mut(key) else { return };
+        // Nobody gets free by it: those before a place in its old lane are before it in the new one.
+        for slot in line.places.iter_mut().filter(|slot| slot.lane == Some(from)) {
+            slot.lane = Some(to);
+        }
     }
 
-    fn join_at(&self, key: K, at: impl FnOnce(&Line) -> usize) -> Result<Place<K>, QueueFull> {
+    fn join_at(&self, key: K, at: impl FnOnce(&Line<L>) -> usize) -> Result<Place<K, L>, QueueFull> {
         let mut lines = lock(&self.lines);
         let waiting = lines.get(&key).map_or(0, |line| line.places.len());
         if waiting > self.max_waiting {
@@ -81,55 +91,60 @@ impl<K: Clone + Eq + Hash> LockMap<K> {
         self.len() == 0
     }
 
-    fn place(&self, lines: &mut HashMap<K, Line>, key: K, at: impl FnOnce(&Line) -> usize) -> Place<K> {
+    fn place(
+        &self,
+        lines: &mut HashMap<K, Line<L>>,
+        key: K,
+        at: impl FnOnce(&Line<L>) -> usize,
+    ) -> Place<K, L> {
         let line = lines.entry(key.clone()).or_default();
         let ticket = line.next_ticket;
         line.next_ticket += 1;
         let at = at(line);
-        line.places.insert(at, Slot { ticket, recorded: false, started: false, waker: None });
+        line.places.insert(at, Slot { ticket, lane: None, started: false, waker: None });
         Place { lines: Arc::clone(&self.lines), key, ticket }
     }
 }
 
-impl<K> Clone for LockMap<K> {
+impl<K, L> Clone for LockMap<K, L> {
     fn clone(&self) -> Self {
         Self { lines: Arc::clone(&self.lines), max_waiting: self.max_waiting }
     }
 }
 
-impl<K> fmt::Debug for LockMap<K> {
+impl<K, L> fmt::Debug for LockMap<K, L> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("LockMap").field("lines", &lock(&self.lines).len()).finish_non_exhaustive()
     }
 }
 
-/// A place in a line. Once [`turn`](Self::turn) has returned it is the first; it stays so until it is dropped if it
-/// [started](Self::started), else until one comes that goes next.
+/// A place in a line. Once [`turn`](Self::turn) has returned it is the first of its lane; it stays so until it is dropped if
+/// it [started](Self::started), else until one comes that goes next.
 #[must_use = "dropping a place gives it up"]
-pub struct Place<K: Eq + Hash> {
-    lines: Arc<Mutex<HashMap<K, Line>>>,
+pub struct Place<K: Eq + Hash, L: Copy + Eq> {
+    lines: Lines<K, L>,
     key: K,
     ticket: u64,
 }
 
-impl<K: Eq + Hash> Place<K> {
+impl<K: Eq + Hash, L: Copy + Eq> Place<K, L> {
     /// Waits until every place that joined before this one has been recorded or given up. May be dropped and called
     /// again.
     pub async fn to_record(&mut self) {
         poll_fn(|cx| self.poll(cx, |line, ticket| line.first_unrecorded() == Some(ticket))).await;
     }
 
-    /// Says that the run of this place is recorded: the next in line may record its own.
-    pub fn recorded(&mut self) {
+    /// Says that the run of this place is recorded, and in which lane: the next in line may record its own.
+    pub fn recorded(&mut self, lane: L) {
         self.change(|line| {
             if let Some(slot) = line.slot(self.ticket) {
-                slot.recorded = true;
+                slot.lane = Some(lane);
             }
         });
     }
 
     /// Says that the run of this place has started: nobody goes before it any more. The store starts one at a time, so
-    /// this one is the first from now on, even if another has gone before it in the meantime.
+    /// this one is the first of its lane from now on, even if another has gone before it in the meantime.
     pub fn started(&mut self) {
         self.change(|line| {
             let Some(at) = line.places.iter().position(|slot| slot.ticket == self.ticket) else { return };
@@ -140,16 +155,14 @@ impl<K: Eq + Hash> Place<K> {
         });
     }
 
-    /// Waits until this place is the first. May be dropped and called again.
+    /// Waits until this place is the first of its lane, and the lanes of all before it are known. May be dropped and called
+    /// again.
     pub async fn turn(&mut self) {
-        poll_fn(|cx| {
-            self.poll(cx, |line, ticket| line.places.front().is_some_and(|slot| slot.ticket == ticket))
-        })
-        .await;
+        poll_fn(|cx| self.poll(cx, Line::has_turn)).await;
     }
 
-    /// Changes the line and wakes whom that can have set free.
-    fn change(&self, change: impl FnOnce(&mut Line)) {
+    /// Changes the line and wakes those whom that can have set free.
+    fn change(&self, change: impl FnOnce(&mut Line<L>)) {
         let woken = {
             let mut lines = lock(&self.lines);
             let Some(line) = lines.get_mut(&self.key) else { return };
@@ -158,12 +171,12 @@ impl<K: Eq + Hash> Place<K> {
                 lines.remove(&self.key);
                 return;
             }
-            line.take_next()
+            line.take_free()
         };
-        woken.into_iter().flatten().for_each(Waker::wake);
+        woken.into_iter().for_each(Waker::wake);
     }
 
-    fn poll(&self, cx: &Context<'_>, may_go: impl Fn(&Line, u64) -> bool) -> Poll<()> {
+    fn poll(&self, cx: &Context<'_>, may_go: impl Fn(&Line<L>, u64) -> bool) -> Poll<()> {
         let mut lines = lock(&self.lines);
         // A place is in its line until it is dropped.
         let Some(line) = lines.get_mut(&self.key) else { return Poll::Ready(()) };
@@ -177,43 +190,55 @@ impl<K: Eq + Hash> Place<K> {
     }
 }
 
-impl<K: Eq + Hash> Drop for Place<K> {
+impl<K: Eq + Hash, L: Copy + Eq> Drop for Place<K, L> {
     fn drop(&mut self) {
         self.change(|line| line.places.retain(|slot| slot.ticket != self.ticket));
     }
 }
 
-impl<K: Eq + Hash> fmt::Debug for Place<K> {
+impl<K: Eq + Hash, L: Copy + Eq> fmt::Debug for Place<K, L> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Place").field("ticket", &self.ticket).finish_non_exhaustive()
     }
 }
 
-#[derive(Default)]
-struct Line {
-    places: VecDeque<Slot>,
+struct Line<L> {
+    places: VecDeque<Slot<L>>,
     next_ticket: u64,
 }
 
-struct Slot {
+struct Slot<L> {
     ticket: u64,
-    recorded: bool,
+    /// `None`: not recorded yet.
+    lane: Option<L>,
     started: bool,
     waker: Option<Waker>,
 }
 
-impl Line {
-    fn slot(&mut self, ticket: u64) -> Option<&mut Slot> {
+impl<L> Default for Line<L> {
+    fn default() -> Self {
+        Self { places: VecDeque::new(), next_ticket: 0 }
+    }
+}
+
+impl<L: Copy + Eq> Line<L> {
+    fn slot(&mut self, ticket: u64) -> Option<&mut Slot<L>> {
         self.places.iter_mut().find(|slot| slot.ticket == ticket)
     }
 
     fn first_unrecorded(&self) -> Option<u64> {
-        self.places.iter().filter(|slot| !slot.recorded).map(|slot| slot.ticket).min()
+        self.places.iter().filter(|slot| slot.lane.is_none()).map(|slot| slot.ticket).min()
     }
 
-    /// The wakers of the two places that a change can have set free: the first, and the oldest unrecorded. Waking
+    fn has_turn(&self, ticket: u64) -> bool {
+        let Some(at) = self.places.iter().position(|slot| slot.ticket == ticket) else { return true };
+        let lane = self.places[at].lane;
+        self.places.iter().take(at).all(|before| before.lane.is_some() && before.lane != lane)
+    }
+
+    /// The wakers of the places that a change can have set free: the first of each lane, and the oldest unrecorded. Waking
     /// one that may not go yet is harmless: it asks again.
-    fn take_next(&mut self) -> [Option<Waker>; 2] {
+    fn take_free(&mut self) -> Vec<Waker> {
         let recorder = self.first_unrecorded().and_then(|ticket| self.slot(ticket)?.waker.take());
         let mut woken = Vec::from_iter(recorder);
         // Nearly always there is one.

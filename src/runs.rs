@@ -98,7 +98,7 @@ pub struct RunsParts {
 
 struct Parts {
     given: RunsParts,
-    locks: LockMap<ConversationKey>,
+    locks: LockMap<ConversationKey, ThreadId>,
     standing: Standing,
     seats: Seats<TenantKey>,
     desk: Desk,
@@ -191,7 +191,9 @@ impl Runs {
             MultitaskStrategy::Interrupt | MultitaskStrategy::Rollback => {
                 locks.join_next(key.clone()).map_err(full)?
             }
-            MultitaskStrategy::Reject => locks.join_idle(key.clone()).ok_or(Error::ThreadBusy)?,
+            // Whether the thread is idle is for the store to say: it may be another one than those in line are on, and what
+            // makes it busy may be an earlier copy of this request.
+            MultitaskStrategy::Reject => locks.join(key.clone()).map_err(|_| Error::ThreadBusy)?,
         };
         let mut admission = Admission {
             new_thread: ThreadId::new(),

@@ -21,12 +21,21 @@ enum Stage {
     /// Waits to record; has not been polled since it came or was woken if `awake`.
     WantsToRecord,
     MayRecord,
-    /// Recorded; waits for its turn.
-    WantsTurn,
-    /// Was the first when it asked; asks again before it acts on it.
-    HasTurn,
-    Started,
+    /// Recorded in a lane; waits for its turn.
+    WantsTurn(u8),
+    /// Was the first of its lane when it asked; asks again before it acts on it.
+    HasTurn(u8),
+    Started(u8),
     Gone,
+}
+
+impl Stage {
+    fn lane(self) -> Option<u8> {
+        match self {
+            Self::WantsTurn(lane) | Self::HasTurn(lane) | Self::Started(lane) => Some(lane),
+            Self::Outside | Self::WantsToRecord | Self::MayRecord | Self::Gone => None,
+        }
+    }
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -35,8 +44,8 @@ enum Step {
     /// Joins to go next.
     JoinNext(usize),
     Poll(usize),
-    Recorded(usize),
-    /// The store has started its run: of recorded ones, one at a time.
+    Recorded(usize, u8),
+    /// The store has started its run: of those recorded in a lane, one at a time.
     Started(usize),
     Leave(usize),
 }
@@ -51,29 +60,48 @@ impl Wake for Flag {
 }
 
 struct World {
-    map: LockMap<&'static str>,
-    places: [Option<Place<&'static str>>; TASKS],
+    map: LockMap<&'static str, u8>,
+    places: [Option<Place<&'static str, u8>>; TASKS],
     stages: [Stage; TASKS],
     flags: [Arc<Flag>; TASKS],
     /// Tasks in line.
     line: Vec<usize>,
     /// The same in order of joining.
     joined: Vec<usize>,
+    /// The lane in which the last one was recorded: a key goes on to a fresh thread, and never back.
+    lane: u8,
+    scope: Scope,
 }
 
-/// What tells two states apart: who is in line and in which order, at which stage, and who is awake.
-type Abstract = (Vec<usize>, Vec<usize>, [Stage; TASKS], [bool; TASKS]);
+/// How many tasks and lanes a search is about: of both at once there would be too many states.
+#[derive(Clone, Copy)]
+struct Scope {
+    tasks: usize,
+    lanes: u8,
+}
+
+/// What tells two states apart: who is in line and in which order, at which stage, who is awake, and the newest lane.
+type Abstract = (Vec<usize>, Vec<usize>, [Stage; TASKS], [bool; TASKS], u8);
 
 impl World {
-    fn new() -> Self {
+    fn new(scope: Scope) -> Self {
         Self {
+            scope,
             map: LockMap::new(TASKS),
             places: [const { None }; TASKS],
             stages: [Stage::Outside; TASKS],
             flags: std::array::from_fn(|_| Arc::default()),
             line: Vec::new(),
             joined: Vec::new(),
+            lane: 0,
         }
+    }
+
+    /// All before the task in line are known to be in other lanes.
+    fn is_first(&self, task: usize) -> bool {
+        let lane = self.stages[task].lane();
+        let before = self.line.iter().take_while(|other| **other != task);
+        before.map(|other| self.stages[*other].lane()).all(|other| other.is_some() && other != lane)
     }
 
     fn awake(&self, task: usize) -> bool {
@@ -81,26 +109,30 @@ impl World {
     }
 
     fn state(&self) -> Abstract {
-        (self.line.clone(), self.joined.clone(), self.stages, std::array::from_fn(|task| self.awake(task)))
+        let awake = std::array::from_fn(|task| self.awake(task));
+        (self.line.clone(), self.joined.clone(), self.stages, awake, self.lane)
     }
 
     fn steps(&self) -> Vec<Step> {
         let mut steps = Vec::new();
-        let none_started = self.stages.iter().all(|stage| *stage != Stage::Started);
-        for task in 0..TASKS {
+        let none_started = |lane: u8| self.stages.iter().all(|stage| *stage != Stage::Started(lane));
+        for task in 0..self.scope.tasks {
             match self.stages[task] {
                 // The last one alone may go next, and only it: else there are too many states.
-                Stage::Outside if task + 1 == TASKS => steps.push(Step::JoinNext(task)),
+                Stage::Outside if task + 1 == self.scope.tasks => steps.push(Step::JoinNext(task)),
                 Stage::Outside => steps.push(Step::Join(task)),
                 Stage::WantsToRecord => steps.extend([Step::Poll(task), Step::Leave(task)]),
-                Stage::MayRecord => steps.extend([Step::Recorded(task), Step::Leave(task)]),
-                Stage::WantsTurn | Stage::HasTurn => {
+                Stage::MayRecord => {
+                    steps.extend((self.lane..self.scope.lanes).map(|lane| Step::Recorded(task, lane)));
+                    steps.push(Step::Leave(task));
+                }
+                Stage::WantsTurn(lane) | Stage::HasTurn(lane) => {
                     steps.extend([Step::Poll(task), Step::Leave(task)]);
-                    if none_started {
+                    if none_started(lane) {
                         steps.push(Step::Started(task));
                     }
                 }
-                Stage::Started => steps.push(Step::Leave(task)),
+                Stage::Started(_) => steps.push(Step::Leave(task)),
                 Stage::Gone => {}
             }
         }
@@ -115,7 +147,8 @@ impl World {
                 self.places[task] = Some(place.unwrap());
                 self.stages[task] = Stage::WantsToRecord;
                 self.flags[task].0.store(true, Ordering::SeqCst);
-                let started = self.line.iter().filter(|task| self.stages[**task] == Stage::Started).count();
+                let has_started = |task: &&usize| matches!(self.stages[**task], Stage::Started(_));
+                let started = self.line.iter().take_while(has_started).count();
                 self.line.insert(if next { started } else { self.line.len() }, task);
                 self.joined.push(task);
             }
@@ -125,28 +158,29 @@ impl World {
                 let waker = Waker::from(Arc::clone(&self.flags[task]));
                 let mut cx = Context::from_waker(&waker);
                 let place = self.places[task].as_mut().unwrap();
-                let (poll, next) = match self.stages[task] {
-                    Stage::WantsToRecord => (pin!(place.to_record()).poll(&mut cx), Stage::MayRecord),
-                    _ => (pin!(place.turn()).poll(&mut cx), Stage::HasTurn),
+                let (poll, next) = match self.stages[task].lane() {
+                    None => (pin!(place.to_record()).poll(&mut cx), Stage::MayRecord),
+                    Some(lane) => (pin!(place.turn()).poll(&mut cx), Stage::HasTurn(lane)),
                 };
-                // Mutual exclusion and order: only the first is told that it is its turn.
-                if next == Stage::HasTurn {
-                    assert_eq!(poll.is_ready(), self.line[0] == task, "{:?}", self.state());
+                // Mutual exclusion and order: only the first of a lane is told that it is its turn.
+                if next != Stage::MayRecord {
+                    assert_eq!(poll.is_ready(), self.is_first(task), "{:?}", self.state());
                 }
                 if poll.is_ready() {
                     self.stages[task] = next;
-                } else if self.stages[task] == Stage::HasTurn {
-                    self.stages[task] = Stage::WantsTurn;
+                } else if let Stage::HasTurn(lane) = self.stages[task] {
+                    self.stages[task] = Stage::WantsTurn(lane);
                 }
             }
-            Step::Recorded(task) => {
-                self.places[task].as_mut().unwrap().recorded();
-                self.stages[task] = Stage::WantsTurn;
+            Step::Recorded(task, lane) => {
+                self.places[task].as_mut().unwrap().recorded(lane);
+                self.stages[task] = Stage::WantsTurn(lane);
+                self.lane = lane;
                 self.flags[task].0.store(true, Ordering::SeqCst);
             }
             Step::Started(task) => {
                 self.places[task].as_mut().unwrap().started();
-                self.stages[task] = Stage::Started;
+                self.stages[task] = Stage::Started(self.stages[task].lane().unwrap());
                 self.line.retain(|other| *other != task);
                 self.line.insert(0, task);
             }
@@ -161,19 +195,20 @@ impl World {
     }
 
     fn check(&self) {
-        let is_recorded =
-            |task: usize| matches!(self.stages[task], Stage::WantsTurn | Stage::HasTurn | Stage::Started);
-        for (rank, &task) in self.line.iter().enumerate() {
+        let is_recorded = |task: usize| self.stages[task].lane().is_some();
+        for &task in &self.line {
             let may_record =
                 || self.joined.iter().take_while(|other| **other != task).all(|task| is_recorded(*task));
             match self.stages[task] {
-                Stage::Started => assert_eq!(rank, 0, "{:?}", self.state()),
+                Stage::Started(_) => assert!(self.is_first(task), "{:?}", self.state()),
                 // Recording goes in order of joining, one at a time.
                 Stage::MayRecord => assert!(may_record(), "{:?}", self.state()),
                 // No lost wake-up: who may go is awake. One that was overtaken asks again before it acts.
-                Stage::WantsTurn => assert!(rank > 0 || self.awake(task), "{:?}", self.state()),
+                Stage::WantsTurn(_) => {
+                    assert!(!self.is_first(task) || self.awake(task), "{:?}", self.state());
+                }
                 Stage::WantsToRecord => assert!(!may_record() || self.awake(task), "{:?}", self.state()),
-                Stage::HasTurn => {}
+                Stage::HasTurn(_) => {}
                 Stage::Outside | Stage::Gone => unreachable!("not in line"),
             }
         }
@@ -183,10 +218,16 @@ impl World {
 
 #[test]
 fn every_interleaving_keeps_order_and_exclusion_and_loses_no_wake_up() {
-    let mut seen = HashSet::from([World::new().state()]);
+    assert!(search(Scope { tasks: TASKS, lanes: 1 }) > 4_000);
+    assert!(search(Scope { tasks: TASKS - 1, lanes: 2 }) > 1_000);
+}
+
+/// Checks all states that can be reached. How many there are.
+fn search(scope: Scope) -> usize {
+    let mut seen = HashSet::from([World::new(scope).state()]);
     let mut paths: VecDeque<Vec<Step>> = VecDeque::from([Vec::new()]);
     let replay = |path: &[Step]| {
-        let mut world = World::new();
+        let mut world = World::new(scope);
         for &step in path {
             world.take(step);
         }
@@ -205,21 +246,37 @@ fn every_interleaving_keeps_order_and_exclusion_and_loses_no_wake_up() {
             }
         }
     }
-    assert_eq!(all_gone, 1, "the only state without a further step is the one in which all have left");
-    assert!(seen.len() > 4_000, "the search saw only {} states", seen.len());
+    // Whatever lane was the last.
+    assert_eq!(all_gone, usize::from(scope.lanes), "there is a further step until all have left");
+    seen.len()
 }
 
 #[test]
 fn a_line_is_bounded_and_other_keys_are_not_affected() {
-    let map = LockMap::new(1);
+    let map = LockMap::<_, u8>::new(1);
     let first = map.join("a").unwrap();
     let second = map.join("a").unwrap();
     assert_eq!(map.join("a").unwrap_err(), QueueFull { max_waiting: 1 });
     let other = map.join("b").unwrap();
-    assert!(map.join_idle("a").is_none());
     drop((first, other));
-    assert!(map.join_idle("a").is_none(), "one still waits");
+    assert_eq!(map.len(), 1, "one still waits");
     drop(second);
     assert!(map.is_empty());
-    assert!(map.join_idle("a").is_some());
+}
+
+#[test]
+fn places_that_moved_wait_for_those_of_their_new_lane() {
+    let map = LockMap::new(3);
+    let mut places: Vec<_> = (0..3).map(|_| map.join("a").unwrap()).collect();
+    for (place, lane) in places.iter_mut().zip([0, 0, 1]) {
+        place.recorded(lane);
+    }
+    let mut cx = Context::from_waker(Waker::noop());
+    let mut may_go = |place: &mut Place<_, _>| pin!(place.turn()).poll(&mut cx).is_ready();
+    assert_eq!(places.iter_mut().map(&mut may_go).collect::<Vec<_>>(), [true, false, true]);
+    map.moved(&"a", 0, 1);
+    assert_eq!(places.iter_mut().map(&mut may_go).collect::<Vec<_>>(), [true, false, false]);
+    map.moved(&"b", 0, 1);
+    drop(places.remove(0));
+    assert_eq!(places.iter_mut().map(&mut may_go).collect::<Vec<_>>(), [true, false]);
 }

@@ -28,7 +28,10 @@ impl Runs {
         }
         self.reconcile(&thread, None, &Pace::UNBOUND).await?;
         match self.store().roll_over(&self.rollover(&thread, None)).await? {
-            Rolled::Done { thread, .. } => Ok(Renewed::Now(*thread)),
+            Rolled::Done { thread: fresh, .. } => {
+                self.parts.locks.moved(key, thread.id, fresh.id);
+                Ok(Renewed::Now(*fresh))
+            }
             Rolled::Later(thread) => Ok(Renewed::Later(*thread)),
             Rolled::Lost => Err(NO_THREAD),
         }
@@ -39,6 +42,16 @@ impl Runs {
     /// Nothing of the turn is upstream yet, and no other run is active, so nothing is cut in two. What fails here is
     /// tried again before the next turn. May be dropped at any await.
     pub(super) async fn rolled(&self, turn: Turn) -> Turn {
+        let before = turn.thread.id;
+        let turn = self.rolled_if_full(turn).await;
+        // Those who wait have moved along.
+        if turn.thread.id != before {
+            self.parts.locks.moved(&turn.thread.key, before, turn.thread.id);
+        }
+        turn
+    }
+
+    async fn rolled_if_full(&self, turn: Turn) -> Turn {
         let threads = &self.parts.given.threads;
         let before = turn.thread.message_count - i64::try_from(turn.input.len()).unwrap_or(i64::MAX);
         let is_full = threads.max_messages.is_some_and(|most| before >= i64::from(most.get()));

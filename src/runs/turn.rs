@@ -38,7 +38,7 @@ pub(super) enum Taken {
 pub(super) async fn conduct(
     runs: Runs,
     mut working: Working,
-    (mut place, _seat, pass): (Place<ConversationKey>, Seat<TenantKey>, Pass),
+    (mut place, _seat, pass): (Place<ConversationKey, ThreadId>, Seat<TenantKey>, Pass),
     admission: Admission,
     answer: oneshot::Sender<Result<Taken, Error>>,
 ) {
@@ -63,7 +63,7 @@ pub(super) async fn conduct(
                 return;
             }
         };
-        place.recorded();
+        place.recorded(start.thread.id);
         working.feed.push(match start.next {
             Next::Work(_) => RunEvent::Started,
             Next::Wait { position, .. } => RunEvent::Queued { position },
@@ -130,7 +130,7 @@ enum Next {
 /// The run, or what else became of the message. The error comes with whether the run may have been recorded all the same.
 async fn admit(
     runs: &Runs,
-    place: &mut Place<ConversationKey>,
+    place: &mut Place<ConversationKey, ThreadId>,
     pass: Pass,
     admission: &Admission,
 ) -> Result<Result<Start, Taken>, (Error, bool)> {
@@ -239,7 +239,7 @@ pub(super) async fn go_on_for_others(
 async fn wait_for_turn(
     runs: &Runs,
     working: &Working,
-    mut place: Option<&mut Place<ConversationKey>>,
+    mut place: Option<&mut Place<ConversationKey, ThreadId>>,
     lease: RunLease,
     thread: &Thread,
     run: &Run,

@@ -14,6 +14,8 @@ on_every_scene!(
     the_janitor_archives_clears_and_erases,
     a_new_configuration_holds_for_old_threads,
     a_poisoned_thread_does_not_keep_the_others_waiting,
+    fresh_thread_does_not_wait_for_the_run_of_the_expired_one,
+    fresh_thread_does_not_wait_for_the_run_of_the_deleted_one,
 );
 
 const HOUR: Duration = Duration::from_hours(1);
@@ -184,4 +186,59 @@ async fn a_poisoned_thread_does_not_keep_the_others_waiting(scene: Scene) {
     assert_eq!(clean_up(&gateway).await["upstream_cleared"], 1);
     assert_eq!(scene.database.number("SELECT count(*) FROM threads WHERE attempts > 0").await, 0);
     assert_eq!(scene.upstream_threads(), Vec::<String>::new());
+}
+
+/// The run of an old thread goes on for as long as its upstream is silent. A fresh thread is free meanwhile.
+async fn talk_on_a_fresh_thread(gateway: &Gateway, scope: &str, old: &str) {
+    let busy = json!({"content": "two [[sim: tokens=40 rate=10ms]]", "stream": true});
+    let first = gateway.request(reqwest::Method::POST, &format!("{scope}/messages")).json(&busy).send();
+    let mut first = crate::support::gateway::EventReader::new(first.await.unwrap());
+    assert_eq!(first.next().await.unwrap().name, "run.started");
+    let waits = gateway.say(scope, "three").await;
+    assert_eq!(waits["run"]["status"], "completed", "{waits:#}");
+    assert_ne!(id(&waits), old);
+    first.rest().await;
+    for strategy in ["reject", "enqueue", "interrupt", "merge"] {
+        let body = json!({"content": "on", "multitask_strategy": strategy});
+        let answer = gateway.post(&format!("{scope}/messages"), &body).await.ok();
+        assert_eq!((id(&answer), &answer["run"]["status"]), (id(&waits), &json!("completed")), "{strategy}");
+    }
+}
+
+async fn fresh_thread_does_not_wait_for_the_run_of_the_expired_one(scene: Scene) {
+    let gateway = scene.gateway_with(BY_HAND).await;
+    let scope = "/v1/users/alice/sessions/tab";
+    let mut old = gateway.stream(scope, "one [[sim: silent]]").await;
+    let started = old.next().await.unwrap();
+    let thread = started.data["thread_id"].as_str().unwrap().to_owned();
+    scene.database.age_threads(24 * HOUR).await;
+    let body = json!({"content": "at once", "multitask_strategy": "reject"});
+    let answer = gateway.post(&format!("{scope}/messages"), &body).await.ok();
+    assert_ne!(id(&answer), thread, "nothing runs on the fresh thread");
+    talk_on_a_fresh_thread(&gateway, scope, &thread).await;
+    let run = format!("{scope}/runs/{}", started.data["run_id"].as_str().unwrap());
+    assert_eq!(gateway.get(&run).await.ok()["run"]["status"], "in_progress");
+    gateway.post(&format!("{run}/cancel"), &json!({})).await.ok();
+    assert_eq!(old.rest().await.pop().unwrap().name, "run.cancelled");
+}
+
+async fn fresh_thread_does_not_wait_for_the_run_of_the_deleted_one(scene: Scene) {
+    // Nothing is asked of a chain before its run ends.
+    if scene.protocol == Protocol::Chain {
+        return;
+    }
+    let gateway = scene.gateway_with(&format!("{BY_HAND}[runs]\nsettle_timeout = \"1h\"\n")).await;
+    let scope = "/v1/users/alice/topics/news";
+    let mut old = gateway.stream(scope, "one [[sim: silent]]").await;
+    let started = old.next().await.unwrap();
+    let thread = started.data["thread_id"].as_str().unwrap().to_owned();
+    // What ends the run upstream takes its time.
+    let on = if scene.protocol == Protocol::Assistants { "cancel_run" } else { "list_items" };
+    scene.fault(on, "latency=1h", 1);
+    let answer = gateway.delete_after(&format!("{scope}/thread"), "respond-async").await;
+    assert_eq!(answer.status, 202, "{:#}", answer.body);
+    talk_on_a_fresh_thread(&gateway, scope, &thread).await;
+    let unfinished = "SELECT count(*) FROM runs WHERE finished_at IS NULL";
+    assert_eq!(scene.database.number(unfinished).await, 1, "the old run has not ended");
+    gateway.kill();
 }

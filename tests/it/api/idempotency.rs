@@ -17,6 +17,7 @@ on_every_scene!(
     another_request_with_the_key_is_refused,
     a_key_belongs_to_its_conversation,
     many_at_once_make_one_run,
+    simultaneous_repeats_of_a_rejecting_message_get_its_run,
     a_merged_message_is_remembered_too,
     repeated_outputs_are_taken_once,
     a_failure_is_repeated_as_a_failure,
@@ -319,4 +320,30 @@ async fn a_key_has_a_form(scene: Scene) {
     let twice = gateway.send(twice.json(&json!({"content": "hello"}))).await;
     assert_eq!(twice.problem(), (400, "invalid-request"));
     assert_eq!(scene.simulator.stats().requests, 0);
+}
+
+async fn simultaneous_repeats_of_a_rejecting_message_get_its_run(scene: Scene) {
+    let gateway = scene.gateway().await;
+    scene.simulator.hold();
+    let body = json!({"content": "hello", "multitask_strategy": "reject"});
+    let (gateway, body) = (&gateway, &body);
+    let send_async = async |user: usize, key: &str| {
+        let path = format!("/v1/users/user-{user}/messages");
+        let request = gateway.request(Method::POST, &path).header("idempotency-key", key);
+        gateway.send(request.header("prefer", "respond-async").json(body)).await
+    };
+    for user in 0..20 {
+        let answers = join_all((0..6).map(|_| send_async(user, "k1"))).await;
+        let runs: BTreeSet<String> =
+            answers.iter().map(|answer| answer.body["run"]["id"].to_string()).collect();
+        assert_eq!(runs.len(), 1, "{answers:#?}");
+        assert!(answers.iter().all(|answer| answer.status == StatusCode::ACCEPTED), "{answers:#?}");
+        assert_eq!(answers.iter().filter(|answer| !is_replay(answer)).count(), 1);
+        // The thread is busy for all others.
+        let others = join_all((0..3).map(|_| send_async(user, "k2"))).await;
+        for other in others {
+            assert_eq!(other.problem(), (409, "thread-busy"));
+        }
+    }
+    scene.simulator.release();
 }
