@@ -35,13 +35,25 @@ enum Begin {
     Outputs(Vec<ToolOutput>),
     /// Its message may or may not have been sent, and all that followed is to be found out.
     Unknown,
+    /// It was cut off before it began.
+    CutOff(Failure),
 }
 
 /// Does the turn and commits its end, whatever happens on the way. `None` if the run goes on in another process.
 pub(super) async fn work(runs: &Runs, working: &mut Working, turn: Turn) -> Option<Outcome> {
-    let turn = runs.rolled(turn).await;
+    let deadline = Instant::now() + time_left(&turn.run);
+    let rolled = tokio::select! {
+        biased;
+        cut = cut_off(runs, working, deadline) => Err(cut),
+        rolled = runs.rolled(turn.clone()) => Ok(rolled),
+    };
+    let (turn, begin) = match rolled {
+        Ok(turn) => (turn, Begin::Message),
+        // Nothing of it is upstream, and the store knows on which thread it is.
+        Err(cut) => (turn, Begin::CutOff(cut)),
+    };
     let progress = Progress::new(&turn);
-    carry_out(runs, working, &turn, Begin::Message, progress, time_left(&turn.run)).await
+    carry_out(runs, working, &turn, begin, progress, deadline).await
 }
 
 /// Goes on with a run that waited for tool outputs, or had just got them, when its process ended.
@@ -55,11 +67,12 @@ pub(super) async fn resume_waiting(runs: Runs, mut working: Working, orphan: Orp
     let mut progress = Progress::new(&turn);
     progress.taken_over(&turn.thread, content, before);
     match &begin {
-        Begin::Message | Begin::Unknown => {}
+        Begin::Message | Begin::Unknown | Begin::CutOff(_) => {}
         Begin::Waiting(action) => progress.open_calls.clone_from(&action.tool_calls),
         Begin::Outputs(outputs) => progress.answers(outputs, outputs_sent),
     }
-    let outcome = carry_out(&runs, &mut working, &turn, begin, progress, time_left).await;
+    let deadline = Instant::now() + time_left;
+    let outcome = carry_out(&runs, &mut working, &turn, begin, progress, deadline).await;
     announce(&runs, &working, outcome);
 }
 
@@ -70,7 +83,8 @@ pub(super) async fn resume_at_work(runs: Runs, mut working: Working, orphan: Orp
     let turn = Turn { lease, thread, run, input };
     let mut progress = Progress::new(&turn);
     progress.taken_over(&turn.thread, content, before);
-    let outcome = carry_out(&runs, &mut working, &turn, Begin::Unknown, progress, time_left).await;
+    let deadline = Instant::now() + time_left;
+    let outcome = carry_out(&runs, &mut working, &turn, Begin::Unknown, progress, deadline).await;
     announce(&runs, &working, outcome);
 }
 
@@ -92,7 +106,7 @@ async fn carry_out(
     turn: &Turn,
     begin: Begin,
     mut progress: Progress,
-    time_left: Duration,
+    deadline: Instant,
 ) -> Option<Outcome> {
     let started = Instant::now();
     let parts = &runs.parts.given;
@@ -104,7 +118,6 @@ async fn carry_out(
         // What it was to say was known to another process alone.
         _ if turn.input.iter().any(|message| message.content.is_empty()) => Err(Failure::ReplicaLost),
         (Some(upstream), Some(assistant)) => {
-            let deadline = started + time_left;
             let rounds =
                 Rounds { runs, upstream: &**upstream, assistant, turn, deadline, progress: &mut progress };
             rounds.go(working, begin).await?
@@ -150,6 +163,7 @@ impl Rounds<'_> {
         let mut is_unknown = false;
         match begin {
             Begin::Message => {}
+            Begin::CutOff(failure) => return Some(Err(failure)),
             Begin::Unknown => is_unknown = true,
             Begin::Waiting(action) => waiting = Some(action),
             Begin::Outputs(given) => outputs = Some(given),

@@ -14,6 +14,7 @@ on_every_scene!(
     nothing_is_lost_or_doubled_across_the_seam,
     what_others_wrote_is_in_the_archive,
     a_lost_upstream_thread_is_made_again_with_what_was_carried_over,
+    deadline_and_cancel_are_heard_before_a_rollover,
 );
 
 const SCOPE: &str = "/v1/users/alice";
@@ -216,4 +217,31 @@ async fn a_lost_upstream_thread_is_made_again_with_what_was_carried_over(scene: 
     let heard = heard(&scene, &gateway).await;
     assert_eq!(heard[..3], ["two", "three", "four"]);
     assert!(heard.ends_with(&["six".to_owned(), "seven".to_owned()]), "{heard:?}");
+}
+
+/// Before a rollover the upstream is asked what others wrote there, and takes its time.
+async fn deadline_and_cancel_are_heard_before_a_rollover(scene: Scene) {
+    let on = match scene.protocol {
+        Protocol::Assistants => "list_messages",
+        Protocol::Responses => "list_items",
+        Protocol::Chain => return,
+    };
+    let settings = "[threads]\nmax_messages = 2\n[runs]\nsettle_timeout = \"1h\"\n";
+    let gateway = scene.gateway_both(settings, "shared = true\n").await;
+    gateway.say(SCOPE, "one").await;
+    scene.fault(on, "latency=1h", 2);
+    let body = json!({"content": "two", "timeout_ms": 300});
+    let answer = gateway.post(&format!("{SCOPE}/messages"), &body).await;
+    assert_eq!(
+        (answer.status.as_u16(), &answer.body["code"]),
+        (504, &json!("deadline_exceeded")),
+        "{answer:?}"
+    );
+    let mut running = gateway.stream(SCOPE, "three").await;
+    let run = running.next().await.unwrap().data["run_id"].as_str().unwrap().to_owned();
+    gateway.post(&format!("{SCOPE}/runs/{run}/cancel"), &json!({})).await.ok();
+    assert_eq!(running.rest().await.pop().unwrap().name, "run.cancelled");
+    scene.simulator.clear_faults();
+    let next = gateway.say(SCOPE, "four").await;
+    assert_eq!(next["run"]["status"], "completed", "{next:#}");
 }
