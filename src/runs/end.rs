@@ -27,6 +27,9 @@ use crate::upstream::{Ended, EventStream, Settled, Upstream, UpstreamError};
 const LAST_SETTLE_TIMEOUT: Duration = Duration::from_secs(2);
 /// How often the database may refuse an end before a simpler one is tried.
 const MAX_REFUSALS: u32 = 3;
+/// Pauses between tries to write an end. They double.
+const FIRST_PAUSE: Duration = Duration::from_millis(50);
+const LONGEST_PAUSE: Duration = Duration::from_secs(2);
 
 /// Ends a turn that came to an end upstream, or failed on the way there: first what it left upstream, then, with the
 /// knowledge of what is there, the run. `None` if that is left to whoever goes on with the run.
@@ -380,7 +383,7 @@ async fn finish_in_store(runs: &Runs, lease: &RunLease, mut end: RunEnd) -> Clos
     let parts = &runs.parts.given;
     // No new messages are taken if the ends of those before them pile up.
     let pass = parts.gate.enter_anyway();
-    let mut pause = Duration::from_millis(50);
+    let mut pause = FIRST_PAUSE;
     let mut refusals = 0;
     loop {
         let error = match pass.turn().await.take(parts.store.finish(lease, &end)).await {
@@ -395,11 +398,14 @@ async fn finish_in_store(runs: &Runs, lease: &RunLease, mut end: RunEnd) -> Clos
         }
         refusals += u32::from(!matches!(error, StoreError::Unavailable(_)));
         if refusals == MAX_REFUSALS {
-            let (unheard, leftover) = (end.unheard, end.leftover.take());
-            end = RunEnd { unheard, leftover, ..bare_end(RunStatus::Failed, Some(internal())) };
+            // One that is to be removed has to stay so, or the store asks for that again.
+            let (unheard, discard, leftover) = (end.unheard, end.discard, end.leftover.take());
+            end = RunEnd { unheard, leftover, discard, ..bare_end(RunStatus::Failed, Some(internal())) };
+        } else if refusals == 2 * MAX_REFUSALS {
+            end.leftover = None;
         }
         sleep(jittered(pause)).await;
-        pause = (pause * 2).min(Duration::from_secs(2));
+        pause = (pause * 2).min(LONGEST_PAUSE);
     }
 }
 
@@ -408,8 +414,23 @@ async fn finish_in_store(runs: &Runs, lease: &RunLease, mut end: RunEnd) -> Clos
 pub(super) async fn withdraw(runs: &Runs, lease: &RunLease, refused: &Refused) -> Withdrawn {
     let parts = &runs.parts.given;
     let (status, error) = Failure::NotRecorded.end(false);
-    let end = RunEnd { discard: true, ..bare_end(status, error) };
-    matches!(finish_in_store(runs, &lease, end).await, Closed::Finished(_))
+    let taken = Withdrawal {
+        message: refused.message,
+        idempotency_key: refused.idempotency_key.clone(),
+        end: RunEnd { discard: true, ..bare_end(status, error) },
+    };
+    let mut pause = FIRST_PAUSE;
+    loop {
+        match parts.store.withdraw(lease, &taken).await {
+            Ok(withdrawn) => return withdrawn,
+            Err(error) => tracing::error!(error = %Chain(&error), "cannot take a refused message back yet"),
+        }
+        if parts.stop.is_cancelled() {
+            return Withdrawn::Lost;
+        }
+        sleep(jittered(pause)).await;
+        pause = (pause * 2).min(LONGEST_PAUSE);
+    }
 }
 
 /// The outcome of a run whose end could not be written before the process had to stop. `None` if others can go on with

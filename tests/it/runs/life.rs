@@ -380,3 +380,24 @@ async fn runs_that_others_took_over_are_given_up_and_left_alone_upstream() {
     })
     .await;
 }
+
+/// The database refuses what a run showed, again and again; the run is to be removed with all that it said.
+#[tokio::test]
+async fn discarded_run_ends_although_the_database_refuses_its_log() {
+    let database = TestDatabase::postgres().await;
+    let (one, other) = (database.store().await, database.store().await);
+    let upstream = Scripted::new(false);
+    let process = Process::alive(Arc::clone(&one), upstream.clone()).await;
+    let submitted = process.runs.submit(key(), message("hold")).await.unwrap();
+    let rollback = queue(&*other, "instead", MultitaskStrategy::Rollback).await;
+    other.displace(&rollback, true).await.unwrap();
+    let refuse = "CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS
+        $$ BEGIN RAISE EXCEPTION 'refused'; END $$;
+        CREATE TRIGGER no_events BEFORE INSERT ON run_events FOR EACH ROW WHEN (NEW.event <> '[]')
+        EXECUTE FUNCTION refuse()";
+    database.execute(refuse).await;
+    upstream.let_go();
+    let outcome = ended(&submitted).await;
+    assert!(outcome.run.discarded, "{outcome:?}");
+    assert_eq!(transcript(&*one).await, []);
+}
