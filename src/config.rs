@@ -185,7 +185,8 @@ pub struct RunsConfig {
     pub max_runs: NonZeroUsize,
     /// Of these, for each tenant.
     pub max_runs_per_tenant: Option<NonZeroUsize>,
-    /// Refuse messages that would wait for long, when more keep arriving than can be recorded.
+    /// Refuse messages that would wait for long, when more keep arriving than can be recorded. Off: it refuses ordinary
+    /// load too, as soon as more callers wait than there are connections.
     pub shed_load: bool,
     /// Further tries of a request that the upstream provably did not take: no connection, a rate limit, or a failure
     /// after which it has no trace of the request.
@@ -377,7 +378,7 @@ impl Default for RunsConfig {
             max_queue: 256,
             max_runs: NonZeroUsize::new(10_000).unwrap_or(NonZeroUsize::MAX),
             max_runs_per_tenant: None,
-            shed_load: true,
+            shed_load: false,
             max_retries: 3,
             settle_timeout: Duration::from_secs(10),
             max_reply_bytes: 4 * 1024 * 1024,

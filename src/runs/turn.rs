@@ -24,7 +24,7 @@ use crate::store::{
 const FIRST_CLAIM_POLL: Duration = Duration::from_millis(100);
 const LONGEST_CLAIM_POLL: Duration = Duration::from_secs(1);
 /// When to look again for an admission whose answer was lost; the last time is past any statement's time limit.
-const VOID_AFTER: [Duration; 4] =
+const TAKE_BACK_AFTER: [Duration; 4] =
     [Duration::ZERO, Duration::from_secs(1), Duration::from_secs(5), Duration::from_secs(20)];
 
 /// What became of a message, as its sender hears it.
@@ -58,7 +58,7 @@ pub(super) async fn conduct(
                 }
                 drop((answer.send(Err(error)), place));
                 if is_ambiguous {
-                    void(runs, working, RunLease { run_id: admission.run_id, fence: 1 }, &refused).await;
+                    take_back(runs, working, RunLease { run_id: admission.run_id, fence: 1 }, &refused).await;
                 }
                 return;
             }
@@ -177,7 +177,7 @@ async fn merge_again(runs: &Runs, admission: &Admission, mut lost: StoreError) -
     while Instant::now() < until && !parts.draining.is_cancelled() {
         sleep(jittered(FIRST_CLAIM_POLL)).await;
         match runs.earlier(&admission.key, admission.idempotency.as_ref()).await {
-            // It had found none to join, and a run of its own can be voided.
+            // It had found none to join, and a run of its own can be taken back.
             Ok(Some(earlier)) if earlier.run.id == admission.run_id => {
                 return Err(Error::StoreUnavailable(Some(lost)));
             }
@@ -199,8 +199,8 @@ async fn merge_again(runs: &Runs, admission: &Admission, mut lost: StoreError) -
 
 /// Takes a message back of which it is not known whether it was, or still will be, recorded: its sender heard that it was
 /// not. What appears later than this looks is found as a stray.
-async fn void(runs: Runs, working: Working, lease: RunLease, refused: &Refused) {
-    for pause in VOID_AFTER {
+async fn take_back(runs: Runs, working: Working, lease: RunLease, refused: &Refused) {
+    for pause in TAKE_BACK_AFTER {
         tokio::select! {
             biased;
             () = runs.parts.given.draining.cancelled() => {}

@@ -21,7 +21,7 @@ const CALM: Duration = Duration::from_secs(2);
 const ONSET: Duration = Duration::from_secs(1);
 
 pub(crate) async fn report(args: &Args, database: Kind) {
-    let setting = Setting::new(database, !args.share, &[], "").await;
+    let setting = Setting::new(database, !args.share, &[], "[runs]\nshed_load = true\n").await;
     let callers = setting.known_callers(USERS).await;
     let (mut ratios, mut goodputs) = (vec![], vec![]);
     for _ in 0..args.rounds {

@@ -8,7 +8,7 @@ pub(crate) const USERS: usize = 4000;
 
 pub(crate) async fn report(args: &Args, database: Kind) {
     // All that can be done, however long it takes.
-    let setting = Setting::new(database, !args.share, &[], "[runs]\nshed_load = false\n").await;
+    let setting = Setting::new(database, !args.share, &[], "").await;
     let callers = setting.known_callers(USERS).await;
     for (name, at_once) in [("one caller", 1), ("16 callers", 16)] {
         let (mut rates, mut halves, mut tails, mut costs) = (vec![], vec![], vec![], vec![]);

@@ -100,6 +100,20 @@ async fn only_so_many_read_along() {
     assert_eq!(own.rest().await.last().unwrap().name, "run.completed");
 }
 
+/// Many more callers than there are connections, each of whom waits for the answer.
+#[tokio::test(flavor = "multi_thread")]
+async fn ordinary_load_is_served() {
+    let scene = Scene::new(Protocol::Responses, Backend::Postgres).await;
+    let gateway = scene.gateway().await;
+    let gateway = &gateway;
+    let call = |n: usize| async move {
+        for _ in 0..10 {
+            gateway.say(&format!("/v1/users/user-{n}"), "hello").await;
+        }
+    };
+    futures_util::future::join_all((0..64).map(call)).await;
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn messages_that_cannot_be_recorded_soon_are_refused_at_once() {
     let scene = Scene::new(Protocol::Responses, Backend::Postgres).await;

@@ -86,8 +86,6 @@ impl Gateway {
         {
             command.env_remove(name);
         }
-        // No test is to depend on how fast the machine is.
-        command.env("THREADKEEPER_RUNS__SHED_LOAD", "false");
         command
     }
 
