@@ -78,8 +78,7 @@ impl Keeper {
     async fn wait_for_making(&self, thread: ThreadId) -> Result<(), Trouble> {
         let until = Instant::now() + MAKING_PATIENCE;
         loop {
-            let remnants = self.store().remnants(thread, false, u32::MAX).await?;
-            if remnants.iter().all(|remnant| !remnant.underway) {
+            if !self.store().makes_upstream_thread(thread).await? {
                 return Ok(());
             }
             if Instant::now() >= until {

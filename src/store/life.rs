@@ -145,9 +145,13 @@ pub trait Life: Send + Sync {
     /// any more; `false` if there is more to do, or it is not time for it. Finishes the user's requests that waited for it.
     async fn conclude(&self, thread: ThreadId, limit: u32) -> Result<bool, StoreError>;
 
-    /// Records that an upstream thread is about to be made for the thread of a run: the intent is
-    /// [`underway`](Remnant::underway) for [`UNHEARD_OF`] at most. `false` if the lease was lost. Harmless to repeat.
+    /// Records that an upstream thread is about to be made for the thread of a run. `false` if the lease was lost. Harmless to
+    /// repeat.
     async fn intend(&self, lease: &RunLease, intent: RemnantId) -> Result<bool, StoreError>;
+
+    /// Whether a process is making an upstream thread for the thread, and will record its id: from [`intend`](Self::intend)
+    /// until that is bound or [resolved](Self::resolve), for [`UNHEARD_OF`] at most.
+    async fn makes_upstream_thread(&self, thread: ThreadId) -> Result<bool, StoreError>;
 
     /// Records what an intent came to, other than an upstream thread that is [bound](super::Store::bind_upstream_thread).
     async fn resolve(&self, intent: RemnantId, made: Made<'_>) -> Result<(), StoreError>;
@@ -374,8 +378,6 @@ pub struct Remnant {
     pub kind: RemnantKind,
     /// `None`: it was to be made, and nobody knows whether it was.
     pub upstream_id: Option<String>,
-    /// A process is making it, and will record its id: until then nobody can tell that it does not exist.
-    pub underway: bool,
     pub attempts: i64,
 }
 

@@ -183,6 +183,10 @@ impl Life for Discreet {
         Ok(self.if_held(lease, self.inner.intend(lease, intent).await?))
     }
 
+    async fn makes_upstream_thread(&self, thread: ThreadId) -> Result<bool, StoreError> {
+        self.inner.makes_upstream_thread(thread).await
+    }
+
     async fn resolve(&self, intent: RemnantId, made: Made<'_>) -> Result<(), StoreError> {
         self.inner.resolve(intent, made).await
     }

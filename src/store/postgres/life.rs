@@ -144,6 +144,10 @@ impl Life for PostgresStore {
         on!(self.vital, c => remnants::intend(c, lease, intent))
     }
 
+    async fn makes_upstream_thread(&self, thread: ThreadId) -> Result<bool, StoreError> {
+        on!(self.general, c => remnants::makes_upstream_thread(c, thread))
+    }
+
     async fn resolve(&self, intent: RemnantId, made: Made<'_>) -> Result<(), StoreError> {
         on!(self.vital, c => remnants::resolve(c, intent, made))
     }

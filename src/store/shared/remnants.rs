@@ -16,12 +16,7 @@ macro_rules! remnants {
 
         macro_rules! remnant_columns {
             () => {
-                concat!(
-                    "x.id, x.thread_id, x.upstream, x.kind, x.upstream_id, x.attempts,
-                    x.underway AND x.upstream_id IS NULL AND COALESCE(x.due_at > ",
-                    now!(),
-                    ", false) AS underway"
-                )
+                "x.id, x.thread_id, x.upstream, x.kind, x.upstream_id, x.attempts"
             };
         }
 
@@ -66,7 +61,6 @@ macro_rules! remnants {
                         upstream: upstream.clone(),
                         kind: RemnantKind::Run,
                         upstream_id: Some(id),
-                        underway: false,
                         attempts: 0,
                     })
                     .collect();
@@ -108,6 +102,24 @@ macro_rules! remnants {
             .execute(connection)
             .await?;
             Ok(done.rows_affected() == 1)
+        }
+
+        /// Implements [`Life::makes_upstream_thread`](crate::store::Life::makes_upstream_thread).
+        pub(super) async fn makes_upstream_thread(
+            connection: &mut Connection,
+            thread: ThreadId,
+        ) -> Result<bool, StoreError> {
+            let underway = sqlx::query_scalar(concat!(
+                "SELECT EXISTS (
+                    SELECT 1 FROM remnants x
+                    WHERE x.thread_id = $1 AND x.underway AND x.upstream_id IS NULL AND x.due_at > ",
+                now!(),
+                ")"
+            ))
+            .bind(thread.uuid())
+            .fetch_one(connection)
+            .await?;
+            Ok(underway)
         }
 
         /// Implements [`Life::resolve`](crate::store::Life::resolve).

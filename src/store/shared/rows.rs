@@ -31,7 +31,6 @@ pub(in crate::store) struct RemnantRow {
     upstream: String,
     kind: String,
     upstream_id: Option<String>,
-    underway: bool,
     attempts: i64,
 }
 
@@ -55,7 +54,6 @@ impl TryFrom<RemnantRow> for Remnant {
                 _ => return Err(corrupt("the kind of a remnant")),
             },
             upstream_id: row.upstream_id,
-            underway: row.underway,
             attempts: row.attempts,
         })
     }

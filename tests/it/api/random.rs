@@ -1,6 +1,8 @@
 //! Everything at once, at random: messages, cancels, tool outputs, readers that leave, and an upstream that fails. What
 //! must hold afterwards is checked; the seed of a failure is printed.
 
+mod erasures;
+
 use std::collections::BTreeMap;
 use std::hash::{BuildHasher, RandomState};
 use std::sync::Mutex;
@@ -73,12 +75,18 @@ fn scope(user: usize) -> String {
     format!("/v1/users/user-{user}")
 }
 
-async fn whatever_happens_the_promises_hold(scene: Scene) {
+/// Chosen by the environment, or by chance. A failure prints it.
+fn seed() -> u64 {
     let seed = match std::env::var("THREADKEEPER_TEST_SEED") {
         Ok(text) => text.parse().unwrap(),
         Err(_) => RandomState::new().hash_one(0_u8),
     };
     println!("THREADKEEPER_TEST_SEED={seed}");
+    seed
+}
+
+async fn whatever_happens_the_promises_hold(scene: Scene) {
+    let seed = seed();
     let mut gateway = scene.gateway_both(SETTINGS, UPSTREAM).await;
     // A warm-up, so that what is opened once is open.
     join_all((0..USERS).map(|user| gateway.say(&scope(user), "hello"))).await;

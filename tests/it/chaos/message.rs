@@ -133,6 +133,12 @@ impl Plan {
         self
     }
 
+    /// Its sender only wants to know that it was taken, and asks until that is known.
+    pub(super) fn handed_in(self) -> Self {
+        let key = format!("key of {}", self.token);
+        Self { form: Form::Async, key: Some(key), ..self }
+    }
+
     pub(super) fn streams(&self) -> bool {
         matches!(self.form, Form::Stream | Form::Accept)
     }
@@ -167,5 +173,10 @@ impl Plan {
 impl Sent {
     pub(super) fn new(plan: Plan, generation: usize) -> Self {
         Self { plan, fate: Fate::Unknown, had_silence: false, run: None, seen: None, generation }
+    }
+
+    /// All that was sent of it came before the last of so many deletions, and so nothing of it is anywhere.
+    pub(super) fn is_erased(&self, deletions: usize) -> bool {
+        self.generation < deletions && !self.had_silence
     }
 }

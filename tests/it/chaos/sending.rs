@@ -84,6 +84,43 @@ impl Conversation {
         sent
     }
 
+    /// Sends a message, and again until its fate is known. What becomes of its run is not waited for.
+    pub(super) async fn hand_in(&self, plan: Plan, generation: usize) -> Sent {
+        let client = &self.client;
+        client.tell(format!("hands in {}", plan.describe()));
+        client.world.count("messages: handed in");
+        let mut sent = Sent::new(plan, generation);
+        let begun = Instant::now();
+        while begun.elapsed() < PERSEVERANCE {
+            match client.ask(self.request(&sent.plan)).await {
+                Reply::Answer(answer) => {
+                    client.tell(format!("{} is answered {}", sent.plan.token, brief(&answer)));
+                    sent.run = answer.body["run"]["id"].as_str().map(str::to_owned);
+                    match answer.status.as_u16() {
+                        200 | 202 => sent.fate = Fate::Acknowledged,
+                        409 | 429 => sent.fate = Fate::Refused,
+                        // It was taken, and has ended meanwhile.
+                        502..=504 if answer.body["run_id"].is_string() => sent.fate = Fate::Acknowledged,
+                        503 => sent.had_silence |= answer.problem().1 == "maybe-merged",
+                        _ => {
+                            client.fault(format!("{} is answered {}", sent.plan.token, brief(&answer)));
+                            sent.had_silence = true;
+                            return sent;
+                        }
+                    }
+                }
+                Reply::Broken(_) => sent.had_silence = true,
+                Reply::Stream(_) => client.fault("a stream that nobody asked for"),
+            }
+            if sent.fate != Fate::Unknown {
+                return sent;
+            }
+            client.pause().await;
+        }
+        client.fault(format!("{} was never answered", sent.plan.token));
+        sent
+    }
+
     fn request(&self, plan: &Plan) -> RequestBuilder {
         let mut request =
             self.client.request(Method::POST, &format!("{}/messages", self.scope)).json(&plan.body());

@@ -1,4 +1,5 @@
-//! What users do: most send one message after the other, some several at once, some delete their conversation.
+//! What users do: most send one message after the other, some several at once, some delete their conversation, and some do
+//! all of that at once.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -8,7 +9,9 @@ use rand::rngs::StdRng;
 use rand::seq::IndexedRandom;
 use rand::{RngExt, SeedableRng};
 use reqwest::Method;
+use serde_json::json;
 use tokio::sync::Semaphore;
+use tokio::task::JoinSet;
 use tokio::time::sleep;
 
 use super::client::{Client, PERSEVERANCE, Reply};
@@ -25,6 +28,15 @@ pub(super) enum Habit {
     Hasty,
     /// Is orderly, and deletes the conversation now and then.
     Deleting,
+    /// Sends several at once, and has the conversation rolled over or deleted, or both, while their runs are at work.
+    Hectic,
+}
+
+impl Habit {
+    /// Its messages have an order, and each a run of its own.
+    pub(super) fn is_orderly(self) -> bool {
+        matches!(self, Self::Orderly | Self::Deleting)
+    }
 }
 
 pub(super) struct User {
@@ -46,6 +58,7 @@ impl User {
         let habit = match number % 10 {
             0 | 1 => Habit::Hasty,
             2 => Habit::Deleting,
+            3 => Habit::Hectic,
             _ => Habit::Orderly,
         };
         let scope = match number % 3 {
@@ -56,7 +69,8 @@ impl User {
         let (name, ..) = ASSISTANTS.choose(&mut rng).unwrap();
         let assistant = if *name == ASSISTANTS[0].0 { "default" } else { name };
         let client = Client::new(world, number, rng.random_bool(0.5));
-        let talk = Conversation { client, scope, may_be_deleted: false };
+        // A run that is not followed may have been deleted by the time that it is asked for.
+        let talk = Conversation { client, scope, may_be_deleted: habit == Habit::Hectic };
         Self { number, habit, talk, assistant, sent: Vec::new(), deletions: 0, rng }
     }
 
@@ -75,6 +89,7 @@ impl User {
             }
             match self.habit {
                 Habit::Hasty => self.burst().await,
+                Habit::Hectic => self.upheaval().await,
                 Habit::Deleting if self.rng.random_bool(0.15) => self.delete().await,
                 Habit::Orderly | Habit::Deleting => {
                     let plan = self.plan();
@@ -100,6 +115,34 @@ impl User {
         let (talk, deletions) = (&self.talk, self.deletions);
         let sent = join_all(plans.into_iter().map(|plan| talk.send(plan, deletions))).await;
         self.sent.extend(sent);
+    }
+
+    /// Several messages of all strategies are acknowledged; then, while their runs are at work, the thread is rolled over and
+    /// the conversation deleted.
+    async fn upheaval(&mut self) {
+        let first = self.sent.len();
+        let plans: Vec<Plan> = (0..self.rng.random_range(2..5))
+            .map(|n| {
+                let plan = Plan::new(&mut self.rng, self.number, first + n, self.assistant);
+                plan.with_strategy(STRATEGIES.choose(&mut self.rng).unwrap()).handed_in()
+            })
+            .collect();
+        let (talk, deletions) = (&self.talk, self.deletions);
+        let sent = join_all(plans.into_iter().map(|plan| talk.hand_in(plan, deletions))).await;
+        self.sent.extend(sent);
+        let (rolls, deletes) = (self.rng.random_bool(0.6), self.rng.random_bool(0.5));
+        let client = &self.talk.client;
+        let rollover = client.request(Method::POST, &format!("{}/thread/rollover", self.talk.scope));
+        let mut rolling = JoinSet::new();
+        if rolls {
+            client.world.count("threads: rolled over");
+            rolling.spawn(rollover.json(&json!({})).send());
+        }
+        if deletes {
+            self.delete().await;
+        }
+        // Whatever it came to.
+        rolling.join_all().await;
     }
 
     /// Deletes the conversation, and begins a new one.

@@ -1,0 +1,194 @@
+//! Deletions at random moments, beside messages of all strategies, rollovers and upstream threads that are made. What had
+//! been acknowledged before a deletion was sent is nowhere afterwards, and nothing is left that nobody names.
+
+use std::collections::BTreeSet;
+use std::time::{Duration, Instant};
+
+use futures_util::future::{join_all, join3};
+use rand::rngs::StdRng;
+use rand::seq::IndexedRandom;
+use rand::{RngExt, SeedableRng};
+use reqwest::{Method, StatusCode};
+use serde_json::json;
+use threadkeeper::simulator::SimulatorConfig;
+use tokio::time::sleep;
+
+use super::seed;
+use crate::support::gateway::{Gateway, PATIENCE};
+use crate::support::scene::{Protocol, Scene, on_every_scene};
+
+on_every_scene!(erasures_leave_nothing_of_what_was_acknowledged);
+
+const USERS: usize = 6;
+const ROUNDS: usize = 12;
+/// A thread is full soon, and its successor begins with what was said last.
+const SETTINGS: &str = "[threads]\nmax_messages = 5\ncarry_over_messages = 3\n[runs]\nsettle_timeout = \"2s\"\n\
+                        [janitor]\nevery = \"50ms\"\ncalls_per_second = 10000\n";
+const UPSTREAM: &str = "lock_window = \"50ms\"\nmax_failures = 0\n";
+const STRATEGIES: [&str; 7] = ["enqueue", "enqueue", "merge", "merge", "interrupt", "rollback", "reject"];
+const TURNS: [&str; 5] = ["", "tokens=10 rate=2ms", "tokens=40 rate=2ms", "tool=f", "fail"];
+
+/// One user's conversation.
+struct User<'a> {
+    scene: &'a Scene,
+    gateway: &'a Gateway,
+    number: usize,
+    rng: StdRng,
+    said: usize,
+    /// Texts that were acknowledged and not erased yet.
+    kept: Vec<String>,
+    erased: Vec<String>,
+}
+
+async fn erasures_leave_nothing_of_what_was_acknowledged(scene: Scene) {
+    // What was made and never heard of again can be found where threads can be listed.
+    let config = SimulatorConfig { list_threads: true, ..SimulatorConfig::default() };
+    let scene = Scene::with(scene.protocol, scene.backend, config).await;
+    let seed = seed();
+    let gateway = scene.gateway_both(SETTINGS, UPSTREAM).await;
+    let users = (0..USERS).map(|number| {
+        let rng = StdRng::seed_from_u64(seed.wrapping_add(number as u64));
+        let user = User {
+            scene: &scene,
+            gateway: &gateway,
+            number,
+            rng,
+            said: 0,
+            kept: Vec::new(),
+            erased: Vec::new(),
+        };
+        user.live()
+    });
+    let erased: Vec<String> = join_all(users).await.concat();
+    scene.simulator.clear_faults();
+    assert!(erased.len() > USERS * ROUNDS / 2, "{} messages were erased: this shows little", erased.len());
+
+    all_is_done(&scene).await;
+    let mut everything = scene.database.everything().await;
+    // The files of a database keep what was deleted until they are written over.
+    everything.retain(|(place, _)| !place.contains('/'));
+    for text in &erased {
+        let held = |value: &[u8]| value.windows(text.len()).any(|part| part == text.as_bytes());
+        let here: Vec<&String> =
+            everything.iter().filter(|(_, value)| held(value)).map(|(place, _)| place).collect();
+        assert!(here.is_empty(), "{text} is still in {here:?}");
+        // A response that was cut off before its id was heard is told of in the receipt: nobody can delete it.
+        let there = scene.simulator.holds_text(text);
+        let there: Vec<&String> = there.iter().filter(|place| !place.contains("response")).collect();
+        assert!(there.is_empty(), "{text} is still upstream: {there:?}");
+    }
+    if scene.protocol != Protocol::Chain {
+        let named = "SELECT upstream_thread_id FROM threads WHERE upstream_thread_id IS NOT NULL";
+        let named: BTreeSet<String> = scene.database.texts(named).await.into_iter().collect();
+        let there: BTreeSet<String> = scene.upstream_threads().into_iter().collect();
+        assert_eq!(there.difference(&named).collect::<Vec<_>>(), Vec::<&String>::new(), "nobody names them");
+    }
+}
+
+/// Every run has ended, every deletion is finished, and nothing is to be looked for any more.
+async fn all_is_done(scene: &Scene) {
+    let begun = Instant::now();
+    loop {
+        // What failed, or was not heard of, is looked at again after minutes. That is now.
+        scene.database.age_looks(Duration::from_mins(11)).await;
+        let mut left = Vec::new();
+        for sql in [
+            "SELECT count(*) FROM runs WHERE finished_at IS NULL",
+            "SELECT count(*) FROM deletions WHERE finished_at IS NULL",
+            "SELECT count(*) FROM threads WHERE lifecycle = 'deleting'",
+            "SELECT count(*) FROM threads WHERE lifecycle = 'archived' AND upstream_thread_id IS NOT NULL",
+            "SELECT count(*) FROM remnants",
+        ] {
+            left.push(scene.database.number(sql).await);
+        }
+        if left.iter().all(|left| *left == 0) {
+            return;
+        }
+        assert!(begun.elapsed() < PATIENCE, "runs, deletions, threads, archives, remnants left: {left:?}");
+        sleep(Duration::from_millis(100)).await;
+    }
+}
+
+impl<'a> User<'a> {
+    async fn live(mut self) -> Vec<String> {
+        for _ in 0..ROUNDS {
+            self.talk().await;
+            match self.rng.random_range(0..4) {
+                0 => {
+                    // Somebody's next turn makes the upstream thread again, from the transcript.
+                    self.scene.fault("start", "status=404 code=previous_response_not_found", 1);
+                    self.scene.fault("create_thread", "latency=120ms", 1);
+                }
+                1 => self.scene.fault("create_thread", "drop=after latency=60ms", 1),
+                2 => drop(self.gateway.post(&self.path("thread/rollover"), &json!({})).await),
+                _ => {}
+            }
+            self.talk().await;
+            self.delete().await;
+        }
+        self.erased
+    }
+
+    fn path(&self, rest: &str) -> String {
+        format!("/v1/users/user-{}/topics/t/{rest}", self.number)
+    }
+
+    /// Some messages at once. Those that are acknowledged are kept in mind.
+    async fn talk(&mut self) {
+        let sends: Vec<_> = (0..self.rng.random_range(1..5)).map(|_| self.message()).collect();
+        let acknowledged = join_all(sends).await;
+        self.kept.extend(acknowledged.into_iter().flatten());
+    }
+
+    /// Sends a message. Its text if it was acknowledged.
+    fn message(&mut self) -> impl Future<Output = Option<String>> + use<'a> {
+        let text = format!("<{}.{}>", self.number, self.said);
+        self.said += 1;
+        let turn = TURNS.choose(&mut self.rng).unwrap();
+        let body = json!({
+            "content": format!("{text} [[sim: {turn}]]"),
+            "multitask_strategy": STRATEGIES.choose(&mut self.rng).unwrap(),
+            "timeout_ms": 3000,
+        });
+        let request = self.gateway.request(Method::POST, &self.path("messages"));
+        let gateway = self.gateway;
+        async move {
+            let answer = gateway.send(request.header("prefer", "respond-async").json(&body)).await;
+            match answer.status {
+                StatusCode::ACCEPTED | StatusCode::OK => Some(text),
+                StatusCode::CONFLICT => None,
+                _ => panic!("{answer:?}"),
+            }
+        }
+    }
+
+    /// Deletes the conversation, sooner or later, while more is said and the thread is rolled over.
+    async fn delete(&mut self) {
+        let pause = Duration::from_millis(self.rng.random_range(0..60));
+        let rolls = self.rng.random_bool(0.5);
+        let archives = self.rng.random_bool(0.15);
+        let had = std::mem::take(&mut self.kept);
+        let deletes = self
+            .gateway
+            .request(Method::DELETE, &self.path(if archives { "thread?archive=true" } else { "thread" }));
+        let rollover = self.gateway.request(Method::POST, &self.path("thread/rollover"));
+        let gateway = self.gateway;
+        let beside = self.message();
+        let deletion = async {
+            sleep(pause).await;
+            gateway.send(deletes.header("prefer", "wait=5")).await
+        };
+        let rollover = async {
+            if rolls {
+                sleep(pause).await;
+                gateway.send(rollover.json(&json!({}))).await;
+            }
+        };
+        let (answer, beside, ()) = join3(deletion, beside, rollover).await;
+        let is_taken = matches!(answer.status.as_u16(), 200 | 202);
+        assert!(is_taken || (had.is_empty() && answer.status == StatusCode::NOT_FOUND), "{answer:?}");
+        if archives { &mut self.kept } else { &mut self.erased }.extend(had);
+        // Whether it came before or after the deletion is open: it is erased with the next one at the latest.
+        self.kept.extend(beside);
+    }
+}
