@@ -4,5 +4,6 @@
 -- means the conversation, whatever thread it is on by the time that the request gets to it.
 ALTER TABLE threads ADD COLUMN began_at timestamptz;
 
--- A process is making the upstream thread, and will record its id here. Until then nobody may take it for never made.
-ALTER TABLE remnants ADD COLUMN underway boolean NOT NULL DEFAULT false;
+-- The replica that is making the upstream thread and will record its id here. While it lives nobody may take the thread for
+-- never made. NULL: nobody makes it (any more).
+ALTER TABLE remnants ADD COLUMN maker uuid;

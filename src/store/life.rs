@@ -149,8 +149,8 @@ pub trait Life: Send + Sync {
     /// repeat.
     async fn intend(&self, lease: &RunLease, intent: RemnantId) -> Result<bool, StoreError>;
 
-    /// Whether a process is making an upstream thread for the thread, and will record its id: from [`intend`](Self::intend)
-    /// until that is bound or [resolved](Self::resolve), for [`UNHEARD_OF`] at most.
+    /// Whether a replica that is alive makes an upstream thread for the thread, and will record its id: from
+    /// [`intend`](Self::intend) until that is bound or [resolved](Self::resolve), for [`UNHEARD_OF`] at most.
     async fn makes_upstream_thread(&self, thread: ThreadId) -> Result<bool, StoreError>;
 
     /// Records what an intent came to, other than an upstream thread that is [bound](super::Store::bind_upstream_thread).

@@ -80,12 +80,12 @@ macro_rules! remnants {
         ) -> Result<bool, StoreError> {
             let done = sqlx::query(concat!(
                 "WITH lease AS MATERIALIZED (
-                    SELECT r.thread_id FROM runs r
+                    SELECT r.thread_id, r.owner FROM runs r
                     WHERE r.id = $1 AND r.fence = $2 AND r.status IN ('in_progress', 'requires_action', 'cancelling')",
                 held!("r"),
                 ")
-                INSERT INTO remnants (id, thread_id, upstream, kind, underway, created_at, due_at)
-                SELECT $3, t.id, t.upstream, 'thread', true, ",
+                INSERT INTO remnants (id, thread_id, upstream, kind, maker, created_at, due_at)
+                SELECT $3, t.id, t.upstream, 'thread', l.owner, ",
                 now!(),
                 ", ",
                 now!(),
@@ -109,17 +109,19 @@ macro_rules! remnants {
             connection: &mut Connection,
             thread: ThreadId,
         ) -> Result<bool, StoreError> {
-            let underway = sqlx::query_scalar(concat!(
+            let makes = sqlx::query_scalar(concat!(
                 "SELECT EXISTS (
-                    SELECT 1 FROM remnants x
-                    WHERE x.thread_id = $1 AND x.underway AND x.upstream_id IS NULL AND x.due_at > ",
+                    SELECT 1 FROM remnants x JOIN replicas p ON p.id = x.maker
+                    WHERE x.thread_id = $1 AND x.upstream_id IS NULL AND x.due_at > ",
+                now!(),
+                " AND p.expires_at > ",
                 now!(),
                 ")"
             ))
             .bind(thread.uuid())
             .fetch_one(connection)
             .await?;
-            Ok(underway)
+            Ok(makes)
         }
 
         /// Implements [`Life::resolve`](crate::store::Life::resolve).
@@ -135,7 +137,7 @@ macro_rules! remnants {
                     Some(id.as_str()),
                 ),
                 // What was on its way may take effect late, so the time of the look stays.
-                Made::Unknown => ("UPDATE remnants SET underway = false WHERE id = $1 AND $2 IS NULL", None),
+                Made::Unknown => ("UPDATE remnants SET maker = NULL WHERE id = $1 AND $2 IS NULL", None),
             };
             sqlx::query(statement).bind(intent.uuid()).bind(id).execute(connection).await?;
             Ok(())
@@ -165,7 +167,7 @@ macro_rules! remnants {
                 .fetch_all(&mut *tx)
                 .await?;
             sqlx::query(concat!(
-                "UPDATE remnants SET underway = false, due_at = ",
+                "UPDATE remnants SET maker = NULL, due_at = ",
                 now!(),
                 " + ",
                 ms!("$2"),

@@ -135,7 +135,7 @@ impl Plan {
 
     /// Its sender only wants to know that it was taken, and asks until that is known.
     pub(super) fn handed_in(self) -> Self {
-        let key = format!("key of {}", self.token);
+        let key = format!("key-of-{}", self.token);
         Self { form: Form::Async, key: Some(key), ..self }
     }
 

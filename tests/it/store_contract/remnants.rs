@@ -9,7 +9,7 @@ use super::*;
 
 on_every_backend!(
     an_intent_is_looked_at_when_nobody_heard_of_it,
-    intent_is_underway_until_its_making_is_over,
+    upstream_thread_is_made_until_its_maker_is_done_or_dead,
     only_who_holds_the_lease_may_intend,
     what_came_to_nothing_is_resolved,
     what_is_bound_is_no_remnant,
@@ -21,8 +21,11 @@ on_every_backend!(
     what_is_carried_over_counts_where_nothing_is_anchored,
 );
 
+/// A turn of a replica that lives.
 async fn turn(store: &dyn Store, key: &ConversationKey) -> Turn {
-    started(store.admit(&admission(key)).await.unwrap())
+    let admission = admission(key);
+    store.renew_replica(admission.replica, "127.0.0.1:1", HOUR).await.unwrap();
+    started(store.admit(&admission).await.unwrap())
 }
 
 fn upstream(id: &str) -> UpstreamThreadId {
@@ -61,25 +64,25 @@ async fn an_intent_is_looked_at_when_nobody_heard_of_it(database: &TestDatabase,
 }
 
 /// Its run was cut off and ended. Whoever erases the thread waits until the id is known.
-async fn intent_is_underway_until_its_making_is_over(database: &TestDatabase, store: &dyn Store) {
+async fn upstream_thread_is_made_until_its_maker_is_done_or_dead(database: &TestDatabase, store: &dyn Store) {
     let turn = turn(store, &user("alice")).await;
     let thread = turn.thread.id;
-    let underway = async || store.makes_upstream_thread(thread).await.unwrap();
+    let makes = async || store.makes_upstream_thread(thread).await.unwrap();
     let intents = [RemnantId::new(), RemnantId::new(), RemnantId::new()];
     for intent in intents {
         assert!(store.intend(&turn.lease, intent).await.unwrap());
     }
     closed(store.finish(&turn.lease, &completed(None)).await.unwrap());
     store.resolve(intents[0], Made::Unknown).await.unwrap();
-    assert!(underway().await);
+    assert!(makes().await);
     assert_eq!(store.due_remnants(10).await.unwrap(), [], "what was on its way may take effect late");
     let made = upstream("t_1");
     let binding = |intent| Binding { id: &made, intent, seeded: true, carried_users: 0 };
     assert_eq!(store.bind_upstream_thread(&turn.lease, &binding(intents[1])).await.unwrap(), Bound::Lost);
-    assert!(underway().await);
+    assert!(makes().await);
     assert_eq!(store.due_remnants(10).await.unwrap()[0].upstream_id.as_deref(), Some("t_1"));
-    store.resolve(intents[2], Made::Nothing).await.unwrap();
-    assert!(!underway().await);
+    earlier(database, "replicas", &["expires_at"], HOUR).await;
+    assert!(!makes().await, "its maker is dead");
     // The next one's thread is erased by then.
     let key = turn.thread.key.clone();
     let erase = request(DeletionTarget::Key(key), Deletion::Erase);
