@@ -517,7 +517,7 @@ mod tests {
         assert_eq!(openai.auth, AuthScheme::default());
         assert!(openai.conversations && !openai.background);
         assert_eq!(openai.connect_timeout, UpstreamConfig::default_connect_timeout());
-        assert_eq!(openai.idle_timeout, UpstreamConfig::default_idle_timeout());
+        assert_eq!(openai.call_timeout, UpstreamConfig::default_call_timeout());
         assert_eq!(openai.max_event_bytes, UpstreamConfig::default_max_event_bytes());
         assert_eq!(openai.lock_window, UpstreamConfig::default_lock_window());
         assert_eq!(openai.max_failures, UpstreamConfig::default_max_failures());

@@ -23,12 +23,14 @@
 //! | `silent`, `silent_after=N` | is accepted, then nothing is sent, or nothing after N deltas |
 //! | `hold_after=N` | a hold takes effect after N deltas, not before the first one |
 //! | `cut=N` | the connection breaks after N deltas |
-//! | `mid_error`, `mid_error=nested` | an `error` event after the first deltas, in either shape; the run fails |
+//! | `late_head=2s` | is accepted and worked on, but the head of its answer is held back for so long |
+//! | `mid_error`, `mid_error=nested`, `mid_error=bare` | an `error` event after the first deltas, in either shape, or nested without saying what it is; the run fails |
+//! | `bare_error=FORM` | is not accepted, but its answer is a success, which tells the error (`code=…`, `error_type=…`) in its body: `data: {"error": {…}}` (`object`), the same and `data: [DONE]` (`done`), `data: {"error": "…"}` (`string`), `data: {"message": …}` (`flat`), `data: {"detail": …}` (`detail`), JSON in an event stream (`line`), or no event stream but JSON (`json`) |
 //! | `no_terminal` | the stream ends properly but without its last events |
 //! | `crlf`, `no_event_lines`, `split`, `comments`, `unknown_events` | the stream is written so (`no_event_lines`: responses only; `split`: in cuts of 1 to 3 bytes) |
 //!
 //! The same words make up a [`Fault`], which waits for the next matching requests whatever these contain. For
-//! operations that start no run, `status` (with `code`, `retry_after`), `hostile`, `drop`, `silent` and `latency` apply.
+//! operations that start no run, `status` (with `code`, `retry_after`), `hostile`, `bare_error`, `drop`, `silent` and `latency` apply.
 //!
 //! A hostile answer has status 200, or the one of `status`. It is made while it is read, and ends when the reader leaves:
 //!

@@ -311,11 +311,12 @@ pub enum UpstreamError {
     /// So many calls failed that none is made for a while. Nothing was sent.
     #[error("the upstream failed too often; it is left alone for a while")]
     Resting { retry_after: Duration },
-    /// No connection could be made, so nothing was sent.
+    /// Nothing was sent: no connection could be made, or what has to be asked first had no answer.
     #[error("the upstream cannot be reached")]
     Connect,
-    /// The connection broke, or went silent for too long, after the request was sent.
-    #[error("the connection to the upstream broke")]
+    /// The connection broke after the request was sent. `timeout`: we gave it up ourselves, and it says nothing of what
+    /// the upstream does: a request that may have been taken is never sent again after that.
+    #[error("{}", if *timeout { "the upstream did not answer in time" } else { "the connection to the upstream broke" })]
     Broken { timeout: bool },
     /// The answer is not what the protocol says.
     #[error("the upstream answered something unreadable: {0}")]
@@ -326,5 +327,10 @@ impl UpstreamError {
     /// The upstream may have accepted what was sent.
     pub const fn is_ambiguous(&self) -> bool {
         matches!(self, Self::Unavailable { .. } | Self::Broken { .. } | Self::Protocol(_))
+    }
+
+    /// The connection broke, or somebody between us and the server gave it up. Neither tells what the server does.
+    pub const fn breaks_off(&self) -> bool {
+        matches!(self, Self::Broken { .. } | Self::Unavailable { status: 408 | 504, .. })
     }
 }

@@ -315,7 +315,7 @@ fn upstream(name: &str, upstream: &UpstreamConfig, checker: &mut Checker<'_>) {
         }
     }
     duration(&at("connect_timeout"), upstream.connect_timeout, false, checker);
-    duration(&at("idle_timeout"), upstream.idle_timeout, false, checker);
+    duration(&at("call_timeout"), upstream.call_timeout, false, checker);
     duration(&at("lock_window"), upstream.lock_window, true, checker);
     duration(&at("rest"), upstream.rest, false, checker);
     if upstream.max_event_bytes == 0 {

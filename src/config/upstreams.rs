@@ -42,10 +42,10 @@ pub struct UpstreamConfig {
     pub shared: bool,
     #[serde(default = "UpstreamConfig::default_connect_timeout", with = "humantime_serde")]
     pub connect_timeout: Duration,
-    /// Longest silence of the server, before its answer or between two events; and how long a JSON answer may take to
-    /// arrive.
-    #[serde(default = "UpstreamConfig::default_idle_timeout", with = "humantime_serde")]
-    pub idle_timeout: Duration,
+    /// How long the server may take to answer a call that starts no run: a list, a look at a run, a deletion. A run is
+    /// waited for until its deadline, however silent the server is.
+    #[serde(default = "UpstreamConfig::default_call_timeout", with = "humantime_serde")]
+    pub call_timeout: Duration,
     /// Largest single event of a stream, most that is put together from one, largest JSON answer, and most of several
     /// pages of a list that are needed together, bytes.
     #[serde(default = "UpstreamConfig::default_max_event_bytes")]
@@ -116,7 +116,7 @@ impl UpstreamConfig {
             background: false,
             shared: false,
             connect_timeout: Self::default_connect_timeout(),
-            idle_timeout: Self::default_idle_timeout(),
+            call_timeout: Self::default_call_timeout(),
             max_event_bytes: Self::default_max_event_bytes(),
             lock_window: Self::default_lock_window(),
             max_failures: Self::default_max_failures(),
@@ -128,7 +128,7 @@ impl UpstreamConfig {
         Duration::from_secs(5)
     }
 
-    pub(super) fn default_idle_timeout() -> Duration {
+    pub(super) fn default_call_timeout() -> Duration {
         Duration::from_mins(1)
     }
 

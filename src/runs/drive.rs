@@ -186,6 +186,7 @@ impl Drive<'_> {
                 tracing::info!("the upstream has never seen the message; sending it");
                 self.refused();
                 self.sends_again().await?;
+                self.progress.sent_again = true;
                 self.message(Some(lost)).await
             }
             Some(Recovered::Unknown) | None => Err(Failure::ReplicaLost),
@@ -291,7 +292,8 @@ impl Drive<'_> {
         Ok(())
     }
 
-    /// Decides what to do after a request was refused or broke off.
+    /// Decides what to do after a request was refused or broke off. What the upstream answered for may be sent again as
+    /// often as is configured; what it did not answer for, once in a run, and never if we ourselves gave it up.
     async fn after(&mut self, error: UpstreamError, retries: &mut Retries) -> Result<Next, Failure> {
         match error {
             UpstreamError::Busy { blocking_run } => {
@@ -306,6 +308,9 @@ impl Drive<'_> {
                 }
                 Some(Recovered::Absent) => {
                     self.refused();
+                    if error.breaks_off() && std::mem::replace(&mut self.progress.sent_again, true) {
+                        return Err(Failure::Upstream(error));
+                    }
                     retries.wait_after(error).await?;
                     self.sends_again().await?;
                     Ok(Next::SendAgain)

@@ -22,6 +22,7 @@ pub(super) enum Reach {
 
 /// What is known of a turn while it goes on; it survives when the turn is cut off.
 #[derive(Clone, Debug, Default)]
+#[expect(clippy::struct_excessive_bools, reason = "each is a fact of its own")]
 pub(super) struct Progress {
     pub(super) thread: Option<UpstreamThreadId>,
     /// The newest id: each round of a chain of responses has its own.
@@ -48,6 +49,8 @@ pub(super) struct Progress {
     pub(super) busy: bool,
     /// What the next round is to send may be there already.
     pub(super) is_uncertain: bool,
+    /// Something was sent again although an earlier request for it had been sent and had no answer.
+    pub(super) sent_again: bool,
 }
 
 impl Progress {

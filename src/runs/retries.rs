@@ -44,7 +44,7 @@ impl Retries {
     /// The pause before what failed in this way, and provably was not taken, is sent again; `None` if that would not help.
     fn pause(&mut self, error: &UpstreamError) -> Option<Duration> {
         let asked = match error {
-            UpstreamError::Connect | UpstreamError::Broken { .. } => None,
+            UpstreamError::Connect | UpstreamError::Broken { timeout: false } => None,
             UpstreamError::RateLimited { retry_after, quota: false }
             | UpstreamError::Unavailable { retry_after, no_retry: false, .. } => *retry_after,
             _ => return None,
@@ -93,6 +93,7 @@ mod tests {
     fn what_no_repeat_will_mend_is_not_sent_again() {
         for error in [
             UpstreamError::RateLimited { retry_after: None, quota: true },
+            UpstreamError::Broken { timeout: true },
             UpstreamError::Resting { retry_after: Duration::ZERO },
             UpstreamError::Unavailable { status: 503, retry_after: None, no_retry: true },
             UpstreamError::Protocol(String::new()),

@@ -2,12 +2,16 @@
 
 use std::time::Duration;
 
+use axum::body::Body;
+use axum::response::Response;
 use http::StatusCode;
 use humantime_serde::re::humantime::parse_duration;
+use serde_json::{Value, json};
 
-use super::error::ApiError;
+use super::error::{ApiError, json_body};
 use super::hostile::{Hostile, Hostility};
 use super::router::Refused;
+use super::sse::event_stream;
 
 const OPEN: &str = "[[sim:";
 const CLOSE: &str = "]]";
@@ -34,6 +38,12 @@ pub(super) struct Plan {
     pub(super) hostile: Option<Hostile>,
     /// Where a redirect leads.
     pub(super) location: Option<String>,
+    /// Hold the head of the answer back for so long, while the work goes on.
+    pub(super) late_head: Option<Duration>,
+    /// Answer with an error in a success, instead of accepting.
+    pub(super) bare_error: Option<BareError>,
+    /// The type that such an error has.
+    pub(super) error_type: Option<String>,
     /// Close the connection without an answer.
     pub(super) drop: Option<Drop>,
     /// Close the connection after so many deltas.
@@ -87,6 +97,42 @@ pub(super) enum Drop {
 pub(super) enum ErrorShape {
     Flat,
     Nested,
+    /// Nested, without an event line and without the type of an event.
+    Bare,
+}
+
+/// How a server, or what stands in front of it, tells an error after it has begun a stream.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub(super) enum BareError {
+    /// `data: {"error": {…}}`.
+    Object,
+    /// The same, and `data: [DONE]` after it.
+    Done,
+    /// `data: {"error": "…"}`.
+    String,
+    /// `data: {"message": …}`.
+    Flat,
+    /// `data: {"detail": …}`.
+    Detail,
+    /// `{"error": {…}}`, over several lines.
+    Line,
+    /// The whole answer is JSON.
+    Json,
+}
+
+impl BareError {
+    fn named(name: &str) -> Option<Self> {
+        Some(match name {
+            "object" => Self::Object,
+            "done" => Self::Done,
+            "string" => Self::String,
+            "flat" => Self::Flat,
+            "detail" => Self::Detail,
+            "line" => Self::Line,
+            "json" => Self::Json,
+            _ => return None,
+        })
+    }
 }
 
 /// How events are written.
@@ -132,11 +178,44 @@ impl Plan {
             let (status, location, pause) = (self.status, self.location.clone(), self.interval);
             return Err(Refused::Hostile(Hostility { kind, status, location, pause }));
         }
+        if let Some(shape) = self.bare_error {
+            return Err(Refused::Told(Box::new(self.told(shape))));
+        }
         if let Some(status) = self.status {
             let error = ApiError::of_status(status, self.code.as_deref(), self.retry_after.as_deref());
             return Err(error.into());
         }
         if self.drop == Some(Drop::Before) { Err(Refused::Dropped) } else { Ok(()) }
+    }
+
+    /// The error that a stream tells which has no status to tell it.
+    pub(super) fn error(&self) -> Value {
+        let usual = if self.code.is_none() { Some("server_error") } else { None };
+        let code = self.code.as_deref().unwrap_or("server_error");
+        // Some write it as a number.
+        let code = code.parse::<u16>().map_or_else(|_| code.into(), Value::from);
+        json!({
+            "message": "The server had an error while processing your request.",
+            "type": self.error_type.as_deref().or(usual), "param": null, "code": code,
+        })
+    }
+
+    fn told(&self, shape: BareError) -> Response {
+        let error = self.error();
+        let text = match shape {
+            BareError::Object => format!("data: {}\n\n", json!({"error": error})),
+            BareError::Done => format!("data: {}\n\ndata: [DONE]\n\n", json!({"error": error})),
+            BareError::String => {
+                format!("data: {}\n\n", json!({"error": error["message"], "code": error["code"]}))
+            }
+            BareError::Flat => format!("data: {error}\n\n"),
+            BareError::Detail => {
+                format!("data: {}\n\n", json!({"detail": error["message"], "code": error["code"]}))
+            }
+            BareError::Line => format!("{:#}\n", json!({"error": error})),
+            BareError::Json => return json_body(&json!({"error": error})),
+        };
+        event_stream(Body::from(text))
     }
 
     /// Nothing is ever sent.
@@ -168,6 +247,12 @@ impl Plan {
                 let kind = value.and_then(Hostile::named);
                 self.hostile = Some(kind.ok_or("a kind of hostile answer is wanted")?);
             }
+            "late_head" => self.late_head = Some(time()?),
+            "bare_error" => {
+                let shape = value.and_then(BareError::named);
+                self.bare_error = Some(shape.ok_or("a form of an error is wanted")?);
+            }
+            "error_type" => self.error_type = Some(text()?),
             "location" => self.location = Some(text()?),
             "drop" => {
                 self.drop = Some(match value {
@@ -195,7 +280,8 @@ impl Plan {
                 self.mid_error = Some(match value {
                     None | Some("flat") => ErrorShape::Flat,
                     Some("nested") => ErrorShape::Nested,
-                    Some(_) => return Err("`flat` or `nested` is wanted"),
+                    Some("bare") => ErrorShape::Bare,
+                    Some(_) => return Err("`flat`, `nested` or `bare` is wanted"),
                 });
             }
             "no_terminal" => self.no_terminal = true,
@@ -242,6 +328,9 @@ mod tests {
             "[[sim: fail_text=x]]",
             "[[sim: hostile]]",
             "[[sim: hostile=x]]",
+            "[[sim: bare_error]]",
+            "[[sim: bare_error=x]]",
+            "[[sim: late_head]]",
         ] {
             assert!(Plan::of_text(text).is_err(), "{text}");
         }

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
+use std::time::Duration;
 
 use axum::body::Body;
 use axum::response::{IntoResponse, Response};
@@ -67,6 +68,12 @@ pub(super) async fn answer(server: Arc<Server>, request: Request<Incoming>) -> R
         return Ok(control::answer(&server, &parts.method, rest, &body));
     }
     let mut response = protocol(&server, &parts, &path, body).await?;
+    if let Some(LateHead(time)) = response.extensions_mut().remove() {
+        tokio::select! {
+            () = tokio::time::sleep(time) => {}
+            () = server.stop.cancelled() => return Err(Dropped),
+        }
+    }
     if let Ok(id) = HeaderValue::from_str(&server.id("req")) {
         response.headers_mut().insert("x-request-id", id);
     }
@@ -153,14 +160,21 @@ async fn protocol(
 pub(super) enum Refused {
     Error(ApiError),
     Hostile(Hostility),
+    /// An answer that tells an error although its status does not.
+    Told(Box<Response>),
     Dropped,
 }
+
+/// The head of an answer is held back for so long.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct LateHead(pub(super) Duration);
 
 impl Refused {
     fn answer(self, operation: Operation) -> Result<Response, Dropped> {
         match self {
             Self::Error(error) => Ok(error.into_response()),
             Self::Hostile(hostility) => Ok(hostility.answer(operation)),
+            Self::Told(answer) => Ok(*answer),
             Self::Dropped => Err(Dropped),
         }
     }

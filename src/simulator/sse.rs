@@ -92,6 +92,12 @@ impl EventOut {
         }
     }
 
+    /// Sends data without an event line.
+    pub(super) fn emit_bare(&mut self, data: &impl Serialize) {
+        self.dialect.no_event_lines = true;
+        self.emit("", data);
+    }
+
     /// Somebody may read what is sent.
     pub(super) fn is_listening(&self) -> bool {
         !self.muted && !matches!(self.target, Target::Nobody)
@@ -246,7 +252,7 @@ async fn let_out() {
     tokio::task::yield_now().await;
 }
 
-fn event_stream(body: Body) -> Response {
+pub(super) fn event_stream(body: Body) -> Response {
     let mut response = Response::new(body);
     let headers = response.headers_mut();
     headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("text/event-stream; charset=utf-8"));

@@ -73,7 +73,7 @@ impl Upstream for AssistantsUpstream {
         if !messages.is_empty() {
             body["messages"] = messages.into();
         }
-        let thread: Created = self.client.json(Method::POST, &["threads"], &[], Some(&body)).await?.value;
+        let thread: Created = self.client.make(&["threads"], &body).await?;
         thread.into_thread().map(Some)
     }
 
@@ -109,10 +109,14 @@ impl Upstream for AssistantsUpstream {
         };
         // A run that takes no outputs has moved on: it has expired, or has got them already. Its own status is the
         // truth then, as if the answer had been lost.
-        if matches!(refused, UpstreamError::Refused { status: 400, .. })
-            && let Some(run) = self.run(thread, run).await?
-            && !run.value.waits_for_outputs()
-        {
+        if matches!(refused, UpstreamError::Refused { status: 400, .. }) {
+            match self.run(thread, run).await {
+                Ok(Some(run)) if !run.value.waits_for_outputs() => {}
+                Ok(_) => return Err(refused),
+                // Then it may have got them, and has to be looked for in the same way.
+                Err(error) if error.is_ambiguous() => {}
+                Err(error) => return Err(error),
+            }
             return Err(UpstreamError::Broken { timeout: false });
         }
         Err(refused)

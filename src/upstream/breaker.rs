@@ -8,8 +8,8 @@ use tokio::time::Instant;
 /// The longest that a call is put off while another one tries whether the upstream is back.
 const PROBE_TIME: Duration = Duration::from_secs(1);
 
-/// Counts the failures of calls. After too many in a row it lets none through for a while, then one at a time, until
-/// one is answered.
+/// Counts the failures of calls. After too many in a row it lets none through for a while, then one, or another one
+/// after as long if that has no answer yet, until one is answered. Silence is neither: the upstream may be thinking.
 #[derive(Debug)]
 pub(super) struct Breaker {
     /// 0: calls always pass.
@@ -31,8 +31,8 @@ enum State {
     Closed { failures: u32 },
     /// No call passes until then. After that the next one is a probe.
     Open { until: Instant },
-    /// A probe is under way.
-    Probing { probe: u64 },
+    /// A probe is under way. The next one does not wait for it beyond then.
+    Probing { probe: u64, until: Instant },
 }
 
 /// The right to make one call. Its drop without a verdict changes nothing, but lets the next call be the probe if this
@@ -52,18 +52,18 @@ impl Breaker {
 
     /// Whether a call would pass now; if not, for how long none will.
     pub(super) fn check(&self) -> Result<(), Duration> {
-        self.circuit().state.check(Instant::now(), self.rest)
+        self.circuit().state.check(Instant::now())
     }
 
     /// Lets a call through, or says for how long none passes.
     pub(super) fn enter(self: &Arc<Self>) -> Result<Permit, Duration> {
-        let mut circuit = self.circuit();
-        circuit.state.check(Instant::now(), self.rest)?;
+        let (mut circuit, now) = (self.circuit(), Instant::now());
+        circuit.state.check(now)?;
         let probe = match circuit.state {
             State::Closed { .. } => None,
             State::Open { .. } | State::Probing { .. } => {
                 circuit.probes += 1;
-                circuit.state = State::Probing { probe: circuit.probes };
+                circuit.state = State::Probing { probe: circuit.probes, until: now + self.rest };
                 Some(circuit.probes)
             }
         };
@@ -77,13 +77,18 @@ impl Breaker {
 }
 
 impl State {
-    fn check(self, now: Instant, rest: Duration) -> Result<(), Duration> {
+    fn check(self, now: Instant) -> Result<(), Duration> {
         match self {
             Self::Closed { .. } => Ok(()),
-            Self::Open { until } if until <= now => Ok(()),
+            Self::Open { until } | Self::Probing { until, .. } if until <= now => Ok(()),
             Self::Open { until } => Err(until - now),
-            Self::Probing { .. } => Err(rest.min(PROBE_TIME)),
+            Self::Probing { until, .. } => Err((until - now).min(PROBE_TIME)),
         }
+    }
+
+    /// This probe is the one that is waited for.
+    const fn is_probe(self, number: u64) -> bool {
+        matches!(self, Self::Probing { probe, .. } if probe == number)
     }
 }
 
@@ -94,7 +99,7 @@ impl Permit {
         self.breaker.circuit().state = State::Closed { failures: 0 };
     }
 
-    /// The upstream was not reached, did not answer, or answered that it is broken. Tells whether it is left alone
+    /// The upstream was not reached, broke off before it answered, or answered that it is broken. Tells whether it is left alone
     /// because of this.
     pub(super) fn failed(mut self) -> bool {
         let breaker = &self.breaker;
@@ -105,7 +110,7 @@ impl Permit {
                 let failures = failures + 1;
                 if failures < breaker.max_failures { State::Closed { failures } } else { open }
             }
-            State::Probing { probe } if self.probe == Some(probe) => open,
+            State::Probing { probe, .. } if self.probe == Some(probe) => open,
             // Calls that were made before the upstream was left alone say nothing new.
             state => state,
         };
@@ -120,7 +125,7 @@ impl Drop for Permit {
     fn drop(&mut self) {
         let Some(mine) = self.probe else { return };
         let mut circuit = self.breaker.circuit();
-        if circuit.state == (State::Probing { probe: mine }) {
+        if circuit.state.is_probe(mine) {
             circuit.state = State::Open { until: Instant::now() };
         }
     }
@@ -189,6 +194,21 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
+    async fn a_silent_probe_holds_up_the_next_one_for_no_longer_than_the_rest() {
+        let breaker = breaker(1);
+        fail(&breaker, 1);
+        advance(REST).await;
+        let silent = breaker.enter().unwrap();
+        assert_eq!(breaker.check(), Err(PROBE_TIME));
+        advance(REST).await;
+        let next = breaker.enter().unwrap();
+        drop(silent);
+        assert_eq!(breaker.check(), Err(PROBE_TIME), "it is another one that is waited for");
+        next.failed();
+        assert_eq!(breaker.check(), Err(REST));
+    }
+
+    #[tokio::test(start_paused = true)]
     async fn without_a_limit_it_never_opens() {
         let breaker = breaker(0);
         fail(&breaker, 1000);
@@ -252,13 +272,12 @@ mod tests {
                     prop_assert!(in_a_row >= max || breaker.check().is_ok());
                     let probing = matches!(breaker.circuit().state, State::Probing { .. });
                     let probes = permits.iter().filter(|permit| {
-                        breaker.circuit().state == State::Probing { probe: permit.probe.unwrap_or(0) }
+                        breaker.circuit().state.is_probe(permit.probe.unwrap_or(0))
                     });
                     prop_assert_eq!(probes.count(), usize::from(probing));
                 }
-                drop(permits);
                 advance(REST).await;
-                prop_assert!(breaker.check().is_ok());
+                prop_assert!(breaker.check().is_ok(), "even if nobody answers or gives up");
                 Ok(())
             })?;
         }

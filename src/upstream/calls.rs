@@ -35,7 +35,7 @@ impl Calls<'_> {
     ) -> Result<Answer<T>, UpstreamError> {
         patiently(|| async {
             self.turn().await;
-            self.client.json(method.clone(), path, query, None).await
+            self.client.json(method.clone(), path, query).await
         })
         .await
     }

@@ -1,8 +1,11 @@
 //! The HTTP client of one upstream server. Beside `auth/jwks.rs` the only file that names reqwest.
 //!
-//! It never follows a redirect, uses no proxy from the environment, unpacks nothing, has no limit on the length of a
-//! stream but one on each silence in it, and keeps what the server writes in prose out of errors and logs. Any other
-//! answer must be there as a whole within that time, so that one that trickles does not go on for ever.
+//! It never follows a redirect, uses no proxy from the environment, unpacks nothing, and keeps what the server writes in
+//! prose out of errors and logs.
+//!
+//! A stream has no limit, neither on its length nor on the silence before or in it: a server that thinks is not gone, and
+//! its work would be lost. The caller ends it. Any other answer must be there as a whole within a time limit, so that one
+//! that trickles does not go on for ever. A peer that has vanished is found by TCP itself.
 
 use std::fmt;
 use std::sync::Arc;
@@ -16,6 +19,7 @@ use http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode};
 use secrecy::{ExposeSecret, SecretString};
 use serde::de::DeserializeOwned;
 use serde_json::Value;
+use tokio::time::timeout;
 use url::Url;
 
 use super::UpstreamError;
@@ -30,6 +34,17 @@ use crate::config::{AuthScheme, UpstreamConfig};
 const POOL_IDLE_CONNECTIONS: usize = 256;
 /// How long they are kept. Shorter than most servers do, so that none is taken up as it closes.
 const POOL_IDLE_TIMEOUT: Duration = Duration::from_secs(30);
+/// Silence on a connection after which TCP asks the peer for a sign of life, and the pause between two such questions.
+const KEEP_ALIVE: Duration = Duration::from_secs(15);
+const KEEP_ALIVE_INTERVAL: Duration = Duration::from_secs(5);
+/// Questions without an answer after which the connection counts as broken.
+const KEEP_ALIVE_PROBES: u32 = 3;
+/// The longest that sent data stays without an acknowledgement. On Linux it bounds the questions above, too.
+#[cfg(target_os = "linux")]
+const VANISHED_AFTER: Duration = Duration::from_secs(30);
+/// The longest that the answer to one call which makes something is waited for. The making of a thread goes on after its
+/// run was cut off, so the run's deadline does not end it.
+const LONGEST_MAKING: Duration = Duration::from_mins(5);
 /// How much of an error's body is read.
 const MAX_ERROR_BYTES: usize = 64 * 1024;
 /// Headers that belong to the connection and cannot be configured.
@@ -43,7 +58,7 @@ pub struct UpstreamClient {
     /// With the fixed query parameters.
     base_url: Url,
     headers: HeaderMap,
-    idle_timeout: Duration,
+    call_timeout: Duration,
     max_bytes: usize,
     breaker: Arc<Breaker>,
 }
@@ -100,8 +115,15 @@ impl UpstreamClient {
             .http1_only()
             .connect_timeout(config.connect_timeout)
             .tcp_nodelay(true)
+            .tcp_keepalive(KEEP_ALIVE)
+            .tcp_keepalive_interval(KEEP_ALIVE_INTERVAL)
+            .tcp_keepalive_retries(KEEP_ALIVE_PROBES)
             .pool_max_idle_per_host(POOL_IDLE_CONNECTIONS)
             .pool_idle_timeout(POOL_IDLE_TIMEOUT);
+        #[cfg(target_os = "linux")]
+        {
+            builder = builder.tcp_user_timeout(VANISHED_AFTER);
+        }
         if base_url.scheme() == "http" {
             // No redirect is followed, so this client never speaks TLS: it must not fail for lack of certificates.
             builder = builder.tls_certs_only([]);
@@ -119,7 +141,7 @@ impl UpstreamClient {
             http,
             base_url,
             headers: fixed_headers(name, config)?,
-            idle_timeout: config.idle_timeout,
+            call_timeout: config.call_timeout,
             max_bytes: config.max_event_bytes,
             breaker: Arc::new(Breaker::new(config.max_failures, config.rest)),
         })
@@ -155,6 +177,26 @@ impl UpstreamClient {
         method: Method,
         segments: &[&str],
         query: &[(&str, &str)],
+    ) -> Result<Answer<T>, UpstreamError> {
+        in_time(self.call_timeout, self.ask(method, segments, query, None)).await
+    }
+
+    /// Makes one request that makes something of `body`. It must not be repeated after it was given up, so its answer is
+    /// waited for far longer than others.
+    pub(super) async fn make<T: DeserializeOwned>(
+        &self,
+        segments: &[&str],
+        body: &Value,
+    ) -> Result<T, UpstreamError> {
+        let answer = in_time(LONGEST_MAKING, self.ask(Method::POST, segments, &[], Some(body))).await?;
+        Ok(answer.value)
+    }
+
+    async fn ask<T: DeserializeOwned>(
+        &self,
+        method: Method,
+        segments: &[&str],
+        query: &[(&str, &str)],
         body: Option<&Value>,
     ) -> Result<Answer<T>, UpstreamError> {
         let response = self.send(method, segments, query, body, "application/json").await?;
@@ -163,7 +205,7 @@ impl UpstreamClient {
             .get("openai-poll-after-ms")
             .and_then(|value| value.to_str().ok()?.parse().ok())
             .map(|ms| Duration::from_millis(ms).clamp(SHORTEST_WAIT, LONGEST_WAIT));
-        let body = self.read(response, self.max_bytes).await?.ok_or_else(|| {
+        let body = read(response, self.max_bytes).await?.ok_or_else(|| {
             UpstreamError::Protocol(format!("an answer is longer than {} bytes", self.max_bytes))
         })?;
         if is_dense(&body) {
@@ -176,12 +218,15 @@ impl UpstreamClient {
 
     /// Makes one request whose answer says no more than that it was done.
     pub(super) async fn done(&self, method: Method, segments: &[&str]) -> Result<(), UpstreamError> {
-        let response = self.send(method, segments, &[], None, "application/json").await?;
-        // Read to its end, so that the connection can serve the next call.
-        self.read(response, self.max_bytes).await.map(drop)
+        let call = async {
+            let response = self.send(method, segments, &[], None, "application/json").await?;
+            // Read to its end, so that the connection can serve the next call.
+            read(response, self.max_bytes).await.map(drop)
+        };
+        in_time(self.call_timeout, call).await
     }
 
-    /// Makes one request and streams the events of the answer.
+    /// Makes one request and streams the events of the answer, as long as the caller waits for them.
     pub(super) async fn events(
         &self,
         method: Method,
@@ -190,13 +235,14 @@ impl UpstreamClient {
         body: Option<&Value>,
     ) -> Result<SseStream, Refusal> {
         let response = self.send(method, segments, query, body, "text/event-stream").await?;
-        if !is_event_stream(response.headers()) {
-            return Err(UpstreamError::Protocol("the answer is not an event stream".to_owned()).into());
+        if has_type(response.headers(), "text/event-stream") {
+            return Ok(sse::events(chunks(response), self.max_bytes));
         }
-        Ok(sse::events(self.chunks(response), self.max_bytes))
+        Err(UpstreamError::Protocol("the answer is not an event stream".to_owned()).into())
     }
 
-    /// Sends one request; an answer that is not a success is an error.
+    /// Sends one request; an answer that is not a success is an error. Has no time limit but the caller's, whose giving-up
+    /// says nothing of the server: then the breaker counts neither a failure nor an answer.
     async fn send(
         &self,
         method: Method,
@@ -214,10 +260,7 @@ impl UpstreamClient {
             request = request.header(CONTENT_TYPE, json).body(body.to_string());
         }
         let permit = self.breaker.enter().map_err(|retry_after| UpstreamError::Resting { retry_after })?;
-        let answer = tokio::time::timeout(self.idle_timeout, request.send())
-            .await
-            .map_err(|_| UpstreamError::Broken { timeout: true })
-            .and_then(|answer| answer.map_err(|error| failure(&error)));
+        let answer = request.send().await.map_err(|error| failure(&error));
         if answer.as_ref().is_ok_and(|response| !tells_failure(response.status())) {
             permit.answered();
         } else if permit.failed() {
@@ -240,53 +283,9 @@ impl UpstreamClient {
     async fn refusal(&self, status: StatusCode, response: reqwest::Response) -> Refusal {
         let headers = response.headers().clone();
         // A body that cannot be read, or is too long to be an error's, leaves the status to go by.
-        let body = self.read(response, MAX_ERROR_BYTES).await.ok().flatten().unwrap_or_default();
+        let body = in_time(self.call_timeout, read(response, MAX_ERROR_BYTES)).await;
+        let body = body.ok().flatten().unwrap_or_default();
         classify(status, &headers, &body)
-    }
-
-    /// The whole body; `None` if it is longer than `limit`.
-    async fn read(
-        &self,
-        mut response: reqwest::Response,
-        limit: usize,
-    ) -> Result<Option<Vec<u8>>, UpstreamError> {
-        let whole = async {
-            let announced = response.content_length().and_then(|length| usize::try_from(length).ok());
-            if announced.is_some_and(|length| length > limit) {
-                return Ok(None);
-            }
-            let mut body = Vec::new();
-            while let Some(chunk) = response.chunk().await.map_err(|error| failure(&error))? {
-                if body.len() + chunk.len() > limit {
-                    return Ok(None);
-                }
-                if body.capacity() - body.len() < chunk.len() {
-                    // Twice as long, but never longer than it may become.
-                    let wanted = (2 * body.len()).clamp(body.len() + chunk.len(), limit);
-                    body.reserve_exact(wanted - body.len());
-                }
-                body.extend_from_slice(&chunk);
-            }
-            Ok(Some(body))
-        };
-        let late = UpstreamError::Broken { timeout: true };
-        tokio::time::timeout(self.idle_timeout, whole).await.unwrap_or(Err(late))
-    }
-
-    /// The body as it arrives. The clock of the idle time runs only while somebody waits for the next chunk, so a slow
-    /// reader is not taken for a silent server.
-    fn chunks(
-        &self,
-        response: reqwest::Response,
-    ) -> impl Stream<Item = Result<Bytes, UpstreamError>> + Send + 'static {
-        let idle_timeout = self.idle_timeout;
-        stream::try_unfold(response, move |mut response| async move {
-            match tokio::time::timeout(idle_timeout, response.chunk()).await {
-                Ok(Ok(chunk)) => Ok(chunk.map(|chunk| (chunk, response))),
-                Ok(Err(error)) => Err(failure(&error)),
-                Err(_) => Err(UpstreamError::Broken { timeout: true }),
-            }
-        })
     }
 
     /// The server's id of the request, if it is harmless to log: it may be a server that says what it was told.
@@ -380,7 +379,45 @@ fn secret_header(prefix: &str, secret: &SecretString) -> Option<HeaderValue> {
     Some(value)
 }
 
-/// The meaning of a call that got no answer, or half of one.
+/// Gives a call up that takes longer.
+async fn in_time<T>(
+    limit: Duration,
+    call: impl Future<Output = Result<T, UpstreamError>>,
+) -> Result<T, UpstreamError> {
+    timeout(limit, call).await.unwrap_or(Err(UpstreamError::Broken { timeout: true }))
+}
+
+/// The whole body; `None` if it is longer than `limit`.
+async fn read(mut response: reqwest::Response, limit: usize) -> Result<Option<Vec<u8>>, UpstreamError> {
+    let announced = response.content_length().and_then(|length| usize::try_from(length).ok());
+    if announced.is_some_and(|length| length > limit) {
+        return Ok(None);
+    }
+    let mut body = Vec::new();
+    while let Some(chunk) = response.chunk().await.map_err(|error| failure(&error))? {
+        if body.len() + chunk.len() > limit {
+            return Ok(None);
+        }
+        if body.capacity() - body.len() < chunk.len() {
+            // Twice as long, but never longer than it may become.
+            let wanted = (2 * body.len()).clamp(body.len() + chunk.len(), limit);
+            body.reserve_exact(wanted - body.len());
+        }
+        body.extend_from_slice(&chunk);
+    }
+    Ok(Some(body))
+}
+
+/// The body as it arrives.
+fn chunks(response: reqwest::Response) -> impl Stream<Item = Result<Bytes, UpstreamError>> + Send + 'static {
+    stream::try_unfold(response, |mut response| async move {
+        let chunk = response.chunk().await.map_err(|error| failure(&error))?;
+        Ok(chunk.map(|chunk| (chunk, response)))
+    })
+}
+
+/// The meaning of a call that got no answer, or half of one. What TCP gave up is a connection that broke, and nothing else
+/// in here gives up but a connection that is being made.
 fn failure(error: &reqwest::Error) -> UpstreamError {
     if error.is_connect() {
         // The causes name hosts and reasons (refused, unknown name, bad certificate), never our request.
@@ -388,7 +425,7 @@ fn failure(error: &reqwest::Error) -> UpstreamError {
         tracing::debug!(causes, "no connection to the upstream");
         UpstreamError::Connect
     } else {
-        UpstreamError::Broken { timeout: error.is_timeout() }
+        UpstreamError::Broken { timeout: false }
     }
 }
 
@@ -402,11 +439,11 @@ fn tells_failure(status: StatusCode) -> bool {
     status.is_server_error() && status != StatusCode::NOT_IMPLEMENTED
 }
 
-fn is_event_stream(headers: &HeaderMap) -> bool {
+fn has_type(headers: &HeaderMap, wanted: &str) -> bool {
     headers
         .get(CONTENT_TYPE)
         .and_then(|value| value.to_str().ok()?.split(';').next())
-        .is_some_and(|kind| kind.trim().eq_ignore_ascii_case("text/event-stream"))
+        .is_some_and(|kind| kind.trim().eq_ignore_ascii_case(wanted))
 }
 
 #[cfg(test)]

@@ -42,6 +42,16 @@ pub(super) fn out_of_sight(error: UpstreamError) -> UpstreamError {
     if error.is_ambiguous() { error } else { UpstreamError::Broken { timeout: false } }
 }
 
+/// What an error means that was met before anything was sent.
+pub(super) fn unsent(error: UpstreamError) -> UpstreamError {
+    match error {
+        UpstreamError::Broken { .. } | UpstreamError::Unavailable { no_retry: false, .. } => {
+            UpstreamError::Connect
+        }
+        error => error,
+    }
+}
+
 /// Reads until the first event that means something, so that a refusal which comes as an event is the error of the
 /// call, and gives the stream from there on.
 ///

@@ -24,7 +24,7 @@ use super::classify::Refusal;
 use super::client::{SseStream, UpstreamClient};
 use super::finding::find;
 use super::patience::a_moment;
-use super::relay::{public, relay};
+use super::relay::{public, relay, unsent};
 use super::tags::thread_tags;
 use super::wire::Created;
 use super::{
@@ -92,8 +92,7 @@ impl Upstream for ResponsesUpstream {
         if !first.is_empty() {
             body["items"] = first.into();
         }
-        let conversation: Created =
-            self.client.json(Method::POST, &["conversations"], &[], Some(&body)).await?.value;
+        let conversation: Created = self.client.make(&["conversations"], &body).await?;
         let conversation = conversation.into_thread()?;
         let Err(error) = self.add_items(&conversation, rest).await else { return Ok(Some(conversation)) };
         // One that holds but a part of the history is of no use.
@@ -120,7 +119,8 @@ impl Upstream for ResponsesUpstream {
             return Err(UpstreamError::Protocol("outputs were to be sent to no response".to_owned()));
         }
         let has_custom_tools = request.assistant.tools.iter().any(|tool| tool["type"] == "custom");
-        let custom = if has_custom_tools { self.custom_calls(&request).await? } else { Vec::new() };
+        let custom =
+            if has_custom_tools { self.custom_calls(&request).await.map_err(unsent)? } else { Vec::new() };
         let mut body = self.body(thread, &Terms::of_answer(&request));
         body["input"] = output_items(request.outputs, &custom).into();
         self.read(self.open(&body).await?).await

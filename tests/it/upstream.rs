@@ -30,12 +30,12 @@ use threadkeeper::upstream::{
     UpstreamEvent,
 };
 
-use scripted::{Scripted, Step, json_answer, sse};
+use scripted::{Play, Scripted, Step, json_answer, late, sse};
 
 fn config(kind: UpstreamKind, base_url: &str) -> UpstreamConfig {
     UpstreamConfig {
         api_key: Some("sk-hidden".to_owned().into()),
-        idle_timeout: Duration::from_secs(5),
+        call_timeout: Duration::from_secs(5),
         max_event_bytes: 64 * 1024,
         ..UpstreamConfig::new(kind, base_url.parse().unwrap())
     }
@@ -266,7 +266,7 @@ async fn refusals_become_errors_without_the_server_s_words() {
         (400, vec![], locked, "Busy { blocking_run: None }"),
         (409, vec![], "{}".into(), "Busy { blocking_run: None }"),
         (404, vec![], gone, "ThreadGone"),
-        (404, vec![], "Not Found".into(), "Refused { status: 404, code: None }"),
+        (404, vec![], "Not Found".into(), "Refused { status: 404 }"),
         (
             401,
             vec![],
@@ -299,24 +299,59 @@ async fn what_is_not_an_event_stream_is_not_read_as_one() {
     }
 }
 
+/// A limit that every silence in a test is longer than.
+const SHORT: Duration = Duration::from_millis(50);
+const LONG: Duration = Duration::from_millis(300);
+const SILENCE: Step = Step::Pause(LONG);
+
 #[tokio::test]
-async fn a_silent_server_times_out_before_and_within_its_answer() {
-    let first_event = RESPONSES_TURN.split_inclusive("\n\n").next().unwrap();
-    let server = Scripted::start(vec![
-        scripted::Play::Silence,
-        sse(vec![Step::Stall]),
-        sse(vec![Step::Bytes(first_event.into()), Step::Stall]),
-    ])
-    .await;
-    let mut settings = config(UpstreamKind::Responses, &server.url);
-    settings.idle_timeout = Duration::from_millis(200);
-    let upstream = adapter(&settings);
-    for _ in 0..2 {
-        let error = turn(&*upstream, Some(&thread())).await.unwrap_err();
-        assert!(matches!(error, UpstreamError::Broken { timeout: true }), "{error:?}");
+async fn a_silent_server_is_waited_for_before_and_within_its_answer() {
+    let (head, rest) = RESPONSES_TURN.split_at(RESPONSES_TURN.find("\n\n").unwrap() + 2);
+    let turns = || {
+        vec![
+            late(LONG, sse(vec![Step::Bytes(RESPONSES_TURN.into())])),
+            sse(vec![SILENCE, Step::Bytes(RESPONSES_TURN.into())]),
+            sse(vec![Step::Bytes(head.into()), SILENCE, Step::Bytes(rest.into())]),
+        ]
+    };
+    for background in [false, true] {
+        let server = Scripted::start(turns()).await;
+        let mut settings = config(UpstreamKind::Responses, &server.url);
+        (settings.call_timeout, settings.background) = (SHORT, background);
+        let upstream = adapter(&settings);
+        for _ in turns() {
+            assert_eq!(lines(&turn(&*upstream, Some(&thread())).await.unwrap()), EXPECTED);
+        }
+        assert_eq!(server.targets(), ["POST /responses"; 3]);
     }
-    let events = turn(&*upstream, Some(&thread())).await.unwrap();
-    assert_eq!(lines(&events), ["accepted r_1", "error Broken { timeout: true }"]);
+}
+
+#[tokio::test]
+async fn a_thread_that_is_long_in_the_making_is_made_once() {
+    for (kind, path) in
+        [(UpstreamKind::Assistants, "POST /threads"), (UpstreamKind::Responses, "POST /conversations")]
+    {
+        let made = json_answer(200, &[], r#"{"id":"t_1"}"#);
+        let server = Scripted::start(vec![late(LONG, made)]).await;
+        let mut settings = config(kind, &server.url);
+        settings.call_timeout = SHORT;
+        assert_eq!(adapter(&settings).create_thread(&owner(), &[]).await.unwrap(), Some(thread()));
+        assert_eq!(server.targets(), [path]);
+    }
+}
+
+#[tokio::test]
+async fn a_silent_look_is_given_up_and_counts_against_nobody() {
+    let server = Scripted::start((0..6).map(|_| Play::Silence).collect()).await;
+    let mut settings = config(UpstreamKind::Assistants, &server.url);
+    (settings.call_timeout, settings.max_failures) = (SHORT, 1);
+    let upstream = adapter(&settings);
+    let error =
+        upstream.recover(&leftover(RunId::new(), Some("run_1")), &recovery::BROKEN).await.err().unwrap();
+    assert!(matches!(error, UpstreamError::Broken { timeout: true }), "{error:?}");
+    // A busy machine may give one up before it is seen.
+    assert!((1..=5).contains(&server.requests().len()), "{:?}", server.targets());
+    assert!(upstream.available().is_ok(), "a server that thinks is not broken");
 }
 
 #[tokio::test]
@@ -328,7 +363,7 @@ async fn a_slow_reader_is_not_taken_for_a_silent_server() {
     ])])
     .await;
     let mut settings = config(UpstreamKind::Responses, &server.url);
-    settings.idle_timeout = Duration::from_millis(200);
+    settings.call_timeout = Duration::from_millis(200);
     let upstream = adapter(&settings);
     let (assistant, metadata, thread) = (profile(), Metadata::default(), thread());
     let input =
@@ -388,7 +423,7 @@ async fn nobody_listening_is_told_from_a_broken_call() {
     let error = turn(&*adapter(&config(UpstreamKind::Responses, &url)), Some(&thread())).await.unwrap_err();
     assert!(matches!(error, UpstreamError::Connect) && !error.is_ambiguous(), "{error:?}");
 
-    let server = Scripted::start(vec![scripted::Play::HangUp]).await;
+    let server = Scripted::start(vec![Play::HangUp]).await;
     let error = turn(&*responses(&server), Some(&thread())).await.unwrap_err();
     assert!(matches!(error, UpstreamError::Broken { timeout: false }), "{error:?}");
 }

@@ -259,18 +259,15 @@ impl Generation {
         match stop {
             Stop::Gone => self.out.mute(),
             Stop::Failed => {
-                let error = json!({
-                    "message": "The server had an error while processing your request.",
-                    "type": "server_error", "param": null, "code": "server_error",
-                });
-                let error = match self.plan.mid_error {
-                    Some(ErrorShape::Nested) => json!({"error": error}),
-                    Some(ErrorShape::Flat) | None => error,
-                };
+                let error = self.plan.error();
                 self.plan.no_terminal = false;
                 let _ = self.close_silently("failed", Some("run_failed"));
                 let _ = commit(&self.server, &mut self.server.world(), &self.run, RunStatus::Failed);
-                self.out.emit("error", &error);
+                match self.plan.mid_error {
+                    Some(ErrorShape::Bare) => self.out.emit_bare(&json!({"error": error})),
+                    Some(ErrorShape::Nested) => self.out.emit("error", &json!({"error": error})),
+                    Some(ErrorShape::Flat) | None => self.out.emit("error", &error),
+                }
             }
             Stop::Expired => {
                 let _ = self.close("expired", Some("run_expired"));

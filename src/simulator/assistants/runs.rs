@@ -15,7 +15,7 @@ use crate::simulator::error::{ApiError, json_body};
 use crate::simulator::fields::{Fields, Metadata};
 use crate::simulator::page::Paging;
 use crate::simulator::plan::{Drop, Plan};
-use crate::simulator::router::{Call, Refused};
+use crate::simulator::router::{Call, LateHead, Refused};
 use crate::simulator::sse::EventOut;
 use crate::simulator::state::{Server, World};
 use crate::simulator::stats::Accepted;
@@ -365,10 +365,13 @@ fn start(
 /// Where the events of a run go, and the answer that carries them, if it is to be a stream.
 fn open(stream: bool, plan: &Plan) -> (EventOut, Option<Response>) {
     if stream {
-        let (out, response) = EventOut::connection(crate::simulator::plan::Dialect {
+        let (out, mut response) = EventOut::connection(crate::simulator::plan::Dialect {
             no_event_lines: false, // this protocol cannot be read without them
             ..plan.dialect
         });
+        if let Some(time) = plan.late_head {
+            response.extensions_mut().insert(LateHead(time));
+        }
         (out, Some(response))
     } else {
         (EventOut::nobody(), None)

@@ -14,7 +14,7 @@ use super::objects::{Response, ResponseStatus, Settings, StoredResponse};
 use crate::simulator::error::{ApiError, json_body};
 use crate::simulator::fields::{Fields, Metadata, wrong_type};
 use crate::simulator::plan::Plan;
-use crate::simulator::router::{Call, Refused};
+use crate::simulator::router::{Call, LateHead, Refused};
 use crate::simulator::sse::{EventLog, EventOut};
 use crate::simulator::state::{Server, World};
 use crate::simulator::stats::Accepted;
@@ -60,16 +60,20 @@ const KNOWN: [&str; 30] = [
 pub(super) async fn create(server: &Arc<Server>, call: Call) -> Result<HttpResponse, Refused> {
     let request = NewResponse::read(call.body)?;
     let (generation, answer) = start(server, request, call.fault.as_deref())?;
-    let drops = generation.plan().drop.is_some();
+    let (drops, late_head) = (generation.plan().drop.is_some(), generation.plan().late_head);
     server.tasks.spawn(generation.work());
     server.changed();
     if drops {
         return Err(Refused::Dropped); // the answer goes with it, and stops what is not in the background
     }
-    match answer {
-        Answer::Ready(response) => Ok(response),
-        Answer::WhenDone(done) => done.await.map_err(|_| Refused::Dropped),
+    let mut response = match answer {
+        Answer::Ready(response) => response,
+        Answer::WhenDone(done) => done.await.map_err(|_| Refused::Dropped)?,
+    };
+    if let Some(time) = late_head {
+        response.extensions_mut().insert(LateHead(time));
     }
+    Ok(response)
 }
 
 enum Answer {

@@ -337,15 +337,11 @@ impl Generation {
                 if self.commit(ResponseStatus::Failed).is_err() {
                     return;
                 }
-                let text = "The server had an error while processing your request.";
+                let error = self.plan.error();
                 match self.plan.mid_error {
-                    Some(ErrorShape::Nested) => {
-                        let error = json!({"type": "server_error", "code": "server_error", "message": text, "param": null});
-                        self.emit("error", json!({"error": error}));
-                    }
-                    Some(ErrorShape::Flat) | None => {
-                        self.emit("error", json!({"code": "server_error", "message": text, "param": null}));
-                    }
+                    Some(ErrorShape::Bare) => self.out.emit_bare(&json!({"error": error})),
+                    Some(ErrorShape::Nested) => self.emit("error", json!({"error": error})),
+                    Some(ErrorShape::Flat) | None => self.emit("error", error),
                 }
                 if let Some(done) = self.done.take() {
                     let _ = done.send(json_body(&self.response)); // as above

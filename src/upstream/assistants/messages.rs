@@ -76,7 +76,7 @@ impl AssistantsUpstream {
         };
         for message in messages.iter().filter(|message| is_ours(message)) {
             let path = ["threads", thread.as_str(), "messages", message.id.as_str()];
-            let delete = || self.client.json::<Value>(Method::DELETE, &path, &[], None);
+            let delete = || self.client.json::<Value>(Method::DELETE, &path, &[]);
             match once_unlocked(delete).await {
                 Ok(_) | Err(UpstreamError::Refused { status: 404, .. }) => {}
                 Err(error) => return Err(error),

@@ -43,7 +43,7 @@ impl AssistantsUpstream {
         run: RunId,
     ) -> bool {
         let path = ["threads", thread.as_str(), "runs", blocking.as_str()];
-        let held = self.client.json::<RunObject>(Method::GET, &path, &[], None).await;
+        let held = self.client.json::<RunObject>(Method::GET, &path, &[]).await;
         held.is_ok_and(|held| held.value.tag(RUN_TAG) == Some(run.to_string().as_str()))
     }
 
@@ -94,8 +94,12 @@ impl AssistantsUpstream {
             sleep(asked.unwrap_or(wait)).await;
             wait = longer(wait);
             let path = ["threads", thread.as_str(), "runs", run.id.as_str()];
-            let seen = self.call(Method::GET, &path, &[]).await?;
-            (run, asked) = (seen.value, seen.poll_after);
+            match self.call(Method::GET, &path, &[]).await {
+                Ok(Answer { value, poll_after, .. }) => (run, asked) = (value, poll_after),
+                // Nobody answered yet. Until when that is waited for is the caller's to say.
+                Err(UpstreamError::Broken { timeout: true }) => {}
+                Err(error) => return Err(error),
+            }
         }
         Ok(run)
     }

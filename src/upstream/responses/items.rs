@@ -53,7 +53,7 @@ impl ResponsesUpstream {
             let cursor = after.as_deref().map(|id| ("after", id));
             let query: Vec<_> = [("limit", PAGE_TEXT), ("order", "desc")].into_iter().chain(cursor).collect();
             let page: Answer<List<Value>> =
-                patiently(|| self.client.json(Method::GET, &path, &query, None)).await?;
+                patiently(|| self.client.json(Method::GET, &path, &query)).await?;
             kept.add(page.size)?;
             let List { data, has_more } = page.value;
             let is_last = data.is_empty() || !has_more.unwrap_or(data.len() >= PAGE);
@@ -96,7 +96,7 @@ impl ResponsesUpstream {
         for some in items.chunks(ITEMS_PER_REQUEST) {
             let body = json!({"items": some});
             loop {
-                match self.client.json::<Value>(Method::POST, &path, &[], Some(&body)).await {
+                match self.client.make::<Value>(&path, &body).await {
                     Ok(_) => break,
                     Err(
                         UpstreamError::Busy { .. }
@@ -120,7 +120,7 @@ impl ResponsesUpstream {
     ) -> Result<(), UpstreamError> {
         for id in ids {
             let path = ["conversations", conversation.as_str(), "items", id];
-            match once_unlocked(|| self.client.json::<Value>(Method::DELETE, &path, &[], None)).await {
+            match once_unlocked(|| self.client.json::<Value>(Method::DELETE, &path, &[])).await {
                 Ok(_) => {}
                 // Not the conversation: that is found gone by whoever uses it next.
                 Err(error) if is_missing(&error) => {}

@@ -15,7 +15,7 @@ use super::{ResponsesUpstream, is_not_offered};
 use crate::domain::UpstreamThreadId;
 use crate::upstream::classify::{Damage, Refusal};
 use crate::upstream::patience::a_moment;
-use crate::upstream::relay::{RunEvents, relay};
+use crate::upstream::relay::{RunEvents, relay, unsent};
 use crate::upstream::{EventStream, UpstreamError};
 
 /// Pages in which the damage is looked for. It is near the end: nothing can have been said after it.
@@ -102,11 +102,13 @@ impl Attempt {
             return Err(UpstreamError::ThreadGone);
         }
         tracing::warn!("mending the conversation, which an earlier turn left damaged");
+        // Nothing of a turn is there that was refused at once, whatever becomes of the mending.
+        let failed = |error| if accepted { error } else { unsent(error) };
         let items = match self.upstream.newest(thread, None, PAGES_TO_SEARCH).await {
             Ok(newest) => newest.items,
             // What cannot be looked at cannot be mended.
             Err(error) if is_not_offered(&error) => return Err(UpstreamError::ThreadGone),
-            Err(error) => return Err(error),
+            Err(error) => return Err(failed(error)),
         };
         if accepted {
             let kept = kept(&items, &self.input);
@@ -123,7 +125,7 @@ impl Attempt {
         if broken.is_empty() {
             return Err(UpstreamError::ThreadGone);
         }
-        self.upstream.delete_items(thread, &broken).await?;
+        self.upstream.delete_items(thread, &broken).await.map_err(failed)?;
         self.body["input"] = self.input.clone().into();
         self.tried = Repair::Deletion;
         Ok(())

@@ -145,8 +145,10 @@ fn asked_for(response: &Value, sent: &Leftover) -> bool {
 /// cannot say that.
 const fn attempt_is_over(failure: &UpstreamError) -> bool {
     match failure {
-        UpstreamError::Unavailable { status, .. } => !matches!(status, 408 | 502 | 504),
-        UpstreamError::Broken { .. } | UpstreamError::Protocol(_) => false,
+        UpstreamError::Unavailable { status: 502, .. }
+        | UpstreamError::Broken { .. }
+        | UpstreamError::Protocol(_) => false,
+        UpstreamError::Unavailable { .. } => !failure.breaks_off(),
         UpstreamError::Busy { .. }
         | UpstreamError::ThreadGone
         | UpstreamError::Refused { .. }

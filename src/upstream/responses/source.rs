@@ -165,6 +165,8 @@ impl Source {
                 if streams { self.open(&id).await.map(|()| None) } else { self.poll(&id).await.map(Some) };
             match tried {
                 Ok(event) => return Ok(event),
+                // Nobody answered yet. Until when that is waited for is the run's to say.
+                Err(UpstreamError::Broken { timeout: true }) => self.failures -= 1,
                 Err(next) if may_pass(&next) || matches!(next, UpstreamError::Resting { .. }) => error = next,
                 // The server cannot stream it again: refused, or not an event stream.
                 Err(next) if streams && is_no(&next) => {
@@ -194,7 +196,7 @@ impl Source {
     async fn poll(&mut self, id: &UpstreamRunId) -> Result<SseEvent, UpstreamError> {
         loop {
             let path = ["responses", id.as_str()];
-            let answer = self.client.json::<Value>(Method::GET, &path, &[], None).await?;
+            let answer = self.client.json::<Value>(Method::GET, &path, &[]).await?;
             let (event, is_over) = as_event(&answer.value);
             if is_over {
                 self.over = true;

@@ -15,6 +15,9 @@ on_every_scene!(
     a_refused_answer_is_a_refusal,
     a_stream_that_breaks_ends_the_run_and_frees_the_thread,
     a_silent_upstream_meets_the_deadline,
+    a_silent_upstream_is_waited_for_and_asked_once,
+    a_thread_that_is_long_in_the_making_is_made_once,
+    a_connection_that_breaks_is_tried_once_more_and_not_again,
     a_foreign_lock_is_waited_out,
     a_foreign_lock_is_waited_for_no_longer_than_the_deadline,
     streams_in_every_dialect_are_understood,
@@ -161,16 +164,102 @@ async fn a_stream_that_breaks_ends_the_run_and_frees_the_thread(scene: Scene) {
     works_again(&gateway).await;
 }
 
+/// How often a run was asked for.
+fn sends(scene: &Scene) -> u64 {
+    let requests = scene.simulator.stats().requests_by_operation;
+    ["create_run", "create_response"].iter().filter_map(|name| requests.get(*name)).sum()
+}
+
 async fn a_silent_upstream_meets_the_deadline(scene: Scene) {
-    let gateway = scene.gateway().await;
-    for directive in ["silent", "silent_after=3", "rate=50ms tokens=1000"] {
-        let body = json!({"content": format!("oh [[sim: {directive}]]"), "timeout_ms": 300});
+    // Looks and lists are given up long before.
+    let gateway = scene.gateway_upstream("call_timeout = \"100ms\"\n").await;
+    for directive in ["silent", "silent_after=3", "late_head=1h latency=1h", "rate=50ms tokens=1000"] {
+        let before = sends(&scene);
+        let body = json!({"content": format!("oh [[sim: {directive}]]"), "timeout_ms": 500});
         let answer = post(&gateway, &body).await;
         assert_eq!(answer.problem(), (504, "upstream-timeout"), "{directive}");
+        assert_eq!(answer.body["code"], "deadline_exceeded", "{directive}: {:#}", answer.body);
         let run = answer.body["run_id"].as_str().unwrap();
         let read = gateway.get(&format!("{SCOPE}/runs/{run}")).await.ok();
         assert_eq!(read["run"]["status"], "expired");
+        assert_eq!(sends(&scene) - before, 1, "{directive}");
         works_again(&gateway).await;
+    }
+}
+
+async fn a_silent_upstream_is_waited_for_and_asked_once(scene: Scene) {
+    let mut ways = vec![""];
+    if scene.protocol != Protocol::Assistants {
+        ways.push("background = true\n");
+    }
+    for background in ways {
+        let gateway = scene.gateway_upstream(&format!("call_timeout = \"100ms\"\n{background}")).await;
+        for directive in ["late_head=500ms", "latency=500ms", "rate=300ms"] {
+            let before = sends(&scene);
+            let answer = say(&gateway, &format!("oh [[sim: {directive}]]")).await.ok();
+            assert_eq!(answer["run"]["status"], "completed", "{directive}");
+            assert_eq!(sends(&scene) - before, 1, "{directive}");
+        }
+        let asked = say(&gateway, "weather? [[sim: tool=get_weather]]").await.ok();
+        let path = format!("{SCOPE}/runs/{}/tool_outputs", asked["run"]["id"].as_str().unwrap());
+        let call = &asked["run"]["required_action"]["tool_calls"][0]["id"];
+        let body =
+            json!({"tool_outputs": [{"tool_call_id": call, "output": "4 °C [[sim: late_head=500ms]]"}]});
+        let started = scene.simulator.stats().requests;
+        let answer = gateway.post(&path, &body).await.ok();
+        assert!(text(&answer["message"]).contains("4 °C"), "{answer:#}");
+        assert_eq!(scene.simulator.stats().requests - started, 1);
+        let mut gateway = gateway;
+        gateway.terminate();
+        gateway.exit().await;
+    }
+}
+
+async fn a_thread_that_is_long_in_the_making_is_made_once(scene: Scene) {
+    if scene.protocol == Protocol::Chain {
+        return; // its first run makes it
+    }
+    let gateway = scene.gateway_upstream("call_timeout = \"100ms\"\n").await;
+    let asked = || {
+        let requests = scene.simulator.stats().requests_by_operation;
+        ["create_thread", "create_conversation"].iter().filter_map(|name| requests.get(*name)).sum::<u64>()
+    };
+    scene.fault("create_thread", "latency=500ms", 1);
+    say(&gateway, "hello").await.ok();
+    assert_eq!(asked(), 1);
+    // With all that it is to hold.
+    scene.delete_thread(&scene.upstream_threads()[0]).await;
+    scene.fault("create_thread", "latency=500ms", 1);
+    let answer = say(&gateway, "and now?").await.ok();
+    assert!(text(&answer["message"]).contains("turn 2 of"), "{answer:#}");
+    assert_eq!(asked(), 2);
+    // The deadline does not wait for it.
+    scene.fault("create_thread", "silent", 1);
+    let other = gateway.post("/v1/users/bob/messages", &json!({"content": "hi", "timeout_ms": 300})).await;
+    assert_eq!((other.problem().0, &other.body["code"]), (504, &json!("deadline_exceeded")));
+    assert!(text(&gateway.say("/v1/users/bob", "and now?").await["message"]).contains("turn 1 of"));
+}
+
+async fn a_connection_that_breaks_is_tried_once_more_and_not_again(scene: Scene) {
+    let gateway = scene.gateway_upstream("lock_window = \"200ms\"\n").await;
+    say(&gateway, "hello").await.ok();
+    // What a server in front of it gave up is no answer either.
+    for breaks in ["drop=before", "status=504 retry_after=0.01"] {
+        // Where nothing can be looked up it is not tried at all.
+        let tries = if scene.protocol == Protocol::Chain { 1 } else { 2 };
+        let before = sends(&scene);
+        scene.fault("start", breaks, 2);
+        let answer = say(&gateway, "are you there?").await;
+        assert_eq!(answer.problem(), (502, "upstream-error"), "{breaks}");
+        assert_eq!(sends(&scene) - before, tries, "{breaks}");
+        scene.simulator.clear_faults();
+        works_again(&gateway).await;
+    }
+    if scene.protocol != Protocol::Chain {
+        let before = sends(&scene);
+        scene.fault("start", "drop=before", 1);
+        say(&gateway, "and now?").await.ok();
+        assert_eq!(sends(&scene) - before, 2);
     }
 }
 

@@ -92,8 +92,8 @@ impl Way {
 /// Neither locks that may linger, nor repeats, nor rests are what is tried here.
 const SETTINGS: &str = "[runs]\nsettle_timeout = \"2s\"\nmax_retries = 0\n";
 const UPSTREAM: &str = "lock_window = \"100ms\"\nmax_failures = 0\n";
-/// For what drips instead of an answer.
-const SOON: &str = "lock_window = \"100ms\"\nmax_failures = 0\nidle_timeout = \"500ms\"\n";
+/// For what drips instead of the answer to a look.
+const SOON: &str = "lock_window = \"100ms\"\nmax_failures = 0\ncall_timeout = \"500ms\"\n";
 /// What hostile answers may cost, one after the other: an event or a JSON answer of the length that it may have by default
 /// (16 MiB), three times, for a buffer that grows is there twice at its last step, once at double length; and twice more
 /// for what the allocator keeps of the answers before, which other threads read.
@@ -175,7 +175,6 @@ fn nothing_came_through(gateway: &Gateway) {
 
 const UNREADABLE: (u16, &str, &str) = (502, "upstream-error", "upstream_error");
 const BROKEN: (u16, &str, &str) = (502, "upstream-error", "stream_broken");
-const SILENT: (u16, &str, &str) = (504, "upstream-timeout", "upstream_timeout");
 const LATE: (u16, &str, &str) = (504, "upstream-timeout", "deadline_exceeded");
 
 async fn no_answer_to_a_run_harms(way: Way) {
@@ -223,8 +222,9 @@ async fn no_answer_to_the_making_of_a_thread_harms(way: Way) {
         "drip",
     ] {
         way.scene.fault("create_thread", &format!("hostile={kind}"), 1);
-        let expected = if kind == "drip" { SILENT } else { UNREADABLE };
-        watch.refused(kind, kind, &json!({"content": "oh"}), expected).await;
+        // What it makes would be paid for and lost, so that it is waited for.
+        let (timeout_ms, expected) = if kind == "drip" { (700, LATE) } else { (60_000, UNREADABLE) };
+        watch.refused(kind, kind, &json!({"content": "oh", "timeout_ms": timeout_ms}), expected).await;
     }
     nothing_came_through(&gateway);
 }

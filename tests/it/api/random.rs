@@ -30,7 +30,7 @@ const SETTINGS: &str = "[runs]\nsettle_timeout = \"2s\"\nmax_retries = 2\n";
 const UPSTREAM: &str = "lock_window = \"50ms\"\nmax_failures = 0\n";
 
 /// What a turn may be made to do.
-const TURNS: [&str; 16] = [
+const TURNS: [&str; 17] = [
     "",
     "",
     "",
@@ -44,6 +44,7 @@ const TURNS: [&str; 16] = [
     "silent_after=2",
     "silent",
     "mid_error",
+    "late_head=100ms",
     "parts=2",
     "cut=3 tokens=20 rate=1ms",
     "no_terminal",

@@ -168,7 +168,7 @@ fn config(database: &str, upstream: &str) -> String {
         let assistant_name = if name == ASSISTANTS[0].0 { "default" } else { name };
         let _ = write!(
             config,
-            "[upstreams.{name}]\n{kind}\nbase_url = {upstream:?}\napi_key = \"sk-planted-key\"\nidle_timeout = \"10s\"\n\
+            "[upstreams.{name}]\n{kind}\nbase_url = {upstream:?}\napi_key = \"sk-planted-key\"\ncall_timeout = \"10s\"\n\
              lock_window = \"2s\"\nmax_failures = 0\n\
              [assistants.{assistant_name}]\nupstream = \"{name}\"\n{assistant}\n"
         );

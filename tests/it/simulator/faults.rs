@@ -175,6 +175,46 @@ async fn a_silent_turn_is_accepted_and_says_no_more() {
 }
 
 #[tokio::test]
+async fn the_head_of_an_answer_can_be_held_back_while_the_turn_goes_on() {
+    let sim = Sim::instant().await;
+    let text = "One two three [[sim: late_head=1h]]";
+    let message = json!([{"role": "user", "content": text}]);
+    let run = json!({"assistant_id": "asst_1", "stream": true, "additional_messages": message});
+    let runs = format!("/threads/{}/runs", sim.thread().await);
+    for (path, body) in [("/responses", response(text)), (&*runs, run)] {
+        let before = sim.handle.stats().runs_started;
+        let waiting = sim.request(Method::POST, path).json(&body).send();
+        let ended = sim.wait_for(|stats| stats.runs_started > before && stats.active_runs == 0);
+        tokio::select! {
+            answer = waiting => panic!("{path}: {answer:?}"),
+            stats = ended => assert_eq!(stats.runs_ended["completed"], stats.runs_started),
+        }
+    }
+}
+
+#[tokio::test]
+async fn an_error_can_be_told_by_a_success_in_many_forms() {
+    let sim = Sim::instant().await;
+    for (form, kind, expected) in [
+        ("object", "text/event-stream", "data: {\"error\":{"),
+        ("done", "text/event-stream", "\n\ndata: [DONE]\n\n"),
+        ("string", "text/event-stream", "\"error\":\"The server"),
+        ("flat", "text/event-stream", "data: {\"code\":"),
+        ("detail", "text/event-stream", "\"detail\":\"The server"),
+        ("line", "text/event-stream", "{\n  \"error\": {"),
+        ("json", "application/json", "{\"error\":{"),
+    ] {
+        let body = response(&format!("[[sim: bare_error={form} code=429 error_type=x]]"));
+        let answer = sim.request(Method::POST, "/responses").json(&body).send().await.unwrap();
+        assert_eq!(answer.status(), 200);
+        assert!(answer.headers()["content-type"].to_str().unwrap().starts_with(kind), "{form}");
+        let text = answer.text().await.unwrap();
+        assert!(text.contains(expected) && text.contains("429"), "{form}: {text}");
+    }
+    assert_eq!(sim.handle.stats().runs_started, 0);
+}
+
+#[tokio::test]
 async fn a_turn_can_be_held_in_the_middle() {
     let sim = Sim::instant().await;
     let text = "One two three [[sim: hold_after=2]]";

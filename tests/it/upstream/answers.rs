@@ -1,5 +1,7 @@
 //! Answers to function calls.
 
+use std::time::Duration;
+
 use threadkeeper::domain::{Metadata, RunId, RunStatus, ToolOutput, UpstreamRunId};
 use threadkeeper::upstream::{AnswerTools, EventStream, Upstream, UpstreamError};
 
@@ -7,7 +9,7 @@ use serde_json::json;
 use threadkeeper::config::UpstreamKind;
 
 use super::scene::{ALL, Flavour, Scene, read};
-use super::scripted::{Scripted, Step, json_answer, sse};
+use super::scripted::{Play, Scripted, Step, json_answer, sse};
 use super::{RESPONSES_TURN, adapter, assistants, config, owner, profile, responses, thread};
 
 async fn answer(upstream: &dyn Upstream, custom: bool) -> Result<EventStream, UpstreamError> {
@@ -53,6 +55,24 @@ async fn a_run_goes_on_when_its_calls_are_answered() {
         let is_the_same = asked.accepted == done.accepted;
         assert_eq!(is_the_same, flavour == Flavour::Assistants);
         scene.assert_sound();
+    }
+}
+
+/// What has to be asked before the outputs are sent has no answer: then nothing was sent.
+#[tokio::test]
+async fn outputs_that_were_not_sent_for_want_of_a_look_are_known_not_to_be_there() {
+    let failed = || json_answer(503, &[("retry-after-ms", "1")], "");
+    for plays in [(0..5).map(|_| Play::Silence).collect::<Vec<_>>(), (0..5).map(|_| failed()).collect()] {
+        let server = Scripted::start(plays).await;
+        let mut settings = config(UpstreamKind::Responses, &server.url);
+        (settings.call_timeout, settings.max_failures) = (Duration::from_millis(50), 0);
+        let error = answer(&*adapter(&settings), true).await.err().unwrap();
+        assert!(matches!(error, UpstreamError::Connect), "{error:?}");
+        assert!(
+            server.targets().iter().all(|target| target == "GET /responses/r_0"),
+            "{:?}",
+            server.targets()
+        );
     }
 }
 

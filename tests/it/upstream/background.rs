@@ -10,14 +10,14 @@ use threadkeeper::simulator::{Fault, SimulatorConfig};
 use threadkeeper::upstream::{Recovered, Upstream, UpstreamError, UpstreamEvent};
 
 use super::scene::{Flavour, Scene, read};
-use super::scripted::{Play, Scripted, Step, json_answer, sse};
+use super::scripted::{Play, Scripted, Step, json_answer, late, sse};
 use super::{EXPECTED, RESPONSES_TURN, adapter, config, leftover, lines, thread, turn};
 
-/// An adapter whose responses run in the background, with little patience for silence.
+/// An adapter whose responses run in the background.
 fn background(server: &Scripted) -> Box<dyn Upstream> {
     let mut settings = config(UpstreamKind::Responses, &server.url);
     settings.background = true;
-    settings.idle_timeout = Duration::from_millis(500);
+    settings.call_timeout = Duration::from_millis(500);
     adapter(&settings)
 }
 
@@ -32,8 +32,11 @@ fn cut_after(events: usize) -> Play {
 
 /// The rest of the turn.
 fn rest(events: usize) -> Play {
-    let rest: String = RESPONSES_TURN.split_inclusive("\n\n").skip(events).collect();
-    sse(vec![Step::Bytes(rest.into_bytes())])
+    sse(vec![Step::Bytes(rest_of(events))])
+}
+
+fn rest_of(events: usize) -> Vec<u8> {
+    RESPONSES_TURN.split_inclusive("\n\n").skip(events).collect::<String>().into_bytes()
 }
 
 fn response(status: &str) -> Play {
@@ -198,10 +201,27 @@ async fn what_is_met_on_the_way_never_looks_like_a_refusal_of_the_run() {
 }
 
 #[tokio::test]
-async fn a_silent_stream_is_opened_again() {
-    let silent = sse(vec![Step::Bytes(first(3)), Step::Stall]);
-    let server = Scripted::start(vec![silent, rest(3)]).await;
-    assert_eq!(lines(&turn(&*background(&server), Some(&thread())).await.unwrap()), EXPECTED);
+async fn a_stream_that_was_opened_again_is_waited_for_and_so_is_a_poll_without_an_answer() {
+    let silent = || sse(vec![Step::Pause(Duration::from_secs(1)), Step::Bytes(rest_of(3))]);
+    let server =
+        Scripted::start(vec![cut_after(3), silent(), cut_after(3), late(Duration::from_secs(1), silent())])
+            .await;
+    let upstream = background(&server);
+    for _ in 0..2 {
+        assert_eq!(lines(&turn(&*upstream, Some(&thread())).await.unwrap()), EXPECTED);
+    }
+    assert_eq!(server.requests().len(), 4);
+
+    // As often as there is no answer, which is more often than it may fail.
+    let mut plays = vec![cut_after(3), json_answer(400, &[], "{}")];
+    plays.extend((0..7).map(|_| Play::Silence));
+    plays.push(response("completed"));
+    let server = Scripted::start(plays).await;
+    let mut settings = config(UpstreamKind::Responses, &server.url);
+    (settings.background, settings.call_timeout) = (true, Duration::from_millis(50));
+    let events = turn(&*adapter(&settings), Some(&thread())).await.unwrap();
+    assert_eq!(lines(&events), ["accepted r_1", "text Hel", "ended completed Hello!"]);
+    assert_eq!(server.requests().len(), 10);
 }
 
 #[tokio::test]

@@ -7,6 +7,7 @@ use threadkeeper::upstream::UpstreamError;
 
 use super::scripted::{Play, Scripted, Step, json_answer, sse};
 use super::{EXPECTED, RESPONSES_TURN, adapter, config, lines, thread, turn};
+use crate::support::gateway::PATIENCE;
 
 #[tokio::test]
 async fn after_failures_in_a_row_no_call_is_made_until_one_is_tried_and_answered() {
@@ -80,6 +81,33 @@ async fn a_probe_that_is_given_up_lets_the_next_call_through() {
         assert!(upstream.available().is_err());
     }
     assert_eq!(lines(&turn(&*upstream, Some(&thread())).await.unwrap()), EXPECTED);
+}
+
+/// The call that tries whether it is back has no answer yet: that holds up others only for a while.
+#[tokio::test]
+async fn a_silent_probe_holds_up_the_next_one_only_for_a_while() {
+    let good = sse(vec![Step::Bytes(RESPONSES_TURN.into())]);
+    let server = Scripted::start(vec![json_answer(500, &[], ""), Play::Silence, good]).await;
+    let mut settings = config(UpstreamKind::Responses, &server.url);
+    (settings.max_failures, settings.rest) = (1, Duration::from_millis(50));
+    let upstream = adapter(&settings);
+    turn(&*upstream, Some(&thread())).await.unwrap_err();
+    tokio::time::sleep(upstream.available().unwrap_err()).await;
+    let thread = thread();
+    let next = async {
+        while server.requests().len() < 2 {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+        while let Err(wait) = upstream.available() {
+            tokio::time::sleep(wait).await;
+        }
+        turn(&*upstream, Some(&thread)).await.unwrap()
+    };
+    tokio::select! {
+        silent = turn(&*upstream, Some(&thread)) => panic!("the server said nothing: {silent:?}"),
+        next = tokio::time::timeout(PATIENCE, next) => assert_eq!(lines(&next.expect("it is tried")), EXPECTED),
+    }
+    assert!(upstream.available().is_ok());
 }
 
 #[tokio::test]

@@ -1,5 +1,7 @@
 //! Conversations that an earlier turn left damaged.
 
+use std::time::Duration;
+
 use serde_json::{Value, json};
 use threadkeeper::config::UpstreamKind;
 use threadkeeper::domain::RunStatus;
@@ -35,6 +37,19 @@ fn good() -> Play {
 
 fn ok() -> Play {
     json_answer(200, &[], "{}")
+}
+
+/// The turn was refused, and what is to be mended cannot be seen: then nothing of it is there.
+#[tokio::test]
+async fn a_turn_that_was_refused_is_known_not_to_be_there_although_the_mending_fails() {
+    let mut plays = vec![refused(OPEN)];
+    plays.extend((0..5).map(|_| Play::Silence));
+    let server = Scripted::start(plays).await;
+    let mut settings = config(UpstreamKind::Responses, &server.url);
+    settings.call_timeout = Duration::from_millis(50);
+    let error = turn(&*adapter(&settings), Some(&thread())).await.unwrap_err();
+    assert!(matches!(error, UpstreamError::Connect), "{error:?}");
+    assert!(server.targets()[1..].iter().all(|target| target.starts_with("GET ")), "{:?}", server.targets());
 }
 
 #[tokio::test]

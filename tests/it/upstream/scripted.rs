@@ -16,6 +16,8 @@ use tokio::task::JoinSet;
 /// One answer.
 pub(super) enum Play {
     Answer(Box<Response<Body>>),
+    /// The same, after so long.
+    Late(Duration, Box<Response<Body>>),
     /// Accepts the request and says nothing.
     Silence,
     /// Closes the connection instead of an answer.
@@ -85,6 +87,14 @@ pub(super) fn json_answer(status: u16, headers: &[(&str, &str)], body: &str) -> 
     Play::Answer(Box::new(answer.body(Body::from(body.to_owned())).unwrap()))
 }
 
+/// The answer, after so long.
+pub(super) fn late(time: Duration, play: Play) -> Play {
+    match play {
+        Play::Answer(answer) => Play::Late(time, answer),
+        other => other,
+    }
+}
+
 /// An event stream, one chunk for each `Bytes`.
 pub(super) fn sse(steps: Vec<Step>) -> Play {
     let body = Body::from_stream(stream::unfold(VecDeque::from(steps), |mut steps| async {
@@ -119,6 +129,10 @@ async fn answer(
     let play = script.plays.lock().unwrap().pop_front().expect("more requests than the script has answers");
     match play {
         Play::Answer(answer) => Ok(*answer),
+        Play::Late(time, answer) => {
+            tokio::time::sleep(time).await;
+            Ok(*answer)
+        }
         Play::Silence => std::future::pending().await,
         // A handler that panics takes its connection with it.
         Play::HangUp => std::panic::resume_unwind(Box::new("hang up")),
