@@ -299,15 +299,15 @@ pub enum UpstreamError {
     #[error("the upstream thread is gone")]
     ThreadGone,
     /// A 4xx, a redirect, or a 501: our request, key or account was refused. `code` is a word of at most 64 characters.
-    #[error("the upstream refused the request with status {status}{}", code.as_ref().map(|c| format!(" ({c})")).unwrap_or_default())]
+    #[error("the upstream refused the request with status {status}{}", in_brackets(code.as_deref()))]
     Refused { status: u16, code: Option<String> },
-    /// A 429. `quota`: waiting does not help.
-    #[error("the upstream limits the rate")]
-    RateLimited { retry_after: Option<Duration>, quota: bool },
-    /// A 5xx but 501, or a failure told where a run was expected. `no_retry`: the server says that trying again does
-    /// not help.
-    #[error("the upstream failed with status {status}")]
-    Unavailable { status: u16, retry_after: Option<Duration>, no_retry: bool },
+    /// A 429. `quota`: waiting does not help. `code` as for [`Refused`](Self::Refused).
+    #[error("the upstream limits the rate{}", in_brackets(code.as_deref()))]
+    RateLimited { retry_after: Option<Duration>, quota: bool, code: Option<String> },
+    /// A 5xx but 501, or an error in a stream which says that waiting helps. `no_retry`: the server says that trying again
+    /// does not help. `code` as for [`Refused`](Self::Refused).
+    #[error("the upstream failed with status {status}{}", in_brackets(code.as_deref()))]
+    Unavailable { status: u16, retry_after: Option<Duration>, no_retry: bool, code: Option<String> },
     /// So many calls failed that none is made for a while. Nothing was sent.
     #[error("the upstream failed too often; it is left alone for a while")]
     Resting { retry_after: Duration },
@@ -333,4 +333,8 @@ impl UpstreamError {
     pub const fn breaks_off(&self) -> bool {
         matches!(self, Self::Broken { .. } | Self::Unavailable { status: 408 | 504, .. })
     }
+}
+
+fn in_brackets(code: Option<&str>) -> String {
+    code.map(|code| format!(" ({code})")).unwrap_or_default()
 }

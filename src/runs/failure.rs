@@ -62,7 +62,7 @@ impl Failure {
     pub(super) fn retry_after(&self) -> Option<Duration> {
         match self {
             Self::Upstream(
-                UpstreamError::RateLimited { retry_after, quota: false }
+                UpstreamError::RateLimited { retry_after, quota: false, .. }
                 | UpstreamError::Unavailable { retry_after, .. },
             ) => *retry_after,
             Self::Upstream(UpstreamError::Resting { retry_after }) => Some(*retry_after),

@@ -49,9 +49,11 @@ impl Drive<'_> {
         let limit = self.runs.parts.given.runs.max_reply_bytes;
         let shown = if followed_up { progress.text.clone() } else { String::new() };
         let mut retelling = Retelling { shown, differs: false };
+        let mut is_named = followed_up;
         while let Some(event) = events.next().await {
             match event.map_err(Failure::Upstream)? {
                 UpstreamEvent::Accepted(id) => {
+                    is_named = true;
                     self.asking.send_replace(false);
                     self.feed.accepted(&id);
                     progress.accepted(id);
@@ -66,6 +68,11 @@ impl Drive<'_> {
                     self.feed.push(RunEvent::Delta(text.into()));
                 }
                 UpstreamEvent::Ended(mut ended) => {
+                    if !is_named {
+                        // It failed, as the upstream says, before it had a name.
+                        self.asking.send_replace(false);
+                        progress.heard();
+                    }
                     let calls = ended.tool_calls.iter().map(|it| it.arguments.len() + MIN_PIECE_COST);
                     progress.cost += calls.sum::<usize>();
                     let size: usize =

@@ -45,7 +45,7 @@ impl Retries {
     fn pause(&mut self, error: &UpstreamError) -> Option<Duration> {
         let asked = match error {
             UpstreamError::Connect | UpstreamError::Broken { timeout: false } => None,
-            UpstreamError::RateLimited { retry_after, quota: false }
+            UpstreamError::RateLimited { retry_after, quota: false, .. }
             | UpstreamError::Unavailable { retry_after, no_retry: false, .. } => *retry_after,
             _ => return None,
         };
@@ -74,7 +74,7 @@ mod tests {
         fn a_back_off_stays_within_its_bounds_and_ends(left in 0..70_u32, asked in proptest::option::of(0..200_u64)) {
             let mut retries = retries(left);
             let retry_after = asked.map(Duration::from_secs);
-            let error = UpstreamError::RateLimited { retry_after, quota: false };
+            let error = UpstreamError::RateLimited { retry_after, quota: false, code: None };
             let pauses: Vec<_> = std::iter::from_fn(|| retries.pause(&error)).take(100).collect();
             match retry_after {
                 Some(wait) if wait > LONGEST_RETRY_AFTER => prop_assert!(pauses.is_empty()),
@@ -92,10 +92,10 @@ mod tests {
     #[test]
     fn what_no_repeat_will_mend_is_not_sent_again() {
         for error in [
-            UpstreamError::RateLimited { retry_after: None, quota: true },
+            UpstreamError::RateLimited { retry_after: None, quota: true, code: None },
             UpstreamError::Broken { timeout: true },
             UpstreamError::Resting { retry_after: Duration::ZERO },
-            UpstreamError::Unavailable { status: 503, retry_after: None, no_retry: true },
+            UpstreamError::Unavailable { status: 503, retry_after: None, no_retry: true, code: None },
             UpstreamError::Protocol(String::new()),
             UpstreamError::Refused { status: 400, code: None },
             UpstreamError::ThreadGone,

@@ -18,6 +18,24 @@ const QUOTA_CODES: [&str; 5] = [
     "quota_exceeded",
 ];
 
+/// Words of an error for which waiting helps, in lower case and without anything between their parts.
+const PASSING_WORDS: [&str; 12] = [
+    "ratelimit",
+    "toomanyrequests",
+    "throttl",
+    "resourceexhausted",
+    "429",
+    "overloaded",
+    "slowdown",
+    "serverbusy",
+    "serviceunavailable",
+    "nocapacity",
+    "503",
+    "529",
+];
+/// Fields of an error that stands alone, without a wrapper.
+const ERROR_FIELDS: [&str; 8] = ["message", "detail", "code", "type", "param", "status", "object", "title"];
+
 /// An error, with what only the adapters make use of.
 #[derive(Clone, Debug)]
 pub(super) struct Refusal {
@@ -64,7 +82,7 @@ fn meaning(status: StatusCode, headers: &HeaderMap, detail: ErrorDetail) -> Upst
     };
     if status == StatusCode::TOO_MANY_REQUESTS {
         let quota = should_retry.map_or_else(|| detail.is_quota(), |retry| !retry);
-        return UpstreamError::RateLimited { retry_after: retry_after(headers), quota };
+        return UpstreamError::RateLimited { retry_after: retry_after(headers), quota, code: detail.code };
     }
     if client_error && detail.names_missing_thread(status) {
         return UpstreamError::ThreadGone;
@@ -79,6 +97,7 @@ fn meaning(status: StatusCode, headers: &HeaderMap, detail: ErrorDetail) -> Upst
             status: status.as_u16(),
             retry_after: retry_after(headers),
             no_retry: should_retry == Some(false),
+            code: detail.code,
         };
     }
     UpstreamError::Refused { status: status.as_u16(), code: detail.code }
@@ -102,11 +121,28 @@ impl ErrorDetail {
         serde_json::from_slice::<Map<String, Value>>(body).ok().map(|object| Self::from_object(&object))
     }
 
-    /// Reads `{"error": {…}}`, the bare `{"message": …, "type": …}`, and what comes near them.
+    /// Reads an event of a stream that does not say that it is one of the protocol's; `None` if it tells no error. A server
+    /// in front of the one that was asked, or one that fails before it speaks the protocol, writes its errors so.
+    pub(super) fn of_event(data: &str) -> Option<Self> {
+        let object: Map<String, Value> = serde_json::from_str(data).ok()?;
+        let is_error = match object.get("error") {
+            Some(Value::Object(_)) => true,
+            Some(Value::String(text)) => !text.is_empty(),
+            _ => stands_alone(&object),
+        };
+        is_error.then(|| Self::from_object(&object))
+    }
+
+    /// Reads `{"error": {…}}`, the bare `{"message": …, "type": …}`, and what comes near them: `{"error": "…"}`, and
+    /// `{"detail": …}` with either inside.
     pub(super) fn from_object(object: &Map<String, Value>) -> Self {
+        if let (None, Some(Value::Object(detail))) = (object.get("error"), object.get("detail")) {
+            return Self { shaped: false, ..Self::from_object(detail) };
+        }
         let inner = object.get("error").and_then(Value::as_object);
         let error = inner.unwrap_or(object);
         let text = |key: &str| error.get(key).and_then(Value::as_str);
+        let message = text("message").or_else(|| text("error")).or_else(|| text("detail"));
         let code = match error.get("code") {
             Some(Value::String(code)) => token(code),
             Some(Value::Number(code)) => token(&code.to_string()),
@@ -116,36 +152,63 @@ impl ErrorDetail {
         Self {
             code,
             kind: text("type").map(str::to_owned),
-            message: text("message").unwrap_or_default().to_owned(),
+            message: message.unwrap_or_default().to_owned(),
             shaped: text("message").is_some() && (inner.is_some() || marked),
         }
     }
 
     /// The meaning of an error that a stream reports instead of a run or response, with no status to go by.
-    pub(super) fn of_refused_stream(self) -> Refusal {
+    ///
+    /// # Errors
+    /// The word for it, if the error says no more than that the run failed: that is how the run ended.
+    pub(super) fn of_refused_stream(self) -> Result<Refusal, Option<String>> {
         let damage = self.damage();
-        Refusal { error: self.meaning_without_status(), damage }
+        Ok(Refusal { error: self.meaning_without_status()?, damage })
     }
 
-    fn meaning_without_status(self) -> UpstreamError {
+    fn meaning_without_status(self) -> Result<UpstreamError, Option<String>> {
         if self.names_missing_thread(StatusCode::NOT_FOUND) {
-            return UpstreamError::ThreadGone;
+            return Ok(UpstreamError::ThreadGone);
         }
         if self.is_conflict() {
-            return UpstreamError::Busy { blocking_run: self.blocking_run() };
+            return Ok(UpstreamError::Busy { blocking_run: self.blocking_run() });
         }
         let is = |word: &str| self.code.as_deref() == Some(word) || self.kind.as_deref() == Some(word);
         if self.is_quota() {
-            return UpstreamError::RateLimited { retry_after: None, quota: true };
+            let code = self.word();
+            return Ok(UpstreamError::RateLimited { retry_after: None, quota: true, code });
         }
         // Said after a 200, so it is not sure that nothing was taken.
-        if is("rate_limit_exceeded") || is("rate_limit_error") || is("429") {
-            return UpstreamError::Unavailable { status: 429, retry_after: None, no_retry: false };
+        if let Some(status) = self.passes() {
+            let code = self.word();
+            return Ok(UpstreamError::Unavailable { status, retry_after: None, no_retry: false, code });
+        }
+        // Some put the status that they would have answered with into the code.
+        match self.code.as_deref().and_then(|code| code.parse().ok()) {
+            Some(409 | 423) => return Ok(UpstreamError::Busy { blocking_run: self.blocking_run() }),
+            Some(status @ 400..500) if status != 408 => {
+                return Ok(UpstreamError::Refused { status, code: self.kind.as_deref().and_then(token) });
+            }
+            _ => {}
         }
         if is("invalid_request_error") || is("invalid_prompt") || self.damage().is_some() {
-            return UpstreamError::Refused { status: 400, code: self.code };
+            return Ok(UpstreamError::Refused { status: 400, code: self.code });
         }
-        UpstreamError::Unavailable { status: 500, retry_after: None, no_retry: false }
+        Err(self.word())
+    }
+
+    /// The status that stands for what the error says, if waiting helps.
+    fn passes(&self) -> Option<u16> {
+        let words = [&self.code, &self.kind].into_iter().flatten();
+        let plain = words.map(|word| word.to_ascii_lowercase().replace(['_', '-', '.', ' '], ""));
+        let at =
+            plain.filter_map(|word| PASSING_WORDS.iter().position(|known| word.contains(known))).min()?;
+        Some(if at <= 4 { 429 } else { 503 })
+    }
+
+    /// The code, or else the kind of error, if either can be shown.
+    pub(super) fn word(&self) -> Option<String> {
+        self.code.clone().or_else(|| self.kind.as_deref().and_then(token))
     }
 
     fn is_quota(&self) -> bool {
@@ -230,6 +293,17 @@ impl ErrorDetail {
     }
 }
 
+/// The object is an error without a wrapper, and can be nothing else.
+fn stands_alone(object: &Map<String, Value>) -> bool {
+    let has = |key: &str| object.get(key).is_some_and(|value| !value.is_null());
+    let kind = |key: &str| object.get(key).and_then(Value::as_str).map(str::to_ascii_lowercase);
+    let is_called_error =
+        ["type", "object"].iter().any(|key| kind(key).is_some_and(|it| it.contains("error")));
+    (has("message") || has("detail"))
+        && object.keys().all(|key| ERROR_FIELDS.contains(&key.as_str()))
+        && (is_called_error || has("code") || (!has("type") && !has("object")))
+}
+
 /// The text, if it can be shown to anyone: at most 64 characters, words and short numbers with `_`, `.` or `-` between them.
 /// A server may say a key that it was sent, or a piece of it, in the place of a code: these are no words.
 pub(super) fn token(text: &str) -> Option<String> {
@@ -300,10 +374,10 @@ mod tests {
             UpstreamError::Refused { status, code } => {
                 format!("refused {status} {}", code.unwrap_or_else(|| "-".to_owned()))
             }
-            UpstreamError::RateLimited { retry_after, quota } => {
+            UpstreamError::RateLimited { retry_after, quota, .. } => {
                 format!("limited {retry_after:?} {}", if quota { "quota" } else { "wait" })
             }
-            UpstreamError::Unavailable { status, retry_after, no_retry } => {
+            UpstreamError::Unavailable { status, retry_after, no_retry, .. } => {
                 format!("unavailable {status} {retry_after:?}{}", if no_retry { " for good" } else { "" })
             }
             other => format!("unexpected {other:?}"),
@@ -461,38 +535,101 @@ mod tests {
         assert_eq!(meaning(429, &[("x-should-retry", "true")], &quota), "limited None wait");
     }
 
+    /// What an event means that does not say what it is: `None` if it is no error.
+    fn read(data: &str) -> Option<String> {
+        Some(match ErrorDetail::of_event(data)?.of_refused_stream() {
+            Ok(refusal) => refusal.error.to_string(),
+            Err(code) => format!("failed {}", code.unwrap_or_else(|| "-".to_owned())),
+        })
+    }
+
     #[test]
     fn an_error_event_without_a_status_is_understood() {
-        let read = |json: Value| {
-            format!("{:?}", ErrorDetail::from_object(json.as_object().unwrap()).of_refused_stream().error)
-        };
-        for (json, expected) in [
+        let failed = "the upstream failed with status";
+        for (data, expected) in [
             (
-                serde_json::json!({"code": "conversation_locked", "message": "m"}),
-                "Busy { blocking_run: None }",
+                r#"{"code":"conversation_locked","message":"m"}"#,
+                "the upstream thread is held by another run".to_owned(),
             ),
             (
-                serde_json::json!({"error": {"code": "rate_limit_exceeded", "message": "m"}}),
-                "Unavailable { status: 429, retry_after: None, no_retry: false }",
+                r#"{"error":{"message":"Conversation with id 'conv_1' not found."}}"#,
+                "the upstream thread is gone".to_owned(),
             ),
             (
-                serde_json::json!({"error": {"type": "insufficient_quota", "message": "m"}}),
-                "RateLimited { retry_after: None, quota: true }",
+                r#"{"error":{"code":"rate_limit_exceeded","message":"m"}}"#,
+                format!("{failed} 429 (rate_limit_exceeded)"),
+            ),
+            (r#"{"error":{"code":429,"message":"m"}}"#, format!("{failed} 429 (429)")),
+            (
+                r#"{"error":{"code":429,"message":"m","status":"RESOURCE_EXHAUSTED"}}"#,
+                format!("{failed} 429 (429)"),
             ),
             (
-                serde_json::json!({"type": "invalid_request_error", "code": "x", "message": "m"}),
-                r#"Refused { status: 400, code: Some("x") }"#,
+                r#"{"error":{"type":"overloaded_error","message":"m"}}"#,
+                format!("{failed} 503 (overloaded_error)"),
             ),
             (
-                serde_json::json!({"error": {"type": "server_error", "message": "m"}}),
-                "Unavailable { status: 500, retry_after: None, no_retry: false }",
+                r#"{"object":"error","message":"m","type":"ServiceUnavailable","code":503}"#,
+                format!("{failed} 503 (503)"),
             ),
             (
-                serde_json::json!({"error": {"message": "Conversation with id 'conv_1' not found."}}),
-                "ThreadGone",
+                r#"{"error":{"type":"insufficient_quota","message":"m"}}"#,
+                "the upstream limits the rate (insufficient_quota)".to_owned(),
+            ),
+            (
+                r#"{"type":"invalid_request_error","code":"x","message":"m"}"#,
+                "the upstream refused the request with status 400 (x)".to_owned(),
+            ),
+            (
+                r#"{"object":"error","message":"m","type":"BadRequestError","param":null,"code":400}"#,
+                "the upstream refused the request with status 400 (BadRequestError)".to_owned(),
+            ),
+            (
+                r#"{"error":{"message":"m","code":"401"}}"#,
+                "the upstream refused the request with status 401".to_owned(),
+            ),
+            // What is said after a 200 and names nothing known is how the run ended.
+            (r#"{"error":{"type":"server_error","message":"m"}}"#, "failed server_error".to_owned()),
+            (r#"{"error":{"code":"content_filter","message":"m"}}"#, "failed content_filter".to_owned()),
+            (r#"{"error":{"code":500,"message":"m"}}"#, "failed 500".to_owned()),
+            (r#"{"error":{"code":"a whole sentence","message":"m"}}"#, "failed -".to_owned()),
+            (r#"{"error":"it failed"}"#, "failed -".to_owned()),
+            (r#"{"error":"it failed","code":"not-found"}"#, "failed not-found".to_owned()),
+            (
+                r#"{"error":"Thread t already has an active run run_9."}"#,
+                "the upstream thread is held by another run".to_owned(),
+            ),
+            (r#"{"detail":"Internal Server Error"}"#, "failed -".to_owned()),
+            (r#"{"detail":[{"loc":["body"],"msg":"m"}]}"#, "failed -".to_owned()),
+            (
+                r#"{"detail":{"error":{"code":"model_crashed","message":"m"}}}"#,
+                "failed model_crashed".to_owned(),
+            ),
+            (r#"{"message":"Endpoint request timed out"}"#, "failed -".to_owned()),
+            (
+                r#"{"type":"about:blank","title":"t","status":500,"detail":"m","code":"x"}"#,
+                "failed x".to_owned(),
             ),
         ] {
-            assert_eq!(read(json), expected);
+            assert_eq!(read(data).as_deref(), Some(&*expected), "{data}");
+        }
+    }
+
+    #[test]
+    fn what_is_no_error_is_not_taken_for_one() {
+        for data in [
+            "{}",
+            "[]",
+            "now",
+            r#"{"error":null}"#,
+            r#"{"error":""}"#,
+            r#"{"type":"keepalive"}"#,
+            r#"{"type":"ping","message":"m"}"#,
+            r#"{"object":"thread.message","message":"m"}"#,
+            r#"{"id":"x","message":"m"}"#,
+            r#"{"message":null,"detail":null}"#,
+        ] {
+            assert_eq!(read(data), None, "{data}");
         }
     }
 

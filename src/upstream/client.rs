@@ -13,7 +13,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use futures_util::stream::BoxStream;
-use futures_util::{Stream, stream};
+use futures_util::{Stream, StreamExt, stream};
 use http::header::{ACCEPT, AUTHORIZATION, CONTENT_TYPE};
 use http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode};
 use secrecy::{ExposeSecret, SecretString};
@@ -24,7 +24,7 @@ use url::Url;
 
 use super::UpstreamError;
 use super::breaker::Breaker;
-use super::classify::{Refusal, classify};
+use super::classify::{ErrorDetail, Refusal, classify};
 use super::density::{Kept, Size, is_dense};
 use super::patience::{LONGEST_WAIT, SHORTEST_WAIT};
 use super::sse::{self, SseEvent};
@@ -227,6 +227,8 @@ impl UpstreamClient {
     }
 
     /// Makes one request and streams the events of the answer, as long as the caller waits for them.
+    ///
+    /// An error that comes as JSON instead, in spite of its status, is one event.
     pub(super) async fn events(
         &self,
         method: Method,
@@ -237,6 +239,13 @@ impl UpstreamClient {
         let response = self.send(method, segments, query, body, "text/event-stream").await?;
         if has_type(response.headers(), "text/event-stream") {
             return Ok(sse::events(chunks(response), self.max_bytes));
+        }
+        if has_type(response.headers(), "application/json")
+            && let Ok(Some(body)) = in_time(self.call_timeout, read(response, MAX_ERROR_BYTES)).await
+            && let Ok(data) = String::from_utf8(body)
+            && ErrorDetail::of_event(&data).is_some()
+        {
+            return Ok(stream::iter([Ok(SseEvent { name: None, data })]).boxed());
         }
         Err(UpstreamError::Protocol("the answer is not an event stream".to_owned()).into())
     }

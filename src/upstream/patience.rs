@@ -94,7 +94,12 @@ mod tests {
     use super::*;
 
     fn unavailable(no_retry: bool) -> UpstreamError {
-        UpstreamError::Unavailable { status: 503, retry_after: Some(Duration::from_secs(9)), no_retry }
+        UpstreamError::Unavailable {
+            status: 503,
+            retry_after: Some(Duration::from_secs(9)),
+            no_retry,
+            code: None,
+        }
     }
 
     #[tokio::test(start_paused = true)]
@@ -104,7 +109,7 @@ mod tests {
             (unavailable(false), 5),
             (unavailable(true), 1),
             (UpstreamError::Resting { retry_after: Duration::from_secs(9) }, 1),
-            (UpstreamError::RateLimited { retry_after: None, quota: true }, 1),
+            (UpstreamError::RateLimited { retry_after: None, quota: true, code: None }, 1),
             (UpstreamError::Refused { status: 401, code: None }, 1),
             (UpstreamError::ThreadGone, 1),
         ] {
@@ -123,7 +128,11 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn waits_double_unless_the_server_names_one() {
         let started = tokio::time::Instant::now();
-        let asked = UpstreamError::RateLimited { retry_after: Some(Duration::from_secs(7)), quota: false };
+        let asked = UpstreamError::RateLimited {
+            retry_after: Some(Duration::from_secs(7)),
+            quota: false,
+            code: None,
+        };
         let failures = Cell::new(vec![asked, UpstreamError::Connect, UpstreamError::Connect]);
         patiently(|| {
             let mut left = failures.take();

@@ -1,7 +1,8 @@
 //! An incremental decoder of server-sent events, with a limit on the size of one event.
 //!
 //! Line endings may be LF, CRLF or CR, bytes may be cut anywhere, a byte order mark may come first. Comments and
-//! blocks without data are skipped; a block that the end of the stream cuts off is dropped.
+//! blocks without data are skipped; a block that the end of the stream cuts off is dropped. JSON that stands in the stream
+//! without a field's name, as some servers write their errors, is read as data.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -34,7 +35,7 @@ where
     S: Stream<Item = Result<Bytes, UpstreamError>> + Send + 'static,
 {
     let since_event = Arc::new(AtomicUsize::new(0));
-    let counted = bytes.scan(Arc::clone(&since_event), move |seen, chunk| {
+    let counted = named(bytes).scan(Arc::clone(&since_event), move |seen, chunk| {
         // The decoder asks for more only when it has used up what it had, so all of that is one unfinished event.
         let over = seen.load(Ordering::Relaxed) > limit;
         let chunk = if over { Err(too_long(limit)) } else { chunk };
@@ -58,6 +59,65 @@ where
         Ok(None)
     })
     .boxed()
+}
+
+/// The bytes, with bare JSON in them made data.
+fn named<S>(bytes: S) -> impl Stream<Item = S::Item> + Send + 'static
+where
+    S: Stream<Item = Result<Bytes, UpstreamError>> + Send + 'static,
+{
+    let state = (Box::pin(bytes), Bare::default());
+    stream::unfold(state, |(mut bytes, mut bare)| async move {
+        let chunk = match bytes.next().await {
+            Some(Ok(chunk)) => Ok(bare.named(chunk)),
+            Some(Err(error)) => Err(error),
+            // What the end of the stream ends is whole.
+            None if std::mem::take(&mut bare.inside) => Ok(Bytes::from_static(b"\n\n")),
+            None => return None,
+        };
+        Some((chunk, (bytes, bare)))
+    })
+}
+
+/// Finds JSON that stands in a stream without a field's name: a line that begins with a brace, and those behind it that
+/// go on with it.
+#[derive(Debug, Default)]
+struct Bare {
+    inside: bool,
+    /// The byte before.
+    last: Option<u8>,
+}
+
+impl Bare {
+    fn named(&mut self, chunk: Bytes) -> Bytes {
+        let begins_line = |before: Option<u8>| before.is_none_or(|byte| matches!(byte, b'\n' | b'\r'));
+        let before = std::iter::once(self.last).chain(chunk.iter().map(|byte| Some(*byte)));
+        let begins = before.zip(chunk.iter()).any(|(before, byte)| *byte == b'{' && begins_line(before));
+        if !begins && !self.inside {
+            self.last = chunk.last().copied().or(self.last);
+            return chunk;
+        }
+        let mut named = Vec::with_capacity(chunk.len() + 64);
+        for &byte in &chunk {
+            if begins_line(self.last) {
+                match byte {
+                    b'\n' if self.last == Some(b'\r') => {}
+                    b'\n' | b'\r' => self.inside = false,
+                    b'{' => self.inside = true,
+                    b'}' | b'[' | b']' | b'"' | b' ' | b'\t' => {}
+                    // Another field. What ends a line ends an empty one, too.
+                    _ if std::mem::take(&mut self.inside) => named.extend(self.last),
+                    _ => {}
+                }
+                if self.inside && !matches!(byte, b'\n') {
+                    named.extend_from_slice(b"data:");
+                }
+            }
+            named.push(byte);
+            self.last = Some(byte);
+        }
+        named.into()
+    }
 }
 
 /// A chunk that counts what the decoder takes from it, so that the count is exact wherever the chunks end.
@@ -154,6 +214,34 @@ mod tests {
         }
     }
 
+    const BARE: &str =
+        "event: a\ndata: 1\n\n{\"error\": {\n  \"x\": [\n{\n}\n]\n}}\n\n{\"y\":1}\ndata: [DONE]\n\n{\"z\":2}";
+
+    fn bare() -> Vec<Result<SseEvent, String>> {
+        [
+            (Some("a"), "1"),
+            (None, "{\"error\": {\n \"x\": [\n{\n}\n]\n}}"),
+            (None, "{\"y\":1}"),
+            (None, "[DONE]"),
+            (None, "{\"z\":2}"),
+        ]
+        .map(|(name, data)| Ok(SseEvent { name: name.map(str::to_owned), data: data.to_owned() }))
+        .to_vec()
+    }
+
+    #[test]
+    fn json_without_a_name_is_data() {
+        for at in 0..BARE.len() {
+            assert_eq!(decode(cut(BARE.as_bytes(), vec![at]), 1024), bare(), "cut at {at}");
+        }
+        assert_eq!(whole("{"), [Ok(SseEvent { name: None, data: "{".to_owned() })]);
+        // A connection that breaks cuts it off.
+        let bytes =
+            stream::iter([Ok(Bytes::from_static(b"{")), Err(UpstreamError::Broken { timeout: false })]);
+        let all = events(bytes, 100).collect::<Vec<_>>().now_or_never().unwrap();
+        assert!(matches!(all[..], [Err(UpstreamError::Broken { timeout: false })]));
+    }
+
     #[test]
     fn an_event_at_the_limit_passes_and_one_byte_more_fails() {
         let text = "data: 12345\n\ndata: 12345\n\n";
@@ -203,8 +291,10 @@ mod tests {
             cuts in proptest::collection::vec(0_usize..200, 0..20),
             ending in prop_oneof![Just("\n"), Just("\r\n"), Just("\r")],
         ) {
-            let text = TRANSCRIPT.replace('\n', ending);
-            prop_assert_eq!(decode(cut(text.as_bytes(), cuts), 1024), expected());
+            for (text, expected) in [(TRANSCRIPT, expected()), (BARE, bare())] {
+                let text = text.replace('\n', ending);
+                prop_assert_eq!(decode(cut(text.as_bytes(), cuts.clone()), 1024), expected);
+            }
         }
 
         #[test]

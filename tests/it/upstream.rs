@@ -21,8 +21,8 @@ use futures_util::StreamExt;
 use serde_json::{Value, json};
 use threadkeeper::config::{AssistantConfig, AuthScheme, UpstreamConfig, UpstreamKind};
 use threadkeeper::domain::{
-    Baseline, ContentPart, ConversationKey, Leftover, MessageId, Metadata, RunId, Scope, TenantKey, ThreadId,
-    TopicKey, UpstreamRunId, UpstreamThreadId, UserKey,
+    Baseline, ContentPart, ConversationKey, Leftover, MessageId, Metadata, RunId, RunStatus, Scope,
+    TenantKey, ThreadId, TopicKey, UpstreamRunId, UpstreamThreadId, UserKey,
 };
 use threadkeeper::store::InputMessage;
 use threadkeeper::upstream::{
@@ -266,19 +266,24 @@ async fn refusals_become_errors_without_the_server_s_words() {
         (400, vec![], locked, "Busy { blocking_run: None }"),
         (409, vec![], "{}".into(), "Busy { blocking_run: None }"),
         (404, vec![], gone, "ThreadGone"),
-        (404, vec![], "Not Found".into(), "Refused { status: 404 }"),
+        (404, vec![], "Not Found".into(), "Refused { status: 404, code: None }"),
         (
             401,
             vec![],
             wrapped("sk-hidden is wrong", "invalid_api_key".into()),
             r#"Refused { status: 401, code: Some("invalid_api_key") }"#,
         ),
-        (429, vec![("retry-after", "2")], "{}".into(), "RateLimited { retry_after: Some(2s), quota: false }"),
+        (
+            429,
+            vec![("retry-after", "2")],
+            "{}".into(),
+            "RateLimited { retry_after: Some(2s), quota: false, code: None }",
+        ),
         (
             503,
             vec![("retry-after-ms", "5")],
             "x".repeat(200_000),
-            "Unavailable { status: 503, retry_after: Some(5ms), no_retry: false }",
+            "Unavailable { status: 503, retry_after: Some(5ms), no_retry: false, code: None }",
         ),
     ];
     for (status, headers, body, expected) in cases {
@@ -352,6 +357,94 @@ async fn a_silent_look_is_given_up_and_counts_against_nobody() {
     // A busy machine may give one up before it is seen.
     assert!((1..=5).contains(&server.requests().len()), "{:?}", server.targets());
     assert!(upstream.available().is_ok(), "a server that thinks is not broken");
+}
+
+/// What a run's answer may be that tells an error, and nothing more of a run.
+fn bare(error: &Value) -> Vec<Play> {
+    let event = format!("data: {}\n\n", json!({"error": error}));
+    let stream = |text: &str| sse(vec![Step::Bytes(text.into())]);
+    vec![
+        stream(&event),
+        stream(&format!("{event}data: [DONE]\n\n")),
+        stream(&format!("event: message\n{event}")),
+        stream(&format!("event: error\n{event}")),
+        stream(&format!(": keep-alive\n\n{}", json!({"error": error}))),
+        stream(&format!("{:#}\n", json!({"error": error}))),
+        stream(&format!("{}\ndata: [DONE]\n\n", json!({"error": error}))),
+        stream(&format!("data: {error}\n\n")),
+        stream(&format!("data: {}\n\n", json!({"detail": error}))),
+        stream(&format!("data: {}\n\n", json!({"error": "it failed", "code": error["code"]}))),
+        json_answer(200, &[], &json!({"error": error}).to_string()),
+    ]
+}
+
+/// Accepts a run and begins its reply.
+fn begun(kind: UpstreamKind) -> String {
+    let transcript = if kind == UpstreamKind::Assistants { ASSISTANTS_TURN } else { RESPONSES_TURN };
+    transcript[..transcript.find("lö").unwrap()].rsplit_once("\n\n").unwrap().0.to_owned() + "\n\n"
+}
+
+#[tokio::test]
+async fn an_error_that_a_stream_tells_in_any_form_is_an_answer() {
+    for kind in [UpstreamKind::Assistants, UpstreamKind::Responses] {
+        for (code, expected) in [
+            (json!("content_filter"), "failed (content_filter)"),
+            (json!(500), "failed (500)"),
+            (json!("insufficient_quota"), "the upstream limits the rate (insufficient_quota)"),
+            (json!(429), "the upstream failed with status 429 (429)"),
+            (json!("conversation_locked"), "the upstream thread is held by another run"),
+        ] {
+            let error = json!({"message": "No.", "type": null, "param": null, "code": code});
+            for form in 0..bare(&error).len() {
+                for conversations in [true, false] {
+                    let server = Scripted::start(vec![bare(&error).remove(form)]).await;
+                    let mut settings = config(kind, &server.url);
+                    settings.conversations = conversations;
+                    let told = match turn(&*adapter(&settings), Some(&thread())).await {
+                        Ok(events) => match &events[..] {
+                            [Ok(UpstreamEvent::Ended(ended))] if ended.status == RunStatus::Failed => {
+                                let message = &ended.error.as_ref().unwrap().message;
+                                message.replace("the upstream reported that the run failed", "failed")
+                            }
+                            other => panic!("{kind:?} {code} {form}: {other:?}"),
+                        },
+                        Err(error) => error.to_string(),
+                    };
+                    assert_eq!(told, expected, "{kind:?} {form}");
+                }
+            }
+        }
+    }
+}
+
+#[tokio::test]
+async fn an_error_in_the_middle_of_a_reply_is_its_end_in_any_form() {
+    let error = json!({"message": "No.", "type": null, "param": null, "code": "content_filter"});
+    let forms = [
+        format!("data: {}\n\n", json!({"error": error})),
+        format!("data: {}\n\ndata: [DONE]\n\n", json!({"error": error})),
+        format!("data: {error}\n\n"),
+        json!({"error": error}).to_string(),
+        format!("{:#}\n\n", json!({"error": error})),
+    ];
+    for kind in [UpstreamKind::Assistants, UpstreamKind::Responses] {
+        for form in &forms {
+            for background in [false, kind == UpstreamKind::Responses] {
+                let text = begun(kind) + form;
+                let server = Scripted::start(vec![sse(vec![Step::Bytes(text.into_bytes())])]).await;
+                let mut settings = config(kind, &server.url);
+                settings.background = background;
+                let events = turn(&*adapter(&settings), Some(&thread())).await.unwrap();
+                assert_eq!(lines(&events), ["accepted r_1", "text Hel", "ended failed Hel"], "{form}");
+                let Some(Ok(UpstreamEvent::Ended(ended))) = events.last() else { unreachable!() };
+                assert_eq!(
+                    ended.error.as_ref().unwrap().message,
+                    "the upstream reported that the run failed (content_filter)"
+                );
+                assert_eq!(server.requests().len(), 1);
+            }
+        }
+    }
 }
 
 #[tokio::test]

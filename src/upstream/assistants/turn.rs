@@ -54,11 +54,17 @@ impl Dialect for Turn {
             Kind::MessageDelta => self.delta(parse(&event.data)?, out),
             Kind::MessageEnd => self.message(parse(&event.data)?),
             Kind::Error => {
-                let detail = ErrorDetail::from_object(&parse(&event.data)?);
-                if !self.accepted {
-                    return Err(detail.of_refused_stream());
-                }
-                self.end(RunStatus::Failed, detail.code, None, Vec::new(), out);
+                let object = serde_json::from_str(&event.data);
+                let detail = object.map(|object| ErrorDetail::from_object(&object)).unwrap_or_default();
+                let code = if self.accepted {
+                    detail.word()
+                } else {
+                    match detail.of_refused_stream() {
+                        Ok(refusal) => return Err(refusal),
+                        Err(code) => code,
+                    }
+                };
+                self.end(RunStatus::Failed, code, None, Vec::new(), out);
             }
             Kind::Other => {}
         }
@@ -188,6 +194,9 @@ fn kind(event: &SseEvent) -> Result<Kind, UpstreamError> {
             _ => match name.strip_prefix("thread.run.") {
                 // `created` is a name and no status: the object's own counts.
                 Some(status) => Kind::Run(status.parse().ok()),
+                None if !name.starts_with("thread.") && ErrorDetail::of_event(&event.data).is_some() => {
+                    Kind::Error
+                }
                 None => Kind::Other,
             },
         });
@@ -203,7 +212,7 @@ fn kind(event: &SseEvent) -> Result<Kind, UpstreamError> {
             Some("completed" | "incomplete") => Kind::MessageEnd,
             _ => Kind::Other,
         },
-        None if object.contains_key("error") || object.contains_key("message") => Kind::Error,
+        _ if ErrorDetail::of_event(&event.data).is_some() => Kind::Error,
         _ => Kind::Other,
     })
 }

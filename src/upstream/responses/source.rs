@@ -8,6 +8,7 @@ use serde_json::{Value, json};
 use tokio::time::sleep;
 
 use super::is_missing;
+use super::turn::tells_error;
 use super::wire::{Envelope, ResponseHead};
 use crate::domain::{RunStatus, UpstreamRunId};
 use crate::upstream::UpstreamError;
@@ -137,10 +138,11 @@ impl Source {
             self.over |= head.run_status().is_some_and(RunStatus::is_final);
             self.response.get_or_insert(UpstreamRunId(head.id));
         }
+        let kind = kind(&envelope, event);
         self.over |= matches!(
-            kind(&envelope, event),
-            "error" | "response.completed" | "response.incomplete" | "response.failed" | "response.cancelled"
-        );
+            kind,
+            "response.completed" | "response.incomplete" | "response.failed" | "response.cancelled"
+        ) || tells_error(kind, &event.data);
         true
     }
 
@@ -224,7 +226,9 @@ fn kind<'a>(envelope: &'a Envelope<'_>, event: &'a SseEvent) -> &'a str {
 
 fn is_error(event: &SseEvent) -> bool {
     let envelope = serde_json::from_str::<Envelope<'_>>(&event.data);
-    envelope.is_ok_and(|envelope| kind(&envelope, event) == "error")
+    envelope.map_or(event.name.as_deref() == Some("error"), |envelope| {
+        tells_error(kind(&envelope, event), &event.data)
+    })
 }
 
 /// The server will not do it.

@@ -44,7 +44,8 @@ impl Turn {
 }
 
 impl Dialect for Turn {
-    /// The JSON says what an event is; the event line, which not every server sends, is asked only where it does not.
+    /// The JSON says what an event is; the event line, which not every server sends, is asked only where it does not. What
+    /// neither of them names may be an error of whatever stands in front of the server.
     fn read(&mut self, event: SseEvent, out: &mut VecDeque<UpstreamEvent>) -> Result<(), Refusal> {
         if event.data == "[DONE]" {
             return Ok(());
@@ -54,6 +55,9 @@ impl Dialect for Turn {
         let envelope: Envelope<'_> = match serde_json::from_str(&event.data) {
             Ok(envelope) => envelope,
             Err(_) if foreign => return Ok(()),
+            Err(_) if event.name.as_deref() == Some("error") => {
+                return self.error(ErrorDetail::default(), out);
+            }
             Err(_) => return Err(unreadable().into()),
         };
         let kind = envelope.kind.as_deref().or(event.name.as_deref()).unwrap_or_default();
@@ -70,7 +74,15 @@ impl Dialect for Turn {
             (kind, Some(response), _) if kind.starts_with("response.") => {
                 self.response(kind, response, out)?;
             }
-            ("error", ..) => self.error(&event.data, out)?,
+            ("error", ..) => {
+                let object = serde_json::from_str(&event.data).map_err(|_| unreadable())?;
+                self.error(ErrorDetail::from_object(&object), out)?;
+            }
+            (kind, ..) if may_tell_error(kind) => {
+                if let Some(detail) = ErrorDetail::of_event(&event.data) {
+                    self.error(detail, out)?;
+                }
+            }
             _ => {}
         }
         Ok(())
@@ -147,15 +159,18 @@ impl Turn {
     }
 
     /// An error that takes the place of a terminal event.
-    fn error(&mut self, data: &str, out: &mut VecDeque<UpstreamEvent>) -> Result<(), Refusal> {
-        let object = serde_json::from_str(data).map_err(|_| unreadable())?;
-        let detail = ErrorDetail::from_object(&object);
-        if self.response.is_none() || (self.is_refused_late() && detail.damage().is_some()) {
-            return Err(detail.of_refused_stream());
-        }
+    fn error(&mut self, detail: ErrorDetail, out: &mut VecDeque<UpstreamEvent>) -> Result<(), Refusal> {
+        let code = if self.response.is_none() || (self.is_refused_late() && detail.damage().is_some()) {
+            match detail.of_refused_stream() {
+                Ok(refusal) => return Err(refusal),
+                Err(code) => code,
+            }
+        } else {
+            detail.word()
+        };
         out.push_back(UpstreamEvent::Ended(Box::new(Ended {
             status: RunStatus::Failed,
-            error: failure(RunStatus::Failed, detail.code),
+            error: failure(RunStatus::Failed, code),
             content: std::mem::take(&mut self.streamed).into_values().collect(),
             upstream_message_id: None,
             usage: None,
@@ -178,6 +193,16 @@ impl Turn {
             text.push_str(more);
         }
     }
+}
+
+/// Events of the protocol hold no error but in their response.
+fn may_tell_error(kind: &str) -> bool {
+    !kind.starts_with("response.") || matches!(kind, "response.error" | "response.failed")
+}
+
+/// The event tells an error instead of something of the response.
+pub(super) fn tells_error(kind: &str, data: &str) -> bool {
+    kind == "error" || (may_tell_error(kind) && ErrorDetail::of_event(data).is_some())
 }
 
 fn parse<'a, T: Deserialize<'a>>(raw: &'a RawValue) -> Result<T, UpstreamError> {
@@ -374,9 +399,15 @@ mod tests {
     #[test]
     fn an_error_event_refuses_before_acceptance_and_fails_the_run_after() {
         let flat = json!({"type": "error", "code": "rate_limit_exceeded", "message": "m", "param": null, "sequence_number": 3});
-        let nested =
-            json!({"type": "error", "error": {"type": "x", "code": "rate_limit_exceeded", "message": "m"}});
-        for data in [flat, nested] {
+        let error = json!({"type": "x", "code": "rate_limit_exceeded", "message": "m"});
+        let nested = json!({"type": "error", "error": error});
+        let bare = json!({"error": error});
+        let wrongly_typed = json!({"type": "rate_limit_error", "error": error});
+        let other_events = [
+            json!({"type": "response.error", "error": error}),
+            json!({"type": "response.failed", "error": error}),
+        ];
+        for data in [flat, nested, bare, wrongly_typed].into_iter().chain(other_events) {
             let error = read(true, [event(&data)]).unwrap_err();
             assert!(matches!(error, UpstreamError::Unavailable { status: 429, .. }), "{error:?}");
             let started = response("response.created", "in_progress", &json!([]));

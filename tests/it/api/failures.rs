@@ -18,6 +18,7 @@ on_every_scene!(
     a_silent_upstream_is_waited_for_and_asked_once,
     a_thread_that_is_long_in_the_making_is_made_once,
     a_connection_that_breaks_is_tried_once_more_and_not_again,
+    an_error_that_a_stream_tells_is_an_answer,
     a_foreign_lock_is_waited_out,
     a_foreign_lock_is_waited_for_no_longer_than_the_deadline,
     streams_in_every_dialect_are_understood,
@@ -261,6 +262,39 @@ async fn a_connection_that_breaks_is_tried_once_more_and_not_again(scene: Scene)
         say(&gateway, "and now?").await.ok();
         assert_eq!(sends(&scene) - before, 2);
     }
+}
+
+async fn an_error_that_a_stream_tells_is_an_answer(scene: Scene) {
+    // Whoever waited to see what became of the message would meet the deadline.
+    let gateway = scene.gateway_upstream("lock_window = \"10m\"\n").await;
+    say(&gateway, "hello").await.ok();
+    let refused = "the upstream refused the request with status 400 (content_filter)";
+    let failed = "the upstream reported that the run failed (content_filter)";
+    let mut cases: Vec<(String, &str, &str)> = Vec::new();
+    for form in ["object", "done", "string", "flat", "detail", "line", "json"] {
+        cases.push((format!("bare_error={form} code=content_filter"), "upstream_failed", failed));
+    }
+    let known = "bare_error=object error_type=invalid_request_error code=content_filter";
+    cases.push((known.to_owned(), "upstream_error", refused));
+    let quota = "the upstream limits the rate (insufficient_quota)";
+    cases.push(("bare_error=line code=insufficient_quota".to_owned(), "upstream_error", quota));
+    let number = "the upstream reported that the run failed (500)";
+    cases.push(("bare_error=json code=500".to_owned(), "upstream_failed", number));
+    cases.push(("mid_error=bare code=content_filter".to_owned(), "upstream_failed", failed));
+    for (directive, code, detail) in cases {
+        let before = sends(&scene);
+        let answer = say(&gateway, &format!("oh [[sim: {directive}]]")).await;
+        assert_eq!(answer.problem(), (502, "upstream-error"), "{directive}");
+        assert_eq!(answer.body["code"], code, "{directive}: {:#}", answer.body);
+        assert!(answer.body["detail"].as_str().unwrap().contains(detail), "{directive}: {:#}", answer.body);
+        assert_eq!(sends(&scene) - before, 1, "{directive}");
+        works_again(&gateway).await;
+    }
+    // What waiting helps is waited out, for it is not there.
+    let before = sends(&scene);
+    scene.fault("start", "bare_error=object code=429", 1);
+    say(&gateway, "and now?").await.ok();
+    assert_eq!(sends(&scene) - before, 2);
 }
 
 async fn a_foreign_lock_is_waited_out(scene: Scene) {

@@ -30,7 +30,7 @@ const SETTINGS: &str = "[runs]\nsettle_timeout = \"2s\"\nmax_retries = 2\n";
 const UPSTREAM: &str = "lock_window = \"50ms\"\nmax_failures = 0\n";
 
 /// What a turn may be made to do.
-const TURNS: [&str; 17] = [
+const TURNS: [&str; 18] = [
     "",
     "",
     "",
@@ -44,12 +44,13 @@ const TURNS: [&str; 17] = [
     "silent_after=2",
     "silent",
     "mid_error",
+    "mid_error=bare",
     "late_head=100ms",
     "parts=2",
     "cut=3 tokens=20 rate=1ms",
     "no_terminal",
 ];
-const FAULTS: [&str; 8] = [
+const FAULTS: [&str; 9] = [
     "status=503 retry_after=0.01",
     "status=429 retry_after=0.01",
     "status=500 retry_after=0.01",
@@ -58,6 +59,7 @@ const FAULTS: [&str; 8] = [
     "drop=after",
     "cut=2",
     "latency=30ms",
+    "bare_error=line",
 ];
 const STRATEGIES: [&str; 6] = ["enqueue", "enqueue", "reject", "interrupt", "rollback", "merge"];
 

@@ -107,6 +107,8 @@ async fn a_server_that_cannot_stream_again_is_asked_for_the_response() {
         let error = json!({"type": "error", "code": "x", "message": "The stream TTL has expired.", "sequence_number": 0});
         sse(vec![Step::Bytes(format!("event: error\ndata: {error}\n\n").into_bytes())])
     };
+    let bare_error = || sse(vec![Step::Bytes(b"data: {\"error\":{\"message\":\"expired\"}}\n\n".to_vec())]);
+    let whole_error = || json_answer(200, &[], r#"{"error":{"message":"expired"}}"#);
     // Refused, no event stream, a stream without anything in it, an error in it, and a stream without numbers.
     let unnumbered = String::from_utf8(first(3)).unwrap().replace("sequence_number", "x");
     let unnumbered = || sse(vec![Step::Bytes(unnumbered.clone().into_bytes()), Step::Cut]);
@@ -115,6 +117,8 @@ async fn a_server_that_cannot_stream_again_is_asked_for_the_response() {
         vec![cut_after(3), response("in_progress"), response("queued"), response("completed")],
         vec![cut_after(3), sse(vec![]), response("in_progress"), response("completed")],
         vec![cut_after(3), error_event(), response("in_progress"), response("completed")],
+        vec![cut_after(3), bare_error(), response("in_progress"), response("completed")],
+        vec![cut_after(3), whole_error(), response("in_progress"), response("completed")],
         vec![unnumbered(), response("in_progress"), response("completed")],
         // A day is not waited for.
         vec![cut_after(3), refused(), response_that_asks("in_progress", "86400000"), response("completed")],

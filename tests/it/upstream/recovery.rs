@@ -14,8 +14,10 @@ use super::{assistants, leftover};
 
 const WINDOW: Duration = Duration::from_millis(300);
 pub(super) const BROKEN: UpstreamError = UpstreamError::Broken { timeout: false };
-const FAILED: UpstreamError = UpstreamError::Unavailable { status: 500, retry_after: None, no_retry: false };
-const GATEWAY: UpstreamError = UpstreamError::Unavailable { status: 504, retry_after: None, no_retry: false };
+const FAILED: UpstreamError =
+    UpstreamError::Unavailable { status: 500, retry_after: None, no_retry: false, code: None };
+const GATEWAY: UpstreamError =
+    UpstreamError::Unavailable { status: 504, retry_after: None, no_retry: false, code: None };
 
 async fn scene(flavour: Flavour, simulator: SimulatorConfig) -> Scene {
     Scene::with(flavour, simulator, |settings| settings.lock_window = WINDOW).await

@@ -221,9 +221,18 @@ async fn refusals_and_breaks_are_told_apart() {
         let started = async |text: &str| turn_with(&*upstream, Some(&thread), &profile, content(text)).await;
 
         for (text, expected) in [
-            ("[[sim: status=429 retry_after=2]]", "RateLimited { retry_after: Some(2s), quota: false }"),
-            ("[[sim: status=429 code=insufficient_quota]]", "RateLimited { retry_after: None, quota: true }"),
-            ("[[sim: status=503]]", "Unavailable { status: 503, retry_after: None, no_retry: false }"),
+            (
+                "[[sim: status=429 retry_after=2]]",
+                "RateLimited { retry_after: Some(2s), quota: false, code: Some(\"rate_limit_exceeded\") }",
+            ),
+            (
+                "[[sim: status=429 code=insufficient_quota]]",
+                "RateLimited { retry_after: None, quota: true, code: Some(\"insufficient_quota\") }",
+            ),
+            (
+                "[[sim: status=503]]",
+                "Unavailable { status: 503, retry_after: None, no_retry: false, code: None }",
+            ),
             ("[[sim: drop=before]]", "Broken { timeout: false }"),
         ] {
             let error = started(&format!("x {text}")).await.unwrap_err();
