@@ -42,9 +42,6 @@ const KEEP_ALIVE_PROBES: u32 = 3;
 /// The longest that sent data stays without an acknowledgement. On Linux it bounds the questions above, too.
 #[cfg(target_os = "linux")]
 const VANISHED_AFTER: Duration = Duration::from_secs(30);
-/// The longest that the answer to one call which makes something is waited for. The making of a thread goes on after its
-/// run was cut off, so the run's deadline does not end it.
-const LONGEST_MAKING: Duration = Duration::from_mins(5);
 /// How much of an error's body is read.
 const MAX_ERROR_BYTES: usize = 64 * 1024;
 /// Headers that belong to the connection and cannot be configured.
@@ -181,15 +178,14 @@ impl UpstreamClient {
         in_time(self.call_timeout, self.ask(method, segments, query, None)).await
     }
 
-    /// Makes one request that makes something of `body`. It must not be repeated after it was given up, so its answer is
-    /// waited for far longer than others.
+    /// Makes one request that makes something of `body`, and waits for its answer without a limit, for it must not be
+    /// repeated after it was given up. The caller bounds it.
     pub(super) async fn make<T: DeserializeOwned>(
         &self,
         segments: &[&str],
         body: &Value,
     ) -> Result<T, UpstreamError> {
-        let answer = in_time(LONGEST_MAKING, self.ask(Method::POST, segments, &[], Some(body))).await?;
-        Ok(answer.value)
+        Ok(self.ask(Method::POST, segments, &[], Some(body)).await?.value)
     }
 
     async fn ask<T: DeserializeOwned>(
