@@ -152,7 +152,8 @@ impl Keeper {
             match self.store().thread(thread.id).await {
                 Ok(Some(now)) => {
                     // The time is of no matter: what is being deleted is not judged by it.
-                    let due = Due { now: now.last_active_at, thread: now, attempts: thread.attempts };
+                    let (attempts, claimed) = (thread.attempts, None);
+                    let due = Due { now: now.last_active_at, thread: now, attempts, claimed };
                     tokio::select! {
                         () = self.parts.given.draining.cancelled() => return,
                         () = self.tend(due, &counts) => {}

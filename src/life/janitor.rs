@@ -221,16 +221,16 @@ impl Keeper {
     /// each time, and others go first.
     pub(super) async fn tend(&self, due: Due, counts: &Counts) {
         let id = due.thread.id;
-        let attempts = due.attempts;
+        let Due { attempts, claimed, .. } = due;
         let done = timeout(SHIFT, self.chore(due, counts)).await.unwrap_or(Err(Trouble::TimeIsUp));
         let scheduled = match done {
-            Ok(Next::Look(after)) => self.store().schedule(id, after, None).await,
+            Ok(Next::Look(after)) => self.store().schedule(id, claimed, after, None).await,
             Ok(Next::Settled) => Ok(()),
             Err(trouble) => {
                 counts.failed.fetch_add(1, Ordering::Relaxed);
                 tracing::warn!(error = %Chain(&trouble), attempts, "the janitor could not finish with a thread");
                 let text = trouble.to_string();
-                self.store().schedule(id, Some(back_off(attempts)), Some(&text)).await
+                self.store().schedule(id, claimed, Some(back_off(attempts)), Some(&text)).await
             }
         };
         if let Err(error) = scheduled {
@@ -325,7 +325,7 @@ impl Keeper {
                 if claimed.elapsed() + SHIFT > LEASE {
                     return;
                 }
-                let attempts = remnant.attempts;
+                let (attempts, knew) = (remnant.attempts, remnant.upstream_id.as_deref());
                 let done =
                     timeout(SHIFT, self.clear_remnant(&remnant)).await.unwrap_or(Err(Trouble::TimeIsUp));
                 let scheduled = match done {
@@ -335,7 +335,7 @@ impl Keeper {
                         if removed.unknown > 0 {
                             self.store().keep_remnant(id).await
                         } else {
-                            self.store().schedule_remnant(id, None).await
+                            self.store().schedule_remnant(id, knew, None).await
                         }
                     }
                     Err(trouble) => {
@@ -346,7 +346,7 @@ impl Keeper {
                             attempts,
                             "the janitor could not delete something at an upstream"
                         );
-                        self.store().schedule_remnant(id, Some(back_off(attempts))).await
+                        self.store().schedule_remnant(id, knew, Some(back_off(attempts))).await
                     }
                 };
                 if let Err(error) = scheduled {

@@ -67,12 +67,15 @@ pub trait Life: Send + Sync {
     /// dies, somebody else does then. Those that another call is just taking are passed over.
     async fn claim_due(&self, limit: u32, lease: Duration) -> Result<Vec<Due>, StoreError>;
 
-    /// Sets when a thread is due next; `None`: never. `failure`: why the look at it failed, which is counted; else the
-    /// count begins anew, and a thread that is due already stays so: somebody made it due since it was claimed. So does one
-    /// that is being deleted.
+    /// Says how the look at a thread ended, and sets when it is due next; `after` is `None`: never. `failure`: why the look
+    /// failed, which is counted; else the count begins anew.
+    ///
+    /// `claimed` is what [`Due::claimed`] said. If the thread is due at another time by now, somebody else has set that
+    /// meanwhile (a caller, a message, a deletion), and it stays. A thread that nobody claimed may only become due earlier.
     async fn schedule(
         &self,
         thread: ThreadId,
+        claimed: Option<Timestamp>,
         after: Option<Duration>,
         failure: Option<&str>,
     ) -> Result<(), StoreError>;
@@ -163,10 +166,17 @@ pub trait Life: Send + Sync {
     /// The same without changing anything.
     async fn due_remnants(&self, limit: u32) -> Result<Vec<Remnant>, StoreError>;
 
-    /// Forgets a remnant (`after` is `None`), or sets when to look at it next, and counts the look.
-    async fn schedule_remnant(&self, id: RemnantId, after: Option<Duration>) -> Result<(), StoreError>;
+    /// Forgets a remnant (`after` is `None`), or sets when to look at it next, and counts the look. Nothing changes if its
+    /// [`upstream_id`](Remnant::upstream_id) is another one than the look `knew`: then somebody has named it meanwhile.
+    async fn schedule_remnant(
+        &self,
+        id: RemnantId,
+        knew: Option<&str>,
+        after: Option<Duration>,
+    ) -> Result<(), StoreError>;
 
-    /// Nothing can be done about a remnant: it goes with its thread, whose receipt tells of it.
+    /// Nothing can be done about a remnant whose id upstream nobody knows: it goes with its thread, whose receipt tells of
+    /// it. Nothing changes if its id is known by now.
     async fn keep_remnant(&self, id: RemnantId) -> Result<(), StoreError>;
 
     /// How many requests for runs of a thread may have left something upstream under an id that nobody heard: the process
@@ -315,6 +325,8 @@ pub struct Due {
     pub now: Timestamp,
     /// Looks in a row that failed.
     pub attempts: i64,
+    /// When it is due again, by the claim of whoever looks at it; `None`: nobody claimed it.
+    pub claimed: Option<Timestamp>,
 }
 
 /// A request to delete.

@@ -8,7 +8,7 @@ use super::Discreet;
 use super::blank::lasting;
 use crate::domain::{
     ConversationKey, DeletionId, Lifetimes, Limits, Message, Page, PageRequest, RemnantId, Removed, Run,
-    TenantKey, Thread, ThreadActivity, ThreadId,
+    TenantKey, Thread, ThreadActivity, ThreadId, Timestamp,
 };
 use crate::store::{
     DeletionReport, DeletionRequest, DeletionTarget, Due, Foreign, Imported, ImportedMessage, ImportedThread,
@@ -112,10 +112,11 @@ impl Life for Discreet {
     async fn schedule(
         &self,
         thread: ThreadId,
+        claimed: Option<Timestamp>,
         after: Option<Duration>,
         failure: Option<&str>,
     ) -> Result<(), StoreError> {
-        self.inner.schedule(thread, after, failure).await
+        self.inner.schedule(thread, claimed, after, failure).await
     }
 
     async fn review(
@@ -199,8 +200,13 @@ impl Life for Discreet {
         self.inner.due_remnants(limit).await
     }
 
-    async fn schedule_remnant(&self, id: RemnantId, after: Option<Duration>) -> Result<(), StoreError> {
-        self.inner.schedule_remnant(id, after).await
+    async fn schedule_remnant(
+        &self,
+        id: RemnantId,
+        knew: Option<&str>,
+        after: Option<Duration>,
+    ) -> Result<(), StoreError> {
+        self.inner.schedule_remnant(id, knew, after).await
     }
 
     async fn keep_remnant(&self, id: RemnantId) -> Result<(), StoreError> {

@@ -7,7 +7,7 @@ use async_trait::async_trait;
 use super::{PostgresStore, deletion, keeping, remnants, rollover, threads};
 use crate::domain::{
     ConversationKey, DeletionId, Lifetimes, Limits, Message, Page, PageRequest, RemnantId, Removed, Run,
-    TenantKey, Thread, ThreadActivity, ThreadId,
+    TenantKey, Thread, ThreadActivity, ThreadId, Timestamp,
 };
 use crate::store::pool::on;
 use crate::store::{
@@ -73,10 +73,11 @@ impl Life for PostgresStore {
     async fn schedule(
         &self,
         thread: ThreadId,
+        claimed: Option<Timestamp>,
         after: Option<Duration>,
         failure: Option<&str>,
     ) -> Result<(), StoreError> {
-        on!(self.general, c => keeping::schedule(c, thread, after, failure))
+        on!(self.general, c => keeping::schedule(c, thread, claimed, after, failure))
     }
 
     async fn review(
@@ -160,8 +161,13 @@ impl Life for PostgresStore {
         on!(self.general, c => remnants::due_remnants(c, limit))
     }
 
-    async fn schedule_remnant(&self, id: RemnantId, after: Option<Duration>) -> Result<(), StoreError> {
-        on!(self.general, c => remnants::schedule_remnant(c, id, after))
+    async fn schedule_remnant(
+        &self,
+        id: RemnantId,
+        knew: Option<&str>,
+        after: Option<Duration>,
+    ) -> Result<(), StoreError> {
+        on!(self.general, c => remnants::schedule_remnant(c, id, knew, after))
     }
 
     async fn keep_remnant(&self, id: RemnantId) -> Result<(), StoreError> {

@@ -8,8 +8,8 @@ macro_rules! keeping {
         use sqlx::types::Json;
         use uuid::Uuid;
 
-        use crate::domain::{Lifetimes, Limits, RemnantId, ThreadId};
-        use crate::store::rows::{json, millis};
+        use crate::domain::{Lifetimes, Limits, RemnantId, ThreadId, Timestamp};
+        use crate::store::rows::{At, json, millis};
         use crate::store::shared::{DueRow, upstream_ids};
         use crate::store::{Due, Pruned, Pruning, StoreError};
 
@@ -47,20 +47,26 @@ macro_rules! keeping {
                 .bind(i64::from(limit))
                 .fetch_all(&mut *tx)
                 .await?;
-            let due = rows.into_iter().map(Due::try_from).collect::<Result<Vec<_>, _>>()?;
-            sqlx::query(concat!(
+            let mut due = rows.into_iter().map(Due::try_from).collect::<Result<Vec<_>, _>>()?;
+            // One statement, one time: the same for all of them.
+            let claimed: Option<At> = sqlx::query_scalar(concat!(
                 "UPDATE threads SET due_at = ",
                 now!(),
                 " + ",
                 ms!("$2"),
                 " WHERE id",
-                among!("$1")
+                among!("$1"),
+                " RETURNING due_at"
             ))
             .bind(ids(due.iter().map(|due| due.thread.id.uuid())))
             .bind(millis(lease))
-            .execute(&mut *tx)
-            .await?;
+            .fetch_all(&mut *tx)
+            .await?
+            .pop();
             tx.commit().await?;
+            for due in &mut due {
+                due.claimed = claimed.as_ref().map(|at| at.0);
+            }
             Ok(due)
         }
 
@@ -68,18 +74,21 @@ macro_rules! keeping {
         pub(super) async fn schedule(
             connection: &mut Connection,
             thread: ThreadId,
+            claimed: Option<Timestamp>,
             after: Option<Duration>,
             failure: Option<&str>,
         ) -> Result<(), StoreError> {
             sqlx::query(concat!(
                 "UPDATE threads SET
-                    due_at = CASE WHEN $3 IS NULL AND (lifecycle = 'deleting' OR due_at <= ",
-                now!(),
-                ") THEN due_at ELSE ",
+                    due_at = CASE WHEN due_at = $4 OR ($4 IS NULL AND due_at > ",
                 now!(),
                 " + ",
                 ms!("$2"),
-                " END,
+                ") THEN ",
+                now!(),
+                " + ",
+                ms!("$2"),
+                " ELSE due_at END,
                     attempts = CASE WHEN $3 IS NULL THEN 0 ELSE attempts + 1 END,
                     last_failure = $3
                 WHERE id = $1",
@@ -87,6 +96,7 @@ macro_rules! keeping {
             .bind(thread.uuid())
             .bind(after.map(millis))
             .bind(failure)
+            .bind(claimed.map(At))
             .execute(connection)
             .await?;
             Ok(())

@@ -196,19 +196,22 @@ macro_rules! remnants {
         pub(super) async fn schedule_remnant(
             connection: &mut Connection,
             id: RemnantId,
+            knew: Option<&str>,
             after: Option<Duration>,
         ) -> Result<(), StoreError> {
-            let statement = match after {
-                None => "DELETE FROM remnants WHERE id = $1",
-                Some(_) => concat!(
-                    "UPDATE remnants SET attempts = attempts + 1, due_at = ",
-                    now!(),
-                    " + ",
-                    ms!("$2"),
-                    " WHERE id = $1"
-                ),
+            let forget = "DELETE FROM remnants WHERE id = $1 AND upstream_id IS NOT DISTINCT FROM $2";
+            let put_off = concat!(
+                "UPDATE remnants SET attempts = attempts + 1, due_at = ",
+                now!(),
+                " + ",
+                ms!("$3"),
+                " WHERE id = $1 AND upstream_id IS NOT DISTINCT FROM $2"
+            );
+            let query = match after {
+                None => sqlx::query(forget).bind(id.uuid()).bind(knew),
+                Some(after) => sqlx::query(put_off).bind(id.uuid()).bind(knew).bind(millis(after)),
             };
-            sqlx::query(statement).bind(id.uuid()).bind(after.map(millis)).execute(connection).await?;
+            query.execute(connection).await?;
             Ok(())
         }
 
@@ -217,7 +220,7 @@ macro_rules! remnants {
             connection: &mut Connection,
             id: RemnantId,
         ) -> Result<(), StoreError> {
-            sqlx::query("UPDATE remnants SET due_at = NULL WHERE id = $1")
+            sqlx::query("UPDATE remnants SET due_at = NULL WHERE id = $1 AND upstream_id IS NULL")
                 .bind(id.uuid())
                 .execute(connection)
                 .await?;

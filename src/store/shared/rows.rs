@@ -20,7 +20,7 @@ impl TryFrom<DueRow> for Due {
     type Error = StoreError;
 
     fn try_from(row: DueRow) -> Result<Self, StoreError> {
-        Ok(Self { thread: row.thread.try_into()?, now: row.now.0, attempts: row.attempts })
+        Ok(Self { thread: row.thread.try_into()?, now: row.now.0, attempts: row.attempts, claimed: None })
     }
 }
 

@@ -4,8 +4,8 @@ use std::time::Duration;
 
 use serde_json::{Value, json};
 
-use crate::support::gateway::{Gateway, text};
-use crate::support::scene::{Protocol, Scene, on_every_scene};
+use crate::support::gateway::{Gateway, PATIENCE, text};
+use crate::support::scene::{Backend, Protocol, Scene, on_every_scene};
 
 on_every_scene!(
     a_session_lives_from_its_creation_or_from_its_last_message,
@@ -241,4 +241,36 @@ async fn fresh_thread_does_not_wait_for_the_run_of_the_deleted_one(scene: Scene)
     let unfinished = "SELECT count(*) FROM runs WHERE finished_at IS NULL";
     assert_eq!(scene.database.number(unfinished).await, 1, "the old run has not ended");
     gateway.kill();
+}
+
+/// The janitor is stopped between its claim of a thread and its word on when to look again.
+#[tokio::test(flavor = "multi_thread")]
+async fn ttl_that_is_patched_while_the_janitor_works_on_the_thread_holds() {
+    let scene = Scene::new(Protocol::Assistants, Backend::Postgres).await;
+    let database = &scene.database;
+    let gateway = scene.gateway_with(&format!("{BY_HAND}[threads]\nmax_idle = \"24h\"\n")).await;
+    gateway.say("/v1/users/alice", "hello").await;
+    database
+        .execute(
+            "CREATE TABLE gate (); \
+             CREATE FUNCTION pass() RETURNS trigger LANGUAGE plpgsql AS \
+             $$ BEGIN PERFORM FROM gate; RETURN NULL; END $$; \
+             CREATE TRIGGER pass BEFORE UPDATE OF last_failure ON threads \
+             FOR EACH STATEMENT EXECUTE FUNCTION pass(); \
+             UPDATE threads SET due_at = created_at",
+        )
+        .await;
+    let gate = database.lock("gate").await;
+    let look = gateway.post_in_background("/v1/admin/cleanup", &json!({}));
+    let start = std::time::Instant::now();
+    while database.number("SELECT count(*) FROM pg_locks WHERE NOT granted").await == 0 {
+        assert!(start.elapsed() < PATIENCE, "the janitor never came");
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    let patched = gateway.patch("/v1/users/alice/thread", &json!({"ttl_ms": 60_000})).await.ok();
+    drop(gate);
+    look.join_all().await;
+    let due = database.due_at("alice").await.unwrap();
+    let expires = patched["expires_at"].as_str().unwrap().parse::<chrono::DateTime<chrono::Utc>>().unwrap();
+    assert!((due - expires).num_milliseconds().abs() <= 1, "due at {due}, expires at {expires}");
 }

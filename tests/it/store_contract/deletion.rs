@@ -459,7 +459,7 @@ async fn a_receipt_comes_in_pages(_: &TestDatabase, store: &dyn Store) {
         gone_upstream(store, done).await;
         assert!(store.conclude(done, 10).await.unwrap());
     }
-    store.schedule(threads[2], Some(HOUR), Some("refused")).await.unwrap();
+    store.schedule(threads[2], None, Some(HOUR), Some("refused")).await.unwrap();
     let (mut lines, mut after, mut pages) = (vec![], None, 0);
     loop {
         let report = store.deletion(&erase.tenant, erase.id, after, 2).await.unwrap().unwrap();

@@ -3,9 +3,12 @@
 use std::collections::BTreeSet;
 use std::time::Duration;
 
-use threadkeeper::domain::{Deletion, DeletionId, Lifecycle, Lifetimes, Limits, RemnantId, Timestamp};
+use threadkeeper::domain::{
+    Deletion, DeletionId, Lifecycle, Lifetimes, Limits, NewLife, RemnantId, Timestamp, Ttl,
+};
 use threadkeeper::store::{
     DeletionRequest, DeletionTarget, Due, Made, Pruned, Pruning, RemnantKind, RemnantName, ThreadName,
+    ThreadUpdate,
 };
 use uuid::Uuid;
 
@@ -15,6 +18,9 @@ on_every_backend!(
     a_due_thread_is_claimed_by_one_at_a_time,
     who_waits_longest_comes_first,
     a_schedule_does_not_undo_what_came_meanwhile,
+    life_that_is_set_during_a_look_is_not_overwritten,
+    deletion_that_begins_during_a_look_keeps_its_hold,
+    look_that_nobody_claimed_makes_a_thread_due_only_earlier,
     failures_are_counted_until_one_look_goes_well,
     a_review_makes_threads_due_when_they_expire,
     what_has_not_expired_is_not_archived,
@@ -138,36 +144,120 @@ async fn who_waits_longest_comes_first(database: &TestDatabase, store: &dyn Stor
     assert_eq!(ids(&store.claim_due(2, HOUR).await.unwrap()), threads[4..]);
     // One that always fails goes behind the others.
     earlier(database, "threads", &["due_at"], HOUR * 2).await;
-    let first = ids(&store.claim_due(1, HOUR).await.unwrap());
-    store.schedule(first[0], Some(Duration::ZERO), Some("broken")).await.unwrap();
+    let first = claim(store).await;
+    store.schedule(first.thread.id, first.claimed, Some(Duration::ZERO), Some("broken")).await.unwrap();
     let others = ids(&store.claim_due(4, HOUR).await.unwrap());
-    assert!(others.len() == 4 && !others.contains(&first[0]), "{others:?}");
+    assert!(others.len() == 4 && !others.contains(&first.thread.id), "{others:?}");
 }
 
 async fn a_schedule_does_not_undo_what_came_meanwhile(database: &TestDatabase, store: &dyn Store) {
     let made = exchange(store, &user("alice")).await.thread.id;
     due_now(database).await;
-    store.schedule(made, None, None).await.unwrap();
+    let looked = claim(store).await;
+    due_now(database).await;
+    store.schedule(made, looked.claimed, None, None).await.unwrap();
     assert_eq!(ids(&store.due(1).await.unwrap()), [made], "somebody made it due");
-    store.claim_due(1, HOUR).await.unwrap();
-    store.schedule(made, Some(HOUR * 5), None).await.unwrap();
+    let looked = claim(store).await;
+    store.schedule(made, looked.claimed, Some(HOUR * 5), None).await.unwrap();
     let now = time(database, "last_active_at", made).await;
     let due = time(database, "due_at", made).await;
     assert!((due - now - 5 * 3_600_000).abs() < 60_000, "{due}");
-    store.schedule(made, None, None).await.unwrap();
+    due_now(database).await;
+    let looked = claim(store).await;
+    store.schedule(made, looked.claimed, None, None).await.unwrap();
     assert_eq!(time(database, "due_at", made).await, -1);
-    store.schedule(ThreadId::new(), None, None).await.unwrap();
+    store.schedule(made, looked.claimed, Some(HOUR), Some("late")).await.unwrap();
+    assert_eq!(time(database, "due_at", made).await, -1, "it is not that look's any more");
+    store.schedule(ThreadId::new(), None, None, None).await.unwrap();
+}
+
+/// The one thread that has waited longest.
+async fn claim(store: &dyn Store) -> Due {
+    let mut due = store.claim_due(1, HOUR).await.unwrap();
+    assert!(due.len() == 1 && due[0].claimed.is_some(), "{due:?}");
+    due.remove(0)
+}
+
+/// The times at which a look at a thread may end, and how.
+const ENDS: [(Option<Duration>, Option<&str>); 3] =
+    [(None, None), (Some(Duration::from_hours(24)), None), (Some(Duration::from_hours(24)), Some("broken"))];
+
+async fn life_that_is_set_during_a_look_is_not_overwritten(database: &TestDatabase, store: &dyn Store) {
+    for (n, (after, failure)) in ENDS.into_iter().enumerate() {
+        for by_message in [false, true] {
+            let key = user(&format!("u{n}-{by_message}"));
+            let made = exchange(store, &key).await.thread.id;
+            let row = id(database, made.uuid());
+            database.execute(&format!("UPDATE threads SET due_at = created_at WHERE id = {row}")).await;
+            let looked = claim(store).await;
+            assert_eq!(looked.thread.id, made);
+            let minute = Ttl::FromNow(HOUR / 60);
+            if by_message {
+                let admission = Admission { ttl: Some(minute), ..admission(&key) };
+                started(store.admit(&admission).await.unwrap());
+            } else {
+                let life = Some(NewLife::Own(minute));
+                let update = ThreadUpdate { life, ..ThreadUpdate::default() };
+                store.update_thread(&key, &update).await.unwrap().unwrap();
+            }
+            let due = time(database, "due_at", made).await;
+            store.schedule(made, looked.claimed, after, failure).await.unwrap();
+            assert_eq!(time(database, "due_at", made).await, due, "{by_message} {failure:?}");
+            let failures = format!("SELECT attempts FROM threads WHERE id = {row}");
+            assert_eq!(database.number(&failures).await, i64::from(failure.is_some()));
+        }
+    }
+}
+
+async fn deletion_that_begins_during_a_look_keeps_its_hold(database: &TestDatabase, store: &dyn Store) {
+    for (n, (after, failure)) in ENDS.into_iter().enumerate() {
+        let key = user(&n.to_string());
+        let made = exchange(store, &key).await.thread.id;
+        let row = id(database, made.uuid());
+        database.execute(&format!("UPDATE threads SET due_at = created_at WHERE id = {row}")).await;
+        let looked = claim(store).await;
+        let request = DeletionRequest {
+            id: DeletionId::new(),
+            tenant: TenantKey::default(),
+            target: DeletionTarget::Key(key),
+            end: Deletion::Erase,
+            hold: HOUR / 60,
+        };
+        assert_eq!(store.begin_deletion(&request, 1).await.unwrap(), 1);
+        let due = time(database, "due_at", made).await;
+        store.schedule(made, looked.claimed, after, failure).await.unwrap();
+        assert_eq!(time(database, "due_at", made).await, due, "{failure:?}");
+    }
+}
+
+/// As the replica does that was asked for a deletion: it works on threads that are held for it.
+async fn look_that_nobody_claimed_makes_a_thread_due_only_earlier(
+    database: &TestDatabase,
+    store: &dyn Store,
+) {
+    let made = exchange(store, &user("alice")).await.thread.id;
+    due_now(database).await;
+    claim(store).await;
+    let held = time(database, "due_at", made).await;
+    store.schedule(made, None, Some(HOUR * 2), Some("broken")).await.unwrap();
+    store.schedule(made, None, None, None).await.unwrap();
+    assert_eq!(time(database, "due_at", made).await, held);
+    store.schedule(made, None, Some(Duration::ZERO), Some("broken")).await.unwrap();
+    assert_eq!(store.due(1).await.unwrap()[0].attempts, 1);
+    store.schedule(made, None, Some(HOUR), Some("broken")).await.unwrap();
+    assert_eq!(store.due(1).await.unwrap()[0].attempts, 2, "it stays due");
 }
 
 async fn failures_are_counted_until_one_look_goes_well(database: &TestDatabase, store: &dyn Store) {
     let made = exchange(store, &user("alice")).await.thread.id;
     for attempts in 0..3 {
         due_now(database).await;
-        assert_eq!(store.claim_due(1, HOUR).await.unwrap()[0].attempts, attempts);
-        store.schedule(made, Some(HOUR), Some("the upstream is away")).await.unwrap();
+        let looked = claim(store).await;
+        assert_eq!(looked.attempts, attempts);
+        store.schedule(made, looked.claimed, Some(HOUR), Some("the upstream is away")).await.unwrap();
         assert_eq!(store.due(1).await.unwrap(), []);
     }
-    store.schedule(made, Some(HOUR), None).await.unwrap();
+    store.schedule(made, None, Some(HOUR), None).await.unwrap();
     due_now(database).await;
     assert_eq!(store.due(1).await.unwrap()[0].attempts, 0);
 }
@@ -430,7 +520,7 @@ async fn stored_responses_of_pruned_runs_are_remembered(database: &TestDatabase,
     assert_eq!(store.remnants(threads[1], true, 100).await.unwrap(), []);
     assert_eq!(store.due_remnants(100).await.unwrap(), [], "they go with their thread");
     assert_eq!(store.claim_remnants(100, HOUR).await.unwrap(), []);
-    store.schedule_remnant(RemnantId::new(), None).await.unwrap();
+    store.schedule_remnant(RemnantId::new(), None, None).await.unwrap();
 }
 
 /// Many threads, claimed by two replicas at once: each by one of them.
@@ -548,9 +638,10 @@ async fn keep(store: &dyn Store) {
     let tenant = TenantKey::default();
     assert!(!store.due(20).await.unwrap().is_empty());
     let due = store.claim_due(10, HOUR).await.unwrap();
-    let current = due.iter().find(|due| due.thread.lifecycle == Lifecycle::Current).unwrap().thread.id;
+    let current = due.iter().find(|due| due.thread.lifecycle == Lifecycle::Current).unwrap();
+    let (current, claimed) = (current.thread.id, current.claimed);
     let archived = due.iter().find(|due| due.thread.lifecycle == Lifecycle::Archived).unwrap().thread.id;
-    store.schedule(current, Some(HOUR), Some("x")).await.unwrap();
+    store.schedule(current, claimed, Some(HOUR), Some("x")).await.unwrap();
     store.review(None, 100, &lifetimes()).await.unwrap();
     store.review(Some(archived), 100, &lifetimes()).await.unwrap();
     assert!(store.expire(current, limits(Some(HOUR), None)).await.unwrap());
@@ -612,5 +703,5 @@ async fn roll_over(store: &dyn Store, key: &ConversationKey) {
     let binding = Binding { id: &made, intent: intents[1], seeded: true, carried_users: 1 };
     assert_eq!(store.bind_upstream_thread(&turn.lease, &binding).await.unwrap(), Bound::Done);
     store.baseline(turn.run.id).await.unwrap();
-    store.schedule_remnant(intents[0], Some(HOUR)).await.unwrap();
+    store.schedule_remnant(intents[0], None, Some(HOUR)).await.unwrap();
 }

@@ -18,6 +18,7 @@ on_every_backend!(
     a_run_remembers_all_its_ids,
     a_run_s_ids_come_together,
     remnants_are_claimed_by_one_at_a_time,
+    remnant_that_gets_its_id_during_a_look_stays_due,
     what_is_carried_over_counts_where_nothing_is_anchored,
 );
 
@@ -253,13 +254,36 @@ async fn remnants_are_claimed_by_one_at_a_time(database: &TestDatabase, store: &
         RemnantName::Row(id) => *id,
         RemnantName::Run(_) => panic!("{name:?}"),
     };
-    store.schedule_remnant(row(&intents[0]), None).await.unwrap();
-    store.schedule_remnant(row(&intents[1]), Some(HOUR)).await.unwrap();
+    let id_of = |name: &RemnantName| row(name).to_string();
+    store.schedule_remnant(row(&intents[0]), Some(&id_of(&intents[0])), None).await.unwrap();
+    store.schedule_remnant(row(&intents[1]), Some(&id_of(&intents[1])), Some(HOUR)).await.unwrap();
     assert_eq!(names(store.due_remnants(10).await.unwrap()), intents[2..]);
     earlier(database, "remnants", &["due_at"], HOUR * 2).await;
     let due = store.due_remnants(10).await.unwrap();
     let attempts = |name| due.iter().find(|it| it.name == intents[name]).map(|it| it.attempts);
     assert_eq!((attempts(0), attempts(1), attempts(2)), (None, Some(1), Some(0)));
+}
+
+/// The janitor looks for a thread of which only the intent is known, and the answer of its maker comes meanwhile.
+async fn remnant_that_gets_its_id_during_a_look_stays_due(database: &TestDatabase, store: &dyn Store) {
+    let turn = turn(store, &user("alice")).await;
+    for n in 0..3 {
+        let intent = RemnantId::new();
+        assert!(store.intend(&turn.lease, intent).await.unwrap());
+        earlier(database, "remnants", &["due_at"], HOUR).await;
+        let claimed = store.claim_remnants(10, HOUR).await.unwrap();
+        assert_eq!((claimed.len(), &claimed[0].upstream_id), (1, &None));
+        store.resolve(intent, Made::Unused(&upstream(&format!("t_{n}")))).await.unwrap();
+        match n {
+            0 => store.schedule_remnant(intent, None, None).await.unwrap(),
+            1 => store.schedule_remnant(intent, None, Some(HOUR)).await.unwrap(),
+            _ => store.keep_remnant(intent).await.unwrap(),
+        }
+        let due = store.claim_remnants(10, HOUR).await.unwrap();
+        assert_eq!(due.len(), 1, "{n}");
+        assert_eq!((due[0].upstream_id.clone(), due[0].attempts), (Some(format!("t_{n}")), 0));
+        store.schedule_remnant(intent, due[0].upstream_id.as_deref(), None).await.unwrap();
+    }
 }
 
 async fn what_is_carried_over_counts_where_nothing_is_anchored(_: &TestDatabase, store: &dyn Store) {
