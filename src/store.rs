@@ -138,12 +138,18 @@ pub trait Store: Life + Keys + Send + Sync + std::fmt::Debug {
         binding: &Binding<'_>,
     ) -> Result<Bound, StoreError>;
 
-    /// Withholds all messages before those of a run, for good: its upstream thread is to begin without them. `false` if
-    /// the lease was lost. Harmless to repeat.
-    async fn withhold_earlier(&self, lease: &RunLease) -> Result<bool, StoreError>;
+    /// Withholds messages before those of a run, for good: its upstream thread is to go on without them. `false` if the
+    /// lease was lost. Harmless to repeat.
+    async fn withhold_earlier(&self, lease: &RunLease, what: &Withholding) -> Result<bool, StoreError>;
 
-    /// Messages of the runs before it that the upstream thread of a run lacks, oldest first.
-    async fn backlog(&self, run: RunId) -> Result<Vec<Message>, StoreError>;
+    /// Up to `limit` messages of the thread of a run that stand before a position (`None`: before the run's own) and are
+    /// not withheld, newest first. The page ends before its limit, with `has_more`, once it holds [`PAGE_BYTES`].
+    async fn earlier(&self, run: RunId, before: Option<i64>, limit: u32)
+    -> Result<Page<Message>, StoreError>;
+
+    /// The same of those alone that the upstream thread of the run lacks.
+    async fn backlog(&self, run: RunId, before: Option<i64>, limit: u32)
+    -> Result<Page<Message>, StoreError>;
 
     /// Where a run's messages begin in the upstream thread, as far as the transcript knows.
     async fn baseline(&self, run: RunId) -> Result<Baseline, StoreError>;
@@ -329,6 +335,17 @@ pub struct InputMessage {
 pub struct RunLease {
     pub run_id: RunId,
     pub fence: i64,
+}
+
+/// Messages before those of a run that are to be [withheld](Store::withhold_earlier).
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+pub struct Withholding {
+    /// Those that stand before this position; `None`: all before the run's own.
+    pub before: Option<i64>,
+    /// Only those among them that the upstream thread lacks: the rest are in it, and stay.
+    pub missing_only: bool,
+    /// The thread still begins with so many messages of the thread before, if there are as many; `None`: as it does.
+    pub carried: Option<u32>,
 }
 
 /// What a run at work has shown since it was last [recorded](Store::record).

@@ -84,7 +84,7 @@ impl Drive<'_> {
             rebuilt = true;
             self.history_before().await?
         } else if self.turn.thread.backlog > 0 || self.turn.thread.leftover.is_some() {
-            History { messages: self.backlog().await?, carried_users: 0 }
+            self.backlog().await?
         } else {
             History::default()
         };
@@ -95,7 +95,7 @@ impl Drive<'_> {
                     Ok(holds_seed) => {
                         needs_thread = false;
                         if rebuilt && holds_seed {
-                            history.messages.clear();
+                            history = History::default();
                         }
                     }
                     Err(Failure::Upstream(error)) => {
@@ -156,7 +156,7 @@ impl Drive<'_> {
                     if was_busy && !rebuilt && self.turn.thread.leftover.is_some() {
                         // What held it may have come in since it was looked at, and what went along with it.
                         if self.settle_earlier().await? {
-                            history.messages = self.backlog().await?;
+                            history = self.backlog().await?;
                         } else {
                             history = self.start_anew().await?;
                             (needs_thread, rebuilt) = (true, true);

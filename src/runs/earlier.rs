@@ -5,11 +5,16 @@ use std::sync::Arc;
 use super::drive::{Drive, insist, wait_out};
 use super::failure::Failure;
 use super::making::Making;
-use crate::domain::{Context, Message, Role, Thread};
+use crate::domain::{ContentPart, Context, Message, Page, Role, RunId, Thread};
+use crate::store::{Store, StoreError, Withholding};
 use crate::upstream::{Ownership, Settled, UpstreamError};
 
-/// Messages read at a time when an upstream thread is made again.
-const HISTORY_PAGE: u32 = 500;
+/// Messages read at a time.
+const PAGE: u32 = 500;
+/// Messages that an upstream thread is told at once, and bytes of their content: several times what a model reads. All of
+/// them are in memory, more than once, until the upstream has them.
+const MAX_MESSAGES: usize = 5000;
+const MAX_BYTES: usize = 8 * 1024 * 1024;
 
 impl Drive<'_> {
     /// What an earlier run may have left is looked at before anything is sent: its remains are taken away, and what
@@ -53,55 +58,62 @@ impl Drive<'_> {
         Ok(settled)
     }
 
-    /// What the upstream thread lacks of the transcript.
-    pub(super) async fn backlog(&self) -> Result<Vec<Message>, Failure> {
-        loop {
-            match self.runs.parts.given.store.backlog(self.turn.run.id).await {
-                Ok(messages) => return Ok(with_content(messages)),
-                Err(error) => wait_out(error).await?,
-            }
+    /// What the upstream thread lacks of the transcript. What is too much to be told is withheld for good.
+    pub(super) async fn backlog(&self) -> Result<History, Failure> {
+        let (store, run) = (&self.runs.parts.given.store, self.turn.run.id);
+        let mut room = Room::default();
+        let backlog = newest(&mut room, |before| patiently(move || store.backlog(run, before, PAGE))).await?;
+        if room.is_full {
+            let before = backlog.first().map(|message| message.position);
+            self.withhold(&Withholding { before, missing_only: true, carried: None }).await?;
         }
+        Ok(History { messages: Arc::new(with_content(backlog)), carried_users: 0 })
     }
 
     /// What a new upstream thread begins with: what is carried over from the thread before, and the transcript up to
-    /// this run, as far as the model may know it.
+    /// this run, as far as the model may know it. What is too much to be told is withheld for good.
     pub(super) async fn history_before(&self) -> Result<History, Failure> {
-        let store = &self.runs.parts.given.store;
+        let (store, run) = (&self.runs.parts.given.store, self.turn.run.id);
         let Thread { id, carried, .. } = self.turn.thread;
-        let mut messages = loop {
-            if carried == 0 {
-                break Vec::new();
-            }
-            match store.carried(id).await {
-                Ok(carried) => break with_content(carried),
-                Err(error) => wait_out(error).await?,
-            }
-        };
-        let carried_users = count_users(&messages);
-        let mut after = 0;
-        loop {
-            match store.transcript(id, after, HISTORY_PAGE).await {
-                Ok(page) => {
-                    let Some(last) = page.last() else { break };
-                    after = last.position;
-                    messages.extend(page);
-                }
-                Err(error) => wait_out(error).await?,
-            }
-        }
-        let own = Some(self.turn.run.id);
-        messages.retain(|message| message.run_id != own && message.context != Context::Withheld);
-        if messages.iter().any(|message| message.content.is_empty()) {
+        let mut room = Room::default();
+        let mut own = newest(&mut room, |before| patiently(move || store.earlier(run, before, PAGE))).await?;
+        if own.iter().any(|message| message.content.is_empty()) {
             return self.nothing_before().await;
         }
-        Ok(History { messages, carried_users })
+        let before = own.first().map(|message| message.position);
+        let mut messages = Vec::new();
+        if carried > 0 {
+            messages = newest(&mut room, |before| patiently(move || store.carried(id, before, PAGE))).await?;
+        }
+        if room.is_full {
+            let carried = Some(u32::try_from(messages.len()).unwrap_or(u32::MAX));
+            self.withhold(&Withholding { before, missing_only: false, carried }).await?;
+        }
+        messages = with_content(messages);
+        let carried_users = count_users(&messages);
+        messages.append(&mut own);
+        Ok(History { messages: Arc::new(messages), carried_users })
     }
 
     /// Where not all that was said is stored, a new upstream thread begins with nothing: a story with gaps is another one.
     async fn nothing_before(&self) -> Result<History, Failure> {
         let store = &self.runs.parts.given.store;
-        insist(|| store.withhold_earlier(&self.turn.lease)).await?;
+        let all = Withholding { carried: Some(0), ..Withholding::default() };
+        insist(|| store.withhold_earlier(&self.turn.lease, &all)).await?;
         Ok(History::default())
+    }
+
+    /// Withholds the oldest messages of a thread that is too long.
+    async fn withhold(&self, what: &Withholding) -> Result<(), Failure> {
+        tracing::warn!(
+            thread.id = %self.turn.thread.id,
+            first_position = what.before,
+            max_messages = MAX_MESSAGES,
+            max_bytes = MAX_BYTES,
+            "the thread is too long to tell the upstream all of it; older messages are withheld from the model"
+        );
+        let store = &self.runs.parts.given.store;
+        insist(|| store.withhold_earlier(&self.turn.lease, what)).await
     }
 
     /// Makes the upstream thread and records it before it is used. Whether there is one that holds the seed: where
@@ -125,23 +137,84 @@ impl Drive<'_> {
             upstream: Arc::clone(upstream),
             lease: self.turn.lease,
             owner: owner.clone(),
-            seed: seed.map(|seed| (seed.messages.clone(), seed.carried_users)),
+            seed: seed.map(|seed| (Arc::clone(&seed.messages), seed.carried_users)),
         };
         self.progress.thread = Some(making.carry_out(&given.tasks).await?);
         Ok(true)
     }
 }
 
-/// Messages that an upstream thread lacks, oldest first.
+/// Messages that an upstream thread lacks, oldest first. Whoever makes the thread shares them.
 #[derive(Default)]
 pub(super) struct History {
-    pub(super) messages: Vec<Message>,
+    pub(super) messages: Arc<Vec<Message>>,
     /// How many of the user's among them come from the thread before.
     pub(super) carried_users: u32,
 }
 
+/// How much more an upstream thread may be told.
+pub(super) struct Room {
+    messages: usize,
+    bytes: usize,
+    /// A message did not fit: no older one goes along either, since a story with gaps is another one.
+    is_full: bool,
+}
+
+impl Default for Room {
+    fn default() -> Self {
+        Self { messages: MAX_MESSAGES, bytes: MAX_BYTES, is_full: false }
+    }
+}
+
+impl Room {
+    fn take(&mut self, message: &Message) -> bool {
+        let bytes = message.content.iter().map(ContentPart::size).sum();
+        match (self.messages.checked_sub(1), self.bytes.checked_sub(bytes)) {
+            (Some(messages), Some(bytes)) if !self.is_full => (self.messages, self.bytes) = (messages, bytes),
+            _ => self.is_full = true,
+        }
+        !self.is_full
+    }
+}
+
+/// The newest messages for which there is room, oldest first. They are read backwards in pages, each before the position
+/// at which the last one ended.
+pub(super) async fn newest<E, F>(room: &mut Room, read: impl Fn(Option<i64>) -> F) -> Result<Vec<Message>, E>
+where
+    F: Future<Output = Result<Page<Message>, E>>,
+{
+    let mut messages: Vec<Message> = Vec::new();
+    let mut has_more = true;
+    while has_more && !room.is_full {
+        let page = read(messages.last().map(|message| message.position)).await?;
+        has_more = page.has_more && !page.data.is_empty();
+        messages.extend(page.data.into_iter().take_while(|message| room.take(message)));
+    }
+    messages.reverse();
+    Ok(messages)
+}
+
+/// What the upstream thread of a run lacks, as far as it was told with the run.
+pub(super) async fn went_along(store: &dyn Store, run: RunId) -> Result<Vec<Message>, StoreError> {
+    let backlog = newest(&mut Room::default(), |before| store.backlog(run, before, PAGE)).await?;
+    Ok(with_content(backlog))
+}
+
+/// Reads of the store until it answers.
+async fn patiently<T, F>(read: impl Fn() -> F) -> Result<T, Failure>
+where
+    F: Future<Output = Result<T, StoreError>>,
+{
+    loop {
+        match read().await {
+            Ok(read) => return Ok(read),
+            Err(error) => wait_out(error).await?,
+        }
+    }
+}
+
 /// Without those that were said while nothing that is said was stored.
-pub(super) fn with_content(mut messages: Vec<Message>) -> Vec<Message> {
+fn with_content(mut messages: Vec<Message>) -> Vec<Message> {
     messages.retain(|message| !message.content.is_empty());
     messages
 }

@@ -29,7 +29,7 @@ pub(super) struct Making {
     pub(super) lease: RunLease,
     pub(super) owner: Ownership,
     /// The messages that it is to hold, and how many of the user's among them come from the thread before.
-    pub(super) seed: Option<(Vec<Message>, u32)>,
+    pub(super) seed: Option<(Arc<Vec<Message>>, u32)>,
 }
 
 impl Making {
@@ -50,7 +50,8 @@ impl Making {
                 Err(error) => wait_out(error).await?,
             }
         }
-        let (messages, carried_users) = self.seed.as_ref().map_or((&[][..], 0), |(all, users)| (all, *users));
+        let (messages, carried_users) =
+            self.seed.as_ref().map_or((&[][..], 0), |(all, users)| (&all[..], *users));
         let made = match timeout(LONGEST_MAKING, self.upstream.create_thread(&self.owner, messages)).await {
             Ok(Ok(made)) => made.ok_or_else(|| UpstreamError::Protocol("it made no thread".to_owned())),
             Ok(Err(error)) => Err(error),

@@ -209,15 +209,31 @@ fn cost(content: &[ContentPart]) -> usize {
 /// All that the upstream thread of a thread may hold of the record: what was carried over, and its own transcript. `None`
 /// if that is too much.
 async fn transcript(store: &dyn Store, thread: &Thread) -> Result<Option<Vec<Message>>, StoreError> {
-    let mut all = if thread.carried > 0 { store.carried(thread.id).await? } else { Vec::new() };
-    let (mut after, mut held) = (0, 0);
+    let (mut all, mut held) = (Vec::new(), 0);
+    let mut keep = |page: &[Message]| {
+        held += page.iter().map(|message| cost(&message.content)).sum::<usize>();
+        if held > MAX_HISTORY {
+            tracing::warn!("the transcript is too long to be compared with its upstream thread");
+        }
+        held <= MAX_HISTORY
+    };
+    let mut has_more = thread.carried > 0;
+    while has_more {
+        let before = all.last().map(|message: &Message| message.position);
+        let page = store.carried(thread.id, before, PAGE).await?;
+        if !keep(&page.data) {
+            return Ok(None);
+        }
+        has_more = page.has_more && !page.data.is_empty();
+        all.extend(page.data);
+    }
+    all.reverse();
+    let mut after = 0;
     loop {
         let page = store.transcript(thread.id, after, PAGE).await?;
         let Some(last) = page.last() else { return Ok(Some(all)) };
         after = last.position;
-        held += page.iter().map(|message| cost(&message.content)).sum::<usize>();
-        if held > MAX_HISTORY {
-            tracing::warn!("the transcript is too long to be compared with its upstream thread");
+        if !keep(&page) {
             return Ok(None);
         }
         all.extend(page);

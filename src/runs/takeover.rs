@@ -5,7 +5,7 @@ use std::time::Duration;
 use tokio::time::{sleep, timeout};
 use tracing::Instrument;
 
-use super::earlier::with_content;
+use super::earlier::went_along;
 use super::feed::STARTED;
 use super::follow::stored_log;
 use super::standing::{Refused, Working};
@@ -44,8 +44,8 @@ impl Before {
             return Ok(Self { log: StoredLog { end: STARTED, ..StoredLog::default() }, ..Self::default() });
         }
         let run = orphan.run.id;
-        let backlog = if orphan.thread.backlog > 0 { store.backlog(run).await? } else { Vec::new() };
-        Ok(Self { log: stored_log(store, run).await?, backlog: with_content(backlog) })
+        let backlog = if orphan.thread.backlog > 0 { went_along(store, run).await? } else { Vec::new() };
+        Ok(Self { log: stored_log(store, run).await?, backlog })
     }
 }
 

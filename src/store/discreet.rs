@@ -24,7 +24,7 @@ use futures_util::stream::BoxStream;
 use super::{
     Admission, Admitted, Answered, Binding, Bound, Claim, Closing, InputMessage, News, Orphan, Pause, Paused,
     Renewed, Repeated, Request, RunEnd, RunLease, RunProgress, Store, StoreError, ThreadName, ToolAnswer,
-    Turn, Withdrawal, Withdrawn,
+    Turn, Withdrawal, Withdrawn, Withholding,
 };
 use crate::domain::{
     Baseline, Context, ConversationKey, EventBatch, Message, MessageId, MultitaskStrategy, Page, PageRequest,
@@ -295,12 +295,26 @@ impl Store for Discreet {
         Ok(bound)
     }
 
-    async fn withhold_earlier(&self, lease: &RunLease) -> Result<bool, StoreError> {
-        Ok(self.if_held(lease, self.inner.withhold_earlier(lease).await?))
+    async fn withhold_earlier(&self, lease: &RunLease, what: &Withholding) -> Result<bool, StoreError> {
+        Ok(self.if_held(lease, self.inner.withhold_earlier(lease, what).await?))
     }
 
-    async fn backlog(&self, _run: RunId) -> Result<Vec<Message>, StoreError> {
-        Ok(Vec::new())
+    async fn earlier(
+        &self,
+        run: RunId,
+        before: Option<i64>,
+        limit: u32,
+    ) -> Result<Page<Message>, StoreError> {
+        self.inner.earlier(run, before, limit).await
+    }
+
+    async fn backlog(
+        &self,
+        _run: RunId,
+        _before: Option<i64>,
+        _limit: u32,
+    ) -> Result<Page<Message>, StoreError> {
+        Ok(Page { data: Vec::new(), has_more: false })
     }
 
     async fn baseline(&self, run: RunId) -> Result<Baseline, StoreError> {

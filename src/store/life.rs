@@ -189,9 +189,15 @@ pub trait Life: Send + Sync {
     /// long as the run is in progress.
     async fn roll_over(&self, rollover: &Rollover) -> Result<Rolled, StoreError>;
 
-    /// The messages of the thread before that a thread begins with, oldest first, but for those that are withheld. Fewer,
-    /// or none, once that thread is to be erased.
-    async fn carried(&self, thread: ThreadId) -> Result<Vec<Message>, StoreError>;
+    /// Up to `limit` of the messages of the thread before that a thread begins with, but for those that are withheld, from a
+    /// position in that thread (`None`: from its end) backwards, newest first. The page ends before its limit, with `has_more`,
+    /// once it holds [`PAGE_BYTES`](super::PAGE_BYTES). Fewer, or none, once that thread is to be erased.
+    async fn carried(
+        &self,
+        thread: ThreadId,
+        before: Option<i64>,
+        limit: u32,
+    ) -> Result<Page<Message>, StoreError>;
 
     /// Puts messages that others wrote to the upstream thread into the transcript, each behind the one it names, and those
     /// behind the same one in their order. Those that the thread has by their id upstream are passed over. How many. Nothing

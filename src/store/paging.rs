@@ -33,6 +33,12 @@ impl Span {
         }
     }
 
+    /// All above a number, from the high end or from before another number.
+    pub(super) fn down(above: i64, before: Option<i64>, limit: u32) -> Self {
+        let below = before.unwrap_or(i64::MAX);
+        Self { above, below, upwards: false, reverse: false, fetch: i64::from(limit) + 1 }
+    }
+
     /// What stands behind this number, in the direction of travel.
     pub(super) fn behind(self, number: i64) -> Self {
         if self.upwards { Self { above: number, ..self } } else { Self { below: number, ..self } }

@@ -61,21 +61,23 @@ macro_rules! reads {
                 return Ok(None);
             };
             let span = Span::new(page, cursor(page, position)?);
-            Ok(Some(listed(connection, thread, span, page.limit).await?.page(span)))
+            let statement = if span.upwards { UPWARDS } else { DOWNWARDS };
+            Ok(Some(listed(connection, statement, thread, span, page.limit).await?.page(span)))
         }
 
-        /// Messages of a thread, up to so many.
-        async fn listed(
+        /// Messages of a thread, up to so many, in the direction of a statement. `of`: the thread, or what the statement knows
+        /// it by.
+        pub(super) async fn listed(
             connection: &mut <$database as sqlx::Database>::Connection,
-            thread: Uuid,
+            statement: &'static str,
+            of: Uuid,
             mut span: Span,
             limit: u32,
         ) -> Result<Filling, StoreError> {
-            let statement = if span.upwards { UPWARDS } else { DOWNWARDS };
             let mut filling = Filling::new(limit);
             while let Some(room) = filling.room() {
                 let rows: Vec<ListedRow> = sqlx::query_as(statement)
-                    .bind(thread)
+                    .bind(of)
                     .bind(span.above)
                     .bind(span.below)
                     .bind(room)
@@ -99,6 +101,33 @@ macro_rules! reads {
         const DOWNWARDS: &str = listed!(
             "m_position DESC", "$4", "$5",
             "FROM messages m WHERE m.thread_id = $1 AND m.position > $2 AND m.position < $3 ORDER BY m.position DESC"
+        );
+
+        /// The same without those that are withheld.
+        pub(super) const DOWNWARDS_KNOWN: &str = listed!(
+            "m_position DESC", "$4", "$5",
+            "FROM messages m WHERE m.thread_id = $1 AND m.position > $2 AND m.position < $3 AND m.context <> 'withheld'
+            ORDER BY m.position DESC"
+        );
+
+        /// The same for the thread of the run `$1`, without the messages of that run and those behind them.
+        const EARLIER: &str = listed!(
+            "m_position DESC", "$4", "$5",
+            "FROM messages m WHERE m.thread_id = (SELECT r.thread_id FROM runs r WHERE r.id = $1)
+                AND m.position > $2 AND m.position < $3
+                AND m.position < COALESCE((SELECT min(f.position) FROM messages f WHERE f.run_id = $1), $3)
+                AND m.context <> 'withheld'
+            ORDER BY m.position DESC"
+        );
+
+        /// The same of those alone that the upstream thread lacks.
+        const BACKLOG: &str = listed!(
+            "m_position DESC", "$4", "$5",
+            "FROM messages m WHERE m.thread_id = (SELECT r.thread_id FROM runs r WHERE r.id = $1)
+                AND m.position > $2 AND m.position < $3
+                AND m.position < COALESCE((SELECT min(f.position) FROM messages f WHERE f.run_id = $1), $3)
+                AND m.context = 'missing'
+            ORDER BY m.position DESC"
         );
 
         /// The part of [`messages`] that reads all threads of a key.
@@ -180,7 +209,29 @@ macro_rules! reads {
         ) -> Result<Vec<Message>, StoreError> {
             let all = PageRequest::<MessageId> { limit, ascending: true, after: None, before: None };
             let span = Span::new(&all, None).behind(after);
-            Ok(listed(connection, thread.uuid(), span, limit).await?.messages())
+            Ok(listed(connection, UPWARDS, thread.uuid(), span, limit).await?.messages())
+        }
+
+        /// Implements [`Store::earlier`](crate::store::Store::earlier).
+        pub(super) async fn earlier(
+            connection: &mut <$database as sqlx::Database>::Connection,
+            run: RunId,
+            before: Option<i64>,
+            limit: u32,
+        ) -> Result<Page<Message>, StoreError> {
+            let span = Span::down(0, before, limit);
+            Ok(listed(connection, EARLIER, run.uuid(), span, limit).await?.page(span))
+        }
+
+        /// Implements [`Store::backlog`](crate::store::Store::backlog).
+        pub(super) async fn backlog(
+            connection: &mut <$database as sqlx::Database>::Connection,
+            run: RunId,
+            before: Option<i64>,
+            limit: u32,
+        ) -> Result<Page<Message>, StoreError> {
+            let span = Span::down(0, before, limit);
+            Ok(listed(connection, BACKLOG, run.uuid(), span, limit).await?.page(span))
         }
 
         /// Implements [`Store::runs`](crate::store::Store::runs).
@@ -447,25 +498,6 @@ macro_rules! reads {
             .fetch_all(connection)
             .await?;
             Ok(rows.into_iter().map(EventBatch::from).collect())
-        }
-
-        /// Implements [`Store::backlog`](crate::store::Store::backlog).
-        pub(super) async fn backlog(
-            connection: &mut <$database as sqlx::Database>::Connection,
-            run: RunId,
-        ) -> Result<Vec<Message>, StoreError> {
-            let rows: Vec<MessageRow> = sqlx::query_as(concat!(
-                "SELECT ",
-                message_columns!(),
-                " FROM runs r JOIN messages m ON m.thread_id = r.thread_id
-                WHERE r.id = $1 AND m.context = 'missing' AND m.position < ",
-                first_position!("r"),
-                " ORDER BY m.position",
-            ))
-            .bind(run.uuid())
-            .fetch_all(connection)
-            .await?;
-            rows.into_iter().map(Message::try_from).collect()
         }
 
         /// Implements [`Store::baseline`](crate::store::Store::baseline). What stands before a run's messages is

@@ -41,7 +41,7 @@ use super::pool::{Pool, on};
 use super::{
     Admission, Admitted, Answered, Binding, Bound, Claim, Closing, News, Orphan, Pause, Paused, Renewed,
     Repeated, Request, RunEnd, RunLease, RunProgress, Store, StoreError, ThreadName, ToolAnswer, Withdrawal,
-    Withdrawn,
+    Withdrawn, Withholding,
 };
 use crate::config::StoreConfig;
 use crate::domain::{
@@ -251,12 +251,26 @@ impl Store for SqliteStore {
         on!(self.writer, c => turn::bind_upstream_thread(c, lease, binding))
     }
 
-    async fn withhold_earlier(&self, lease: &RunLease) -> Result<bool, StoreError> {
-        on!(self.writer, c => turn::withhold_earlier(c, lease))
+    async fn withhold_earlier(&self, lease: &RunLease, what: &Withholding) -> Result<bool, StoreError> {
+        on!(self.writer, c => turn::withhold_earlier(c, lease, what))
     }
 
-    async fn backlog(&self, run: RunId) -> Result<Vec<Message>, StoreError> {
-        on!(self.readers, c => read::backlog(c, run))
+    async fn earlier(
+        &self,
+        run: RunId,
+        before: Option<i64>,
+        limit: u32,
+    ) -> Result<Page<Message>, StoreError> {
+        on!(self.readers, c => read::earlier(c, run, before, limit))
+    }
+
+    async fn backlog(
+        &self,
+        run: RunId,
+        before: Option<i64>,
+        limit: u32,
+    ) -> Result<Page<Message>, StoreError> {
+        on!(self.readers, c => read::backlog(c, run, before, limit))
     }
 
     async fn baseline(&self, run: RunId) -> Result<Baseline, StoreError> {

@@ -86,15 +86,16 @@ impl Upstream for ResponsesUpstream {
         if !self.conversations {
             return Ok(None);
         }
-        let items = history_items(history);
-        let (first, rest) = items.split_at(items.len().min(ITEMS_PER_REQUEST));
+        let (first, rest) = history.split_at(history.len().min(ITEMS_PER_REQUEST));
         let mut body = json!({"metadata": thread_tags(owner)});
+        let first = history_items(first);
         if !first.is_empty() {
             body["items"] = first.into();
         }
         let conversation: Created = self.client.make(&["conversations"], &body).await?;
+        drop(body);
         let conversation = conversation.into_thread()?;
-        let Err(error) = self.add_items(&conversation, rest).await else { return Ok(Some(conversation)) };
+        let Err(error) = self.add_history(&conversation, rest).await else { return Ok(Some(conversation)) };
         // One that holds but a part of the history is of no use.
         match self.delete_thread(&conversation, &Pace::UNBOUND, &mut 0).await {
             Ok(_) => Err(error),
@@ -200,6 +201,18 @@ impl Upstream for ResponsesUpstream {
 }
 
 impl ResponsesUpstream {
+    /// One request at a time, so that no more of it is in memory a second time.
+    async fn add_history(
+        &self,
+        conversation: &UpstreamThreadId,
+        history: &[Message],
+    ) -> Result<(), UpstreamError> {
+        for some in history.chunks(ITEMS_PER_REQUEST) {
+            self.add_items(conversation, &history_items(some)).await?;
+        }
+        Ok(())
+    }
+
     fn calls<'a>(&'a self, pace: Option<&'a Pace>) -> Calls<'a> {
         Calls { client: &self.client, pace }
     }

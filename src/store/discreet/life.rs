@@ -226,8 +226,13 @@ impl Life for Discreet {
         Ok(rolled)
     }
 
-    async fn carried(&self, _thread: ThreadId) -> Result<Vec<Message>, StoreError> {
-        Ok(Vec::new())
+    async fn carried(
+        &self,
+        _thread: ThreadId,
+        _before: Option<i64>,
+        _limit: u32,
+    ) -> Result<Page<Message>, StoreError> {
+        Ok(Page { data: Vec::new(), has_more: false })
     }
 
     async fn insert_foreign(

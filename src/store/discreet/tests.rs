@@ -154,7 +154,7 @@ async fn what_a_run_says_is_held_until_it_ends() {
     }
     let below = world.inner.transcript(turn.thread.id, 0, 10).await.unwrap();
     assert!(below.len() == 4 && below.iter().all(|it| it.content.is_empty()), "{below:#?}");
-    assert!(world.store.backlog(run.id).await.unwrap().is_empty());
+    assert!(world.store.backlog(run.id, None, 10).await.unwrap().data.is_empty());
     let left = Leftover {
         run: run.id,
         thread: None,

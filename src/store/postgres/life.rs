@@ -182,8 +182,13 @@ impl Life for PostgresStore {
         on!(self.vital, c => rollover::roll_over(c, rollover))
     }
 
-    async fn carried(&self, thread: ThreadId) -> Result<Vec<Message>, StoreError> {
-        on!(self.vital, c => rollover::carried(c, thread))
+    async fn carried(
+        &self,
+        thread: ThreadId,
+        before: Option<i64>,
+        limit: u32,
+    ) -> Result<Page<Message>, StoreError> {
+        on!(self.vital, c => rollover::carried(c, thread, before, limit))
     }
 
     async fn insert_foreign(

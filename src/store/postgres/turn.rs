@@ -8,7 +8,7 @@ use super::read::{bound_before, started_before};
 use crate::domain::{Context, RemnantId, RunId};
 use crate::store::columns::{first_position, run_columns, started_position, thread_columns};
 use crate::store::rows::ThreadAndRun;
-use crate::store::{Binding, Bound, Claim, InputMessage, RunLease, StoreError, Turn};
+use crate::store::{Binding, Bound, Claim, InputMessage, RunLease, StoreError, Turn, Withholding};
 
 /// Implements [`Store::claim`](crate::store::Store::claim).
 ///
@@ -195,6 +195,7 @@ pub(super) async fn settled(
 pub(super) async fn withhold_earlier(
     connection: &mut PgConnection,
     lease: &RunLease,
+    what: &Withholding,
 ) -> Result<bool, StoreError> {
     let done = sqlx::query(concat!(
         "WITH held AS MATERIALIZED (
@@ -204,23 +205,26 @@ pub(super) async fn withhold_earlier(
         ), missing AS (
             UPDATE messages m SET context = 'withheld', upstream_message_id = NULL
             FROM held h
-            WHERE m.thread_id = h.thread_id AND m.position < ",
+            WHERE m.thread_id = h.thread_id AND m.position < LEAST($3, ",
         first_position!("h"),
-        " AND m.context = 'missing'
+        ") AND m.context = 'missing'
             RETURNING m.id
         ), others AS (
             UPDATE messages m SET context = 'withheld', upstream_message_id = NULL
             FROM held h
-            WHERE m.thread_id = h.thread_id AND m.position < ",
+            WHERE NOT $4 AND m.thread_id = h.thread_id AND m.position < LEAST($3, ",
         first_position!("h"),
-        " AND m.context <> 'missing' AND (m.context <> 'withheld' OR m.upstream_message_id IS NOT NULL)
+        ") AND m.context <> 'missing' AND (m.context <> 'withheld' OR m.upstream_message_id IS NOT NULL)
         )
-        UPDATE threads t SET backlog = t.backlog - (SELECT count(*) FROM missing)
+        UPDATE threads t SET backlog = t.backlog - (SELECT count(*) FROM missing), carried = LEAST(t.carried, $5)
         FROM held h
         WHERE t.id = h.thread_id",
     ))
     .bind(lease.run_id.uuid())
     .bind(lease.fence)
+    .bind(what.before)
+    .bind(what.missing_only)
+    .bind(what.carried.map(i64::from))
     .execute(&mut *connection)
     .await?;
     Ok(done.rows_affected() == 1)

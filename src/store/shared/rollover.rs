@@ -7,10 +7,11 @@ macro_rules! rollovers {
         use serde_json::json as value;
         use uuid::Uuid;
 
-        use super::read::started_before;
-        use crate::domain::{Lifecycle, Message, RunStatus, Thread, ThreadId};
-        use crate::store::columns::{message_columns, thread_columns};
-        use crate::store::rows::{MessageRow, ThreadRow, json, millis};
+        use super::read::{DOWNWARDS_KNOWN, listed, started_before};
+        use crate::domain::{Lifecycle, Message, Page, RunStatus, Thread, ThreadId};
+        use crate::store::columns::thread_columns;
+        use crate::store::paging::Span;
+        use crate::store::rows::{ThreadRow, json, millis};
         use crate::store::{Claim, Foreign, Rolled, Rollover, RunLease, StoreError, Turn};
 
         type Connection = <$database as sqlx::Database>::Connection;
@@ -277,26 +278,28 @@ macro_rules! rollovers {
         pub(super) async fn carried(
             connection: &mut Connection,
             thread: ThreadId,
-        ) -> Result<Vec<Message>, StoreError> {
-            let before: Option<(Uuid, i64)> = sqlx::query_as(
+            before: Option<i64>,
+            limit: u32,
+        ) -> Result<Page<Message>, StoreError> {
+            let nothing = Page { data: vec![], has_more: false };
+            let previous: Option<(Uuid, i64)> = sqlx::query_as(
                 "SELECT p.id, t.carried FROM threads t JOIN threads p ON p.id = t.previous_thread
                 WHERE t.id = $1 AND t.carried > 0 AND p.deletion IS DISTINCT FROM 'erase'",
             )
             .bind(thread.uuid())
             .fetch_optional(&mut *connection)
             .await?;
-            let Some((before, carried)) = before else { return Ok(vec![]) };
-            let rows: Vec<MessageRow> = sqlx::query_as(concat!(
-                "SELECT ",
-                message_columns!(),
-                " FROM messages m WHERE m.thread_id = $1 AND m.context <> 'withheld'
-                ORDER BY m.position DESC LIMIT $2",
-            ))
-            .bind(before)
-            .bind(carried)
-            .fetch_all(connection)
+            let Some((previous, carried)) = previous else { return Ok(nothing) };
+            let first: Option<i64> = sqlx::query_scalar(
+                "SELECT m.position FROM messages m WHERE m.thread_id = $1 AND m.context <> 'withheld'
+                ORDER BY m.position DESC LIMIT 1 OFFSET $2",
+            )
+            .bind(previous)
+            .bind(carried - 1)
+            .fetch_optional(&mut *connection)
             .await?;
-            rows.into_iter().rev().map(Message::try_from).collect()
+            let span = Span::down(first.map_or(0, |first| first - 1), before, limit);
+            Ok(listed(connection, DOWNWARDS_KNOWN, previous, span, limit).await?.page(span))
         }
 
         /// Implements [`Life::insert_foreign`](crate::store::Life::insert_foreign).

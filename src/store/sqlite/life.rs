@@ -182,8 +182,13 @@ impl Life for SqliteStore {
         on!(self.writer, c => rollover::roll_over(c, rollover))
     }
 
-    async fn carried(&self, thread: ThreadId) -> Result<Vec<Message>, StoreError> {
-        on!(self.readers, c => rollover::carried(c, thread))
+    async fn carried(
+        &self,
+        thread: ThreadId,
+        before: Option<i64>,
+        limit: u32,
+    ) -> Result<Page<Message>, StoreError> {
+        on!(self.readers, c => rollover::carried(c, thread, before, limit))
     }
 
     async fn insert_foreign(

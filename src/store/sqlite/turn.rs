@@ -9,7 +9,7 @@ use super::{now, write};
 use crate::domain::{Context, RemnantId, Run, RunId, Thread};
 use crate::store::columns::{first_position, run_columns, started_position, thread_columns};
 use crate::store::rows::{RunRow, ThreadRow, json};
-use crate::store::{Binding, Bound, Claim, InputMessage, RunLease, StoreError, Turn};
+use crate::store::{Binding, Bound, Claim, InputMessage, RunLease, StoreError, Turn, Withholding};
 
 /// The messages that the thread `$2` lacks upstream, counted.
 macro_rules! missing_messages {
@@ -158,6 +158,7 @@ pub(super) async fn settled(
 pub(super) async fn withhold_earlier(
     connection: &mut SqliteConnection,
     lease: &RunLease,
+    what: &Withholding,
 ) -> Result<bool, StoreError> {
     let mut tx = write(connection).await?;
     let Some(thread) = active(&mut tx, lease).await? else {
@@ -166,16 +167,20 @@ pub(super) async fn withhold_earlier(
     sqlx::query(concat!(
         "UPDATE messages SET upstream_message_id = NULL, context = 'withheld'
         WHERE thread_id = $2 AND (context <> 'withheld' OR upstream_message_id IS NOT NULL)
-            AND position < (SELECT ",
+            AND (context = 'missing' OR NOT $4)
+            AND position < (SELECT min($3, ",
         first_position!("r"),
-        " FROM runs r WHERE r.id = $1);
+        ") FROM runs r WHERE r.id = $1);
 
-        UPDATE threads SET backlog = ",
+        UPDATE threads SET carried = min(carried, COALESCE($5, carried)), backlog = ",
         missing_messages!(),
         " WHERE id = $2",
     ))
     .bind(lease.run_id.uuid())
     .bind(thread)
+    .bind(what.before.unwrap_or(i64::MAX))
+    .bind(what.missing_only)
+    .bind(what.carried.map(i64::from))
     .execute(&mut *tx)
     .await?;
     tx.commit().await?;

@@ -26,7 +26,8 @@ pub(super) struct Attempt {
     upstream: ResponsesUpstream,
     thread: Option<UpstreamThreadId>,
     body: Value,
-    input: Vec<Value>,
+    /// How many items of its input mend the thread: the turn's own come behind them.
+    repairs: usize,
     tried: Repair,
 }
 
@@ -46,8 +47,24 @@ impl Attempt {
         input: Vec<Value>,
         mut body: Value,
     ) -> Self {
-        body["input"] = input.clone().into();
-        Self { upstream: upstream.clone(), thread: thread.cloned(), body, input, tried: Repair::Nothing }
+        body["input"] = input.into();
+        let (upstream, thread) = (upstream.clone(), thread.cloned());
+        Self { upstream, thread, body, repairs: 0, tried: Repair::Nothing }
+    }
+
+    /// What the turn itself sends.
+    fn input(&self) -> &[Value] {
+        let all = self.body["input"].as_array().map(Vec::as_slice).unwrap_or_default();
+        all.get(self.repairs..).unwrap_or_default()
+    }
+
+    /// Puts other items before what the turn itself sends.
+    fn repair_with(&mut self, repairs: Vec<Value>) {
+        if let Value::Array(input) = &mut self.body["input"] {
+            let count = repairs.len();
+            input.splice(..self.repairs, repairs);
+            self.repairs = count;
+        }
     }
 
     /// Starts the turn. A server that accepts it first and refuses it as its end is understood too: then the stream
@@ -111,13 +128,12 @@ impl Attempt {
             Err(error) => return Err(failed(error)),
         };
         if accepted {
-            let kept = kept(&items, &self.input);
+            let kept = kept(&items, self.input());
             self.upstream.delete_items(thread, &kept).await?;
         }
         let open = open_calls(&items);
         if self.tried == Repair::Nothing && damage == Damage::OpenCall && !open.is_empty() {
-            let outputs = open.iter().map(|call: &OpenCall| call.output(NO_OUTPUT));
-            self.body["input"] = outputs.chain(self.input.iter().cloned()).collect();
+            self.repair_with(open.iter().map(|call: &OpenCall| call.output(NO_OUTPUT)).collect());
             self.tried = Repair::Outputs;
             return Ok(());
         }
@@ -126,7 +142,7 @@ impl Attempt {
             return Err(UpstreamError::ThreadGone);
         }
         self.upstream.delete_items(thread, &broken).await.map_err(failed)?;
-        self.body["input"] = self.input.clone().into();
+        self.repair_with(Vec::new());
         self.tried = Repair::Deletion;
         Ok(())
     }

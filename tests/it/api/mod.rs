@@ -17,6 +17,7 @@ mod idempotency;
 mod killed;
 mod limits;
 mod logs;
+mod long_threads;
 mod lost;
 mod openapi;
 mod operators;

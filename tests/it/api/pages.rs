@@ -106,7 +106,7 @@ async fn add_messages(scene: &Scene) {
 }
 
 /// Memory of the process, KiB.
-fn memory(gateway: &Gateway, name: &str) -> u64 {
+pub(super) fn memory(gateway: &Gateway, name: &str) -> u64 {
     let status = std::fs::read_to_string(format!("/proc/{}/status", gateway.id())).unwrap();
     let line = status.lines().find_map(|line| line.strip_prefix(name)).unwrap();
     line.split_whitespace().next().unwrap().parse().unwrap()

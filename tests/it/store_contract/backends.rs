@@ -109,7 +109,7 @@ async fn the_rest_of_a_run_s_life_is_cheap_on_postgres_too() {
         meter.one("a discarding end");
         claimed(store.claim(&rollback).await.unwrap());
         meter.one("a claim of a run that goes first");
-        store.backlog(rollback.run_id).await.unwrap();
+        store.backlog(rollback.run_id, None, 10).await.unwrap();
         meter.one("a backlog");
         assert!(store.settled(&rollback, turn.run.id, Context::Present, false).await.unwrap());
         meter.one("settling");
@@ -363,7 +363,7 @@ async fn no_step_scans_what_grows() {
     store.displace(&next, true).await.unwrap().unwrap();
     closed(store.finish(&turn.lease, &RunEnd { discard: true, ..completed(None) }).await.unwrap());
     claimed(store.claim(&next).await.unwrap());
-    assert_eq!(store.backlog(next.run_id).await.unwrap(), []);
+    assert_eq!(store.backlog(next.run_id, None, 10).await.unwrap().data, []);
     store.baseline(next.run_id).await.unwrap();
     assert!(store.settled(&next, turn.run.id, Context::Missing, false).await.unwrap());
     store.request_cancel(&key, next.run_id).await.unwrap().unwrap();

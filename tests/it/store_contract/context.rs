@@ -1,6 +1,7 @@
 //! What is upstream and what is not, and what is taken out of the transcript.
 
 use threadkeeper::domain::{Baseline, Leftover, UpstreamThreadId};
+use threadkeeper::store::{PAGE_BYTES, Withholding};
 
 use super::*;
 
@@ -17,6 +18,10 @@ on_every_backend!(
     what_went_along_with_a_discarded_run_is_settled_too,
     a_rebuilt_thread_holds_all_that_came_before,
     all_that_came_before_can_be_withheld,
+    messages_before_a_position_can_be_withheld,
+    messages_that_are_missing_can_be_withheld_alone,
+    earlier_messages_are_read_backwards_in_pages,
+    pages_of_long_earlier_messages_end_early,
     a_baseline_begins_at_the_newest_known_message,
     a_discarded_run_leaves_no_messages,
     a_discarded_run_that_waited_moves_nothing,
@@ -69,7 +74,7 @@ async fn backlog(store: &dyn Store, run: RunId) -> Vec<String> {
         [ContentPart::Text { text }] => text.clone(),
         other => panic!("{other:?}"),
     };
-    store.backlog(run).await.unwrap().into_iter().map(text).collect()
+    store.backlog(run, None, 1000).await.unwrap().data.into_iter().rev().map(text).collect()
 }
 
 async fn an_end_says_where_its_messages_stand(database: &TestDatabase, store: &dyn Store) {
@@ -385,10 +390,12 @@ async fn all_that_came_before_can_be_withheld(database: &TestDatabase, store: &d
         turn(store, &key, "message", &end).await;
     }
     let turn = started(store.admit(&say(&key, "and now?")).await.unwrap());
-    assert!(!store.withhold_earlier(&RunLease { fence: 2, ..turn.lease }).await.unwrap());
+    assert!(
+        !store.withhold_earlier(&RunLease { fence: 2, ..turn.lease }, &Withholding::default()).await.unwrap()
+    );
     assert_eq!(seen(store, &key).await.unwrap().0.backlog, 1, "the lease was lost");
     for _ in 0..2 {
-        assert!(store.withhold_earlier(&turn.lease).await.unwrap());
+        assert!(store.withhold_earlier(&turn.lease, &Withholding::default()).await.unwrap());
     }
     let mut contexts: Vec<_> =
         contexts(store, &key).await.into_iter().map(|(_, context, _)| context).collect();
@@ -397,6 +404,96 @@ async fn all_that_came_before_can_be_withheld(database: &TestDatabase, store: &d
     assert_eq!(seen(store, &key).await.unwrap().0.backlog, 0);
     assert_eq!(store.baseline(turn.run.id).await.unwrap(), Baseline::default());
     check_invariants(database).await;
+}
+
+/// Six messages of three runs, the first two of which the upstream lacks, and a run that has just started.
+async fn three_runs_and_one(store: &dyn Store, key: &ConversationKey) -> Turn {
+    for (n, said) in [Context::Missing, Context::Present, Context::Missing].into_iter().enumerate() {
+        let reply = reply(&format!("reply {n}"), Some(&format!("m{n}")), Context::Present);
+        turn(store, key, &format!("say {n}"), &RunEnd { said, reply: Some(reply), ..completed(None) }).await;
+    }
+    started(store.admit(&say(key, "now")).await.unwrap())
+}
+
+async fn messages_before_a_position_can_be_withheld(database: &TestDatabase, store: &dyn Store) {
+    use Context::{Missing, Present, Withheld};
+    let key = user("alice");
+    let now = three_runs_and_one(store, &key).await;
+    let what = Withholding { before: Some(4), ..Withholding::default() };
+    assert!(!store.withhold_earlier(&RunLease { fence: 2, ..now.lease }, &what).await.unwrap());
+    for _ in 0..2 {
+        assert!(store.withhold_earlier(&now.lease, &what).await.unwrap());
+        let seen = contexts(store, &key).await.into_iter().map(|(_, context, _)| context);
+        let wanted = [Withheld, Withheld, Withheld, Present, Missing, Present, Present];
+        assert_eq!(seen.collect::<Vec<_>>(), wanted);
+        check_invariants(database).await;
+    }
+    // The run's own are never withheld by it.
+    let all = Withholding { before: Some(i64::MAX), ..Withholding::default() };
+    assert!(store.withhold_earlier(&now.lease, &all).await.unwrap());
+    let seen = contexts(store, &key).await.into_iter().map(|(_, context, _)| context);
+    assert_eq!(seen.collect::<Vec<_>>(), [&[Withheld; 6][..], &[Present]].concat());
+    assert_eq!(store.earlier(now.run.id, None, 10).await.unwrap().data, []);
+    check_invariants(database).await;
+}
+
+async fn messages_that_are_missing_can_be_withheld_alone(database: &TestDatabase, store: &dyn Store) {
+    use Context::{Missing, Present, Withheld};
+    let key = user("alice");
+    let now = three_runs_and_one(store, &key).await;
+    let baseline = store.baseline(now.run.id).await.unwrap();
+    let what = Withholding { before: Some(5), missing_only: true, carried: None };
+    assert!(store.withhold_earlier(&now.lease, &what).await.unwrap());
+    let seen = contexts(store, &key).await.into_iter().map(|(_, context, _)| context);
+    assert_eq!(seen.collect::<Vec<_>>(), [Withheld, Present, Present, Present, Missing, Present, Present]);
+    assert_eq!(backlog(store, now.run.id).await, ["say 2"]);
+    assert_eq!(store.baseline(now.run.id).await.unwrap(), baseline, "what is upstream keeps its id");
+    check_invariants(database).await;
+}
+
+async fn earlier_messages_are_read_backwards_in_pages(_: &TestDatabase, store: &dyn Store) {
+    let key = user("alice");
+    let now = three_runs_and_one(store, &key).await;
+    queued(store.admit(&say(&key, "later")).await.unwrap());
+    let run = now.run.id;
+    let positions = |messages: Vec<Message>| messages.iter().map(|it| it.position).collect::<Vec<_>>();
+    assert_eq!(positions(store.earlier(run, None, 10).await.unwrap().data), [6, 5, 4, 3, 2, 1]);
+    assert_eq!(positions(store.earlier(run, None, 2).await.unwrap().data), [6, 5]);
+    assert_eq!(positions(store.earlier(run, Some(5), 2).await.unwrap().data), [4, 3]);
+    assert_eq!(positions(store.earlier(run, Some(99), 1).await.unwrap().data), [6], "not its own");
+    assert_eq!(positions(store.earlier(run, Some(1), 2).await.unwrap().data), [0; 0]);
+    assert_eq!(positions(store.backlog(run, None, 10).await.unwrap().data), [5, 1]);
+    assert_eq!(positions(store.backlog(run, None, 1).await.unwrap().data), [5]);
+    assert_eq!(positions(store.backlog(run, Some(5), 1).await.unwrap().data), [1]);
+    let what = Withholding { before: Some(3), ..Withholding::default() };
+    assert!(store.withhold_earlier(&now.lease, &what).await.unwrap());
+    assert_eq!(positions(store.earlier(run, None, 10).await.unwrap().data), [6, 5, 4, 3]);
+    assert_eq!(positions(store.backlog(run, None, 10).await.unwrap().data), [5]);
+    for nobody in [RunId::new(), RunId::new()] {
+        assert_eq!(store.earlier(nobody, None, 10).await.unwrap().data, []);
+        assert_eq!(store.backlog(nobody, None, 10).await.unwrap().data, []);
+    }
+}
+
+async fn pages_of_long_earlier_messages_end_early(_: &TestDatabase, store: &dyn Store) {
+    let key = user("alice");
+    let long = "x".repeat(PAGE_BYTES / 4);
+    for _ in 0..6 {
+        turn(store, &key, &long, &failed(Context::Missing)).await;
+    }
+    let now = started(store.admit(&say(&key, "now")).await.unwrap());
+    let run = now.run.id;
+    let (mut known, mut lacking) = (vec![], vec![]);
+    for _ in 0..2 {
+        let before = known.last().copied();
+        let page = store.earlier(run, before, 100).await.unwrap().data;
+        known.extend(page.iter().map(|it| it.position));
+        let page = store.backlog(run, before, 100).await.unwrap().data;
+        lacking.extend(page.iter().map(|it| it.position));
+        assert_eq!(known, lacking);
+        assert_eq!(known.len(), if before.is_none() { 4 } else { 6 });
+    }
+    assert_eq!(known, [6, 5, 4, 3, 2, 1]);
 }
 
 async fn a_baseline_begins_at_the_newest_known_message(_: &TestDatabase, store: &dyn Store) {

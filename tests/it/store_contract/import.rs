@@ -264,8 +264,8 @@ async fn messages_of_a_thread_without_a_copy_are_missing_there(database: &TestDa
     store.import_messages(id, &[message(Role::User, "one"), message(Role::Assistant, "two")]).await.unwrap();
     assert_eq!(by_id(store, id).await.backlog, 2);
     let turn = started(store.admit(&admission(&key)).await.unwrap());
-    let backlog = store.backlog(turn.run.id).await.unwrap();
-    assert_eq!(backlog.iter().map(|message| message.position).collect::<Vec<_>>(), [1, 2]);
+    let backlog = store.backlog(turn.run.id, None, 1000).await.unwrap().data;
+    assert_eq!(backlog.iter().map(|message| message.position).collect::<Vec<_>>(), [2, 1]);
     let end = RunEnd { synced: true, ..completed(Some("hi")) };
     assert_eq!(closed(store.finish(&turn.lease, &end).await.unwrap()).thread.backlog, 0);
     check_invariants(database).await;

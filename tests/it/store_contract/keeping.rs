@@ -684,7 +684,7 @@ async fn roll_over(store: &dyn Store, key: &ConversationKey) {
         limits: Limits::NONE,
     };
     store.roll_over(&rollover).await.unwrap();
-    assert_eq!(store.carried(rollover.new_thread).await.unwrap().len(), 2);
+    assert_eq!(store.carried(rollover.new_thread, None, 100).await.unwrap().data.len(), 2);
     let foreign = threadkeeper::store::Foreign {
         id: MessageId::new(),
         after: 0,

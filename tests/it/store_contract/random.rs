@@ -202,7 +202,7 @@ async fn end(store: &dyn Store, model: &mut Model, rng: &mut StdRng, step: usize
     }
     end.discard = run.discard || rng.random_bool(0.1);
     // What was missing before the run's own messages went along; what came later did not.
-    let earlier = store.backlog(run.lease.run_id).await.unwrap().len();
+    let earlier = store.backlog(run.lease.run_id, None, 1000).await.unwrap().data.len();
     let finished = closed(store.finish(&run.lease, &end).await.unwrap());
     if end.synced {
         model.missing -= i64::try_from(earlier).unwrap();

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use sqlx::{Connection, Executor};
 use threadkeeper::domain::{Deletion, Leftover, Lifecycle, Role};
-use threadkeeper::store::{DeletionTarget, Foreign, Rolled, Rollover};
+use threadkeeper::store::{DeletionTarget, Foreign, Rolled, Rollover, Withholding};
 
 use super::backends::blocked;
 use super::deletion::{gone_upstream, request};
@@ -21,6 +21,7 @@ on_every_backend!(
     a_repeated_rollover_is_harmless,
     what_is_left_of_limits_goes_along,
     the_last_messages_are_carried_over,
+    carried_messages_are_read_backwards_in_pages,
     nothing_is_carried_from_what_is_erased,
     a_moved_run_lives_on,
     an_idempotency_key_stays_with_its_run,
@@ -55,6 +56,13 @@ fn enqueue(key: &ConversationKey, words: &str) -> Admission {
 /// The texts of a thread's messages, with their positions.
 async fn texts(store: &dyn Store, thread: ThreadId) -> Vec<(i64, String)> {
     lines(store.transcript(thread, 0, 1000).await.unwrap())
+}
+
+/// What a thread begins with, oldest first.
+async fn carried(store: &dyn Store, thread: ThreadId) -> Vec<Message> {
+    let mut newest_first = store.carried(thread, None, 100).await.unwrap().data;
+    newest_first.reverse();
+    newest_first
 }
 
 fn lines(messages: Vec<Message>) -> Vec<(i64, String)> {
@@ -347,13 +355,13 @@ async fn the_last_messages_are_carried_over(database: &TestDatabase, store: &dyn
         if carry_over == 5 {
             let (fresh, _) = done(store.roll_over(&rollover).await.unwrap());
             assert_eq!(fresh.carried, i64::from(carry_over));
-            assert_eq!(lines(store.carried(fresh.id).await.unwrap()), expect(expected));
+            assert_eq!(lines(carried(store, fresh.id).await), expect(expected));
             // Only what stands in the thread right before is carried.
             closed(store.finish(&turn.lease, &completed(Some("then"))).await.unwrap());
             let again = Rollover { carry_over: 100, ..self::rollover(fresh.id, None) };
             let (again, _) = done(store.roll_over(&again).await.unwrap());
             assert_eq!(again.carried, 2);
-            assert_eq!(lines(store.carried(again.id).await.unwrap()), expect(&[(1, "now"), (2, "then")]));
+            assert_eq!(lines(carried(store, again.id).await), expect(&[(1, "now"), (2, "then")]));
         } else {
             let other = user(&carry_over.to_string());
             let turn = started(store.admit(&enqueue(&other, "reply 3")).await.unwrap());
@@ -362,24 +370,48 @@ async fn the_last_messages_are_carried_over(database: &TestDatabase, store: &dyn
                 store.roll_over(&Rollover { thread: turn.thread.id, by: None, ..rollover }).await.unwrap(),
             );
             assert_eq!(fresh.carried, i64::from(carry_over));
-            assert_eq!(store.carried(fresh.id).await.unwrap().len(), expected.len());
+            assert_eq!(store.carried(fresh.id, None, 100).await.unwrap().data.len(), expected.len());
         }
     }
-    assert_eq!(store.carried(made).await.unwrap(), []);
-    assert_eq!(store.carried(ThreadId::new()).await.unwrap(), []);
+    assert_eq!(store.carried(made, None, 100).await.unwrap().data, []);
+    assert_eq!(store.carried(ThreadId::new(), None, 100).await.unwrap().data, []);
     check_counts(database).await;
+}
+
+async fn carried_messages_are_read_backwards_in_pages(_: &TestDatabase, store: &dyn Store) {
+    let key = user("alice");
+    for _ in 0..3 {
+        exchange(store, &key).await;
+    }
+    let turn = started(store.admit(&admission(&key)).await.unwrap());
+    let place = Rollover { carry_over: 4, ..rollover(turn.thread.id, Some(turn.lease)) };
+    let (fresh, _) = done(store.roll_over(&place).await.unwrap());
+    let positions = async |before, limit| {
+        let page = store.carried(fresh.id, before, limit).await.unwrap().data;
+        page.iter().map(|message| message.position).collect::<Vec<_>>()
+    };
+    assert_eq!(positions(None, 100).await, [6, 5, 4, 3]);
+    assert_eq!(positions(None, 3).await, [6, 5, 4]);
+    assert_eq!(positions(Some(4), 3).await, [3]);
+    assert_eq!(positions(Some(3), 3).await, [0; 0]);
+    // A new upstream thread may begin with fewer of them, and with no more from then on.
+    for (carried, left) in [(Some(2), &[6, 5][..]), (Some(3), &[6, 5]), (None, &[6, 5]), (Some(0), &[])] {
+        let what = Withholding { before: Some(0), missing_only: false, carried };
+        assert!(store.withhold_earlier(&turn.lease, &what).await.unwrap());
+        assert_eq!(positions(None, 100).await, left, "{carried:?}");
+    }
 }
 
 async fn nothing_is_carried_from_what_is_erased(_: &TestDatabase, store: &dyn Store) {
     let key = user("alice");
     let old = exchange(store, &key).await.thread.id;
     let (fresh, _) = done(store.roll_over(&rollover(old, None)).await.unwrap());
-    assert_eq!(store.carried(fresh.id).await.unwrap().len(), 2);
+    assert_eq!(store.carried(fresh.id, None, 100).await.unwrap().data.len(), 2);
     assert!(store.discard(old, Duration::ZERO).await.unwrap());
-    assert_eq!(store.carried(fresh.id).await.unwrap(), [], "it is to be erased");
+    assert_eq!(store.carried(fresh.id, None, 100).await.unwrap().data, [], "it is to be erased");
     gone_upstream(store, old).await;
     assert!(store.conclude(old, 10).await.unwrap());
-    assert_eq!(store.carried(fresh.id).await.unwrap(), []);
+    assert_eq!(store.carried(fresh.id, None, 100).await.unwrap().data, []);
     exchange(store, &key).await;
 }
 

@@ -1,0 +1,137 @@
+//! Threads that are longer than what an upstream is told at once.
+
+use std::fmt::Write;
+
+use threadkeeper::domain::{ContentPart, MessageId, Role, UpstreamThreadId};
+use threadkeeper::store::{Imported, ImportedMessage, ImportedThread};
+
+use super::pages::memory;
+use crate::store_contract::{imported, user};
+use crate::support::gateway::{Gateway, text};
+use crate::support::history::{Line, upstream};
+use crate::support::scene::{Backend, Protocol, Scene};
+
+/// Each protocol and each store, but not all of both: that would take minutes.
+mod gone {
+    use super::*;
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn long_thread_of_assistants_is_made_anew_with_its_newest_messages() {
+        long_thread_is_made_anew(Protocol::Assistants, Backend::Postgres, "thread_gone").await;
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn long_conversation_is_made_anew_with_its_newest_messages() {
+        long_thread_is_made_anew(Protocol::Responses, Backend::Sqlite, "conv_gone").await;
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn long_chain_is_made_anew_with_its_newest_messages() {
+        long_thread_is_made_anew(Protocol::Chain, Backend::Postgres, "resp_gone").await;
+    }
+}
+
+const SCOPE: &str = "/v1/users/alice";
+/// 60 MB in all.
+const MESSAGES: usize = 300;
+const MESSAGE_BYTES: usize = 200_000;
+/// What an upstream thread is told at once.
+const TOLD_BYTES: usize = 8 * 1024 * 1024;
+/// What a process may grow by, in KiB: the messages that are told, as values and as the text of a request, once each and
+/// once more for what the allocator keeps, and a page of messages that is being read.
+const MAX_GROWTH_KIB: u64 = 72 * 1024;
+
+#[tokio::test(flavor = "multi_thread")]
+async fn long_thread_without_an_upstream_thread_begins_with_its_newest_messages() {
+    let scene = Scene::new(Protocol::Assistants, Backend::Sqlite).await;
+    let thread = ImportedThread { upstream: "simulated".to_owned(), ..imported(&user("alice")) };
+    goes_on_with_its_newest_messages(scene, &thread).await;
+}
+
+async fn long_thread_is_made_anew(protocol: Protocol, backend: Backend, gone: &str) {
+    let thread = ImportedThread {
+        upstream: "simulated".to_owned(),
+        upstream_thread_id: Some(UpstreamThreadId(gone.to_owned())),
+        ..imported(&user("alice"))
+    };
+    goes_on_with_its_newest_messages(Scene::new(protocol, backend).await, &thread).await;
+}
+
+async fn goes_on_with_its_newest_messages(scene: Scene, thread: &ImportedThread) {
+    fill(&scene, thread).await;
+    let gateway = scene.gateway().await;
+    gateway.get(&format!("{SCOPE}/thread")).await.ok();
+    let before = memory(&gateway, "VmRSS:");
+    let first = gateway.say(SCOPE, "one").await;
+    let grown = memory(&gateway, "VmHWM:").saturating_sub(before);
+    println!("{grown} KiB more");
+    assert!(grown < MAX_GROWTH_KIB, "the process grew by {grown} KiB");
+
+    // As many of the newest as there is room for, in their order.
+    let told = TOLD_BYTES / MESSAGE_BYTES;
+    let mut expected: Vec<String> = (MESSAGES - told..MESSAGES).map(|n| format!("{n:03} ")).collect();
+    expected.extend(["one".to_owned(), text(&first["message"]).to_owned()]);
+    check(&scene, &gateway, &expected, MESSAGES - told).await;
+    let lines = gateway.logs().iter().filter(|line| line.contains("older messages are withheld")).count();
+    assert_eq!(lines, 1);
+
+    // The turns that follow bring none of the rest back, nor does another loss.
+    for (n, word) in [(2, "two"), (3, "three")] {
+        let next = gateway.say(SCOPE, word).await;
+        let users = (MESSAGES - told..MESSAGES).filter(|n| n.is_multiple_of(2)).count();
+        assert!(text(&next["message"]).contains(&format!("turn {}", users + n)), "{next:#}");
+        expected.extend([word.to_owned(), text(&next["message"]).to_owned()]);
+        check(&scene, &gateway, &expected, MESSAGES - told).await;
+        lose_thread(&scene, &gateway).await;
+    }
+}
+
+/// The upstream thread holds messages that begin like this, and so many are withheld from it.
+async fn check(scene: &Scene, gateway: &Gateway, expected: &[String], withheld: usize) {
+    let there = upstream(scene, gateway, SCOPE).await;
+    let begins = |((_, there), expected): (&Line, &String)| there.starts_with(expected);
+    assert!(there.len() == expected.len() && there.iter().zip(expected).all(begins), "{expected:?}");
+    let count = "SELECT count(*) FROM messages WHERE context = 'withheld'";
+    assert_eq!(scene.database.number(count).await, i64::try_from(withheld).unwrap());
+    let thread = gateway.get(&format!("{SCOPE}/thread")).await.ok();
+    assert_eq!(thread["message_count"], withheld + expected.len(), "nothing is forgotten here");
+}
+
+/// Somebody else deletes the upstream thread.
+async fn lose_thread(scene: &Scene, gateway: &Gateway) {
+    let thread = gateway.get(&format!("{SCOPE}/thread")).await.ok();
+    let id = thread["upstream_thread_id"].as_str().unwrap();
+    if scene.protocol == Protocol::Chain {
+        let url = format!("{}/responses/{id}", scene.upstream_url);
+        let answer = reqwest::Client::new().delete(url).bearer_auth("sk-other").send().await.unwrap();
+        assert!(answer.status().is_success());
+    } else {
+        scene.delete_thread(id).await;
+    }
+}
+
+/// A thread of long messages by turns, that begin with their number.
+async fn fill(scene: &Scene, thread: &ImportedThread) {
+    let store = scene.database.store().await;
+    let Imported::Added(id) = store.import_thread(thread).await.unwrap() else { panic!("it is new") };
+    let message = |n: usize| {
+        let mut text = format!("{n:03} ");
+        while text.len() < MESSAGE_BYTES {
+            write!(text, "{:07} ", n * MESSAGE_BYTES + text.len()).unwrap();
+        }
+        text.truncate(MESSAGE_BYTES);
+        ImportedMessage {
+            id: MessageId::new(),
+            role: if n.is_multiple_of(2) { Role::User } else { Role::Assistant },
+            content: vec![ContentPart::Text { text }],
+            upstream_message_id: None,
+            context: None,
+            created_at: None,
+        }
+    };
+    for first in (0..MESSAGES).step_by(20) {
+        let some: Vec<_> = (first..first + 20).map(message).collect();
+        store.import_messages(id, &some).await.unwrap();
+    }
+    store.close().await;
+}
