@@ -156,7 +156,7 @@ macro_rules! first_position {
 /// Which run is meant where something is noted of one at work: the id, then the fence.
 macro_rules! of_a_run_at_work {
     () => {
-        " WHERE id = $1 AND fence = $2 AND status IN ('in_progress', 'requires_action', 'cancelling')"
+        " WHERE id = $1 AND fence = $2 AND input IS NULL AND finished_at IS NULL"
     };
 }
 
@@ -192,6 +192,23 @@ macro_rules! activity {
     };
 }
 
+/// The ids of the unfinished runs of a thread, or of several, as what follows a run's `thread_id` says. Each half is read by
+/// an index of its own.
+macro_rules! unfinished_runs {
+    ($($of_thread:tt)+) => {
+        concat!(
+            "SELECT u.id FROM runs u
+            WHERE u.thread_id",
+            $($of_thread)+,
+            " AND u.status IN ('in_progress', 'requires_action', 'cancelling')
+            UNION ALL
+            SELECT u.id FROM runs u WHERE u.thread_id",
+            $($of_thread)+,
+            " AND u.status = 'queued'"
+        )
+    };
+}
+
 /// How many runs of the thread `t` wait for their turn.
 macro_rules! queue_depth {
     () => {
@@ -202,5 +219,5 @@ macro_rules! queue_depth {
 pub(super) use {
     activity, columns, current_of_key, first_position, lasting_of_key, message_columns,
     newest_archived_of_key, newest_of_key, of_a_run_at_work, queue_depth, run_columns, started_position,
-    thread_columns,
+    thread_columns, unfinished_runs,
 };

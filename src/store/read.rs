@@ -7,7 +7,7 @@ macro_rules! reads {
 
         use super::dialect::{STEP_BYTES, listed};
         use crate::domain::{
-            Baseline, ConversationKey, EventBatch, Message, MessageId, Page, PageRequest, ReplicaId, Run, RunId, ThreadId,
+            Baseline, ConversationKey, EventBatch, Message, MessageId, Page, PageRequest, ReplicaId, Run, RunId, RunStatus, ThreadId,
         };
         use crate::store::columns::{
             first_position, lasting_of_key, message_columns, newest_of_key, of_a_run_at_work, queue_depth, run_columns,
@@ -33,7 +33,7 @@ macro_rules! reads {
             let found: Option<(Uuid, Option<i64>)> = match name {
                 ThreadName::Newest(key) => {
                     sqlx::query_as(concat!(
-                        "SELECT t.id, (SELECT m.position FROM messages m WHERE m.id = $5 AND m.thread_id = t.id)
+                        "SELECT t.id, (SELECT CASE WHEN m.thread_id = t.id THEN m.position END FROM messages m WHERE m.id = $5)
                         FROM threads t WHERE ",
                         newest_of_key!(),
                     ))
@@ -47,7 +47,7 @@ macro_rules! reads {
                 }
                 ThreadName::Id(tenant, id) => {
                     sqlx::query_as(
-                        "SELECT t.id, (SELECT m.position FROM messages m WHERE m.id = $3 AND m.thread_id = t.id)
+                        "SELECT t.id, (SELECT CASE WHEN m.thread_id = t.id THEN m.position END FROM messages m WHERE m.id = $3)
                         FROM threads t WHERE t.id = $2 AND t.tenant = $1",
                     )
                     .bind(tenant.as_str())
@@ -241,7 +241,7 @@ macro_rules! reads {
             page: &PageRequest<RunId>,
         ) -> Result<Option<Page<Run>>, StoreError> {
             let found: Option<(Uuid, Option<i64>)> = sqlx::query_as(concat!(
-                "SELECT t.id, (SELECT r.seq FROM runs r WHERE r.id = $5 AND r.thread_id = t.id)
+                "SELECT t.id, (SELECT CASE WHEN r.thread_id = t.id THEN r.seq END FROM runs r WHERE r.id = $5)
                 FROM threads t
                 WHERE ",
                 newest_of_key!(),
@@ -364,7 +364,7 @@ macro_rules! reads {
             id: RunId,
         ) -> Result<Option<RunLease>, StoreError> {
             let fence: Option<i64> = sqlx::query_scalar(
-                "UPDATE runs SET owner = $1, fence = fence + 1 WHERE id = $2 AND status = 'queued' RETURNING fence",
+                "UPDATE runs SET owner = $1, fence = fence + 1 WHERE id = $2 AND input IS NOT NULL RETURNING fence",
             )
             .bind(replica.uuid())
             .bind(id.uuid())
@@ -406,15 +406,19 @@ macro_rules! reads {
                 ", ",
                 run_columns!(),
                 " FROM runs r JOIN threads t ON t.id = r.thread_id
-                WHERE r.id = $1 AND r.fence = $2 AND r.status = 'in_progress'",
+                WHERE r.id = $1 AND r.fence = $2",
             ))
             .bind(lease.run_id.uuid())
             .bind(lease.fence)
             .fetch_optional(&mut *connection)
             .await?;
             let Some(both) = both else { return Ok(Claim::Lost) };
+            let run = Run::try_from(both.run)?;
+            if run.status != RunStatus::InProgress {
+                return Ok(Claim::Lost);
+            }
             let input = said(connection, lease.run_id).await?;
-            let turn = Turn { lease: *lease, thread: both.thread.try_into()?, run: both.run.try_into()?, input };
+            let turn = Turn { lease: *lease, thread: both.thread.try_into()?, run, input };
             Ok(Claim::Started(Box::new(turn)))
         }
 
@@ -469,7 +473,8 @@ macro_rules! reads {
  queue_depth!(),
  ", r.status AS active_status
                 FROM runs r JOIN threads t ON t.id = r.thread_id
-                WHERE r.id = $1 AND r.fence = $2 AND r.status IN ('in_progress', 'requires_action')",
+                WHERE r.id = $1 AND r.fence = $2 AND r.input IS NULL AND r.finished_at IS NULL
+                    AND r.status <> 'cancelling'",
             ))
             .bind(lease.run_id.uuid())
             .bind(lease.fence)

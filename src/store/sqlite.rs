@@ -391,6 +391,9 @@ mod tests {
     use sqlx::AssertSqlSafe;
 
     use super::*;
+    use crate::domain::{Lifecycle, TenantKey, ThreadState};
+    use crate::store::ThreadFilter;
+    use crate::store::paging::Span;
 
     /// What a plan says of a step that reads a whole table. Taking a list in a column apart is none.
     fn is_scan(step: &str) -> bool {
@@ -409,6 +412,40 @@ mod tests {
             // To sort what one thread gave is fine: it is a page at most.
             let sorts = plan.iter().any(|step| step.3 == "USE TEMP B-TREE FOR ORDER BY");
             assert!(!sorts && !plan.iter().any(|step| is_scan(&step.3)), "{statement}\n{plan:#?}");
+        }
+    }
+
+    /// Lists of threads are read in the order of ids, from an index that holds the tenant's alone.
+    #[tokio::test]
+    async fn a_list_reads_no_thread_of_another_tenant() {
+        let mut connection = SqliteConnection::connect("sqlite::memory:").await.unwrap();
+        MIGRATOR.run(&mut connection).await.unwrap();
+        let all = ThreadFilter::all(TenantKey::default());
+        let time = "2026-11-22T09:00:00Z".parse().unwrap();
+        let mut filters = vec![
+            ThreadFilter { user: Some("alice".to_owned().try_into().unwrap()), ..all.clone() },
+            ThreadFilter { upstream: Some("main".to_owned()), ..all.clone() },
+            ThreadFilter { state: Some(ThreadState::Idle), ..all.clone() },
+            ThreadFilter { created_before: Some(time), ..all.clone() },
+            ThreadFilter { inactive_since: Some(time), ..all.clone() },
+        ];
+        for lifecycle in [Lifecycle::Current, Lifecycle::Archived, Lifecycle::Deleting] {
+            filters.push(ThreadFilter { lifecycle: Some(lifecycle), ..all.clone() });
+        }
+        filters.push(all);
+        for filter in &filters {
+            for (ascending, after) in [(true, None), (false, None), (true, Some(ThreadId::new()))] {
+                let page = PageRequest { limit: 10, ascending, after, before: None };
+                let statement = threads::listing(filter, after, &Span::new(&page, None)).into_string();
+                let explain = AssertSqlSafe(format!("EXPLAIN QUERY PLAN {statement}"));
+                let plan: Vec<(i64, i64, i64, String)> =
+                    sqlx::query_as(explain).fetch_all(&mut connection).await.unwrap();
+                let first = &plan[0].3;
+                let sorts = plan.iter().any(|step| step.3 == "USE TEMP B-TREE FOR ORDER BY");
+                // What one user has is sorted.
+                let is_sound = first.contains("(tenant=?") && (filter.user.is_some() || !sorts);
+                assert!(is_sound, "{statement}\n{plan:#?}");
+            }
         }
     }
 }

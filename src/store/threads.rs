@@ -12,8 +12,6 @@ const SKEW: chrono::TimeDelta = chrono::TimeDelta::days(1);
 macro_rules! threads {
     (
         $database:ty,
-        // The column, spelled so that the list of all threads is read in the order of ids.
-        tenant = $tenant:literal,
         // The present.
         now = $now:expr,
         // Holds the row that a statement of a transaction reads.
@@ -126,6 +124,18 @@ macro_rules! threads {
                 }
             }
             let span = Span::new(page, None);
+            let mut query = listing(filter, cursor, &span);
+            let rows: Vec<ThreadWithActivity> =
+                query.build_query_as().persistent(false).fetch_all(connection).await?;
+            span.page(rows)
+        }
+
+        /// The statement of a list that goes on behind a thread.
+        pub(super) fn listing(
+            filter: &ThreadFilter,
+            cursor: Option<ThreadId>,
+            span: &Span,
+        ) -> QueryBuilder<$database> {
             let mut query = QueryBuilder::<$database>::new(concat!(
                 "SELECT ",
                 thread_columns!(),
@@ -133,14 +143,10 @@ macro_rules! threads {
                 activity!(),
                 " FROM threads t WHERE ",
             ));
-            match &filter.user {
-                Some(user) => query
-                    .push("t.tenant = ")
-                    .push_bind(filter.tenant.as_str())
-                    .push(" AND t.user_key = ")
-                    .push_bind(user.as_str()),
-                None => query.push(concat!($tenant, " = ")).push_bind(filter.tenant.as_str()),
-            };
+            query.push("t.tenant = ").push_bind(filter.tenant.as_str());
+            if let Some(user) = &filter.user {
+                query.push(" AND t.user_key = ").push_bind(user.as_str());
+            }
             if let Some(upstream) = &filter.upstream {
                 query.push(" AND t.upstream = ").push_bind(upstream.as_str());
             }
@@ -153,10 +159,10 @@ macro_rules! threads {
             if let Some(state) = filter.state {
                 query.push(match state {
                     ThreadState::Idle => {
-                        " AND NOT EXISTS (
-                            SELECT 1 FROM runs o
+                        " AND (
+                            SELECT o.id FROM runs o
                             WHERE o.thread_id = t.id AND o.status IN ('in_progress', 'requires_action', 'cancelling')
-                        )"
+                        ) IS NULL"
                     }
                     ThreadState::Active => {
                         " AND t.id IN (
@@ -189,9 +195,7 @@ macro_rules! threads {
             query
                 .push(if span.upwards { " ORDER BY t.id ASC LIMIT " } else { " ORDER BY t.id DESC LIMIT " })
                 .push(span.fetch);
-            let rows: Vec<ThreadWithActivity> =
-                query.build_query_as().persistent(false).fetch_all(connection).await?;
-            span.page(rows)
+            query
         }
 
         /// Implements [`Life::runs_of`](crate::store::Life::runs_of).
@@ -222,9 +226,9 @@ macro_rules! threads {
             let rows: Vec<RunRow> = sqlx::query_as(concat!(
                 "SELECT ",
                 run_columns!(),
-                " FROM runs r
-                WHERE r.thread_id = $1 AND r.status IN ('queued', 'in_progress', 'requires_action', 'cancelling')
-                ORDER BY r.seq",
+                " FROM runs r WHERE r.id",
+                among_found!(unfinished_runs!(" = $1")),
+                " ORDER BY r.seq",
             ))
             .bind(thread.uuid())
             .fetch_all(connection)
@@ -315,7 +319,8 @@ macro_rules! threads {
             let found: Option<Uuid> = sqlx::query_scalar(concat!(
                 "SELECT t.id FROM threads t WHERE ",
                 lasting_of_key!(),
-                " AND t.upstream = $5 AND CASE
+                " AND CASE
+                    WHEN t.upstream <> $5 THEN false
                     WHEN $6 IS NOT NULL
                     THEN COALESCE(t.upstream_thread_id, t.removed ->> 'upstream_thread_id') = $6
                     ELSE t.lifecycle = $7 AND (t.lifecycle = 'current' OR $8 IS NULL OR t.created_at = $8)

@@ -11,6 +11,7 @@ mod keys;
 mod news;
 mod once;
 mod outages;
+mod plans;
 mod queue;
 mod random;
 mod reading;

@@ -313,14 +313,14 @@ async fn merge(connection: &mut PgConnection, admission: &Admission) -> Result<O
             UPDATE runs r
             SET input = r.input || jsonb_build_array(jsonb_build_object('id', $8, 'content', $9::jsonb))
             FROM last l
-            WHERE r.id = l.id AND r.status = 'queued' AND r.thread_id = l.thread_id AND r.assistant = $6
+            WHERE r.id = (SELECT o.id FROM last o) AND r.input IS NOT NULL AND (r.thread_id = l.thread_id) IS TRUE AND r.assistant = $6
                 AND r.metadata = $7::jsonb
                 AND jsonb_array_length(r.input) < $10 AND COALESCE(l.expires_at > clock_timestamp(), true)
             RETURNING r.*
         ), bound AS (
             UPDATE threads t SET ",
         live_on!("$15", "$16"),
-        " FROM merged r WHERE t.id = r.thread_id
+        " WHERE t.id = (SELECT r.thread_id FROM merged r)
             RETURNING t.*
         ), used AS (
             INSERT INTO idempotency_keys (

@@ -116,6 +116,10 @@ impl Way {
             ("idle_in_transaction_session_timeout", "30s"),
             // All of them look rows up by key: one plan serves every key, and planning takes longer than the rest.
             ("plan_cache_mode", "force_generic_plan"),
+            // A plan that was made while a table was empty, or thought to be, is kept when it is full.
+            ("enable_seqscan", "off"),
+            ("enable_hashjoin", "off"),
+            ("enable_mergejoin", "off"),
             ("jit", "off"),
         ]);
         Self { options, ..self }

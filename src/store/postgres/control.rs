@@ -3,30 +3,34 @@
 use sqlx::PgConnection;
 use uuid::Uuid;
 
+use super::replicas::unfinished_of_owner;
 use crate::domain::{ConversationKey, ReplicaId, Run, RunId};
 use crate::store::columns::run_columns;
 use crate::store::rows::{RequestRow, RunRow};
 use crate::store::{Request, RunLease, StoreError};
 
 /// Implements [`Store::displace`](crate::store::Store::displace). A repetition that has nothing to change writes
-/// nothing.
+/// nothing, so it does not lock the run either.
 pub(super) async fn displace(
     connection: &mut PgConnection,
     lease: &RunLease,
     discard: bool,
 ) -> Result<Option<RunId>, StoreError> {
     let id: Option<Uuid> = sqlx::query_scalar(
-        "WITH active AS MATERIALIZED (
-            SELECT r.id FROM runs w JOIN runs r ON r.thread_id = w.thread_id AND r.seq < w.seq
-            WHERE w.id = $1 AND w.fence = $2 AND w.status = 'queued'
+        "WITH waiting AS MATERIALIZED (
+            SELECT r.thread_id, r.seq FROM runs r WHERE r.id = $1 AND r.fence = $2 AND r.input IS NOT NULL
+        ), at_work AS MATERIALIZED (
+            SELECT r.id, r.seq, r.status = 'cancelling' AND (r.discard OR NOT $3) AS is_marked FROM runs r
+            WHERE r.thread_id = (SELECT w.thread_id FROM waiting w)
                 AND r.status IN ('in_progress', 'requires_action', 'cancelling')
-            FOR NO KEY UPDATE OF r
+        ), earlier AS MATERIALIZED (
+            SELECT a.id, a.is_marked FROM at_work a JOIN waiting w ON a.seq < w.seq
         ), marked AS (
             UPDATE runs r SET status = 'cancelling', discard = r.discard OR $3
-            FROM active a
-            WHERE r.id = a.id AND (r.status <> 'cancelling' OR ($3 AND NOT r.discard))
+            WHERE r.id = (SELECT e.id FROM earlier e WHERE NOT e.is_marked) AND r.finished_at IS NULL
+            RETURNING r.id
         )
-        SELECT a.id FROM active a",
+        SELECT e.id FROM earlier e WHERE e.is_marked UNION ALL SELECT m.id FROM marked m",
     )
     .bind(lease.run_id.uuid())
     .bind(lease.fence)
@@ -62,7 +66,7 @@ async fn try_request_cancel(
             FOR NO KEY UPDATE OF r
         ), marked AS (
             UPDATE runs r SET status = 'cancelling' FROM found f
-            WHERE r.id = f.id AND r.status IN ('in_progress', 'requires_action')
+            WHERE r.id = $5 AND f.status IN ('in_progress', 'requires_action')
             RETURNING r.*
         )
         SELECT ",
@@ -88,12 +92,11 @@ pub(super) async fn requests(
     connection: &mut PgConnection,
     replica: ReplicaId,
 ) -> Result<Vec<Request>, StoreError> {
-    let rows: Vec<RequestRow> = sqlx::query_as(
-        "SELECT r.id, r.status, r.discard, r.tool_outputs FROM runs r
-        WHERE r.status IN ('in_progress', 'requires_action', 'cancelling') AND r.owner = $1
-            AND (r.status = 'cancelling' OR (r.status = 'in_progress' AND r.tool_outputs IS NOT NULL
-                AND NOT r.outputs_sent))",
-    )
+    let rows: Vec<RequestRow> = sqlx::query_as(concat!(
+        "SELECT r.id, r.status, r.discard, r.tool_outputs FROM runs r WHERE r.owner = $1 AND ",
+        unfinished_of_owner!(),
+        " AND (r.status = 'cancelling' OR (r.tool_outputs IS NOT NULL AND NOT r.outputs_sent))"
+    ))
     .bind(replica.uuid())
     .fetch_all(connection)
     .await?;

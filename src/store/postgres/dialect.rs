@@ -65,6 +65,13 @@ macro_rules! among {
     };
 }
 
+/// Whether what stands before is one of the ids that a query gives, which is evaluated once.
+macro_rules! among_found {
+    ($($query:tt)+) => {
+        concat!(" = ANY (ARRAY (", $($query)+, "))")
+    };
+}
+
 /// The values of a JSON array in a parameter, as a table `e`.
 macro_rules! each {
     ($array:literal) => {
@@ -145,8 +152,8 @@ macro_rules! listed {
 pub(super) const STEP_BYTES: i64 = 128 * 1024;
 
 pub(super) use {
-    among, and_no_more, at, each, each_text, held, id, id_after, left_of, listed, locked, locked_if_free,
-    locked_whole, ms, now, rows_of, spelled,
+    among, among_found, and_no_more, at, each, each_text, held, id, id_after, left_of, listed, locked,
+    locked_if_free, locked_whole, ms, now, rows_of, spelled,
 };
 
 /// Ids as a parameter.

@@ -14,22 +14,23 @@ use crate::store::{Closing, Finished, InputMessage, RunEnd, RunLease, StoreError
 ///
 /// The statement's snapshot is taken before it gets the run's row, and may be out of date by then: if the run moved on
 /// meanwhile (a claim whose caller did not wait for it puts messages into the transcript, a rollover takes it to a fresh
-/// thread), the snapshot lacks what came with that. `s` is the run as in the snapshot, so that this shows; then nothing is changed, and it is tried again.
+/// thread), the snapshot lacks what came with that. `seen` is the run as in the snapshot, so that this shows; then nothing is changed, and it is tried again.
 ///
 /// A part of the log may be there already, if the answer to its [recording](super::record) did not come in time.
 ///
+/// The one thread is said as a value and not as a join, which might be made of all messages that are unsettled anywhere.
 /// What concerns other messages than the new ones hangs on a parameter alone, so that a run which ended well does not
 /// look at any. The run comes first, then the messages that the thread counts, then the thread.
 const FINISH: &str = concat!(
-    "WITH held AS MATERIALIZED (
+    "WITH seen AS MATERIALIZED (
+        SELECT r.status, r.thread_id FROM runs r WHERE r.id = $1
+    ), held AS MATERIALIZED (
         SELECT r.id, r.thread_id, r.discard, r.status, COALESCE(r.input, '[]') AS input FROM runs r
-        WHERE r.id = $1 AND r.fence = $2
-            AND r.status IN ('queued', 'in_progress', 'requires_action', 'cancelling')
+        WHERE r.id = $1 AND r.fence = $2 AND r.finished_at IS NULL
         FOR NO KEY UPDATE
     ), ending AS MATERIALIZED (
         SELECT h.id, h.thread_id, CASE WHEN $15 THEN '[]' ELSE h.input END AS input
-        FROM held h
-        JOIN runs s ON s.id = h.id AND s.status = h.status AND s.thread_id = h.thread_id
+        FROM held h JOIN seen s ON s.status = h.status AND s.thread_id = h.thread_id
         WHERE $15 OR NOT h.discard
     ), ended AS (
         UPDATE runs r SET status = $3, error = $4::jsonb, usage = $5::jsonb,
@@ -39,7 +40,7 @@ const FINISH: &str = concat!(
                 ELSE r.earlier_upstream_runs END,
             unheard = r.unheard + $21, discard = $15, required_action = NULL, partial = NULL, tool_outputs = NULL, input = NULL, finished_at = clock_timestamp()
         FROM ending e
-        WHERE r.id = e.id
+        WHERE r.id = $1
         RETURNING r.*
     ), logged AS (
         INSERT INTO run_events AS l (run_id, n, event, until, created_at)
@@ -47,25 +48,27 @@ const FINISH: &str = concat!(
         ON CONFLICT (run_id, n) DO UPDATE SET event = excluded.event, until = excluded.until
             WHERE l.until < excluded.until
     ), removed AS (
-        DELETE FROM messages m USING ending e WHERE $15 AND m.run_id = e.id RETURNING m.id
+        DELETE FROM messages m USING ending e WHERE $15 AND m.run_id = $1 RETURNING m.id
     ), marked AS (
         UPDATE messages m SET context = $11, ended = $18
         FROM ending e
-        WHERE $19 AND m.run_id = e.id
+        WHERE $19 AND m.run_id = $1
         RETURNING m.id
     ), sent AS (
         UPDATE messages m SET context = 'present'
-        FROM ending e
-        WHERE $13 AND m.thread_id = e.thread_id AND m.position < ",
+        WHERE $13 AND m.thread_id = (SELECT e.thread_id FROM ending e) AND m.position < (
+            SELECT ",
     first_position!("e"),
-    " AND m.context = 'missing'
+    " FROM ending e
+        ) AND m.context = 'missing'
         RETURNING m.id
     ), found AS (
         UPDATE messages m SET context = 'present'
-        FROM ending e
-        WHERE $13 AND m.thread_id = e.thread_id AND m.position < ",
+        WHERE $13 AND m.thread_id = (SELECT e.thread_id FROM ending e) AND m.position < (
+            SELECT ",
     first_position!("e"),
-    " AND m.context = 'unknown'
+    " FROM ending e
+        ) AND m.context = 'unknown'
     ), bound AS (
         UPDATE threads t SET
             message_count = t.message_count + jsonb_array_length(e.input) + CASE WHEN $8 IS NULL THEN 0 ELSE 1 END
@@ -78,7 +81,7 @@ const FINISH: &str = concat!(
             upstream_thread_id = COALESCE($7, t.upstream_thread_id),
             last_active_at = clock_timestamp()
         FROM ending e
-        WHERE t.id = e.thread_id
+        WHERE t.id = (SELECT o.thread_id FROM ending o)
         RETURNING t.*
     ), said AS (
         INSERT INTO messages (id, thread_id, position, role, content, run_id, context, ended, created_at)
@@ -213,7 +216,7 @@ pub(super) async fn withdraw(
 ) -> Result<Withdrawn, StoreError> {
     let mut tx = connection.begin().await?;
     let waiting: Option<Json<Vec<InputMessage>>> = sqlx::query_scalar(
-        "SELECT r.input FROM runs r WHERE r.id = $1 AND r.fence = $2 AND r.status = 'queued' FOR NO KEY UPDATE",
+        "SELECT r.input FROM runs r WHERE r.id = $1 AND r.fence = $2 AND r.input IS NOT NULL FOR NO KEY UPDATE",
     )
     .bind(lease.run_id.uuid())
     .bind(lease.fence)

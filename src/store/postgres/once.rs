@@ -26,16 +26,18 @@ pub(super) async fn repeated(
                     SELECT FROM runs r WHERE r.id = k.run_id AND r.error ->> 'code' = $7
                 ))
             RETURNING k.run_id
+        ), used AS MATERIALIZED (
+            SELECT k.run_id, k.request_hash FROM idempotency_keys k
+            WHERE k.tenant = $1 AND k.user_key = $2 AND k.scope_kind = $3 AND k.scope_name = $4 AND k.key = $5
+                AND NOT EXISTS (SELECT FROM forgotten)
         )
-        SELECT k.request_hash, ",
+        SELECT u.request_hash, ",
         thread_columns!(),
         ", ",
         run_columns!(),
-        " FROM idempotency_keys k
-        JOIN runs r ON r.id = k.run_id
-        JOIN threads t ON t.id = r.thread_id
-        WHERE k.tenant = $1 AND k.user_key = $2 AND k.scope_kind = $3 AND k.scope_name = $4 AND k.key = $5
-            AND NOT EXISTS (SELECT FROM forgotten)",
+        " FROM used u
+        CROSS JOIN LATERAL (SELECT * FROM runs o WHERE o.id = u.run_id LIMIT 1) r
+        CROSS JOIN LATERAL (SELECT * FROM threads o WHERE o.id = r.thread_id LIMIT 1) t",
     ))
     .bind(key.tenant.as_str())
     .bind(key.user.as_str())

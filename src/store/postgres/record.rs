@@ -23,7 +23,7 @@ const RECORD: &str = "
             AS p (run_id, fence, upstream_run_id, n, event, until)
     ), held AS MATERIALIZED (
         SELECT r.id FROM told p JOIN runs r ON r.id = p.run_id
-        WHERE r.fence = p.fence AND r.status IN ('queued', 'in_progress', 'requires_action', 'cancelling')
+        WHERE r.id = ANY($1) AND r.fence = p.fence AND r.finished_at IS NULL
         ORDER BY r.id
         FOR NO KEY UPDATE OF r SKIP LOCKED
     ), logged AS (
@@ -37,7 +37,7 @@ const RECORD: &str = "
             earlier_upstream_runs = CASE WHEN r.upstream_run_id IS NULL THEN r.earlier_upstream_runs
                 ELSE COALESCE(r.earlier_upstream_runs, '[]') || to_jsonb(r.upstream_run_id) END
         FROM held h JOIN told p ON p.run_id = h.id
-        WHERE r.id = h.id AND p.upstream_run_id IS NOT NULL AND r.upstream_run_id IS DISTINCT FROM p.upstream_run_id
+        WHERE r.id = ANY($1) AND r.id = h.id AND p.upstream_run_id IS NOT NULL AND r.upstream_run_id IS DISTINCT FROM p.upstream_run_id
             AND NOT COALESCE(r.earlier_upstream_runs, '[]') ? p.upstream_run_id
     )
     SELECT h.id FROM held h";

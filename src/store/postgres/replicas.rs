@@ -49,11 +49,11 @@ pub(super) async fn release(connection: &mut PgConnection, leases: &[RunLease]) 
     sqlx::query(
         "WITH held AS MATERIALIZED (
             SELECT r.id FROM runs r JOIN unnest($1::uuid[], $2::bigint[]) AS l (id, fence) ON l.id = r.id
-            WHERE r.fence = l.fence AND r.status IN ('queued', 'in_progress', 'requires_action', 'cancelling')
+            WHERE r.id = ANY($1) AND r.fence = l.fence AND r.finished_at IS NULL
             ORDER BY r.id
             FOR NO KEY UPDATE OF r
         )
-        UPDATE runs r SET owner = NULL FROM held h WHERE r.id = h.id",
+        UPDATE runs r SET owner = NULL FROM held h WHERE r.id = ANY($1) AND r.id = h.id",
     )
     .bind(runs)
     .bind(fences)
@@ -62,26 +62,28 @@ pub(super) async fn release(connection: &mut PgConnection, leases: &[RunLease]) 
     Ok(())
 }
 
-/// `r` has not ended.
-macro_rules! unfinished {
+/// `r` has not ended, in the words of the index `runs_by_owner`, which is for what looks runs up by their owner.
+macro_rules! unfinished_of_owner {
     () => {
-        "r.status IN ('queued', 'in_progress', 'requires_action', 'cancelling')"
+        "COALESCE(r.finished_at, 'infinity') = 'infinity'"
     };
 }
+pub(super) use unfinished_of_owner;
 
 /// What may be an orphan. `owners` steps from one owner of unfinished runs to the next, of which there are few, so that
 /// the runs of those who live are not looked at, however many they are. Of its own the caller looks at all, for strays.
 ///
-/// Each part gives more than are wanted: others may be about to take them too.
+/// Each part gives more than are wanted: others may be about to take them too. It is in the order of a whole row, which no
+/// index has: else all runs that there ever were might be read in that order until one is found.
 const FIND: &str = concat!(
     "WITH RECURSIVE owners AS (
         (SELECT r.owner FROM runs r WHERE ",
-    unfinished!(),
+    unfinished_of_owner!(),
     " AND r.owner IS NOT NULL ORDER BY r.owner LIMIT 1)
         UNION ALL
         SELECT (
             SELECT r.owner FROM runs r WHERE ",
-    unfinished!(),
+    unfinished_of_owner!(),
     " AND r.owner > o.owner ORDER BY r.owner LIMIT 1
         )
         FROM owners o WHERE o.owner IS NOT NULL
@@ -90,24 +92,24 @@ const FIND: &str = concat!(
         SELECT f.id, f.fence FROM owners o
         CROSS JOIN LATERAL (
             SELECT r.id, r.fence FROM runs r WHERE r.owner = o.owner AND ",
-    unfinished!(),
-    " ORDER BY r.thread_id, r.seq LIMIT $3
+    unfinished_of_owner!(),
+    " ORDER BY ROW(r.thread_id, r.seq) LIMIT $3
         ) f
         WHERE o.owner <> $1
             AND NOT EXISTS (SELECT FROM replicas p WHERE p.id = o.owner AND p.expires_at > now())
     )
     UNION ALL (
         SELECT r.id, r.fence FROM runs r WHERE r.owner IS NULL AND ",
-    unfinished!(),
-    " ORDER BY r.thread_id, r.seq LIMIT $3
+    unfinished_of_owner!(),
+    " ORDER BY ROW(r.thread_id, r.seq) LIMIT $3
     )
     UNION ALL (
         SELECT r.id, r.fence FROM runs r WHERE r.owner = $1 AND ",
-    unfinished!(),
+    unfinished_of_owner!(),
     " AND (r.fence > 1 OR r.created_at < now() - interval '1 minute')
             -- Not as a condition on the array itself, which older servers go through for each run.
             AND r.id NOT IN (SELECT unnest($2::uuid[]))
-        ORDER BY r.thread_id, r.seq LIMIT $3
+        ORDER BY ROW(r.thread_id, r.seq) LIMIT $3
     )",
 );
 
@@ -116,14 +118,14 @@ const FIND: &str = concat!(
 const TAKE: &str = concat!(
     "WITH orphans AS MATERIALIZED (
         SELECT r.id, r.owner FROM unnest($3::uuid[], $4::bigint[]) AS f (id, fence) JOIN runs r ON r.id = f.id
-        WHERE r.fence = f.fence AND ",
-    unfinished!(),
-    " AND (r.owner = $1 OR NOT EXISTS (SELECT FROM replicas p WHERE p.id = r.owner AND p.expires_at > now()))
+        WHERE r.id = ANY($3) AND r.fence = f.fence AND r.finished_at IS NULL
+            AND (r.owner = $1 OR NOT EXISTS (SELECT FROM replicas p WHERE p.id = r.owner AND p.expires_at > now()))
         ORDER BY r.thread_id, r.seq
         LIMIT $2
         FOR NO KEY UPDATE OF r SKIP LOCKED
     ), taken AS (
-        UPDATE runs r SET owner = $1, fence = r.fence + 1 FROM orphans o WHERE r.id = o.id
+        UPDATE runs r SET owner = $1, fence = r.fence + 1 FROM orphans o
+        WHERE r.id = ANY($3) AND r.id = o.id
         RETURNING r.*, o.owner AS previous_owner
     )
     SELECT r.previous_owner, r.partial, r.tool_outputs, r.outputs_sent,

@@ -2,13 +2,15 @@
 
 use sqlx::PgConnection;
 
+use super::dialect::among_found;
 use super::{earlier, expiry};
 use crate::domain::NewLife;
 use crate::store::ThreadUpdate;
+use crate::store::columns::unfinished_runs;
 use crate::store::rows::{ThreadRow, ttl_millis};
 use crate::store::threads::threads;
 
-threads!(sqlx::Postgres, tenant = "t.tenant", now = "now()", lock = " FOR NO KEY UPDATE");
+threads!(sqlx::Postgres, now = "now()", lock = " FOR NO KEY UPDATE");
 
 /// Implements [`Life::update_thread`](crate::store::Life::update_thread).
 pub(super) async fn update_thread(

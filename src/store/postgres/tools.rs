@@ -24,7 +24,7 @@ pub(super) async fn pause(
     let row: Option<PgRow> = sqlx::query(concat!(
         "WITH held AS MATERIALIZED (
             SELECT r.id, r.status, COALESCE(r.required_action = $3::jsonb, false) AS same FROM runs r
-            WHERE r.id = $1 AND r.fence = $2 AND r.status IN ('in_progress', 'requires_action', 'cancelling')
+            WHERE r.id = $1 AND r.fence = $2 AND r.input IS NULL AND r.finished_at IS NULL
             FOR NO KEY UPDATE
         ), logged AS (
             INSERT INTO run_events AS l (run_id, n, event, until, created_at)
@@ -40,7 +40,7 @@ pub(super) async fn pause(
                     ELSE r.earlier_upstream_runs END,
                 partial = $5::jsonb, usage = $6::jsonb, tool_outputs = NULL
             FROM logged l
-            WHERE r.id = l.run_id
+            WHERE r.id = $1
             RETURNING r.*
         )
         SELECT h.status AS held_status, h.same, ",
@@ -52,7 +52,7 @@ pub(super) async fn pause(
         ", r.status AS active_status
         FROM held h
         LEFT JOIN paused r ON true
-        LEFT JOIN threads t ON t.id = r.thread_id",
+        LEFT JOIN threads t ON t.id = (SELECT p.thread_id FROM paused p)",
     ))
     .bind(lease.run_id.uuid())
     .bind(lease.fence)
@@ -92,7 +92,7 @@ pub(super) async fn answer_tools(
             UPDATE runs r SET status = 'in_progress', required_action = NULL, tool_outputs = $7::jsonb,
                 outputs_sent = false
             FROM threads t
-            WHERE r.id = $5 AND r.status = 'requires_action' AND r.required_action = $6::jsonb
+            WHERE r.id = $5 AND r.required_action = $6::jsonb AND r.status <> 'cancelling'
                 AND r.deadline_at > clock_timestamp() AND t.id = r.thread_id
                 AND t.tenant = $1 AND t.user_key = $2 AND t.scope_kind = $3 AND t.scope_name = $4
             RETURNING r.*
@@ -109,7 +109,7 @@ pub(super) async fn answer_tools(
         ", ",
         queue_depth!(),
         ", r.status AS active_status
-        FROM answered r JOIN threads t ON t.id = r.thread_id",
+        FROM answered r JOIN threads t ON t.id = (SELECT a.thread_id FROM answered a)",
     ))
     .bind(key.tenant.as_str())
     .bind(key.user.as_str())

@@ -10,6 +10,9 @@ use crate::store::columns::{first_position, run_columns, started_position, threa
 use crate::store::rows::ThreadAndRun;
 use crate::store::{Binding, Bound, Claim, InputMessage, RunLease, StoreError, Turn, Withholding};
 
+/// Times that a run may change under its claim before that comes to nothing.
+const MAX_ATTEMPTS: u32 = 10;
+
 /// Implements [`Store::claim`](crate::store::Store::claim).
 ///
 /// Once a run waits, no admission starts a run of its thread (see `admit`), and only the run at the head of the queue
@@ -17,23 +20,23 @@ use crate::store::{Binding, Bound, Claim, InputMessage, RunLease, StoreError, Tu
 /// If both are claimed at once, the index `runs_active` refuses one, which is told to come again; and a run that
 /// started although another went before it by then has done so before that one came, as far as anybody can tell.
 ///
-/// And the run may have moved to a fresh thread while its row was waited for: `s` is the run as in the snapshot, so that
-/// this shows; then it has to come again.
+/// `seen` is the run as in the snapshot. It is locked only if it may start, since a lock is a write: whoever waits for a turn
+/// asks again and again. While its row was waited for, the run may have moved to a fresh thread or changed hands: then
+/// nothing is changed, and it is tried again.
 pub(super) async fn claim(connection: &mut PgConnection, lease: &RunLease) -> Result<Claim, StoreError> {
+    for _ in 0..MAX_ATTEMPTS {
+        if let Some(claim) = try_claim(connection, lease).await? {
+            return Ok(claim);
+        }
+    }
+    Ok(Claim::NotYet)
+}
+
+/// `None` if the run changed meanwhile; nothing was changed.
+async fn try_claim(connection: &mut PgConnection, lease: &RunLease) -> Result<Option<Claim>, StoreError> {
     let found = sqlx::query(concat!(
-        "WITH waiting AS MATERIALIZED (
-            SELECT r.id, r.thread_id, r.input FROM runs r
-            WHERE r.id = $1 AND r.fence = $2 AND r.status = 'queued'
-            FOR NO KEY UPDATE
-        ), started AS (
-            UPDATE runs r SET status = 'in_progress', input = NULL, (started_at, deadline_at) = (
-                    SELECT c.at, c.at + r.timeout_ms * interval '1 millisecond'
-                    FROM (SELECT clock_timestamp() AS at) c
-                )
-            FROM waiting w
-            JOIN runs s ON s.id = w.id AND s.thread_id = w.thread_id
-            WHERE r.id = w.id AND r.status = 'queued'
-                AND NOT EXISTS (
+        "WITH seen AS MATERIALIZED (
+            SELECT r.id, r.thread_id, NOT EXISTS (
                     SELECT FROM runs o
                     WHERE o.thread_id = r.thread_id AND o.status IN ('in_progress', 'requires_action', 'cancelling')
                 )
@@ -42,14 +45,30 @@ pub(super) async fn claim(connection: &mut PgConnection, lease: &RunLease) -> Re
                     WHERE o.thread_id = r.thread_id AND o.status = 'queued' AND (o.rank, o.seq) < (r.rank, r.seq)
                 )
                 -- What waits on a thread that is being deleted is only to be ended.
-                AND NOT EXISTS (SELECT FROM threads o WHERE o.id = r.thread_id AND o.lifecycle = 'deleting')
+                AND NOT EXISTS (SELECT FROM threads o WHERE o.id = r.thread_id AND o.deletion IS NOT NULL)
+                AS may_start
+            FROM runs r
+            WHERE r.id = $1 AND r.fence = $2 AND r.input IS NOT NULL
+        ), held AS MATERIALIZED (
+            SELECT r.id, r.thread_id, r.input FROM runs r
+            WHERE (SELECT s.may_start FROM seen s) AND r.id = $1 AND r.fence = $2 AND r.input IS NOT NULL
+            FOR NO KEY UPDATE
+        ), waiting AS MATERIALIZED (
+            SELECT h.id, h.input FROM held h JOIN seen s ON s.thread_id = h.thread_id
+        ), started AS (
+            UPDATE runs r SET status = 'in_progress', input = NULL, (started_at, deadline_at) = (
+                    SELECT c.at, c.at + r.timeout_ms * interval '1 millisecond'
+                    FROM (SELECT clock_timestamp() AS at) c
+                )
+            FROM waiting w
+            WHERE r.id = $1
             RETURNING r.*
         ), bound AS (
             UPDATE threads t SET message_count = t.message_count + jsonb_array_length(w.input),
                 last_position = t.last_position + jsonb_array_length(w.input),
                 last_active_at = clock_timestamp()
             FROM started s, waiting w
-            WHERE t.id = s.thread_id
+            WHERE t.id = (SELECT o.thread_id FROM started o)
             RETURNING t.*
         ), said AS (
             INSERT INTO messages (id, thread_id, position, role, content, run_id, created_at)
@@ -62,8 +81,9 @@ pub(super) async fn claim(connection: &mut PgConnection, lease: &RunLease) -> Re
         thread_columns!(),
         ", ",
         run_columns!(),
-        ", w.input
-        FROM waiting w
+        ", s.may_start, w.input
+        FROM seen s
+        LEFT JOIN waiting w ON true
         LEFT JOIN started r ON true
         LEFT JOIN bound t ON true",
     ))
@@ -73,17 +93,17 @@ pub(super) async fn claim(connection: &mut PgConnection, lease: &RunLease) -> Re
     .await;
     let row = match found {
         Ok(Some(row)) => row,
-        Ok(None) => return started_before(connection, lease).await,
-        Err(error) if is_refused(&error) => return Ok(Claim::NotYet),
+        Ok(None) => return started_before(connection, lease).await.map(Some),
+        Err(error) if is_refused(&error) => return Ok(Some(Claim::NotYet)),
         Err(error) => return Err(error.into()),
     };
     if row.try_get::<Option<i64>, _>("r_seq")?.is_none() {
-        return Ok(Claim::NotYet);
+        return Ok((!row.try_get::<bool, _>("may_start")?).then_some(Claim::NotYet));
     }
     let both = ThreadAndRun::from_row(&row)?;
     let Json(input) = row.try_get::<Json<Vec<InputMessage>>, _>("input")?;
     let turn = Turn { lease: *lease, thread: both.thread.try_into()?, run: both.run.try_into()?, input };
-    Ok(Claim::Started(Box::new(turn)))
+    Ok(Some(Claim::Started(Box::new(turn))))
 }
 
 /// Whether a statement failed because another run of the thread is active.
@@ -105,22 +125,24 @@ pub(super) async fn bind_upstream_thread(
     let done = sqlx::query(concat!(
         "WITH held AS MATERIALIZED (
             SELECT r.id, r.thread_id FROM runs r
-            WHERE r.id = $1 AND r.fence = $2 AND r.status IN ('in_progress', 'requires_action', 'cancelling')
+            WHERE r.id = $1 AND r.fence = $2 AND r.input IS NULL AND r.finished_at IS NULL
             FOR SHARE
         ), sent AS (
             UPDATE messages m SET context = 'present', upstream_message_id = NULL
-            FROM held h
-            WHERE $4 AND m.thread_id = h.thread_id AND m.position < ",
+            WHERE $4 AND m.thread_id = (SELECT h.thread_id FROM held h) AND m.position < (
+                SELECT ",
         first_position!("h"),
-        " AND m.context = 'missing'
+        " FROM held h
+            ) AND m.context = 'missing'
             RETURNING m.id
         ), void AS (
             UPDATE messages m SET upstream_message_id = NULL,
                 context = CASE WHEN m.context = 'unknown' THEN 'present' ELSE m.context END
-            FROM held h
-            WHERE $4 AND m.thread_id = h.thread_id AND m.position < ",
+            WHERE $4 AND m.thread_id = (SELECT h.thread_id FROM held h) AND m.position < (
+                SELECT ",
         first_position!("h"),
-        " AND m.context <> 'missing' AND (m.context = 'unknown' OR m.upstream_message_id IS NOT NULL)
+        " FROM held h
+            ) AND m.context <> 'missing' AND (m.context = 'unknown' OR m.upstream_message_id IS NOT NULL)
         ), done AS (
             DELETE FROM remnants x USING held h WHERE x.id = $5
         ), unused AS (
@@ -128,14 +150,14 @@ pub(super) async fn bind_upstream_thread(
         ), replaced AS (
             INSERT INTO remnants (id, thread_id, upstream, kind, upstream_id, created_at, due_at)
             SELECT $6, t.id, t.upstream, 'thread', t.upstream_thread_id, now(), now()
-            FROM held h JOIN threads t ON t.id = h.thread_id
-            WHERE $4 AND t.upstream_thread_id <> $3
+            FROM threads t
+            WHERE t.id = (SELECT h.thread_id FROM held h) AND $4 AND t.upstream_thread_id <> $3
         )
         UPDATE threads t SET upstream_thread_id = $3, backlog = t.backlog - (SELECT count(*) FROM sent),
             leftover = CASE WHEN NOT $4 THEN t.leftover END,
             carried_users = CASE WHEN $4 THEN $7 ELSE t.carried_users END
         FROM held h
-        WHERE t.id = h.thread_id",
+        WHERE t.id = (SELECT o.thread_id FROM held o)",
     ))
     .bind(lease.run_id.uuid())
     .bind(lease.fence)
@@ -160,26 +182,26 @@ pub(super) async fn settled(
     let done = sqlx::query(concat!(
         "WITH held AS MATERIALIZED (
             SELECT r.thread_id FROM runs r
-            WHERE r.id = $1 AND r.fence = $2 AND r.status IN ('in_progress', 'requires_action', 'cancelling')
+            WHERE r.id = $1 AND r.fence = $2 AND r.input IS NULL AND r.finished_at IS NULL
             FOR SHARE
         ), looked_at AS (
             UPDATE messages m SET context = $4
-            FROM held h
-            WHERE m.run_id = $3 AND m.thread_id = h.thread_id AND m.context = 'unknown'
+            WHERE m.run_id = $3 AND m.thread_id = (SELECT h.thread_id FROM held h) AND m.context = 'unknown'
             RETURNING m.id
         ), went_along AS (
             UPDATE messages m SET context = 'present'
-            FROM held h, runs e
-            WHERE $5 AND e.id = $3 AND m.thread_id = h.thread_id AND m.context = 'missing' AND m.position < ",
+            WHERE $5 AND m.thread_id = (SELECT h.thread_id FROM held h) AND m.context = 'missing' AND m.position < (
+                SELECT ",
         started_position!("e"),
-        "
+        " FROM runs e WHERE e.id = $3
+            )
             RETURNING m.id
         )
         UPDATE threads t SET leftover = NULL,
             backlog = t.backlog - (SELECT count(*) FROM went_along)
                 + CASE WHEN $4 = 'missing' THEN (SELECT count(*) FROM looked_at) ELSE 0 END
         FROM held h
-        WHERE t.id = h.thread_id",
+        WHERE t.id = (SELECT o.thread_id FROM held o)",
     ))
     .bind(lease.run_id.uuid())
     .bind(lease.fence)
@@ -200,25 +222,27 @@ pub(super) async fn withhold_earlier(
     let done = sqlx::query(concat!(
         "WITH held AS MATERIALIZED (
             SELECT r.id, r.thread_id FROM runs r
-            WHERE r.id = $1 AND r.fence = $2 AND r.status IN ('in_progress', 'requires_action', 'cancelling')
+            WHERE r.id = $1 AND r.fence = $2 AND r.input IS NULL AND r.finished_at IS NULL
             FOR SHARE
         ), missing AS (
             UPDATE messages m SET context = 'withheld', upstream_message_id = NULL
-            FROM held h
-            WHERE m.thread_id = h.thread_id AND m.position < LEAST($3, ",
+            WHERE m.thread_id = (SELECT h.thread_id FROM held h) AND m.position < (
+                SELECT LEAST($3, ",
         first_position!("h"),
-        ") AND m.context = 'missing'
+        ") FROM held h
+            ) AND m.context = 'missing'
             RETURNING m.id
         ), others AS (
             UPDATE messages m SET context = 'withheld', upstream_message_id = NULL
-            FROM held h
-            WHERE NOT $4 AND m.thread_id = h.thread_id AND m.position < LEAST($3, ",
+            WHERE NOT $4 AND m.thread_id = (SELECT h.thread_id FROM held h) AND m.position < (
+                SELECT LEAST($3, ",
         first_position!("h"),
-        ") AND m.context <> 'missing' AND (m.context <> 'withheld' OR m.upstream_message_id IS NOT NULL)
+        ") FROM held h
+            ) AND m.context <> 'missing' AND (m.context <> 'withheld' OR m.upstream_message_id IS NOT NULL)
         )
         UPDATE threads t SET backlog = t.backlog - (SELECT count(*) FROM missing), carried = LEAST(t.carried, $5)
         FROM held h
-        WHERE t.id = h.thread_id",
+        WHERE t.id = (SELECT o.thread_id FROM held o)",
     ))
     .bind(lease.run_id.uuid())
     .bind(lease.fence)

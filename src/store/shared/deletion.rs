@@ -81,7 +81,7 @@ macro_rules! deletions {
             .await?;
             let requested: Option<RequestedRow> = sqlx::query_as(concat!(
                 "SELECT d.id, d.tenant, d.user_key, d.scope_kind, d.scope_name, d.archive
-                FROM deletions d WHERE d.id = $1 AND d.finished_at IS NULL",
+                FROM deletions d WHERE d.id = $1 AND d.user_key IS NOT NULL",
                 locked!("d"),
             ))
             .bind(request.id.uuid())
@@ -169,11 +169,9 @@ macro_rules! deletions {
                 return Ok(Some(0));
             }
             let runs: Vec<Uuid> = sqlx::query_scalar(concat!(
-                "SELECT r.id FROM runs r
-                WHERE r.thread_id",
-                among!("$1"),
-                " AND r.status IN ('queued', 'in_progress', 'requires_action', 'cancelling')
-                ORDER BY r.id",
+                "SELECT r.id FROM runs r WHERE r.id",
+                among_found!(unfinished_runs!(among!("$1"))),
+                " AND r.finished_at IS NULL ORDER BY r.id",
                 locked!("r"),
             ))
             .bind(ids(found.iter().copied()))
@@ -196,11 +194,9 @@ macro_rules! deletions {
             // A rollover that ended while its thread was waited for has put a fresh one in its place.
             let now: Vec<Uuid> = find().fetch_all(&mut *tx).await?;
             let others: bool = sqlx::query_scalar(concat!(
-                "SELECT EXISTS (
-                    SELECT 1 FROM runs r
-                    WHERE r.thread_id",
-                among!("$1"),
-                " AND r.status IN ('queued', 'in_progress', 'requires_action', 'cancelling') AND NOT r.id",
+                "SELECT EXISTS (SELECT 1 FROM (",
+                unfinished_runs!(among!("$1")),
+                ") r WHERE NOT r.id",
                 among!("$2"),
                 ")",
             ))
@@ -229,13 +225,10 @@ macro_rules! deletions {
             .await?;
             sqlx::query(concat!(
                 "UPDATE runs SET status = 'cancelling'
-                WHERE id",
+                WHERE thread_id",
                 among!("$1"),
-                " AND thread_id",
-                among!("$2"),
-                " AND status IN ('in_progress', 'requires_action')",
+                " AND status IN ('in_progress', 'requires_action', 'cancelling') AND status <> 'cancelling'",
             ))
-            .bind(ids(runs))
             .bind(ids(threads.iter().copied()))
             .execute(tx)
             .await?;
@@ -337,11 +330,9 @@ macro_rules! deletions {
             });
             let mut tx = write(connection).await?;
             sqlx::query(concat!(
-                "UPDATE runs SET upstream_run_id = NULL, earlier_upstream_runs = NULL
-                WHERE thread_id = $1 AND id",
-                among!("$2")
+                "UPDATE runs SET upstream_run_id = NULL, earlier_upstream_runs = NULL WHERE id",
+                among!("$1")
             ))
-            .bind(thread.uuid())
             .bind(ids(runs))
             .execute(&mut *tx)
             .await?;
@@ -403,11 +394,9 @@ macro_rules! deletions {
             limit: u32,
         ) -> Result<bool, StoreError> {
             let row = sqlx::query(concat!(
-                "SELECT EXISTS (
-                    SELECT 1 FROM runs r
-                    WHERE r.thread_id = t.id
-                        AND r.status IN ('queued', 'in_progress', 'requires_action', 'cancelling')
-                ) AS busy, ",
+                "SELECT EXISTS (",
+                unfinished_runs!(" = t.id"),
+                ") AS busy, ",
                 thread_columns!(),
                 " FROM threads t WHERE t.id = $1",
                 locked!("t"),
@@ -451,9 +440,10 @@ macro_rules! deletions {
                 "INSERT INTO deleted_threads (
                     deletion_id, thread_id, upstream, messages, runs, removed, archived, finished_at
                 )
-                SELECT t.deletion_id, t.id, t.upstream, t.message_count, t.run_count, t.removed, $2, ",
+                SELECT d.id, t.id, t.upstream, t.message_count, t.run_count, t.removed, $2, ",
                 now!(),
-                " FROM threads t WHERE t.id = $1 AND t.deletion_id IS NOT NULL
+                " FROM threads t, deletions d
+                WHERE t.id = $1 AND d.id = (SELECT o.deletion_id FROM threads o WHERE o.id = $1)
                 ON CONFLICT (deletion_id, thread_id) DO NOTHING",
             ))
             .bind(id.uuid())

@@ -128,7 +128,7 @@ macro_rules! keeping {
             let late: Vec<Uuid> = sqlx::query_scalar(concat!(
                 "SELECT t.id FROM threads t WHERE t.id",
                 among!("$1"),
-                " AND t.lifecycle = 'current' AND (t.due_at > ",
+                " AND t.lifecycle NOT IN ('archived', 'deleting') AND (t.due_at > ",
                 end!(),
                 " OR (t.due_at IS NULL AND ",
                 end!(),
@@ -167,7 +167,7 @@ macro_rules! keeping {
                 now!(),
                 ", due_at = ",
                 now!(),
-                ", rolls = false WHERE t.id = $1 AND t.lifecycle = 'current' AND ",
+                ", rolls = false WHERE t.id = $1 AND t.lifecycle NOT IN ('archived', 'deleting') AND ",
                 expiry!("$2", "$3"),
                 " <= ",
                 now!(),
@@ -183,7 +183,7 @@ macro_rules! keeping {
             sqlx::query(concat!(
                 "UPDATE threads AS t SET due_at = ",
                 expiry!("$2", "$3"),
-                " WHERE t.id = $1 AND t.lifecycle = 'current'"
+                " WHERE t.id = $1 AND t.lifecycle NOT IN ('archived', 'deleting')"
             ))
             .bind(thread.uuid())
             .bind(limits.max_age.map(millis))
@@ -202,9 +202,9 @@ macro_rules! keeping {
         ) -> Result<bool, StoreError> {
             let mut tx = write(connection).await?;
             sqlx::query(concat!(
-                "SELECT r.id FROM runs r
-                WHERE r.thread_id = $1 AND r.status IN ('queued', 'in_progress', 'requires_action', 'cancelling')
-                ORDER BY r.id",
+                "SELECT r.id FROM runs r WHERE r.id",
+                among_found!(unfinished_runs!(" = $1")),
+                " AND r.finished_at IS NULL ORDER BY r.id",
                 locked!("r"),
             ))
             .bind(thread.uuid())
@@ -227,7 +227,8 @@ macro_rules! keeping {
             if begun {
                 sqlx::query(
                     "UPDATE runs SET status = 'cancelling'
-                    WHERE thread_id = $1 AND status IN ('in_progress', 'requires_action')",
+                    WHERE thread_id = $1 AND status IN ('in_progress', 'requires_action', 'cancelling')
+                        AND status <> 'cancelling'",
                 )
                 .bind(thread.uuid())
                 .execute(&mut *tx)

@@ -81,7 +81,7 @@ macro_rules! remnants {
             let done = sqlx::query(concat!(
                 "WITH lease AS MATERIALIZED (
                     SELECT r.thread_id, r.owner FROM runs r
-                    WHERE r.id = $1 AND r.fence = $2 AND r.status IN ('in_progress', 'requires_action', 'cancelling')",
+                    WHERE r.id = $1 AND r.fence = $2 AND r.input IS NULL AND r.finished_at IS NULL",
                 held!("r"),
                 ")
                 INSERT INTO remnants (id, thread_id, upstream, kind, maker, created_at, due_at)

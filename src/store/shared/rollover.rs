@@ -63,9 +63,9 @@ macro_rules! rollovers {
         ) -> Result<Option<Rolled>, StoreError> {
             let old = rollover.thread;
             let runs: Vec<Unfinished> = sqlx::query_as(concat!(
-                "SELECT r.id, r.status, r.fence FROM runs r
-                WHERE r.thread_id = $1 AND r.status IN ('queued', 'in_progress', 'requires_action', 'cancelling')
-                ORDER BY r.id",
+                "SELECT r.id, r.status, r.fence FROM runs r WHERE r.id",
+                among_found!(unfinished_runs!(" = $1")),
+                " AND r.finished_at IS NULL ORDER BY r.id",
                 locked_whole!("r"),
             ))
             .bind(old.uuid())
@@ -82,10 +82,9 @@ macro_rules! rollovers {
                 return rolled_before(tx, rollover).await.map(Some);
             }
             let others: bool = sqlx::query_scalar(concat!(
-                "SELECT EXISTS (
-                    SELECT 1 FROM runs r
-                    WHERE r.thread_id = $1
-                        AND r.status IN ('queued', 'in_progress', 'requires_action', 'cancelling') AND NOT r.id",
+                "SELECT EXISTS (SELECT 1 FROM (",
+                unfinished_runs!(" = $1"),
+                ") r WHERE NOT r.id",
                 among!("$2"),
                 ")",
             ))
@@ -115,10 +114,7 @@ macro_rules! rollovers {
         /// The answer to a repeated rollover: it was done if the fresh thread is there, and the run still works.
         async fn rolled_before(tx: &mut Connection, rollover: &Rollover) -> Result<Rolled, StoreError> {
             let found: Option<bool> = sqlx::query_scalar(
-                "SELECT $3 IS NULL OR EXISTS (
-                    SELECT 1 FROM runs r
-                    WHERE r.id = $3 AND r.fence = $4 AND r.thread_id = t.id AND r.status = 'in_progress'
-                )
+                "SELECT $3 IS NULL OR t.id = (SELECT r.thread_id FROM runs r WHERE r.id = $3 AND r.fence = $4)
                 FROM threads t WHERE t.id = $1 AND t.previous_thread = $2",
             )
             .bind(rollover.new_thread.uuid())
@@ -177,14 +173,14 @@ macro_rules! rollovers {
                     max_age_ms, max_idle_ms
                 )
                 SELECT $2, t.tenant, t.user_key, t.scope_kind, t.scope_name, t.upstream, 'current', t.id, t.metadata,
-                    (SELECT count(*) FROM messages m WHERE m.run_id = $3 AND m.thread_id = t.id),
+                    (SELECT count(*) FROM messages m WHERE m.run_id = $3),
                     (
                         SELECT COALESCE(max(m.position) - min(m.position) + 1, 0) FROM messages m
-                        WHERE m.run_id = $3 AND m.thread_id = t.id
+                        WHERE m.run_id = $3
                     ),
                     (
                         SELECT count(*) FROM messages m
-                        WHERE m.run_id = $3 AND m.thread_id = t.id AND m.context = 'missing'
+                        WHERE m.run_id = $3 AND (m.context = 'missing') IS TRUE
                     ),
                     $4,
                     (
@@ -245,15 +241,14 @@ macro_rules! rollovers {
             .bind(rollover.new_thread.uuid())
             .execute(&mut *tx)
             .await?;
-            sqlx::query(
+            sqlx::query(concat!(
                 "UPDATE runs AS r SET thread_id = $2, seq = m.n, rank = CASE WHEN r.rank < 0 THEN -m.n ELSE 0 END
                 FROM (
-                    SELECT u.id, row_number() OVER (ORDER BY u.seq) AS n FROM runs u
-                    WHERE u.thread_id = $1
-                        AND u.status IN ('queued', 'in_progress', 'requires_action', 'cancelling')
-                ) AS m
+                    SELECT o.id, row_number() OVER (ORDER BY o.seq) AS n FROM runs o WHERE o.id",
+                among_found!(unfinished_runs!(" = $1")),
+                ") AS m
                 WHERE r.id = m.id",
-            )
+            ))
             .bind(rollover.thread.uuid())
             .bind(rollover.new_thread.uuid())
             .execute(&mut *tx)
@@ -261,13 +256,12 @@ macro_rules! rollovers {
             if let Some(lease) = &rollover.by {
                 sqlx::query(
                     "UPDATE messages SET thread_id = $2, position = position + 1 - (
-                        SELECT min(f.position) FROM messages f WHERE f.run_id = $3 AND f.thread_id = $1
+                        SELECT min(f.position) FROM messages f WHERE f.run_id = $1
                     )
-                    WHERE run_id = $3 AND thread_id = $1",
+                    WHERE run_id = $1",
                 )
-                .bind(rollover.thread.uuid())
-                .bind(rollover.new_thread.uuid())
                 .bind(lease.run_id.uuid())
+                .bind(rollover.new_thread.uuid())
                 .execute(tx)
                 .await?;
             }
@@ -283,8 +277,9 @@ macro_rules! rollovers {
         ) -> Result<Page<Message>, StoreError> {
             let nothing = Page { data: vec![], has_more: false };
             let previous: Option<(Uuid, i64)> = sqlx::query_as(
-                "SELECT p.id, t.carried FROM threads t JOIN threads p ON p.id = t.previous_thread
-                WHERE t.id = $1 AND t.carried > 0 AND p.deletion IS DISTINCT FROM 'erase'",
+                "SELECT p.id, (SELECT t.carried FROM threads t WHERE t.id = $1) AS carried FROM threads p
+                WHERE p.id = (SELECT t.previous_thread FROM threads t WHERE t.id = $1 AND t.carried > 0)
+                    AND p.deletion IS DISTINCT FROM 'erase'",
             )
             .bind(thread.uuid())
             .fetch_optional(&mut *connection)

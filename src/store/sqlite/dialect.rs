@@ -59,6 +59,12 @@ macro_rules! among {
     };
 }
 
+macro_rules! among_found {
+    ($($query:tt)+) => {
+        concat!(" IN (", $($query)+, ")")
+    };
+}
+
 /// The values of a JSON array in a parameter, as a table `e`.
 macro_rules! each {
     ($array:literal) => {
@@ -138,8 +144,8 @@ pub(super) const STEP_BYTES: i64 = crate::store::PAGE_BYTES as i64;
 
 pub(super) use super::{now, write};
 pub(super) use {
-    among, and_no_more, at, each, each_text, held, id, id_after, left_of, listed, locked, locked_if_free,
-    locked_whole, ms, rows_of, spelled,
+    among, among_found, and_no_more, at, each, each_text, held, id, id_after, left_of, listed, locked,
+    locked_if_free, locked_whole, ms, rows_of, spelled,
 };
 
 /// Ids as a parameter: a list, in hexadecimal.

@@ -70,7 +70,7 @@ pub(super) async fn release(
         sqlx::query(
             "UPDATE runs SET owner = NULL
             WHERE id = $1 AND fence = $2
-                AND status IN ('queued', 'in_progress', 'requires_action', 'cancelling')",
+                AND finished_at IS NULL",
         )
         .bind(lease.run_id.uuid())
         .bind(lease.fence)
@@ -90,8 +90,8 @@ pub(super) async fn adopt_orphans(
     let mut tx = write(connection).await?;
     // Thread ids sort by age, and within a thread the runs must come in order of admission.
     let orphans: Vec<(Uuid, Option<Uuid>)> = sqlx::query_as(concat!(
-        "SELECT r.id, r.owner FROM runs r INDEXED BY runs_unfinished
-        WHERE r.status IN ('queued', 'in_progress', 'requires_action', 'cancelling')
+        "SELECT r.id, r.owner FROM runs r INDEXED BY runs_by_owner
+        WHERE r.finished_at IS NULL
             AND CASE
                 WHEN r.owner = $2
                 THEN lower(hex(r.id)) NOT IN (SELECT value FROM json_each($3)) AND (r.fence > 1 OR r.created_at < ",

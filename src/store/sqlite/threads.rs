@@ -2,13 +2,15 @@
 
 use sqlx::SqliteConnection;
 
+use super::dialect::among_found;
 use super::{earlier, expiry, now};
 use crate::domain::NewLife;
 use crate::store::ThreadUpdate;
+use crate::store::columns::unfinished_runs;
 use crate::store::rows::{ThreadRow, ttl_millis};
 use crate::store::threads::threads;
 
-threads!(sqlx::Sqlite, tenant = "+t.tenant", now = now!(), lock = "");
+threads!(sqlx::Sqlite, now = now!(), lock = "");
 
 /// Implements [`Life::update_thread`](crate::store::Life::update_thread).
 pub(super) async fn update_thread(

@@ -4,6 +4,7 @@ mod access;
 mod cancel;
 mod commands;
 mod crash;
+mod crowd;
 mod deletion;
 mod discreet;
 mod erasure;

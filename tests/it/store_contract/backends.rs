@@ -13,6 +13,7 @@ use threadkeeper::store::{
 };
 
 use super::*;
+use crate::support::cluster::Cluster;
 use crate::support::wiretap::Wiretap;
 
 /// Counts what each step costs on the wire, but for the first round, in which the statements are prepared.
@@ -190,6 +191,31 @@ async fn a_claim_that_is_overtaken_comes_again() {
     check_invariants(&database).await;
     closed(store.finish(&third, &completed(None)).await.unwrap());
     claimed(store.claim(&second).await.unwrap());
+}
+
+/// Whoever waits for a turn asks again and again: what has nothing to change takes no lock, and so no number of a
+/// transaction, whose commit would be flushed.
+#[tokio::test]
+async fn a_claim_that_comes_to_nothing_writes_nothing_on_postgres() {
+    let cluster = Cluster::start();
+    let database = TestDatabase::on(&cluster).await;
+    let store = database.store().await;
+    let key = user("alice");
+    started(store.admit(&admission(&key)).await.unwrap());
+    let interrupt = Admission { strategy: MultitaskStrategy::Interrupt, ..admission(&key) };
+    let (first, ..) = queued(store.admit(&interrupt).await.unwrap());
+    let (second, ..) = queued(store.admit(&admission(&key)).await.unwrap());
+    store.displace(&first, false).await.unwrap().unwrap();
+    let next = "SELECT pg_snapshot_xmax(pg_current_snapshot())::text::bigint";
+    let before = database.number(next).await;
+    for _ in 0..10 {
+        for lease in [&first, &second] {
+            assert_eq!(store.claim(lease).await.unwrap(), Claim::NotYet);
+        }
+        store.displace(&first, false).await.unwrap().unwrap();
+    }
+    assert_eq!(database.number(next).await, before);
+    store.close().await;
 }
 
 /// A message whose run begins while it is about to join it waits by itself.
@@ -502,7 +528,7 @@ async fn no_list_scans_what_grows() {
             let number =
                 format!("SELECT COALESCE({column}, 0) FROM pg_stat_user_tables WHERE relname = '{table}'");
             let number = database.number(&number).await;
-            let most = if column == "seq_scan" { 0 } else { 5_000 };
+            let most = if column == "seq_scan" { 0 } else { 5_500 };
             assert!(number <= most, "{table}.{column}: {number}");
         }
     }

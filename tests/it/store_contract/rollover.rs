@@ -725,7 +725,8 @@ async fn what_waits_for_a_rollover_finds_the_fresh_thread() {
             match round {
                 0 => {
                     let (claim, ()) = tokio::join!(other.claim(&second), release);
-                    assert_eq!(claim.unwrap(), Claim::NotYet);
+                    let turn = claimed(claim.unwrap());
+                    assert_eq!((turn.thread.previous_thread, turn.run.seq), (Some(old), 1));
                 }
                 1 => {
                     let end =

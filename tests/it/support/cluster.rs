@@ -62,6 +62,11 @@ impl Cluster {
         self.folder.join("socket")
     }
 
+    /// What the server has logged so far.
+    pub(crate) fn log(&self) -> String {
+        fs::read_to_string(self.folder.join("log")).expect("the server logs")
+    }
+
     /// Stops the server and waits until it is gone.
     pub(crate) fn stop(&mut self, how: Stop) {
         let mut server = self.server.take().expect("it is running");

@@ -1,0 +1,45 @@
+//! A turn beside many runs that are unfinished, of replicas that are alive.
+
+use crate::support::scene::{Backend, Protocol, Scene};
+
+const SCOPE: &str = "/v1/users/alice";
+const OTHERS: i64 = 2000;
+const TURNS: i64 = 20;
+/// Entries of indexes that a turn may read, and that the replica may read by the way in the time that it takes.
+const MOST: i64 = 100;
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_turn_reads_no_more_beside_many_unfinished_runs() {
+    let scene = Scene::new(Protocol::Responses, Backend::Postgres).await;
+    scene.gateway().await.say(SCOPE, "hello").await;
+    // The server knows of a quiet time, and plans for it.
+    scene.database.execute("ANALYZE").await;
+    let mut gateway = scene.gateway().await;
+    for _ in 0..TURNS {
+        gateway.say(SCOPE, "hello").await;
+    }
+    let others = format!(
+        "INSERT INTO replicas (id, address, started_at, expires_at) \
+         VALUES ('00000000-0000-7000-8000-000000000001', 'x', now(), now() + interval '1 hour'); \
+         INSERT INTO threads (id, tenant, user_key, scope_kind, scope_name, upstream, lifecycle, run_count, created_at, \
+         last_active_at) \
+         SELECT gen_random_uuid(), 'default', 'other-' || n, 'user', '', 'simulated', 'current', 1, now(), now() \
+         FROM generate_series(1, {OTHERS}) n; \
+         INSERT INTO runs (id, thread_id, seq, status, strategy, assistant, owner, fence, timeout_ms, created_at, \
+         started_at, deadline_at) \
+         SELECT gen_random_uuid(), id, 1, 'in_progress', 'enqueue', 'default', '00000000-0000-7000-8000-000000000001', \
+         1, 3600000, now(), now(), now() + interval '1 hour' FROM threads WHERE user_key LIKE 'other-%'"
+    );
+    scene.database.execute(&others).await;
+    for _ in 0..TURNS {
+        gateway.say(SCOPE, "hello").await;
+    }
+    // With their end connections tell the server what they read.
+    gateway.terminate();
+    assert!(gateway.exit().await.success());
+    let read = "SELECT sum(idx_tup_read)::bigint FROM pg_stat_user_indexes WHERE relname = 'runs'";
+    let read = scene.database.number(read).await;
+    assert!(read > 0 && read <= 2 * TURNS * MOST, "{read} entries in {} turns", 2 * TURNS);
+    let scans = "SELECT seq_scan FROM pg_stat_user_tables WHERE relname = 'runs'";
+    assert_eq!(scene.database.number(scans).await, 0);
+}

@@ -1,0 +1,431 @@
+//! The plans of Postgres. Each statement is sent by the store itself and its plan is read from the server's log, by way of
+//! `auto_explain`, which comes with the server. Without that module no connection is made, and the test fails.
+//!
+//! A connection makes the plan of a statement once and keeps it. So the statements are planned while the statistics say one
+//! thing, and judged once the tables hold another.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use serde_json::Value;
+use threadkeeper::config::StoreConfig;
+use threadkeeper::domain::{Deletion, Lifecycle, Lifetimes, Role, ThreadState};
+use threadkeeper::store::{
+    DeletionTarget, Foreign, ImportedMessage, Made, PostgresStore, Pruning, Rollover, RunProgress,
+    ThreadUpdate, Withdrawal, Withdrawn, Withholding,
+};
+
+use super::deletion::{gone, request};
+use super::*;
+use crate::support::cluster::Cluster;
+
+/// Rows that one scan of a plan may read, also those that it passes over.
+const MOST: f64 = 40.0;
+/// A table of a few rows, which may be read from end to end: one row for each process.
+const SMALL: &str = "replicas";
+/// What the tables hold when the plans are judged.
+const UNFINISHED: i64 = 2000;
+const HISTORY: i64 = 2000;
+const ARCHIVED: i64 = 2000;
+const LIMIT: u32 = 10;
+const NO_LIMITS: Lifetimes = Lifetimes { sessions: Limits::NONE, others: Limits::NONE };
+
+/// What the server knows of the tables when the statements are planned.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+enum Statistics {
+    /// As in a new database, or after a restore.
+    Missing,
+    OfEmptyTables,
+    OfFewUnfinishedRuns,
+    OfManyUnfinishedRuns,
+}
+
+#[tokio::test]
+async fn no_plan_reads_more_than_it_is_asked_for_whatever_the_statistics_say() {
+    let cluster = Cluster::start();
+    let mut faults = BTreeSet::new();
+    for known in [
+        Statistics::Missing,
+        Statistics::OfEmptyTables,
+        Statistics::OfFewUnfinishedRuns,
+        Statistics::OfManyUnfinishedRuns,
+    ] {
+        faults.extend(judged(&cluster, known).await);
+    }
+    assert!(faults.is_empty(), "{} faults\n{}", faults.len(), Vec::from_iter(faults).join("\n"));
+}
+
+/// The faults of the plans that were made while this was known.
+async fn judged(cluster: &Cluster, known: Statistics) -> Vec<String> {
+    let database = TestDatabase::on(cluster).await;
+    database
+        .execute(
+            "DO $$ BEGIN
+                EXECUTE format('ALTER DATABASE %I SET session_preload_libraries = auto_explain', current_database());
+                EXECUTE format('ALTER DATABASE %I SET auto_explain.log_min_duration = 0', current_database());
+                EXECUTE format('ALTER DATABASE %I SET auto_explain.log_analyze = on', current_database());
+                EXECUTE format('ALTER DATABASE %I SET auto_explain.log_timing = off', current_database());
+                EXECUTE format('ALTER DATABASE %I SET auto_explain.log_format = json', current_database());
+                EXECUTE format('ALTER DATABASE %I SET auto_explain.log_nested_statements = on', current_database());
+            END $$",
+        )
+        .await;
+    let key = user("alice");
+    match known {
+        Statistics::Missing => {}
+        Statistics::OfEmptyTables => {
+            database.execute("ANALYZE").await;
+            // Of what takes no space at all, every way of reading costs the same.
+            let store = database.store().await;
+            story(&*store, &user("first")).await;
+            store.close().await;
+        }
+        Statistics::OfFewUnfinishedRuns => {
+            fill(&database, &key, 0).await;
+            database.execute("ANALYZE").await;
+        }
+        Statistics::OfManyUnfinishedRuns => {
+            fill(&database, &key, UNFINISHED).await;
+            database.execute("ANALYZE").await;
+        }
+    }
+    // One connection of each pool, so that the statements which are judged are those that were planned.
+    let config = StoreConfig { max_connections: 2, ..database.config() };
+    let store = PostgresStore::connect(&config).await.unwrap();
+    let first = cluster.log().len();
+    story(&store, &user("warm")).await;
+    let planned = plans(&cluster.log()[first..]);
+    match known {
+        Statistics::Missing | Statistics::OfEmptyTables => fill(&database, &key, UNFINISHED).await,
+        Statistics::OfFewUnfinishedRuns => unfinished(&database, UNFINISHED).await,
+        Statistics::OfManyUnfinishedRuns => {}
+    }
+    let second = cluster.log().len();
+    story(&store, &key).await;
+    let judged = plans(&cluster.log()[second..]);
+    store.close().await;
+    assert!(judged.len() >= 100 && planned.len() >= 100, "the server tells the plans: {}", judged.len());
+    let leading = leading(&database).await;
+    let faults = planned.iter().chain(&judged).flat_map(|plan| faults(plan, &leading));
+    faults.map(|fault| format!("{known:?}: {fault}")).collect()
+}
+
+/// A thread of the key with a long history, archived ones of others, and unfinished runs of replicas that are alive.
+async fn fill(database: &TestDatabase, key: &ConversationKey, unfinished_runs: i64) {
+    let (tenant, user) = (key.tenant.as_str(), key.user.as_str());
+    database
+        .execute(&format!(
+            "INSERT INTO threads (id, tenant, user_key, scope_kind, scope_name, upstream, lifecycle, message_count, \
+             last_position, run_count, created_at, last_active_at) \
+             VALUES (gen_random_uuid(), '{tenant}', '{user}', 'user', '', 'main', 'current', {HISTORY}, {HISTORY}, \
+             {HISTORY}, now(), now()); \
+             INSERT INTO runs (id, thread_id, seq, status, strategy, assistant, fence, timeout_ms, created_at, \
+             started_at, finished_at, deadline_at, upstream_run_id) \
+             SELECT gen_random_uuid(), id, n, 'completed', 'enqueue', 'default', 1, 1, now(), now(), now(), now(), 'r' \
+             FROM threads, generate_series(1, {HISTORY}) n WHERE user_key = '{user}'; \
+             INSERT INTO messages (id, thread_id, position, role, content, run_id, upstream_message_id, created_at) \
+             SELECT gen_random_uuid(), thread_id, seq, 'assistant', '[]', id, 'm', now() FROM runs WHERE seq <= {HISTORY} \
+             AND thread_id IN (SELECT id FROM threads WHERE user_key = '{user}'); \
+             INSERT INTO run_events (run_id, n, event, until, created_at) SELECT id, 0, '[]', 0, now() FROM runs \
+             WHERE thread_id IN (SELECT id FROM threads WHERE user_key = '{user}'); \
+             INSERT INTO threads (id, tenant, user_key, scope_kind, scope_name, upstream, lifecycle, created_at, \
+             last_active_at, archived_at, due_at) \
+             SELECT gen_random_uuid(), 'large', 'u' || n, 'session', 's', 'main', 'archived', now(), now(), now(), \
+             now() + interval '1 day' FROM generate_series(1, {ARCHIVED}) n"
+        ))
+        .await;
+    if unfinished_runs > 0 {
+        unfinished(database, unfinished_runs).await;
+    }
+}
+
+async fn unfinished(database: &TestDatabase, number: i64) {
+    database
+        .execute(&format!(
+            "INSERT INTO replicas (id, address, started_at, expires_at) \
+             SELECT gen_random_uuid(), 'x', now(), now() + interval '1 hour' FROM generate_series(1, 2); \
+             INSERT INTO threads (id, tenant, user_key, scope_kind, scope_name, upstream, lifecycle, run_count, \
+             created_at, last_active_at) \
+             SELECT gen_random_uuid(), 'large', 'u' || n, 'user', '', 'main', 'current', 2, now(), now() \
+             FROM generate_series(1, {number} / 2) n; \
+             INSERT INTO runs (id, thread_id, seq, status, strategy, assistant, input, owner, fence, timeout_ms, \
+             created_at, started_at, deadline_at) \
+             SELECT gen_random_uuid(), t.id, n, CASE n WHEN 1 THEN 'in_progress' ELSE 'queued' END, 'enqueue', 'default', \
+             CASE n WHEN 1 THEN NULL ELSE '[]'::jsonb END, p.id, 1, 3600000, now(), CASE n WHEN 1 THEN now() END, \
+             CASE n WHEN 1 THEN now() + interval '1 hour' END \
+             FROM threads t, generate_series(1, 2) n, \
+             (SELECT id, row_number() OVER () AS place FROM replicas WHERE address = 'x') p \
+             WHERE t.tenant = 'large' AND t.lifecycle = 'current' AND p.place = n"
+        ))
+        .await;
+}
+
+/// All that a replica asks the database for, about one key.
+async fn story(store: &dyn Store, key: &ConversationKey) {
+    let me = ReplicaId::new();
+    store.renew_replica(me, "127.0.0.1:1", Duration::from_hours(1)).await.unwrap();
+    turns(store, key, me).await;
+    reads(store, key).await;
+    lists(store, key).await;
+    life(store, key, me).await;
+    store.retire_replica(me).await.unwrap();
+}
+
+/// A turn, and what may happen to it.
+async fn turns(store: &dyn Store, key: &ConversationKey, me: ReplicaId) {
+    let with = |strategy| Admission { strategy, replica: me, ..admission(key) };
+    let once = || Admission { idempotency: Some(idempotency("k")), ..with(MultitaskStrategy::Enqueue) };
+    store.repeated(key, "k", Duration::from_hours(1)).await.unwrap();
+    let turn = started(store.admit(&once()).await.unwrap());
+    assert_eq!(store.admit(&once()).await.unwrap(), Admitted::Repeated);
+    assert_eq!(store.admit(&with(MultitaskStrategy::Reject)).await.unwrap(), Admitted::Busy);
+    let (waiting, ..) = queued(store.admit(&with(MultitaskStrategy::Merge)).await.unwrap());
+    store.admit(&with(MultitaskStrategy::Merge)).await.unwrap();
+    let (first, ..) = queued(store.admit(&with(MultitaskStrategy::Interrupt)).await.unwrap());
+    assert_eq!(store.claim(&waiting).await.unwrap(), Claim::NotYet);
+    let intent = RemnantId::new();
+    assert!(store.intend(&turn.lease, intent).await.unwrap());
+    let id = UpstreamThreadId("c".to_owned());
+    let binding = Binding { id: &id, intent, seeded: false, carried_users: 0 };
+    assert!(store.makes_upstream_thread(turn.thread.id).await.unwrap());
+    assert_eq!(store.bind_upstream_thread(&turn.lease, &binding).await.unwrap(), Bound::Done);
+    assert_eq!(store.bind_upstream_thread(&first, &binding).await.unwrap(), Bound::Lost);
+    for made in [Made::Nothing, Made::Unused(&id), Made::Unknown] {
+        store.resolve(RemnantId::new(), made).await.unwrap();
+    }
+    let refused = with(MultitaskStrategy::Enqueue);
+    let (taken_back, ..) = queued(store.admit(&refused).await.unwrap());
+    store.admit(&with(MultitaskStrategy::Merge)).await.unwrap();
+    let withdrawal = Withdrawal {
+        message: refused.message.id,
+        idempotency_key: Some("other".to_owned()),
+        end: RunEnd { discard: true, status: RunStatus::Failed, ..completed(None) },
+    };
+    let shared = store.withdraw(&taken_back, &withdrawal).await.unwrap();
+    assert!(matches!(shared, Withdrawn::Shared { .. }), "{shared:?}");
+    closed(store.finish(&taken_back, &withdrawal.end).await.unwrap());
+    let shown = EventBatch { first: 0, events: vec![LoggedEvent::Started] };
+    let upstream_run_id = Some(UpstreamRunId("resp".to_owned()));
+    let progress = RunProgress { lease: turn.lease, upstream_run_id, events: shown };
+    assert_eq!(store.record(&[progress]).await.unwrap(), [turn.run.id]);
+    assert!(store.sends_again(&turn.lease).await.unwrap());
+    store.pause(&turn.lease, &pause(&["call_1"], 1)).await.unwrap();
+    store.pause(&turn.lease, &pause(&["call_1"], 1)).await.unwrap();
+    store.answer_tools(key, turn.run.id, &answer(&["call_1"])).await.unwrap();
+    assert_eq!(store.requests(me).await.unwrap().len(), 1);
+    assert!(store.sends_outputs(&turn.lease).await.unwrap());
+    assert_eq!(store.lost(me, &[turn.run.id]).await.unwrap(), []);
+    store.request_cancel(key, turn.run.id).await.unwrap().unwrap();
+    store.displace(&first, true).await.unwrap().unwrap();
+    store.displace(&first, true).await.unwrap().unwrap();
+    assert_eq!(store.finish(&turn.lease, &completed(None)).await.unwrap(), Closing::MustDiscard);
+    let discarded = RunEnd { discard: true, status: RunStatus::Cancelled, ..completed(None) };
+    closed(store.finish(&turn.lease, &discarded).await.unwrap());
+    closed(store.finish(&turn.lease, &discarded).await.unwrap());
+    claimed(store.claim(&first).await.unwrap());
+    claimed(store.claim(&first).await.unwrap());
+    store.backlog(first.run_id, None, LIMIT).await.unwrap();
+    store.earlier(first.run_id, None, LIMIT).await.unwrap();
+    let some = Withholding { before: Some(1), missing_only: false, carried: Some(1) };
+    assert!(store.withhold_earlier(&first, &some).await.unwrap());
+    assert!(store.settled(&first, turn.run.id, Context::Missing, false).await.unwrap());
+    assert!(store.settled(&first, first.run_id, Context::Missing, true).await.unwrap());
+    let end = RunEnd { synced: true, said: Context::Missing, ..completed(Some("hi")) };
+    closed(store.finish(&first, &end).await.unwrap());
+    store.release(&[waiting]).await.unwrap();
+    let orphans = store.adopt_orphans(me, &[], LIMIT).await.unwrap();
+    assert_eq!(orphans.iter().map(|orphan| orphan.run.id).collect::<Vec<_>>(), [waiting.run_id]);
+    let waiting = store.take_queued(me, waiting.run_id).await.unwrap().unwrap();
+    claimed(store.claim(&waiting).await.unwrap());
+    store.release(&[waiting]).await.unwrap();
+    let orphans = store.adopt_orphans(me, &[], LIMIT).await.unwrap();
+    closed(store.finish(&orphans[0].lease, &completed(Some("hi"))).await.unwrap());
+}
+
+async fn reads(store: &dyn Store, key: &ConversationKey) {
+    let turn = started(store.admit(&admission(key)).await.unwrap());
+    store.admit(&admission(key)).await.unwrap();
+    store.baseline(turn.run.id).await.unwrap();
+    store.events(turn.run.id, 0).await.unwrap();
+    assert_eq!(store.unfinished(key).await.unwrap().unwrap().len(), 2);
+    store.run(key, turn.run.id).await.unwrap().unwrap();
+    store.report(ThreadName::Newest(key)).await.unwrap().unwrap();
+    store.report(ThreadName::Id(&key.tenant, turn.thread.id)).await.unwrap().unwrap();
+    store.thread(turn.thread.id).await.unwrap().unwrap();
+    store.runs_of(turn.thread.id, 0, LIMIT).await.unwrap();
+    store.transcript(turn.thread.id, 0, LIMIT).await.unwrap();
+    for ascending in [true, false] {
+        let page = PageRequest { limit: LIMIT, ascending, ..first_page() };
+        store.runs(key, &page).await.unwrap();
+        for across in [true, false] {
+            let page = PageRequest { limit: LIMIT, ascending, ..first_page() };
+            store.messages(ThreadName::Newest(key), across, &page).await.unwrap();
+        }
+    }
+    store.update_thread(key, &ThreadUpdate::default()).await.unwrap().unwrap();
+}
+
+/// Lists of a tenant with few threads beside one with many. Those of threads at work are made from all runs at work, of which
+/// the replicas allow only so many.
+async fn lists(store: &dyn Store, key: &ConversationKey) {
+    let all = ThreadFilter { tenant: key.tenant.clone(), ..every_thread() };
+    let soon = "2100-01-01T00:00:00Z".parse().unwrap();
+    let mut filters = vec![
+        ThreadFilter { user: Some(key.user.clone()), ..all.clone() },
+        ThreadFilter { upstream: Some("main".to_owned()), ..all.clone() },
+        ThreadFilter { created_before: Some(soon), ..all.clone() },
+        ThreadFilter { inactive_since: Some(soon), ..all.clone() },
+        ThreadFilter { state: Some(ThreadState::Idle), ..all.clone() },
+    ];
+    for lifecycle in [Lifecycle::Current, Lifecycle::Archived, Lifecycle::Deleting] {
+        filters.push(ThreadFilter { lifecycle: Some(lifecycle), ..all.clone() });
+    }
+    filters.push(all);
+    for filter in &filters {
+        for ascending in [true, false] {
+            let page = PageRequest { limit: LIMIT, ascending, ..first_page() };
+            let found = store.threads(filter, &page).await.unwrap();
+            if let Some((thread, _)) = found.data.last() {
+                let page = PageRequest { after: Some(thread.id), ..page };
+                store.threads(filter, &page).await.unwrap();
+            }
+        }
+    }
+}
+
+/// What the janitor does, rollovers, deletions and imports.
+async fn life(store: &dyn Store, key: &ConversationKey, me: ReplicaId) {
+    let report = store.report(ThreadName::Newest(key)).await.unwrap().unwrap();
+    let thread = report.thread.id;
+    assert_eq!(store.unfinished_of(thread).await.unwrap().len(), 2);
+    let orphans = store.adopt_orphans(me, &[], LIMIT).await.unwrap();
+    let [active, _] = &orphans[..] else { panic!("{orphans:?}") };
+    let rollover = |thread, by| Rollover {
+        thread,
+        by,
+        new_thread: ThreadId::new(),
+        carry_over: 5,
+        limits: Limits::NONE,
+    };
+    store.roll_over(&rollover(thread, None)).await.unwrap();
+    let by_run = rollover(thread, Some(active.lease));
+    store.roll_over(&by_run).await.unwrap();
+    store.carried(by_run.new_thread, None, LIMIT).await.unwrap();
+    let foreign = Foreign {
+        id: MessageId::new(),
+        after: 0,
+        role: Role::User,
+        content: text("x"),
+        upstream_message_id: Some("x".to_owned()),
+        created_at: None,
+    };
+    let inserted = store.insert_foreign(by_run.new_thread, Some(active.lease), &[foreign]).await.unwrap();
+    assert_eq!(inserted, 1);
+    let message = ImportedMessage {
+        id: MessageId::new(),
+        role: Role::User,
+        content: text("x"),
+        upstream_message_id: None,
+        context: None,
+        created_at: None,
+    };
+    store.import_thread(&imported(&session("imported", key.user.as_str()))).await.unwrap();
+    store.import_messages(by_run.new_thread, &[message]).await.unwrap();
+    store.expire(by_run.new_thread, Limits::NONE).await.unwrap();
+    store.review(None, LIMIT, &NO_LIMITS).await.unwrap();
+    store.due(LIMIT).await.unwrap();
+    store.claim_due(LIMIT, Duration::ZERO).await.unwrap();
+    store.schedule(thread, None, None, None).await.unwrap();
+    store.remnants(thread, true, LIMIT).await.unwrap();
+    store.due_remnants(LIMIT).await.unwrap();
+    store.claim_remnants(LIMIT, Duration::ZERO).await.unwrap();
+    store.discard(thread, Duration::from_hours(1)).await.unwrap();
+    store.discard(thread, Duration::ZERO).await.unwrap();
+    let pruning = Pruning {
+        runs: Some(Duration::ZERO),
+        events: Some(Duration::ZERO),
+        idempotency_keys: Some(Duration::ZERO),
+        receipts: Some(Duration::ZERO),
+        storing: vec!["main".to_owned()],
+    };
+    store.prunable(&pruning, LIMIT).await.unwrap();
+    store.prune(&pruning, LIMIT).await.unwrap();
+    let erase = request(DeletionTarget::User(key.user.clone()), Deletion::Erase);
+    assert_eq!(store.begin_deletion(&erase, LIMIT).await.unwrap(), 2);
+    store.deletion_under_way(&key.tenant, &erase.target).await.unwrap().unwrap();
+    for orphan in store.adopt_orphans(me, &[], LIMIT).await.unwrap() {
+        let ended = RunEnd { status: RunStatus::Cancelled, ..completed(None) };
+        closed(store.finish(&orphan.lease, &ended).await.unwrap());
+    }
+    for thread in [thread, by_run.new_thread] {
+        store.removed(thread, &gone(), &[]).await.unwrap();
+        store.conclude(thread, LIMIT).await.unwrap();
+    }
+    store.deletion(&key.tenant, erase.id, None, LIMIT).await.unwrap().unwrap();
+}
+
+/// A statement and its plan.
+struct Plan {
+    text: String,
+    root: Value,
+}
+
+/// The plans that a part of the server's log tells.
+fn plans(log: &str) -> Vec<Plan> {
+    let mut plans = Vec::new();
+    let mut lines = log.lines().peekable();
+    while let Some(line) = lines.next() {
+        if !(line.contains("LOG:  duration:") && line.ends_with("plan:")) {
+            continue;
+        }
+        let mut json = String::new();
+        while let Some(line) = lines.next_if(|line| line.starts_with('\t')) {
+            json.push_str(line);
+        }
+        let told: Value = serde_json::from_str(&json).expect("a plan is JSON");
+        let text = told["Query Text"].as_str().expect("with its statement").to_owned();
+        plans.push(Plan { text, root: told["Plan"].clone() });
+    }
+    plans
+}
+
+/// The first column of each index.
+async fn leading(database: &TestDatabase) -> BTreeMap<String, String> {
+    let columns = "SELECT i.relname || ' ' || a.attname FROM pg_index x JOIN pg_class i ON i.oid = x.indexrelid \
+                   JOIN pg_attribute a ON a.attrelid = x.indrelid AND a.attnum = x.indkey[0] \
+                   WHERE i.relnamespace = 'public'::regnamespace";
+    let columns = database.texts(columns).await;
+    columns.iter().map(|text| text.split_once(' ').unwrap()).map(|(i, c)| (i.into(), c.into())).collect()
+}
+
+/// What a plan does that it should not.
+fn faults(plan: &Plan, leading: &BTreeMap<String, String>) -> Vec<String> {
+    let mut faults = Vec::new();
+    let mut nodes = vec![&plan.root];
+    while let Some(node) = nodes.pop() {
+        nodes.extend(node["Plans"].as_array().into_iter().flatten());
+        let text = |name: &str| node[name].as_str().unwrap_or_default();
+        let number = |name: &str| node[name].as_f64().unwrap_or(0.0);
+        let (kind, table, index) = (text("Node Type"), text("Relation Name"), text("Index Name"));
+        let is_ours = leading.contains_key(index) || leading.contains_key(&format!("{table}_pkey"));
+        if !is_ours || table == SMALL || !kind.contains("Scan") {
+            continue;
+        }
+        let read = number("Actual Loops")
+            * (number("Actual Rows")
+                + number("Rows Removed by Filter")
+                + number("Rows Removed by Index Recheck"));
+        let what = if kind == "Seq Scan" {
+            format!("reads {table} from end to end")
+        } else if !index.is_empty() && !text("Index Cond").contains(&format!("({} ", leading[index])) {
+            format!("reads {index} from end to end ({} {})", text("Index Cond"), text("Filter"))
+        } else if read > MOST {
+            format!("reads {read} rows of {table} by {index} ({}; {})", text("Index Cond"), text("Filter"))
+        } else {
+            continue;
+        };
+        let statement = plan.text.split_whitespace().collect::<Vec<_>>().join(" ");
+        let tail = statement.len().saturating_sub(200);
+        faults.push(format!("{what}, in: {:.60} … {}", statement, statement.get(tail..).unwrap_or_default()));
+    }
+    faults
+}
