@@ -4,13 +4,14 @@ use std::time::Duration;
 
 use futures_util::future::join_all;
 use tokio::time::{sleep, timeout};
+use tracing::Instrument;
 
 use super::end::bare_end;
 use super::standing::others_from;
 use super::{NO_THREAD, Runs, jittered};
-use crate::domain::{ConversationKey, EventBatch, Message, Run, RunId, RunStatus, Step};
+use crate::domain::{ConversationKey, EventBatch, Message, Run, RunId, RunStatus, Step, ThreadId};
 use crate::error::Error;
-use crate::store::{News, RunEnd};
+use crate::store::{News, RunEnd, StoreError};
 
 /// How much longer than the settling a cancel waits for the end of its run.
 const SLACK: Duration = Duration::from_secs(2);
@@ -81,17 +82,10 @@ impl Runs {
         let store = self.store();
         let handle = self.parts.standing.handle(run.id);
         if run.status == RunStatus::Queued && handle.is_none() {
-            let replica = self.parts.given.replica;
-            let _taking = self.parts.standing.taking.lock().await;
-            if let Some(lease) = store.take_queued(replica, run.id).await? {
-                let status = RunStatus::Queued.on(Step::Cancel).unwrap_or(RunStatus::Cancelled);
-                // Beyond all that its owner can have shown.
-                let events = EventBatch { first: others_from(&lease), events: Vec::new() };
-                store.finish(&lease, &RunEnd { events, ..bare_end(status, None) }).await?;
-                // Its owner has lost it, and its readers go on by the store.
-                for news in [News::Asked(run.id), News::Run(run.id), News::Thread(run.thread_id)] {
-                    self.parts.desk.tell(news);
-                }
+            // A caller who leaves must not leave the run taken and not ended.
+            let ending = self.clone().end_waiting(run.id, run.thread_id).in_current_span();
+            let ended = self.parts.given.tasks.spawn(ending).await;
+            if ended.map_err(|error| Error::Internal(Some(error.into())))?? {
                 return Ok(());
             }
         }
@@ -104,6 +98,22 @@ impl Runs {
             None => self.parts.desk.tell(News::Asked(run.id)),
         }
         Ok(())
+    }
+
+    /// Takes a run that waits in the line of another process and ends it. `false` if it does not wait any more.
+    async fn end_waiting(self, run: RunId, thread: ThreadId) -> Result<bool, StoreError> {
+        let parts = &self.parts;
+        let _taking = parts.standing.taking.lock().await;
+        let Some(lease) = self.store().take_queued(parts.given.replica, run).await? else { return Ok(false) };
+        let status = RunStatus::Queued.on(Step::Cancel).unwrap_or(RunStatus::Cancelled);
+        // Beyond all that its owner can have shown.
+        let events = EventBatch { first: others_from(&lease), events: Vec::new() };
+        self.store().finish(&lease, &RunEnd { events, ..bare_end(status, None) }).await?;
+        // Its owner has lost it, and its readers go on by the store.
+        for news in [News::Asked(run), News::Run(run), News::Thread(thread)] {
+            parts.desk.tell(news);
+        }
+        Ok(true)
     }
 
     /// Resolves when the run has ended.

@@ -116,9 +116,10 @@ const CALL_TIMEOUT: Duration = Duration::from_secs(12);
 /// The store in a Postgres database.
 #[derive(Clone)]
 pub struct PostgresStore {
-    /// Admissions, reads, and what else callers ask for.
+    /// Admissions, reads, and what else callers ask for. All that is called within a request, which is dropped when its
+    /// caller leaves, belongs here.
     general: Arc<Pool<PgConnection>>,
-    /// What ends runs and starts waiting ones: a flood of the rest cannot starve it.
+    /// What ends runs and starts waiting ones: a flood of the rest cannot starve it. Only tasks of ours call it.
     vital: Arc<Pool<PgConnection>>,
     /// A connection that only keeps the session alive: no statement that is stuck can end it.
     session: Arc<Pool<PgConnection>>,
@@ -138,8 +139,8 @@ impl fmt::Debug for PostgresStore {
 impl PostgresStore {
     /// Connects, waiting up to `startup_timeout` for a server that is not up yet. Does not look at the schema.
     ///
-    /// A quarter of `max_connections`, at most 8, is set aside for what must not wait behind a flood. Two more
-    /// connections keep the session and hear what other replicas tell.
+    /// Half of `max_connections` is set aside for what must not wait behind a flood: a turn needs it as often as the rest.
+    /// Two more connections keep the session and hear what other replicas tell.
     ///
     /// # Errors
     /// [`StoreError::Open`] at once if waiting does not help: a bad URL, password or database name.
@@ -150,7 +151,7 @@ impl PostgresStore {
         if let Some(direct) = &direct {
             connect::wait_until_up(direct, config.startup_timeout).await?;
         }
-        let vital = (config.max_connections / 4).clamp(1, 8);
+        let vital = (config.max_connections / 2).max(1);
         let general = config.max_connections.saturating_sub(vital).max(1);
         let trust = Arc::new(Trust::default());
         let pool = |size, dropped| {
@@ -189,7 +190,7 @@ async fn write(connection: &mut PgConnection) -> Result<Transaction<'_, Postgres
 impl Store for PostgresStore {
     async fn ready(&self) -> Result<(), StoreError> {
         let known = MIGRATOR.iter().map(|migration| migration.version).max().unwrap_or(0);
-        check_version(on!(self.vital, c => read::schema_version(c))?, known)
+        check_version(on!(self.general, c => read::schema_version(c))?, known)
     }
 
     async fn admit(&self, admission: &Admission) -> Result<Admitted, StoreError> {

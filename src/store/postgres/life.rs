@@ -179,7 +179,9 @@ impl Life for PostgresStore {
     }
 
     async fn roll_over(&self, rollover: &Rollover) -> Result<Rolled, StoreError> {
-        on!(self.vital, c => rollover::roll_over(c, rollover))
+        // A run rolls its thread over in its own task, a caller within the request.
+        let pool = if rollover.by.is_some() { &self.vital } else { &self.general };
+        on!(pool, c => rollover::roll_over(c, rollover))
     }
 
     async fn carried(
@@ -188,7 +190,7 @@ impl Life for PostgresStore {
         before: Option<i64>,
         limit: u32,
     ) -> Result<Page<Message>, StoreError> {
-        on!(self.vital, c => rollover::carried(c, thread, before, limit))
+        on!(self.general, c => rollover::carried(c, thread, before, limit))
     }
 
     async fn insert_foreign(

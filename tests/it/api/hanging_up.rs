@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use sqlx::{Connection, Executor, PgConnection};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::time::timeout;
@@ -10,34 +11,31 @@ use crate::support::gateway::Gateway;
 use crate::support::scene::{Backend, Protocol, Scene};
 
 const SCOPE: &str = "/v1/users/alice";
-/// Of `store.max_connections`, one is set aside for what must not wait.
+/// Of `store.max_connections`, half are set aside for what must not wait.
 const SETTINGS: [(&str, &str); 2] =
     [("THREADKEEPER_STORE__MAX_CONNECTIONS", "4"), ("THREADKEEPER_STORE__ACQUIRE_TIMEOUT", "1s")];
-const FOR_CALLERS: i64 = 3;
-/// Those, and two more, for the session and for what others tell.
+const FOR_CALLERS: i64 = 2;
+/// All, and two more, for the session and for what others tell.
 const MOST: i64 = 6;
-/// The statements of callers who read, which wait for a lock.
-const STUCK: &str = "FROM pg_stat_activity WHERE application_name = 'threadkeeper' AND datname = current_database() \
-                     AND wait_event_type = 'Lock' AND query LIKE '%FROM messages%'";
+const OURS: &str =
+    "FROM pg_stat_activity WHERE application_name = 'threadkeeper' AND datname = current_database()";
 
-#[tokio::test(flavor = "multi_thread")]
-async fn clients_that_hang_up_cost_no_connections() {
-    let scene = Scene::new(Protocol::Responses, Backend::Postgres).await;
-    let gateway = Gateway::start_with(&scene.config(""), &SETTINGS).await;
-    gateway.say(SCOPE, "hello").await;
-    let count = async |what: String| scene.database.number(&format!("SELECT count(*) {what}")).await;
-    let ours =
-        "FROM pg_stat_activity WHERE application_name = 'threadkeeper' AND datname = current_database()";
+/// The statements of callers, of which they have a part in common, which wait for a lock.
+fn stuck(part: &str) -> String {
+    format!("{OURS} AND wait_event_type = 'Lock' AND query LIKE '%{part}%'")
+}
 
-    let lock = scene.database.lock("messages").await;
-    for n in 1..=2 * FOR_CALLERS {
+/// Sends requests one after another, each of which waits in the database, and hangs up on each.
+async fn hang_up(scene: &Scene, gateway: &Gateway, request: &str, stuck: &str) {
+    let count = async |what: &str| scene.database.number(&format!("SELECT count(*) {what}")).await;
+    for n in 1..=4 * FOR_CALLERS {
         let mut socket = TcpStream::connect(gateway.address()).await.unwrap();
-        let request = format!("GET {SCOPE}/messages HTTP/1.1\r\nhost: x\r\n\r\n");
+        let request = format!("{request} HTTP/1.1\r\nhost: x\r\ncontent-length: 0\r\n\r\n");
         socket.write_all(request.as_bytes()).await.unwrap();
         // Until the database works on it, or it is told that no connection is free.
         let told = async {
             while timeout(Duration::from_millis(20), socket.readable()).await.is_err() {
-                if count(STUCK.to_owned()).await >= n {
+                if count(stuck).await >= n {
                     break;
                 }
             }
@@ -46,14 +44,40 @@ async fn clients_that_hang_up_cost_no_connections() {
         socket.shutdown().await.unwrap();
         // The gateway has let go of it.
         socket.read_to_end(&mut Vec::new()).await.unwrap();
-        let connections = count(ours.to_owned()).await;
+        let connections = count(OURS).await;
         assert!(connections <= MOST, "{connections} connections after {n} clients have hung up");
     }
-    let stuck = scene.database.texts(&format!("SELECT pid::text {STUCK}")).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn clients_that_hang_up_cost_no_connections() {
+    let scene = Scene::new(Protocol::Responses, Backend::Postgres).await;
+    let gateway = Gateway::start_with(&scene.config(""), &SETTINGS).await;
+    gateway.say(SCOPE, "hello").await;
+    let lock = scene.database.lock("messages").await;
+    let stuck = stuck("FROM messages");
+    hang_up(&scene, &gateway, &format!("GET {SCOPE}/messages"), &stuck).await;
+    let stuck = scene.database.texts(&format!("SELECT pid::text {stuck}")).await;
     assert_eq!(i64::try_from(stuck.len()).unwrap(), FOR_CALLERS);
 
     drop(lock);
     gateway.get(&format!("{SCOPE}/messages")).await.ok();
-    let same = count(format!("{ours} AND pid IN ({})", stuck.join(", "))).await;
+    let same = format!("SELECT count(*) {OURS} AND pid IN ({})", stuck.join(", "));
+    let same = scene.database.number(&same).await;
     assert_eq!(same, FOR_CALLERS, "the connections are used again");
+}
+
+/// A rollover waits for its thread, which a turn holds while it ends; who asks for one takes none of the connections that end
+/// runs.
+#[tokio::test(flavor = "multi_thread")]
+async fn rollovers_that_are_given_up_cost_no_connections() {
+    let scene = Scene::new(Protocol::Responses, Backend::Postgres).await;
+    let gateway = Gateway::start_with(&scene.config(""), &SETTINGS).await;
+    gateway.say(SCOPE, "hello").await;
+    let mut holder = PgConnection::connect(&scene.database.url()).await.unwrap();
+    holder.execute("BEGIN; SELECT FROM threads FOR UPDATE").await.unwrap();
+    let stuck = stuck("SELECT t.lifecycle FROM threads t");
+    hang_up(&scene, &gateway, &format!("POST {SCOPE}/thread/rollover"), &stuck).await;
+    holder.execute("ROLLBACK").await.unwrap();
+    gateway.say(SCOPE, "hello again").await;
 }

@@ -640,15 +640,43 @@ async fn a_flood_of_admissions_does_not_keep_a_run_from_ending() {
     let admissions: Vec<_> = (0..64).map(|_| admission(&key)).collect();
     let flood = futures_util::future::join_all(admissions.iter().map(|it| store.admit(it)));
     let work = async {
-        blocked(&database, 12).await;
+        blocked(&database, 8).await;
         closed(store.finish(&turn.lease, &completed(Some("hi"))).await.unwrap());
-        store.ready().await.unwrap();
         store.renew_replica(ReplicaId::new(), "127.0.0.1:1", Duration::from_secs(1)).await.unwrap();
         holder.execute("ROLLBACK").await.unwrap();
     };
     let (results, ()) = tokio::join!(flood, work);
     assert!(results.iter().all(Result::is_ok));
     check_invariants(&database).await;
+}
+
+/// A turn begins over one half of the connections and ends over the other, so neither waits for the other's.
+#[tokio::test]
+async fn as_many_runs_end_at_once_as_begin() {
+    const HALF: i64 = 12;
+    let database = TestDatabase::postgres().await;
+    let config = StoreConfig { max_connections: u32::try_from(2 * HALF).unwrap(), ..database.config() };
+    let store = PostgresStore::connect(&config).await.unwrap();
+    let mut turns = Vec::new();
+    for n in 0..2 * HALF {
+        turns.push(started(store.admit(&admission(&user(&n.to_string()))).await.unwrap()));
+    }
+    let mut holder = database.lock("threads").await;
+    let end = completed(None);
+    let ends = futures_util::future::join_all(turns.iter().map(|turn| store.finish(&turn.lease, &end)));
+    let new: Vec<_> = (0..2 * HALF).map(|n| admission(&user(&format!("new {n}")))).collect();
+    let begins = async {
+        blocked(&database, HALF).await;
+        futures_util::future::join_all(new.iter().map(|admission| store.admit(admission))).await
+    };
+    let release = async {
+        blocked(&database, 2 * HALF).await;
+        holder.execute("ROLLBACK").await.unwrap();
+    };
+    let (ends, begins, ()) = tokio::join!(ends, begins, release);
+    assert!(ends.iter().all(Result::is_ok), "{ends:?}");
+    assert!(begins.iter().all(Result::is_ok), "{begins:?}");
+    store.close().await;
 }
 
 #[tokio::test]
