@@ -1,7 +1,8 @@
 //! What the parts of this process, and the replicas, tell each other of runs and threads: hints, so that nobody has to ask
 //! the database time and again. Each may get lost, so whoever waits for one looks now and then all the same.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashSet;
+use std::collections::hash_map::{Entry, HashMap};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -18,7 +19,16 @@ const DELIVERY_TIMEOUT: Duration = Duration::from_secs(2);
 /// The pause after one that failed.
 const AFTER_FAILURE: Duration = Duration::from_millis(500);
 
-type Readers = Arc<Mutex<HashMap<News, watch::Sender<()>>>>;
+type Readers = Arc<Mutex<HashMap<News, Reader>>>;
+
+/// Where one thing is told to all that subscribed to it.
+#[derive(Debug)]
+struct Reader {
+    sender: watch::Sender<()>,
+    /// Kept beside the sender, whose own count goes down only after a subscription is dropped: the last one could not tell
+    /// that it is.
+    subscriptions: usize,
+}
 
 /// Where news come in and go out.
 #[derive(Debug, Default)]
@@ -43,7 +53,11 @@ impl Desk {
     /// Hears from now on about one thing.
     pub(super) fn subscribe(&self, about: News) -> Subscription {
         let mut readers = lock(&self.readers);
-        let receiver = readers.entry(about).or_insert_with(|| watch::Sender::new(())).subscribe();
+        let reader = readers
+            .entry(about)
+            .or_insert_with(|| Reader { sender: watch::Sender::new(()), subscriptions: 0 });
+        reader.subscriptions += 1;
+        let receiver = reader.sender.subscribe();
         Subscription { about, receiver, readers: Arc::clone(&self.readers) }
     }
 
@@ -64,11 +78,11 @@ impl Desk {
         let readers = lock(&self.readers);
         if news == News::Missed {
             for reader in readers.values() {
-                reader.send_replace(());
+                reader.sender.send_replace(());
             }
             self.asked.notify_one();
         } else if let Some(reader) = readers.get(&news) {
-            reader.send_replace(());
+            reader.sender.send_replace(());
         }
     }
 
@@ -79,8 +93,18 @@ impl Desk {
         let _ = known.wait_for(|has_peers| *has_peers).await;
     }
 
+    /// What the renewal of the session says of other replicas. They are told something as soon as there are any, since they
+    /// may not know of this one before they renew their own.
     pub(super) fn set_peers(&self, has_peers: bool) {
-        self.has_peers.send_replace(has_peers);
+        let before = self.has_peers.send_replace(has_peers);
+        if has_peers && !before {
+            self.tell(News::Orphans);
+        }
+    }
+
+    /// Another replica tells something. One that believes to be alone tells nothing, so it does not hear itself.
+    fn meet_peers(&self) {
+        self.has_peers.send_if_modified(|has_peers| !std::mem::replace(has_peers, true));
     }
 
     /// Takes out what is to be delivered.
@@ -122,10 +146,11 @@ impl Subscription {
 
 impl Drop for Subscription {
     fn drop(&mut self) {
-        let mut readers = lock(&self.readers);
-        // This one still counts.
-        if readers.get(&self.about).is_some_and(|reader| reader.receiver_count() <= 1) {
-            readers.remove(&self.about);
+        if let Entry::Occupied(mut reader) = lock(&self.readers).entry(self.about) {
+            reader.get_mut().subscriptions -= 1;
+            if reader.get().subscriptions == 0 {
+                reader.remove();
+            }
         }
     }
 }
@@ -135,6 +160,9 @@ impl Runs {
     pub(super) async fn listen(&self) {
         let mut news = self.store().news();
         while let Some(news) = news.next().await {
+            if news != News::Missed {
+                self.parts.desk.meet_peers();
+            }
             match news {
                 News::Asked(run) if self.parts.standing.handle(run).is_some() => {
                     self.parts.desk.asked.notify_one();
@@ -157,10 +185,12 @@ impl Runs {
         }
     }
 
-    /// Delivers what there is.
+    /// Delivers what there is. While no other replica is known to be alive nobody is told: one that has just begun says so, and
+    /// looks for itself until that is heard.
     pub(super) async fn deliver_once(&self) -> Result<(), ()> {
+        let has_peers = *self.parts.desk.has_peers.borrow();
         let mut taken = self.parts.desk.take();
-        let sent = timeout(DELIVERY_TIMEOUT, send(self.store(), &mut taken.outbox)).await;
+        let sent = timeout(DELIVERY_TIMEOUT, send(self.store(), &mut taken.outbox, has_peers)).await;
         sent.unwrap_or_else(|_| Err(StoreError::Unavailable("no answer in time".into()))).map_err(|error| {
             tracing::warn!(error = %Chain(&error), "cannot tell the other replicas the news yet");
         })
@@ -168,16 +198,16 @@ impl Runs {
 }
 
 /// Empties it as far as it comes.
-async fn send(store: &dyn Store, outbox: &mut Outbox) -> Result<(), StoreError> {
+async fn send(store: &dyn Store, outbox: &mut Outbox, has_peers: bool) -> Result<(), StoreError> {
     if !outbox.released.is_empty() {
         store.release(&outbox.released).await?;
         outbox.released.clear();
         outbox.news.insert(News::Orphans);
     }
-    if !outbox.news.is_empty() {
+    if has_peers && !outbox.news.is_empty() {
         store.tell(&outbox.news.iter().copied().collect::<Vec<_>>()).await?;
-        outbox.news.clear();
     }
+    outbox.news.clear();
     Ok(())
 }
 
@@ -188,6 +218,8 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Barrier;
+
     use futures_util::FutureExt;
 
     use super::*;
@@ -218,6 +250,24 @@ mod tests {
         drop(first);
         desk.tell(run);
         second.changed().await;
+    }
+
+    #[test]
+    fn subscriptions_that_are_dropped_at_once_leave_nothing() {
+        let (desk, run) = (Desk::default(), News::Run(RunId::new()));
+        for _ in 0..5_000 {
+            let start = Barrier::new(2);
+            let both = [desk.subscribe(run), desk.subscribe(run)];
+            std::thread::scope(|scope| {
+                for subscription in both {
+                    scope.spawn(|| {
+                        start.wait();
+                        drop(subscription);
+                    });
+                }
+            });
+            assert!(lock(&desk.readers).is_empty(), "nothing is kept");
+        }
     }
 
     #[test]

@@ -8,6 +8,7 @@ use serde_json::{Value, json};
 use crate::support::gateway::{Answer, Event, EventReader, Gateway, PATIENCE, text_of};
 use crate::support::scene::Scene;
 
+mod alone;
 mod asks;
 mod backlog;
 mod clocks;

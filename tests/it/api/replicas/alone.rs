@@ -1,0 +1,50 @@
+//! A replica that has no peers.
+
+use std::time::Duration;
+
+use sqlx::postgres::PgListener;
+use tokio::time::timeout;
+
+use super::SHORT;
+use crate::support::gateway::{Gateway, PATIENCE};
+use crate::support::scene::{Backend, Protocol, Scene};
+
+const SCOPE: &str = "/v1/users/alice";
+const SENTINEL: &str = "NOTIFY threadkeeper, 'sentinel'";
+
+/// The first that is told.
+async fn told(ear: &mut PgListener) -> String {
+    timeout(PATIENCE, ear.recv()).await.expect("something is told").unwrap().payload().to_owned()
+}
+
+/// Two messages at once: the end of the first is news to those who wait for the thread.
+async fn both(gateway: &Gateway) {
+    tokio::join!(gateway.say(SCOPE, "one"), gateway.say(SCOPE, "two"));
+}
+
+/// A commit that notifies waits for all others that do, on the whole server.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_single_replica_tells_nobody() {
+    let scene = Scene::new(Protocol::Responses, Backend::Postgres).await;
+    let gateway = scene.gateway_with(SHORT).await;
+    let mut ear = PgListener::connect(&scene.database.url()).await.unwrap();
+    ear.listen("threadkeeper").await.unwrap();
+    for _ in 0..3 {
+        both(&gateway).await;
+    }
+    scene.database.execute(SENTINEL).await;
+    assert_eq!(told(&mut ear).await, "sentinel");
+
+    let _other = scene.gateway_with(SHORT).await;
+    // As soon as it knows of the other one, that is told.
+    let heard = async {
+        loop {
+            both(&gateway).await;
+            scene.database.execute(SENTINEL).await;
+            if told(&mut ear).await != "sentinel" {
+                break;
+            }
+        }
+    };
+    timeout(PATIENCE + Duration::from_secs(10), heard).await.expect("a replica with peers tells them");
+}
