@@ -209,7 +209,7 @@ pub trait Life: Send + Sync {
         messages: &[Foreign],
     ) -> Result<u64, StoreError>;
 
-    /// Removes what is past its time, up to `limit` of each kind.
+    /// Removes what is past its time, up to `limit` of each kind, and sessions that ended a day ago.
     async fn prune(&self, pruning: &Pruning, limit: u32) -> Result<Pruned, StoreError>;
 
     /// How much [`prune`](Self::prune) would find, up to `limit` of each kind.

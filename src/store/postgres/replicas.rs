@@ -166,10 +166,6 @@ pub(super) async fn adopt_orphans(
         .bind(fences)
         .fetch_all(&mut *connection)
         .await?;
-    // Long dead, and nothing refers to them but the runs that are orphans anyway.
-    sqlx::query("DELETE FROM replicas WHERE expires_at < now() - interval '1 day'")
-        .execute(&mut *connection)
-        .await?;
     let mut orphans = rows.into_iter().map(Orphan::try_from).collect::<Result<Vec<_>, _>>()?;
     give_input(connection, &mut orphans).await?;
     Ok(orphans)

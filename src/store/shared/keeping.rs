@@ -312,7 +312,11 @@ macro_rules! keeping {
                 concat!("DELETE FROM run_events WHERE ", rows_of!("e"), old_events!(), and_no_more!("e"));
             const RECEIPTS: &str =
                 concat!("DELETE FROM deletions WHERE ", rows_of!("d"), old_receipts!(), and_no_more!("d"));
+            // Sessions that ended long ago: nothing refers to them but runs that are orphans anyway.
+            const SESSIONS: &str =
+                concat!("DELETE FROM replicas WHERE expires_at < ", now!(), " - ", ms!("86400000"));
             let mut tx = write(connection).await?;
+            sqlx::query(SESSIONS).execute(&mut *tx).await?;
             let pruned = Pruned {
                 idempotency_keys: remove(&mut tx, KEYS, pruning.idempotency_keys, limit).await?,
                 events: remove(&mut tx, EVENTS, pruning.events, limit).await?,

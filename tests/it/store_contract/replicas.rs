@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use threadkeeper::domain::{RunStatus, UpstreamThreadId};
-use threadkeeper::store::Orphan;
+use threadkeeper::store::{Orphan, Pruning};
 
 use super::*;
 
@@ -19,6 +19,7 @@ on_every_backend!(
     a_renewal_tells_of_peers_and_of_the_time,
     a_run_that_was_given_up_is_free_at_once,
     what_was_merged_comes_in_order,
+    sessions_that_ended_long_ago_are_forgotten,
 );
 
 const ALIVE: Duration = Duration::from_mins(1);
@@ -330,4 +331,16 @@ async fn what_was_merged_comes_in_order(_: &TestDatabase, store: &dyn Store) {
     assert_eq!(orphans[0].input, turn.input);
     let said: Vec<_> = orphans[0].input.iter().map(|message| message.content.clone()).collect();
     assert_eq!(said, [text("one"), text("two"), text("three")]);
+}
+
+async fn sessions_that_ended_long_ago_are_forgotten(database: &TestDatabase, store: &dyn Store) {
+    let (old, lapsed, alive) = (ReplicaId::new(), ReplicaId::new(), ReplicaId::new());
+    store.renew_replica(old, "127.0.0.1:1", Duration::ZERO).await.unwrap();
+    let long_ago = database.before("expires_at", Duration::from_hours(25));
+    database.execute(&format!("UPDATE replicas SET expires_at = {long_ago}")).await;
+    store.renew_replica(lapsed, "127.0.0.1:2", Duration::ZERO).await.unwrap();
+    store.renew_replica(alive, "127.0.0.1:3", ALIVE).await.unwrap();
+    store.prune(&Pruning::default(), 10).await.unwrap();
+    let left = database.texts("SELECT address FROM replicas ORDER BY address").await;
+    assert_eq!(left, ["127.0.0.1:2", "127.0.0.1:3"]);
 }
