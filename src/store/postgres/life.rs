@@ -179,9 +179,8 @@ impl Life for PostgresStore {
     }
 
     async fn roll_over(&self, rollover: &Rollover) -> Result<Rolled, StoreError> {
-        // A run rolls its thread over in its own task, a caller within the request.
-        let pool = if rollover.by.is_some() { &self.vital } else { &self.general };
-        on!(pool, c => rollover::roll_over(c, rollover))
+        // Callers hang up in the middle of it, and runs are cut off.
+        on!(self.general, c => rollover::roll_over(c, rollover))
     }
 
     async fn carried(
