@@ -33,8 +33,9 @@ const ERASE_BATCH: u32 = 1000;
 const REVIEW_BATCH: u32 = 1000;
 /// The rest between two of these.
 const REVIEW_REST: Duration = Duration::from_millis(100);
-/// Rounds of pruning at a look.
-const PRUNE_ROUNDS: usize = 100;
+/// Longest time for pruning at a look, so that threads have their turn. What is left then is pruned at the next look,
+/// which follows at once.
+const PRUNE_TIME: Duration = Duration::from_secs(20);
 
 /// What a look did.
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
@@ -103,8 +104,10 @@ impl Keeper {
         let work = async {
             self.review().await;
             loop {
-                if let Err(error) = self.look(u32::MAX).await {
-                    tracing::warn!(error = %Chain(&error), "the janitor cannot work now");
+                match self.look(u32::MAX).await {
+                    Ok(tally) if tally.has_more => continue,
+                    Ok(_) => {}
+                    Err(error) => tracing::warn!(error = %Chain(&error), "the janitor cannot work now"),
                 }
                 let pause = self.parts.given.janitor.every.mul_f64(rand::rng().random_range(0.5..=1.5));
                 tokio::select! {
@@ -156,19 +159,30 @@ impl Keeper {
             }
         }
         self.look_for_remnants(&counts).await?;
-        let mut pruned = Pruned::default();
-        for _ in 0..PRUNE_ROUNDS {
-            let now = self.store().prune(&self.parts.pruning, PRUNE_BATCH).await?;
-            pruned += now;
-            if now.most() < u64::from(PRUNE_BATCH) {
-                break;
-            }
-        }
-        let tally = Tally { pruned, has_more: left == 0, ..counts.tally() };
+        let (pruned, pruned_all) = self.prune().await?;
+        let tally = Tally { pruned, has_more: left == 0 || !pruned_all, ..counts.tally() };
         if tally != Tally::default() {
             tracing::info!(?tally, "the janitor looked after threads");
         }
         Ok(tally)
+    }
+
+    /// Removes what is past its time, batch by batch, until nothing is left or the time for it is over. Whether nothing is
+    /// left.
+    async fn prune(&self) -> Result<(Pruned, bool), StoreError> {
+        let begun = Instant::now();
+        let mut pruned = Pruned::default();
+        while begun.elapsed() < PRUNE_TIME {
+            let batch = Instant::now();
+            let now = self.store().prune(&self.parts.pruning, PRUNE_BATCH).await?;
+            pruned += now;
+            if now.most() < u64::from(PRUNE_BATCH) {
+                return Ok((pruned, true));
+            }
+            // At most half of the time of a connection, which may be the only one that writes.
+            sleep(batch.elapsed()).await;
+        }
+        Ok((pruned, false))
     }
 
     /// A [`look`](Self::look) that somebody asked for. It goes on if they do not wait for it.

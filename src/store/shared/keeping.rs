@@ -334,8 +334,13 @@ macro_rules! keeping {
             limit: u32,
         ) -> Result<u64, StoreError> {
             let Some(keep) = keep else { return Ok(0) };
-            let done =
-                sqlx::query(statement).bind(millis(keep)).bind(i64::from(limit)).execute(tx).await?;
+            // Planned each time: a plan that was made while the table was small reads all of it.
+            let done = sqlx::query(statement)
+                .bind(millis(keep))
+                .bind(i64::from(limit))
+                .persistent(false)
+                .execute(tx)
+                .await?;
             Ok(done.rows_affected())
         }
 
@@ -356,6 +361,7 @@ macro_rules! keeping {
             ))
             .bind(millis(keep))
             .bind(i64::from(limit))
+            .persistent(false)
             .fetch_all(&mut *tx)
             .await?;
             let runs = ids(old.iter().map(|run| run.0));

@@ -11,6 +11,7 @@ use crate::support::scene::{Backend, Protocol, Scene, on_every_scene};
 on_every_scene!(
     threads_are_listed_by_what_they_are,
     what_is_past_its_time_is_pruned,
+    one_look_prunes_all_that_is_past_its_time,
     an_upstream_thread_of_which_nobody_heard_is_told_of,
     a_lost_race_leaves_no_thread_upstream,
 );
@@ -94,6 +95,36 @@ async fn what_is_past_its_time_is_pruned(scene: Scene) {
     gateway.say(scope, "needle").await;
     gateway.delete(&format!("{scope}/thread")).await.ok();
     assert_eq!(scene.simulator.stored_responses(), Vec::<String>::new());
+}
+
+/// As many rows of a log as many streams leave in a while.
+async fn one_look_prunes_all_that_is_past_its_time(scene: Scene) {
+    const ROWS: i64 = 120_000;
+    if scene.protocol != Protocol::Responses {
+        return;
+    }
+    let gateway = scene.gateway_with(&format!("{BY_HAND}[retention]\nevents = \"1h\"\n")).await;
+    gateway.say("/v1/users/alice", "hello").await;
+    let (numbers, json) = match scene.backend {
+        Backend::Postgres => (format!("SELECT generate_series(100, {}) AS n", ROWS + 99), "'[]'::jsonb"),
+        Backend::Sqlite => (
+            format!(
+                "WITH RECURSIVE g (n) AS (SELECT 100 UNION ALL SELECT n + 1 FROM g WHERE n < {}) SELECT n FROM g",
+                ROWS + 99
+            ),
+            "'[]'",
+        ),
+    };
+    scene.database.backdate_runs(Duration::from_hours(2)).await;
+    let fill = format!(
+        "INSERT INTO run_events (run_id, n, event, created_at, until) \
+         SELECT r.id, g.n, {json}, r.created_at, g.n + 1 FROM runs r, ({numbers}) g"
+    );
+    scene.database.execute(&fill).await;
+    let done = clean_up(&gateway).await;
+    assert!(done["pruned"]["events"].as_i64().unwrap() >= ROWS, "{done:#}");
+    assert_eq!(done["has_more"], false);
+    assert_eq!(scene.database.number("SELECT count(*) FROM run_events").await, 0);
 }
 
 /// The answer to the call that makes a thread is lost.
