@@ -3,6 +3,8 @@
 
 macro_rules! reads {
     ($database:ty) => {
+        use sqlx::types::Json;
+        use sqlx::{FromRow as _, Row as _};
         use uuid::Uuid;
 
         use super::dialect::{STEP_BYTES, listed};
@@ -17,6 +19,7 @@ macro_rules! reads {
         use crate::store::rows::{EventRow, MessageRow, RunRow, RunWithReply, ThreadAndRun, WaitingRow};
         use crate::store::{
             Binding, Bound, Claim, Idempotency, InputMessage, RunLease, StoreError, ThreadName, Turn, Waiting,
+            Withdrawal, Withdrawn,
         };
 
         /// Implements [`Store::messages`](crate::store::Store::messages).
@@ -441,6 +444,46 @@ macro_rules! reads {
             .fetch_one(connection)
             .await?;
             Ok(if recorded { Bound::Lost } else { Bound::Unrecorded })
+        }
+
+        /// Leaves a waiting run, which the caller holds, to the messages of others. What it does to a busy thread was the wish of
+        /// the one whose message is taken back.
+        pub(super) async fn left_to(
+            connection: &mut <$database as sqlx::Database>::Connection,
+            lease: &RunLease,
+            others: &[InputMessage],
+            taken: &Withdrawal,
+        ) -> Result<Withdrawn, StoreError> {
+            sqlx::query("UPDATE runs SET input = $2, strategy = 'merge' WHERE id = $1")
+                .bind(lease.run_id.uuid())
+                .bind(Json(others))
+                .execute(&mut *connection)
+                .await?;
+            sqlx::query("DELETE FROM idempotency_keys WHERE run_id = $1 AND key = $2")
+                .bind(lease.run_id.uuid())
+                .bind(&taken.idempotency_key)
+                .execute(&mut *connection)
+                .await?;
+            let row = sqlx::query(concat!(
+                "SELECT ",
+                thread_columns!(),
+                ", ",
+                run_columns!(),
+                ", (
+                    SELECT count(*) FROM runs o
+                    WHERE o.thread_id = r.thread_id AND o.status = 'queued' AND (o.rank, o.seq) < (r.rank, r.seq)
+                ) AS before
+                FROM runs r JOIN threads t ON t.id = r.thread_id WHERE r.id = $1",
+            ))
+            .bind(lease.run_id.uuid())
+            .fetch_one(connection)
+            .await?;
+            let both = ThreadAndRun::from_row(&row)?;
+            Ok(Withdrawn::Shared {
+                thread: Box::new(both.thread.try_into()?),
+                run: Box::new(both.run.try_into()?),
+                position: row.try_get::<i64, _>("before")? + 1,
+            })
         }
 
         /// What the user said in a run that has started.

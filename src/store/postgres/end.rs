@@ -5,9 +5,10 @@ use sqlx::types::Json;
 use sqlx::{Connection, FromRow, PgConnection, Row};
 use uuid::Uuid;
 
-use crate::domain::{Context, Run, RunStatus, Thread, UpstreamRunId, UpstreamThreadId};
+use super::read::left_to;
+use crate::domain::{Context, RunStatus, UpstreamRunId, UpstreamThreadId};
 use crate::store::columns::{activity, first_position, message_columns, run_columns, thread_columns};
-use crate::store::rows::{FinishedRow, RunRow, ThreadRow, ended, json, log_json};
+use crate::store::rows::{FinishedRow, ended, json, log_json};
 use crate::store::{Closing, Finished, InputMessage, RunEnd, RunLease, StoreError, Withdrawal, Withdrawn};
 
 /// `held` is the run, `ending` is empty if it must be discarded and the end does not do that.
@@ -222,46 +223,16 @@ pub(super) async fn withdraw(
     .bind(lease.fence)
     .fetch_optional(&mut *tx)
     .await?;
-    let others: Vec<InputMessage> = waiting
-        .map(|Json(input)| input.into_iter().filter(|message| message.id != taken.message).collect())
-        .unwrap_or_default();
-    if others.is_empty() {
-        let closing = finish(&mut tx, lease, &taken.end).await?;
-        tx.commit().await?;
-        return Ok(match closing {
+    let mut others = waiting.map(|Json(input)| input).unwrap_or_default();
+    others.retain(|message| message.id != taken.message);
+    let withdrawn = if others.is_empty() {
+        match finish(&mut tx, lease, &taken.end).await? {
             Closing::Finished(_) => Withdrawn::Ended,
             Closing::MustDiscard | Closing::Lost => Withdrawn::Lost,
-        });
-    }
-    // What it does to a busy thread was the wish of the one who is gone.
-    let run: RunRow = sqlx::query_as(concat!(
-        "UPDATE runs AS r SET input = $2, strategy = 'merge' WHERE r.id = $1 RETURNING ",
-        run_columns!(),
-    ))
-    .bind(lease.run_id.uuid())
-    .bind(Json(&others))
-    .fetch_one(&mut *tx)
-    .await?;
-    let run = Run::try_from(run)?;
-    let row = sqlx::query(concat!(
-        "SELECT ",
-        thread_columns!(),
-        ", (
-            SELECT count(*) FROM runs o, runs w
-            WHERE w.id = $2 AND o.thread_id = w.thread_id AND o.status = 'queued' AND (o.rank, o.seq) < (w.rank, w.seq)
-        ) AS before FROM threads t WHERE t.id = $1",
-    ))
-    .bind(run.thread_id.uuid())
-    .bind(lease.run_id.uuid())
-    .fetch_one(&mut *tx)
-    .await?;
-    sqlx::query("DELETE FROM idempotency_keys WHERE run_id = $1 AND key = $2")
-        .bind(lease.run_id.uuid())
-        .bind(&taken.idempotency_key)
-        .execute(&mut *tx)
-        .await?;
+        }
+    } else {
+        left_to(&mut tx, lease, &others, taken).await?
+    };
     tx.commit().await?;
-    let position = row.try_get::<i64, _>("before")? + 1;
-    let thread = Thread::try_from(ThreadRow::from_row(&row)?)?;
-    Ok(Withdrawn::Shared { thread: Box::new(thread), run: Box::new(run), position })
+    Ok(withdrawn)
 }

@@ -1,12 +1,13 @@
 //! The end of a run.
 
+use sqlx::SqliteConnection;
 use sqlx::types::Json;
-use sqlx::{FromRow, Row, SqliteConnection};
 
+use super::read::left_to;
 use super::{now, write};
-use crate::domain::{Context, Run, RunStatus, Thread, UpstreamRunId, UpstreamThreadId};
+use crate::domain::{Context, RunStatus, UpstreamRunId, UpstreamThreadId};
 use crate::store::columns::{activity, first_position, message_columns, run_columns, thread_columns};
-use crate::store::rows::{FinishedRow, RunRow, ThreadRow, ended, json, log_json};
+use crate::store::rows::{FinishedRow, ended, json, log_json};
 use crate::store::{Closing, Finished, InputMessage, RunEnd, RunLease, StoreError, Withdrawal, Withdrawn};
 
 /// The run `r` has not ended, the lease is good, and if the run must be discarded the end does that.
@@ -187,52 +188,22 @@ pub(super) async fn withdraw(
 ) -> Result<Withdrawn, StoreError> {
     let mut tx = write(connection).await?;
     let waiting: Option<Json<Vec<InputMessage>>> = sqlx::query_scalar(
-        "SELECT r.input FROM runs r WHERE r.id = $1 AND r.fence = $2 AND r.status = 'queued'",
+        "SELECT r.input FROM runs r WHERE r.id = $1 AND r.fence = $2 AND r.input IS NOT NULL",
     )
     .bind(lease.run_id.uuid())
     .bind(lease.fence)
     .fetch_optional(&mut *tx)
     .await?;
-    let others: Vec<InputMessage> = waiting
-        .map(|Json(input)| input.into_iter().filter(|message| message.id != taken.message).collect())
-        .unwrap_or_default();
-    if others.is_empty() {
-        let closing = finish_in(&mut tx, lease, &taken.end).await?;
-        tx.commit().await?;
-        return Ok(match closing {
+    let mut others = waiting.map(|Json(input)| input).unwrap_or_default();
+    others.retain(|message| message.id != taken.message);
+    let withdrawn = if others.is_empty() {
+        match finish_in(&mut tx, lease, &taken.end).await? {
             Closing::Finished(_) => Withdrawn::Ended,
             Closing::MustDiscard | Closing::Lost => Withdrawn::Lost,
-        });
-    }
-    // What it does to a busy thread was the wish of the one who is gone.
-    let run: RunRow = sqlx::query_as(concat!(
-        "UPDATE runs AS r SET input = $2, strategy = 'merge' WHERE r.id = $1 RETURNING ",
-        run_columns!("runs"),
-    ))
-    .bind(lease.run_id.uuid())
-    .bind(Json(&others))
-    .fetch_one(&mut *tx)
-    .await?;
-    let run = Run::try_from(run)?;
-    let row = sqlx::query(concat!(
-        "SELECT ",
-        thread_columns!(),
-        ", (
-            SELECT count(*) FROM runs o, runs w
-            WHERE w.id = $2 AND o.thread_id = w.thread_id AND o.status = 'queued' AND (o.rank, o.seq) < (w.rank, w.seq)
-        ) AS before FROM threads t WHERE t.id = $1",
-    ))
-    .bind(run.thread_id.uuid())
-    .bind(lease.run_id.uuid())
-    .fetch_one(&mut *tx)
-    .await?;
-    sqlx::query("DELETE FROM idempotency_keys WHERE run_id = $1 AND key = $2")
-        .bind(lease.run_id.uuid())
-        .bind(&taken.idempotency_key)
-        .execute(&mut *tx)
-        .await?;
+        }
+    } else {
+        left_to(&mut tx, lease, &others, taken).await?
+    };
     tx.commit().await?;
-    let position = row.try_get::<i64, _>("before")? + 1;
-    let thread = Thread::try_from(ThreadRow::from_row(&row)?)?;
-    Ok(Withdrawn::Shared { thread: Box::new(thread), run: Box::new(run), position })
+    Ok(withdrawn)
 }
