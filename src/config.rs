@@ -120,7 +120,7 @@ pub struct StoreConfig {
     pub migrate_on_start: bool,
     /// `off`: what is said is never stored, here.
     pub transcript: Transcript,
-    /// SQLite only: `normal` (a power loss may lose the last commits) or `full`.
+    /// SQLite only: `full` (what was acknowledged survives a power loss) or `normal` (the last commits may not).
     pub synchronous: Synchronous,
 }
 
@@ -359,7 +359,7 @@ impl Default for StoreConfig {
             startup_timeout: Duration::from_secs(30),
             migrate_on_start: true,
             transcript: Transcript::On,
-            synchronous: Synchronous::Normal,
+            synchronous: Synchronous::Full,
         }
     }
 }

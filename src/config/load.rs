@@ -412,7 +412,7 @@ mod tests {
             ("THREADKEEPER_SERVER__ALLOW_UNAUTHENTICATED", "True"),
             ("THREADKEEPER_SERVER__KEEP_ALIVE", "1m 30s"),
             ("THREADKEEPER_STORE__MIGRATE_ON_START", "0"),
-            ("THREADKEEPER_STORE__SYNCHRONOUS", "full"),
+            ("THREADKEEPER_STORE__SYNCHRONOUS", "normal"),
             ("THREADKEEPER_LOG__FORMAT", "json"),
             ("THREADKEEPER_UPSTREAMS__OPENAI__KIND", "responses"),
             ("THREADKEEPER_UPSTREAMS__OPENAI__BASE_URL", "https://api.example.com/v1"),
@@ -431,7 +431,7 @@ mod tests {
         assert!(config.server.allow_unauthenticated);
         assert_eq!(config.server.keep_alive, Duration::from_secs(90));
         assert!(!config.store.migrate_on_start);
-        assert_eq!(config.store.synchronous, Synchronous::Full);
+        assert_eq!(config.store.synchronous, Synchronous::Normal);
         assert_eq!(config.log.format, Some(LogFormat::Json));
         let upstream = &config.upstreams["openai"];
         assert_eq!(upstream.kind, UpstreamKind::Responses);

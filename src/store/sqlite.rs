@@ -415,6 +415,20 @@ mod tests {
         }
     }
 
+    /// 2 is FULL: the log is flushed with each commit.
+    #[tokio::test]
+    async fn a_commit_survives_a_power_loss_unless_configured_otherwise() {
+        let folder = tempfile::tempdir().unwrap();
+        let url = format!("sqlite:{}", folder.path().join("a.db").display());
+        let config = StoreConfig { url: Some(url.into()), ..StoreConfig::default() };
+        let store = SqliteStore::open(&config).await.unwrap();
+        let mut lent = store.writer.lend().await.unwrap();
+        let level: i64 = sqlx::query_scalar("PRAGMA synchronous").fetch_one(lent.connection()).await.unwrap();
+        lent.give_back(&Ok(()));
+        assert_eq!(level, 2);
+        store.close().await;
+    }
+
     /// Lists of threads are read in the order of ids, from an index that holds the tenant's alone.
     #[tokio::test]
     async fn a_list_reads_no_thread_of_another_tenant() {

@@ -9,6 +9,7 @@ use super::process::Process;
 /// Where the gateway keeps its record.
 #[derive(Clone, Copy, Debug, Eq, PartialEq, ValueEnum)]
 pub(crate) enum Kind {
+    /// A file on a disk, for flushing its log is part of what a turn costs.
     Sqlite,
     /// `DATABASE_URL`, else a server of our own in memory that syncs nothing to a disk.
     Postgres,
@@ -25,7 +26,7 @@ impl Setting {
     /// `more` is TOML. `alone`: the gateway has the first processor to itself.
     pub(crate) async fn new(kind: Kind, alone: bool, simulator: &[&str], more: &str) -> Self {
         let database = match kind {
-            Kind::Sqlite => TestDatabase::sqlite().await,
+            Kind::Sqlite => TestDatabase::sqlite_in(&std::env::temp_dir()).await,
             Kind::Postgres => TestDatabase::postgres().await,
         };
         let args = [&["simulate", "--listen", "127.0.0.1:0", "--recorded", "0"], simulator].concat();

@@ -1,5 +1,6 @@
 //! A database of its own for each test, on either backend.
 
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -70,9 +71,15 @@ impl TestDatabase {
         database
     }
 
-    /// In a file of its own.
+    /// In a file of its own, in memory if there is enough of it.
     pub(crate) async fn sqlite() -> Self {
-        let database = Self { place: Place::Sqlite { folder: TempDir::new().expect("a temporary folder") } };
+        Self::sqlite_in(&shared::scratch()).await
+    }
+
+    /// In a file of its own, somewhere in a folder.
+    pub(crate) async fn sqlite_in(folder: &Path) -> Self {
+        let folder = TempDir::new_in(folder).expect("a temporary folder");
+        let database = Self { place: Place::Sqlite { folder } };
         let store = SqliteStore::open(&database.config()).await.expect("a new file opens");
         store.migrate().await.expect("the migrations apply");
         store.close().await;
