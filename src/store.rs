@@ -508,6 +508,9 @@ pub struct RunEnd {
     pub discard: bool,
     /// The rest of the run's log.
     pub events: EventBatch,
+    /// The record tells all that the log says: that the run has started, and the text of its reply. So `events` has none, and
+    /// nothing is stored of the log; what was [recorded](Store::record) of it, up to `events.first`, is removed.
+    pub drops_log: bool,
 }
 
 /// An assistant's message.

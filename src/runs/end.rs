@@ -66,7 +66,13 @@ pub(super) async fn bound_turn(
         if let Some(rest) = shown.take().and_then(|shown| unshown(&shown, end.reply.as_ref()?)) {
             working.feed.push(RunEvent::Delta(rest.into()));
         }
-        end.events = working.feed.rest();
+        match told_by(&end)
+            .filter(|_| runs.store().keeps_content())
+            .and_then(|text| working.feed.retold(&text))
+        {
+            Some(none) => (end.events, end.drops_log) = (none, true),
+            None => end.events = working.feed.rest(),
+        }
         match finish_in_store(runs, &turn.lease, end).await {
             Closed::Finished(finished) => break Ok(finished),
             // It was to be removed all along, which only the store knew.
@@ -293,6 +299,7 @@ fn compose(verdict: &Verdict, traces: &Traces, progress: &Progress, events: Even
         leftover: None,
         discard: verdict.discard,
         events,
+        drops_log: false,
     };
     let mut content = progress.content.clone();
     let mut upstream_message_id = verdict.upstream_message_id.clone();
@@ -360,6 +367,12 @@ fn compose(verdict: &Verdict, traces: &Traces, progress: &Progress, events: Even
 fn unshown(shown: &str, reply: &Reply) -> Option<String> {
     let text: String = reply.content.iter().filter_map(plain).collect();
     text.strip_prefix(shown).filter(|rest| !rest.is_empty()).map(str::to_owned)
+}
+
+/// The text that the record tells of a run which ends well.
+fn told_by(end: &RunEnd) -> Option<String> {
+    let reply = end.reply.as_ref().filter(|_| end.status == RunStatus::Completed && !end.discard)?;
+    Some(reply.content.iter().filter_map(plain).collect())
 }
 
 /// What the rounds before the last one said.
@@ -480,6 +493,7 @@ pub(super) fn bare_end(status: RunStatus, error: Option<RunError>) -> RunEnd {
         leftover: None,
         discard: false,
         events: EventBatch { first: 0, events: Vec::new() },
+        drops_log: false,
     }
 }
 

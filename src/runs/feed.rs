@@ -182,6 +182,21 @@ impl FeedWriter {
         rest
     }
 
+    /// Whether the record tells all of the log of a run whose reply has this text: that the run has started at once, in this
+    /// process, and the text. Then nothing is left to store, from what is stored on.
+    pub(super) fn retold(&self, text: &str) -> Option<EventBatch> {
+        let log = lock(&self.log);
+        let mut events = log.events.iter().map(|(_, event)| event);
+        if log.first > 0 || log.others_from > 0 || !matches!(events.next(), Some(RunEvent::Started)) {
+            return None;
+        }
+        let left = events.try_fold(text, |left, event| match event {
+            RunEvent::Delta(delta) => left.strip_prefix(&**delta),
+            _ => None,
+        });
+        left.filter(|left| left.is_empty()).map(|_| EventBatch { first: log.stored, events: Vec::new() })
+    }
+
     /// All events up to now are stored.
     pub(super) fn all_stored(&self) {
         let mut log = lock(&self.log);
@@ -201,6 +216,13 @@ impl FeedWriter {
 }
 
 impl RunEvent {
+    /// The log that the record tells of a run whose reply has this text: see [`FeedWriter::retold`].
+    pub(super) fn retell(text: &str) -> EventBatch {
+        let delta =
+            Some(text).filter(|text| !text.is_empty()).map(|text| LoggedEvent::Delta(text.to_owned()));
+        EventBatch { first: STARTED, events: [LoggedEvent::Started].into_iter().chain(delta).collect() }
+    }
+
     /// As it is stored; `None` for what the record tells anyway.
     fn logged(&self) -> Option<LoggedEvent> {
         match self {
@@ -621,6 +643,29 @@ mod tests {
         assert!(feed.overdue(Duration::from_mins(1)).is_none(), "not old enough");
         feed.recorded(None, &rest);
         assert!(feed.overdue(Duration::ZERO).is_none());
+    }
+
+    #[tokio::test]
+    async fn log_is_told_again_only_if_it_is_a_start_and_the_text() {
+        let writer = FeedWriter::new();
+        assert_eq!(writer.retold(""), None);
+        push(&writer, &[LoggedEvent::Started, delta("ab"), delta("c")]);
+        let nothing = EventBatch { first: 0, events: Vec::new() };
+        assert_eq!(writer.retold("abc"), Some(nothing));
+        assert_eq!(RunEvent::retell("abc").end(), writer.unstored(None).end());
+        assert_eq!((writer.retold("ab"), writer.retold("abcd"), writer.retold("xbc")), (None, None, None));
+        writer.all_stored();
+        assert_eq!(writer.retold("abc").map(|rest| rest.first), Some(5), "what is to be removed");
+        push(&writer, &[asks("1")]);
+        assert_eq!(writer.retold("abc"), None);
+        let queued = FeedWriter::new();
+        push(&queued, &[LoggedEvent::Queued { position: 1 }, LoggedEvent::Started, delta("abc")]);
+        assert_eq!(queued.retold("abc"), None);
+        // Another process had the run before, and may have shown something.
+        for taken_over in [FeedWriter::resumed(0, FIRST), FeedWriter::resumed(2, FIRST)] {
+            push(&taken_over, &[LoggedEvent::Started, delta("abc")]);
+            assert_eq!(taken_over.retold("abc"), None);
+        }
     }
 
     #[tokio::test]

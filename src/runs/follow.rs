@@ -11,10 +11,12 @@ use tokio::time::sleep;
 
 use super::feed::{Feed, Outcome, RunEvent};
 use super::news::Subscription;
+use super::relay::plain;
 use super::takeover::StoredLog;
 use super::{NO_THREAD, Runs, jittered};
 use crate::domain::{
-    ConversationKey, EventBatch, LoggedEvent, RequiredAction, Run, RunId, RunStatus, Thread, ToolOutput,
+    ConversationKey, EventBatch, LoggedEvent, Message, RequiredAction, Run, RunId, RunStatus, Thread,
+    ToolOutput,
 };
 use crate::error::{Chain, Error};
 use crate::store::{News, Store, StoreError, ThreadName, ThreadReport, Waiting};
@@ -162,7 +164,13 @@ impl Follow {
         let Some((run, message)) = store.run(&self.thread.key, self.run).await? else {
             return Ok(Recorded::Gone);
         };
-        let batches = store.events(self.run, from).await?;
+        let mut batches = store.events(self.run, from).await?;
+        if let Some(message) = &message
+            && run.status == RunStatus::Completed
+            && self.is_retold(message, &batches, from).await?
+        {
+            batches = vec![RunEvent::retell(&text_of(message))];
+        }
         let mut next = batches.iter().map(EventBatch::end).max().unwrap_or(from);
         let mut events = seen_from(from, batches);
         if !run.status.is_final() {
@@ -181,6 +189,43 @@ impl Follow {
         events.retain(|(n, _)| *n >= from);
         Ok(Recorded::Whole(events))
     }
+
+    /// Whether the record tells the log of a run that ended well with this reply, and nothing of it is stored but what a
+    /// [record](Store::record) left there that came too late. `batches`: what is stored from number `from` on.
+    async fn is_retold(
+        &self,
+        reply: &Message,
+        batches: &[EventBatch],
+        from: i64,
+    ) -> Result<bool, StoreError> {
+        // Without it, what was said is not stored.
+        if reply.content.is_empty() {
+            return Ok(false);
+        }
+        let text = text_of(reply);
+        let whole = RunEvent::retell(&text).end();
+        let stored = batches.iter().map(EventBatch::end).max();
+        if stored.is_none() {
+            // The log of a run that took more numbers, with its two last events, was removed as it was old.
+            return Ok(from <= whole + 2);
+        }
+        if stored >= Some(whole) {
+            return Ok(false);
+        }
+        let stored = seen_from(0, self.runs.store().events(self.run, 0).await?);
+        let mut events = stored.iter().map(|(_, event)| event);
+        let begins = matches!(events.next(), Some(RunEvent::Started));
+        let left = events.try_fold(&*text, |left, event| match event {
+            RunEvent::Delta(delta) => left.strip_prefix(&**delta),
+            _ => None,
+        });
+        Ok(begins && left.is_some())
+    }
+}
+
+/// The text of a reply, as its readers see it.
+fn text_of(reply: &Message) -> String {
+    reply.content.iter().filter_map(plain).collect()
 }
 
 /// What the store knows of a run from some number on.

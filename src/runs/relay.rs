@@ -80,16 +80,13 @@ impl Drive<'_> {
                     if size.max(progress.cost) > limit {
                         return Err(Failure::ReplyTooLarge);
                     }
-                    if followed_up {
-                        if ended.content.starts_with(&progress.content) {
-                            ended.content.drain(..progress.content.len());
-                        }
-                        // Whoever reads the deltas alone shall have the whole text too.
-                        let text: String = ended.content.iter().filter_map(plain).collect();
-                        if let Some(rest) = text.strip_prefix(&progress.text).filter(|rest| !rest.is_empty())
-                        {
-                            self.feed.push(RunEvent::Delta(rest.into()));
-                        }
+                    if followed_up && ended.content.starts_with(&progress.content) {
+                        ended.content.drain(..progress.content.len());
+                    }
+                    // Whoever reads the deltas alone shall have the whole text too.
+                    let text: String = ended.content.iter().filter_map(plain).collect();
+                    if let Some(rest) = text.strip_prefix(&progress.text).filter(|rest| !rest.is_empty()) {
+                        self.feed.push(RunEvent::Delta(rest.into()));
                     }
                     return Ok(*ended);
                 }

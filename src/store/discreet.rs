@@ -345,6 +345,8 @@ impl Store for Discreet {
             leftover: end.leftover.as_ref().map(blank_leftover),
             discard: end.discard,
             events: blank_events(&end.events),
+            // What is not stored of the reply cannot be told again.
+            drops_log: false,
         };
         let mut closing = self.inner.finish(lease, &blank).await?;
         match &mut closing {

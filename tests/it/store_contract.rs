@@ -145,6 +145,7 @@ pub(crate) fn completed(reply: Option<&str>) -> RunEnd {
         leftover: None,
         discard: false,
         events: EventBatch { first: 0, events: vec![] },
+        drops_log: false,
     }
 }
 

@@ -56,6 +56,7 @@ fn end(status: RunStatus) -> RunEnd {
         leftover: None,
         discard: false,
         events: EventBatch { first: 3, events: vec![LoggedEvent::Delta("more".to_owned())] },
+        drops_log: false,
     }
 }
 

@@ -17,7 +17,8 @@ use crate::store::{Closing, Finished, InputMessage, RunEnd, RunLease, StoreError
 /// meanwhile (a claim whose caller did not wait for it puts messages into the transcript, a rollover takes it to a fresh
 /// thread), the snapshot lacks what came with that. `seen` is the run as in the snapshot, so that this shows; then nothing is changed, and it is tried again.
 ///
-/// A part of the log may be there already, if the answer to its [recording](super::record) did not come in time.
+/// A part of the log may be there already, if the answer to its [recording](super::record) did not come in time. Where the
+/// log is dropped, what the snapshot lacks of it stays: readers know that it is not the whole.
 ///
 /// The one thread is said as a value and not as a join, which might be made of all messages that are unsettled anywhere.
 /// What concerns other messages than the new ones hangs on a parameter alone, so that a run which ended well does not
@@ -45,9 +46,11 @@ const FINISH: &str = concat!(
         RETURNING r.*
     ), logged AS (
         INSERT INTO run_events AS l (run_id, n, event, until, created_at)
-        SELECT e.id, $16, $17::jsonb, $20, clock_timestamp() FROM ending e
+        SELECT e.id, $16, $17::jsonb, $20, clock_timestamp() FROM ending e WHERE NOT $22
         ON CONFLICT (run_id, n) DO UPDATE SET event = excluded.event, until = excluded.until
             WHERE l.until < excluded.until
+    ), dropped AS (
+        DELETE FROM run_events l USING ending e WHERE $22 AND $16 > 0 AND l.run_id = e.id
     ), removed AS (
         DELETE FROM messages m USING ending e WHERE $15 AND m.run_id = $1 RETURNING m.id
     ), marked AS (
@@ -165,6 +168,7 @@ async fn try_finish(
         .bind(!as_begun && !end.discard)
         .bind(end.events.end())
         .bind(i32::try_from(end.unheard).unwrap_or(i32::MAX))
+        .bind(end.drops_log)
         .fetch_optional(&mut *connection)
         .await?;
     let Some(row) = row else {

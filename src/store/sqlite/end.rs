@@ -27,11 +27,15 @@ pub(super) const FINISH: &str = concat!(
     "INSERT INTO run_events AS l (run_id, n, event, until, created_at)
     SELECT r.id, $16, $17, $20, ",
     now!(),
-    " FROM runs r WHERE ",
+    " FROM runs r WHERE NOT $22 AND ",
     ending!(),
     "
     ON CONFLICT (run_id, n) DO UPDATE SET event = excluded.event, until = excluded.until
         WHERE l.until < excluded.until;
+
+    DELETE FROM run_events WHERE $22 AND $16 > 0 AND run_id = (SELECT r.id FROM runs r WHERE ",
+    ending!(),
+    ");
 
     INSERT INTO messages (id, thread_id, position, role, content, run_id, created_at)
     SELECT unhex(substr(m.value ->> 'id', 5)), t.id, t.last_position + 1 + m.key, 'user', m.value -> 'content',
@@ -157,6 +161,7 @@ async fn finish_in(tx: &mut SqliteConnection, lease: &RunLease, end: &RunEnd) ->
         .bind(!as_begun && !end.discard)
         .bind(end.events.end())
         .bind(i32::try_from(end.unheard).unwrap_or(i32::MAX))
+        .bind(end.drops_log)
         .fetch_optional(&mut *tx)
         .await?;
     Ok(match row {

@@ -6,11 +6,13 @@ use reqwest::{Method, StatusCode};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 
-use crate::support::gateway::{Event, EventReader, Gateway, PATIENCE, text_of};
+use crate::support::gateway::{Event, EventReader, Gateway, PATIENCE, joined, text_of};
 use crate::support::scene::{Backend, Scene, on_every_scene};
 
 on_every_scene!(
     a_stream_can_be_read_again_at_any_time,
+    log_of_a_run_that_ended_well_is_not_stored,
+    log_that_the_record_does_not_tell_is_kept,
     a_reader_joins_a_run_that_goes_on,
     a_stream_shows_how_a_run_failed,
     only_events_of_the_run_can_be_asked_for,
@@ -48,10 +50,10 @@ async fn a_stream_can_be_read_again_at_any_time(scene: Scene) {
     // In this process, and in one that never saw the run.
     let mut gateway = gateway;
     for round in 0..2 {
-        assert_eq!(replay(&gateway, &run, None).await, original, "round {round}");
-        for at in [0, 1, 5, original.len() - 3, original.len() - 2] {
+        assert_eq!(joined(&replay(&gateway, &run, None).await), joined(&original), "round {round}");
+        for at in 0..original.len() - 1 {
             let rest = replay(&gateway, &run, Some(&original[at].id)).await;
-            assert_eq!(rest, original[at + 1..], "round {round}, after {at}");
+            assert_eq!(joined(&rest), joined(&original[at + 1..]), "round {round}, after {at}");
         }
         let over = open(&gateway, &run, Some(&original.last().unwrap().id)).await;
         assert_eq!(over.status(), StatusCode::NO_CONTENT, "nothing more will come");
@@ -61,6 +63,68 @@ async fn a_stream_can_be_read_again_at_any_time(scene: Scene) {
         }
     }
     assert_eq!(scene.simulator.stats().runs_started, started, "reading starts nothing");
+}
+
+async fn stored(scene: &Scene) -> i64 {
+    scene.database.number("SELECT count(*) FROM run_events").await
+}
+
+/// While a reply streams, others may have to go on with it; once it has ended, the record tells it.
+async fn log_of_a_run_that_ended_well_is_not_stored(scene: Scene) {
+    let gateway = scene.gateway().await;
+    gateway.stream(SCOPE, "quick").await.rest().await;
+    assert_eq!(stored(&scene).await, 0);
+    scene.simulator.hold();
+    let mut stream = gateway.stream(SCOPE, "tell me [[sim: tokens=40 hold_after=20]]").await;
+    let mut original = stream.until_told("story").await;
+    let start = std::time::Instant::now();
+    while stored(&scene).await == 0 {
+        assert!(start.elapsed() < PATIENCE, "it is never recorded");
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    scene.simulator.release();
+    original.extend(stream.rest().await);
+    assert_eq!(stored(&scene).await, 0);
+
+    // A record that came too late left a part of it. Nobody reads less, or anything twice.
+    let run = run_of(&original[0]);
+    let cut: String = text_of(&original).chars().take(9).collect();
+    let (events, until) = (format!("[{{\"started\":{{}}}},\"{cut}\"]"), 2 + cut.len());
+    let late = format!(
+        "INSERT INTO run_events (run_id, n, event, created_at, until) \
+         SELECT id, 1, '{events}', created_at, {until} FROM runs WHERE seq = 2"
+    );
+    scene.database.execute(&late).await;
+    drop(gateway);
+    let gateway = scene.gateway().await;
+    for at in 0..original.len() - 1 {
+        let rest = replay(&gateway, &run, Some(&original[at].id)).await;
+        assert_eq!(joined(&rest), joined(&original[at + 1..]), "after {at}");
+    }
+}
+
+async fn log_that_the_record_does_not_tell_is_kept(scene: Scene) {
+    let gateway = scene.gateway().await;
+    for content in ["oh [[sim: fail]]", "oh [[sim: incomplete]]"] {
+        let before = stored(&scene).await;
+        let original = gateway.stream(SCOPE, content).await.rest().await;
+        assert!(stored(&scene).await > before, "{content}");
+        assert_eq!(replay(&gateway, &run_of(&original[0]), None).await, original, "{content}");
+    }
+    // One that waited in line, which the record does not tell.
+    scene.simulator.hold();
+    let first = gateway.stream(SCOPE, "one").await;
+    let mut second = gateway.stream(SCOPE, "two").await;
+    let waits = second.next().await.unwrap();
+    assert_eq!(waits.name, "run.queued");
+    let before = stored(&scene).await;
+    scene.simulator.release();
+    first.rest().await;
+    let original = [vec![waits], second.rest().await].concat();
+    assert!(stored(&scene).await > before);
+    drop(gateway);
+    let gateway = scene.gateway().await;
+    assert_eq!(replay(&gateway, &run_of(&original[0]), None).await, original);
 }
 
 async fn a_reader_joins_a_run_that_goes_on(scene: Scene) {
@@ -119,7 +183,7 @@ async fn a_run_of_another_process_can_be_followed(scene: Scene) {
     scene.simulator.release();
     let (rest, seen) = tokio::join!(original.rest(), follower.rest());
     let whole: Vec<_> = std::iter::once(first).chain(rest).collect();
-    assert_eq!(seen, whole);
+    assert_eq!(joined(&seen), joined(&whole));
 }
 
 async fn a_record_that_cannot_be_read_is_no_end(scene: Scene) {
@@ -134,7 +198,7 @@ async fn a_record_that_cannot_be_read_is_no_end(scene: Scene) {
         assert_eq!(answer.problem().0, 500, "a reader who hears that this was the end asks no more");
     }
     scene.database.execute("ALTER TABLE run_events_away RENAME TO run_events").await;
-    assert_eq!(replay(&gateway, &run, Some(&original[0].id)).await, original[1..]);
+    assert_eq!(joined(&replay(&gateway, &run, Some(&original[0].id)).await), joined(&original[1..]));
     let over = open(&gateway, &run, Some(&original.last().unwrap().id)).await;
     assert_eq!(over.status(), StatusCode::NO_CONTENT);
 }

@@ -14,6 +14,7 @@ on_every_backend!(
     a_recording_that_comes_after_the_pause_changes_nothing,
     a_pause_that_is_repeated_after_more_was_recorded,
     an_end_goes_beyond_what_was_recorded,
+    end_that_the_record_tells_leaves_no_log,
     ids_of_rounds_are_kept,
     an_id_that_comes_late_is_old_news,
 );
@@ -213,6 +214,39 @@ async fn an_end_goes_beyond_what_was_recorded(database: &TestDatabase, store: &d
             assert_eq!(store.record(&[progress(turn.lease, texts(2, &["a"]))]).await.unwrap(), []);
         }
     }
+    check_invariants(database).await;
+}
+
+async fn end_that_the_record_tells_leaves_no_log(database: &TestDatabase, store: &dyn Store) {
+    let rows = async || database.number("SELECT count(*) FROM run_events").await;
+    let other = begin(store, &user("bob")).await;
+    store.record(&[progress(other.lease, texts(2, &["a"]))]).await.unwrap();
+    for (name, recorded) in [("short", &[][..]), ("long", &["Hel", "lo"][..])] {
+        let key = user(name);
+        let turn = begin(store, &key).await;
+        let mut first = 2;
+        for text in recorded {
+            let batch = texts(first, &[text]);
+            first = batch.end();
+            assert_eq!(store.record(&[progress(turn.lease, batch)]).await.unwrap(), [turn.run.id]);
+        }
+        let first = if recorded.is_empty() { 0 } else { first };
+        let end = RunEnd {
+            events: EventBatch { first, events: vec![] },
+            drops_log: true,
+            ..completed(Some("Hello"))
+        };
+        let lost = RunLease { fence: turn.lease.fence + 1, ..turn.lease };
+        assert_eq!(store.finish(&lost, &end).await.unwrap(), Closing::Lost);
+        assert_eq!(rows().await, 1 + i64::try_from(recorded.len()).unwrap(), "the lease was lost");
+        for _ in 0..2 {
+            closed(store.finish(&turn.lease, &end).await.unwrap());
+            assert_eq!(rows().await, 1, "{name}");
+            assert_eq!(store.events(turn.run.id, 0).await.unwrap(), []);
+        }
+        assert_eq!(transcript(store, &key).await, ["user: hello", "assistant: Hello"]);
+    }
+    assert_eq!(store.events(other.run.id, 0).await.unwrap(), [texts(2, &["a"])], "another's stays");
     check_invariants(database).await;
 }
 

@@ -397,6 +397,25 @@ pub(crate) fn text_of(events: &[Event]) -> String {
     events.iter().filter(|e| e.name == "message.delta").map(|e| e.data["text"].as_str().unwrap()).collect()
 }
 
+/// The same events with pieces of text in a row as one: a log that is read again may have other pieces.
+pub(crate) fn joined(events: &[Event]) -> Vec<Event> {
+    let mut joined: Vec<Event> = Vec::new();
+    for event in events {
+        match joined.last_mut() {
+            Some(last) if last.name == "message.delta" && event.name == "message.delta" => {
+                let text = format!(
+                    "{}{}",
+                    last.data["text"].as_str().unwrap(),
+                    event.data["text"].as_str().unwrap()
+                );
+                (last.data["text"], last.id) = (text.into(), event.id.clone());
+            }
+            _ => joined.push(event.clone()),
+        }
+    }
+    joined
+}
+
 /// The text of a message.
 pub(crate) fn text(message: &Value) -> &str {
     message["content"][0]["text"].as_str().unwrap_or_else(|| panic!("no text in {message:#}"))

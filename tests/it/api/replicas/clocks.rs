@@ -151,7 +151,7 @@ async fn nothing_is_pruned_before_its_time_or_kept_beyond() {
     };
     let mut runs = Vec::new();
     for (n, gateway) in gateways.iter().enumerate() {
-        let answer = gateway.say("/v1/users/alice", &format!("message {n}")).await;
+        let answer = gateway.say("/v1/users/alice", &format!("message {n} [[sim: incomplete]]")).await;
         runs.push(format!("/v1/users/alice/runs/{}", answer["run"]["id"].as_str().unwrap()));
     }
     clean_up().await;
