@@ -376,6 +376,8 @@ pub enum News {
     Run(RunId),
     /// Something was asked of an active run; its owner is to look for [`requests`](Store::requests).
     Asked(RunId),
+    /// Somebody follows the run by what its owner [records](Store::record).
+    Followed(RunId),
     /// There are runs to adopt.
     Orphans,
     /// Any of these may have been told and was not heard.

@@ -49,6 +49,16 @@ pub struct Outcome {
 /// Number of [`RunEvent::Started`].
 pub(super) const STARTED: i64 = 1;
 
+/// How often a run is recorded at first, and while somebody follows it on another replica.
+pub(super) const OFTEN: Duration = Duration::from_millis(100);
+/// How often it is recorded at last: the pause doubles with each record.
+const SELDOM: Duration = Duration::from_secs(1);
+/// How long a reader on another replica counts who has told of itself. It does so more often.
+const FOLLOWED: Duration = Duration::from_secs(3);
+
+/// What is not stored of a run: its id at the upstream, and events.
+pub(super) type Unrecorded = (Option<UpstreamRunId>, EventBatch);
+
 /// The writing end of a run's log. Dropped without an [`Ended`](RunEvent::Ended), it leaves the log broken off.
 #[derive(Debug)]
 pub(super) struct FeedWriter {
@@ -70,6 +80,10 @@ struct Log {
     stored: i64,
     /// Since when there has been something to store.
     waiting_since: Option<Instant>,
+    /// How long that is to wait, if nobody else reads along.
+    pause: Duration,
+    /// Until when somebody on another replica reads along, as far as is known.
+    followed_until: Option<Instant>,
     /// Where the run is at its upstream, if that is not stored yet.
     upstream_run: Option<UpstreamRunId>,
     /// Some of it is stored while the run goes on, so that others may read along.
@@ -145,6 +159,8 @@ impl FeedWriter {
             others_from,
             stored,
             waiting_since: None,
+            pause: OFTEN,
+            followed_until: None,
             upstream_run: None,
             is_public: others_from > 0,
         };
@@ -331,11 +347,29 @@ impl Feed {
         lock(&self.log).events.iter().rev().find(|(_, event)| asks(event)).map(|(number, _)| *number)
     }
 
-    /// What has not been stored for so long, if there is anything.
-    pub(super) fn overdue(&self, after: Duration) -> Option<(Option<UpstreamRunId>, EventBatch)> {
+    /// What is not stored, if there is anything.
+    pub(super) fn unrecorded(&self) -> Option<Unrecorded> {
         let log = lock(&self.log);
-        log.waiting_since.filter(|since| since.elapsed() >= after)?;
+        log.waiting_since?;
         Some((log.upstream_run.clone(), log.unstored(None)))
+    }
+
+    /// The same, if it has waited for long enough. Whoever may take the run over needs its id at the upstream soon, and who
+    /// reads along on another replica its text; a long text by itself is told again by the upstream.
+    pub(super) fn overdue(&self) -> Option<Unrecorded> {
+        {
+            let log = lock(&self.log);
+            let now = Instant::now();
+            let is_urgent = log.upstream_run.is_some() || log.followed_until.is_some_and(|until| now < until);
+            let pause = if is_urgent { OFTEN } else { log.pause };
+            log.waiting_since.filter(|since| now - *since >= pause)?;
+        }
+        self.unrecorded()
+    }
+
+    /// Somebody on another replica reads along.
+    pub(super) fn followed(&self) {
+        lock(&self.log).followed_until = Some(Instant::now() + FOLLOWED);
     }
 
     /// It is stored.
@@ -345,6 +379,7 @@ impl Feed {
             log.upstream_run = None;
         }
         log.stored_to(events.end());
+        log.pause = (log.pause * 2).min(SELDOM);
         log.is_public = true;
     }
 
@@ -632,17 +667,59 @@ mod tests {
         let (feed, id) = (writer.feed(), UpstreamRunId("up".to_owned()));
         push(&writer, &[LoggedEvent::Started, delta("ab")]);
         writer.accepted(&id);
-        let (upstream_run, first) = feed.overdue(Duration::ZERO).unwrap();
+        let (upstream_run, first) = feed.unrecorded().unwrap();
         assert_eq!(upstream_run.as_ref(), Some(&id));
         push(&writer, &[delta("cd")]);
         assert!(!writer.is_public());
         feed.recorded(upstream_run.as_ref(), &first);
         assert!(writer.is_public());
-        let (upstream_run, rest) = feed.overdue(Duration::ZERO).unwrap();
+        let (upstream_run, rest) = feed.unrecorded().unwrap();
         assert_eq!((upstream_run, rest.first, &*rest.events), (None, 4, &[delta("cd")][..]));
-        assert!(feed.overdue(Duration::from_mins(1)).is_none(), "not old enough");
         feed.recorded(None, &rest);
-        assert!(feed.overdue(Duration::ZERO).is_none());
+        assert!(feed.unrecorded().is_none());
+    }
+
+    /// How long a piece of text waits until it is recorded.
+    async fn recorded_after(writer: &FeedWriter, feed: &Feed) -> Duration {
+        push(writer, &[delta("a")]);
+        let begun = Instant::now();
+        loop {
+            if let Some((upstream_run, events)) = feed.overdue() {
+                feed.recorded(upstream_run.as_ref(), &events);
+                return begun.elapsed();
+            }
+            tokio::time::advance(Duration::from_millis(10)).await;
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn log_that_nobody_else_follows_is_recorded_less_and_less_often() {
+        let writer = FeedWriter::new();
+        let feed = writer.feed();
+        push(&writer, &[LoggedEvent::Started]);
+        for wait in [100, 200, 400, 800, 1000, 1000] {
+            assert_eq!(recorded_after(&writer, &feed).await, Duration::from_millis(wait));
+        }
+        // An id is not waited for as long, whatever else there is.
+        push(&writer, &[delta("b")]);
+        tokio::time::advance(Duration::from_millis(50)).await;
+        assert!(feed.overdue().is_none());
+        writer.accepted(&UpstreamRunId("up".to_owned()));
+        assert_eq!(recorded_after(&writer, &feed).await, OFTEN / 2);
+        assert_eq!(recorded_after(&writer, &feed).await, SELDOM);
+        // Nor is text that somebody waits for, until it is known no more that they do.
+        push(&writer, &[delta("c")]);
+        tokio::time::advance(OFTEN).await;
+        assert!(feed.overdue().is_none());
+        feed.followed();
+        for wait in [Duration::ZERO, OFTEN, OFTEN] {
+            assert_eq!(recorded_after(&writer, &feed).await, wait);
+        }
+        tokio::time::advance(FOLLOWED).await;
+        assert_eq!(recorded_after(&writer, &feed).await, SELDOM);
+        assert!(feed.unrecorded().is_none());
+        push(&writer, &[delta("d")]);
+        assert!(feed.unrecorded().is_some(), "the last word of a process does not wait");
     }
 
     #[tokio::test]

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use futures_util::StreamExt;
 use futures_util::stream::{self, BoxStream};
-use tokio::time::sleep;
+use tokio::time::{Instant, sleep};
 
 use super::feed::{Feed, Outcome, RunEvent};
 use super::news::Subscription;
@@ -25,6 +25,8 @@ use crate::store::{News, Store, StoreError, ThreadName, ThreadReport, Waiting};
 /// that process tells when there are any.
 const FIRST_POLL: Duration = Duration::from_millis(100);
 const LONGEST_POLL: Duration = Duration::from_secs(1);
+/// How often whoever works on a run is told that somebody follows it here.
+const TELL_OWNER_EVERY: Duration = Duration::from_secs(1);
 
 /// The run was there when somebody began to follow it.
 pub const DELETED: Error = Error::NotFound("the run was deleted meanwhile");
@@ -247,6 +249,7 @@ struct Reader {
     over: bool,
     news: Option<Subscription>,
     pause: Duration,
+    told_owner: Option<Instant>,
 }
 
 impl Reader {
@@ -259,6 +262,7 @@ impl Reader {
             over: false,
             news: None,
             pause: FIRST_POLL,
+            told_owner: None,
         }
     }
 
@@ -300,11 +304,16 @@ impl Reader {
                 self.live = Some(feed.follow(feed.first()).boxed());
                 return;
             }
-            (Ok(Recorded::SoFar(events)), None) if !events.is_empty() => {
-                (self.read, self.pause) = (events, FIRST_POLL);
-                return;
+            (Ok(Recorded::SoFar(events)), None) => {
+                if self.told_owner.is_none_or(|told| told.elapsed() >= TELL_OWNER_EVERY) {
+                    self.told_owner = Some(Instant::now());
+                    self.follow.runs.parts.desk.tell(News::Followed(self.follow.run));
+                }
+                if !events.is_empty() {
+                    (self.read, self.pause) = (events, FIRST_POLL);
+                    return;
+                }
             }
-            (Ok(Recorded::SoFar(_)), None) => {}
             (Ok(Recorded::Whole(events)), _) => {
                 (self.read, self.over) = (events, true);
                 return;

@@ -168,6 +168,11 @@ impl Runs {
                     self.parts.desk.asked.notify_one();
                 }
                 News::Asked(_) => {}
+                News::Followed(run) => {
+                    if let Some(handle) = self.parts.standing.handle(run) {
+                        handle.feed.followed();
+                    }
+                }
                 news => self.parts.desk.hear(news),
             }
         }

@@ -1,16 +1,16 @@
-//! Recording what runs show while they go on: one write for all of them, a few times a second, not one for each event.
-//! A run that is over by then has cost nothing more than its end.
+//! Recording what runs show while they go on: one write for all of them, not one for each event. A run that is over by then
+//! has cost nothing more than its end. One that goes on is recorded less and less often, unless somebody follows it on another
+//! replica.
 
 use std::time::Duration;
 
 use tokio::time::{MissedTickBehavior, interval, timeout};
 
 use super::Runs;
+use super::feed::{Feed, OFTEN, Unrecorded};
 use crate::error::Chain;
 use crate::store::{News, RunProgress};
 
-/// How often what is new is recorded, and how old it must be.
-const TICK: Duration = Duration::from_millis(100);
 /// Longest time for one write.
 const WRITE_TIMEOUT: Duration = Duration::from_secs(5);
 /// Runs recorded in one write.
@@ -19,32 +19,29 @@ const BATCH: usize = 256;
 impl Runs {
     /// Records, time and again, what the runs of this process have shown. Never ends; may be dropped.
     pub(super) async fn record(&self) {
-        let mut ticks = interval(TICK);
+        let mut ticks = interval(OFTEN);
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
             ticks.tick().await;
-            self.record_older_than(TICK).await;
+            self.record_all(Feed::overdue).await;
         }
     }
 
     /// Records all that the runs of this process have shown up to now.
     pub async fn record_now(&self) {
-        self.record_older_than(Duration::ZERO).await;
+        self.record_all(Feed::unrecorded).await;
     }
 
-    async fn record_older_than(&self, age: Duration) {
-        for batch in self.overdue(age).chunks(BATCH) {
-            self.record_batch(batch).await;
-        }
-    }
-
-    fn overdue(&self, age: Duration) -> Vec<RunProgress> {
-        let handles = self.parts.standing.handles();
-        let overdue = handles.into_iter().filter_map(|handle| {
-            let (upstream_run_id, events) = handle.feed.overdue(age)?;
+    /// Records what this finds of each run.
+    async fn record_all(&self, find: fn(&Feed) -> Option<Unrecorded>) {
+        let handles = self.parts.standing.handles().into_iter();
+        let found = handles.filter_map(|handle| {
+            let (upstream_run_id, events) = find(&handle.feed)?;
             Some(RunProgress { lease: handle.lease, upstream_run_id, events })
         });
-        overdue.collect()
+        for batch in found.collect::<Vec<_>>().chunks(BATCH) {
+            self.record_batch(batch).await;
+        }
     }
 
     async fn record_batch(&self, batch: &[RunProgress]) {

@@ -155,6 +155,7 @@ fn write(news: &News) -> Option<String> {
         News::Thread(id) => Some(format!("t{}", id.uuid().simple())),
         News::Run(id) => Some(format!("r{}", id.uuid().simple())),
         News::Asked(id) => Some(format!("a{}", id.uuid().simple())),
+        News::Followed(id) => Some(format!("f{}", id.uuid().simple())),
         News::Orphans => Some("o".to_owned()),
         News::Missed => None,
     }
@@ -168,6 +169,7 @@ fn read(word: &str) -> Option<News> {
         "t" => Some(News::Thread(ThreadId::from_uuid(id()?))),
         "r" => Some(News::Run(RunId::from_uuid(id()?))),
         "a" => Some(News::Asked(RunId::from_uuid(id()?))),
+        "f" => Some(News::Followed(RunId::from_uuid(id()?))),
         "o" if rest.is_empty() => Some(News::Orphans),
         _ => None,
     }
@@ -180,8 +182,14 @@ mod tests {
     #[test]
     fn what_is_told_is_what_is_heard() {
         let mut news = vec![News::Orphans];
-        for _ in 0..200 {
-            news.extend([News::Thread(ThreadId::new()), News::Run(RunId::new()), News::Asked(RunId::new())]);
+        for _ in 0..150 {
+            let run = RunId::new();
+            news.extend([
+                News::Thread(ThreadId::new()),
+                News::Run(run),
+                News::Asked(run),
+                News::Followed(run),
+            ]);
         }
         let payloads = payloads(&news);
         assert_eq!(payloads.len(), 3, "as few as will do");

@@ -19,6 +19,8 @@ on_every_scene!(
     a_run_of_another_process_can_be_followed,
     a_record_that_cannot_be_read_is_no_end,
 );
+on_every_scene!(@ alone_on_sqlite Responses Sqlite [run_that_nobody_else_follows_is_recorded_seldom]);
+on_every_scene!(@ alone_on_postgres Chain Postgres [run_that_nobody_else_follows_is_recorded_seldom]);
 // Readers have nothing to do with the protocol, and this takes a while.
 on_every_scene!(@ many_on_sqlite Assistants Sqlite [slow_readers_stall_nobody_and_cost_little]);
 on_every_scene!(@ many_on_postgres Responses Postgres [slow_readers_stall_nobody_and_cost_little]);
@@ -101,6 +103,22 @@ async fn log_of_a_run_that_ended_well_is_not_stored(scene: Scene) {
         let rest = replay(&gateway, &run, Some(&original[at].id)).await;
         assert_eq!(joined(&rest), joined(&original[at + 1..]), "after {at}");
     }
+}
+
+/// Four records in the first second and a half, then one a second, however slow the machine is.
+async fn run_that_nobody_else_follows_is_recorded_seldom(scene: Scene) {
+    let gateway = scene.gateway().await;
+    scene.simulator.hold();
+    let begun = std::time::Instant::now();
+    let mut stream = gateway.stream(SCOPE, "tell me [[sim: tokens=80 rate=50ms hold_after=79]]").await;
+    let mut words = 0;
+    while words < 79 {
+        words += usize::from(stream.next().await.unwrap().name == "message.delta");
+    }
+    let (rows, most) = (stored(&scene).await, 4 + begun.elapsed().as_secs());
+    assert!(rows > 0 && rows.unsigned_abs() <= most, "{rows} rows of {most}");
+    scene.simulator.release();
+    stream.rest().await;
 }
 
 async fn log_that_the_record_does_not_tell_is_kept(scene: Scene) {

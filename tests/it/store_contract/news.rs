@@ -16,8 +16,9 @@ async fn next(news: &mut BoxStream<'static, News>) -> Option<News> {
 }
 
 fn some_news(runs: usize) -> Vec<News> {
-    let of_runs = (0..runs)
-        .flat_map(|_| [News::Thread(ThreadId::new()), News::Run(RunId::new()), News::Asked(RunId::new())]);
+    let of_runs = (0..runs).map(|_| RunId::new()).flat_map(|run| {
+        [News::Thread(ThreadId::new()), News::Run(run), News::Asked(run), News::Followed(run)]
+    });
     [News::Orphans].into_iter().chain(of_runs).collect()
 }
 

@@ -1,15 +1,18 @@
 //! Any replica shows any run, while it goes on and after its end.
 
+use futures_util::StreamExt;
 use futures_util::future::join_all;
 use reqwest::{Method, StatusCode};
 use serde_json::json;
+use threadkeeper::store::News;
 
 use super::{Half, LONG, SCOPE, ask, assert_ascending, completed, counted, half_way, outputs, whole};
-use crate::support::gateway::{Answer, EventReader, Gateway, text_of};
+use crate::support::gateway::{Answer, EventReader, Gateway, PATIENCE, text_of};
 use crate::support::scene::{Scene, on_every_shared_scene};
 
 on_every_shared_scene!(
     text_is_live_on_every_replica,
+    follower_on_another_replica_tells_the_owner_of_itself,
     a_reader_goes_on_anywhere,
     a_repeated_message_joins_its_run_elsewhere,
     a_wait_for_outputs_is_live_elsewhere,
@@ -45,6 +48,22 @@ async fn text_is_live_on_every_replica(scene: Scene) {
     assert_eq!(text_of(&elsewhere), completed(&shown));
     assert_eq!(elsewhere[elsewhere.len() - 2..], shown[shown.len() - 2..], "both end alike");
     assert_ascending(&elsewhere);
+}
+
+async fn follower_on_another_replica_tells_the_owner_of_itself(scene: Scene) {
+    let (owner, other) = two(&scene).await;
+    let store = scene.database.store().await;
+    let mut news = store.news();
+    assert_eq!(news.next().await, Some(News::Missed), "it listens");
+    let half = Half::at(&scene, &owner, "tell me").await;
+    let follower = other.events(SCOPE, &half.run, None).await;
+    let run = News::Followed(half.run.parse().unwrap());
+    let heard = async { while news.next().await.expect("news go on") != run {} };
+    tokio::time::timeout(PATIENCE, heard).await.expect("the owner is told");
+    scene.simulator.release();
+    let (seen, shown) = tokio::join!(follower.rest(), half.stream.rest());
+    assert_eq!(text_of(&seen), text_of(&[half.seen, shown].concat()));
+    store.close().await;
 }
 
 async fn a_reader_goes_on_anywhere(scene: Scene) {
