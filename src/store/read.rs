@@ -434,8 +434,8 @@ macro_rules! reads {
             let recorded: bool = sqlx::query_scalar(
                 "SELECT EXISTS (SELECT 1 FROM remnants x WHERE x.id = $1 AND x.upstream_id = $2)
                     OR EXISTS (
-                        SELECT 1 FROM runs r JOIN threads t ON t.id = r.thread_id
-                        WHERE r.id = $3 AND t.upstream_thread_id = $2
+                        SELECT 1 FROM threads t
+                        WHERE t.id = (SELECT r.thread_id FROM runs r WHERE r.id = $3) AND t.upstream_thread_id = $2
                     )",
             )
             .bind(binding.intent.uuid())

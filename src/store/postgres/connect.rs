@@ -118,6 +118,7 @@ impl Way {
             ("plan_cache_mode", "force_generic_plan"),
             // A plan that was made while a table was empty, or thought to be, is kept when it is full.
             ("enable_seqscan", "off"),
+            ("enable_bitmapscan", "off"),
             ("enable_hashjoin", "off"),
             ("enable_mergejoin", "off"),
             ("jit", "off"),
