@@ -177,7 +177,7 @@ async fn only_events_of_the_run_can_be_asked_for(scene: Scene) {
     let first = gateway.stream(SCOPE, "one").await.rest().await;
     let second = gateway.stream(SCOPE, "two").await.rest().await;
     let run = run_of(&second[0]);
-    for last in [&*first[0].id, "nonsense", "run_1:x", &format!("{run}:-1")] {
+    for last in [&*first[0].id, "nonsense", "run_1:x", &format!("{run}:-1"), &format!("{run}:{}", i64::MAX)] {
         let request = gateway.request(Method::GET, &format!("{SCOPE}/runs/{run}/events"));
         let refused = gateway.send(request.header("last-event-id", last)).await;
         assert_eq!(refused.problem(), (400, "invalid-request"), "{last}");
