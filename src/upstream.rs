@@ -329,9 +329,10 @@ impl UpstreamError {
         matches!(self, Self::Unavailable { .. } | Self::Broken { .. } | Self::Protocol(_))
     }
 
-    /// The connection broke, or somebody between us and the server gave it up. Neither tells what the server does.
+    /// The connection broke, or somebody between us and the server lost it or gave it up: proxies say so with 502 and 504,
+    /// Cloudflare with 520 and 524, some servers with 408. None of that tells what the server does.
     pub const fn breaks_off(&self) -> bool {
-        matches!(self, Self::Broken { .. } | Self::Unavailable { status: 408 | 504, .. })
+        matches!(self, Self::Broken { .. } | Self::Unavailable { status: 408 | 502 | 504 | 520 | 524, .. })
     }
 }
 

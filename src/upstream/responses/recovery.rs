@@ -145,9 +145,7 @@ fn asked_for(response: &Value, sent: &Leftover) -> bool {
 /// cannot say that.
 const fn attempt_is_over(failure: &UpstreamError) -> bool {
     match failure {
-        UpstreamError::Unavailable { status: 502, .. }
-        | UpstreamError::Broken { .. }
-        | UpstreamError::Protocol(_) => false,
+        UpstreamError::Broken { .. } | UpstreamError::Protocol(_) => false,
         UpstreamError::Unavailable { .. } => !failure.breaks_off(),
         UpstreamError::Busy { .. }
         | UpstreamError::ThreadGone
