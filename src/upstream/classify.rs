@@ -122,13 +122,18 @@ impl ErrorDetail {
     }
 
     /// Reads an event of a stream that does not say that it is one of the protocol's; `None` if it tells no error. A server
-    /// in front of the one that was asked, or one that fails before it speaks the protocol, writes its errors so.
-    pub(super) fn of_event(data: &str) -> Option<Self> {
+    /// in front of the one that was asked, or one that fails before it speaks the protocol, writes its errors so. An event
+    /// with another `name` (a server's `status`, `ping` or `progress`) is one only if it can be nothing else.
+    pub(super) fn of_event(name: Option<&str>, data: &str) -> Option<Self> {
         let object: Map<String, Value> = serde_json::from_str(data).ok()?;
+        let is_named = name.is_some_and(|name| {
+            !name.is_empty() && name != "message" && !name.to_ascii_lowercase().contains("error")
+        });
+        let is_all = || object.keys().all(|key| key == "error" || ERROR_FIELDS.contains(&key.as_str()));
         let is_error = match object.get("error") {
-            Some(Value::Object(_)) => true,
-            Some(Value::String(text)) => !text.is_empty(),
-            _ => stands_alone(&object),
+            Some(Value::Object(_)) => !is_named || is_all(),
+            Some(Value::String(text)) => !text.is_empty() && (!is_named || is_all()),
+            _ => stands_alone(&object) && (!is_named || is_called_error(&object)),
         };
         is_error.then(|| Self::from_object(&object))
     }
@@ -296,12 +301,15 @@ impl ErrorDetail {
 /// The object is an error without a wrapper, and can be nothing else.
 fn stands_alone(object: &Map<String, Value>) -> bool {
     let has = |key: &str| object.get(key).is_some_and(|value| !value.is_null());
-    let kind = |key: &str| object.get(key).and_then(Value::as_str).map(str::to_ascii_lowercase);
-    let is_called_error =
-        ["type", "object"].iter().any(|key| kind(key).is_some_and(|it| it.contains("error")));
     (has("message") || has("detail"))
         && object.keys().all(|key| ERROR_FIELDS.contains(&key.as_str()))
-        && (is_called_error || has("code") || (!has("type") && !has("object")))
+        && (is_called_error(object) || has("code") || (!has("type") && !has("object")))
+}
+
+/// It says of itself that it is an error.
+fn is_called_error(object: &Map<String, Value>) -> bool {
+    let kind = |key: &str| object.get(key).and_then(Value::as_str).map(str::to_ascii_lowercase);
+    ["type", "object"].iter().any(|key| kind(key).is_some_and(|it| it.contains("error")))
 }
 
 /// The text, if it can be shown to anyone: at most 64 characters, words and short numbers with `_`, `.` or `-` between them.
@@ -537,7 +545,11 @@ mod tests {
 
     /// What an event means that does not say what it is: `None` if it is no error.
     fn read(data: &str) -> Option<String> {
-        Some(match ErrorDetail::of_event(data)?.of_refused_stream() {
+        named(None, data)
+    }
+
+    fn named(name: Option<&str>, data: &str) -> Option<String> {
+        Some(match ErrorDetail::of_event(name, data)?.of_refused_stream() {
             Ok(refusal) => refusal.error.to_string(),
             Err(code) => format!("failed {}", code.unwrap_or_else(|| "-".to_owned())),
         })
@@ -630,6 +642,23 @@ mod tests {
             r#"{"message":null,"detail":null}"#,
         ] {
             assert_eq!(read(data), None, "{data}");
+        }
+        let queued = r#"{"message":"queued","code":1}"#;
+        assert!(read(queued).is_some());
+        for (name, data) in [
+            ("status", queued),
+            ("ping", r#"{"message":"m"}"#),
+            ("progress", r#"{"error":{"message":"none yet"},"step":3}"#),
+        ] {
+            assert_eq!(named(Some(name), data), None, "{name} {data}");
+        }
+        for (name, data) in [
+            ("message", r#"{"message":"m"}"#),
+            ("server_error", r#"{"message":"m"}"#),
+            ("status", r#"{"error":{"message":"m"}}"#),
+            ("status", r#"{"type":"overloaded_error","message":"m"}"#),
+        ] {
+            assert!(named(Some(name), data).is_some(), "{name} {data}");
         }
     }
 

@@ -39,9 +39,6 @@ const KEEP_ALIVE: Duration = Duration::from_secs(15);
 const KEEP_ALIVE_INTERVAL: Duration = Duration::from_secs(5);
 /// Questions without an answer after which the connection counts as broken.
 const KEEP_ALIVE_PROBES: u32 = 3;
-/// The longest that sent data stays without an acknowledgement. On Linux it bounds the questions above, too.
-#[cfg(target_os = "linux")]
-const VANISHED_AFTER: Duration = Duration::from_secs(30);
 /// How much of an error's body is read.
 const MAX_ERROR_BYTES: usize = 64 * 1024;
 /// Headers that belong to the connection and cannot be configured.
@@ -117,10 +114,6 @@ impl UpstreamClient {
             .tcp_keepalive_retries(KEEP_ALIVE_PROBES)
             .pool_max_idle_per_host(POOL_IDLE_CONNECTIONS)
             .pool_idle_timeout(POOL_IDLE_TIMEOUT);
-        #[cfg(target_os = "linux")]
-        {
-            builder = builder.tcp_user_timeout(VANISHED_AFTER);
-        }
         if base_url.scheme() == "http" {
             // No redirect is followed, so this client never speaks TLS: it must not fail for lack of certificates.
             builder = builder.tls_certs_only([]);
@@ -222,6 +215,11 @@ impl UpstreamClient {
         in_time(self.call_timeout, call).await
     }
 
+    /// Longest time for a call that only asks.
+    pub(super) const fn call_timeout(&self) -> Duration {
+        self.call_timeout
+    }
+
     /// Makes one request and streams the events of the answer, as long as the caller waits for them.
     ///
     /// An error that comes as JSON instead, in spite of its status, is one event.
@@ -239,7 +237,7 @@ impl UpstreamClient {
         if has_type(response.headers(), "application/json")
             && let Ok(Some(body)) = in_time(self.call_timeout, read(response, MAX_ERROR_BYTES)).await
             && let Ok(data) = String::from_utf8(body)
-            && ErrorDetail::of_event(&data).is_some()
+            && ErrorDetail::of_event(None, &data).is_some()
         {
             return Ok(stream::iter([Ok(SseEvent { name: None, data })]).boxed());
         }

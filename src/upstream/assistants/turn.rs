@@ -194,7 +194,9 @@ fn kind(event: &SseEvent) -> Result<Kind, UpstreamError> {
             _ => match name.strip_prefix("thread.run.") {
                 // `created` is a name and no status: the object's own counts.
                 Some(status) => Kind::Run(status.parse().ok()),
-                None if !name.starts_with("thread.") && ErrorDetail::of_event(&event.data).is_some() => {
+                None if !name.starts_with("thread.")
+                    && ErrorDetail::of_event(Some(name), &event.data).is_some() =>
+                {
                     Kind::Error
                 }
                 None => Kind::Other,
@@ -212,7 +214,7 @@ fn kind(event: &SseEvent) -> Result<Kind, UpstreamError> {
             Some("completed" | "incomplete") => Kind::MessageEnd,
             _ => Kind::Other,
         },
-        _ if ErrorDetail::of_event(&event.data).is_some() => Kind::Error,
+        _ if ErrorDetail::of_event(None, &event.data).is_some() => Kind::Error,
         _ => Kind::Other,
     })
 }

@@ -5,7 +5,7 @@ use std::time::Duration;
 use futures_util::{StreamExt, stream};
 use http::Method;
 use serde_json::{Value, json};
-use tokio::time::sleep;
+use tokio::time::{sleep, timeout};
 
 use super::is_missing;
 use super::turn::tells_error;
@@ -88,7 +88,16 @@ impl Source {
         let mut broken = UpstreamError::Broken { timeout: false };
         loop {
             if let Some(events) = &mut self.events {
-                match events.next().await {
+                let next = if self.progress {
+                    Ok(events.next().await)
+                } else {
+                    timeout(self.client.call_timeout(), events.next()).await
+                };
+                match next.unwrap_or(Some(Err(UpstreamError::Broken { timeout: true }))) {
+                    // Opened again, it tells nothing: the response itself can be asked how it stands.
+                    Some(Err(UpstreamError::Broken { timeout: true })) if !self.progress && !self.over => {
+                        self.again = Again::Nothing;
+                    }
                     // Instead of an event that was asked for: it cannot be had, which says nothing of the response.
                     Some(Ok(event)) if !self.progress && is_error(&event) => self.again = Again::Nothing,
                     Some(Ok(event)) => {
@@ -142,7 +151,7 @@ impl Source {
         self.over |= matches!(
             kind,
             "response.completed" | "response.incomplete" | "response.failed" | "response.cancelled"
-        ) || tells_error(kind, &event.data);
+        ) || tells_error(kind, event);
         true
     }
 
@@ -168,7 +177,9 @@ impl Source {
             match tried {
                 Ok(event) => return Ok(event),
                 // Nobody answered yet. Until when that is waited for is the run's to say.
-                Err(UpstreamError::Broken { timeout: true }) => self.failures -= 1,
+                Err(UpstreamError::Broken { timeout: true }) => {
+                    self.failures = self.failures.saturating_sub(1);
+                }
                 Err(next) if may_pass(&next) || matches!(next, UpstreamError::Resting { .. }) => error = next,
                 // The server cannot stream it again: refused, or not an event stream.
                 Err(next) if streams && is_no(&next) => {
@@ -188,7 +199,13 @@ impl Source {
         let after = self.last.map(|last| last.to_string());
         let starting_after = after.as_deref().map(|last| ("starting_after", last));
         let query: Vec<_> = [("stream", "true")].into_iter().chain(starting_after).collect();
-        let events = self.client.events(Method::GET, &["responses", id.as_str()], &query, None).await?;
+        let path = ["responses", id.as_str()];
+        let opened = self.client.events(Method::GET, &path, &query, None);
+        let Ok(events) = timeout(self.client.call_timeout(), opened).await else {
+            self.again = Again::Nothing;
+            return Err(UpstreamError::Broken { timeout: true });
+        };
+        let events = events?;
         tracing::debug!("the stream of a response goes on");
         (self.events, self.seen, self.progress) = (Some(events), self.last, false);
         Ok(())
@@ -226,9 +243,8 @@ fn kind<'a>(envelope: &'a Envelope<'_>, event: &'a SseEvent) -> &'a str {
 
 fn is_error(event: &SseEvent) -> bool {
     let envelope = serde_json::from_str::<Envelope<'_>>(&event.data);
-    envelope.map_or(event.name.as_deref() == Some("error"), |envelope| {
-        tells_error(kind(&envelope, event), &event.data)
-    })
+    envelope
+        .map_or(event.name.as_deref() == Some("error"), |envelope| tells_error(kind(&envelope, event), event))
 }
 
 /// The server will not do it.

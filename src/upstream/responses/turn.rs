@@ -79,7 +79,7 @@ impl Dialect for Turn {
                 self.error(ErrorDetail::from_object(&object), out)?;
             }
             (kind, ..) if may_tell_error(kind) => {
-                if let Some(detail) = ErrorDetail::of_event(&event.data) {
+                if let Some(detail) = ErrorDetail::of_event(event.name.as_deref(), &event.data) {
                     self.error(detail, out)?;
                 }
             }
@@ -201,8 +201,9 @@ fn may_tell_error(kind: &str) -> bool {
 }
 
 /// The event tells an error instead of something of the response.
-pub(super) fn tells_error(kind: &str, data: &str) -> bool {
-    kind == "error" || (may_tell_error(kind) && ErrorDetail::of_event(data).is_some())
+pub(super) fn tells_error(kind: &str, event: &SseEvent) -> bool {
+    kind == "error"
+        || (may_tell_error(kind) && ErrorDetail::of_event(event.name.as_deref(), &event.data).is_some())
 }
 
 fn parse<'a, T: Deserialize<'a>>(raw: &'a RawValue) -> Result<T, UpstreamError> {
