@@ -268,6 +268,10 @@ impl Runs {
         idempotency: Option<&Idempotency>,
     ) -> Result<Option<Submitted>, Error> {
         let earlier = self.earlier(key, idempotency).await?;
+        // Its sender heard that it was not taken, and it is still being taken back.
+        if earlier.as_ref().is_some_and(|earlier| self.parts.standing.is_refused(earlier.run.id)) {
+            return Err(Error::StoreUnavailable(None));
+        }
         Ok(earlier.map(|Repeated { thread, run, .. }| {
             let follow = Follow::of(self, &thread, run.id);
             Submitted { thread, run, follow, replayed: true }

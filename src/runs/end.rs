@@ -423,7 +423,7 @@ async fn finish_in_store(runs: &Runs, lease: &RunLease, mut end: RunEnd) -> Clos
 }
 
 /// Takes the message of a run back of which it is not known whether it was recorded: its sender heard that it was not, and
-/// may say the same again. Asks for as long as the database is away.
+/// may say the same again. Asks for as long as the database is away; what it refuses stays as it is.
 pub(super) async fn withdraw(runs: &Runs, lease: &RunLease, refused: &Refused) -> Withdrawn {
     let parts = &runs.parts.given;
     let (status, error) = Failure::NotRecorded.end(false);
@@ -432,13 +432,16 @@ pub(super) async fn withdraw(runs: &Runs, lease: &RunLease, refused: &Refused) -
         idempotency_key: refused.idempotency_key.clone(),
         end: RunEnd { discard: true, ..bare_end(status, error) },
     };
-    let mut pause = FIRST_PAUSE;
+    let (mut pause, mut refusals) = (FIRST_PAUSE, 0);
     loop {
         match parts.store.withdraw(lease, &taken).await {
             Ok(withdrawn) => return withdrawn,
-            Err(error) => tracing::error!(error = %Chain(&error), "cannot take a refused message back yet"),
+            Err(error) => {
+                tracing::error!(error = %Chain(&error), "cannot take a refused message back yet");
+                refusals += u32::from(!matches!(error, StoreError::Unavailable(_)));
+            }
         }
-        if parts.stop.is_cancelled() {
+        if refusals >= MAX_REFUSALS || parts.stop.is_cancelled() {
             return Withdrawn::Lost;
         }
         sleep(jittered(pause)).await;

@@ -142,6 +142,17 @@ impl Standing {
         self.works_on(lease, feed, CancellationToken::new())
     }
 
+    /// Says that a task goes on with a run without the one whose message made it: what cancels that one's request does not
+    /// concern the others. Those who follow the run go on to do so.
+    pub(super) fn goes_on_for_others(&self, mut working: Working) -> Working {
+        let feed = std::mem::replace(&mut working.feed, FeedWriter::new());
+        let anew = self.works_on(working.lease, feed, CancellationToken::new());
+        if working.lost.is_cancelled() {
+            anew.lost.cancel();
+        }
+        anew
+    }
+
     fn works_on(&self, lease: RunLease, feed: FeedWriter, cancel: CancellationToken) -> Working {
         static SERIAL: AtomicU64 = AtomicU64::new(0);
         let serial = SERIAL.fetch_add(1, Ordering::Relaxed);
@@ -184,6 +195,11 @@ impl Standing {
         let (mut all, now) = (lock(&self.refused), Instant::now());
         all.retain(|_, (_, since)| now - *since < REFUSED_FOR);
         all.insert(run, (refused, now));
+    }
+
+    /// It is not settled yet what became of the message that this run was made for.
+    pub(super) fn is_refused(&self, run: RunId) -> bool {
+        lock(&self.refused).contains_key(&run)
     }
 
     /// It is settled what became of it. What had been refused, if it had.

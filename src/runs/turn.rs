@@ -211,6 +211,7 @@ async fn take_back(runs: Runs, working: Working, lease: RunLease, refused: &Refu
             Withdrawn::Lost => {}
             withdrawn => {
                 runs.parts.standing.was_refused(lease.run_id);
+                let working = runs.parts.standing.goes_on_for_others(working);
                 return go_on_for_others(runs, working, lease, withdrawn).await;
             }
         }

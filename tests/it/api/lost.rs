@@ -195,14 +195,18 @@ async fn message_stays_in_a_run_whose_own_message_was_refused() {
     let mut active = gateway.stream(SCOPE, "first").await;
     active.next().await.unwrap();
     let post = async |gateway: &Gateway, key: &str, body: &Value| {
-        let request = gateway.request(Method::POST, &format!("{SCOPE}/messages"));
-        gateway
-            .send(request.header("idempotency-key", key).header("prefer", "respond-async").json(body))
-            .await
+        let mut request = gateway.request(Method::POST, &format!("{SCOPE}/messages"));
+        if body["on_disconnect"].is_null() {
+            request = request.header("prefer", "respond-async");
+        }
+        gateway.send(request.header("idempotency-key", key).json(body)).await
     };
     world.gate.set_at(ADMIT, Moment::After);
-    let (second, third) =
-        (json!({"content": "second"}), json!({"content": "third", "multitask_strategy": "merge"}));
+    // Its request is over once it is refused, which concerns nobody else.
+    let (second, third) = (
+        json!({"content": "second", "on_disconnect": "cancel"}),
+        json!({"content": "third", "multitask_strategy": "merge"}),
+    );
     let (refused, joined) = tokio::join!(post(gateway, "k2", &second), async {
         world.gate.caught().await;
         let joined = post(&other, "k3", &third).await;
