@@ -45,9 +45,18 @@ impl Keeper {
             for remnant in &remnants {
                 self.delete_remnant(&**upstream, remnant, &mut removed).await?;
             }
-            let mut names: Vec<RemnantName> = remnants.into_iter().map(|remnant| remnant.name).collect();
+            // What had no id when it was listed may have been given one since.
+            let (nameless, known): (Vec<_>, Vec<_>) = remnants
+                .into_iter()
+                .partition(|it| it.kind == RemnantKind::Thread && it.upstream_id.is_none());
+            let mut names: Vec<RemnantName> = known.into_iter().map(|remnant| remnant.name).collect();
             names.dedup();
             self.store().removed(thread.id, &removed, &names).await?;
+            for remnant in nameless {
+                if let RemnantName::Row(id) = remnant.name {
+                    self.store().schedule_remnant(id, None, None).await?;
+                }
+            }
         }
         let outcome = match &thread.upstream_thread_id {
             None => removed.outcome.unwrap_or(match &removed.upstream_thread_id {

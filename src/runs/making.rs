@@ -21,6 +21,8 @@ const LONGEST_MAKING: Duration = UNHEARD_OF.saturating_sub(Duration::from_mins(2
 /// Tries to delete one that nothing of the record names, and the pause before the second. It doubles.
 const DELETE_TRIES: u32 = 8;
 const FIRST_DELETE_PAUSE: Duration = Duration::from_secs(1);
+/// Tries to record that nothing, or nothing that is used, came of an intent.
+const RESOLVE_TRIES: u32 = 4;
 
 /// An upstream thread that is to be made.
 pub(super) struct Making {
@@ -46,7 +48,11 @@ impl Making {
         loop {
             match self.store.intend(&self.lease, intent).await {
                 Ok(true) => break,
-                Ok(false) => return Err(Failure::LeaseLost),
+                // Only a lost answer's try can have recorded it.
+                Ok(false) => {
+                    self.resolve(intent, Made::Nothing).await;
+                    return Err(Failure::LeaseLost);
+                }
                 Err(error) => wait_out(error).await?,
             }
         }
@@ -62,9 +68,7 @@ impl Making {
             Err(error) => {
                 // An intent that is not known to have come to nothing is for the janitor.
                 let came_to = if error.is_ambiguous() { Made::Unknown } else { Made::Nothing };
-                if let Err(error) = self.store.resolve(intent, came_to).await {
-                    tracing::warn!(error = %Chain(&error), "cannot record what came of an upstream thread");
-                }
+                self.resolve(intent, came_to).await;
                 return Err(Failure::Upstream(error));
             }
         };
@@ -77,9 +81,25 @@ impl Making {
                     self.delete(&made).await;
                     return Err(Failure::LeaseLost);
                 }
-                Err(error) => wait_out(error).await?,
+                Err(error) => {
+                    if let Err(failure) = wait_out(error).await {
+                        self.resolve(intent, Made::Unused(&made)).await;
+                        return Err(failure);
+                    }
+                }
             }
         }
+    }
+
+    /// Records what the intent came to. What cannot be recorded is left to the janitor, as an intent that nobody heard of.
+    async fn resolve(&self, intent: RemnantId, made: Made<'_>) {
+        for _ in 0..RESOLVE_TRIES {
+            let Err(error) = self.store.resolve(intent, made).await else { return };
+            if wait_out(error).await.is_err() {
+                break;
+            }
+        }
+        tracing::warn!("cannot record what came of an upstream thread");
     }
 
     /// Deletes an upstream thread whose gateway thread was erased while this one was made: nobody else knows its id.
