@@ -13,7 +13,7 @@ mod life;
 #[cfg(test)]
 mod tests;
 
-use std::collections::HashMap;
+use std::collections::hash_map::{Entry, HashMap};
 use std::fmt;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -95,6 +95,17 @@ impl Discreet {
         }
     }
 
+    /// No run was made of the message. One that an earlier try made goes on with those that have joined it.
+    fn is_not_taken(&self, run: RunId, message: MessageId) {
+        let mut held = self.held();
+        if let Entry::Occupied(mut own) = held.entry(run) {
+            own.get_mut().input.retain(|it| it.id != message);
+            if own.get().input.is_empty() {
+                own.remove();
+            }
+        }
+    }
+
     /// Gives a turn what it is to say. What is not known here stays empty.
     fn give_input(&self, turn: &mut Turn) {
         let held = self.held();
@@ -164,16 +175,20 @@ impl Store for Discreet {
         let (strategy, may_join) = self.strategy(admission).await?;
         let blank = Admission { strategy, message: blank_input(message), ..admission.clone() };
         // First of all: once it is recorded, the run that it joins may start at any time.
-        self.held().insert(*run_id, Held { input: vec![message.clone()], ..Held::default() });
+        // Tried again, it may have been joined by others since the first time.
+        self.held().entry(*run_id).or_default();
+        self.joins(*run_id, message);
         let mut admitted = self.inner.admit(&blank).await;
         match &mut admitted {
             Ok(Admitted::Started(turn)) => self.give_input(turn),
             Ok(Admitted::Queued { .. }) => {}
             Ok(Admitted::Merged { run, .. }) => {
                 self.joins(run.id, message);
-                self.forget(*run_id);
+                self.is_not_taken(*run_id, message.id);
             }
-            Ok(Admitted::Busy | Admitted::OtherUpstream(_) | Admitted::Repeated) => self.forget(*run_id),
+            Ok(Admitted::Busy | Admitted::OtherUpstream(_) | Admitted::Repeated) => {
+                self.is_not_taken(*run_id, message.id);
+            }
             Err(_) => {
                 // The run that it joined, if it did, knows it by its id.
                 for run in may_join {
