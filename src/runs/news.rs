@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use futures_util::StreamExt;
 use tokio::sync::{Notify, watch};
-use tokio::time::{sleep, timeout};
+use tokio::time::{Instant, sleep, timeout};
 
 use super::{Runs, jittered};
 use crate::error::Chain;
@@ -18,6 +18,8 @@ use crate::store::{News, RunLease, Store, StoreError};
 const DELIVERY_TIMEOUT: Duration = Duration::from_secs(2);
 /// The pause after one that failed.
 const AFTER_FAILURE: Duration = Duration::from_millis(500);
+/// How long a replica that has just found itself alone may still hear what itself told before.
+const ECHOES: Duration = Duration::from_secs(3);
 
 type Readers = Arc<Mutex<HashMap<News, Reader>>>;
 
@@ -40,6 +42,8 @@ pub(super) struct Desk {
     posted: Notify,
     /// Other replicas are alive, as far as is known.
     has_peers: watch::Sender<bool>,
+    /// When there were none any more.
+    alone_since: Mutex<Option<Instant>>,
 }
 
 #[derive(Debug, Default)]
@@ -100,10 +104,17 @@ impl Desk {
         if has_peers && !before {
             self.tell(News::Orphans);
         }
+        if before && !has_peers {
+            *lock(&self.alone_since) = Some(Instant::now());
+        }
     }
 
-    /// Another replica tells something. One that believes to be alone tells nothing, so it does not hear itself.
+    /// Another replica tells something. One that believes to be alone tells nothing, so what it hears is no echo of its own,
+    /// but for a moment.
     fn meet_peers(&self) {
+        if lock(&self.alone_since).is_some_and(|since| since.elapsed() < ECHOES) {
+            return;
+        }
         self.has_peers.send_if_modified(|has_peers| !std::mem::replace(has_peers, true));
     }
 
