@@ -260,7 +260,7 @@ impl Store for PostgresStore {
     }
 
     async fn withhold_earlier(&self, lease: &RunLease, what: &Withholding) -> Result<bool, StoreError> {
-        on!(self.vital, c => turn::withhold_earlier(c, lease, what))
+        on!(self.general, c => turn::withhold_earlier(c, lease, what))
     }
 
     async fn earlier(
@@ -269,7 +269,7 @@ impl Store for PostgresStore {
         before: Option<i64>,
         limit: u32,
     ) -> Result<Page<Message>, StoreError> {
-        on!(self.vital, c => read::earlier(c, run, before, limit))
+        on!(self.general, c => read::earlier(c, run, before, limit))
     }
 
     async fn backlog(
@@ -278,7 +278,7 @@ impl Store for PostgresStore {
         before: Option<i64>,
         limit: u32,
     ) -> Result<Page<Message>, StoreError> {
-        on!(self.vital, c => read::backlog(c, run, before, limit))
+        on!(self.general, c => read::backlog(c, run, before, limit))
     }
 
     async fn baseline(&self, run: RunId) -> Result<Baseline, StoreError> {
