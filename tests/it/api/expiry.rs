@@ -229,8 +229,9 @@ async fn fresh_thread_does_not_wait_for_the_run_of_the_deleted_one(scene: Scene)
     }
     let gateway = scene.gateway_with(&format!("{BY_HAND}[runs]\nsettle_timeout = \"1h\"\n")).await;
     let scope = "/v1/users/alice/topics/news";
-    let mut old = gateway.stream(scope, "one [[sim: silent]]").await;
+    let mut old = gateway.stream(scope, "one [[sim: silent_after=1]]").await;
     let started = old.next().await.unwrap();
+    assert_eq!(old.next().await.unwrap().name, "message.delta", "it is known upstream");
     let thread = started.data["thread_id"].as_str().unwrap().to_owned();
     // What ends the run upstream takes its time.
     let on = if scene.protocol == Protocol::Assistants { "cancel_run" } else { "list_items" };
