@@ -79,7 +79,7 @@ async fn path_params<S: Send + Sync>(parts: &mut Parts, state: &S) -> Result<Raw
         .map_err(|_| Error::Malformed("the path is not percent-encoded UTF-8".to_owned()))
 }
 
-/// No event has a higher number, with room for those that come after.
+/// No event has a higher number, with room for those that come after. What is beyond it is read as this.
 const LAST_EVENT: i64 = i64::MAX / 2;
 
 /// Up to where a caller has seen a run's events: the header `last-event-id`, `<run>:<n>`.
@@ -92,7 +92,9 @@ impl<S: Send + Sync> FromRequestParts<S> for LastEventId {
     async fn from_request_parts(parts: &mut Parts, _state: &S) -> Result<Self, Error> {
         let Some(value) = parts.headers.get("last-event-id") else { return Ok(Self(None)) };
         let text = value.to_str().unwrap_or_default();
-        let number = |n: &str| n.parse().ok().filter(|n| (0..=LAST_EVENT).contains(n));
+        let number = |n: &str| {
+            n.parse::<u64>().ok().map(|n| i64::try_from(n).map_or(LAST_EVENT, |n| n.min(LAST_EVENT)))
+        };
         let read = |(run, n): (&str, &str)| Some((run.parse().ok()?, number(n)?));
         match text.split_once(':').and_then(read) {
             Some(last) => Ok(Self(Some(last))),

@@ -92,7 +92,7 @@ pub(super) async fn tool_outputs(
 }
 
 pub(super) fn events_doc() -> Doc {
-    let last = json!({"type": "string", "pattern": "^(run_[0-9a-f]{32}:[0-9]+)?$"});
+    let last = json!({"type": "string", "pattern": "^(run_[0-9a-f]{32}:[0-9]{1,19})?$"});
     Doc::new("runs", "stream_run_events", "The run's events, from the first one to its end.")
         .header(
             &HeaderName::from_static("last-event-id"),

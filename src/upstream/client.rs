@@ -215,11 +215,6 @@ impl UpstreamClient {
         in_time(self.call_timeout, call).await
     }
 
-    /// Longest time for a call that only asks.
-    pub(super) const fn call_timeout(&self) -> Duration {
-        self.call_timeout
-    }
-
     /// Makes one request and streams the events of the answer, as long as the caller waits for them.
     ///
     /// An error that comes as JSON instead, in spite of its status, is one event.

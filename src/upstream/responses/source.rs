@@ -5,7 +5,7 @@ use std::time::Duration;
 use futures_util::{StreamExt, stream};
 use http::Method;
 use serde_json::{Value, json};
-use tokio::time::{sleep, timeout};
+use tokio::time::sleep;
 
 use super::is_missing;
 use super::turn::tells_error;
@@ -88,16 +88,7 @@ impl Source {
         let mut broken = UpstreamError::Broken { timeout: false };
         loop {
             if let Some(events) = &mut self.events {
-                let next = if self.progress {
-                    Ok(events.next().await)
-                } else {
-                    timeout(self.client.call_timeout(), events.next()).await
-                };
-                match next.unwrap_or(Some(Err(UpstreamError::Broken { timeout: true }))) {
-                    // Opened again, it tells nothing: the response itself can be asked how it stands.
-                    Some(Err(UpstreamError::Broken { timeout: true })) if !self.progress && !self.over => {
-                        self.again = Again::Nothing;
-                    }
+                match events.next().await {
                     // Instead of an event that was asked for: it cannot be had, which says nothing of the response.
                     Some(Ok(event)) if !self.progress && is_error(&event) => self.again = Again::Nothing,
                     Some(Ok(event)) => {
@@ -178,7 +169,7 @@ impl Source {
                 Ok(event) => return Ok(event),
                 // Nobody answered yet. Until when that is waited for is the run's to say.
                 Err(UpstreamError::Broken { timeout: true }) => {
-                    self.failures = self.failures.saturating_sub(1);
+                    self.failures = self.failures.saturating_sub(1)
                 }
                 Err(next) if may_pass(&next) || matches!(next, UpstreamError::Resting { .. }) => error = next,
                 // The server cannot stream it again: refused, or not an event stream.
@@ -199,13 +190,7 @@ impl Source {
         let after = self.last.map(|last| last.to_string());
         let starting_after = after.as_deref().map(|last| ("starting_after", last));
         let query: Vec<_> = [("stream", "true")].into_iter().chain(starting_after).collect();
-        let path = ["responses", id.as_str()];
-        let opened = self.client.events(Method::GET, &path, &query, None);
-        let Ok(events) = timeout(self.client.call_timeout(), opened).await else {
-            self.again = Again::Nothing;
-            return Err(UpstreamError::Broken { timeout: true });
-        };
-        let events = events?;
+        let events = self.client.events(Method::GET, &["responses", id.as_str()], &query, None).await?;
         tracing::debug!("the stream of a response goes on");
         (self.events, self.seen, self.progress) = (Some(events), self.last, false);
         Ok(())
