@@ -70,6 +70,8 @@ const PREFERENCES: [&str; 11] = [
     "wait",
     "return=minimal",
 ];
+/// More than this may be too much, by the default configuration.
+const LONGEST_HEAD: usize = 31 * 1024;
 const EVENT_NUMBERS: [&str; 4] = ["0", "1", "5", "9223372036854775807"];
 const ODD_EVENT_NUMBERS: [&str; 5] = ["9223372036854775808", "-1", "x", "", "1:2"];
 const ODD_CREDENTIALS: [&str; 10] = [
@@ -205,6 +207,9 @@ impl<'a> Generator<'a> {
         });
         let mut head = format!("{method} {path}{query} HTTP/1.1\r\n").into_bytes();
         self.headers(&mut head, operation);
+        if head.len() > LONGEST_HEAD {
+            self.no_http();
+        }
         let bytes = self.framed(head, body);
         Request {
             operation: format!("{} {}", operation.method, operation.path),
