@@ -17,7 +17,8 @@ use futures_util::{Stream, StreamExt, stream};
 use http::header::{ACCEPT, AUTHORIZATION, CONTENT_TYPE};
 use http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode};
 use secrecy::{ExposeSecret, SecretString};
-use serde::de::DeserializeOwned;
+use serde::Deserialize;
+use serde::de::{DeserializeOwned, IgnoredAny};
 use serde_json::Value;
 use tokio::time::timeout;
 use url::Url;
@@ -200,6 +201,7 @@ impl UpstreamClient {
         if is_dense(&body) {
             return Err(UpstreamError::Protocol("an answer has too many values".to_owned()));
         }
+        refuse_told_error(&body)?;
         let value = serde_json::from_slice(&body)
             .map_err(|_| UpstreamError::Protocol("an answer is not the expected JSON".to_owned()))?;
         Ok(Answer { value, poll_after, size: Size::of(&body) })
@@ -210,7 +212,8 @@ impl UpstreamClient {
         let call = async {
             let response = self.send(method, segments, &[], None, "application/json").await?;
             // Read to its end, so that the connection can serve the next call.
-            read(response, self.max_bytes).await.map(drop)
+            let body = read(response, self.max_bytes).await?;
+            body.map_or(Ok(()), |body| refuse_told_error(&body))
         };
         in_time(self.call_timeout, call).await
     }
@@ -430,6 +433,23 @@ fn failure(error: &reqwest::Error) -> UpstreamError {
 /// The texts of an error and its causes.
 fn chain<'a>(error: &'a (dyn std::error::Error + 'static)) -> impl Iterator<Item = String> + 'a {
     std::iter::successors(Some(error), |error| error.source()).map(ToString::to_string)
+}
+
+/// An answer with a good status may tell an error all the same, of which nothing must be taken for done. What has an id is an
+/// object of the protocol, whose error is its own.
+fn refuse_told_error(body: &[u8]) -> Result<(), UpstreamError> {
+    #[derive(Deserialize)]
+    struct Object {
+        id: Option<IgnoredAny>,
+    }
+    if body.len() <= MAX_ERROR_BYTES
+        && let Ok(text) = std::str::from_utf8(body)
+        && serde_json::from_str::<Object>(text).is_ok_and(|object| object.id.is_none())
+        && ErrorDetail::of_event(None, text).is_some()
+    {
+        return Err(UpstreamError::Protocol("an answer with a good status tells an error".to_owned()));
+    }
+    Ok(())
 }
 
 /// The server is broken. One that does not have the call (501) is not.

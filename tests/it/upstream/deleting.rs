@@ -254,6 +254,23 @@ async fn failures_that_pass_are_waited_out() {
     }
 }
 
+#[tokio::test]
+async fn error_in_a_success_deletes_nothing() {
+    for (flavour, on) in [
+        (Flavour::Assistants, "delete_thread"),
+        (Flavour::Conversations, "delete_item"),
+        (Flavour::Conversations, "delete_conversation"),
+        (Flavour::Chain, "delete_response"),
+    ] {
+        let mut scene = Scene::new(flavour).await;
+        scene.thread = scene.say("needle").await.ended.thread.or(scene.thread);
+        scene.plant(on, "bare_error=line");
+        let error = delete(&*scene.upstream, &scene.thread()).await.unwrap_err();
+        assert!(matches!(error, UpstreamError::Protocol(_)), "{flavour:?} {on}: {error:?}");
+        assert!(delete(&*scene.upstream, &scene.thread()).await.unwrap().0, "{flavour:?} {on}");
+    }
+}
+
 fn not_found(message: &str) -> String {
     json!({"error": {"message": message, "type": "invalid_request_error", "param": null, "code": null}})
         .to_string()
