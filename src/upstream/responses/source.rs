@@ -169,7 +169,7 @@ impl Source {
                 Ok(event) => return Ok(event),
                 // Nobody answered yet. Until when that is waited for is the run's to say.
                 Err(UpstreamError::Broken { timeout: true }) => {
-                    self.failures = self.failures.saturating_sub(1)
+                    self.failures = self.failures.saturating_sub(1);
                 }
                 Err(next) if may_pass(&next) || matches!(next, UpstreamError::Resting { .. }) => error = next,
                 // The server cannot stream it again: refused, or not an event stream.
