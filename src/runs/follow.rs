@@ -205,16 +205,22 @@ impl Follow {
             return Ok(false);
         }
         let text = text_of(reply);
-        let whole = RunEvent::retell(&text).end();
+        let retold = RunEvent::retell(&text);
+        let whole = retold.end();
         let stored = batches.iter().map(EventBatch::end).max();
         if stored.is_none() {
             // The log of a run that took more numbers, with its two last events, was removed as it was old.
             return Ok(from <= whole + 2);
         }
+        let all = self.runs.store().events(self.run, 0).await?;
+        // A record that was on its way as the log was removed left a later part of it.
+        if all.iter().all(|batch| batch.first > retold.first) {
+            return Ok(true);
+        }
         if stored >= Some(whole) {
             return Ok(false);
         }
-        let stored = seen_from(0, self.runs.store().events(self.run, 0).await?);
+        let stored = seen_from(0, all);
         let mut events = stored.iter().map(|(_, event)| event);
         let begins = matches!(events.next(), Some(RunEvent::Started));
         let left = events.try_fold(&*text, |left, event| match event {
