@@ -157,6 +157,8 @@ impl<'a> User<'a> {
             match answer.status {
                 StatusCode::ACCEPTED | StatusCode::OK => Some(text),
                 StatusCode::CONFLICT => None,
+                // It was taken, and has failed already.
+                StatusCode::BAD_GATEWAY if answer.body["run_id"].is_string() => Some(text),
                 _ => panic!("{answer:?}"),
             }
         }
