@@ -22,6 +22,8 @@ const LEASE: Duration = Duration::from_mins(5);
 /// How long it works on it at a time; what takes longer waits like what failed, and goes on where it was. What cannot be
 /// begun with early enough for that is left until the lease is over: nobody comes upon work that still goes on.
 const SHIFT: Duration = Duration::from_mins(4);
+/// How soon the database is asked again that was away as a look was to be recorded.
+const RECORD_AGAIN: Duration = Duration::from_secs(1);
 /// The first wait after a failure; it doubles with each one in a row.
 const FIRST_BACK_OFF: Duration = Duration::from_secs(15);
 const LONGEST_BACK_OFF: Duration = Duration::from_hours(1);
@@ -237,19 +239,16 @@ impl Keeper {
         let id = due.thread.id;
         let Due { attempts, claimed, .. } = due;
         let done = timeout(SHIFT, self.chore(due, counts)).await.unwrap_or(Err(Trouble::TimeIsUp));
-        let scheduled = match done {
-            Ok(Next::Look(after)) => self.store().schedule(id, claimed, after, None).await,
-            Ok(Next::Settled) => Ok(()),
+        let (after, trouble) = match done {
+            Ok(Next::Look(after)) => (after, None),
+            Ok(Next::Settled) => return,
             Err(trouble) => {
                 counts.failed.fetch_add(1, Ordering::Relaxed);
                 tracing::warn!(error = %Chain(&trouble), attempts, "the janitor could not finish with a thread");
-                let text = trouble.to_string();
-                self.store().schedule(id, claimed, Some(back_off(attempts)), Some(&text)).await
+                (Some(back_off(attempts)), Some(trouble.to_string()))
             }
         };
-        if let Err(error) = scheduled {
-            tracing::warn!(error = %Chain(&error), "cannot say when to look at a thread again");
-        }
+        insist(|| self.store().schedule(id, claimed, after, trouble.as_deref())).await;
     }
 
     async fn chore(&self, due: Due, counts: &Counts) -> Result<Next, Trouble> {
@@ -342,14 +341,14 @@ impl Keeper {
                 let (attempts, knew) = (remnant.attempts, remnant.upstream_id.as_deref());
                 let done =
                     timeout(SHIFT, self.clear_remnant(&remnant)).await.unwrap_or(Err(Trouble::TimeIsUp));
-                let scheduled = match done {
+                match done {
                     Ok(removed) => {
                         let deleted = removed.responses + removed.other_threads;
                         counts.remnants.fetch_add(deleted, Ordering::Relaxed);
                         if removed.unknown > 0 {
-                            self.store().keep_remnant(id).await
+                            insist(|| self.store().keep_remnant(id)).await;
                         } else {
-                            self.store().schedule_remnant(id, knew, None).await
+                            insist(|| self.store().schedule_remnant(id, knew, None)).await;
                         }
                     }
                     Err(trouble) => {
@@ -360,11 +359,9 @@ impl Keeper {
                             attempts,
                             "the janitor could not delete something at an upstream"
                         );
-                        self.store().schedule_remnant(id, knew, Some(back_off(attempts))).await
+                        let after = Some(back_off(attempts));
+                        insist(|| self.store().schedule_remnant(id, knew, after)).await;
                     }
-                };
-                if let Err(error) = scheduled {
-                    tracing::warn!(error = %Chain(&error), "cannot say what became of something at an upstream");
                 }
             };
             stream::iter(remnants).for_each_concurrent(at_once, one).await;
@@ -372,6 +369,23 @@ impl Keeper {
                 return Ok(());
             }
         }
+    }
+}
+
+/// Records what came of a claim. A database that is away is waited for: what is not recorded stays claimed for the whole
+/// lease. May be dropped at any point, for the same price.
+async fn insist<Recorded>(record: impl Fn() -> Recorded)
+where
+    Recorded: Future<Output = Result<(), StoreError>>,
+{
+    let begun = Instant::now();
+    while let Err(error) = record().await {
+        let is_away = matches!(error, StoreError::Unavailable(_));
+        tracing::warn!(error = %Chain(&error), "cannot record what came of a look");
+        if !is_away || begun.elapsed() + SHIFT > LEASE {
+            return;
+        }
+        sleep(RECORD_AGAIN).await;
     }
 }
 

@@ -7,6 +7,7 @@ use serde_json::{Value, json};
 use threadkeeper::simulator::{Fault, SimulatorConfig};
 
 use crate::support::gateway::{Gateway, text};
+use crate::support::link::{Link, Weather};
 use crate::support::scene::{Backend, Protocol, Scene, on_every_scene};
 
 on_every_scene!(
@@ -237,6 +238,27 @@ async fn a_killed_deletion_goes_on(scene: Scene) {
     let gateway = scene.gateway_with(BY_HAND).await;
     finish(&scene, &gateway, &place).await;
     nothing_is_left(&scene).await;
+}
+
+/// What the database was not there to take is recorded when it is back, not when the claim of the thread is over.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_failure_is_recorded_when_the_database_is_back() {
+    let scene = Scene::new(Protocol::Responses, Backend::Postgres).await;
+    let link = Link::to_postgres(&scene.database.url()).await;
+    let config = scene.config(BY_HAND).replace(&scene.database.url(), &link.url);
+    let gateway = Gateway::start(&config).await;
+    converse(&gateway).await;
+    let requests = scene.simulator.stats().requests;
+    scene.fault("any", "status=403 latency=1s", 1000);
+    let answer = gateway.delete_after(THREAD, "respond-async").await;
+    let place = answer.headers["location"].to_str().unwrap().to_owned();
+    scene.simulator.wait_for(|stats| stats.requests > requests).await;
+    link.valve.set(Weather { refuses: true, ..Weather::default() });
+    link.valve.cut();
+    let is_lost = |line: &str| line.contains("threadkeeper::life::janitor") && line.contains("cannot");
+    gateway.logged(is_lost).await;
+    link.valve.set(Weather::default());
+    gateway.until(&place, |it| it.body["threads"]["data"][0]["attempts"] == 1).await.ok();
 }
 
 /// More than one, so that none of them is taken for one that is being made.

@@ -25,8 +25,8 @@ pub(super) async fn quiet(world: &World) {
     let unfinished = "SELECT count(*) FROM runs WHERE finished_at IS NULL";
     let deleting = "SELECT count(*) FROM threads WHERE lifecycle = 'deleting'";
     let database = &world.scene.database;
-    // What failed is tried again after a while. That is now.
-    database.age_looks(Duration::from_mins(1)).await;
+    // What failed is tried again after a while, and what the dead had claimed when their claim is over. That is now.
+    database.age_looks(Duration::from_mins(5)).await;
     let begun = Instant::now();
     loop {
         let left = (database.number(unfinished).await, database.number(deleting).await);
