@@ -115,6 +115,8 @@ pub struct NewMessage {
     pub content: UserContent,
     /// `None`: the default assistant.
     pub assistant: Option<String>,
+    /// It came with a user's own token, which may not choose every assistant.
+    pub by_user: bool,
     pub strategy: MultitaskStrategy,
     pub metadata: Metadata,
     /// `None`: the assistant's, else the configured one.
@@ -163,14 +165,7 @@ impl Runs {
         let _token = parts.tasks.token();
         self.takes_work()?;
         let pass = parts.gate.enter().map_err(|_| Error::Overloaded)?;
-        let name = new.assistant.unwrap_or_else(|| parts.default_assistant.clone());
-        let Some(assistant) = parts.assistants.get(&name) else {
-            let known: Vec<_> = parts.assistants.keys().map(String::as_str).collect();
-            return Err(Error::Invalid(format!(
-                "there is no assistant of this name; there are: {}",
-                known.join(", ")
-            )));
-        };
+        let (name, assistant) = self.assistant(new.assistant.as_deref(), new.by_user)?;
         let run_timeout = new.timeout.or(assistant.timeout).unwrap_or(parts.runs.timeout);
         if run_timeout.is_zero() || run_timeout > parts.runs.max_timeout {
             let max = parts.runs.max_timeout.as_millis();
@@ -202,7 +197,7 @@ impl Runs {
             key: key.clone(),
             upstream: assistant.upstream.clone(),
             run_id: RunId::new(),
-            assistant: name,
+            assistant: name.to_owned(),
             strategy: new.strategy,
             metadata: new.metadata,
             message: InputMessage { id: MessageId::new(), content: new.content.into_parts() },
@@ -227,6 +222,22 @@ impl Runs {
                 self.repeated(&key, new.idempotency.as_ref()).await?.ok_or(Error::StoreUnavailable(None))
             }
         }
+    }
+
+    /// The assistant of this name, or the default one, as far as it may be chosen. One that may not be is answered like one
+    /// that does not exist.
+    fn assistant(&self, named: Option<&str>, by_user: bool) -> Result<(&str, &AssistantConfig), Error> {
+        let RunsParts { assistants, default_assistant, .. } = &self.parts.given;
+        let name = named.unwrap_or(default_assistant);
+        let may_choose = |(name, assistant): &(&String, &AssistantConfig)| {
+            !by_user || assistant.user_selectable || *name == default_assistant
+        };
+        if let Some((name, assistant)) = assistants.get_key_value(name).filter(may_choose) {
+            return Ok((name, assistant));
+        }
+        let known: Vec<_> = assistants.iter().filter(may_choose).map(|(name, _)| name.as_str()).collect();
+        let known = known.join(", ");
+        Err(Error::Invalid(format!("there is no assistant of this name; there are: {known}")))
     }
 
     /// Changes the key's current thread: all of its metadata, or how long it lives; what is `None` stays.

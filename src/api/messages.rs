@@ -12,6 +12,7 @@ use utoipa::IntoParams;
 
 use super::AppState;
 use super::extract::{ApiConversation, ApiJson, ApiPage};
+use super::guard::Caller;
 use super::openapi::Doc;
 use super::problem::{MAYBE_MERGED, NOT_FOUND, OVERLOADED, QUEUE_FULL, THREAD_BUSY, TOO_MANY_RUNS};
 use super::turn::{Form, answer, answer_doc};
@@ -37,6 +38,7 @@ pub(super) fn create_doc() -> Doc {
 /// happens, or, if the caller prefers not to wait, tells where to look.
 pub(super) async fn create(
     State(state): State<AppState>,
+    Caller(caller): Caller,
     ApiConversation(key): ApiConversation,
     uri: Uri,
     headers: HeaderMap,
@@ -49,6 +51,7 @@ pub(super) async fn create(
     let message = NewMessage {
         content: content_within(&state, body.content.0)?,
         assistant: body.assistant,
+        by_user: caller.user.is_some(),
         strategy: body.multitask_strategy.unwrap_or(MultitaskStrategy::Enqueue),
         metadata: metadata.unwrap_or_default(),
         timeout: body.timeout_ms.map(Duration::from_millis),

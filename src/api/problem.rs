@@ -209,7 +209,7 @@ kinds! {
     UNPROCESSABLE = "invalid-request", "Invalid request", UNPROCESSABLE_ENTITY;
     /// No key or token was sent, or one that opens nothing.
     UNAUTHENTICATED = "unauthenticated", "Unauthenticated", UNAUTHORIZED;
-    /// The key does not open this, or it is another user's.
+    /// The key does not open this, it is another user's, or a backend has to answer these function calls.
     FORBIDDEN = "forbidden", "Forbidden", FORBIDDEN;
     /// There is no such thing, or none of this caller's.
     NOT_FOUND = "not-found", "Not found", NOT_FOUND;

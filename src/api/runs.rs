@@ -8,6 +8,7 @@ use futures_util::StreamExt;
 use serde_json::json;
 
 use super::extract::{ApiConversation, ApiJson, ApiPage, ApiRun, LastEventId};
+use super::guard::Caller;
 use super::openapi::Doc;
 use super::problem::{NOT_FOUND, OTHER_REPLICA, RUN_NOT_WAITING, TOO_MANY_READERS};
 use super::sse::EventView;
@@ -71,7 +72,10 @@ pub(super) async fn cancel(
 
 pub(super) fn tool_outputs_doc() -> Doc {
     let doc = Doc::new("runs", "submit_tool_outputs", "Answers the function calls of a run, which goes on.")
-        .about("All outputs at once. Answered like a message.")
+        .about(
+            "All outputs at once. Answered like a message. A user's own token may send them only for a run of an \
+             assistant whose configuration has `client_tools = true`.",
+        )
         .body::<PostOutputs>();
     answer_doc(doc).refuses(&[RUN_NOT_WAITING, OTHER_REPLICA])
 }
@@ -79,13 +83,14 @@ pub(super) fn tool_outputs_doc() -> Doc {
 /// Hands a run the outputs of its function calls, and answers like a message from there on.
 pub(super) async fn tool_outputs(
     State(state): State<AppState>,
+    Caller(caller): Caller,
     ApiConversation(key): ApiConversation,
     ApiRun(id): ApiRun,
     uri: Uri,
     headers: HeaderMap,
     ApiJson(body, idempotency): ApiJson<PostOutputs>,
 ) -> Result<Response, Error> {
-    let new = NewOutputs { outputs: body.tool_outputs, idempotency };
+    let new = NewOutputs { outputs: body.tool_outputs, by_user: caller.user.is_some(), idempotency };
     let (submitted, from) = state.runs.answer_tools(&key, id, new).await?;
     let form = Form { stream: body.stream, headers: &headers, uri: &uri, on_drop: None };
     answer(&state, &key, submitted, from, form).await

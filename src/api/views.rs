@@ -30,7 +30,8 @@ pub(super) use threads::{
 #[serde(deny_unknown_fields)]
 pub(super) struct PostMessage {
     pub(super) content: Content,
-    /// Name of a configured assistant; the default one if absent.
+    /// Name of a configured assistant; the default one if absent. A user's own token may name the default one, and those
+    /// whose configuration has `user_selectable = true`.
     pub(super) assistant: Option<String>,
     /// What it does on a busy thread; `enqueue` if absent.
     pub(super) multitask_strategy: Option<MultitaskStrategy>,

@@ -99,6 +99,12 @@ pub struct AssistantConfig {
     /// Replaces `runs.timeout`.
     #[serde(with = "humantime_serde")]
     pub timeout: Option<Duration>,
+    /// A message sent with a user's own token may name this assistant. The default assistant is open to every user
+    /// without it.
+    pub user_selectable: bool,
+    /// A user's own token may send the outputs of this assistant's function calls. Otherwise only a backend may, with an
+    /// API key.
+    pub client_tools: bool,
 }
 
 impl UpstreamConfig {

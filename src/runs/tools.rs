@@ -20,16 +20,23 @@ const LATEST: Duration = Duration::from_secs(20);
 #[derive(Clone, Debug)]
 pub struct NewOutputs {
     pub outputs: Vec<ToolOutput>,
+    /// They came with a user's own token, which may not answer the calls of every assistant.
+    pub by_user: bool,
     pub idempotency: Option<Idempotency>,
 }
+
+const BACKEND_ANSWERS: Error = Error::Forbidden(
+    "the outputs of this run's function calls come from a backend, which has an API key: a user's own token may send them \
+     only where the assistant's configuration has `client_tools = true`",
+);
 
 impl Runs {
     /// Hands a run the outputs of the function calls that it waits for. They are durable when this returns, and the run goes
     /// on; the number is that of the first event after the wait.
     ///
     /// # Errors
-    /// [`Error::Invalid`] if the outputs are not one for each call; [`Error::RunNotWaiting`] if the run does not wait
-    /// (any more).
+    /// [`Error::Forbidden`] if a backend has to answer; [`Error::Invalid`] if the outputs are not one for each call;
+    /// [`Error::RunNotWaiting`] if the run does not wait (any more).
     pub async fn answer_tools(
         &self,
         key: &ConversationKey,
@@ -38,6 +45,13 @@ impl Runs {
     ) -> Result<(Submitted, i64), Error> {
         let _token = self.parts.given.tasks.token();
         self.takes_work()?;
+        if new.by_user {
+            let (run, _) = self.run(key, id).await?;
+            let assistant = self.parts.given.assistants.get(&run.assistant);
+            if !assistant.is_some_and(|assistant| assistant.client_tools) {
+                return Err(BACKEND_ANSWERS);
+            }
+        }
         if let Some(earlier) = self.repeated(key, new.idempotency.as_ref()).await? {
             return after_outputs(earlier, &new.outputs).await;
         }

@@ -384,7 +384,8 @@ async fn pages_of_known_origins_may_ask_from_a_browser() {
     assert_eq!(refused.headers["access-control-allow-origin"], "https://chat.example", "a page can read why");
 }
 
-const ISSUER: &str = r#"
+pub(super) const SECRET: &str = "a-secret-that-is-shared-with-the-issuer";
+pub(super) const ISSUER: &str = r#"
 [auth.jwt]
 issuer = "https://login.example/"
 audience = ["chat"]
@@ -396,7 +397,7 @@ admin_value = "chat-admin"
 "#;
 
 /// A token with these claims, besides the usual ones.
-fn token(secret: &str, claims: &Value) -> String {
+pub(super) fn token(secret: &str, claims: &Value) -> String {
     let mut all =
         json!({"iss": "https://login.example/", "aud": "chat", "exp": 4_102_444_800_i64, "org": "acme"});
     all.as_object_mut().unwrap().extend(claims.as_object().unwrap().clone());
@@ -408,7 +409,7 @@ fn token(secret: &str, claims: &Value) -> String {
 async fn a_token_opens_its_own_user_alone() {
     let scene = Scene::new(Protocol::Responses, Backend::Sqlite).await;
     let gateway = scene.gateway_with(&format!("{KEYS}{ISSUER}")).await;
-    let good = |claims: Value| token("a-secret-that-is-shared-with-the-issuer", &claims);
+    let good = |claims: Value| token(SECRET, &claims);
     let (alice, admin) =
         (good(json!({"sub": "alice"})), good(json!({"sub": "eve", "roles": ["chat-admin"]})));
     let ids = Ids::unknown();
@@ -454,7 +455,7 @@ async fn a_token_learns_nothing_of_other_users() {
     for backend in [Backend::Sqlite, Backend::Postgres] {
         let scene = Scene::new(Protocol::Responses, backend).await;
         let gateway = scene.gateway_with(ISSUER).await;
-        let token = |user: &str| token("a-secret-that-is-shared-with-the-issuer", &json!({"sub": user}));
+        let token = |user: &str| token(SECRET, &json!({"sub": user}));
         let get = |path: String, user: &str| {
             gateway.send(gateway.request(Method::GET, &path).bearer_auth(token(user)))
         };
@@ -505,7 +506,7 @@ async fn a_token_is_limited_like_its_user() {
     let scene = Scene::new(Protocol::Responses, Backend::Sqlite).await;
     let limits = "[limits]\nuser_rate = 1\nuser_burst = 2\ntenant_rate = 1000\n";
     let gateway = scene.gateway_with(&format!("{ISSUER}{limits}")).await;
-    let good = |user: &str| token("a-secret-that-is-shared-with-the-issuer", &json!({"sub": user}));
+    let good = |user: &str| token(SECRET, &json!({"sub": user}));
     let alice = good("alice");
     let path = "/v1/deletions/del_0198f000000070008000000000000000";
     let ask = |token: &str| gateway.send(gateway.request(Method::GET, path).bearer_auth(token));
@@ -520,7 +521,7 @@ async fn a_token_is_limited_like_its_user() {
 async fn a_receipt_is_for_its_user() {
     let scene = Scene::new(Protocol::Responses, Backend::Sqlite).await;
     let gateway = scene.gateway_with(ISSUER).await;
-    let good = |user: &str| token("a-secret-that-is-shared-with-the-issuer", &json!({"sub": user}));
+    let good = |user: &str| token(SECRET, &json!({"sub": user}));
     let say = gateway.request(Method::POST, "/v1/users/alice/messages").json(&json!({"content": "hello"}));
     gateway.send(say.bearer_auth(good("alice"))).await.ok();
     scene.fault("any", "status=503", 1000);

@@ -37,3 +37,4 @@ mod statistics;
 mod strategies;
 mod tools;
 mod turns;
+mod user_tokens;

@@ -1,0 +1,119 @@
+//! What a user's own token may ask of assistants, and what a refused caller and the log are told.
+
+use reqwest::Method;
+use serde_json::{Value, json};
+
+use super::access::{ISSUER, SECRET, token};
+use crate::support::gateway::{Answer, Gateway, text};
+use crate::support::scene::{Backend, Protocol, Scene};
+
+/// Besides the default assistant of the scene, which is open to nobody's token more than by its name.
+const ASSISTANTS: &str = r#"
+[auth.keys.backend]
+key = "backend-of-the-tenant-acme"
+tenant = "acme"
+scope = "chat"
+[assistants.internal]
+upstream = "simulated"
+model = "test-model"
+client_tools = true
+"#;
+const SUPPORT: &str = r#"
+[assistants.support]
+upstream = "simulated"
+model = "test-model"
+user_selectable = true
+client_tools = true
+"#;
+const BACKEND: &str = "backend-of-the-tenant-acme";
+const MESSAGES: &str = "/v1/users/alice/messages";
+
+fn alice() -> String {
+    token(SECRET, &json!({"sub": "alice"}))
+}
+
+async fn say(gateway: &Gateway, bearer: &str, body: &Value) -> Answer {
+    gateway.send(gateway.request(Method::POST, MESSAGES).bearer_auth(bearer).json(body)).await
+}
+
+fn outputs_path(asked: &Value) -> String {
+    format!("/v1/users/alice/runs/{}/tool_outputs", asked["run"]["id"].as_str().unwrap())
+}
+
+async fn give(gateway: &Gateway, bearer: &str, asked: &Value, key: Option<&str>) -> Answer {
+    let calls = asked["run"]["required_action"]["tool_calls"].as_array().unwrap();
+    let outputs: Value = calls.iter().map(|call| json!({"tool_call_id": call["id"], "output": "4 °C"})).collect();
+    let request = gateway.request(Method::POST, &outputs_path(asked)).bearer_auth(bearer);
+    let request = key.iter().fold(request, |request, key| request.header("idempotency-key", *key));
+    gateway.send(request.json(&json!({"tool_outputs": outputs}))).await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_users_token_chooses_only_an_assistant_that_is_open_to_users() {
+    let scene = Scene::new(Protocol::Responses, Backend::Sqlite).await;
+    let gateway = scene.gateway_with(&format!("{ASSISTANTS}{SUPPORT}{ISSUER}")).await;
+    let with = |assistant: &str| json!({"content": "hello", "assistant": assistant});
+    say(&gateway, &alice(), &json!({"content": "hello"})).await.ok();
+    for open in ["default", "support"] {
+        assert_eq!(say(&gateway, &alice(), &with(open)).await.ok()["run"]["assistant"], open);
+    }
+    let told = |answer: &Answer| answer.body["detail"].as_str().unwrap().to_owned();
+    let closed = say(&gateway, &alice(), &with("internal")).await;
+    let unknown = say(&gateway, &alice(), &with("nonsense")).await;
+    assert_eq!(closed.problem(), (422, "invalid-request"));
+    assert_eq!((unknown.problem(), told(&unknown)), (closed.problem(), told(&closed)));
+    assert!(told(&closed).ends_with("there are: default, support"), "{}", told(&closed));
+
+    let admin = token(SECRET, &json!({"sub": "eve", "roles": ["chat-admin"]}));
+    for trusted in [BACKEND, &admin] {
+        say(&gateway, trusted, &with("internal")).await.ok();
+        let unknown = say(&gateway, trusted, &with("nonsense")).await;
+        assert!(told(&unknown).ends_with("there are: default, internal, support"), "{}", told(&unknown));
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_users_token_answers_calls_only_where_the_assistant_allows_it() {
+    let scene = Scene::new(Protocol::Responses, Backend::Sqlite).await;
+    let gateway = scene.gateway_with(&format!("{ASSISTANTS}{SUPPORT}{ISSUER}")).await;
+    let ask = |assistant: &str| json!({"content": "weather? [[sim: tool=get_weather]]", "assistant": assistant});
+    let asked = say(&gateway, &alice(), &ask("default")).await.ok();
+    assert_eq!(asked["run"]["status"], "requires_action", "its caller sees that the run waits");
+    for key in [None, Some("1")] {
+        let refused = give(&gateway, &alice(), &asked, key).await;
+        assert_eq!(refused.problem(), (403, "forbidden"));
+        assert!(!refused.headers.contains_key("www-authenticate"), "another scope would not help");
+        let detail = refused.body["detail"].as_str().unwrap();
+        assert!(detail.contains("API key") && detail.contains("client_tools"), "{detail}");
+    }
+    let answered = give(&gateway, BACKEND, &asked, Some("1")).await.ok();
+    assert!(text(&answered["message"]).contains("4 °C"), "{answered:#}");
+    for key in [None, Some("1")] {
+        let repeated = give(&gateway, &alice(), &asked, key).await;
+        assert_eq!(repeated.problem(), (403, "forbidden"), "what the backend sent is not sent by it again");
+    }
+    let nobodys = asked["run"]["id"].as_str().unwrap().replace("run_", "run_0");
+    let mut unknown = asked.clone();
+    unknown["run"]["id"] = nobodys[..nobodys.len() - 1].into();
+    assert_eq!(give(&gateway, &alice(), &unknown, None).await.problem(), (404, "not-found"));
+
+    let own = say(&gateway, &alice(), &ask("support")).await.ok();
+    give(&gateway, &alice(), &own, Some("2")).await.ok();
+    let again = give(&gateway, &alice(), &own, Some("2")).await;
+    assert_eq!(again.headers["idempotent-replayed"], "true", "{again:?}");
+    // The assistant decides, not who may choose it.
+    let internal = say(&gateway, BACKEND, &ask("internal")).await.ok();
+    give(&gateway, &alice(), &internal, None).await.ok();
+
+    // Nobody allows it any more for an assistant that is gone.
+    let gateway = {
+        let mut old = gateway;
+        old.terminate();
+        old.exit().await;
+        scene.gateway_with(&format!("{ASSISTANTS}{ISSUER}")).await
+    };
+    for key in [None, Some("2")] {
+        assert_eq!(give(&gateway, &alice(), &own, key).await.problem(), (403, "forbidden"));
+    }
+    assert_eq!(give(&gateway, BACKEND, &own, None).await.problem(), (409, "run-not-waiting"));
+}
