@@ -49,8 +49,8 @@ impl Auth {
     /// Who presents this token: the text behind `Bearer`.
     ///
     /// # Errors
-    /// [`Error::Unauthenticated`]: nothing was presented, or it opens nothing. [`Error::StoreUnavailable`],
-    /// [`Error::IssuerUnavailable`]: what is good is not known at present.
+    /// [`Error::Unauthenticated`]: nothing was presented. [`Error::InvalidToken`]: it opens nothing.
+    /// [`Error::StoreUnavailable`], [`Error::IssuerUnavailable`]: what is good is not known at present.
     ///
     /// Harmless to drop at any point.
     pub async fn identify(&self, token: Option<&str>) -> Result<Principal, Error> {
@@ -65,16 +65,13 @@ impl Auth {
             // What has three parts is none of our keys.
             Some(tokens) if token.matches('.').count() == 2 => {
                 tokens.verify(token).await.map_err(|refusal| match refusal {
-                    JwtRefusal::Invalid(why) => {
-                        tracing::debug!(why, "a token was refused");
-                        Error::Unauthenticated
-                    }
+                    JwtRefusal::Invalid(why) => Error::InvalidToken(why),
                     JwtRefusal::Unavailable => Error::IssuerUnavailable,
                 })
             }
             // It may be a key that was made just now.
             _ if self.recorded.is_some() && !self.keys.is_fresh() => Err(Error::StoreUnavailable(None)),
-            _ => Err(Error::Unauthenticated),
+            _ => Err(Error::InvalidToken("there is no such API key")),
         }
     }
 

@@ -4,7 +4,7 @@ use std::error::Error as StdError;
 use std::fmt;
 use std::time::Duration;
 
-use crate::domain::Run;
+use crate::domain::{Access, Run};
 use crate::store::StoreError;
 use crate::upstream::UpstreamError;
 
@@ -23,11 +23,17 @@ pub enum Error {
     PayloadTooLarge { limit: usize },
     #[error("the body did not arrive in time")]
     BodyTimeout,
-    /// Nothing was presented that opens anything.
-    #[error("send a key or token that is good: `authorization: Bearer …`")]
+    /// Neither a key nor a token was presented.
+    #[error("send a key or token: `authorization: Bearer …`")]
     Unauthenticated,
+    /// A key or token was presented and is refused. The text says why, in fixed words without quotation marks.
+    #[error("the key or token is refused: {0}")]
+    InvalidToken(&'static str),
     #[error("the keys of whoever issues tokens cannot be had at present")]
     IssuerUnavailable,
+    /// The key or token is good, and its scope is too small.
+    #[error("this needs the scope `{0}`")]
+    InsufficientScope(Access),
     /// Who asks may not do that.
     #[error("{0}")]
     Forbidden(&'static str),

@@ -22,8 +22,14 @@ pub(super) async fn observe(request: Request, next: Next) -> Response {
     let id = request_id(&request);
     // The path holds keys; its pattern does not.
     let route = request.extensions().get::<MatchedPath>().map_or("none", MatchedPath::as_str).to_owned();
-    let span =
-        tracing::info_span!("request", request_id = %id, method = %request.method(), route, caller = Empty);
+    let span = tracing::info_span!(
+        "request",
+        request_id = %id,
+        method = %request.method(),
+        route,
+        caller = Empty,
+        refused = Empty,
+    );
     async move {
         let started = Instant::now();
         let mut response = problem::complete(next.run(request).await, &id);

@@ -330,13 +330,19 @@ impl Document {
         match status {
             405 => headers.push(ALLOW),
             401 => headers.push(WWW_AUTHENTICATE),
+            403 if guarded => headers.push(WWW_AUTHENTICATE),
             409 | 421 | 429 | 502..=504 => headers.push(RETRY_AFTER),
             _ => {}
         }
         let headers = headers.iter().map(|it| {
             // Elsewhere it depends on what went wrong.
-            let always = *it == RETRY_AFTER && [429, 503].contains(&status);
-            let header = if always { RETRY_AFTER_ALWAYS } else { it.as_str() };
+            let header = if *it == RETRY_AFTER && [429, 503].contains(&status) {
+                RETRY_AFTER_ALWAYS
+            } else if *it == WWW_AUTHENTICATE && status == 403 {
+                SCOPE_CHALLENGE
+            } else {
+                it.as_str()
+            };
             (it.as_str().to_owned(), reference("headers", header))
         });
         let urns = kinds.clone().map(|kind| kind.urn()).collect::<Vec<_>>();
@@ -445,7 +451,16 @@ fn headers() -> Value {
     add(REPLAYED.as_str(), false, json!({"const": "true"}), replayed);
     add(RETRY_AFTER.as_str(), false, seconds(), "When to come back, in seconds, where that helps.");
     add(RETRY_AFTER_ALWAYS, true, seconds(), "When to come back, in seconds.");
-    add(WWW_AUTHENTICATE.as_str(), true, json!({"const": "Bearer"}), "How to say who asks.");
+    let challenge = json!({
+        "type": "string",
+        "pattern": "^Bearer( error=\"invalid_token\", error_description=\"[^\"]+\")?$",
+    });
+    let about =
+        "How to say who asks; with an `error` (RFC 6750) where a key or token was sent and is refused.";
+    add(WWW_AUTHENTICATE.as_str(), true, challenge, about);
+    let scope =
+        json!({"type": "string", "pattern": "^Bearer error=\"insufficient_scope\", scope=\"[a-z]+\"$"});
+    add(SCOPE_CHALLENGE, false, scope, "The scope that is needed, where that is what lacks (RFC 6750).");
     add(ALLOW.as_str(), true, text(), "The methods that the path takes.");
     add(LIMIT.as_str(), false, text(), "What is left of the limits, where there are any.");
     add(POLICY.as_str(), false, text(), "The limits, where there are any.");
@@ -453,6 +468,7 @@ fn headers() -> Value {
 }
 
 const RETRY_AFTER_ALWAYS: &str = "retry-after-always";
+const SCOPE_CHALLENGE: &str = "www-authenticate-scope";
 
 /// What is `None` in a query is not there.
 fn never_null(schema: &mut Value) {

@@ -21,6 +21,8 @@ const TYPE_PREFIX: &str = "urn:threadkeeper:problem:";
 struct Problem {
     kind: Kind,
     detail: String,
+    /// As `WWW-Authenticate` tells it (RFC 6750).
+    challenge: Option<String>,
     retry_after: Option<Duration>,
     run: Option<(RunId, ThreadId, RunErrorCode)>,
 }
@@ -85,8 +87,8 @@ pub(super) fn complete(mut response: Response, request_id: &str) -> Response {
     let (mut parts, _) = response.into_parts();
     parts.headers.remove(header::CONTENT_LENGTH);
     parts.headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/problem+json"));
-    if problem.kind.status == StatusCode::UNAUTHORIZED {
-        parts.headers.insert(header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
+    if let Some(challenge) = problem.challenge.and_then(|text| HeaderValue::try_from(text).ok()) {
+        parts.headers.insert(header::WWW_AUTHENTICATE, challenge);
     }
     if let Some(wait) = problem.retry_after {
         // Whole seconds, rounded up: coming back early helps nobody.
@@ -115,9 +117,9 @@ impl From<&Error> for Problem {
             Error::UnsupportedMediaType => UNSUPPORTED_MEDIA_TYPE,
             Error::PayloadTooLarge { .. } => PAYLOAD_TOO_LARGE,
             Error::BodyTimeout => REQUEST_TIMEOUT,
-            Error::Unauthenticated => UNAUTHENTICATED,
+            Error::Unauthenticated | Error::InvalidToken(_) => UNAUTHENTICATED,
             Error::IssuerUnavailable => ISSUER_UNAVAILABLE,
-            Error::Forbidden(_) => FORBIDDEN,
+            Error::InsufficientScope(_) | Error::Forbidden(_) => FORBIDDEN,
             Error::RateLimited { .. } => RATE_LIMITED,
             Error::TooManyRuns { .. } => TOO_MANY_RUNS,
             Error::TooManyReaders { .. } => TOO_MANY_READERS,
@@ -168,7 +170,17 @@ impl From<&Error> for Problem {
             Error::StoreUnavailable(Some(StoreError::Schema(text))) => text.clone(),
             other => other.to_string(),
         };
-        Self { kind, detail, retry_after, run }
+        let challenge = match error {
+            Error::Unauthenticated => Some("Bearer".to_owned()),
+            Error::InvalidToken(why) => {
+                Some(format!("Bearer error=\"invalid_token\", error_description=\"{why}\""))
+            }
+            Error::InsufficientScope(needs) => {
+                Some(format!("Bearer error=\"insufficient_scope\", scope=\"{needs}\""))
+            }
+            _ => None,
+        };
+        Self { kind, detail, challenge, retry_after, run }
     }
 }
 

@@ -166,17 +166,22 @@ async fn every_route_asks_who_is_there_and_whether_they_may() {
             continue;
         };
         let wrong = [key(needs).to_uppercase(), key(needs)[1..].to_owned(), format!("{} x", key(needs))];
-        let mut refused = vec![anonymous];
+        let basic = request(&gateway, &route, &ids).basic_auth(key(needs), None::<&str>);
+        let mut refused = vec![(false, anonymous), (false, gateway.send(basic).await)];
         for wrong in &wrong {
-            refused.push(ask(&gateway, &route, &ids, wrong).await);
+            refused.push((true, ask(&gateway, &route, &ids, wrong).await));
         }
-        refused
-            .push(gateway.send(request(&gateway, &route, &ids).basic_auth(key(needs), None::<&str>)).await);
         let twice = request(&gateway, &route, &ids).bearer_auth(key(needs)).bearer_auth(key(needs));
-        refused.push(gateway.send(twice).await);
-        for answer in refused {
+        refused.push((true, gateway.send(twice).await));
+        for (has_token, answer) in refused {
             assert_eq!(answer.problem(), (401, "unauthenticated"), "{what}");
-            assert_eq!(answer.headers["www-authenticate"], "Bearer", "{what}");
+            let challenge = answer.headers["www-authenticate"].to_str().unwrap();
+            assert_eq!(
+                challenge.starts_with("Bearer error=\"invalid_token\""),
+                has_token,
+                "{what}: {challenge}"
+            );
+            assert_eq!(challenge == "Bearer", !has_token, "{what}: {challenge}");
             assert_eq!(answer.headers["x-content-type-options"], "nosniff", "{what}");
             assert_eq!(answer.headers["cache-control"], "no-store", "{what}");
         }

@@ -42,7 +42,8 @@ fn outputs_path(asked: &Value) -> String {
 
 async fn give(gateway: &Gateway, bearer: &str, asked: &Value, key: Option<&str>) -> Answer {
     let calls = asked["run"]["required_action"]["tool_calls"].as_array().unwrap();
-    let outputs: Value = calls.iter().map(|call| json!({"tool_call_id": call["id"], "output": "4 °C"})).collect();
+    let outputs: Value =
+        calls.iter().map(|call| json!({"tool_call_id": call["id"], "output": "4 °C"})).collect();
     let request = gateway.request(Method::POST, &outputs_path(asked)).bearer_auth(bearer);
     let request = key.iter().fold(request, |request, key| request.header("idempotency-key", *key));
     gateway.send(request.json(&json!({"tool_outputs": outputs}))).await
@@ -76,7 +77,8 @@ async fn a_users_token_chooses_only_an_assistant_that_is_open_to_users() {
 async fn a_users_token_answers_calls_only_where_the_assistant_allows_it() {
     let scene = Scene::new(Protocol::Responses, Backend::Sqlite).await;
     let gateway = scene.gateway_with(&format!("{ASSISTANTS}{SUPPORT}{ISSUER}")).await;
-    let ask = |assistant: &str| json!({"content": "weather? [[sim: tool=get_weather]]", "assistant": assistant});
+    let ask =
+        |assistant: &str| json!({"content": "weather? [[sim: tool=get_weather]]", "assistant": assistant});
     let asked = say(&gateway, &alice(), &ask("default")).await.ok();
     assert_eq!(asked["run"]["status"], "requires_action", "its caller sees that the run waits");
     for key in [None, Some("1")] {
@@ -116,4 +118,56 @@ async fn a_users_token_answers_calls_only_where_the_assistant_allows_it() {
         assert_eq!(give(&gateway, &alice(), &own, key).await.problem(), (403, "forbidden"));
     }
     assert_eq!(give(&gateway, BACKEND, &own, None).await.problem(), (409, "run-not-waiting"));
+}
+
+/// RFC 6750, section 3.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_refused_caller_and_the_log_are_told_why() {
+    let scene = Scene::new(Protocol::Responses, Backend::Sqlite).await;
+    let gateway = scene.gateway_with(&format!("{ASSISTANTS}{ISSUER}")).await;
+    let good = |claims: Value| token(SECRET, &claims);
+    let signed = alice();
+    let (head, signature) = signed.rsplit_once('.').unwrap();
+    for (bearer, why) in [
+        (good(json!({"sub": "alice", "exp": 1_000_000_000})), "it has expired"),
+        (good(json!({"sub": "alice", "nbf": 4_000_000_000_i64})), "it is not valid yet"),
+        (
+            good(json!({"sub": "alice", "iss": "https://evil.example/"})),
+            "its issuer is missing or another one",
+        ),
+        (good(json!({"sub": "alice", "aud": "other"})), "its audience is missing or another one"),
+        (
+            token("another-secret-that-nobody-shares-with-us", &json!({"sub": "alice"})),
+            "its signature is wrong",
+        ),
+        (format!("{head}.{}", signature.replace('-', "_").to_lowercase()), "its signature is wrong"),
+        ("no.json.token".to_owned(), "it is not a JSON web token with a known algorithm"),
+        ("tk_0123456789ab_unknown".to_owned(), "there is no such API key"),
+    ] {
+        let request = gateway.request(Method::GET, "/v1/users/alice/threads").bearer_auth(&bearer);
+        let refused = gateway.send(request).await;
+        assert_eq!(refused.problem(), (401, "unauthenticated"), "{why}");
+        let challenge = format!("Bearer error=\"invalid_token\", error_description=\"{why}\"");
+        assert_eq!(refused.headers["www-authenticate"], challenge);
+        assert!(refused.body["detail"].as_str().unwrap().contains(why), "{:#}", refused.body);
+        let id = refused.body["request_id"].as_str().unwrap();
+        gateway.logged(|line| line.contains(id)).await;
+        // Its own line tells it, so that refusals fill no log faster than requests do.
+        let lines: Vec<_> = gateway.logs().into_iter().filter(|line| line.contains(id)).collect();
+        assert!(lines.len() == 1 && lines[0].contains("INFO") && lines[0].contains(why), "{lines:#?}");
+        assert!(!lines[0].contains(&bearer), "{lines:#?}");
+    }
+    let none = gateway.get("/v1/users/alice/threads").await;
+    assert_eq!(
+        (none.problem(), none.headers["www-authenticate"].to_str().unwrap()),
+        ((401, "unauthenticated"), "Bearer")
+    );
+    let request = gateway.request(Method::GET, "/v1/threads").bearer_auth(BACKEND);
+    let weak = gateway.send(request).await;
+    assert_eq!(weak.problem(), (403, "forbidden"));
+    assert_eq!(weak.headers["www-authenticate"], "Bearer error=\"insufficient_scope\", scope=\"admin\"");
+    // More of a scope does not open another user's.
+    let request = gateway.request(Method::GET, "/v1/users/bob/threads").bearer_auth(alice());
+    let other = gateway.send(request).await;
+    assert_eq!((other.problem(), other.headers.get("www-authenticate")), ((403, "forbidden"), None));
 }
