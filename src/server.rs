@@ -1,23 +1,25 @@
 //! The HTTP server's sockets: accepts connections and serves a router on each, against clients that are slow, silent
 //! or too many. HTTP/1.1 only; TLS and HTTP/2 are for the load balancer in front.
 
+mod linger;
 mod stall;
 
 use std::convert::Infallible;
 use std::io;
 use std::net::SocketAddr;
-use std::pin::pin;
+use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::task::{Context, Poll};
+use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
 use axum::Router;
 use axum::body::Body;
 use axum::extract::ConnectInfo;
 use bytes::Bytes;
-use http::{Request, Response};
-use hyper::body::{Frame, Incoming, SizeHint};
+use http::header::CONNECTION;
+use http::{HeaderValue, Request, Response};
+use hyper::body::{Body as _, Frame, Incoming, SizeHint};
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
@@ -30,17 +32,22 @@ use tokio_util::task::TaskTracker;
 use tower::ServiceExt;
 
 use crate::config::ServerConfig;
+use linger::linger;
 use stall::StallGuard;
+
+pub use linger::{LINGER_BYTES, LINGER_SILENCE, LINGER_TIME};
 
 /// Fields in a request's head.
 const MAX_HEADERS: usize = 100;
+/// A rest of a body, bytes, for which a connection is kept: hyper drops one that is there already, and closes else.
+const SMALL_REST: u64 = 8 * 1024;
 /// hyper accepts no smaller buffer.
 const MIN_BUFFER: usize = 8 * 1024;
 /// Peers that are gone without a word are noticed after about this and a few probes.
 const KEEP_ALIVE_PROBE: Duration = Duration::from_mins(1);
 /// A first and a longest pause after a failed accept (out of file descriptors, say).
 const ACCEPT_PAUSE: (Duration, Duration) = (Duration::from_millis(5), Duration::from_secs(1));
-/// During a shutdown: time for a request's head that is on its way.
+/// During a shutdown: time for a request's head that is on its way, and for the rest of a body that nobody wants.
 const LAST_HEAD: Duration = Duration::from_millis(500);
 /// Pause between two complaints that all connections are in use.
 const FULL_NOTICE: Duration = Duration::from_secs(30);
@@ -60,7 +67,9 @@ pub struct ServerStop {
 ///
 /// At most `settings.max_connections` are open; further ones wait in the kernel's queue. A connection is closed when a
 /// request's head has not arrived within `header_read_timeout`, counted from the connection's start or its last
-/// answer, or when its client leaves an answer unread for `write_timeout`. Bodies are the router's concern.
+/// answer, or when its client leaves an answer unread for `write_timeout`. Bodies are the router's concern. Of one that the
+/// router does not read to its end, a rest of [`LINGER_BYTES`] is read and dropped after the answer, at most
+/// [`LINGER_SILENCE`] after the last byte and [`LINGER_TIME`] in all; then the connection is closed.
 ///
 /// # Errors
 ///
@@ -120,24 +129,33 @@ impl Server {
         let busy = Busy::default();
         let service = service_fn(|request| answer(self.router.clone(), request, peer, busy.clone()));
         let stream = TokioIo::new(StallGuard::new(stream, self.write_timeout, Arc::clone(&busy.writing)));
-        let mut connection = pin!(self.http.serve_connection(stream, service));
+        let mut connection = self.http.serve_connection(stream, service);
         let result = tokio::select! {
-            result = connection.as_mut() => Some(result),
+            result = &mut connection => Some(result),
             () = self.stopping() => None,
         };
         let result = if let Some(result) = result {
             result
         } else {
-            connection.as_mut().graceful_shutdown();
+            Pin::new(&mut connection).graceful_shutdown();
             tokio::select! {
-                result = connection.as_mut() => result,
-                () = self.stop.hard.cancelled() => Ok(()),
-                () = busy.idle() => Ok(()),
+                result = &mut connection => result,
+                () = self.stop.hard.cancelled() => return,
+                () = busy.idle() => return,
             }
         };
+        // One that sent nonsense was told so.
+        let is_answered = result.as_ref().map_or_else(hyper::Error::is_parse, |()| true);
         if let Err(error) = result {
             // Clients that leave, send nonsense or fall silent: their business, and they are many.
             tracing::debug!(%peer, %error, "a connection ended early");
+        }
+        if is_answered {
+            tokio::select! {
+                () = linger(connection.into_parts().io.into_inner()) => {}
+                () = self.stop.hard.cancelled() => {}
+                () = async { self.stopping().await; sleep(LAST_HEAD).await } => {}
+            }
         }
         drop(place);
     }
@@ -205,10 +223,45 @@ async fn answer(
     busy: Busy,
 ) -> Result<Response<Tracked>, Infallible> {
     let guard = busy.enter();
-    let mut request = request.map(Body::new);
+    let is_read = Arc::new(AtomicBool::new(request.body().is_end_stream()));
+    let rest = request.body().size_hint().upper().unwrap_or(u64::MAX);
+    let mut request = request.map(|body| Body::new(Received { body, is_read: Arc::clone(&is_read) }));
     request.extensions_mut().insert(ConnectInfo(peer));
-    let response = router.oneshot(request).await?;
+    let mut response = router.oneshot(request).await?;
+    if rest > SMALL_REST && !is_read.load(Ordering::Acquire) {
+        response.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"));
+    }
     Ok(response.map(|body| Tracked { body, _guard: guard }))
+}
+
+/// A request's body, of which is known whether it was read to its end.
+struct Received {
+    body: Incoming,
+    is_read: Arc<AtomicBool>,
+}
+
+impl hyper::body::Body for Received {
+    type Data = Bytes;
+    type Error = hyper::Error;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, hyper::Error>>> {
+        let frame = ready!(Pin::new(&mut self.body).poll_frame(cx));
+        if frame.is_none() || self.body.is_end_stream() {
+            self.is_read.store(true, Ordering::Release);
+        }
+        Poll::Ready(frame)
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.body.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.body.size_hint()
+    }
 }
 
 /// What a connection still owes its client.
@@ -257,10 +310,10 @@ impl hyper::body::Body for Tracked {
     type Error = axum::Error;
 
     fn poll_frame(
-        mut self: std::pin::Pin<&mut Self>,
+        mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, axum::Error>>> {
-        std::pin::Pin::new(&mut self.body).poll_frame(cx)
+        Pin::new(&mut self.body).poll_frame(cx)
     }
 
     fn is_end_stream(&self) -> bool {
