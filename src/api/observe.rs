@@ -3,7 +3,7 @@
 use std::time::Instant;
 
 use axum::extract::{MatchedPath, Request};
-use axum::http::header::{CACHE_CONTROL, X_CONTENT_TYPE_OPTIONS};
+use axum::http::header::{CACHE_CONTROL, CONTENT_TYPE, X_CONTENT_TYPE_OPTIONS};
 use axum::http::{HeaderMap, HeaderName, HeaderValue};
 use axum::middleware::Next;
 use axum::response::Response;
@@ -15,6 +15,8 @@ use super::problem;
 
 pub(super) const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 const MAX_REQUEST_ID: usize = 128;
+/// Proxies that know it do not hold events back until their buffer is full.
+const BUFFERING: HeaderName = HeaderName::from_static("x-accel-buffering");
 
 /// Gives the request an id (the caller's own `x-request-id` if it is usable), puts everything that is logged for
 /// it into a span with that id, completes a problem answer with it, and sends it back.
@@ -50,9 +52,15 @@ pub(super) async fn observe(request: Request, next: Next) -> Response {
     .await
 }
 
-/// What is said in conversations is for whoever asked, and is what it says it is.
+/// What is said in conversations is for whoever asked, and is what it says it is. A proxy that compresses a stream of events
+/// would hold them back.
 fn harden(headers: &mut HeaderMap) {
-    headers.entry(CACHE_CONTROL).or_insert(HeaderValue::from_static("no-store"));
+    let is_stream = headers.get(CONTENT_TYPE).is_some_and(|kind| kind == "text/event-stream");
+    let caching = if is_stream { "no-store, no-transform" } else { "no-store" };
+    headers.insert(CACHE_CONTROL, HeaderValue::from_static(caching));
+    if is_stream {
+        headers.insert(BUFFERING, HeaderValue::from_static("no"));
+    }
     headers.insert(X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));
 }
 

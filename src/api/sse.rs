@@ -5,7 +5,6 @@ use std::convert::Infallible;
 use std::sync::Arc;
 use std::time::Duration;
 
-use axum::http::{HeaderName, HeaderValue};
 use axum::response::sse::{Event, KeepAlive, Sse};
 use axum::response::{IntoResponse, Response};
 use futures_util::StreamExt;
@@ -108,9 +107,7 @@ fn stream_of(
         Some((Ok(rendered), next))
     });
     let sse = Sse::new(events).keep_alive(KeepAlive::new().interval(keep_alive).text("keep-alive"));
-    // Without the hint, a reverse proxy may hold the events back until its buffer is full.
-    let unbuffered = (HeaderName::from_static("x-accel-buffering"), HeaderValue::from_static("no"));
-    ([unbuffered], sse).into_response()
+    sse.into_response()
 }
 
 /// The last event of a stream that ends before its run: this process stops, and others go on with the run. It has no id, so

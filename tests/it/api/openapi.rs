@@ -105,12 +105,14 @@ fn operations_are_whole() {
 /// All other tests rely on that.
 #[test]
 fn an_answer_that_it_does_not_tell_of_is_noticed() {
-    let headers = |lines: &[(&'static str, &str)]| {
+    let only = |lines: &[(&'static str, &str)]| {
         lines
             .iter()
             .map(|(name, value)| (name.parse().unwrap(), value.parse().unwrap()))
             .collect::<HeaderMap>()
     };
+    let headers = |lines: &[(&'static str, &str)]| only(&[lines, &[("cache-control", "no-store")]].concat());
+    let kept = only(&[("x-request-id", "1"), ("content-type", "application/json")]);
     let good = headers(&[("x-request-id", "1"), ("content-type", "application/json")]);
     let bare = headers(&[("content-type", "application/json")]);
     let more =
@@ -125,6 +127,7 @@ fn an_answer_that_it_does_not_tell_of_is_noticed() {
     assert!(!told(ok, &good, r#"{"status":"fine"}"#), "a value");
     assert!(!told(ok, &good, "ok"), "no JSON");
     assert!(!told(ok, &bare, ready), "no id");
+    assert!(!told(ok, &kept, ready), "what may be stored on its way");
     assert!(!told(ok, &more, ready), "a header");
     assert!(!told(ok, &html, ready), "a type");
     assert!(!told(StatusCode::CREATED, &good, ready), "a status");

@@ -136,6 +136,7 @@ pub(crate) fn checked(
     };
     let response = CONTRACT.resolved(response);
     check_headers(response, headers)?;
+    check_caching(headers)?;
     let kind = headers.get("content-type").map(|kind| kind.to_str().unwrap_or_default());
     let Some(kind) = kind else {
         let is_empty = body.is_none_or(str::is_empty);
@@ -158,6 +159,20 @@ pub(crate) fn checked(
 
 fn json(text: &str) -> Result<Value, String> {
     serde_json::from_str(text).map_err(|error| format!("no JSON ({error}): {text}"))
+}
+
+/// Nothing is stored on its way, and a stream is not held back.
+fn check_caching(headers: &HeaderMap) -> Result<(), String> {
+    let values = |name: &str| -> Vec<_> {
+        headers.get_all(name).iter().filter_map(|value| value.to_str().ok()).collect()
+    };
+    let is_stream = values("content-type") == ["text/event-stream"];
+    let wanted = if is_stream { ["no-store, no-transform"] } else { ["no-store"] };
+    let (caching, buffering) = (values("cache-control"), values("x-accel-buffering"));
+    if caching != wanted || is_stream != (buffering == ["no"]) {
+        return Err(format!("cache-control {caching:?}, x-accel-buffering {buffering:?}"));
+    }
+    Ok(())
 }
 
 /// Those that must be there are, and none is that the response does not tell of.
