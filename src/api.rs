@@ -3,6 +3,7 @@
 mod cors;
 mod deletions;
 mod extract;
+mod forwarded;
 mod guard;
 mod health;
 mod limits;
@@ -26,13 +27,14 @@ use axum::Router;
 use axum::extract::{Extension, FromRef};
 use axum::handler::Handler;
 use axum::http::Method;
-use axum::middleware::from_fn;
+use axum::middleware::{from_fn, from_fn_with_state};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{MethodFilter, MethodRouter, get, on};
 use tower_http::catch_panic::CatchPanicLayer;
 
 use self::guard::Needs;
 pub use self::limits::Limits;
+use self::observe::Observed;
 use self::openapi::Doc;
 pub use self::openapi::openapi;
 use crate::auth::Auth;
@@ -53,6 +55,8 @@ pub struct AppState {
     /// For those who follow a run's events.
     pub readers: Arc<Seats<RunId>>,
     pub server: Arc<ServerConfig>,
+    /// Addresses of clients are logged.
+    pub logs_clients: bool,
 }
 
 impl FromRef<AppState> for Arc<ServerConfig> {
@@ -76,7 +80,8 @@ pub struct Route {
 /// Every route of the gateway.
 pub fn router(state: AppState) -> Router {
     let router = all().router.layer(Extension(state.clone()));
-    finished(router, &state.server.cors_origins).with_state(state)
+    let observed = Observed { server: Arc::clone(&state.server), logs_clients: state.logs_clients };
+    finished(router, observed).with_state(state)
 }
 
 /// What there is to ask for.
@@ -172,13 +177,14 @@ impl Routes {
 }
 
 /// The routes with what every answer passes.
-fn finished<S: Clone + Send + Sync + 'static>(router: Router<S>, origins: &[String]) -> Router<S> {
+fn finished<S: Clone + Send + Sync + 'static>(router: Router<S>, observed: Observed) -> Router<S> {
+    let origins = &observed.server.cors_origins;
     let router = router
         .fallback(async || Error::NotFound("there is nothing at this path"))
         .method_not_allowed_fallback(async || Error::MethodNotAllowed)
         .layer(CatchPanicLayer::custom(panicked));
     let router = if origins.is_empty() { router } else { router.layer(cors::layer(origins)) };
-    router.layer(from_fn(observe::observe))
+    router.layer(from_fn_with_state(observed, observe::observe))
 }
 
 /// The panic itself has been logged by the hook; its text may hold anything, so the caller does not see it.
@@ -200,7 +206,7 @@ mod tests {
         async fn broken() -> &'static str {
             panic!("planted text")
         }
-        let router: Router = finished(Router::new().route("/broken", get(broken)), &[]);
+        let router: Router = finished(Router::new().route("/broken", get(broken)), Observed::default());
         let request = Request::get("/broken").header("x-request-id", "my-id").body(Body::empty()).unwrap();
         let response = router.oneshot(request).await.unwrap();
         assert_eq!(response.status(), StatusCode::INTERNAL_SERVER_ERROR);

@@ -115,6 +115,7 @@ impl App {
             limits: Arc::clone(&limits),
             readers: Arc::new(Seats::new(usize::MAX, config.server.max_readers.get())),
             server: Arc::new(config.server.clone()),
+            logs_clients: config.log.client_address,
         };
         Ok(Self {
             listener,

@@ -7,12 +7,13 @@ mod check;
 mod decode;
 mod env;
 mod load;
+mod network;
 mod problem;
 mod tree;
 mod upstreams;
 
 use std::collections::BTreeMap;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::num::{NonZeroU32, NonZeroUsize};
 use std::path::PathBuf;
 use std::time::Duration;
@@ -20,12 +21,14 @@ use std::time::Duration;
 use secrecy::SecretString;
 use serde::Deserialize;
 use tracing_subscriber::EnvFilter;
+use url::Url;
 
 use crate::domain::{KeyText, Lifetimes, Limits, Metadata, UserContent};
 
 pub use auth::{AuthConfig, JwtAlgorithm, JwtConfig, KeyConfig};
 pub use check::reserved_parameters;
 pub use load::{ConfigFile, Sources, utf8_variables};
+pub use network::{InvalidNetwork, Network};
 pub use problem::{ConfigProblems, Origin, Problem};
 pub use upstreams::{AssistantConfig, AuthScheme, UpstreamConfig, UpstreamKind};
 
@@ -61,6 +64,11 @@ pub struct ServerConfig {
     pub allow_unauthenticated: bool,
     /// Origins whose pages may ask from a browser, such as `https://chat.example.com`.
     pub cors_origins: Vec<String>,
+    /// Where callers reach the gateway, such as `https://chat.example.com/chat-api`, if a proxy takes a prefix away: links
+    /// begin with its path.
+    pub public_url: Option<Url>,
+    /// Proxies whose `X-Forwarded-For` and `X-Forwarded-Prefix` are believed.
+    pub trusted_proxies: Vec<Network>,
     /// Open connections; further ones wait in the kernel's queue.
     pub max_connections: usize,
     /// Time for a request's head to arrive, counted also between two requests of a kept-alive connection: keep
@@ -147,6 +155,8 @@ pub struct LogConfig {
     pub filter: String,
     /// `json`, `pretty`, or unset: json for `serve`, pretty for `dev`.
     pub format: Option<LogFormat>,
+    /// Whether the log tells the address of who sent a request.
+    pub client_address: bool,
 }
 
 #[derive(Clone, Copy, Debug, Deserialize, Eq, PartialEq)]
@@ -324,12 +334,21 @@ impl LogConfig {
     }
 }
 
+impl ServerConfig {
+    /// What this address says of others is believed. A [canonical](IpAddr::to_canonical) one.
+    pub fn trusts(&self, address: IpAddr) -> bool {
+        self.trusted_proxies.iter().any(|network| network.contains(address))
+    }
+}
+
 impl Default for ServerConfig {
     fn default() -> Self {
         Self {
             listen: SocketAddr::from(([127, 0, 0, 1], 8080)),
             allow_unauthenticated: false,
             cors_origins: Vec::new(),
+            public_url: None,
+            trusted_proxies: Vec::new(),
             max_connections: 10_240,
             header_read_timeout: Duration::from_secs(75),
             body_read_timeout: Duration::from_secs(30),
@@ -366,7 +385,7 @@ impl Default for StoreConfig {
 
 impl Default for LogConfig {
     fn default() -> Self {
-        Self { filter: "info".to_owned(), format: None }
+        Self { filter: "info".to_owned(), format: None, client_address: true }
     }
 }
 
@@ -487,6 +506,7 @@ mod tests {
                 setting.as_slice(),
                 ["store", "url" | "url_file" | "direct_url" | "direct_url_file"]
                     | ["log", "format"]
+                    | ["server", "public_url"]
                     | ["limits", _]
                     | ["runs", "max_runs_per_tenant"]
                     | ["threads", "max_age" | "max_idle" | "max_messages"]

@@ -7,6 +7,7 @@ use axum::response::{IntoResponse, Response};
 
 use super::AppState;
 use super::extract::{ApiId, ApiPage};
+use super::forwarded::Prefix;
 use super::guard::Caller;
 use super::openapi::Doc;
 use super::prefer::Prefer;
@@ -20,11 +21,12 @@ use crate::life::{NO_DELETION, Target};
 pub(super) async fn deleted(
     state: &AppState,
     target: Target,
+    prefix: &Prefix,
     headers: &HeaderMap,
 ) -> Result<Response, Error> {
     let report = state.keeper.delete_all(target, Prefer::of(headers).patience()).await?;
     let status = if report.finished_at.is_some() { StatusCode::OK } else { StatusCode::ACCEPTED };
-    let place = [(header::LOCATION, format!("/v1/deletions/{}", report.id))];
+    let place = [(header::LOCATION, format!("{}/v1/deletions/{}", prefix.0, report.id))];
     Ok((status, place, Json(DeletionView::from(report))).into_response())
 }
 

@@ -71,7 +71,8 @@ fn token(headers: &HeaderMap) -> Result<Option<&str>, Error> {
     if values.next().is_some() {
         return Err(Error::InvalidToken("the header `authorization` is there more than once"));
     }
-    let text = value.to_str().map_err(|_| Error::InvalidToken("it has characters that no key or token has"))?;
+    let text =
+        value.to_str().map_err(|_| Error::InvalidToken("it has characters that no key or token has"))?;
     let token = text.split_once(' ').filter(|(scheme, _)| scheme.eq_ignore_ascii_case("bearer"));
     Ok(token.map(|(_, token)| token.trim()).filter(|token| !token.is_empty()))
 }

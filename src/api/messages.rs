@@ -12,6 +12,7 @@ use utoipa::IntoParams;
 
 use super::AppState;
 use super::extract::{ApiConversation, ApiJson, ApiPage};
+use super::forwarded::Prefix;
 use super::guard::Caller;
 use super::openapi::Doc;
 use super::problem::{MAYBE_MERGED, NOT_FOUND, OVERLOADED, QUEUE_FULL, THREAD_BUSY, TOO_MANY_RUNS};
@@ -41,6 +42,7 @@ pub(super) async fn create(
     Caller(caller): Caller,
     ApiConversation(key): ApiConversation,
     uri: Uri,
+    prefix: Prefix,
     headers: HeaderMap,
     ApiJson(body, idempotency): ApiJson<PostMessage>,
 ) -> Result<Response, Error> {
@@ -60,7 +62,7 @@ pub(super) async fn create(
         idempotency,
     };
     let submitted = state.runs.submit(key.clone(), message).await?;
-    let form = Form { stream: body.stream, headers: &headers, uri: &uri, on_drop };
+    let form = Form { stream: body.stream, headers: &headers, uri: &uri, prefix: &prefix, on_drop };
     answer(&state, &key, submitted, 0, form).await
 }
 

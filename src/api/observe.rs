@@ -1,8 +1,10 @@
 //! The outermost middleware: the request's id, its span, its log line, and the body of problems.
 
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::sync::Arc;
 use std::time::Instant;
 
-use axum::extract::{MatchedPath, Request};
+use axum::extract::{ConnectInfo, MatchedPath, Request, State};
 use axum::http::header::{CACHE_CONTROL, CONTENT_TYPE, X_CONTENT_TYPE_OPTIONS};
 use axum::http::{HeaderMap, HeaderName, HeaderValue};
 use axum::middleware::Next;
@@ -11,17 +13,38 @@ use tracing::Instrument;
 use tracing::field::Empty;
 use uuid::Uuid;
 
+use super::forwarded::{self, Prefix};
 use super::problem;
+use crate::config::ServerConfig;
 
 pub(super) const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 const MAX_REQUEST_ID: usize = 128;
 /// Proxies that know it do not hold events back until their buffer is full.
 const BUFFERING: HeaderName = HeaderName::from_static("x-accel-buffering");
 
+/// What the middleware needs of the configuration.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Observed {
+    pub(super) server: Arc<ServerConfig>,
+    /// Clients' addresses are logged.
+    pub(super) logs_clients: bool,
+}
+
 /// Gives the request an id (the caller's own `x-request-id` if it is usable), puts everything that is logged for
 /// it into a span with that id, completes a problem answer with it, and sends it back.
-pub(super) async fn observe(request: Request, next: Next) -> Response {
+pub(super) async fn observe(
+    State(Observed { server, logs_clients }): State<Observed>,
+    mut request: Request,
+    next: Next,
+) -> Response {
     let id = request_id(&request);
+    let peer = request.extensions().get().map(|ConnectInfo(peer): &ConnectInfo<SocketAddr>| peer.ip());
+    // Without a socket there is no peer, and nobody to believe.
+    let known = peer.unwrap_or(IpAddr::V4(Ipv4Addr::UNSPECIFIED));
+    let prefix = Prefix::of(known, request.headers(), &server);
+    let client =
+        peer.filter(|_| logs_clients).map(|peer| forwarded::client(peer, request.headers(), &server));
+    request.extensions_mut().insert(prefix);
     // The path holds keys; its pattern does not.
     let route = request.extensions().get::<MatchedPath>().map_or("none", MatchedPath::as_str).to_owned();
     let span = tracing::info_span!(
@@ -29,6 +52,7 @@ pub(super) async fn observe(request: Request, next: Next) -> Response {
         request_id = %id,
         method = %request.method(),
         route,
+        client = client.map(tracing::field::display),
         caller = Empty,
         refused = Empty,
     );

@@ -8,6 +8,7 @@ use futures_util::StreamExt;
 use serde_json::json;
 
 use super::extract::{ApiConversation, ApiJson, ApiPage, ApiRun, LastEventId};
+use super::forwarded::Prefix;
 use super::guard::Caller;
 use super::openapi::Doc;
 use super::problem::{NOT_FOUND, OTHER_REPLICA, RUN_NOT_WAITING, TOO_MANY_READERS};
@@ -87,12 +88,13 @@ pub(super) async fn tool_outputs(
     ApiConversation(key): ApiConversation,
     ApiRun(id): ApiRun,
     uri: Uri,
+    prefix: Prefix,
     headers: HeaderMap,
     ApiJson(body, idempotency): ApiJson<PostOutputs>,
 ) -> Result<Response, Error> {
     let new = NewOutputs { outputs: body.tool_outputs, by_user: caller.user.is_some(), idempotency };
     let (submitted, from) = state.runs.answer_tools(&key, id, new).await?;
-    let form = Form { stream: body.stream, headers: &headers, uri: &uri, on_drop: None };
+    let form = Form { stream: body.stream, headers: &headers, uri: &uri, prefix: &prefix, on_drop: None };
     answer(&state, &key, submitted, from, form).await
 }
 
@@ -116,6 +118,7 @@ pub(super) async fn events(
     ApiConversation(key): ApiConversation,
     ApiRun(id): ApiRun,
     uri: Uri,
+    prefix: Prefix,
     LastEventId(last): LastEventId,
 ) -> Result<Response, Error> {
     let (run, follow) = state.runs.follow(&key, id).await?;
@@ -135,5 +138,6 @@ pub(super) async fn events(
         follow.events(from)
     };
     let events = events.inspect(move |_| _ = &seat).boxed();
-    Ok(sse::until_ended(&run, scope_of(&uri), last.map(|(_, n)| n), events, state.server.keep_alive))
+    let scope = scope_of(&prefix, &uri);
+    Ok(sse::until_ended(&run, &scope, last.map(|(_, n)| n), events, state.server.keep_alive))
 }

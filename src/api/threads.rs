@@ -113,10 +113,11 @@ pub(super) async fn delete(
     State(state): State<AppState>,
     ApiConversation(key): ApiConversation,
     ApiQuery(query): ApiQuery<Archive>,
+    prefix: Prefix,
     headers: HeaderMap,
 ) -> Result<Response, Error> {
     let target = if query.archive { Target::ToArchive(key) } else { Target::Conversation(key) };
-    deleted(&state, target, &headers).await
+    deleted(&state, target, &prefix, &headers).await
 }
 
 pub(super) fn roll_over_doc() -> Doc {

@@ -7,6 +7,7 @@ use axum::response::{IntoResponse, Response};
 use tokio::time::timeout;
 use tokio_util::sync::DropGuard;
 
+use super::forwarded::Prefix;
 use super::openapi::Doc;
 use super::prefer::{PREFERENCE_APPLIED, Prefer};
 use super::problem::{DRAINING, NOT_FOUND, REPLICA_LOST, TOO_MANY_READERS, UPSTREAM_ERROR, UPSTREAM_TIMEOUT};
@@ -26,6 +27,7 @@ pub(super) struct Form<'a> {
     pub(super) stream: Option<bool>,
     pub(super) headers: &'a HeaderMap,
     pub(super) uri: &'a Uri,
+    pub(super) prefix: &'a Prefix,
     /// Cancels the run when it is dropped.
     pub(super) on_drop: Option<DropGuard>,
 }
@@ -76,7 +78,7 @@ fn streamed(
     state: &AppState,
     submitted: Submitted,
     from: i64,
-    Form { uri, on_drop, .. }: Form<'_>,
+    Form { uri, prefix, on_drop, .. }: Form<'_>,
 ) -> Result<Response, Error> {
     let Submitted { run, follow, replayed, .. } = submitted;
     let seat = match state.readers.take(&run.id) {
@@ -87,7 +89,7 @@ fn streamed(
         seat => seat.ok(),
     };
     let keep_alive = state.server.keep_alive;
-    Ok(sse::until_answered(&run, scope_of(uri), follow, from, (on_drop, seat), keep_alive))
+    Ok(sse::until_answered(&run, &scope_of(prefix, uri), follow, from, (on_drop, seat), keep_alive))
 }
 
 async fn as_json(
@@ -97,7 +99,7 @@ async fn as_json(
     from: i64,
     form: Form<'_>,
 ) -> Result<Response, Error> {
-    let Form { headers, uri, on_drop, .. } = form;
+    let Form { headers, uri, prefix, on_drop, .. } = form;
     let prefer = Prefer::of(headers);
     let waits = submitted.follow.answer(from);
     let answered = match prefer.patience() {
@@ -118,7 +120,7 @@ async fn as_json(
         Ok(report) => (report.thread, report.activity),
         Err(_) => (submitted.thread, ThreadActivity { state: ThreadState::Active, queue_depth: 0 }),
     };
-    let place = format!("{}/runs/{}", scope_of(uri), run.id);
+    let place = format!("{}/runs/{}", scope_of(prefix, uri), run.id);
     // The caller is told where to look: leaving now is no disconnect.
     drop(on_drop.map(DropGuard::disarm));
     let view = TurnView {
@@ -159,9 +161,9 @@ fn turn(runs: &Runs, answered: &Answer) -> Result<TurnView, Error> {
 }
 
 /// The path of the conversation, as the caller wrote it: what stands before `/messages` or `/runs/{run}/…`.
-pub(super) fn scope_of(uri: &Uri) -> &str {
+pub(super) fn scope_of(prefix: &Prefix, uri: &Uri) -> String {
     let path = uri.path();
-    path.strip_suffix("/messages").unwrap_or_else(|| {
+    let scope = path.strip_suffix("/messages").unwrap_or_else(|| {
         let up = |path: &str| path.rfind('/').map_or(0, |at| at);
         // …/runs/{run}/tool_outputs, …/runs/{run}/events
         let mut end = path.len();
@@ -169,7 +171,8 @@ pub(super) fn scope_of(uri: &Uri) -> &str {
             end = up(&path[..end]);
         }
         &path[..end]
-    })
+    });
+    format!("{}{scope}", prefix.0)
 }
 
 fn accepts_events(headers: &HeaderMap) -> bool {
@@ -191,7 +194,8 @@ mod tests {
             "/v1/users/a%2Fb/runs/run_1/tool_outputs",
             "/v1/users/a%2Fb/runs/run_1/events",
         ] {
-            assert_eq!(scope_of(&path.parse().unwrap()), "/v1/users/a%2Fb");
+            let prefix = Prefix("/api".to_owned());
+            assert_eq!(scope_of(&prefix, &path.parse().unwrap()), "/api/v1/users/a%2Fb");
         }
     }
 }

@@ -10,6 +10,7 @@ use futures_util::{StreamExt, stream};
 use super::AppState;
 use super::deletions::{deleted, deleted_doc};
 use super::extract::{ApiConversation, ApiPage};
+use super::forwarded::Prefix;
 use super::openapi::Doc;
 use super::views::{ListView, ThreadView, list_threads};
 use crate::domain::ThreadId;
@@ -43,9 +44,10 @@ pub(super) fn delete_doc() -> Doc {
 pub(super) async fn delete(
     State(state): State<AppState>,
     ApiConversation(key): ApiConversation,
+    prefix: Prefix,
     headers: HeaderMap,
 ) -> Result<Response, Error> {
-    deleted(&state, Target::User(key.tenant, key.user), &headers).await
+    deleted(&state, Target::User(key.tenant, key.user), &prefix, &headers).await
 }
 
 pub(super) fn export_doc() -> Doc {

@@ -99,6 +99,7 @@ pub(super) fn everything(config: &Config, checker: &mut Checker<'_>) {
     limits(config, checker);
     bursts(config, checker);
     origins(config, checker);
+    public_url(config, checker);
     store_url(config, checker);
     if let Some(jwt) = &config.auth.jwt {
         jwt.check(checker);
@@ -159,6 +160,22 @@ fn origins(config: &Config, checker: &mut Checker<'_>) {
         let hint = "write them like \"https://chat.example.com\": a scheme, a host, a port that is not the usual one, and \
                     nothing behind it; \"*\" is none";
         checker.report(&["server", "cors_origins"], "holds what is no origin", hint);
+    }
+}
+
+/// What it has beyond its path would get lost.
+fn public_url(config: &Config, checker: &mut Checker<'_>) {
+    let Some(url) = &config.server.public_url else { return };
+    let is_plain = matches!(url.scheme(), "http" | "https")
+        && url.host_str().is_some()
+        && url.username().is_empty()
+        && url.password().is_none()
+        && url.query().is_none()
+        && url.fragment().is_none();
+    if !is_plain {
+        let hint =
+            "write it like \"https://chat.example.com/chat-api\": https:// or http://, a host and a path";
+        checker.report(&["server", "public_url"], "is not where callers can reach the gateway", hint);
     }
 }
 

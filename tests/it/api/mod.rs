@@ -25,6 +25,7 @@ mod operators;
 mod pages;
 mod portability;
 mod problems;
+mod proxies;
 mod queue;
 mod random;
 mod recovery;
