@@ -33,6 +33,7 @@ use axum::routing::{MethodFilter, MethodRouter, get, on};
 use tower_http::catch_panic::CatchPanicLayer;
 
 use self::guard::Needs;
+use self::limits::Counted;
 pub use self::limits::Limits;
 use self::observe::Observed;
 use self::openapi::Doc;
@@ -97,7 +98,7 @@ fn all() -> Routes {
     routes.open("/openapi.json", openapi::show, openapi::show_doc);
     for scope in SCOPES {
         let at = |rest: &str| format!("{scope}{rest}");
-        routes.add(Chat, Method::POST, at("/messages"), messages::create, messages::create_doc);
+        routes.add_message(at("/messages"), messages::create, messages::create_doc);
         routes.add(Read, Method::GET, at("/messages"), messages::list, messages::list_doc);
         routes.add(Read, Method::GET, at("/thread"), threads::show, threads::show_doc);
         routes.add(Chat, Method::PATCH, at("/thread"), threads::update, threads::update_doc);
@@ -105,13 +106,7 @@ fn all() -> Routes {
         routes.add(Chat, Method::POST, at("/thread/rollover"), threads::roll_over, threads::roll_over_doc);
         routes.add(Chat, Method::POST, at("/thread/cancel"), threads::cancel, threads::cancel_doc);
         routes.add(Chat, Method::POST, at("/runs/{run}/cancel"), runs::cancel, runs::cancel_doc);
-        routes.add(
-            Chat,
-            Method::POST,
-            at("/runs/{run}/tool_outputs"),
-            runs::tool_outputs,
-            runs::tool_outputs_doc,
-        );
+        routes.add_message(at("/runs/{run}/tool_outputs"), runs::tool_outputs, runs::tool_outputs_doc);
         routes.add(Read, Method::GET, at("/runs/{run}/events"), runs::events, runs::events_doc);
         routes.add(Read, Method::GET, at("/runs"), runs::list, runs::list_doc);
         routes.add(Read, Method::GET, at("/runs/{run}"), runs::show, runs::show_doc);
@@ -156,11 +151,14 @@ impl Routes {
         handler: H,
         doc: Describe,
     ) {
-        // All methods that are used here are among those that the filter knows.
-        let filter = MethodFilter::try_from(method.clone()).unwrap_or(MethodFilter::GET);
-        let guarded =
-            on(filter, handler).route_layer(from_fn(guard::guard)).route_layer(Extension(Needs(needs)));
+        let guarded = guarded(&method, handler, needs, Counted::Request);
         self.put(Some(needs), method, path.into(), guarded, doc);
+    }
+
+    /// A `POST` that has a model answer.
+    fn add_message<H: Handler<T, AppState>, T: 'static>(&mut self, path: String, handler: H, doc: Describe) {
+        let guarded = guarded(&Method::POST, handler, Access::Chat, Counted::Message);
+        self.put(Some(Access::Chat), Method::POST, path, guarded, doc);
     }
 
     fn put(
@@ -174,6 +172,20 @@ impl Routes {
         self.router = std::mem::take(&mut self.router).route(&path, route);
         self.table.push((Route { method, path, needs }, doc));
     }
+}
+
+/// A handler behind its guard.
+fn guarded<H: Handler<T, AppState>, T: 'static>(
+    method: &Method,
+    handler: H,
+    needs: Access,
+    counted: Counted,
+) -> MethodRouter<AppState> {
+    // All methods that are used here are among those that the filter knows.
+    let filter = MethodFilter::try_from(method.clone()).unwrap_or(MethodFilter::GET);
+    on(filter, handler)
+        .route_layer(from_fn(guard::guard))
+        .route_layer(Extension(Needs { access: needs, counted }))
 }
 
 /// The routes with what every answer passes.

@@ -44,7 +44,6 @@ pub struct App {
     runs: Runs,
     keeper: Keeper,
     auth: Arc<Auth>,
-    limits: Arc<Limits>,
     store: Arc<dyn Store>,
     config: Config,
     tasks: TaskTracker,
@@ -107,12 +106,11 @@ impl App {
         });
         let auth = Arc::new(Auth::new(&config.auth, Arc::clone(&store)).context("auth.jwt")?);
         patiently(&config.store, || auth.refresh()).await.context("cannot read the API keys")?;
-        let limits = Arc::new(Limits::new(&config.limits));
         let state = AppState {
             runs: runs.clone(),
             keeper: keeper.clone(),
             auth: Arc::clone(&auth),
-            limits: Arc::clone(&limits),
+            limits: Arc::new(Limits::new(&config.limits)),
             readers: Arc::new(Seats::new(usize::MAX, config.server.max_readers.get())),
             server: Arc::new(config.server.clone()),
             logs_clients: config.log.client_address,
@@ -124,7 +122,6 @@ impl App {
             runs,
             keeper,
             auth,
-            limits,
             store,
             config,
             tasks,
@@ -151,8 +148,6 @@ impl App {
             .spawn(self.runs.clone().keep_session(self.address.to_string(), self.config.replica.session_ttl));
         let mut janitor = parts.spawn(self.keeper.work());
         parts.spawn(self.auth.keep_fresh(self.stop.clone()));
-        let (limits, stop) = (self.limits, self.stop.clone());
-        parts.spawn(async move { limits.keep_small(stop).await });
         let (listener, router, settings, stop) =
             (self.listener, self.router, self.config.server.clone(), server_stop.clone());
         let mut server = parts.spawn(async move { server::serve(listener, router, &settings, stop).await });

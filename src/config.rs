@@ -9,6 +9,7 @@ mod env;
 mod load;
 mod network;
 mod problem;
+mod rate;
 mod tree;
 mod upstreams;
 
@@ -30,6 +31,7 @@ pub use check::reserved_parameters;
 pub use load::{ConfigFile, Sources, utf8_variables};
 pub use network::{InvalidNetwork, Network};
 pub use problem::{ConfigProblems, Origin, Problem};
+pub use rate::{InvalidRate, Rate};
 pub use upstreams::{AssistantConfig, AuthScheme, UpstreamConfig, UpstreamKind};
 
 /// The longest page of a list that there can be.
@@ -170,13 +172,13 @@ pub enum LogFormat {
 #[derive(Clone, Debug, Default, Deserialize)]
 #[serde(default)]
 pub struct LimitsConfig {
-    /// Requests a second of one user, in the long run.
-    pub user_rate: Option<NonZeroU32>,
-    /// Requests that a user may make at once who made none for a while: ten seconds' worth if left out.
-    pub user_burst: Option<NonZeroU32>,
+    /// Messages of one user, and outputs of function calls: each has a model answer.
+    pub user_messages: Option<Rate>,
+    /// All other requests of one user.
+    pub user_requests: Option<Rate>,
     /// The same for all of a tenant together.
-    pub tenant_rate: Option<NonZeroU32>,
-    pub tenant_burst: Option<NonZeroU32>,
+    pub tenant_messages: Option<Rate>,
+    pub tenant_requests: Option<Rate>,
 }
 
 /// How runs are queued and bounded.

@@ -4,6 +4,7 @@ use std::error::Error as StdError;
 use std::fmt;
 use std::time::Duration;
 
+use crate::config::Rate;
 use crate::domain::{Access, Run};
 use crate::store::StoreError;
 use crate::upstream::UpstreamError;
@@ -37,9 +38,9 @@ pub enum Error {
     /// Who asks may not do that.
     #[error("{0}")]
     Forbidden(&'static str),
-    /// Too many requests of a user or a tenant.
-    #[error("too many requests: each {whose} may make {rate} a second in the long run; come back later")]
-    RateLimited { whose: &'static str, rate: u32, retry_after: Duration },
+    /// Too many messages or requests of a user or a tenant.
+    #[error("{0}")]
+    RateLimited(TooOften),
     #[error("{limit} runs of this tenant are unfinished here already")]
     TooManyRuns { limit: usize },
     #[error("{limit} readers follow this run here already")]
@@ -90,6 +91,36 @@ pub enum Error {
     MaybeMerged(#[source] StoreError),
     #[error("something went wrong inside the gateway; the log has the request id")]
     Internal(#[source] Option<Box<dyn StdError + Send + Sync>>),
+}
+
+/// More than a rate allows.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub struct TooOften {
+    /// `user` or `tenant`.
+    pub whose: &'static str,
+    /// `messages` or `requests`.
+    pub what: &'static str,
+    pub rate: Rate,
+    pub retry_after: Duration,
+}
+
+impl fmt::Display for TooOften {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { whose, what, rate, retry_after } = self;
+        let wait = whole_seconds(*retry_after);
+        write!(f, "too many {what}: each {whose} may send {rate}; come back in {wait} s")
+    }
+}
+
+impl From<TooOften> for Error {
+    fn from(too_often: TooOften) -> Self {
+        Self::RateLimited(too_often)
+    }
+}
+
+/// At least one, and rounded up: coming back early helps nobody.
+pub fn whole_seconds(time: Duration) -> u64 {
+    (time.as_secs() + u64::from(time.subsec_nanos() > 0)).max(1)
 }
 
 impl From<StoreError> for Error {

@@ -43,7 +43,7 @@ use crate::domain::{
     ReplicaId, Run, RunId, Scope, TenantKey, Thread, ThreadActivity, ThreadId, Timestamp, Ttl, UserContent,
     UserKey,
 };
-use crate::error::Error;
+use crate::error::{Error, TooOften};
 use crate::locks::{Gate, LockMap, NoSeat, QueueFull, Seats};
 use crate::records;
 use crate::store::{
@@ -127,6 +127,8 @@ pub struct NewMessage {
     /// repeats an earlier one, does not take that along.
     pub cancel: CancellationToken,
     pub idempotency: Option<Idempotency>,
+    /// It is taken only as a repeat of an earlier one; the reason is told otherwise.
+    pub only_repeats: Option<TooOften>,
 }
 
 /// A run that was admitted, now or, if `replayed`, by an earlier request with the same idempotency key.
@@ -173,6 +175,9 @@ impl Runs {
         }
         if let Some(earlier) = self.repeated(&key, new.idempotency.as_ref()).await? {
             return Ok(earlier);
+        }
+        if let Some(too_often) = new.only_repeats {
+            return Err(too_often.into());
         }
         self.is_reachable(&assistant.upstream)?;
         let seat = self.parts.seats.take(&key.tenant).map_err(|none| match none {

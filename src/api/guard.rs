@@ -9,16 +9,25 @@ use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
 
 use super::AppState;
+use super::limits::Counted;
+use super::turn::REPLAYED;
 use crate::domain::{Access, Principal, UserKey};
-use crate::error::Error;
+use crate::error::{Error, TooOften};
 
 /// What a route asks of its callers.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Needs(pub(super) Access);
+pub(super) struct Needs {
+    pub(super) access: Access,
+    pub(super) counted: Counted,
+}
+
+/// There is no room for another message: the request is good only as a repeat of one that was taken.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct OnlyRepeats(pub(super) TooOften);
 
 /// Lets a request through whose caller may do what the route is for; its handler finds the [`Caller`].
 pub(super) async fn guard(
-    Extension(Needs(needs)): Extension<Needs>,
+    Extension(Needs { access: needs, counted }): Extension<Needs>,
     Extension(state): Extension<AppState>,
     request: Request,
     next: Next,
@@ -38,14 +47,33 @@ pub(super) async fn guard(
     }
     // What is no key is nobody's, and refused later.
     let named = user.and_then(|user| UserKey::try_from(user.to_owned()).ok());
-    let (left, taken) = state.limits.take(&principal.tenant, named.as_ref().or(principal.user.as_ref()));
-    let mut response = match taken {
-        Ok(()) => {
+    let tenant = principal.tenant.clone();
+    let user = named.or_else(|| principal.user.clone());
+    let (mut left, taken) = state.limits.take(counted, &tenant, user.as_ref());
+    let (mut as_repeat, mut refused) = (None, taken.err());
+    if let Some(too_often) = refused
+        && counted == Counted::Message
+        && parts.headers.contains_key("idempotency-key")
+    {
+        // Whoever lost an answer gets it, as with any other request.
+        let (request, taken) = state.limits.take(Counted::Request, &tenant, user.as_ref());
+        if taken.is_ok() {
+            (as_repeat, refused) = (Some(request), None);
+            parts.extensions.insert(OnlyRepeats(too_often));
+        }
+    }
+    let mut response = match refused {
+        None => {
             parts.extensions.insert(Caller(principal));
             next.run(Request::from_parts(parts, body)).await
         }
-        Err(error) => error.into_response(),
+        Some(too_often) => Error::from(too_often).into_response(),
     };
+    if response.headers().contains_key(REPLAYED)
+        && let Some(request) = as_repeat.or_else(|| state.limits.was_repeat(&tenant, user.as_ref()))
+    {
+        left = request;
+    }
     left.tell(response.headers_mut());
     Ok(response)
 }

@@ -2,10 +2,10 @@
 
 use std::time::Duration;
 
-use axum::Json;
 use axum::extract::State;
 use axum::http::{HeaderMap, Uri};
 use axum::response::Response;
+use axum::{Extension, Json};
 use serde::Deserialize;
 use tokio_util::sync::CancellationToken;
 use utoipa::IntoParams;
@@ -13,7 +13,7 @@ use utoipa::IntoParams;
 use super::AppState;
 use super::extract::{ApiConversation, ApiJson, ApiPage};
 use super::forwarded::Prefix;
-use super::guard::Caller;
+use super::guard::{Caller, OnlyRepeats};
 use super::openapi::Doc;
 use super::problem::{MAYBE_MERGED, NOT_FOUND, OVERLOADED, QUEUE_FULL, THREAD_BUSY, TOO_MANY_RUNS};
 use super::turn::{Form, answer, answer_doc};
@@ -40,6 +40,7 @@ pub(super) fn create_doc() -> Doc {
 pub(super) async fn create(
     State(state): State<AppState>,
     Caller(caller): Caller,
+    only_repeats: Option<Extension<OnlyRepeats>>,
     ApiConversation(key): ApiConversation,
     uri: Uri,
     prefix: Prefix,
@@ -60,6 +61,7 @@ pub(super) async fn create(
         ttl: body.ttl_ms.map(Duration::from_millis),
         cancel,
         idempotency,
+        only_repeats: only_repeats.map(|Extension(OnlyRepeats(why))| why),
     };
     let submitted = state.runs.submit(key.clone(), message).await?;
     let form = Form { stream: body.stream, headers: &headers, uri: &uri, prefix: &prefix, on_drop };

@@ -10,7 +10,7 @@ use utoipa::ToSchema;
 use utoipa::openapi::schema::{ObjectBuilder, Type};
 
 use crate::domain::{MultitaskStrategy, Run, RunErrorCode, RunId, ThreadId};
-use crate::error::{Chain, Error};
+use crate::error::{Chain, Error, TooOften, whole_seconds};
 use crate::store::StoreError;
 
 /// Before the name of each problem type.
@@ -91,9 +91,7 @@ pub(super) fn complete(mut response: Response, request_id: &str) -> Response {
         parts.headers.insert(header::WWW_AUTHENTICATE, challenge);
     }
     if let Some(wait) = problem.retry_after {
-        // Whole seconds, rounded up: coming back early helps nobody.
-        let seconds = wait.as_secs() + u64::from(wait.subsec_nanos() > 0);
-        parts.headers.insert(header::RETRY_AFTER, HeaderValue::from(seconds.max(1)));
+        parts.headers.insert(header::RETRY_AFTER, HeaderValue::from(whole_seconds(wait)));
     }
     Response::from_parts(parts, body.into())
 }
@@ -120,7 +118,7 @@ impl From<&Error> for Problem {
             Error::Unauthenticated | Error::InvalidToken(_) => UNAUTHENTICATED,
             Error::IssuerUnavailable => ISSUER_UNAVAILABLE,
             Error::InsufficientScope(_) | Error::Forbidden(_) => FORBIDDEN,
-            Error::RateLimited { .. } => RATE_LIMITED,
+            Error::RateLimited(_) => RATE_LIMITED,
             Error::TooManyRuns { .. } => TOO_MANY_RUNS,
             Error::TooManyReaders { .. } => TOO_MANY_READERS,
             Error::Overloaded => OVERLOADED,
@@ -154,7 +152,7 @@ impl From<&Error> for Problem {
                 Some(Duration::from_secs(2))
             }
             Error::RunFailed { .. } if kind == THREAD_BUSY => Some(Duration::from_secs(1)),
-            Error::UpstreamUnavailable { retry_after } | Error::RateLimited { retry_after, .. } => {
+            Error::UpstreamUnavailable { retry_after } | Error::RateLimited(TooOften { retry_after, .. }) => {
                 Some(*retry_after)
             }
             Error::RunFailed { retry_after, .. } => *retry_after,
@@ -241,7 +239,7 @@ kinds! {
     OTHER_REPLICA = "other-replica", "Other replica", MISDIRECTED_REQUEST;
     /// The `Idempotency-Key` was used for another request.
     IDEMPOTENCY_MISMATCH = "idempotency-mismatch", "Idempotency mismatch", UNPROCESSABLE_ENTITY;
-    /// More requests of a user or a tenant than `limits` allows.
+    /// More messages, or more other requests, of a user or a tenant than `limits` allows.
     RATE_LIMITED = "rate-limited", "Too many requests", TOO_MANY_REQUESTS;
     /// The tenant has `runs.max_runs_per_tenant` unfinished runs at this replica.
     TOO_MANY_RUNS = "too-many-runs", "Too many runs", TOO_MANY_REQUESTS;

@@ -1,15 +1,15 @@
 //! `…/runs` and below
 
-use axum::Json;
 use axum::extract::State;
 use axum::http::{HeaderMap, HeaderName, StatusCode, Uri};
 use axum::response::{IntoResponse, Response};
+use axum::{Extension, Json};
 use futures_util::StreamExt;
 use serde_json::json;
 
 use super::extract::{ApiConversation, ApiJson, ApiPage, ApiRun, LastEventId};
 use super::forwarded::Prefix;
-use super::guard::Caller;
+use super::guard::{Caller, OnlyRepeats};
 use super::openapi::Doc;
 use super::problem::{NOT_FOUND, OTHER_REPLICA, RUN_NOT_WAITING, TOO_MANY_READERS};
 use super::sse::EventView;
@@ -85,6 +85,7 @@ pub(super) fn tool_outputs_doc() -> Doc {
 pub(super) async fn tool_outputs(
     State(state): State<AppState>,
     Caller(caller): Caller,
+    only_repeats: Option<Extension<OnlyRepeats>>,
     ApiConversation(key): ApiConversation,
     ApiRun(id): ApiRun,
     uri: Uri,
@@ -92,7 +93,12 @@ pub(super) async fn tool_outputs(
     headers: HeaderMap,
     ApiJson(body, idempotency): ApiJson<PostOutputs>,
 ) -> Result<Response, Error> {
-    let new = NewOutputs { outputs: body.tool_outputs, by_user: caller.user.is_some(), idempotency };
+    let new = NewOutputs {
+        outputs: body.tool_outputs,
+        by_user: caller.user.is_some(),
+        idempotency,
+        only_repeats: only_repeats.map(|Extension(OnlyRepeats(why))| why),
+    };
     let (submitted, from) = state.runs.answer_tools(&key, id, new).await?;
     let form = Form { stream: body.stream, headers: &headers, uri: &uri, prefix: &prefix, on_drop: None };
     answer(&state, &key, submitted, from, form).await

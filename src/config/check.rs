@@ -97,7 +97,6 @@ impl Checker<'_> {
 pub(super) fn everything(config: &Config, checker: &mut Checker<'_>) {
     durations(config, checker);
     limits(config, checker);
-    bursts(config, checker);
     origins(config, checker);
     public_url(config, checker);
     store_url(config, checker);
@@ -176,19 +175,6 @@ fn public_url(config: &Config, checker: &mut Checker<'_>) {
         let hint =
             "write it like \"https://chat.example.com/chat-api\": https:// or http://, a host and a path";
         checker.report(&["server", "public_url"], "is not where callers can reach the gateway", hint);
-    }
-}
-
-/// A bucket without a rate is never filled.
-fn bursts(config: &Config, checker: &mut Checker<'_>) {
-    let limits = &config.limits;
-    for (whose, rate, burst) in
-        [("user", limits.user_rate, limits.user_burst), ("tenant", limits.tenant_rate, limits.tenant_burst)]
-    {
-        if burst.is_some() && rate.is_none() {
-            let hint = format!("set limits.{whose}_rate, or leave both out");
-            checker.report(&["limits", &format!("{whose}_burst")], "means nothing without a rate", &hint);
-        }
     }
 }
 
@@ -548,9 +534,24 @@ mod tests {
     }
 
     #[test]
-    fn a_burst_wants_a_rate() {
-        assert_problems("[limits]\nuser_burst = 5", &["limits.user_burst"]);
-        assert_problems("[limits]\nuser_rate = 1\nuser_burst = 5\ntenant_rate = 0", &["limits.tenant_rate"]);
+    fn a_rate_says_how_many_and_in_which_time() {
+        assert_problems("[limits]\nuser_messages = \"10/m\"\ntenant_requests = \"200/s burst 2000\"", &[]);
+        let form = "write it like \"10/m\" or \"20/s burst 100\"; fewer than one a second are some a minute";
+        for (written, told) in [
+            ("10", "expected a rate, found a number"),
+            ("0.5", "expected a rate, found a number"),
+            ("\"10\"", "expected a rate"),
+            ("\"0/m\"", "a rate of 0 lets nothing through: leave the setting out to limit nothing"),
+            ("\"0.5/s\"", "a rate begins with a whole number"),
+            ("\"10/fortnight\"", "the unit of a rate is s, m, h or d"),
+            ("\"10/m burst 0\"", "the burst of a rate is a whole number, 1 or more"),
+        ] {
+            let (_, all) = problems(&format!("[limits]\nuser_messages = {written}"));
+            let line = format!("limits.user_messages (g.toml, line 2): {told}; {form}");
+            assert!(all.contains(&line), "{written}: {all}");
+        }
+        let (_, all) = problems("[limits]\nuser_rate = 10");
+        assert!(all.contains("there is no such setting"), "{all}");
     }
 
     #[test]

@@ -13,6 +13,7 @@ use super::check::{self, Checker};
 use super::decode::{self, DecodeError, Fault};
 use super::env;
 use super::problem::{ConfigProblems, Origin, Problem};
+use super::rate::A_RATE;
 use super::tree::{Node, Value};
 use super::{
     ArchiveConfig, AssistantConfig, AuthConfig, Config, JanitorConfig, JwtConfig, KeyConfig, LimitsConfig,
@@ -225,23 +226,28 @@ fn set_aside(tree: &mut Node, error: &DecodeError, problems: &mut ConfigProblems
             return tree.insert(&full, node).is_ok();
         }
         Fault::Unfit { expected } => {
-            let unit =
-                expected.contains("duration").then(|| "write it with its unit, such as \"30s\"".to_owned());
             let found = if found == "text" { String::new() } else { format!(", found {found}") };
-            (format!("expected {expected}{found}"), unit)
+            (format!("expected {expected}{found}"), form(expected))
         }
         Fault::UnknownWord { known, nearest } => {
             let words: Vec<String> = known.iter().map(|word| format!("\"{word}\"")).collect();
             let hint = nearest.map(|word| did_you_mean(&format!("\"{word}\"")));
             (format!("expected one of {}", words.join(", ")), hint)
         }
-        Fault::Other(text) => {
-            let form = text.contains("socket address").then(|| "write it like \"127.0.0.1:8080\"".to_owned());
-            (without_value(text, &node.value), form)
-        }
+        Fault::Other(text) => (without_value(text, &node.value), form(text)),
     };
     problems.push(Problem { path, origin: node.origin.clone(), what, hint });
     tree.remove(&error.path)
+}
+
+/// How to write what a type's own message speaks of.
+fn form(text: &str) -> Option<String> {
+    let forms = [
+        ("duration", "write it with its unit, such as \"30s\""),
+        ("socket address", "write it like \"127.0.0.1:8080\""),
+        (A_RATE, "write it like \"10/m\" or \"20/s burst 100\"; fewer than one a second are some a minute"),
+    ];
+    forms.iter().find(|(of, _)| text.contains(of)).map(|(_, form)| (*form).to_owned())
 }
 
 /// A type's own message, unless it repeats what was written.

@@ -7,7 +7,7 @@ use tracing::Instrument;
 
 use super::{Runs, Submitted, jittered, own_key};
 use crate::domain::{ConversationKey, RequiredAction, Run, RunId, RunStatus, Thread, ToolOutput};
-use crate::error::{Chain, Error};
+use crate::error::{Chain, Error, TooOften};
 use crate::runs::Follow;
 use crate::store::{Answered, Idempotency, News, StoreError, ThreadName, ToolAnswer};
 
@@ -23,6 +23,8 @@ pub struct NewOutputs {
     /// They came with a user's own token, which may not answer the calls of every assistant.
     pub by_user: bool,
     pub idempotency: Option<Idempotency>,
+    /// They are taken only as a repeat of earlier ones; the reason is told otherwise.
+    pub only_repeats: Option<TooOften>,
 }
 
 const BACKEND_ANSWERS: Error = Error::Forbidden(
@@ -54,6 +56,9 @@ impl Runs {
         }
         if let Some(earlier) = self.repeated(key, new.idempotency.as_ref()).await? {
             return after_outputs(earlier, &new.outputs).await;
+        }
+        if let Some(too_often) = new.only_repeats {
+            return Err(too_often.into());
         }
         let (run, follow) = self.follow(key, id).await?;
         let expected = match &run.required_action {

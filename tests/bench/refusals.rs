@@ -17,7 +17,7 @@ pub(crate) async fn report(args: &Args, database: Kind) {
     let known = format!("authorization: Bearer {KEY}\r\n");
     let kinds: [(&str, &str, &str, usize); 4] = [
         ("no key", &keys, "", 0),
-        ("too many requests of a user", "[limits]\nuser_rate = 1\nuser_burst = 1\n", "", 0),
+        ("too many requests of a user", "[limits]\nuser_messages = \"1/d\"\n", "", 0),
         ("too large a body", "[server]\nmax_body_bytes = 16384\n", "", 100_000),
         ("no free seat", &format!("{keys}[runs]\nmax_runs = 1\n"), &known, 0),
     ];

@@ -37,6 +37,8 @@ fn message(words: &str) -> NewMessage {
         ttl: None,
         cancel: CancellationToken::new(),
         idempotency: None,
+        by_user: false,
+        only_repeats: None,
     }
 }
 

@@ -47,7 +47,6 @@ fn libraries_are_named_where_they_belong() {
         ("reqwest::", &["upstream/client", "auth/jwks"]),
         ("jsonwebtoken::", &["auth/"]),
         ("axum::", &["api", "server.rs", "simulator", "app.rs"]),
-        ("governor::", &["api/limits.rs"]),
         ("utoipa::", &["api", "domain", "records.rs"]),
         ("clap::", &["main.rs", "cli.rs", "simulator/config.rs"]),
     ];

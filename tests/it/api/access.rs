@@ -509,7 +509,7 @@ async fn a_token_learns_nothing_of_other_users() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_token_is_limited_like_its_user() {
     let scene = Scene::new(Protocol::Responses, Backend::Sqlite).await;
-    let limits = "[limits]\nuser_rate = 1\nuser_burst = 2\ntenant_rate = 1000\n";
+    let limits = "[limits]\nuser_requests = \"1/s burst 2\"\ntenant_requests = \"1000/s\"\n";
     let gateway = scene.gateway_with(&format!("{ISSUER}{limits}")).await;
     let good = |user: &str| token(SECRET, &json!({"sub": user}));
     let alice = good("alice");

@@ -53,8 +53,10 @@ settle_timeout = "2s"
 [janitor]
 calls_per_second = 10000
 [limits]
-user_rate = 100000
-tenant_rate = 100000
+user_messages = "100000/s"
+user_requests = "100000/s"
+tenant_messages = "100000/s"
+tenant_requests = "100000/s"
 [auth.keys.operator]
 key = "operator-of-the-tenant-default"
 scope = "operator"

@@ -11,10 +11,10 @@ use serde_json::json;
 
 use tokio::time::sleep;
 
-use crate::support::gateway::{EventReader, PATIENCE};
+use crate::support::gateway::{Answer, EventReader, Gateway, PATIENCE};
 use crate::support::scene::{Backend, Protocol, Scene};
 
-const LIMITS: &str = "[limits]\nuser_rate = 1\nuser_burst = 3\ntenant_rate = 1000\n";
+const LIMITS: &str = "[limits]\nuser_requests = \"1/s burst 3\"\ntenant_requests = \"1000/s\"\n";
 
 #[tokio::test(flavor = "multi_thread")]
 async fn who_asks_too_often_is_told_when_to_come_back() {
@@ -27,18 +27,103 @@ async fn who_asks_too_often_is_told_when_to_come_back() {
     let (taken, refused): (Vec<_>, Vec<_>) = answers.iter().partition(|answer| answer.status == 200);
     assert!(taken.len() >= 3 && taken.len() <= most, "{} were taken", taken.len());
     for answer in &taken {
-        assert_eq!(answer.headers["ratelimit-policy"], "\"user\";q=3;w=3, \"tenant\";q=10000;w=10");
+        assert_eq!(
+            answer.headers["ratelimit-policy"],
+            "\"user-requests\";q=3;w=3, \"tenant-requests\";q=1000;w=1"
+        );
         let left = answer.headers["ratelimit"].to_str().unwrap();
-        assert!(left.starts_with("\"user\";r=") && left.contains(", \"tenant\";r="), "{left}");
+        assert!(
+            left.starts_with("\"user-requests\";r=") && left.contains(", \"tenant-requests\";r="),
+            "{left}"
+        );
     }
     for answer in &refused {
         assert_eq!(answer.problem(), (429, "rate-limited"));
         assert_eq!(answer.headers["retry-after"], "1");
-        assert_eq!(answer.headers["ratelimit"], "\"user\";r=0;t=1");
+        assert_eq!(answer.headers["ratelimit"], "\"user-requests\";r=0;t=1");
     }
     gateway.get("/v1/users/bob/threads").await.ok();
     assert_eq!(gateway.get("/healthz").await.status, 200, "who watches is not counted");
     gateway.until(path, |answer| answer.status == 200).await;
+}
+
+/// Says something, with an idempotency key if there is one.
+async fn say(gateway: &Gateway, user: &str, content: &str, key: Option<&str>) -> Answer {
+    let request = gateway.request(Method::POST, &format!("/v1/users/{user}/messages"));
+    let request = key.iter().fold(request, |request, key| request.header("idempotency-key", *key));
+    gateway.send(request.json(&json!({"content": content}))).await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn messages_have_a_limit_of_their_own() {
+    let scene = Scene::new(Protocol::Responses, Backend::Sqlite).await;
+    let gateway = scene.gateway_with("[limits]\nuser_messages = \"3/h\"\nuser_requests = \"1000/s\"\n").await;
+    let asked = say(&gateway, "alice", "weather? [[sim: tool=get_weather]]", Some("1")).await;
+    assert_eq!(asked.headers["ratelimit-policy"], "\"user-messages\";q=3;w=3600");
+    assert_eq!(asked.headers["ratelimit"], "\"user-messages\";r=2");
+    let run = &asked.ok()["run"];
+    let place = format!("/v1/users/alice/runs/{}", run["id"].as_str().unwrap());
+    let output = json!({"tool_call_id": run["required_action"]["tool_calls"][0]["id"], "output": "4 °C"});
+    let outputs = json!({"tool_outputs": [output]});
+    // What is no message, and a repeat of one, leave as many.
+    for _ in 0..5 {
+        let repeat = say(&gateway, "alice", "weather? [[sim: tool=get_weather]]", Some("1")).await;
+        assert_eq!(
+            (repeat.status.as_u16(), &repeat.headers["idempotent-replayed"]),
+            (200, &"true".parse().unwrap())
+        );
+        assert!(repeat.headers["ratelimit"].to_str().unwrap().starts_with("\"user-requests\""), "{repeat:?}");
+        gateway.get(&place).await.ok();
+    }
+    let answered = gateway.post(&format!("{place}/tool_outputs"), &outputs).await;
+    assert_eq!(answered.headers["ratelimit"], "\"user-messages\";r=1", "the model answers outputs, too");
+    say(&gateway, "alice", "hello", None).await.ok();
+
+    for key in [None, Some("2")] {
+        let refused = say(&gateway, "alice", "hello", key).await;
+        assert_eq!(refused.problem(), (429, "rate-limited"));
+        let wait: u64 = refused.headers["retry-after"].to_str().unwrap().parse().unwrap();
+        assert!((1000..=1200).contains(&wait), "one in 20 minutes: {wait}");
+        assert_eq!(refused.headers["ratelimit"], format!("\"user-messages\";r=0;t={wait}"));
+        let told = format!("too many messages: each user may send 3 an hour; come back in {wait} s");
+        assert_eq!(refused.body["detail"], told);
+    }
+    let refused = gateway.post(&format!("{place}/tool_outputs"), &outputs).await;
+    assert_eq!(refused.problem(), (429, "rate-limited"));
+    // Who lost the answer to a message that was taken gets it all the same, and everybody reads.
+    let repeat = say(&gateway, "alice", "weather? [[sim: tool=get_weather]]", Some("1")).await;
+    assert_eq!(repeat.headers["idempotent-replayed"], "true", "{repeat:?}");
+    assert!(repeat.headers["ratelimit"].to_str().unwrap().starts_with("\"user-requests\""), "{repeat:?}");
+    for path in [&place, "/v1/users/alice/messages", "/v1/users/alice/thread"] {
+        gateway.get(path).await.ok();
+    }
+    let events = gateway.open_events(&format!("{place}/events"), None).await;
+    assert_eq!(events.status(), 200);
+    say(&gateway, "bob", "hello", None).await.ok();
+    let said = gateway.get("/v1/users/alice/messages").await.ok();
+    assert_eq!(said["data"].as_array().unwrap().len(), 4, "what was refused is nowhere: {said:#}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn who_reads_too_often_may_still_speak() {
+    let scene = Scene::new(Protocol::Responses, Backend::Sqlite).await;
+    let limits = "[limits]\nuser_messages = \"1/d burst 2\"\nuser_requests = \"2/d\"\n";
+    let gateway = scene.gateway_with(limits).await;
+    say(&gateway, "alice", "hello", Some("1")).await.ok();
+    for expected in [200, 200, 429] {
+        assert_eq!(gateway.get("/v1/users/alice/messages").await.status, expected);
+    }
+    let refused = gateway.delete("/v1/users/alice/thread").await;
+    assert_eq!(refused.problem(), (429, "rate-limited"));
+    assert!(
+        refused.body["detail"]
+            .as_str()
+            .unwrap()
+            .starts_with("too many requests: each user may send 2 a day;")
+    );
+    // A repeat that has no place as a request has one as a message, and costs it.
+    assert_eq!(say(&gateway, "alice", "hello", Some("1")).await.headers["idempotent-replayed"], "true");
+    assert_eq!(say(&gateway, "alice", "hello", None).await.problem(), (429, "rate-limited"));
 }
 
 #[tokio::test(flavor = "multi_thread")]

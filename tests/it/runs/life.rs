@@ -139,7 +139,8 @@ async fn a_run_that_waits_for_outputs_is_handed_over_by_a_process_that_drains() 
         let calls = &waiting.run.required_action.as_ref().unwrap().tool_calls;
         let outputs =
             calls.iter().map(|call| ToolOutput { tool_call_id: call.id.clone(), output: "4".to_owned() });
-        let new = NewOutputs { outputs: outputs.collect(), idempotency: None };
+        let new =
+            NewOutputs { outputs: outputs.collect(), by_user: false, idempotency: None, only_repeats: None };
         let (resumed, from) = heir.runs.answer_tools(&key(), submitted.run.id, new).await.unwrap();
         let Some(Answer::Ended(outcome)) = soon(resumed.follow.answer(from)).await else { panic!("it ends") };
         assert_eq!(outcome.run.status, RunStatus::Completed);
