@@ -1,5 +1,7 @@
 //! The HTTP surface: routes, and the middleware that every answer passes.
 
+mod body;
+mod canonical;
 mod cors;
 mod deletions;
 mod extract;
@@ -43,7 +45,7 @@ use crate::config::ServerConfig;
 use crate::domain::{Access, RunId};
 use crate::error::Error;
 use crate::life::Keeper;
-use crate::locks::Seats;
+use crate::locks::{Budget, Seats};
 use crate::runs::Runs;
 
 /// What handlers reach.
@@ -55,6 +57,8 @@ pub struct AppState {
     pub limits: Arc<Limits>,
     /// For those who follow a run's events.
     pub readers: Arc<Seats<RunId>>,
+    /// Memory for the bodies of requests.
+    pub bodies: Budget,
     pub server: Arc<ServerConfig>,
     /// Addresses of clients are logged.
     pub logs_clients: bool,

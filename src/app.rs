@@ -22,7 +22,7 @@ use crate::auth::{Auth, FreshKey};
 use crate::config::{Config, StoreConfig, Transcript, UpstreamConfig, UpstreamKind};
 use crate::domain::{Access, Keeping, ReplicaId, TenantKey};
 use crate::life::{Keeper, KeeperParts};
-use crate::locks::{Gate, Seats};
+use crate::locks::{Budget, Gate, Seats};
 use crate::records::{self, Refused, Summary, What};
 use crate::runs::{Runs, RunsParts};
 use crate::server::{self, ServerStop};
@@ -112,6 +112,7 @@ impl App {
             auth: Arc::clone(&auth),
             limits: Arc::new(Limits::new(&config.limits)),
             readers: Arc::new(Seats::new(usize::MAX, config.server.max_readers.get())),
+            bodies: Budget::new(config.server.max_bodies_bytes),
             server: Arc::new(config.server.clone()),
             logs_clients: config.log.client_address,
         };

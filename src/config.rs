@@ -77,14 +77,20 @@ pub struct ServerConfig {
     /// it longer than the load balancer's idle time.
     #[serde(with = "humantime_serde")]
     pub header_read_timeout: Duration,
-    /// Time for a request's body to arrive.
+    /// Longest silence while a request's body arrives.
     #[serde(with = "humantime_serde")]
     pub body_read_timeout: Duration,
+    /// Bytes of a body that must arrive in a second, on the average, from one `body_read_timeout` after its begin on; 0:
+    /// any.
+    pub min_body_rate: u32,
     /// Longest time that a caller may leave an answer's bytes unread.
     #[serde(with = "humantime_serde")]
     pub write_timeout: Duration,
     /// Largest request body, bytes.
     pub max_body_bytes: usize,
+    /// Bytes of large bodies in memory at once: from before they are read until their runs end, but not while these wait in
+    /// line.
+    pub max_bodies_bytes: usize,
     /// Largest request head, bytes.
     pub max_header_bytes: usize,
     /// Longest key of a user, session or topic, bytes of UTF-8: [`KeyText::MAX_BYTES`] or less.
@@ -193,6 +199,8 @@ pub struct RunsConfig {
     pub max_timeout: Duration,
     /// Runs that may wait on one thread in this process.
     pub max_queue: usize,
+    /// Bytes that the messages of these may have together.
+    pub max_queue_bytes: usize,
     /// Unfinished runs that this process takes, whether they wait or are at work.
     pub max_runs: NonZeroUsize,
     /// Of these, for each tenant.
@@ -354,8 +362,10 @@ impl Default for ServerConfig {
             max_connections: 10_240,
             header_read_timeout: Duration::from_secs(75),
             body_read_timeout: Duration::from_secs(30),
+            min_body_rate: 16 * 1024,
             write_timeout: Duration::from_secs(30),
-            max_body_bytes: 1024 * 1024,
+            max_body_bytes: 12 * 1024 * 1024,
+            max_bodies_bytes: 256 * 1024 * 1024,
             max_header_bytes: 32 * 1024,
             max_key_bytes: KeyText::MAX_BYTES,
             max_content_parts: UserContent::MAX_PARTS,
@@ -397,6 +407,7 @@ impl Default for RunsConfig {
             timeout: Duration::from_mins(2),
             max_timeout: Duration::from_mins(10),
             max_queue: 256,
+            max_queue_bytes: 64 * 1024 * 1024,
             max_runs: NonZeroUsize::new(10_000).unwrap_or(NonZeroUsize::MAX),
             max_runs_per_tenant: None,
             shed_load: false,

@@ -24,6 +24,11 @@ pub enum Error {
     PayloadTooLarge { limit: usize },
     #[error("the body did not arrive in time")]
     BodyTimeout,
+    /// The bodies of others have all memory that there is for bodies.
+    #[error(
+        "other requests with large bodies are at work, as many as this replica has memory for; send it again later"
+    )]
+    BodiesFull,
     /// Neither a key nor a token was presented.
     #[error("send a key or token: `authorization: Bearer …`")]
     Unauthenticated,
@@ -60,6 +65,8 @@ pub enum Error {
     OtherUpstream { thread: String, assistant: String },
     #[error("the thread's queue is full: {limit} runs wait already")]
     QueueFull { limit: usize },
+    #[error("the thread's queue is full: the messages that wait on it may have {limit} bytes together")]
+    QueueBytesFull { limit: usize },
     /// The idempotency key was used for another request.
     #[error("this idempotency key was used for another request of this conversation; use a new one")]
     IdempotencyMismatch,

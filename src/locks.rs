@@ -11,6 +11,7 @@
 //!
 //! Between processes the store's unique index holds the same promise; this line keeps waiting runs off it.
 
+mod budget;
 mod gate;
 mod seats;
 mod width;
@@ -22,6 +23,7 @@ use std::hash::Hash;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll, Waker};
 
+pub use budget::{Budget, Share};
 pub use gate::{Gate, Overrun, Pass, Turn};
 pub use seats::{NoSeat, Seat, Seats};
 

@@ -44,7 +44,7 @@ use crate::domain::{
     UserKey,
 };
 use crate::error::{Error, TooOften};
-use crate::locks::{Gate, LockMap, NoSeat, QueueFull, Seats};
+use crate::locks::{Gate, LockMap, NoSeat, QueueFull, Seats, Share};
 use crate::records;
 use crate::store::{
     Admission, Idempotency, InputMessage, Repeated, Store, StoreError, ThreadFilter, ThreadName,
@@ -60,7 +60,7 @@ pub use reconcile::{Differences, Unverified, Verified};
 pub use rollover::Renewed;
 use standing::Standing;
 pub use tools::NewOutputs;
-use turn::Taken;
+use turn::{Held, Taken};
 
 /// Threads and runs of this replica. Clones share everything.
 #[derive(Clone)]
@@ -101,6 +101,8 @@ struct Parts {
     locks: LockMap<ConversationKey, ThreadId>,
     standing: Standing,
     seats: Seats<TenantKey>,
+    /// For the bytes of messages until their runs start.
+    waiting: Seats<ConversationKey>,
     desk: Desk,
     /// Who compares a transcript with its upstream thread has one of these.
     comparing: Semaphore,
@@ -110,7 +112,7 @@ struct Parts {
 }
 
 /// A user's message that asks for a run.
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 pub struct NewMessage {
     pub content: UserContent,
     /// `None`: the default assistant.
@@ -129,6 +131,8 @@ pub struct NewMessage {
     pub idempotency: Option<Idempotency>,
     /// It is taken only as a repeat of an earlier one; the reason is told otherwise.
     pub only_repeats: Option<TooOften>,
+    /// Of the memory for what callers send, while the content is in memory.
+    pub share: Share,
 }
 
 /// A run that was admitted, now or, if `replayed`, by an earlier request with the same idempotency key.
@@ -145,11 +149,13 @@ impl Runs {
         let locks = LockMap::new(parts.runs.max_queue);
         let each = parts.runs.max_runs_per_tenant.map_or(usize::MAX, NonZeroUsize::get);
         let seats = Seats::new(parts.runs.max_runs.get(), each);
+        let waiting = Seats::new(usize::MAX, parts.runs.max_queue_bytes);
         let parts = Parts {
             given: parts,
             locks,
             standing: Standing::new(),
             seats,
+            waiting,
             desk: Desk::default(),
             comparing: Semaphore::new(reconcile::AT_A_TIME),
             seen_ready: Mutex::default(),
@@ -184,6 +190,11 @@ impl Runs {
             NoSeat::Full => Error::Overloaded,
             NoSeat::KeyFull(limit) => Error::TooManyRuns { limit },
         })?;
+        let bytes = new.content.size();
+        let queued = self.parts.waiting.take_many(&key, bytes).map_err(|_| match new.strategy {
+            MultitaskStrategy::Reject => Error::ThreadBusy,
+            _ => Error::QueueBytesFull { limit: parts.runs.max_queue_bytes },
+        })?;
         let full = |full: QueueFull| Error::QueueFull { limit: full.max_waiting };
         let locks = &self.parts.locks;
         let place = match new.strategy {
@@ -217,9 +228,8 @@ impl Runs {
         // From here on the work belongs to a task: a caller that leaves must not leave a recorded run undone.
         let (answer, answered) = oneshot::channel();
         let working = self.parts.standing.begins(admission.run_id, new.cancel);
-        parts.tasks.spawn(
-            turn::conduct(self.clone(), working, (place, seat, pass), admission, answer).in_current_span(),
-        );
+        let held = Held { place, seat, queued, share: new.share, pass };
+        parts.tasks.spawn(turn::conduct(self.clone(), working, held, admission, answer).in_current_span());
         match answered.await.unwrap_or(Err(Error::Internal(None)))? {
             Taken::Run(submitted) => Ok(*submitted),
             // Another request with the key was faster.

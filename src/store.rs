@@ -281,6 +281,8 @@ pub enum StoreError {
 
 /// The most messages that one waiting run takes in by [`MultitaskStrategy::Merge`].
 pub const MAX_MERGED: usize = 32;
+/// The most bytes of content that it takes in so, as JSON.
+pub const MAX_MERGED_BYTES: usize = 12 * 1024 * 1024;
 
 /// A message that asks for a run.
 #[derive(Clone, Debug)]

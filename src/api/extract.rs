@@ -6,17 +6,16 @@ use axum::extract::{FromRef, FromRequest, FromRequestParts, Query, RawPathParams
 use axum::http::header::CONTENT_TYPE;
 use axum::http::request::Parts;
 use axum::http::{HeaderMap, Uri};
-use http_body_util::{BodyExt, LengthLimitError, Limited};
 use serde::de::DeserializeOwned;
 use sha2::{Digest, Sha256};
-use tokio::time::timeout;
 use utoipa::{IntoParams, ToSchema};
 
-use super::AppState;
 use super::guard::Caller;
+use super::{AppState, body, canonical};
 use crate::config::ServerConfig;
 use crate::domain::{ConversationKey, InvalidKey, PageRequest, RunId, Scope};
 use crate::error::Error;
+use crate::locks::Share;
 use crate::runs::Which;
 use crate::store::Idempotency;
 
@@ -107,10 +106,10 @@ impl<S: Send + Sync> FromRequestParts<S> for LastEventId {
     }
 }
 
-/// A JSON object as the body, which has to arrive within `server.body_read_timeout`; and what makes the request known
-/// should it be repeated.
+/// A JSON object as the body; what makes the request known should it be repeated; and the body's share of memory, to be
+/// kept as long as what it says.
 #[derive(Debug)]
-pub(super) struct ApiJson<T>(pub(super) T, pub(super) Option<Idempotency>);
+pub(super) struct ApiJson<T>(pub(super) T, pub(super) Option<Idempotency>, pub(super) Share);
 
 impl<T: DeserializeOwned> FromRequest<AppState> for ApiJson<T> {
     type Rejection = Error;
@@ -121,25 +120,17 @@ impl<T: DeserializeOwned> FromRequest<AppState> for ApiJson<T> {
         }
         let idempotency_key = idempotency_key(request.headers())?;
         let path = request.uri().path().to_owned();
-        let limit = state.server.max_body_bytes;
-        let body = Limited::new(request.into_body(), limit).collect();
-        let body = match timeout(state.server.body_read_timeout, body).await {
-            Err(_) => return Err(Error::BodyTimeout),
-            Ok(Ok(body)) => body.to_bytes(),
-            Ok(Err(error)) if error.is::<LengthLimitError>() => return Err(Error::PayloadTooLarge { limit }),
-            Ok(Err(_)) => return Err(Error::Malformed("the body broke off".to_owned())),
-        };
+        let (body, share) = body::read(request.into_body(), &state.server, &state.bodies).await?;
         let value = parsed(&body)?;
         let idempotency = idempotency_key.map(|key| {
             // By meaning, not by spelling: blanks and the order of fields do not matter.
-            let canonical = serde_json::from_slice::<serde_json::Value>(&body).map(|body| body.to_string());
             let mut hash = Sha256::new();
             hash.update(path.as_bytes());
             hash.update([0]);
-            hash.update(canonical.unwrap_or_default().as_bytes());
+            canonical::hash(&body, &mut hash);
             Idempotency { key, request_hash: hash.finalize().into() }
         });
-        Ok(Self(value, idempotency))
+        Ok(Self(value, idempotency, share))
     }
 }
 
@@ -346,6 +337,7 @@ mod tests {
     use axum::routing::get;
     use axum::{Json, Router};
     use futures_util::FutureExt;
+    use http_body_util::BodyExt;
     use proptest::prelude::*;
     use serde_json::{Value, json};
     use tower::ServiceExt;

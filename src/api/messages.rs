@@ -15,7 +15,7 @@ use super::extract::{ApiConversation, ApiJson, ApiPage};
 use super::forwarded::Prefix;
 use super::guard::{Caller, OnlyRepeats};
 use super::openapi::Doc;
-use super::problem::{MAYBE_MERGED, NOT_FOUND, OVERLOADED, QUEUE_FULL, THREAD_BUSY, TOO_MANY_RUNS};
+use super::problem::{MAYBE_MERGED, NOT_FOUND, QUEUE_FULL, THREAD_BUSY, TOO_MANY_RUNS};
 use super::turn::{Form, answer, answer_doc};
 use super::views::{ListView, MessageView, OnDisconnect, PostMessage};
 use crate::domain::{
@@ -32,7 +32,7 @@ pub(super) fn create_doc() -> Doc {
              prefers not to wait, tells where to look. The first message of a key makes its thread.",
         )
         .body::<PostMessage>();
-    answer_doc(doc).refuses(&[THREAD_BUSY, QUEUE_FULL, TOO_MANY_RUNS, OVERLOADED, MAYBE_MERGED])
+    answer_doc(doc).refuses(&[THREAD_BUSY, QUEUE_FULL, TOO_MANY_RUNS, MAYBE_MERGED])
 }
 
 /// Appends a message, runs the assistant, and answers when the run has ended or asks for function calls, or streams what
@@ -45,7 +45,7 @@ pub(super) async fn create(
     uri: Uri,
     prefix: Prefix,
     headers: HeaderMap,
-    ApiJson(body, idempotency): ApiJson<PostMessage>,
+    ApiJson(body, idempotency, share): ApiJson<PostMessage>,
 ) -> Result<Response, Error> {
     let cancel = CancellationToken::new();
     // Dropped with the answer, or with this handler when the caller leaves before there is one.
@@ -62,6 +62,7 @@ pub(super) async fn create(
         cancel,
         idempotency,
         only_repeats: only_repeats.map(|Extension(OnlyRepeats(why))| why),
+        share,
     };
     let submitted = state.runs.submit(key.clone(), message).await?;
     let form = Form { stream: body.stream, headers: &headers, uri: &uri, prefix: &prefix, on_drop };

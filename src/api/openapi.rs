@@ -19,8 +19,8 @@ use super::observe::REQUEST_ID;
 use super::prefer::{PREFER, PREFERENCE_APPLIED};
 use super::problem::{
     Document as Problem, FORBIDDEN, IDEMPOTENCY_MISMATCH, INTERNAL, INVALID_REQUEST, ISSUER_UNAVAILABLE,
-    Kind, METHOD_NOT_ALLOWED, NOT_FOUND, PAYLOAD_TOO_LARGE, RATE_LIMITED, REQUEST_TIMEOUT, STORE_UNAVAILABLE,
-    UNAUTHENTICATED, UNPROCESSABLE, UNSUPPORTED_MEDIA_TYPE,
+    Kind, METHOD_NOT_ALLOWED, NOT_FOUND, OVERLOADED, PAYLOAD_TOO_LARGE, RATE_LIMITED, REQUEST_TIMEOUT,
+    STORE_UNAVAILABLE, UNAUTHENTICATED, UNPROCESSABLE, UNSUPPORTED_MEDIA_TYPE,
 };
 use super::turn::REPLAYED;
 use super::views::ListView;
@@ -169,7 +169,7 @@ impl Doc {
     pub(super) fn body<B: ToSchema>(mut self) -> Self {
         let schema = self.schema::<B>();
         self.body = Some(json!({"required": true, "content": {"application/json": {"schema": schema}}}));
-        self.refuses(&[UNPROCESSABLE, REQUEST_TIMEOUT, PAYLOAD_TOO_LARGE, UNSUPPORTED_MEDIA_TYPE])
+        self.refuses(&[UNPROCESSABLE, REQUEST_TIMEOUT, PAYLOAD_TOO_LARGE, UNSUPPORTED_MEDIA_TYPE, OVERLOADED])
     }
 
     /// An answer in JSON.

@@ -121,11 +121,11 @@ impl From<&Error> for Problem {
             Error::RateLimited(_) => RATE_LIMITED,
             Error::TooManyRuns { .. } => TOO_MANY_RUNS,
             Error::TooManyReaders { .. } => TOO_MANY_READERS,
-            Error::Overloaded => OVERLOADED,
+            Error::Overloaded | Error::BodiesFull => OVERLOADED,
             Error::NotFound(_) => NOT_FOUND,
             Error::MethodNotAllowed => METHOD_NOT_ALLOWED,
             Error::ThreadBusy => THREAD_BUSY,
-            Error::QueueFull { .. } => QUEUE_FULL,
+            Error::QueueFull { .. } | Error::QueueBytesFull { .. } => QUEUE_FULL,
             Error::IdempotencyMismatch => IDEMPOTENCY_MISMATCH,
             Error::RunNotWaiting(_) => RUN_NOT_WAITING,
             Error::OtherReplica => OTHER_REPLICA,
@@ -140,6 +140,7 @@ impl From<&Error> for Problem {
         let retry_after = match error {
             Error::ThreadBusy
             | Error::QueueFull { .. }
+            | Error::QueueBytesFull { .. }
             | Error::OtherReplica
             | Error::IssuerUnavailable
             | Error::TooManyRuns { .. }
@@ -147,7 +148,7 @@ impl From<&Error> for Problem {
             | Error::Overloaded
             | Error::StoreUnavailable(_)
             | Error::MaybeMerged(_) => Some(Duration::from_secs(1)),
-            Error::Draining => Some(Duration::from_secs(2)),
+            Error::Draining | Error::BodiesFull => Some(Duration::from_secs(2)),
             Error::RunFailed { .. } if [DRAINING, REPLICA_LOST, STORE_UNAVAILABLE].contains(&kind) => {
                 Some(Duration::from_secs(2))
             }
@@ -245,7 +246,7 @@ kinds! {
     TOO_MANY_RUNS = "too-many-runs", "Too many runs", TOO_MANY_REQUESTS;
     /// `server.max_readers` follow the events of this run.
     TOO_MANY_READERS = "too-many-readers", "Too many readers", TOO_MANY_REQUESTS;
-    /// Too many runs wait on the thread.
+    /// Too many runs wait on the thread, or their messages are too large together.
     QUEUE_FULL = "queue-full", "Queue full", TOO_MANY_REQUESTS;
     /// A defect of the gateway.
     INTERNAL = "internal", "Internal error", INTERNAL_SERVER_ERROR;
@@ -255,7 +256,7 @@ kinds! {
     DRAINING = "draining", "Shutting down", SERVICE_UNAVAILABLE;
     /// The keys of whoever issues tokens cannot be had at present.
     ISSUER_UNAVAILABLE = "issuer-unavailable", "Issuer unavailable", SERVICE_UNAVAILABLE;
-    /// Messages arrive faster than this replica can record them, or it has as many unfinished runs as it takes.
+    /// Messages arrive faster than this replica can record them, or it has as many unfinished runs or large bodies as it takes.
     OVERLOADED = "overloaded", "Overloaded", SERVICE_UNAVAILABLE;
     /// The database is away or has no connection to spare, or this replica has lost its session.
     STORE_UNAVAILABLE = "store-unavailable", "Store unavailable", SERVICE_UNAVAILABLE;

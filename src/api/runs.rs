@@ -91,7 +91,7 @@ pub(super) async fn tool_outputs(
     uri: Uri,
     prefix: Prefix,
     headers: HeaderMap,
-    ApiJson(body, idempotency): ApiJson<PostOutputs>,
+    ApiJson(body, idempotency, _share): ApiJson<PostOutputs>,
 ) -> Result<Response, Error> {
     let new = NewOutputs {
         outputs: body.tool_outputs,

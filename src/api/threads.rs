@@ -12,6 +12,7 @@ use utoipa::{IntoParams, ToSchema};
 use super::AppState;
 use super::deletions::{deleted, deleted_doc};
 use super::extract::{ApiConversation, ApiJson, ApiQuery, ApiWhich, WhichQuery};
+use super::forwarded::Prefix;
 use super::messages::metadata_within;
 use super::openapi::Doc;
 use super::problem::{NOT_FOUND, UPSTREAM_ERROR, UPSTREAM_TIMEOUT};
@@ -80,7 +81,7 @@ pub(super) fn update_doc() -> Doc {
 pub(super) async fn update(
     State(state): State<AppState>,
     ApiConversation(key): ApiConversation,
-    ApiJson(body, _): ApiJson<PatchThread>,
+    ApiJson(body, ..): ApiJson<PatchThread>,
 ) -> Result<Json<ReportView>, Error> {
     let life = match body.ttl_ms {
         TtlMs::Absent => None,

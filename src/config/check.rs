@@ -111,7 +111,7 @@ pub(super) fn everything(config: &Config, checker: &mut Checker<'_>) {
         self::key(name, key, checker);
     }
     for (name, upstream) in &config.upstreams {
-        self::upstream(name, upstream, checker);
+        self::upstream(name, upstream, config.server.max_body_bytes, checker);
     }
     for (name, assistant) in &config.assistants {
         self::assistant(name, assistant, config, checker);
@@ -249,6 +249,7 @@ fn limits(config: &Config, checker: &mut Checker<'_>) {
     for (path, value, least, most) in [
         (["server", "max_connections"], server.max_connections, 1, 1_000_000),
         (["server", "max_body_bytes"], server.max_body_bytes, 1, usize::MAX),
+        (["server", "max_bodies_bytes"], server.max_bodies_bytes, server.max_body_bytes, usize::MAX),
         (["server", "max_header_bytes"], server.max_header_bytes, SMALLEST_HEAD, 16 * 1024 * 1024),
         (["server", "max_key_bytes"], server.max_key_bytes, 1, KeyText::MAX_BYTES),
         (["server", "max_content_parts"], server.max_content_parts, 1, UserContent::MAX_PARTS),
@@ -256,6 +257,7 @@ fn limits(config: &Config, checker: &mut Checker<'_>) {
         (["server", "max_page"], server.max_page as usize, 1, MAX_PAGE as usize),
         (["store", "max_connections"], store_connections, 1, 10_000),
         (["runs", "max_queue"], runs.max_queue, 1, usize::MAX),
+        (["runs", "max_queue_bytes"], runs.max_queue_bytes, server.max_body_bytes, usize::MAX),
         (["runs", "max_reply_bytes"], runs.max_reply_bytes, 1, usize::MAX),
     ] {
         if value < least {
@@ -305,7 +307,7 @@ fn name(section: &str, name: &str, checker: &mut Checker<'_>) {
     }
 }
 
-fn upstream(name: &str, upstream: &UpstreamConfig, checker: &mut Checker<'_>) {
+fn upstream(name: &str, upstream: &UpstreamConfig, max_body_bytes: usize, checker: &mut Checker<'_>) {
     self::name("upstreams", name, checker);
     let at = |field| ["upstreams", name, field];
     base_url(&at("base_url"), &upstream.base_url, checker);
@@ -323,6 +325,12 @@ fn upstream(name: &str, upstream: &UpstreamConfig, checker: &mut Checker<'_>) {
     duration(&at("rest"), upstream.rest, false, checker);
     if upstream.max_event_bytes == 0 {
         checker.report(&at("max_event_bytes"), "must be at least 1", "");
+    }
+    if upstream.max_event_bytes <= max_body_bytes && !checker.is_broken(&["server", "max_body_bytes"]) {
+        let what = format!(
+            "must be more than server.max_body_bytes ({max_body_bytes}): an upstream repeats the input in its events"
+        );
+        checker.report(&at("max_event_bytes"), what, "raise it, or lower server.max_body_bytes");
     }
     if let Some(key) = &upstream.api_key {
         let field = if upstream.api_key_file.is_some() { "api_key_file" } else { "api_key" };
@@ -609,6 +617,39 @@ mod tests {
             let text = format!("[upstreams.u]\nkind = \"responses\"\nbase_url = \"{url}\"");
             assert_problems(&text, &["upstreams.u.base_url"]);
         }
+    }
+
+    #[test]
+    fn an_event_has_room_for_what_a_body_may_hold() {
+        let with = |body: usize| {
+            let upstream = "kind = \"responses\"\nmax_event_bytes = 1048576";
+            format!("[server]\nmax_body_bytes = {body}\n{}", both(upstream, "model = \"m\""))
+        };
+        assert_problems(&with(1_048_576), &["upstreams.u.max_event_bytes"]);
+        assert_problems(&with(1_048_575), &[]);
+    }
+
+    #[test]
+    fn what_is_together_has_room_for_one_body() {
+        assert_problems(
+            "[server]\nmax_body_bytes = 1000\nmax_bodies_bytes = 999\n[runs]\nmax_queue_bytes = 999",
+            &["runs.max_queue_bytes", "server.max_bodies_bytes"],
+        );
+    }
+
+    #[test]
+    fn proxies_are_networks_and_the_public_url_is_plain() {
+        for list in ["\"10.0.0.0/33\"", "\"proxy.example.com\"", "\"\"", "\"10.0.0.1:80\""] {
+            assert_problems(&format!("[server]\ntrusted_proxies = [{list}]"), &["server.trusted_proxies.0"]);
+        }
+        assert_problems(
+            "[server]\ntrusted_proxies = [\"10.0.0.0/8\", \"192.0.2.1\", \"::1\", \"fd00::/8\"]",
+            &[],
+        );
+        for url in ["ftp://h/a", "https://u:p@h/a", "https://h/a?b", "https://h/a#b", "data:text"] {
+            assert_problems(&format!("[server]\npublic_url = \"{url}\""), &["server.public_url"]);
+        }
+        assert_problems("[server]\npublic_url = \"https://chat.example.com/chat-api\"", &[]);
     }
 
     #[test]

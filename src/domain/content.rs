@@ -77,6 +77,11 @@ impl UserContent {
     /// The most parts that there can be.
     pub const MAX_PARTS: usize = MAX_PARTS;
 
+    /// The bytes of what it says or names.
+    pub fn size(&self) -> usize {
+        self.0.iter().map(ContentPart::size).sum()
+    }
+
     pub fn into_parts(self) -> Vec<ContentPart> {
         self.0
     }

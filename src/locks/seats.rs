@@ -31,6 +31,8 @@ pub enum NoSeat {
 #[derive(Debug)]
 pub struct Seat<K: Eq + Hash> {
     key: K,
+    /// So many at once.
+    count: usize,
     taken: Arc<Mutex<Taken<K>>>,
 }
 
@@ -42,26 +44,32 @@ impl<K: Clone + Eq + Hash> Seats<K> {
 
     /// A seat for the key, at once or not at all.
     pub fn take(&self, key: &K) -> Result<Seat<K>, NoSeat> {
+        self.take_many(key, 1)
+    }
+
+    /// So many seats for the key as one, at once or not at all.
+    pub fn take_many(&self, key: &K, count: usize) -> Result<Seat<K>, NoSeat> {
         let mut taken = lock(&self.taken);
-        let own = taken.by_key.get(key).copied().unwrap_or_default();
-        if own >= self.each {
+        let own = taken.by_key.get(key).copied().unwrap_or_default().saturating_add(count);
+        if own > self.each {
             return Err(NoSeat::KeyFull(self.each));
         }
-        if taken.all >= self.all {
+        let all = taken.all.saturating_add(count);
+        if all > self.all {
             return Err(NoSeat::Full);
         }
-        taken.all += 1;
-        taken.by_key.insert(key.clone(), own + 1);
-        Ok(Seat { key: key.clone(), taken: Arc::clone(&self.taken) })
+        taken.all = all;
+        taken.by_key.insert(key.clone(), own);
+        Ok(Seat { key: key.clone(), count, taken: Arc::clone(&self.taken) })
     }
 }
 
 impl<K: Eq + Hash> Drop for Seat<K> {
     fn drop(&mut self) {
         let mut taken = lock(&self.taken);
-        taken.all -= 1;
+        taken.all -= self.count;
         if let Some(own) = taken.by_key.get_mut(&self.key) {
-            *own -= 1;
+            *own -= self.count;
             if *own == 0 {
                 taken.by_key.remove(&self.key);
             }

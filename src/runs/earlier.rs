@@ -11,10 +11,10 @@ use crate::upstream::{Ownership, Settled, UpstreamError};
 
 /// Messages read at a time.
 const PAGE: u32 = 500;
-/// Messages that an upstream thread is told at once, and bytes of their content: several times what a model reads. All of
-/// them are in memory, more than once, until the upstream has them.
+/// Messages that an upstream thread is told at once, and bytes of their content: several times what a model reads, and more
+/// than the largest body that is taken by default. All of them are in memory, more than once, until the upstream has them.
 const MAX_MESSAGES: usize = 5000;
-const MAX_BYTES: usize = 8 * 1024 * 1024;
+const MAX_BYTES: usize = 16 * 1024 * 1024;
 
 impl Drive<'_> {
     /// What an earlier run may have left is looked at before anything is sent: its remains are taken away, and what

@@ -14,7 +14,7 @@ use super::work::work;
 use super::{Outcome, RunEvent, Runs, Submitted, jittered};
 use crate::domain::{ConversationKey, MultitaskStrategy, Run, RunStatus, Step, TenantKey, Thread, ThreadId};
 use crate::error::{Chain, Error};
-use crate::locks::{Pass, Place, Seat};
+use crate::locks::{Pass, Place, Seat, Share};
 use crate::store::{
     Admission, Admitted, Claim, News, Orphan, Repeated, RunLease, StoreError, Turn, Withdrawn,
 };
@@ -34,14 +34,26 @@ pub(super) enum Taken {
     Repeated,
 }
 
+/// What a message holds on its way to its run.
+pub(super) struct Held {
+    pub(super) place: Place<ConversationKey, ThreadId>,
+    pub(super) seat: Seat<TenantKey>,
+    /// Of the bytes that may wait on a thread.
+    pub(super) queued: Seat<ConversationKey>,
+    /// Of the memory for what callers send.
+    pub(super) share: Share,
+    pub(super) pass: Pass,
+}
+
 /// Records a message, waits for its turn and works on it. `answer` hears of the admission.
 pub(super) async fn conduct(
     runs: Runs,
     mut working: Working,
-    (mut place, _seat, pass): (Place<ConversationKey, ThreadId>, Seat<TenantKey>, Pass),
+    held: Held,
     admission: Admission,
     answer: oneshot::Sender<Result<Taken, Error>>,
 ) {
+    let Held { mut place, seat: _seat, queued, mut share, pass } = held;
     let span = tracing::info_span!("run", run.id = %admission.run_id, key = %admission.key.fingerprint());
     async move {
         let start = match admit(&runs, &mut place, pass, &admission).await {
@@ -73,12 +85,19 @@ pub(super) async fn conduct(
         let submitted = Submitted { thread: thread.clone(), run: run.clone(), follow, replayed: false };
         // A caller that has left hears nothing; the run goes on.
         drop(answer.send(Ok(Taken::Run(Box::new(submitted)))));
+        drop(admission);
         let turn = match next {
             Next::Work(turn) => Ok(*turn),
             Next::Wait { lease, .. } => {
-                wait_for_turn(&runs, &working, Some(&mut place), lease, &thread, &run).await
+                // What waits is in the store alone, if that keeps it.
+                if runs.store().keeps_content() {
+                    share.give_back();
+                }
+                let line = Some((&mut place, &mut share));
+                wait_for_turn(&runs, &working, line, lease, &thread, &run).await
             }
         };
+        drop(queued);
         let outcome = match turn {
             Ok(turn) => {
                 place.started();
@@ -235,12 +254,12 @@ pub(super) async fn go_on_for_others(
     announce(&runs, &working, outcome);
 }
 
-/// Waits in line, then until the store lets the run start. The outcome, if it ended instead; `None` if others go on with
+/// Waits in line, then for memory, then until the store lets the run start. The outcome, if it ended instead; `None` if others go on with
 /// it.
 async fn wait_for_turn(
     runs: &Runs,
     working: &Working,
-    mut place: Option<&mut Place<ConversationKey, ThreadId>>,
+    mut line: Option<(&mut Place<ConversationKey, ThreadId>, &mut Share)>,
     lease: RunLease,
     thread: &Thread,
     run: &Run,
@@ -250,11 +269,15 @@ async fn wait_for_turn(
         let mut freed = runs.parts.desk.subscribe(News::Thread(thread.id));
         displace(runs, run, &lease).await;
         loop {
-            if let Some(place) = &mut place {
+            if let Some((place, share)) = &mut line {
+                let turn = async {
+                    place.turn().await;
+                    share.take_again().await;
+                };
                 tokio::select! {
                     biased;
                     why = called_off(runs, working) => break why,
-                    () = place.turn() => {}
+                    () = turn => {}
                 }
             }
             // Not to be dropped half-way: the run may have started by then.
@@ -288,7 +311,7 @@ async fn wait_for_turn(
         }
         CalledOff::Stopped => {
             // All that wait end now: in line, so that their messages come into the transcript in their order.
-            if let Some(place) = place {
+            if let Some((place, _)) = line {
                 place.turn().await;
             }
             bare_end(RunStatus::Failed, Some(stopped()))

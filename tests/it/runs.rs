@@ -12,7 +12,7 @@ use threadkeeper::config::{AssistantConfig, Config};
 use threadkeeper::domain::{
     ConversationKey, Metadata, MultitaskStrategy, ReplicaId, RunErrorCode, RunStatus,
 };
-use threadkeeper::locks::Gate;
+use threadkeeper::locks::{Gate, Share};
 use threadkeeper::runs::{Answer, NewMessage, RunEvent, Runs, RunsParts};
 use threadkeeper::store::Store;
 use threadkeeper::upstream::Upstream;
@@ -39,6 +39,7 @@ fn message(words: &str) -> NewMessage {
         idempotency: None,
         by_user: false,
         only_repeats: None,
+        share: Share::default(),
     }
 }
 

@@ -11,7 +11,9 @@ use super::{expiry, live_on, once};
 use crate::domain::{ConversationKey, MultitaskStrategy, Run, RunStatus, Thread, ThreadId};
 use crate::store::columns::{current_of_key, newest_archived_of_key, run_columns, thread_columns};
 use crate::store::rows::{ThreadAndRun, corrupt, json, millis, ttl_millis};
-use crate::store::{Admission, Admitted, InputMessage, MAX_MERGED, RunLease, StoreError, Turn};
+use crate::store::{
+    Admission, Admitted, InputMessage, MAX_MERGED, MAX_MERGED_BYTES, RunLease, StoreError, Turn,
+};
 
 /// Times that the key's thread may change hands under an admission before it gives up.
 const MAX_ATTEMPTS: u32 = 10;
@@ -315,7 +317,8 @@ async fn merge(connection: &mut PgConnection, admission: &Admission) -> Result<O
             FROM last l
             WHERE r.id = (SELECT o.id FROM last o) AND r.input IS NOT NULL AND (r.thread_id = l.thread_id) IS TRUE AND r.assistant = $6
                 AND r.metadata = $7::jsonb
-                AND jsonb_array_length(r.input) < $10 AND COALESCE(l.expires_at > clock_timestamp(), true)
+                AND jsonb_array_length(r.input) < $10
+                AND octet_length(r.input::text) + octet_length($9::text) <= $17 AND COALESCE(l.expires_at > clock_timestamp(), true)
             RETURNING r.*
         ), bound AS (
             UPDATE threads t SET ",
@@ -350,6 +353,7 @@ async fn merge(connection: &mut PgConnection, admission: &Admission) -> Result<O
     .bind(admission.limits.max_idle.map(millis))
     .bind(from_now)
     .bind(from_last_activity)
+    .bind(i32::try_from(MAX_MERGED_BYTES).unwrap_or(i32::MAX))
     .fetch_optional(connection)
     .await?;
     let Some(both) = row else { return Ok(None) };

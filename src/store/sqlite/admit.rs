@@ -8,7 +8,9 @@ use super::{expiry, live_on, now, once, write};
 use crate::domain::{ConversationKey, MultitaskStrategy, Run, RunStatus, Thread};
 use crate::store::columns::{current_of_key, newest_archived_of_key, run_columns, thread_columns};
 use crate::store::rows::{RunRow, ThreadAndRun, ThreadRow, json, millis, ttl_millis};
-use crate::store::{Admission, Admitted, InputMessage, MAX_MERGED, RunLease, StoreError, Turn};
+use crate::store::{
+    Admission, Admitted, InputMessage, MAX_MERGED, MAX_MERGED_BYTES, RunLease, StoreError, Turn,
+};
 
 /// Implements [`Store::admit`](crate::store::Store::admit).
 pub(super) async fn admit(
@@ -198,6 +200,7 @@ async fn merge(tx: &mut SqliteConnection, admission: &Admission) -> Result<Optio
             ORDER BY r.rank DESC, r.seq DESC
             LIMIT 1
         ) AND assistant = $6 AND metadata = $7 AND json_array_length(input) < $10
+            AND octet_length(input) + octet_length($9) <= $13
         RETURNING ",
         run_columns!("runs"),
     ))
@@ -213,6 +216,7 @@ async fn merge(tx: &mut SqliteConnection, admission: &Admission) -> Result<Optio
     .bind(i64::try_from(MAX_MERGED).unwrap_or(i64::MAX))
     .bind(admission.limits.max_age.map(millis))
     .bind(admission.limits.max_idle.map(millis))
+    .bind(i64::try_from(MAX_MERGED_BYTES).unwrap_or(i64::MAX))
     .fetch_optional(&mut *tx)
     .await?;
     let Some(run) = run else { return Ok(None) };

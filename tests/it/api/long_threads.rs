@@ -36,10 +36,10 @@ const SCOPE: &str = "/v1/users/alice";
 const MESSAGES: usize = 300;
 const MESSAGE_BYTES: usize = 200_000;
 /// What an upstream thread is told at once.
-const TOLD_BYTES: usize = 8 * 1024 * 1024;
+const TOLD_BYTES: usize = 16 * 1024 * 1024;
 /// What a process may grow by, in KiB: the messages that are told, as values and as the text of a request, once each and
 /// once more for what the allocator keeps, and a page of messages that is being read.
-const MAX_GROWTH_KIB: u64 = 72 * 1024;
+const MAX_GROWTH_KIB: u64 = 144 * 1024;
 
 #[tokio::test(flavor = "multi_thread")]
 async fn long_thread_without_an_upstream_thread_begins_with_its_newest_messages() {

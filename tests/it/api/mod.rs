@@ -1,6 +1,7 @@
 //! The real binary, over HTTP.
 
 mod access;
+mod bodies;
 mod cancel;
 mod commands;
 mod crash;
@@ -23,6 +24,7 @@ mod lost;
 mod openapi;
 mod operators;
 mod pages;
+mod pictures;
 mod portability;
 mod problems;
 mod proxies;

@@ -1,0 +1,137 @@
+//! The body of a request: how large, how slow, and how many at once.
+
+use std::time::Duration;
+
+use axum::body::{Body, HttpBody};
+use http_body_util::BodyExt;
+use tokio::time::{Instant, timeout, timeout_at};
+
+use crate::config::ServerConfig;
+use crate::error::Error;
+use crate::locks::{Budget, Share};
+
+/// A body of so many bytes takes no room of `server.max_bodies_bytes`: about what the connection's own buffer has. So ordinary
+/// messages do not wait behind pictures.
+pub(super) const SMALL: usize = 16 * 1024;
+/// Longest wait for room.
+pub(super) const ROOM_WAIT: Duration = Duration::from_secs(5);
+
+/// Reads a body to its end, within `server.max_body_bytes`, `body_read_timeout` and `min_body_rate`. Its share of the
+/// budget is for as long as what it says is in memory.
+pub(super) async fn read(
+    mut body: Body,
+    server: &ServerConfig,
+    budget: &Budget,
+) -> Result<(Vec<u8>, Share), Error> {
+    let limit = server.max_body_bytes;
+    let declared = body.size_hint().exact().map(|bytes| usize::try_from(bytes).unwrap_or(usize::MAX));
+    // Before the first read: that is what sends `100 Continue`.
+    if declared.is_some_and(|bytes| bytes > limit) {
+        return Err(Error::PayloadTooLarge { limit });
+    }
+    let declared = declared.unwrap_or_default();
+    let mut share = if declared > SMALL { room(budget, declared).await? } else { Share::default() };
+    let mut read = Vec::with_capacity(declared);
+    let mut begun = Instant::now();
+    loop {
+        let silence = Instant::now() + server.body_read_timeout;
+        let due = begun + server.body_read_timeout + time_of(read.len(), server.min_body_rate);
+        let frame = timeout_at(silence.min(due), body.frame()).await.map_err(|_| Error::BodyTimeout)?;
+        let Some(frame) = frame else { break };
+        let frame = frame.map_err(|_| Error::Malformed("the body broke off".to_owned()))?;
+        let Ok(data) = frame.into_data() else { continue };
+        let bytes = read.len() + data.len();
+        if bytes > limit {
+            return Err(Error::PayloadTooLarge { limit });
+        }
+        if share.is_none() && bytes > SMALL {
+            let waits = Instant::now();
+            share = room(budget, limit).await?;
+            begun += waits.elapsed();
+        }
+        read.extend_from_slice(&data);
+    }
+    share.shrink(read.len());
+    Ok((read, share))
+}
+
+async fn room(budget: &Budget, bytes: usize) -> Result<Share, Error> {
+    timeout(ROOM_WAIT, budget.take(bytes)).await.map_err(|_| Error::BodiesFull)
+}
+
+/// The longest that so many bytes may take.
+fn time_of(bytes: usize, rate: u32) -> Duration {
+    if rate == 0 {
+        // Longer than anybody waits.
+        return Duration::from_hours(24 * 365);
+    }
+    Duration::from_millis(u64::try_from(bytes).unwrap_or(u64::MAX).saturating_mul(1000) / u64::from(rate))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::convert::Infallible;
+
+    use bytes::Bytes;
+    use futures_util::stream;
+    use tokio::time::sleep;
+
+    use super::*;
+
+    /// What becomes of a body of `pieces` pieces of so many bytes, each after a pause, and how long that takes.
+    async fn sent(bytes: usize, pause: Duration, pieces: usize) -> (Result<usize, Error>, Duration) {
+        let server = ServerConfig::default();
+        let budget = Budget::new(server.max_bodies_bytes);
+        let piece = Bytes::from(vec![b'x'; bytes]);
+        let pieces = stream::unfold(0, move |sent| {
+            let piece = piece.clone();
+            async move {
+                sleep(pause).await;
+                (sent < pieces).then_some((Ok::<_, Infallible>(piece), sent + 1))
+            }
+        });
+        let start = Instant::now();
+        let read = read(Body::from_stream(pieces), &server, &budget).await;
+        (read.map(|(read, _)| read.len()), start.elapsed())
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn the_largest_body_passes_over_a_slow_link() {
+        let (read, took) = sent(64 * 1024, Duration::from_secs(1), 192).await;
+        assert_eq!(read.unwrap(), ServerConfig::default().max_body_bytes);
+        assert!(took > Duration::from_mins(3), "{took:?}");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_trickle_is_given_up() {
+        for (bytes, pause) in [(1, Duration::from_secs(3)), (8 * 1024, Duration::from_secs(1))] {
+            let (read, took) = sent(bytes, pause, usize::MAX).await;
+            assert!(matches!(read, Err(Error::BodyTimeout)), "{read:?}");
+            assert!(took < Duration::from_mins(2), "{took:?}");
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn silence_is_given_up() {
+        let limit = ServerConfig::default().body_read_timeout;
+        let (read, took) = sent(64 * 1024, limit + Duration::from_secs(1), 2).await;
+        assert!(matches!(read, Err(Error::BodyTimeout)), "{read:?}");
+        assert!(took >= limit && took < limit + Duration::from_secs(1), "{took:?}");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_large_body_waits_for_room_and_a_small_one_does_not() {
+        let server = ServerConfig::default();
+        let budget = Budget::new(1024 * 1024);
+        let all = budget.take(1024 * 1024).await;
+        let (small, _) = read(Body::from(vec![0; SMALL]), &server, &budget).await.unwrap();
+        assert_eq!(small.len(), SMALL);
+        let start = Instant::now();
+        let refused = read(Body::from(vec![0; SMALL + 1]), &server, &budget).await;
+        assert!(matches!(refused, Err(Error::BodiesFull)));
+        assert_eq!(start.elapsed(), ROOM_WAIT);
+        drop(all);
+        let (large, share) = read(Body::from(vec![0; SMALL + 1]), &server, &budget).await.unwrap();
+        assert!(large.len() == SMALL + 1 && !share.is_none());
+    }
+}

@@ -1,0 +1,287 @@
+//! Bodies that are too large, unwanted, or too many.
+
+use std::time::{Duration, Instant};
+
+use futures_util::future::join_all;
+use reqwest::Method;
+use serde_json::{Value, json};
+use threadkeeper::server::{LINGER_BYTES, LINGER_TIME};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::{TcpSocket, TcpStream};
+use tokio::time::timeout;
+
+use super::pages::memory;
+use crate::support::gateway::{EventReader, Gateway, PATIENCE};
+use crate::support::scene::{Backend, Protocol, Scene};
+
+/// As on a real link, where not all of a body fits between the client and us.
+const SEND_BUFFER: u32 = 64 * 1024;
+const MIB: usize = 1024 * 1024;
+
+async fn connect(gateway: &Gateway) -> TcpStream {
+    let socket = TcpSocket::new_v4().unwrap();
+    socket.set_send_buffer_size(SEND_BUFFER).unwrap();
+    socket.connect(gateway.address().parse().unwrap()).await.unwrap()
+}
+
+/// What comes until the gateway closes.
+async fn rest(mut from: impl AsyncReadExt + Unpin) -> String {
+    let mut answer = Vec::new();
+    timeout(PATIENCE, from.read_to_end(&mut answer)).await.expect("it hangs").unwrap();
+    String::from_utf8(answer).unwrap()
+}
+
+/// Sends all of a request before it reads a byte of the answer, as Python's `http.client` does.
+async fn all_then_read(gateway: &Gateway, request: &[u8]) -> String {
+    let mut connection = connect(gateway).await;
+    let sent = timeout(PATIENCE, connection.write_all(request)).await.expect("it hangs");
+    sent.unwrap_or_else(|error| panic!("the connection broke before the answer could be read: {error}"));
+    rest(connection).await
+}
+
+/// A request with a body of so many bytes; `head` is all but the fields that tell its length.
+fn request(head: &str, bytes: usize) -> Vec<u8> {
+    let mut request = format!("{head}\r\ncontent-length: {bytes}\r\n\r\n").into_bytes();
+    request.resize(request.len() + bytes, b' ');
+    request
+}
+
+fn chunked(head: &str, bytes: usize) -> Vec<u8> {
+    let mut request = format!("{head}\r\ntransfer-encoding: chunked\r\n\r\n").into_bytes();
+    for _ in 0..bytes.div_ceil(MIB) {
+        request.extend(format!("{MIB:x}\r\n").as_bytes());
+        request.resize(request.len() + MIB, b' ');
+        request.extend(b"\r\n");
+    }
+    request.extend(b"0\r\n\r\n");
+    request
+}
+
+const KEY: &str = "a-key-of-the-backend-of-these-tests";
+const SETTINGS: &str = "[server]\nmax_body_bytes = 65536\n[limits]\nuser_rate = 1\nuser_burst = 1\n\
+     [auth.keys.backend]\nkey = \"a-key-of-the-backend-of-these-tests\"\nscope = \"chat\"\n\
+     [auth.keys.reader]\nkey = \"a-key-of-a-reader-of-these-tests\"\nscope = \"read\"\n";
+
+#[tokio::test(flavor = "multi_thread")]
+async fn who_sends_all_before_it_reads_gets_to_read_the_refusal() {
+    let scene = Scene::new(Protocol::Responses, Backend::Sqlite).await;
+    let gateway = scene.gateway_with(SETTINGS).await;
+    let json = format!("host: h\r\ncontent-type: application/json\r\nauthorization: Bearer {KEY}");
+    let reader = json.replace(KEY, "a-key-of-a-reader-of-these-tests");
+    let post = |user: &str, more: &str| format!("POST /v1/users/{user}/messages HTTP/1.1\r\n{more}");
+    let mib = 8 * MIB;
+    let cases = [
+        ("a declared length", request(&post("one", &json), mib), "413", "payload-too-large"),
+        ("chunks", chunked(&post("two", &json), mib), "413", "payload-too-large"),
+        ("HTTP/1.0", request(&post("three", &json).replace("1.1", "1.0"), mib), "413", "payload-too-large"),
+        ("no key", request(&post("four", "host: h"), mib), "401", "unauthenticated"),
+        ("a reader's key", request(&post("five", &reader), mib), "403", "forbidden"),
+        ("no route", request("POST /nowhere HTTP/1.1\r\nhost: h", mib), "404", "not-found"),
+        ("no method", request("PUT /healthz HTTP/1.1\r\nhost: h", mib), "405", "method-not-allowed"),
+        (
+            "no JSON",
+            request(&post("six", &json.replace("/json", "/xml")), mib),
+            "415",
+            "unsupported-media-type",
+        ),
+        // Told by the HTTP library.
+        ("a large head", format!("GET / HTTP/1.1\r\na: {}\r\n\r\n", "x".repeat(mib)).into_bytes(), "431", ""),
+    ];
+    let tried = cases.iter().map(async |(what, request, status, name)| {
+        assert_refused(what, &all_then_read(&gateway, request).await, status, name);
+    });
+    join_all(tried).await;
+    // The second request within a second.
+    let limited = post("seven", &json);
+    let answer = loop {
+        all_then_read(&gateway, &request(&format!("{limited}\r\nconnection: close"), 1)).await;
+        let answer = all_then_read(&gateway, &request(&limited, mib)).await;
+        if !answer.contains(" 413 ") {
+            break answer;
+        }
+    };
+    assert_refused("too often", &answer, "429", "rate-limited");
+}
+
+#[track_caller]
+fn assert_refused(what: &str, answer: &str, status: &str, name: &str) {
+    let status_line = answer.lines().next().unwrap_or_default();
+    assert_eq!(status_line.split(' ').nth(1), Some(status), "{what}: {answer}");
+    assert!(answer.contains(name), "{what}: {answer}");
+    let closes = answer.contains("\r\nconnection: close\r\n") || status_line.starts_with("HTTP/1.0");
+    assert!(closes || name.is_empty(), "{what}: it does not say that it closes: {answer}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn of_a_body_without_end_a_bounded_rest_is_read() {
+    let scene = Scene::new(Protocol::Responses, Backend::Sqlite).await;
+    let gateway = scene.gateway_with("[server]\nmax_body_bytes = 65536\n").await;
+    let (reads, mut writes) = connect(&gateway).await.into_split();
+    let head = "POST /v1/users/alice/messages HTTP/1.1\r\nhost: h\r\ncontent-type: application/json\r\n\
+                content-length: 99999999999\r\n\r\n";
+    let before = memory(&gateway, "VmRSS:");
+    let sends = async {
+        writes.write_all(head.as_bytes()).await.unwrap();
+        let (begun, mut sent) = (Instant::now(), 0);
+        while writes.write_all(&[b' '; 64 * 1024]).await.is_ok() {
+            sent += 64 * 1024;
+        }
+        (sent, begun.elapsed())
+    };
+    // A client that reads meanwhile has the answer at once.
+    let reads = async {
+        let mut reads = reads;
+        let mut answer = vec![0; 8 * 1024];
+        let length = timeout(PATIENCE, reads.read(&mut answer)).await.expect("it hangs").unwrap();
+        String::from_utf8(answer[..length].to_vec()).unwrap()
+    };
+    let ((sent, took), answer) = tokio::join!(sends, reads);
+    assert!(answer.starts_with("HTTP/1.1 413 "), "{answer}");
+    // What the sockets between us hold comes on top.
+    assert!(sent >= LINGER_BYTES && sent < 2 * LINGER_BYTES, "{sent} bytes were read");
+    assert!(took < LINGER_TIME + Duration::from_secs(5), "{took:?}");
+    let grown = memory(&gateway, "VmHWM:") - before;
+    assert!(grown < 8 * 1024, "the process grew by {grown} KiB");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_body_that_would_be_refused_is_not_asked_for() {
+    let scene = Scene::new(Protocol::Responses, Backend::Sqlite).await;
+    let gateway = scene.gateway_with(SETTINGS).await;
+    let expecting = |user: &str, key: &str, length: usize| {
+        format!(
+            "POST /v1/users/{user}/messages HTTP/1.1\r\nhost: h\r\ncontent-type: application/json\r\nexpect: 100-continue\r\n\
+             authorization: Bearer {key}\r\ncontent-length: {length}\r\n\r\n"
+        )
+    };
+    for (user, key, length, status) in [("one", KEY, 99_999_999_999, "413"), ("two", "wrong", 20, "401")] {
+        let mut connection = connect(&gateway).await;
+        connection.write_all(expecting(user, key, length).as_bytes()).await.unwrap();
+        let answer = rest(connection).await;
+        assert!(answer.starts_with(&format!("HTTP/1.1 {status} ")), "{answer}");
+    }
+    let mut connection = connect(&gateway).await;
+    connection.write_all(expecting("three", KEY, 20).as_bytes()).await.unwrap();
+    let mut interim = [0; 25];
+    connection.read_exact(&mut interim).await.unwrap();
+    assert_eq!(interim, *b"HTTP/1.1 100 Continue\r\n\r\n");
+}
+
+/// A message with a picture of about so many bytes.
+fn picture(bytes: usize) -> Value {
+    let url = format!("data:image/jpeg;base64,{}", "A".repeat(bytes));
+    json!({"content": [{"type": "text", "text": "look"}, {"type": "image_url", "image_url": {"url": url}}]})
+}
+
+fn streamed(message: &Value, strategy: &str) -> Value {
+    let mut message = message.clone();
+    message["stream"] = true.into();
+    message["multitask_strategy"] = strategy.into();
+    message
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn large_bodies_in_memory_are_bounded() {
+    let scene = Scene::new(Protocol::Responses, Backend::Sqlite).await;
+    // Four have room.
+    let gateway =
+        scene.gateway_with("[server]\nmax_body_bytes = 2097152\nmax_bodies_bytes = 8388608\n").await;
+    let large = picture(2_000_000);
+    gateway.post("/v1/users/first/messages", &json!({"content": "hi"})).await.ok();
+    let before = memory(&gateway, "VmRSS:");
+    scene.simulator.hold();
+    let open = async |user: &str| {
+        let request = gateway.request(Method::POST, &format!("/v1/users/{user}/messages"));
+        request.json(&streamed(&large, "enqueue")).send().await.unwrap()
+    };
+    // One is at work; those that wait behind it are in the database.
+    let mut streams = Vec::new();
+    for _ in 0..6 {
+        streams.push(EventReader::new(open("alice").await));
+    }
+    let users: Vec<_> = (0..10).map(|n| format!("user-{n}")).collect();
+    let answers = async { join_all(users.iter().map(|user| open(user))).await };
+    // Ordinary messages do not wait behind pictures.
+    let small = async {
+        let small = streamed(&json!({"content": "hi"}), "enqueue");
+        let begun = Instant::now();
+        let answer =
+            gateway.request(Method::POST, "/v1/users/small/messages").json(&small).send().await.unwrap();
+        assert!(begun.elapsed() < Duration::from_secs(4), "{:?}", begun.elapsed());
+        streams.push(EventReader::new(answer));
+    };
+    let (answers, ()) = tokio::join!(answers, small);
+    let (taken, refused): (Vec<_>, Vec<_>) = answers.into_iter().partition(|answer| answer.status() == 200);
+    assert_eq!((taken.len(), refused.len()), (3, 7));
+    for answer in refused {
+        assert_eq!(
+            (answer.status().as_u16(), &answer.headers()["retry-after"]),
+            (503, &"2".parse().unwrap())
+        );
+        let problem: Value = answer.json().await.unwrap();
+        assert_eq!(problem["type"], "urn:threadkeeper:problem:overloaded");
+    }
+    let grown = memory(&gateway, "VmHWM:") - before;
+    println!("{grown} KiB more");
+    assert!(grown < 96 * 1024, "the process grew by {grown} KiB");
+    scene.simulator.release();
+    for stream in streams.into_iter().chain(taken.into_iter().map(EventReader::new)) {
+        assert_eq!(stream.rest().await.last().unwrap().name, "run.completed");
+    }
+    for user in &users {
+        gateway.post(&format!("/v1/users/{user}/messages"), &large).await.ok();
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn messages_that_wait_on_a_thread_are_bounded_in_bytes() {
+    let scene = Scene::new(Protocol::Responses, Backend::Sqlite).await;
+    let settings = "[server]\nmax_body_bytes = 100000\n[runs]\nmax_queue_bytes = 100000\n";
+    let gateway = scene.gateway_with(settings).await;
+    scene.simulator.hold();
+    let mut streams = Vec::new();
+    for (bytes, name) in [(60_000, "run.started"), (60_000, "run.queued"), (30_000, "run.queued")] {
+        let body = streamed(&picture(bytes), "enqueue");
+        let answer =
+            gateway.request(Method::POST, "/v1/users/alice/messages").json(&body).send().await.unwrap();
+        let mut stream = EventReader::new(answer);
+        assert_eq!(stream.next().await.unwrap().name, name);
+        streams.push(stream);
+    }
+    let refused = gateway.post("/v1/users/alice/messages", &picture(20_000)).await;
+    assert_eq!(refused.problem(), (429, "queue-full"));
+    assert!(refused.body["detail"].as_str().unwrap().contains("100000 bytes"), "{refused:?}");
+    assert!(refused.headers.contains_key("retry-after"));
+    scene.simulator.release();
+    for stream in streams {
+        assert_eq!(stream.rest().await.last().unwrap().name, "run.completed");
+    }
+    gateway.post("/v1/users/alice/messages", &picture(60_000)).await.ok();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_merged_into_one_run_is_bounded_in_bytes() {
+    for backend in [Backend::Sqlite, Backend::Postgres] {
+        let scene = Scene::new(Protocol::Responses, backend).await;
+        let gateway = scene.gateway().await;
+        scene.simulator.hold();
+        let mut runs = Vec::new();
+        let mut streams = vec![gateway.stream("/v1/users/alice", "first").await];
+        streams[0].next().await.unwrap();
+        // Two fit into one run.
+        for _ in 0..3 {
+            let body = streamed(&picture(5 * MIB), "merge");
+            let answer =
+                gateway.request(Method::POST, "/v1/users/alice/messages").json(&body).send().await.unwrap();
+            let mut stream = EventReader::new(answer);
+            runs.push(stream.next().await.unwrap().data["run_id"].clone());
+            streams.push(stream);
+        }
+        assert_eq!(runs[0], runs[1], "{backend:?}");
+        assert_ne!(runs[1], runs[2], "{backend:?}");
+        scene.simulator.release();
+        for stream in streams {
+            assert_eq!(stream.rest().await.last().unwrap().name, "run.completed");
+        }
+    }
+}

@@ -1,0 +1,98 @@
+//! A conversation with a picture in it, such as a phone makes: it is told, kept, told again and carried along like any other.
+
+use std::io::Write;
+use std::process::Stdio;
+
+use serde_json::{Value, json};
+use tempfile::TempDir;
+
+use crate::support::gateway::{Gateway, text};
+use crate::support::history::messages;
+use crate::support::scene::{Backend, Protocol, Scene};
+
+const SCOPE: &str = "/v1/users/alice";
+/// Of the data URL.
+const PICTURE_BYTES: usize = 8 * 1024 * 1024;
+
+/// Each protocol and each store, but not all of both: that would take minutes.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_picture_in_a_thread_of_assistants() {
+    goes_wherever_its_thread_goes(Protocol::Assistants, Backend::Postgres, Backend::Sqlite).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_picture_in_a_conversation() {
+    goes_wherever_its_thread_goes(Protocol::Responses, Backend::Sqlite, Backend::Postgres).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_picture_in_a_chain() {
+    goes_wherever_its_thread_goes(Protocol::Chain, Backend::Postgres, Backend::Sqlite).await;
+}
+
+async fn goes_wherever_its_thread_goes(protocol: Protocol, backend: Backend, other: Backend) {
+    let scene = Scene::new(protocol, backend).await;
+    let gateway = scene.gateway().await;
+    let url = format!("data:image/jpeg;base64,{}", "A".repeat(PICTURE_BYTES));
+    let picture = json!([{"type": "text", "text": "look"}, {"type": "image_url", "image_url": {"url": url}}]);
+    gateway.post(&format!("{SCOPE}/messages"), &json!({"content": picture})).await.ok();
+    gateway.say(SCOPE, "two").await;
+
+    // Its upstream thread is lost, and made again from the transcript.
+    let thread = gateway.get(&format!("{SCOPE}/thread")).await.ok();
+    let id = thread["upstream_thread_id"].as_str().unwrap();
+    if protocol == Protocol::Chain {
+        let url = format!("{}/responses/{id}", scene.upstream_url);
+        reqwest::Client::new().delete(url).bearer_auth("sk-other").send().await.unwrap();
+    } else {
+        scene.delete_thread(id).await;
+    }
+    assert_turn(&gateway.say(SCOPE, "three").await, 3);
+    check(&scene, &gateway, &picture).await;
+
+    // Exported here and imported elsewhere, where the upstream knows nothing of it.
+    let export = gateway.request(reqwest::Method::GET, &format!("{SCOPE}/export")).send().await.unwrap();
+    let export = export.text().await.unwrap();
+    let elsewhere = Scene::new(protocol, other).await;
+    import(&elsewhere, export).await;
+    let successor = elsewhere.gateway().await;
+    assert_turn(&successor.say(SCOPE, "four").await, 4);
+    check(&elsewhere, &successor, &picture).await;
+
+    // Carried over into a fresh thread.
+    gateway.post(&format!("{SCOPE}/thread/rollover"), &json!({})).await.ok();
+    assert_turn(&gateway.say(SCOPE, "four").await, 4);
+    let archived = gateway.get(&format!("{SCOPE}/messages?archived=true&order=asc&limit=1")).await.ok();
+    assert_eq!(archived["data"][0]["content"], picture);
+}
+
+/// The model was told of as many turns.
+#[track_caller]
+fn assert_turn(answer: &Value, turn: usize) {
+    assert!(text(&answer["message"]).contains(&format!("turn {turn}")), "{:#}", answer["message"]);
+}
+
+/// The picture is the first that was said, and nothing is kept from the model.
+async fn check(scene: &Scene, gateway: &Gateway, picture: &Value) {
+    assert_eq!(messages(gateway, SCOPE).await[0]["content"], *picture);
+    let withheld = "SELECT count(*) FROM messages WHERE context = 'withheld'";
+    assert_eq!(scene.database.number(withheld).await, 0);
+}
+
+async fn import(scene: &Scene, lines: String) {
+    let folder = TempDir::new().unwrap();
+    let file = folder.path().join("gateway.toml");
+    std::fs::write(&file, scene.config("")).unwrap();
+    let mut import = Gateway::command(&["import", "--config"]);
+    import.arg(&file).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let run = move || {
+        let mut child = import.spawn().unwrap();
+        let mut stdin = child.stdin.take().unwrap();
+        let writer = std::thread::spawn(move || drop(stdin.write_all(lines.as_bytes())));
+        let output = child.wait_with_output().unwrap();
+        writer.join().unwrap();
+        output
+    };
+    let output = tokio::task::spawn_blocking(run).await.unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+}
