@@ -11,6 +11,7 @@ use std::time::Duration;
 use anyhow::{Context, bail};
 use axum::Router;
 use futures_util::TryStreamExt;
+use rand::Rng;
 use secrecy::ExposeSecret;
 use tokio::net::TcpListener;
 use tokio::time::{Instant, sleep, timeout};
@@ -20,7 +21,7 @@ use tokio_util::task::TaskTracker;
 use crate::api::{self, AppState, Limits};
 use crate::auth::{Auth, FreshKey};
 use crate::config::{Config, StoreConfig, Transcript, UpstreamConfig, UpstreamKind};
-use crate::domain::{Access, Keeping, ReplicaId, TenantKey};
+use crate::domain::{Access, ConversationKey, Fingerprints, Keeping, KeyNames, ReplicaId, TenantKey};
 use crate::life::{Keeper, KeeperParts};
 use crate::locks::{Budget, Gate, Seats};
 use crate::records::{self, Refused, Summary, What};
@@ -55,6 +56,7 @@ impl App {
     /// Connects the store, brings its schema up to date, binds the address and registers the replica.
     pub async fn build(config: Config) -> anyhow::Result<Self> {
         let store = open_store(&config.store).await?;
+        let fingerprints = fingerprints(&config.store, &*store).await?;
         let upstreams = upstreams(&config)?;
         let default_assistant = config.default_assistant().context("no assistant is configured")?.to_owned();
         let listener = TcpListener::bind(config.server.listen)
@@ -76,6 +78,8 @@ impl App {
             sessions: config.sessions.clone(),
             threads: config.threads.clone(),
             shared: names(&config, |upstream| upstream.shared),
+            told_keys: names(&config, |upstream| upstream.send_keys),
+            fingerprints: fingerprints.clone(),
             gate: gate(&config),
             admission_timeout: config.store.acquire_timeout,
             replica: ReplicaId::new(),
@@ -92,6 +96,7 @@ impl App {
             store: Arc::clone(&store),
             upstreams,
             runs: runs.clone(),
+            fingerprints: fingerprints.clone(),
             lifetimes: config.lifetimes(),
             keeping: Keeping {
                 transcript: Some(config.archive.keep),
@@ -104,7 +109,8 @@ impl App {
             tasks: tasks.clone(),
             draining: draining.clone(),
         });
-        let auth = Arc::new(Auth::new(&config.auth, Arc::clone(&store)).context("auth.jwt")?);
+        let auth = Auth::new(&config.auth, Arc::clone(&store), &fingerprints).context("auth.jwt")?;
+        let auth = Arc::new(auth);
         patiently(&config.store, || auth.refresh()).await.context("cannot read the API keys")?;
         let state = AppState {
             runs: runs.clone(),
@@ -276,6 +282,22 @@ pub async fn revoke_key(config: &StoreConfig, prefix: &str) -> anyhow::Result<St
     let key = store.revoke_key(prefix).await?;
     store.close().await;
     key.with_context(|| format!("no key begins with {prefix}; `threadkeeper keys list` shows all"))
+}
+
+/// A conversation's key as logs and upstreams are told it.
+pub async fn fingerprint(config: &StoreConfig, key: &ConversationKey) -> anyhow::Result<KeyNames> {
+    let store = open_store(&StoreConfig { migrate_on_start: false, ..config.clone() }).await?;
+    let names = KeyNames::hidden(key, &fingerprints(config, &*store).await?);
+    store.close().await;
+    Ok(names)
+}
+
+/// What makes the fingerprints of this database. The first process on it makes their key.
+async fn fingerprints(config: &StoreConfig, store: &dyn Store) -> anyhow::Result<Fingerprints> {
+    let mut fresh = [0; 32];
+    rand::rng().fill_bytes(&mut fresh);
+    let key = patiently(config, || store.fingerprint_key(fresh)).await;
+    Ok(Fingerprints::new(&key.context("cannot read the key of fingerprints")?))
 }
 
 async fn open_store(config: &StoreConfig) -> anyhow::Result<Arc<dyn Store>> {

@@ -13,7 +13,7 @@ use tokio::time::{MissedTickBehavior, interval};
 use tokio_util::sync::CancellationToken;
 
 use crate::config::AuthConfig;
-use crate::domain::Principal;
+use crate::domain::{Fingerprints, Principal};
 use crate::error::{Chain, Error};
 use crate::store::{Store, StoreError};
 
@@ -37,11 +37,16 @@ pub struct Auth {
 impl Auth {
     /// # Errors
     /// The issuer's keys are of no use.
-    pub fn new(config: &AuthConfig, store: Arc<dyn Store>) -> Result<Self, JwtSetupError> {
+    pub fn new(
+        config: &AuthConfig,
+        store: Arc<dyn Store>,
+        fingerprints: &Fingerprints,
+    ) -> Result<Self, JwtSetupError> {
+        let verifier = |config| JwtVerifier::new(config, fingerprints.clone());
         Ok(Self {
             keys: Keyring::new(&config.keys),
             recorded: config.stored_keys.then_some(store),
-            tokens: config.jwt.as_ref().map(JwtVerifier::new).transpose()?,
+            tokens: config.jwt.as_ref().map(verifier).transpose()?,
             is_open: !config.is_configured(),
         })
     }

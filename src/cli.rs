@@ -27,6 +27,7 @@ pub enum Command {
     Export(ExportArgs),
     Import(ImportArgs),
     Keys(KeysArgs),
+    Fingerprint(FingerprintArgs),
     CheckConfig(CheckConfigArgs),
     Health(HealthArgs),
 }
@@ -201,6 +202,36 @@ pub enum KeysCommand {
     },
 }
 
+/// Show what logs and upstreams call a tenant, a user, a session or a topic.
+///
+/// Names are not written there, but fingerprints of them, which are made with a key of the database's own: so another database
+/// has others. The fields are `user` and `key` in logs, and `threadkeeper_tenant`, `…_user`, `…_session` and `…_topic` in the
+/// metadata at an upstream. Where the upstream has `send_keys = true`, names stand there in clear.
+///
+/// A SQLite file serves one process: stop the gateway first.
+#[derive(Args, Clone, Debug)]
+#[command(after_help = "\
+Examples:
+  threadkeeper fingerprint --user alice@example.com --config gateway.toml
+  threadkeeper fingerprint --tenant acme --user alice --session tab-1
+  threadkeeper fingerprint --user alice --topic order-4711")]
+pub struct FingerprintArgs {
+    #[command(flatten)]
+    pub config: ConfigArgs,
+    /// Whose user it is.
+    #[arg(long, value_name = "TENANT", default_value = "default")]
+    pub tenant: String,
+    /// The user, as in the path of requests, but not percent-encoded.
+    #[arg(long, value_name = "USER")]
+    pub user: String,
+    /// A session of the user.
+    #[arg(long, value_name = "SESSION", conflicts_with = "topic")]
+    pub session: Option<String>,
+    /// A topic of the user.
+    #[arg(long, value_name = "TOPIC")]
+    pub topic: Option<String>,
+}
+
 /// Check the configuration as `serve` would, without connecting to anything, and end.
 ///
 /// Lists every problem with the place where it was written. The exit code is 0 if there is none.
@@ -273,6 +304,7 @@ mod tests {
                 "export",
                 "import",
                 "keys",
+                "fingerprint",
                 "check-config",
                 "health",
                 "help"

@@ -2,6 +2,7 @@
 
 mod access;
 mod content;
+mod fingerprint;
 mod id;
 mod key;
 mod life;
@@ -13,6 +14,7 @@ mod transition;
 
 pub use access::{Access, Principal};
 pub use content::{ContentPart, ImageFile, ImageUrl, InvalidContent, MAX_PARTS, UserContent};
+pub use fingerprint::{Fingerprints, KeyNames};
 pub use id::{
     DeletionId, InvalidId, KeyId, MessageId, RemnantId, ReplicaId, RunId, ThreadId, UpstreamRunId,
     UpstreamThreadId, now, set_clock,

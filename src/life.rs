@@ -14,12 +14,12 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::config::{JanitorConfig, RetentionConfig};
-use crate::domain::{Keeping, Lifetimes};
+use crate::domain::{Fingerprints, Keeping, Lifetimes};
 use crate::runs::Runs;
 use crate::store::{Pruning, Store};
 use crate::upstream::{Pace, Upstream};
 
-pub use deletion::{NO_DELETION, Target};
+pub use deletion::Target;
 pub use janitor::{Outlook, Plan, Tally};
 
 /// Looks after the threads of all replicas, together with its peers. Clones share everything.
@@ -33,6 +33,7 @@ pub struct KeeperParts {
     pub store: Arc<dyn Store>,
     pub upstreams: BTreeMap<String, Arc<dyn Upstream>>,
     pub runs: Runs,
+    pub fingerprints: Fingerprints,
     pub lifetimes: Lifetimes,
     pub keeping: Keeping,
     pub retention: RetentionConfig,

@@ -12,10 +12,10 @@ use secrecy::ExposeSecret;
 use threadkeeper::app::{self, App};
 use threadkeeper::auth::KEY_PREFIX;
 use threadkeeper::cli::{
-    Cli, Command, ConfigArgs, DevArgs, ExportArgs, ImportArgs, KeysCommand, SimulateArgs,
+    Cli, Command, ConfigArgs, DevArgs, ExportArgs, FingerprintArgs, ImportArgs, KeysCommand, SimulateArgs,
 };
 use threadkeeper::config::{Config, ConfigFile, LogConfig, LogFormat, Sources, StoreConfig, utf8_variables};
-use threadkeeper::domain::TenantKey;
+use threadkeeper::domain::{ConversationKey, Scope, SessionKey, TenantKey, TopicKey, UserKey};
 use threadkeeper::error::Chain;
 use threadkeeper::simulator::Simulator;
 use threadkeeper::store::StoredKey;
@@ -64,6 +64,7 @@ async fn run(command: Command) -> anyhow::Result<()> {
         Command::Export(args) => run_export(args).await,
         Command::Import(args) => run_import(args).await,
         Command::Keys(args) => run_keys(args.command).await,
+        Command::Fingerprint(args) => run_fingerprint(args).await,
         Command::CheckConfig(args) => {
             Config::load_for_serve(sources(args.config, None))?;
             println!("the configuration is sound");
@@ -208,6 +209,25 @@ async fn run_keys(command: KeysCommand) -> anyhow::Result<()> {
             let key = app::revoke_key(&store(config)?, prefix).await?;
             println!("{} is revoked", key.key.prefix);
         }
+    }
+    Ok(())
+}
+
+async fn run_fingerprint(args: FingerprintArgs) -> anyhow::Result<()> {
+    let session =
+        args.session.map(SessionKey::try_from).transpose().context("--session")?.map(Scope::Session);
+    let topic = args.topic.map(TopicKey::try_from).transpose().context("--topic")?.map(Scope::Topic);
+    let key = ConversationKey {
+        tenant: TenantKey::try_from(args.tenant).context("--tenant")?,
+        user: UserKey::try_from(args.user).context("--user")?,
+        scope: session.or(topic).unwrap_or(Scope::User),
+    };
+    let config = Config::load(sources(args.config, None))?;
+    telemetry::init(&config.log, LogFormat::Pretty)?;
+    let names = app::fingerprint(&config.store, &key).await?;
+    println!("tenant  {}\nuser    {}", names.tenant, names.user);
+    if let Some((kind, name)) = names.scope {
+        println!("{kind:7} {name}");
     }
     Ok(())
 }

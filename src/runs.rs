@@ -35,13 +35,13 @@ use tokio::sync::{Mutex, Semaphore, oneshot};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
-use tracing::Instrument;
+use tracing::{Instrument, Span};
 
 use crate::config::{AssistantConfig, RunsConfig, SessionsConfig, ThreadsConfig, TtlFrom};
 use crate::domain::{
-    ConversationKey, Lifetimes, Message, MessageId, Metadata, MultitaskStrategy, NewLife, Page, PageRequest,
-    ReplicaId, Run, RunId, Scope, TenantKey, Thread, ThreadActivity, ThreadId, Timestamp, Ttl, UserContent,
-    UserKey,
+    ConversationKey, Fingerprints, Lifetimes, Message, MessageId, Metadata, MultitaskStrategy, NewLife, Page,
+    PageRequest, ReplicaId, Run, RunId, Scope, TenantKey, Thread, ThreadActivity, ThreadId, Timestamp, Ttl,
+    UserContent, UserKey,
 };
 use crate::error::{Error, TooOften};
 use crate::locks::{Gate, LockMap, NoSeat, QueueFull, Seats, Share};
@@ -81,6 +81,9 @@ pub struct RunsParts {
     pub threads: ThreadsConfig,
     /// Names of the upstreams to whose threads others may write.
     pub shared: BTreeSet<String>,
+    /// Names of the upstreams that are told keys in clear; the others are told fingerprints.
+    pub told_keys: BTreeSet<String>,
+    pub fingerprints: Fingerprints,
     /// For messages on their way into the store, and ends of runs.
     pub gate: Gate,
     /// Longest wait for the runs before a new one to be recorded.
@@ -427,6 +430,12 @@ impl fmt::Debug for RunsParts {
 
 /// How long the store counts as in order once it was seen to be.
 const READY_FOR: Duration = Duration::from_secs(1);
+
+/// The span of all that is logged about a run. Whose it is stands there in fingerprints.
+fn span_of(run: RunId, key: &ConversationKey, fingerprints: &Fingerprints) -> Span {
+    let user = fingerprints.user(&key.tenant, &key.user);
+    tracing::info_span!("run", run.id = %run, user, key = fingerprints.conversation(key))
+}
 
 const NO_THREAD: Error = Error::NotFound("this key has no conversation yet; post a message to start one");
 

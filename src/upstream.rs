@@ -25,7 +25,7 @@ use futures_util::stream::BoxStream;
 
 use crate::config::AssistantConfig;
 use crate::domain::{
-    ContentPart, ConversationKey, Leftover, Message, Metadata, Role, RunError, RunId, RunStatus, ThreadId,
+    ContentPart, KeyNames, Leftover, Message, Metadata, Role, RunError, RunId, RunStatus, ThreadId,
     Timestamp, ToolCall, ToolOutput, UpstreamRunId, UpstreamThreadId, Usage,
 };
 use crate::store::InputMessage;
@@ -190,7 +190,8 @@ pub type EventStream = BoxStream<'static, Result<UpstreamEvent, UpstreamError>>;
 /// Whose thread it is, for the upstream's metadata.
 #[derive(Clone, Debug)]
 pub struct Ownership {
-    pub key: ConversationKey,
+    /// In clear or in fingerprints, as the upstream may know them.
+    pub names: KeyNames,
     pub thread: ThreadId,
     pub expires_at: Option<Timestamp>,
 }

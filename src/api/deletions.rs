@@ -15,7 +15,7 @@ use super::problem::NOT_FOUND;
 use super::views::DeletionView;
 use crate::domain::{DeletionId, ThreadId};
 use crate::error::Error;
-use crate::life::{NO_DELETION, Target};
+use crate::life::Target;
 
 /// Deletes, and tells what came of it, or where to ask for that.
 pub(super) async fn deleted(
@@ -44,7 +44,10 @@ pub(super) fn deleted_doc(doc: Doc) -> Doc {
 
 pub(super) fn show_doc() -> Doc {
     Doc::new("deletions", "get_deletion", "What came of a request to delete.")
-        .about("Of its threads this shows a page, oldest first. A receipt that is completed names no user any more.")
+        .about(
+            "Of its threads this shows a page, oldest first. It names no user; a user's own token opens it, before it is \
+             completed and afterwards.",
+        )
         .page_after::<ThreadId>()
         .gives::<DeletionView>(StatusCode::OK, "The receipt.")
         .refuses(&[NOT_FOUND])
@@ -60,10 +63,5 @@ pub(super) async fn show(
     if page.before.is_some() {
         return Err(Error::Malformed("this list takes `after` and `limit`, oldest first".to_owned()));
     }
-    let report = state.keeper.report(&caller.tenant, id, page.after, page.limit).await?;
-    // Whose it was is not known any more once it is done.
-    if caller.user.is_some() && caller.user != report.user {
-        return Err(NO_DELETION);
-    }
-    Ok(Json(report.into()))
+    Ok(Json(state.keeper.report_to(&caller, id, page.after, page.limit).await?.into()))
 }

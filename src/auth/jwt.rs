@@ -15,7 +15,7 @@ use secrecy::ExposeSecret;
 
 use super::jwks::{self, Jwks};
 use crate::config::{JwtAlgorithm, JwtConfig};
-use crate::domain::{self, Principal};
+use crate::domain::{self, Fingerprints, Principal};
 
 use claims::{Claims, Rules};
 
@@ -75,12 +75,13 @@ impl fmt::Debug for JwtVerifier {
 }
 
 impl JwtVerifier {
-    /// Prepares the verifier. Reads no file and nothing from the network: a key set is fetched for the first token.
+    /// Prepares the verifier; by `fingerprints` logs name those who have tokens. Reads no file and nothing from the network:
+    /// a key set is fetched for the first token.
     ///
     /// # Errors
     ///
     /// The keys do not fit the algorithms, which [`Config::load`](crate::config::Config::load) finds out only in part.
-    pub fn new(config: &JwtConfig) -> Result<Self, JwtSetupError> {
+    pub fn new(config: &JwtConfig, fingerprints: Fingerprints) -> Result<Self, JwtSetupError> {
         let keys = match (&config.secret, &config.public_key, &config.jwks_url) {
             (Some(secret), None, None) => {
                 let is_other = |algorithm: &&JwtAlgorithm| **algorithm != JwtAlgorithm::Hs256;
@@ -102,7 +103,7 @@ impl JwtVerifier {
             }
             _ => return Err(JwtSetupError::Source),
         };
-        Ok(Self { algorithms: config.algorithms.clone(), keys, rules: Rules::new(config) })
+        Ok(Self { algorithms: config.algorithms.clone(), keys, rules: Rules::new(config, fingerprints) })
     }
 
     /// Who the token speaks for. `token` is what stands behind `Bearer`; more than 8 KiB are not read.

@@ -40,6 +40,10 @@ pub struct UpstreamConfig {
     /// Others may write to the threads, too: before one is archived, what they wrote is put into the transcript.
     #[serde(default)]
     pub shared: bool,
+    /// Names of tenants, users, sessions and topics are sent in clear, in the metadata of threads and responses. Without, as
+    /// fingerprints.
+    #[serde(default)]
+    pub send_keys: bool,
     #[serde(default = "UpstreamConfig::default_connect_timeout", with = "humantime_serde")]
     pub connect_timeout: Duration,
     /// How long the server may take to answer a call that starts no run: a list, a look at a run, a deletion. A run is
@@ -121,6 +125,7 @@ impl UpstreamConfig {
             conversations: true,
             background: false,
             shared: false,
+            send_keys: false,
             connect_timeout: Self::default_connect_timeout(),
             call_timeout: Self::default_call_timeout(),
             max_event_bytes: Self::default_max_event_bytes(),

@@ -3,7 +3,6 @@
 use std::fmt;
 
 use serde::{Deserialize, Serialize};
-use sha2::{Digest, Sha256};
 use utoipa::openapi::RefOr;
 use utoipa::openapi::schema::{ObjectBuilder, Schema, Type};
 use utoipa::{PartialSchema, ToSchema};
@@ -189,26 +188,12 @@ pub struct ConversationKey {
     pub scope: Scope,
 }
 
-impl ConversationKey {
-    /// What logs show instead of the key: 16 hex digits of its SHA-256, each part preceded by its length, so
-    /// that two keys share one only if the hash collides.
-    pub fn fingerprint(&self) -> String {
-        let mut hash = Sha256::new();
-        for part in [self.tenant.as_str(), self.user.as_str(), self.scope.kind(), self.scope.name()] {
-            hash.update((part.len() as u64).to_be_bytes());
-            hash.update(part.as_bytes());
-        }
-        let digest = hash.finalize();
-        let (head, _) = digest.split_first_chunk().unwrap_or((&[0; 8], &[]));
-        format!("{:016x}", u64::from_be_bytes(*head))
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
 
     use super::*;
+    use crate::domain::Fingerprints;
 
     proptest! {
         #[test]
@@ -219,24 +204,6 @@ mod tests {
                 _ => Scope::Topic(TopicKey::try_from(name).unwrap()),
             };
             prop_assert_eq!(Scope::from_parts(scope.kind(), scope.name().to_owned()), Some(scope));
-        }
-
-        #[test]
-        fn distinct_keys_have_distinct_fingerprints(
-            a in ("[ab:]{1,4}", "[ab:]{1,4}", 0..3_u8, "[ab:]{1,4}"),
-            b in ("[ab:]{1,4}", "[ab:]{1,4}", 0..3_u8, "[ab:]{1,4}"),
-        ) {
-            let key = |(tenant, user, kind, name): (String, String, u8, String)| ConversationKey {
-                tenant: TenantKey::try_from(tenant).unwrap(),
-                user: UserKey::try_from(user).unwrap(),
-                scope: match kind {
-                    0 => Scope::User,
-                    1 => Scope::Session(SessionKey::try_from(name).unwrap()),
-                    _ => Scope::Topic(TopicKey::try_from(name).unwrap()),
-                },
-            };
-            let (a, b) = (key(a), key(b));
-            prop_assert_eq!(a == b, a.fingerprint() == b.fingerprint());
         }
 
         /// Wherever its parts begin and end, and whatever kind it is of.
@@ -267,11 +234,12 @@ mod tests {
             let stored = |key: &ConversationKey| {
                 [key.tenant.as_str(), key.user.as_str(), key.scope.kind(), key.scope.name()].map(str::to_owned)
             };
+            let by = Fingerprints::new(&[7; 32]);
             let hashed = |key: &ConversationKey| std::collections::HashSet::from([key.clone()]);
             for other in others {
                 let same = one == other;
                 prop_assert_eq!(stored(&one) == stored(&other), same);
-                prop_assert_eq!(one.fingerprint() == other.fingerprint(), same);
+                prop_assert_eq!(by.conversation(&one) == by.conversation(&other), same);
                 prop_assert_eq!(hashed(&one).contains(&other), same);
                 prop_assert_eq!(one.cmp(&other).is_eq(), same);
                 prop_assert!(one.scope == other.scope || one.scope.to_string() != other.scope.to_string());

@@ -7,7 +7,9 @@ use tracing::Instrument;
 
 use super::Keeper;
 use super::janitor::Counts;
-use crate::domain::{ConversationKey, Deletion, DeletionId, Page, TenantKey, ThreadId, UserKey, now};
+use crate::domain::{
+    ConversationKey, Deletion, DeletionId, Page, Principal, TenantKey, ThreadId, UserKey, now,
+};
 use crate::error::{Chain, Error};
 use crate::store::{DeletionReport, DeletionRequest, DeletionTarget, Due, ThreadName};
 
@@ -20,7 +22,7 @@ const HOLD: Duration = Duration::from_mins(1);
 /// How often the request looks whether the janitor is done.
 const POLL: Duration = Duration::from_millis(200);
 
-pub const NO_DELETION: Error = Error::NotFound("there is no such deletion, or its receipt is past its time");
+const NO_DELETION: Error = Error::NotFound("there is no such deletion, or its receipt is past its time");
 
 /// What is to be deleted, and what is to stay of it.
 #[derive(Clone, Debug)]
@@ -64,8 +66,15 @@ impl Keeper {
         let requested_at = now();
         let mut begun = 0;
         if exists {
-            let mut request =
-                DeletionRequest { id, tenant: tenant.clone(), target: target.clone(), end, hold: HOLD };
+            let fingerprint = self.parts.given.fingerprints.user(&tenant, target.user());
+            let mut request = DeletionRequest {
+                id,
+                tenant: tenant.clone(),
+                target: target.clone(),
+                fingerprint,
+                end,
+                hold: HOLD,
+            };
             begun = self.store().begin_deletion(&request, AT_ONCE).await?;
             if begun > 0 {
                 let (keeper, of) = (self.clone(), tenant.clone());
@@ -108,6 +117,7 @@ impl Keeper {
                 Ok(DeletionReport {
                     id,
                     user: None,
+                    fingerprint: None,
                     requested_at,
                     finished_at: None,
                     archive,
@@ -133,6 +143,25 @@ impl Keeper {
     ) -> Result<DeletionReport, Error> {
         let report = self.store().deletion(tenant, id, after, limit).await?;
         report.ok_or(NO_DELETION)
+    }
+
+    /// The same for whoever asks: a user is told of what is deleted of theirs, before it is done and afterwards.
+    ///
+    /// # Errors
+    /// [`Error::NotFound`] also if it is another user's.
+    pub async fn report_to(
+        &self,
+        caller: &Principal,
+        id: DeletionId,
+        after: Option<ThreadId>,
+        limit: u32,
+    ) -> Result<DeletionReport, Error> {
+        let report = self.report(&caller.tenant, id, after, limit).await?;
+        let Some(user) = &caller.user else { return Ok(report) };
+        let own = self.parts.given.fingerprints.user(&caller.tenant, user);
+        // Requests that an earlier version recorded have a name alone, until they are done.
+        let is_theirs = report.fingerprint == Some(own) || report.user.as_ref() == Some(user);
+        if is_theirs { Ok(report) } else { Err(NO_DELETION) }
     }
 
     /// Works on the first threads of a deletion at once, so that a caller need not wait for the janitor's turn.

@@ -12,7 +12,7 @@ use super::progress::{Progress, Reach};
 use super::retries::{FIRST_BACK_OFF, Retries};
 use super::{Runs, jittered};
 use crate::config::AssistantConfig;
-use crate::domain::{Leftover, MultitaskStrategy, ToolOutput, UpstreamRunId};
+use crate::domain::{KeyNames, Leftover, MultitaskStrategy, ToolOutput, UpstreamRunId};
 use crate::error::Chain;
 use crate::store::{StoreError, Turn};
 use crate::upstream::{
@@ -255,8 +255,13 @@ impl Drive<'_> {
 
     fn owner(&self) -> Ownership {
         let thread = &self.turn.thread;
-        let expires_at = self.runs.parts.given.lifetimes.expiry(thread);
-        Ownership { key: thread.key.clone(), thread: thread.id, expires_at }
+        let given = &self.runs.parts.given;
+        let names = if given.told_keys.contains(&thread.upstream) {
+            KeyNames::in_clear(&thread.key)
+        } else {
+            KeyNames::hidden(&thread.key, &given.fingerprints)
+        };
+        Ownership { names, thread: thread.id, expires_at: given.lifetimes.expiry(thread) }
     }
 
     /// Whoever takes the run over must know that the outputs may be there.

@@ -419,8 +419,8 @@ mod tests {
     use super::*;
     use crate::config::{Config, StoreConfig};
     use crate::domain::{
-        ContentPart, Context, Lifetimes, Limits, MessageId, Metadata, MultitaskStrategy, ReplicaId,
-        RunStatus, Scope, TenantKey, ThreadId, ToolCall, ToolOutput, UpstreamRunId, UserKey,
+        ContentPart, Context, Fingerprints, Lifetimes, Limits, MessageId, Metadata, MultitaskStrategy,
+        ReplicaId, RunStatus, Scope, TenantKey, ThreadId, ToolCall, ToolOutput, UpstreamRunId, UserKey,
     };
     use crate::locks::Gate;
     use crate::runs::RunsParts;
@@ -488,6 +488,8 @@ mod tests {
                 sessions: config.sessions,
                 threads: config.threads,
                 shared: BTreeSet::new(),
+                told_keys: BTreeSet::new(),
+                fingerprints: Fingerprints::new(&[7; 32]),
                 gate: Gate::new(16, None),
                 admission_timeout: Duration::from_secs(5),
                 replica: ReplicaId::new(),

@@ -9,7 +9,7 @@ use super::earlier::went_along;
 use super::feed::STARTED;
 use super::follow::stored_log;
 use super::standing::{Refused, Working};
-use super::{RunEvent, Runs, end, jittered, turn, work};
+use super::{RunEvent, Runs, end, jittered, span_of, turn, work};
 use crate::domain::{Message, RunStatus};
 use crate::error::Chain;
 use crate::store::{News, Orphan, Store, StoreError};
@@ -87,7 +87,7 @@ impl Runs {
         let mut never_start = Vec::new();
         for orphan in orphans {
             let run = orphan.run.id;
-            let span = tracing::info_span!("run", run.id = %run, key = %orphan.thread.key.fingerprint());
+            let span = span_of(run, &orphan.thread.key, &parts.fingerprints);
             // One that cannot be read is found again as a stray.
             let Ok(Ok(before)) = timeout(limit, Before::of(&*parts.store, &orphan)).await else { continue };
             let working = self.parts.standing.goes_on(orphan.lease, before.log.end);

@@ -11,7 +11,7 @@ use super::failure::{Failure, stopped};
 use super::follow::Follow;
 use super::standing::{Refused, Working};
 use super::work::work;
-use super::{Outcome, RunEvent, Runs, Submitted, jittered};
+use super::{Outcome, RunEvent, Runs, Submitted, jittered, span_of};
 use crate::domain::{ConversationKey, MultitaskStrategy, Run, RunStatus, Step, TenantKey, Thread, ThreadId};
 use crate::error::{Chain, Error};
 use crate::locks::{Pass, Place, Seat, Share};
@@ -54,7 +54,7 @@ pub(super) async fn conduct(
     answer: oneshot::Sender<Result<Taken, Error>>,
 ) {
     let Held { mut place, seat: _seat, queued, mut share, pass } = held;
-    let span = tracing::info_span!("run", run.id = %admission.run_id, key = %admission.key.fingerprint());
+    let span = span_of(admission.run_id, &admission.key, &runs.parts.given.fingerprints);
     async move {
         let start = match admit(&runs, &mut place, pass, &admission).await {
             Ok(Ok(start)) => start,

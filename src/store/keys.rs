@@ -1,4 +1,4 @@
-//! API keys: of each a hash, never the key.
+//! API keys: of each a hash, never the key. And the key of fingerprints.
 
 use async_trait::async_trait;
 
@@ -19,6 +19,10 @@ pub trait Keys: Send + Sync {
 
     /// Revokes the key that begins so. It is as it was if it was revoked before; `None` if there is none.
     async fn revoke_key(&self, prefix: &str) -> Result<Option<StoredKey>, StoreError>;
+
+    /// The key of the HMAC that makes [fingerprints](crate::domain::Fingerprints), the same for all processes on this database:
+    /// the recorded one, or `fresh`, which is recorded if there is none.
+    async fn fingerprint_key(&self, fresh: [u8; 32]) -> Result<[u8; 32], StoreError>;
 }
 
 /// A key to be added.

@@ -341,6 +341,8 @@ pub struct DeletionRequest {
     pub id: DeletionId,
     pub tenant: TenantKey,
     pub target: DeletionTarget,
+    /// The [fingerprint](crate::domain::Fingerprints) of the target's user.
+    pub fingerprint: String,
     /// `Archive` takes the key's current thread alone.
     pub end: Deletion,
     /// How long the threads are left to whoever asked, before they are due.
@@ -356,12 +358,24 @@ pub enum DeletionTarget {
     User(UserKey),
 }
 
+impl DeletionTarget {
+    /// Whose it is.
+    pub const fn user(&self) -> &UserKey {
+        match self {
+            Self::Key(key) => &key.user,
+            Self::User(user) => user,
+        }
+    }
+}
+
 /// What came of a request to delete.
 #[derive(Clone, Debug)]
 pub struct DeletionReport {
     pub id: DeletionId,
     /// Of whom; not known any more once it is finished.
     pub user: Option<UserKey>,
+    /// The same as a fingerprint, which stays; `None`: an earlier version recorded the request.
+    pub fingerprint: Option<String>,
     pub requested_at: Timestamp,
     pub finished_at: Option<Timestamp>,
     pub archive: bool,

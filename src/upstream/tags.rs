@@ -5,7 +5,7 @@ use serde_json::{Map, Value};
 
 use super::Ownership;
 use crate::config::{AssistantConfig, UpstreamKind, reserved_parameters};
-use crate::domain::{MessageId, Metadata, RunId, Scope};
+use crate::domain::{MessageId, Metadata, RunId};
 
 /// The tag by which a run is found again.
 pub(super) const RUN_TAG: &str = "threadkeeper_run";
@@ -20,10 +20,10 @@ pub(super) fn thread_tags(owner: &Ownership) -> Map<String, Value> {
     tags.insert(THREAD_TAG.to_owned(), owner.thread.to_string().into());
     let mut tag =
         |name: &str, value: String| tags.insert(format!("threadkeeper_{name}"), Value::String(value));
-    tag("tenant", owner.key.tenant.as_str().to_owned());
-    tag("user", owner.key.user.as_str().to_owned());
-    if owner.key.scope != Scope::User {
-        tag(owner.key.scope.kind(), owner.key.scope.name().to_owned());
+    tag("tenant", owner.names.tenant.clone());
+    tag("user", owner.names.user.clone());
+    if let Some((kind, name)) = &owner.names.scope {
+        tag(kind, name.clone());
     }
     if let Some(expires_at) = owner.expires_at {
         tag("expires_at", expires_at.to_rfc3339_opts(SecondsFormat::Secs, true));
@@ -74,13 +74,13 @@ pub(super) fn body_of(assistant: &AssistantConfig, kind: UpstreamKind) -> Map<St
 /// A session's thread, for the tests of the adapters.
 #[cfg(test)]
 pub(super) fn an_owner() -> Ownership {
-    use crate::domain::{ConversationKey, SessionKey, TenantKey, ThreadId, UserKey};
+    use crate::domain::{KeyNames, ThreadId};
 
     Ownership {
-        key: ConversationKey {
-            tenant: TenantKey::default(),
-            user: UserKey::try_from("auth0|5f7c".to_owned()).unwrap(),
-            scope: Scope::Session(SessionKey::try_from("s 1".to_owned()).unwrap()),
+        names: KeyNames {
+            tenant: "default".to_owned(),
+            user: "auth0|5f7c".to_owned(),
+            scope: Some(("session", "s 1".to_owned())),
         },
         thread: ThreadId::new(),
         expires_at: Some("2026-11-22T09:00:00.25Z".parse().unwrap()),
@@ -121,7 +121,7 @@ mod tests {
         });
         assert_eq!(Value::Object(thread_tags(&owner)), expected);
 
-        owner.key.scope = Scope::User;
+        owner.names.scope = None;
         owner.expires_at = None;
         let keys: Vec<String> = thread_tags(&owner).keys().cloned().collect();
         assert_eq!(keys, ["threadkeeper_tenant", "threadkeeper_thread", "threadkeeper_user"]);

@@ -10,7 +10,7 @@ use std::time::Duration;
 use futures_util::StreamExt;
 use threadkeeper::config::{AssistantConfig, Config};
 use threadkeeper::domain::{
-    ConversationKey, Metadata, MultitaskStrategy, ReplicaId, RunErrorCode, RunStatus,
+    ConversationKey, Fingerprints, Metadata, MultitaskStrategy, ReplicaId, RunErrorCode, RunStatus,
 };
 use threadkeeper::locks::{Gate, Share};
 use threadkeeper::runs::{Answer, NewMessage, RunEvent, Runs, RunsParts};
@@ -70,6 +70,8 @@ impl Process {
             runs: config.runs,
             sessions: config.sessions,
             shared: BTreeSet::new(),
+            told_keys: BTreeSet::new(),
+            fingerprints: Fingerprints::new(&[7; 32]),
             threads: config.threads,
             gate: Gate::new(16, None),
             admission_timeout: Duration::from_secs(5),

@@ -21,8 +21,8 @@ use futures_util::StreamExt;
 use serde_json::{Value, json};
 use threadkeeper::config::{AssistantConfig, AuthScheme, UpstreamConfig, UpstreamKind};
 use threadkeeper::domain::{
-    Baseline, ContentPart, ConversationKey, Leftover, MessageId, Metadata, RunId, RunStatus, Scope,
-    TenantKey, ThreadId, TopicKey, UpstreamRunId, UpstreamThreadId, UserKey,
+    Baseline, ContentPart, KeyNames, Leftover, MessageId, Metadata, RunId, RunStatus, ThreadId,
+    UpstreamRunId, UpstreamThreadId,
 };
 use threadkeeper::store::InputMessage;
 use threadkeeper::upstream::{
@@ -63,10 +63,10 @@ fn thread() -> UpstreamThreadId {
 
 fn owner() -> Ownership {
     Ownership {
-        key: ConversationKey {
-            tenant: TenantKey::default(),
-            user: UserKey::try_from("alice".to_owned()).unwrap(),
-            scope: Scope::Topic(TopicKey::try_from("tea".to_owned()).unwrap()),
+        names: KeyNames {
+            tenant: "default".to_owned(),
+            user: "alice".to_owned(),
+            scope: Some(("topic", "tea".to_owned())),
         },
         thread: ThreadId::new(),
         expires_at: Some("2026-11-23T09:00:00Z".parse().unwrap()),

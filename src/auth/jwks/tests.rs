@@ -5,11 +5,12 @@ use serde_json::{Value, json};
 use super::super::jwt::JwtVerifier;
 use super::super::testing::{Answer, Issuer, OTHER_RSA, RSA, Signer, config, pass};
 use super::*;
+use crate::domain::Fingerprints;
 
 fn verifier(issuer: &Issuer, algorithms: &[JwtAlgorithm]) -> JwtVerifier {
     let mut config = config(algorithms);
     config.jwks_url = Some(issuer.url.clone());
-    JwtVerifier::new(&config).unwrap()
+    JwtVerifier::new(&config, Fingerprints::new(&[7; 32])).unwrap()
 }
 
 fn rsa(issuer: &Issuer) -> JwtVerifier {
@@ -212,7 +213,7 @@ async fn nobody_there_is_unavailable() {
     drop(issuer);
     let mut config = config(&[JwtAlgorithm::Rs256]);
     config.jwks_url = Some(url);
-    assert!(is_unavailable(&JwtVerifier::new(&config).unwrap()).await);
+    assert!(is_unavailable(&JwtVerifier::new(&config, Fingerprints::new(&[7; 32])).unwrap()).await);
 }
 
 #[tokio::test]

@@ -3,11 +3,10 @@
 use std::time::Duration;
 
 use serde_json::{Map, Value};
-use sha2::{Digest, Sha256};
 
 use super::JwtRefusal;
 use crate::config::JwtConfig;
-use crate::domain::{Access, Principal, TenantKey, Timestamp, UserKey};
+use crate::domain::{Access, Fingerprints, Principal, TenantKey, Timestamp, UserKey};
 
 pub(super) type Claims = Map<String, Value>;
 
@@ -19,10 +18,11 @@ pub(super) struct Rules {
     tenant_claim: Option<String>,
     admin_claim: Option<String>,
     admin_value: Option<String>,
+    fingerprints: Fingerprints,
 }
 
 impl Rules {
-    pub(super) fn new(config: &JwtConfig) -> Self {
+    pub(super) fn new(config: &JwtConfig, fingerprints: Fingerprints) -> Self {
         Self {
             issuer: config.issuer.clone(),
             audience: config.audience.clone(),
@@ -30,6 +30,7 @@ impl Rules {
             tenant_claim: config.tenant_claim.clone(),
             admin_claim: config.admin_claim.clone(),
             admin_value: config.admin_value.clone(),
+            fingerprints,
         }
     }
 
@@ -41,7 +42,8 @@ impl Rules {
             .and_then(|user| UserKey::try_from(user.to_owned()).ok())
             .ok_or(JwtRefusal::Invalid("its `sub` is missing or no key of a user"))?;
         let tenant = self.tenant(claims)?;
-        let name = name(&tenant, &user);
+        // The same for all tokens of a user.
+        let name = format!("jwt:{}", self.fingerprints.user(&tenant, &user));
         Ok(if self.is_admin(claims) {
             Principal { tenant, access: Access::Admin, user: None, name }
         } else {
@@ -125,18 +127,6 @@ fn time(claims: &Claims, name: &str) -> Result<Option<Duration>, JwtRefusal> {
     time.map(Some).ok_or(JwtRefusal::Invalid("one of its times is no time"))
 }
 
-/// What logs and limits call whoever has this token: the same for all tokens of a user, and nothing to read in it.
-fn name(tenant: &TenantKey, user: &UserKey) -> String {
-    let mut hash = Sha256::new();
-    for part in [tenant.as_str(), user.as_str()] {
-        hash.update((part.len() as u64).to_be_bytes());
-        hash.update(part.as_bytes());
-    }
-    let digest = hash.finalize();
-    let (head, _) = digest.split_first_chunk().unwrap_or((&[0; 8], &[]));
-    format!("jwt:{:016x}", u64::from_be_bytes(*head))
-}
-
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
@@ -170,7 +160,7 @@ mod tests {
 
     fn judge(config: &JwtConfig, changes: &Value) -> Result<Principal, JwtRefusal> {
         let now = Timestamp::from_timestamp(NOW, 0).unwrap();
-        Rules::new(config).principal(&claims(changes), now)
+        Rules::new(config, Fingerprints::new(&[7; 32])).principal(&claims(changes), now)
     }
 
     #[track_caller]
@@ -184,7 +174,9 @@ mod tests {
         let principal = judge(&config(), &json!({})).unwrap();
         assert_eq!(principal.user.unwrap().as_str(), "alice");
         assert_eq!((principal.tenant, principal.access), (TenantKey::default(), Access::Chat));
-        assert!(principal.name.starts_with("jwt:") && !principal.name.contains("alice"));
+        let alice = UserKey::try_from("alice".to_owned()).unwrap();
+        let fingerprint = Fingerprints::new(&[7; 32]).user(&TenantKey::default(), &alice);
+        assert_eq!(principal.name, format!("jwt:{fingerprint}"));
         for sub in [json!(null), json!(""), json!(7), json!("a\nb"), json!("x".repeat(257)), json!(["alice"])]
         {
             assert_refused(&config(), &json!({ "sub": sub }), "`sub`");

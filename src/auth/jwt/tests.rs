@@ -15,7 +15,7 @@ const ALL: [JwtAlgorithm; 4] =
 fn shared() -> JwtVerifier {
     let mut config = config(&[JwtAlgorithm::Hs256]);
     config.secret = Some(SECRET.into());
-    JwtVerifier::new(&config).unwrap()
+    JwtVerifier::new(&config, Fingerprints::new(&[7; 32])).unwrap()
 }
 
 fn public(signer: &Signer) -> JwtVerifier {
@@ -26,7 +26,7 @@ fn public(signer: &Signer) -> JwtVerifier {
 fn with_pem(algorithm: JwtAlgorithm, pem: &str) -> JwtVerifier {
     let mut config = config(&[algorithm]);
     config.public_key = Some(pem.trim_end().into());
-    JwtVerifier::new(&config).unwrap()
+    JwtVerifier::new(&config, Fingerprints::new(&[7; 32])).unwrap()
 }
 
 /// Verifies with a key that is there, which waits for nothing.
@@ -226,7 +226,7 @@ fn keys_that_do_not_fit_are_found_at_once() {
         let mut config = config(algorithms);
         config.secret = secret.map(Into::into);
         config.public_key = pem.map(Into::into);
-        JwtVerifier::new(&config).map(drop)
+        JwtVerifier::new(&config, Fingerprints::new(&[7; 32])).map(drop)
     };
     let (ec, ed) = (Signer::new(JwtAlgorithm::Es256), Signer::new(JwtAlgorithm::EdDsa));
     assert_eq!(setup(&[Rs256], None, Some(&RSA.public_pem)), Ok(()));

@@ -33,6 +33,10 @@ impl Keys for Discreet {
     async fn revoke_key(&self, prefix: &str) -> Result<Option<StoredKey>, StoreError> {
         self.inner.revoke_key(prefix).await
     }
+
+    async fn fingerprint_key(&self, fresh: [u8; 32]) -> Result<[u8; 32], StoreError> {
+        self.inner.fingerprint_key(fresh).await
+    }
 }
 
 #[async_trait]

@@ -65,8 +65,10 @@ macro_rules! deletions {
             };
             let mut tx = write(connection).await?;
             sqlx::query(concat!(
-                "INSERT INTO deletions (id, tenant, user_key, scope_kind, scope_name, archive, requested_at)
-                VALUES ($1, $2, $3, $4, $5, $6, ",
+                "INSERT INTO deletions (
+                    id, tenant, user_key, user_fingerprint, scope_kind, scope_name, archive, requested_at
+                )
+                VALUES ($1, $2, $3, $4, $5, $6, $7, ",
                 now!(),
                 ")
                 ON CONFLICT (id) DO NOTHING",
@@ -74,6 +76,7 @@ macro_rules! deletions {
             .bind(request.id.uuid())
             .bind(request.tenant.as_str())
             .bind(user.as_str())
+            .bind(&request.fingerprint)
             .bind(scope.map(|scope| scope.kind()))
             .bind(scope.map(|scope| scope.name()))
             .bind(request.end == Deletion::Archive)
@@ -244,7 +247,7 @@ macro_rules! deletions {
             limit: u32,
         ) -> Result<Option<DeletionReport>, StoreError> {
             let found: Option<DeletionRow> = sqlx::query_as(
-                "SELECT d.user_key, d.requested_at, d.finished_at, d.archive,
+                "SELECT d.user_key, d.user_fingerprint, d.requested_at, d.finished_at, d.archive,
                     (SELECT count(*) FROM deleted_threads x WHERE x.deletion_id = d.id) AS done,
                     (SELECT count(*) FROM threads t WHERE t.deletion_id = d.id) AS pending
                 FROM deletions d WHERE d.id = $1 AND d.tenant = $2",
@@ -277,6 +280,7 @@ macro_rules! deletions {
             Ok(Some(DeletionReport {
                 id,
                 user: found.user_key.and_then(|user| user.try_into().ok()),
+                fingerprint: found.user_fingerprint,
                 requested_at: found.requested_at.0,
                 finished_at: found.finished_at.map(|at| at.0),
                 archive: found.archive,

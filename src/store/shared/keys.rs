@@ -1,8 +1,9 @@
-//! API keys.
+//! API keys, and the key of fingerprints.
 
 macro_rules! keys {
     ($database:ty) => {
         use crate::domain::TenantKey;
+        use crate::store::rows::corrupt;
         use crate::store::shared::KeyRow;
         use crate::store::{NewKey, StoreError, StoredKey};
 
@@ -75,6 +76,27 @@ macro_rules! keys {
             .fetch_optional(connection)
             .await?;
             row.map(StoredKey::try_from).transpose()
+        }
+
+        /// Implements [`Keys::fingerprint_key`](crate::store::Keys::fingerprint_key).
+        pub(super) async fn fingerprint_key(
+            connection: &mut Connection,
+            fresh: [u8; 32],
+        ) -> Result<[u8; 32], StoreError> {
+            const READ: &str = "SELECT k.secret FROM fingerprint_key k WHERE k.id = 1";
+            if let Some(secret) = sqlx::query_scalar(READ).fetch_optional(&mut *connection).await? {
+                return thirty_two(secret);
+            }
+            // Of several processes that get here at once one records its own.
+            sqlx::query("INSERT INTO fingerprint_key (id, secret) VALUES (1, $1) ON CONFLICT (id) DO NOTHING")
+                .bind(&fresh[..])
+                .execute(&mut *connection)
+                .await?;
+            thirty_two(sqlx::query_scalar(READ).fetch_one(connection).await?)
+        }
+
+        fn thirty_two(secret: Vec<u8>) -> Result<[u8; 32], StoreError> {
+            secret.try_into().map_err(|_| corrupt("a key of fingerprints of another length"))
         }
     };
 }

@@ -82,6 +82,7 @@ pub(in crate::store) struct RequestedRow {
 #[derive(FromRow)]
 pub(in crate::store) struct DeletionRow {
     pub(in crate::store) user_key: Option<String>,
+    pub(in crate::store) user_fingerprint: Option<String>,
     pub(in crate::store) requested_at: At,
     pub(in crate::store) finished_at: Option<At>,
     pub(in crate::store) archive: bool,

@@ -1,4 +1,4 @@
-//! API keys.
+//! API keys, and the key of fingerprints.
 
 use async_trait::async_trait;
 
@@ -26,5 +26,9 @@ impl Keys for SqliteStore {
 
     async fn revoke_key(&self, prefix: &str) -> Result<Option<StoredKey>, StoreError> {
         on!(self.writer, c => revoke(c, prefix))
+    }
+
+    async fn fingerprint_key(&self, fresh: [u8; 32]) -> Result<[u8; 32], StoreError> {
+        on!(self.writer, c => fingerprint_key(c, fresh))
     }
 }

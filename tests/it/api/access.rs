@@ -521,21 +521,57 @@ async fn a_token_is_limited_like_its_user() {
     assert_eq!(ask(&good("bob")).await.problem(), (404, "not-found"));
 }
 
-/// A deletion is its user's as long as it is known whose it is, and nobody else's.
+/// A deletion is its user's, and nobody else's, before it is done and afterwards, though the receipt names nobody then.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_receipt_is_for_its_user() {
-    let scene = Scene::new(Protocol::Responses, Backend::Sqlite).await;
-    let gateway = scene.gateway_with(ISSUER).await;
-    let good = |user: &str| token(SECRET, &json!({"sub": user}));
-    let say = gateway.request(Method::POST, "/v1/users/alice/messages").json(&json!({"content": "hello"}));
-    gateway.send(say.bearer_auth(good("alice"))).await.ok();
-    scene.fault("any", "status=503", 1000);
-    let delete = gateway.request(Method::DELETE, "/v1/users/alice/thread").header("prefer", "respond-async");
-    let pending = gateway.send(delete.bearer_auth(good("alice"))).await;
-    assert_eq!(pending.status, StatusCode::ACCEPTED, "{pending:?}");
-    let path = pending.headers["location"].to_str().unwrap();
-    let receipt = |user: &str| gateway.send(gateway.request(Method::GET, path).bearer_auth(good(user)));
-    receipt("alice").await.ok();
-    assert_eq!(receipt("bob").await.problem(), (404, "not-found"));
-    scene.simulator.clear_faults();
+    for backend in [Backend::Sqlite, Backend::Postgres] {
+        let scene = Scene::new(Protocol::Responses, backend).await;
+        let gateway = scene.gateway_with(&format!("{KEYS}{ISSUER}{OWN_KEY}")).await;
+        let good = |user: &str, tenant: &str| token(SECRET, &json!({"sub": user, "org": tenant}));
+        let (zoe, bob, namesake) = (good("zoe", "acme"), good("bob", "acme"), good("zoe", "elsewhere"));
+        let backend_of_acme = "chatter-of-the-tenant-acme".to_owned();
+        for (path, asks) in
+            [("/v1/users/zoe/thread", &zoe), ("/v1/users/zoe", &zoe), ("/v1/users/zoe", &backend_of_acme)]
+        {
+            let say =
+                gateway.request(Method::POST, "/v1/users/zoe/messages").json(&json!({"content": "hello"}));
+            gateway.send(say.bearer_auth(&zoe)).await.ok();
+            scene.fault("any", "status=503", 1000);
+            let delete = gateway.request(Method::DELETE, path).header("prefer", "respond-async");
+            let pending = gateway.send(delete.bearer_auth(asks)).await;
+            assert_eq!(pending.status, StatusCode::ACCEPTED, "{pending:?}");
+            let place = pending.headers["location"].to_str().unwrap();
+            let receipt = |token: &str| gateway.send(gateway.request(Method::GET, place).bearer_auth(token));
+            let never = format!("/v1/deletions/{}", DeletionId::new());
+            let never = gateway.send(gateway.request(Method::GET, &never).bearer_auth(&bob)).await;
+            assert_eq!(never.problem(), (404, "not-found"));
+            let mut in_progress = true;
+            loop {
+                let seen = receipt(&zoe).await.ok();
+                assert!(in_progress || seen["status"] == "completed", "{path}: {seen:#}");
+                assert_eq!(receipt(&backend_of_acme).await.ok()["id"], seen["id"], "{path}");
+                for other in [&bob, &namesake, OTHER] {
+                    assert_eq!(outcome(&receipt(other).await), outcome(&never), "{path}");
+                }
+                if !in_progress {
+                    break;
+                }
+                in_progress = seen["status"] == "in_progress";
+                if in_progress {
+                    scene.simulator.clear_faults();
+                    scene.database.execute("UPDATE threads SET due_at = created_at").await;
+                    let cleanup = gateway.request(Method::POST, "/v1/admin/cleanup").bearer_auth(OTHER);
+                    gateway.send(cleanup).await.ok();
+                }
+            }
+            assert_eq!(scene.database.holding("zoe").await, Vec::<String>::new(), "{path}");
+        }
+    }
 }
+
+const OWN_KEY: &str = r#"
+[auth.keys.acme]
+key = "chatter-of-the-tenant-acme"
+tenant = "acme"
+scope = "chat"
+"#;

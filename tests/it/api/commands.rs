@@ -16,8 +16,18 @@ fn run(command: &mut Command) -> (Output, String) {
 
 #[test]
 fn every_command_explains_itself() {
-    for name in ["dev", "serve", "simulate", "migrate", "export", "import", "keys", "check-config", "health"]
-    {
+    for name in [
+        "dev",
+        "serve",
+        "simulate",
+        "migrate",
+        "export",
+        "import",
+        "keys",
+        "fingerprint",
+        "check-config",
+        "health",
+    ] {
         let (output, text) = run(&mut Gateway::command(&[name, "--help"]));
         assert!(output.status.success() && text.contains("Usage: threadkeeper"), "{name}: {text}");
     }

@@ -26,6 +26,7 @@ mod operators;
 mod pages;
 mod pictures;
 mod portability;
+mod privacy;
 mod problems;
 mod proxies;
 mod queue;

@@ -157,7 +157,7 @@ async fn runs_can_be_listed_and_read(scene: Scene) {
 }
 
 async fn ownership_is_written_upstream(scene: Scene) {
-    let gateway = scene.gateway().await;
+    let gateway = scene.gateway_upstream("send_keys = true").await;
     let long = "é".repeat(128);
     // As many pairs of its own as a caller may add: with ours the upstream's limit is reached, not passed.
     let pairs: serde_json::Map<_, _> = (0..10).map(|n| (n.to_string(), json!("x".repeat(512)))).collect();

@@ -32,7 +32,14 @@ on_every_backend!(
 );
 
 pub(super) fn request(target: DeletionTarget, end: Deletion) -> DeletionRequest {
-    DeletionRequest { id: DeletionId::new(), tenant: TenantKey::default(), target, end, hold: Duration::ZERO }
+    DeletionRequest {
+        id: DeletionId::new(),
+        tenant: TenantKey::default(),
+        fingerprint: format!("of {}", target.user().as_str()),
+        target,
+        end,
+        hold: Duration::ZERO,
+    }
 }
 
 fn erase(key: &ConversationKey) -> DeletionRequest {
@@ -151,6 +158,7 @@ async fn a_target_without_threads_is_done_at_once(database: &TestDatabase, store
         let report = report(store, &request).await;
         assert!(report.finished_at.unwrap() >= report.requested_at);
         assert_eq!((report.done, report.pending, report.threads.data.len()), (0, 0, 0));
+        assert_eq!((report.user, report.fingerprint.as_deref()), (None, Some("of alice")));
         assert_eq!(store.deletion_under_way(&request.tenant, &request.target).await.unwrap(), None);
         // And it stays so.
         exchange(store, &user("alice")).await;

@@ -3,15 +3,14 @@
 use std::collections::BTreeSet;
 use std::time::Duration;
 
-use threadkeeper::domain::{
-    Deletion, DeletionId, Lifecycle, Lifetimes, Limits, NewLife, RemnantId, Timestamp, Ttl,
-};
+use threadkeeper::domain::{Deletion, Lifecycle, Lifetimes, Limits, NewLife, RemnantId, Timestamp, Ttl};
 use threadkeeper::store::{
     DeletionRequest, DeletionTarget, Due, Made, Pruned, Pruning, RemnantKind, RemnantName, ThreadName,
     ThreadUpdate,
 };
 use uuid::Uuid;
 
+use super::deletion::request;
 use super::*;
 
 on_every_backend!(
@@ -216,13 +215,8 @@ async fn deletion_that_begins_during_a_look_keeps_its_hold(database: &TestDataba
         let row = id(database, made.uuid());
         database.execute(&format!("UPDATE threads SET due_at = created_at WHERE id = {row}")).await;
         let looked = claim(store).await;
-        let request = DeletionRequest {
-            id: DeletionId::new(),
-            tenant: TenantKey::default(),
-            target: DeletionTarget::Key(key),
-            end: Deletion::Erase,
-            hold: HOUR / 60,
-        };
+        let request = request(DeletionTarget::Key(key), Deletion::Erase);
+        let request = DeletionRequest { hold: HOUR / 60, ..request };
         assert_eq!(store.begin_deletion(&request, 1).await.unwrap(), 1);
         let due = time(database, "due_at", made).await;
         store.schedule(made, looked.claimed, after, failure).await.unwrap();
@@ -465,13 +459,7 @@ async fn what_is_past_its_time_is_pruned_bit_by_bit(database: &TestDatabase, sto
         let once = Admission { idempotency: Some(idempotency("k")), ..admission(&key) };
         let turn = started(store.admit(&once).await.unwrap());
         closed(store.finish(&turn.lease, &completed(Some("hi"))).await.unwrap());
-        let request = DeletionRequest {
-            id: DeletionId::new(),
-            tenant: TenantKey::default(),
-            target: DeletionTarget::Key(user("nobody")),
-            end: Deletion::Erase,
-            hold: Duration::ZERO,
-        };
+        let request = request(DeletionTarget::Key(user("nobody")), Deletion::Erase);
         assert_eq!(store.begin_deletion(&request, 10).await.unwrap(), 0);
     }
     assert_eq!(store.prunable(&all(), 100).await.unwrap(), Pruned::default());
@@ -649,13 +637,7 @@ async fn keep(store: &dyn Store) {
     store.removed(archived, &super::deletion::gone(), &[RemnantName::Row(RemnantId::new())]).await.unwrap();
     assert!(store.conclude(archived, 10).await.unwrap());
     let target = DeletionTarget::User(user("u7").user);
-    let request = DeletionRequest {
-        id: DeletionId::new(),
-        tenant: tenant.clone(),
-        target,
-        end: Deletion::Erase,
-        hold: Duration::ZERO,
-    };
+    let request = DeletionRequest { tenant: tenant.clone(), ..request(target, Deletion::Erase) };
     assert_eq!(store.begin_deletion(&request, 20).await.unwrap(), 20);
     let report = store.deletion(&tenant, request.id, None, 10).await.unwrap().unwrap();
     store.deletion_under_way(&tenant, &request.target).await.unwrap().unwrap();

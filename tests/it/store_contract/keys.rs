@@ -1,11 +1,12 @@
-//! API keys.
+//! API keys, and the key of fingerprints.
 
+use futures_util::future::join_all;
 use threadkeeper::domain::{Access, KeyId};
 use threadkeeper::store::NewKey;
 
 use super::*;
 
-on_every_backend!(a_revoked_key_is_listed_and_not_good);
+on_every_backend!(a_revoked_key_is_listed_and_not_good, all_who_ask_at_once_get_one_key_of_fingerprints,);
 
 fn key(number: u8, tenant: &str) -> NewKey {
     NewKey {
@@ -33,4 +34,13 @@ async fn a_revoked_key_is_listed_and_not_good(_: &TestDatabase, store: &dyn Stor
     assert_eq!(store.keys(Some(&keys[1].tenant)).await.unwrap().len(), 1);
     assert_eq!(store.revoke_key(&keys[0].prefix).await.unwrap(), Some(revoked), "as it was");
     assert_eq!(store.revoke_key("tk_").await.unwrap(), None);
+}
+
+async fn all_who_ask_at_once_get_one_key_of_fingerprints(database: &TestDatabase, store: &dyn Store) {
+    let asked = join_all((1..=16).map(|n| store.fingerprint_key([n; 32]))).await;
+    let mut keys: Vec<_> = asked.into_iter().map(Result::unwrap).collect();
+    keys.dedup();
+    assert_eq!(keys.len(), 1, "{keys:?}");
+    assert_eq!(store.fingerprint_key([0; 32]).await.unwrap(), keys[0]);
+    assert_eq!(database.number("SELECT count(*) FROM fingerprint_key").await, 1);
 }

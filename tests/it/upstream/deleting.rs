@@ -7,7 +7,7 @@ use futures_util::StreamExt;
 use reqwest::Method;
 use serde_json::{Value, json};
 use threadkeeper::config::UpstreamKind;
-use threadkeeper::domain::{ContentPart, Role, ThreadId, UpstreamRunId, UpstreamThreadId};
+use threadkeeper::domain::{ContentPart, KeyNames, Role, ThreadId, UpstreamRunId, UpstreamThreadId};
 use threadkeeper::simulator::SimulatorConfig;
 use threadkeeper::upstream::{HistoryEntry, Ownership, Pace, Upstream, UpstreamError, UpstreamEvent};
 
@@ -500,7 +500,10 @@ async fn lost_threads_are_found_by_their_tags_where_the_server_has_a_list() {
         let mut made = Vec::new();
         for at in 0..210 {
             if at % 100 == 0 {
-                made.push(scene.upstream.create_thread(&sought, &[]).await.unwrap().unwrap());
+                // Names may have been sent in another form, by an earlier version or another setting.
+                let names = KeyNames { user: format!("{at:032x}"), ..sought.names.clone() };
+                let owner = Ownership { names, ..sought.clone() };
+                made.push(scene.upstream.create_thread(&owner, &[]).await.unwrap().unwrap());
             } else {
                 scene.sim.post(path, json!({"metadata": {"threadkeeper_thread": "other"}})).await;
             }
