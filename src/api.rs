@@ -8,6 +8,7 @@ mod extract;
 mod forwarded;
 mod guard;
 mod health;
+mod keys;
 mod limits;
 mod messages;
 mod observe;
@@ -34,7 +35,8 @@ use axum::response::{IntoResponse, Response};
 use axum::routing::{MethodFilter, MethodRouter, get, on};
 use tower_http::catch_panic::CatchPanicLayer;
 
-use self::guard::Needs;
+use self::guard::Asks;
+use self::keys::{CONVERSATION, Place, USERS};
 use self::limits::Counted;
 pub use self::limits::Limits;
 use self::observe::Observed;
@@ -70,9 +72,13 @@ impl FromRef<AppState> for Arc<ServerConfig> {
     }
 }
 
-/// The three kinds of conversation, each with the same resources below it.
-const SCOPES: [&str; 3] =
-    ["/v1/users/{user}", "/v1/users/{user}/sessions/{session}", "/v1/users/{user}/topics/{topic}"];
+/// The three kinds of conversation, and any of them by headers, each with the same resources below it.
+const SCOPES: [&str; 4] = [
+    "/v1/users/{user}",
+    "/v1/users/{user}/sessions/{session}",
+    "/v1/users/{user}/topics/{topic}",
+    CONVERSATION,
+];
 
 /// A route, and what it asks of its callers; `None`: anybody may use it.
 #[derive(Clone, Debug)]
@@ -115,9 +121,12 @@ fn all() -> Routes {
         routes.add(Read, Method::GET, at("/runs"), runs::list, runs::list_doc);
         routes.add(Read, Method::GET, at("/runs/{run}"), runs::show, runs::show_doc);
     }
-    routes.add(Chat, Method::DELETE, "/v1/users/{user}", users::delete, users::delete_doc);
-    routes.add(Read, Method::GET, "/v1/users/{user}/threads", users::threads, users::threads_doc);
-    routes.add(Read, Method::GET, "/v1/users/{user}/export", users::export, users::export_doc);
+    for user in USERS {
+        let at = |rest: &str| format!("{user}{rest}");
+        routes.add(Chat, Method::DELETE, user, users::delete, users::delete_doc);
+        routes.add(Read, Method::GET, at("/threads"), users::threads, users::threads_doc);
+        routes.add(Read, Method::GET, at("/export"), users::export, users::export_doc);
+    }
     routes.add(Read, Method::GET, "/v1/deletions/{deletion}", deletions::show, deletions::show_doc);
     routes.add(Admin, Method::GET, "/v1/threads", operators::threads, operators::threads_doc);
     routes.add(Admin, Method::GET, "/v1/threads/{thread}", operators::thread, operators::thread_doc);
@@ -142,7 +151,7 @@ struct Routes {
 type Describe = fn() -> Doc;
 
 impl Routes {
-    /// Anybody may ask for this.
+    /// Anybody may ask for this, with any query: load balancers and caches put theirs there.
     fn open<H: Handler<T, AppState>, T: 'static>(&mut self, path: &str, handler: H, doc: Describe) {
         self.put(None, Method::GET, path.to_owned(), get(handler), doc);
     }
@@ -155,14 +164,27 @@ impl Routes {
         handler: H,
         doc: Describe,
     ) {
-        let guarded = guarded(&method, handler, needs, Counted::Request);
-        self.put(Some(needs), method, path.into(), guarded, doc);
+        self.guard((needs, Counted::Request), method, path.into(), handler, doc);
     }
 
     /// A `POST` that has a model answer.
     fn add_message<H: Handler<T, AppState>, T: 'static>(&mut self, path: String, handler: H, doc: Describe) {
-        let guarded = guarded(&Method::POST, handler, Access::Chat, Counted::Message);
-        self.put(Some(Access::Chat), Method::POST, path, guarded, doc);
+        self.guard((Access::Chat, Counted::Message), Method::POST, path, handler, doc);
+    }
+
+    fn guard<H: Handler<T, AppState>, T: 'static>(
+        &mut self,
+        (needs, counted): (Access, Counted),
+        method: Method,
+        path: String,
+        handler: H,
+        doc: Describe,
+    ) {
+        // All methods that are used here are among those that the filter knows.
+        let filter = MethodFilter::try_from(method.clone()).unwrap_or(MethodFilter::GET);
+        let asks = Asks { needs, counted, keys: Place::of(&path), query: doc().query_names().into() };
+        let guarded = on(filter, handler).route_layer(from_fn(guard::guard)).route_layer(Extension(asks));
+        self.put(Some(needs), method, path, guarded, doc);
     }
 
     fn put(
@@ -176,20 +198,6 @@ impl Routes {
         self.router = std::mem::take(&mut self.router).route(&path, route);
         self.table.push((Route { method, path, needs }, doc));
     }
-}
-
-/// A handler behind its guard.
-fn guarded<H: Handler<T, AppState>, T: 'static>(
-    method: &Method,
-    handler: H,
-    needs: Access,
-    counted: Counted,
-) -> MethodRouter<AppState> {
-    // All methods that are used here are among those that the filter knows.
-    let filter = MethodFilter::try_from(method.clone()).unwrap_or(MethodFilter::GET);
-    on(filter, handler)
-        .route_layer(from_fn(guard::guard))
-        .route_layer(Extension(Needs { access: needs, counted }))
 }
 
 /// The routes with what every answer passes.

@@ -13,7 +13,7 @@ mod trace;
 mod transition;
 
 pub use access::{Access, Principal};
-pub use content::{ContentPart, ImageFile, ImageUrl, InvalidContent, MAX_PARTS, UserContent};
+pub use content::{ContentPart, ImageFile, ImageUrl, InvalidContent, MAX_PARTS, UserContent, text_or_parts};
 pub use fingerprint::{Fingerprints, KeyNames};
 pub use id::{
     DeletionId, InvalidId, KeyId, MessageId, RemnantId, ReplicaId, RunId, ThreadId, UpstreamRunId,

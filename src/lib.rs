@@ -38,5 +38,7 @@ pub mod config;
 
 pub mod domain;
 
+mod wording;
+
 #[cfg(test)]
 mod testing;

@@ -27,16 +27,15 @@ mod import;
 use std::borrow::Cow;
 
 use chrono::{DateTime, Utc};
-use serde::de::Error as _;
-use serde::{Deserialize, Deserializer, Serialize};
+use serde::{Deserialize, Serialize};
 use utoipa::openapi::RefOr;
 use utoipa::openapi::schema::{ObjectBuilder, OneOfBuilder, Schema, Type};
 use utoipa::{PartialSchema, ToSchema};
 
 use crate::domain::{
-    ContentPart, Context, ConversationKey, Lifecycle, Message, MessageId, Metadata, MultitaskStrategy, Role,
-    Run, RunError, RunId, RunStatus, Scope, TenantKey, Thread, ThreadId, UpstreamRunId, UpstreamThreadId,
-    Usage, UserKey,
+    ContentPart, Context, ConversationKey, KeyText, Lifecycle, Message, MessageId, Metadata,
+    MultitaskStrategy, Role, Run, RunError, RunId, RunStatus, Scope, TenantKey, Thread, ThreadId,
+    UpstreamRunId, UpstreamThreadId, Usage, UserKey, text_or_parts,
 };
 
 pub use export::{What, export};
@@ -166,13 +165,18 @@ impl Default for ScopeText {
 }
 
 impl TryFrom<String> for ScopeText {
-    type Error = &'static str;
+    type Error = String;
 
-    fn try_from(text: String) -> Result<Self, Self::Error> {
+    fn try_from(text: String) -> Result<Self, String> {
         let (kind, name) = text.split_once(':').unwrap_or((&text, ""));
-        Scope::from_parts(kind, name.to_owned())
-            .map(Self)
-            .ok_or("a scope is `user`, `session:<id>` or `topic:<name>`, with an id or name that is a key")
+        if let Some(scope) = Scope::from_parts(kind, name.to_owned()) {
+            return Ok(Self(scope));
+        }
+        let why = match KeyText::try_from(name.to_owned()) {
+            Err(why) if ["session", "topic"].contains(&kind) => format!(": {why}"),
+            _ => String::new(),
+        };
+        Err(format!("a scope is `user`, `session:<id>` or `topic:<name>`{why}"))
     }
 }
 
@@ -235,13 +239,6 @@ pub(crate) struct MessageLine {
     #[serde(default)]
     #[schema(required)]
     created_at: Option<DateTime<Utc>>,
-}
-
-fn text_or_parts<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<ContentPart>, D::Error> {
-    match serde_json::Value::deserialize(deserializer)? {
-        serde_json::Value::String(text) => Ok(vec![ContentPart::Text { text }]),
-        parts => Vec::deserialize(parts).map_err(D::Error::custom),
-    }
 }
 
 impl From<Thread> for ThreadLine {

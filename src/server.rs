@@ -17,8 +17,9 @@ use axum::Router;
 use axum::body::Body;
 use axum::extract::ConnectInfo;
 use bytes::Bytes;
-use http::header::CONNECTION;
-use http::{HeaderValue, Request, Response};
+use http::header::{CONNECTION, HOST};
+use http::uri::Authority;
+use http::{HeaderValue, Request, Response, StatusCode, Version};
 use hyper::body::{Body as _, Frame, Incoming, SizeHint};
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
@@ -223,6 +224,9 @@ async fn answer(
     busy: Busy,
 ) -> Result<Response<Tracked>, Infallible> {
     let guard = busy.enter();
+    if !names_its_host(&request) {
+        return Ok(no_host().map(|body| Tracked { body, _guard: guard }));
+    }
     let is_read = Arc::new(AtomicBool::new(request.body().is_end_stream()));
     let rest = request.body().size_hint().upper().unwrap_or(u64::MAX);
     let mut request = request.map(|body| Body::new(Received { body, is_read: Arc::clone(&is_read) }));
@@ -262,6 +266,27 @@ impl hyper::body::Body for Received {
     fn size_hint(&self) -> SizeHint {
         self.body.size_hint()
     }
+}
+
+/// One `Host`, which is one (RFC 9112, 3.2). Whatever stands in front may have gone by another one of two. HTTP/1.0 has none.
+fn names_its_host<B>(request: &Request<B>) -> bool {
+    let mut hosts = request.headers().get_all(HOST).iter();
+    let is_host = |host: &HeaderValue| {
+        host.is_empty() || Authority::try_from(host.as_bytes()).is_ok_and(|it| !it.as_str().contains('@'))
+    };
+    match (hosts.next(), hosts.next()) {
+        (None, _) => request.version() < Version::HTTP_11,
+        (Some(host), None) => is_host(host),
+        (Some(_), Some(_)) => false,
+    }
+}
+
+/// As bare as what hyper answers to a head that is no HTTP.
+fn no_host() -> Response<Body> {
+    let mut refusal = Response::new(Body::empty());
+    *refusal.status_mut() = StatusCode::BAD_REQUEST;
+    refusal.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"));
+    refusal
 }
 
 /// What a connection still owes its client.

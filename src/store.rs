@@ -36,9 +36,9 @@ pub use backend::BackendKind;
 pub use discreet::Discreet;
 pub use keys::{Keys, NewKey, StoredKey};
 pub use life::{
-    Binding, Bound, DeletedThread, DeletionReport, DeletionRequest, DeletionTarget, Due, Foreign, Imported,
-    ImportedMessage, ImportedThread, Life, Made, Pruned, Pruning, Remnant, RemnantKind, RemnantName, Rolled,
-    Rollover, ThreadFilter, ThreadName, ThreadReport, ThreadUpdate, UNHEARD_OF,
+    Binding, Bound, Deletable, DeletedThread, DeletionReport, DeletionRequest, DeletionTarget, Due, Foreign,
+    Imported, ImportedMessage, ImportedThread, Life, Made, Pruned, Pruning, Remnant, RemnantKind,
+    RemnantName, Rolled, Rollover, ThreadFilter, ThreadName, ThreadReport, ThreadUpdate, UNHEARD_OF,
 };
 pub use postgres::PostgresStore;
 pub use sqlite::SqliteStore;

@@ -8,6 +8,8 @@ use axum::http::header::{
 };
 use tower_http::cors::{AllowOrigin, CorsLayer};
 
+use super::keys;
+
 /// How long a browser may remember what it was told.
 const MAX_AGE: Duration = Duration::from_hours(1);
 
@@ -25,6 +27,9 @@ pub(super) fn layer(origins: &[String]) -> CorsLayer {
             named("idempotency-key"),
             named("last-event-id"),
             named("prefer"),
+            keys::USER,
+            keys::SESSION,
+            keys::TOPIC,
             named("x-request-id"),
         ])
         .expose_headers([

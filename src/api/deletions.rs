@@ -4,6 +4,8 @@ use axum::Json;
 use axum::extract::State;
 use axum::http::{HeaderMap, StatusCode, header};
 use axum::response::{IntoResponse, Response};
+use serde::Deserialize;
+use utoipa::IntoParams;
 
 use super::AppState;
 use super::extract::{ApiId, ApiPage};
@@ -12,19 +14,36 @@ use super::guard::Caller;
 use super::openapi::Doc;
 use super::prefer::Prefer;
 use super::problem::NOT_FOUND;
-use super::views::DeletionView;
-use crate::domain::{DeletionId, ThreadId};
+use super::views::{DeletableView, DeletionView};
+use crate::domain::{Deletion, DeletionId, ThreadId};
 use crate::error::Error;
 use crate::life::Target;
 
-/// Deletes, and tells what came of it, or where to ask for that.
+/// How to delete.
+#[derive(Debug, Deserialize, IntoParams)]
+pub(super) struct HowToDelete {
+    /// The current threads become archives: their transcripts stay here, read only, and nothing stays upstream.
+    #[serde(default)]
+    archive: bool,
+    /// Nothing is deleted: the answer tells what would be.
+    #[serde(default)]
+    dry_run: bool,
+}
+
+/// Deletes, and tells what came of it, or where to ask for that; or tells what would be deleted.
 pub(super) async fn deleted(
     state: &AppState,
     target: Target,
+    how: &HowToDelete,
     prefix: &Prefix,
     headers: &HeaderMap,
 ) -> Result<Response, Error> {
-    let report = state.keeper.delete_all(target, Prefer::of(headers).patience()).await?;
+    let end = if how.archive { Deletion::Archive } else { Deletion::Erase };
+    if how.dry_run {
+        let found = state.keeper.deletable(target, end).await?;
+        return Ok(Json(DeletableView::new(found, how.archive)).into_response());
+    }
+    let report = state.keeper.delete_all(target, end, Prefer::of(headers).patience()).await?;
     let status = if report.finished_at.is_some() { StatusCode::OK } else { StatusCode::ACCEPTED };
     let place = [(header::LOCATION, format!("{}/v1/deletions/{}", prefix.0, report.id))];
     Ok((status, place, Json(DeletionView::from(report))).into_response())
@@ -32,13 +51,17 @@ pub(super) async fn deleted(
 
 /// What deletions have in common.
 pub(super) fn deleted_doc(doc: Doc) -> Doc {
-    doc.prefer()
-        .gives::<DeletionView>(StatusCode::OK, "The receipt: all is deleted, here and upstream.")
+    doc.query::<HowToDelete>()
+        .prefer()
+        .gives_one_of::<DeletionView, DeletableView>(
+            StatusCode::OK,
+            "The receipt: all is deleted, here and upstream. With `dry_run`: what would be deleted.",
+        )
         .gives::<DeletionView>(
             StatusCode::ACCEPTED,
             "It takes longer than the caller waits (10 s), and goes on in the background.",
         )
-        .with(StatusCode::OK, &[&header::LOCATION])
+        .with_some(StatusCode::OK, &header::LOCATION)
         .with(StatusCode::ACCEPTED, &[&header::LOCATION])
 }
 
@@ -60,8 +83,5 @@ pub(super) async fn show(
     ApiId(id): ApiId<DeletionId>,
     ApiPage(page, _): ApiPage<ThreadId>,
 ) -> Result<Json<DeletionView>, Error> {
-    if page.before.is_some() {
-        return Err(Error::Malformed("this list takes `after` and `limit`, oldest first".to_owned()));
-    }
     Ok(Json(state.keeper.report_to(&caller, id, page.after, page.limit).await?.into()))
 }

@@ -6,56 +6,34 @@ use axum::extract::{FromRef, FromRequest, FromRequestParts, Query, RawPathParams
 use axum::http::header::CONTENT_TYPE;
 use axum::http::request::Parts;
 use axum::http::{HeaderMap, Uri};
-use serde::de::DeserializeOwned;
+use serde::de::{DeserializeOwned, IgnoredAny};
 use sha2::{Digest, Sha256};
 use utoipa::{IntoParams, ToSchema};
 
 use super::guard::Caller;
+use super::keys::Named;
 use super::{AppState, body, canonical};
 use crate::config::ServerConfig;
-use crate::domain::{ConversationKey, InvalidKey, PageRequest, RunId, Scope};
+use crate::domain::{ConversationKey, PageRequest, RunId};
 use crate::error::Error;
 use crate::locks::Share;
 use crate::runs::Which;
 use crate::store::Idempotency;
+use crate::wording;
 
-/// The conversation that the path names, among those of the caller's tenant.
+/// The conversation that the request names, among those of the caller's tenant.
 #[derive(Debug)]
 pub(super) struct ApiConversation(pub(super) ConversationKey);
 
-impl<S> FromRequestParts<S> for ApiConversation
-where
-    S: Send + Sync,
-    Arc<ServerConfig>: FromRef<S>,
-{
+impl<S: Send + Sync> FromRequestParts<S> for ApiConversation {
     type Rejection = Error;
 
     async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, Error> {
         let Caller(principal) = Caller::from_request_parts(parts, state).await?;
-        let params = path_params(parts, state).await?;
-        let limit = Arc::<ServerConfig>::from_ref(state).max_key_bytes;
-        let named = |name: &'static str| {
-            let value = params.iter().find(|(key, _)| *key == name).map(|(_, value)| value.to_owned());
-            match value {
-                Some(value) if value.len() > limit => {
-                    Err(invalid(name)(InvalidKey::TooLong { limit, bytes: value.len() }))
-                }
-                value => Ok(value),
-            }
-        };
-        let user = named("user")?.ok_or(Error::Internal(None))?;
-        let scope = match (named("session")?, named("topic")?) {
-            (Some(name), _) => Scope::Session(name.try_into().map_err(invalid("session"))?),
-            (None, Some(name)) => Scope::Topic(name.try_into().map_err(invalid("topic"))?),
-            (None, None) => Scope::User,
-        };
-        let user = user.try_into().map_err(invalid("user"))?;
+        // The guard of a route that is about nobody puts none there.
+        let Named { user, scope, .. } = parts.extensions.get().cloned().ok_or(Error::Internal(None))?;
         Ok(Self(ConversationKey { tenant: principal.tenant, user, scope }))
     }
-}
-
-fn invalid(name: &'static str) -> impl Fn(InvalidKey) -> Error {
-    move |error| Error::Malformed(format!("the {name} key in the path: {error}"))
 }
 
 /// The run that the path names.
@@ -72,7 +50,10 @@ impl<S: Send + Sync> FromRequestParts<S> for ApiRun {
     }
 }
 
-async fn path_params<S: Send + Sync>(parts: &mut Parts, state: &S) -> Result<RawPathParams, Error> {
+pub(super) async fn path_params<S: Send + Sync>(
+    parts: &mut Parts,
+    state: &S,
+) -> Result<RawPathParams, Error> {
     RawPathParams::from_request_parts(parts, state)
         .await
         .map_err(|_| Error::Malformed("the path is not percent-encoded UTF-8".to_owned()))
@@ -119,7 +100,9 @@ impl<T: DeserializeOwned> FromRequest<AppState> for ApiJson<T> {
             return Err(Error::UnsupportedMediaType);
         }
         let idempotency_key = idempotency_key(request.headers())?;
-        let path = request.uri().path().to_owned();
+        let path = request.uri().path();
+        let named = request.extensions().get::<Named>();
+        let path = named.map_or(path.into(), |named| named.path(path)).into_owned();
         let (body, share) = body::read(request.into_body(), &state.server, &state.bodies).await?;
         let value = parsed(&body)?;
         let idempotency = idempotency_key.map(|key| {
@@ -146,13 +129,31 @@ fn parsed<T: DeserializeOwned>(body: &[u8]) -> Result<T, Error> {
         let inner = error.into_inner();
         if inner.is_data() {
             let at = if path == "." { String::new() } else { format!("`{path}`: ") };
-            Error::Invalid(format!("{at}{inner}"))
+            Error::Invalid(format!("{at}{}", told(&inner.to_string())))
+        } else if inner.to_string().starts_with("expected value")
+            && serde_json::from_slice::<IgnoredAny>(body).is_ok()
+        {
+            // Serde says so of a list, say, where one of several words should be.
+            Error::Invalid(format!("`{path}`: must be a string"))
         } else {
-            Error::Malformed(format!("the body is not JSON: {inner}"))
+            not_json(&inner)
         }
     })?;
-    deserializer.end().map_err(|error| Error::Malformed(format!("the body is not JSON: {error}")))?;
+    deserializer.end().map_err(|error| not_json(&error))?;
     Ok(value)
+}
+
+fn not_json(error: &serde_json::Error) -> Error {
+    let (line, column) = (error.line(), error.column());
+    Error::Malformed(format!(
+        "the body is not JSON: {} (line {line}, column {column})",
+        told(&error.to_string())
+    ))
+}
+
+/// What is wrong, by the text of an error of whoever read it.
+fn told(error: &str) -> String {
+    wording::plain(error).unwrap_or_else(|| wording::without_place(error).to_owned())
 }
 
 /// The header `idempotency-key`: 1 to 255 visible ASCII characters.
@@ -185,11 +186,9 @@ pub(super) struct ApiPage<Id, More = Nothing>(pub(super) PageRequest<Id>, pub(su
 
 /// A query that holds nothing else.
 #[derive(Debug, serde::Deserialize)]
-#[serde(deny_unknown_fields)]
 pub(super) struct Nothing {}
 
 #[derive(serde::Deserialize, IntoParams)]
-#[serde(deny_unknown_fields)]
 pub(super) struct PageQuery {
     /// How many at most; 20 if absent.
     #[param(minimum = 1, maximum = 100)]
@@ -202,8 +201,6 @@ pub(super) struct PageQuery {
     /// What comes before this one.
     before: Option<String>,
 }
-
-const PAGE_FIELDS: [&str; 4] = ["limit", "order", "after", "before"];
 
 #[derive(serde::Deserialize, ToSchema)]
 #[serde(rename_all = "lowercase")]
@@ -222,13 +219,7 @@ where
     type Rejection = Error;
 
     async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, Error> {
-        let given = parts.uri.query().unwrap_or_default();
-        let some = |of_page: bool| {
-            let pairs = url::form_urlencoded::parse(given.as_bytes());
-            let wanted = pairs.filter(|(name, _)| PAGE_FIELDS.contains(&&**name) == of_page);
-            url::form_urlencoded::Serializer::new(String::new()).extend_pairs(wanted).finish()
-        };
-        let page: PageQuery = read(&some(true))?;
+        let page: PageQuery = query(parts)?;
         let most = Arc::<ServerConfig>::from_ref(state).max_page;
         let limit = page.limit.unwrap_or(most.min(20));
         if !(1..=most).contains(&limit) {
@@ -249,7 +240,7 @@ where
             after: cursor("after", page.after)?,
             before: cursor("before", page.before)?,
         };
-        Ok(Self(request, read(&some(false))?))
+        Ok(Self(request, query(parts)?))
     }
 }
 
@@ -288,7 +279,6 @@ where
 pub(super) struct ApiWhich(pub(super) Which);
 
 #[derive(serde::Deserialize, IntoParams)]
-#[serde(deny_unknown_fields)]
 pub(super) struct WhichQuery {
     /// `active` if absent.
     #[param(inline)]
@@ -323,15 +313,20 @@ fn query<T: DeserializeOwned>(parts: &Parts) -> Result<T, Error> {
 fn read<T: DeserializeOwned>(query: &str) -> Result<T, Error> {
     let uri = Uri::builder().path_and_query(format!("/?{query}")).build();
     let uri = uri.map_err(|_| Error::Malformed("the query cannot be read".to_owned()))?;
-    Query::try_from_uri(&uri)
-        .map(|Query(query)| query)
-        .map_err(|rejection| Error::Malformed(format!("the query: {}", rejection.body_text())))
+    Query::try_from_uri(&uri).map(|Query(query)| query).map_err(|rejection| {
+        let text = rejection.body_text();
+        // `…: name: what is wrong`; the guard has seen to it that all names are known.
+        let text = text.strip_prefix("Failed to deserialize query string: ").unwrap_or(&text);
+        Error::Malformed(match text.split_once(": ") {
+            Some((name, error)) => format!("the query parameter `{name}`: {}", told(error)),
+            None => format!("the query: {}", told(text)),
+        })
+    })
 }
 
 #[cfg(test)]
 mod tests {
     use axum::body::Body;
-    use axum::extract::Extension;
     use axum::http::{HeaderValue, StatusCode};
     use axum::response::IntoResponse;
     use axum::routing::get;
@@ -343,21 +338,22 @@ mod tests {
     use tower::ServiceExt;
 
     use super::super::SCOPES;
+    use super::super::keys::Place;
     use super::super::views::{PatchThread, PostMessage, PostOutputs};
     use super::*;
-    use crate::domain::{Principal, UserContent};
+    use crate::domain::{KeyText, UserContent};
     use crate::testing::{Words, damaged, mutated};
 
     /// Status and body of the answer of a route below each kind of conversation, which tells the key that it read.
     fn key_of(path: &[u8]) -> Option<(StatusCode, Value)> {
-        let tell = async |ApiConversation(key): ApiConversation| {
-            Json(json!([key.user.as_str(), key.scope.kind(), key.scope.name()]))
+        let tell = async |params: RawPathParams| {
+            let named = Named::read(Place::Path, Some(&params), &HeaderMap::new(), KeyText::MAX_BYTES)?;
+            let named = named.ok_or(Error::Internal(None))?;
+            Ok::<_, Error>(Json(json!([named.user.as_str(), named.scope.kind(), named.scope.name()])))
         };
-        let router = SCOPES
-            .iter()
-            .fold(Router::new(), |router, scope| router.route(&format!("{scope}/thread"), get(tell)));
-        let router = router.layer(Extension(Caller(Principal::anybody())));
-        let router = router.with_state(Arc::new(ServerConfig::default()));
+        let scopes = SCOPES.iter().filter(|scope| Place::of(scope) == Place::Path);
+        let router: Router =
+            scopes.fold(Router::new(), |router, scope| router.route(&format!("{scope}/thread"), get(tell)));
         // What is no address does not come this far.
         let uri = Uri::try_from(path).ok()?;
         let request = Request::builder().uri(uri).body(Body::empty()).unwrap();
@@ -483,7 +479,10 @@ mod tests {
             }
             path.extend(b"/thread");
             let (status, told) = key_of(&path).unwrap();
-            let is_key = |text: &str| (1..=256).contains(&text.len()) && !text.chars().any(char::is_control);
+            let is_key = |text: &str| {
+                let fits = (1..=256).contains(&text.len()) && !text.chars().any(char::is_control);
+                fits && ![".", ".."].contains(&text)
+            };
             if is_key(&user) && (kind == 0 || is_key(&name)) {
                 let (kind, name) = [("user", ""), ("session", &name), ("topic", &name)][usize::from(kind)];
                 prop_assert_eq!(status, StatusCode::OK);

@@ -1,7 +1,8 @@
 //! Who may use which route.
 
-use axum::RequestPartsExt;
-use axum::extract::{Extension, FromRequestParts, RawPathParams, Request};
+use std::sync::Arc;
+
+use axum::extract::{Extension, FromRequestParts, Request};
 use axum::http::HeaderMap;
 use axum::http::header::AUTHORIZATION;
 use axum::http::request::Parts;
@@ -9,25 +10,34 @@ use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
 
 use super::AppState;
+use super::extract::path_params;
+use super::keys::{Named, Place};
 use super::limits::Counted;
 use super::turn::REPLAYED;
-use crate::domain::{Access, Principal, UserKey};
+use crate::domain::{Access, Principal};
 use crate::error::{Error, TooOften};
 
-/// What a route asks of its callers.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct Needs {
-    pub(super) access: Access,
-    pub(super) counted: Counted,
-}
+/// So many characters are shown of a name that is not known.
+const SHOWN: usize = 64;
 
 /// There is no room for another message: the request is good only as a repeat of one that was taken.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct OnlyRepeats(pub(super) TooOften);
 
-/// Lets a request through whose caller may do what the route is for; its handler finds the [`Caller`].
+/// What a route asks of its callers.
+#[derive(Clone, Debug)]
+pub(super) struct Asks {
+    pub(super) needs: Access,
+    pub(super) counted: Counted,
+    pub(super) keys: Place,
+    /// The parameters that its query may have.
+    pub(super) query: Arc<[String]>,
+}
+
+/// Lets a request through whose caller may do what the route is for, and which asks for nothing that the route does not
+/// know; its handler finds the [`Caller`], and whom it is about ([`Named`]).
 pub(super) async fn guard(
-    Extension(Needs { access: needs, counted }): Extension<Needs>,
+    Extension(Asks { needs, counted, keys, query }): Extension<Asks>,
     Extension(state): Extension<AppState>,
     request: Request,
     next: Next,
@@ -38,17 +48,16 @@ pub(super) async fn guard(
     if principal.access < needs {
         return Err(Error::InsufficientScope(needs));
     }
-    let params = parts.extract::<RawPathParams>().await.ok();
-    let user = params.iter().flatten().find(|(name, _)| *name == "user").map(|(_, value)| value);
+    let named = named(keys, &mut parts, state.server.max_key_bytes).await;
+    // What is no key is nobody's.
+    let user = named.as_ref().ok().and_then(Option::as_ref).map(|named| &named.user);
     if let (Some(own), Some(user)) = (&principal.user, user)
-        && own.as_str() != user
+        && own != user
     {
         return Err(Error::Forbidden("these are the conversations of another user"));
     }
-    // What is no key is nobody's, and refused later.
-    let named = user.and_then(|user| UserKey::try_from(user.to_owned()).ok());
     let tenant = principal.tenant.clone();
-    let user = named.or_else(|| principal.user.clone());
+    let user = user.cloned().or_else(|| principal.user.clone());
     let (mut left, taken) = state.limits.take(counted, &tenant, user.as_ref());
     let (mut as_repeat, mut refused) = (None, taken.err());
     if let Some(too_often) = refused
@@ -62,12 +71,17 @@ pub(super) async fn guard(
             parts.extensions.insert(OnlyRepeats(too_often));
         }
     }
-    let mut response = match refused {
-        None => {
+    let asked = refused.map_or(named, |too_often| Err(too_often.into())).and_then(|named| {
+        check_query(parts.uri.query().unwrap_or_default(), &query)?;
+        Ok(named)
+    });
+    let mut response = match asked {
+        Ok(named) => {
             parts.extensions.insert(Caller(principal));
+            named.map(|named| parts.extensions.insert(named));
             next.run(Request::from_parts(parts, body)).await
         }
-        Some(too_often) => Error::from(too_often).into_response(),
+        Err(error) => error.into_response(),
     };
     if response.headers().contains_key(REPLAYED)
         && let Some(request) = as_repeat.or_else(|| state.limits.was_repeat(&tenant, user.as_ref()))
@@ -89,6 +103,39 @@ async fn identify(state: &AppState, headers: &HeaderMap) -> Result<Principal, Er
         tracing::Span::current().record("refused", why);
     }
     identified
+}
+
+/// Whom the request is about.
+async fn named(place: Place, parts: &mut Parts, limit: usize) -> Result<Option<Named>, Error> {
+    let params = match place {
+        Place::Path => Some(path_params(parts, &()).await?),
+        _ => None,
+    };
+    Named::read(place, params.as_ref(), &parts.headers, limit)
+}
+
+/// Refuses what nobody would heed: it may be what keeps a request from doing harm, or a piece of a key.
+fn check_query(query: &str, known: &[String]) -> Result<(), Error> {
+    let mut seen = Vec::new();
+    for (name, _) in url::form_urlencoded::parse(query.as_bytes()) {
+        if !known.iter().any(|it| *it == name) {
+            let name = name.chars().take(SHOWN).collect::<String>();
+            let known = known.iter().map(|it| format!("`{it}`")).collect::<Vec<_>>().join(", ");
+            let known = if known.is_empty() {
+                "this request takes none".to_owned()
+            } else {
+                format!("this request takes {known}")
+            };
+            return Err(Error::Malformed(format!(
+                "there is no query parameter `{name}` here: {known} (a `?` within a key is written `%3F`)"
+            )));
+        }
+        if seen.contains(&name) {
+            return Err(Error::Malformed(format!("the query parameter `{name}` is given twice")));
+        }
+        seen.push(name);
+    }
+    Ok(())
 }
 
 /// What stands behind `Bearer`, if anything does.

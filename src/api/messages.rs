@@ -70,7 +70,6 @@ pub(super) async fn create(
 }
 
 #[derive(Debug, Deserialize, IntoParams)]
-#[serde(deny_unknown_fields)]
 pub(super) struct Archived {
     /// Those of the threads before the current one, too.
     #[serde(default)]

@@ -14,6 +14,7 @@ use utoipa::openapi::schema::Schema;
 use utoipa::{IntoParams, PartialSchema, ToSchema};
 
 use super::extract::PageQuery;
+use super::keys::{self, Place};
 use super::limits::{LIMIT, POLICY};
 use super::observe::REQUEST_ID;
 use super::prefer::{PREFER, PREFERENCE_APPLIED};
@@ -25,7 +26,7 @@ use super::problem::{
 use super::turn::REPLAYED;
 use super::views::ListView;
 use super::{Route, all};
-use crate::domain::{Access, DeletionId, RunId, SessionKey, ThreadId, TopicKey, UserKey};
+use crate::domain::{Access, DeletionId, KeyText, RunId, SessionKey, ThreadId, TopicKey, UserKey};
 
 /// The document, which is the same for every gateway of this version.
 static DOCUMENT: LazyLock<Bytes> =
@@ -40,7 +41,7 @@ Where neither a key nor an issuer of tokens is configured nobody has to show any
 
 Every error is a problem document (RFC 9457). Unknown paths are answered with 404 `not-found`, other methods with 405 \
 `method-not-allowed` and the header `allow`. `HEAD` is answered wherever `GET` is, and `OPTIONS` where pages of other origins \
-may ask. A request head that is no HTTP, or too large, gets a bare 400 or 431.";
+may ask. A request head that is no HTTP, has not one `Host`, or is too large, gets a bare 400 or 431.";
 
 /// Groups of operations.
 const TAGS: [(&str, &str); 7] = [
@@ -122,6 +123,12 @@ impl Doc {
             parameter
         }));
         self
+    }
+
+    /// The parameters that the query may have.
+    pub(super) fn query_names(self) -> Vec<String> {
+        let names = self.parameters.iter().filter(|parameter| parameter["in"] == "query");
+        names.filter_map(|parameter| parameter["name"].as_str()).map(str::to_owned).collect()
     }
 
     /// Which page of a list is wanted.
@@ -230,6 +237,13 @@ impl Doc {
         self
     }
 
+    /// A header that only some of these answers have.
+    pub(super) fn with_some(mut self, status: StatusCode, header: &HeaderName) -> Self {
+        let reference = reference("headers", &format!("{header}{IF_ANY}"));
+        self.answers.entry(status.as_u16()).or_default()["headers"][header.as_str()] = reference;
+        self
+    }
+
     /// What it is refused with besides what all are.
     pub(super) fn refuses(mut self, kinds: &[Kind]) -> Self {
         self.kinds.extend(kinds);
@@ -258,15 +272,20 @@ impl Document {
     /// A route: what its handler says, and what follows from the route itself.
     pub(super) fn add(&mut self, route: &Route, doc: Doc) {
         let mut parameters: Vec<Value> = names(&route.path).map(path_parameter).collect();
+        parameters.extend(key_headers(Place::of(&route.path)));
         parameters.extend(doc.parameters);
         let mut kinds = doc.kinds;
         let replays = kinds.contains(&IDEMPOTENCY_MISMATCH);
         kinds.push(INTERNAL);
-        if !parameters.is_empty() || doc.body.is_some() {
-            kinds.push(INVALID_REQUEST);
-        }
         if route.needs.is_some() {
-            kinds.extend([UNAUTHENTICATED, FORBIDDEN, RATE_LIMITED, ISSUER_UNAVAILABLE, STORE_UNAVAILABLE]);
+            kinds.extend([
+                INVALID_REQUEST,
+                UNAUTHENTICATED,
+                FORBIDDEN,
+                RATE_LIMITED,
+                ISSUER_UNAVAILABLE,
+                STORE_UNAVAILABLE,
+            ]);
         }
         let mut answers = Map::new();
         for (status, mut answer) in doc.answers {
@@ -403,7 +422,10 @@ impl Document {
 /// The kind of conversation, if the path has one, and the handler's own name: a name for each route.
 fn operation_id(path: &str, id: &str) -> String {
     let kinds = [("session_", "/sessions/{"), ("topic_", "/topics/{")];
-    let kind = kinds.iter().find(|(_, part)| path.contains(part)).map_or("", |(kind, _)| kind);
+    let kind = match Place::of(path) {
+        Place::Conversation | Place::User => "header_",
+        _ => kinds.iter().find(|(_, part)| path.contains(part)).map_or("", |(kind, _)| kind),
+    };
     format!("{kind}{id}")
 }
 
@@ -435,6 +457,32 @@ fn path_parameter(name: &str) -> Value {
     json!({"name": name, "in": "path", "required": true, "description": about, "schema": value(&schema)})
 }
 
+/// The headers that hold the keys of a request whose path does not.
+fn key_headers(place: Place) -> Vec<Value> {
+    let all = [
+        (keys::USER, true, "The caller's own id of a user."),
+        (keys::SESSION, false, "The caller's own id of a session of the user. Not together with a topic."),
+        (keys::TOPIC, false, "The caller's own name of a topic of the user. Not together with a session."),
+    ];
+    let count = match place {
+        Place::Nowhere | Place::Path => 0,
+        Place::User => 1,
+        Place::Conversation => 3,
+    };
+    // Each byte of a key may be percent-encoded.
+    let schema = json!({
+        "type": "string",
+        "minLength": 1,
+        "maxLength": 3 * KeyText::MAX_BYTES,
+        "pattern": r"^(?!(\.|%2[Ee]){1,2}$)([!-$&-+\--~]|%[0-9A-Fa-f]{2})+$",
+    });
+    let of = |(name, required, about): (HeaderName, bool, &str)| {
+        let about = format!("{about} 1 to 256 bytes of UTF-8, percent-encoded as by `encodeURIComponent`.");
+        json!({"name": name.as_str(), "in": "header", "required": required, "description": about, "schema": schema})
+    };
+    all.into_iter().take(count).map(of).collect()
+}
+
 /// The headers of answers. The one that is there always where it helps has two rows, for elsewhere it helps now and then.
 fn headers() -> Value {
     let text = || json!({"type": "string"});
@@ -446,6 +494,8 @@ fn headers() -> Value {
     };
     add(REQUEST_ID.as_str(), true, text(), "The request's own id if it was usable, else one made for it.");
     add(LOCATION.as_str(), true, text(), "Where to ask for what comes of it.");
+    let receipt = "Where to ask for the receipt; not after a `dry_run`.";
+    add(&format!("{LOCATION}{IF_ANY}"), false, text(), receipt);
     add(PREFERENCE_APPLIED.as_str(), false, text(), "The preference that was heeded.");
     let replayed = "The run is that of an earlier request with this `Idempotency-Key`.";
     add(REPLAYED.as_str(), false, json!({"const": "true"}), replayed);
@@ -469,6 +519,8 @@ fn headers() -> Value {
 
 const RETRY_AFTER_ALWAYS: &str = "retry-after-always";
 const SCOPE_CHALLENGE: &str = "www-authenticate-scope";
+/// At the end of the name of a header that only some answers have.
+const IF_ANY: &str = "-if-any";
 
 /// What is `None` in a query is not there.
 fn never_null(schema: &mut Value) {

@@ -21,7 +21,6 @@ use crate::store::{ThreadFilter, ThreadName};
 
 /// Which threads are wanted: those that fit all that is set.
 #[derive(Debug, Deserialize, IntoParams)]
-#[serde(deny_unknown_fields)]
 pub(super) struct Filter {
     /// Of this user.
     #[param(inline, value_type = Option<UserKey>)]
@@ -114,7 +113,6 @@ pub(super) async fn messages(
 
 /// How much is to be cleaned up.
 #[derive(Debug, Deserialize, IntoParams)]
-#[serde(deny_unknown_fields)]
 pub(super) struct Cleanup {
     /// Only tell what would be done, and why.
     #[serde(default)]

@@ -10,7 +10,7 @@ use serde::Deserialize;
 use utoipa::{IntoParams, ToSchema};
 
 use super::AppState;
-use super::deletions::{deleted, deleted_doc};
+use super::deletions::{HowToDelete, deleted, deleted_doc};
 use super::extract::{ApiConversation, ApiJson, ApiQuery, ApiWhich, WhichQuery};
 use super::forwarded::Prefix;
 use super::messages::metadata_within;
@@ -26,7 +26,6 @@ use crate::upstream::Pace;
 
 /// What the statistics are to be compared with.
 #[derive(Debug, Deserialize, IntoParams)]
-#[serde(deny_unknown_fields)]
 pub(super) struct Verify {
     /// Compares the transcript with the upstream thread.
     #[param(inline)]
@@ -93,19 +92,9 @@ pub(super) async fn update(
     Ok(Json(ReportView::new(&state.runs, report, None)))
 }
 
-/// What is to stay of a deleted thread.
-#[derive(Debug, Deserialize, IntoParams)]
-#[serde(deny_unknown_fields)]
-pub(super) struct Archive {
-    /// Its transcript, read only.
-    #[serde(default)]
-    archive: bool,
-}
-
 pub(super) fn delete_doc() -> Doc {
     let doc = Doc::new("threads", "delete_thread", "Deletes the conversation, here and upstream.")
-        .about("What runs or waits is cancelled. A message that comes meanwhile starts a fresh thread.")
-        .query::<Archive>();
+        .about("What runs or waits is cancelled. A message that comes meanwhile starts a fresh thread.");
     deleted_doc(doc).refuses(&[NOT_FOUND])
 }
 
@@ -113,12 +102,11 @@ pub(super) fn delete_doc() -> Doc {
 pub(super) async fn delete(
     State(state): State<AppState>,
     ApiConversation(key): ApiConversation,
-    ApiQuery(query): ApiQuery<Archive>,
+    ApiQuery(how): ApiQuery<HowToDelete>,
     prefix: Prefix,
     headers: HeaderMap,
 ) -> Result<Response, Error> {
-    let target = if query.archive { Target::ToArchive(key) } else { Target::Conversation(key) };
-    deleted(&state, target, &prefix, &headers).await
+    deleted(&state, Target::Conversation(key), &how, &prefix, &headers).await
 }
 
 pub(super) fn roll_over_doc() -> Doc {

@@ -39,7 +39,7 @@ pub(super) fn answer_doc(doc: Doc) -> Doc {
         .gives::<TurnView>(StatusCode::OK, "The run has ended, or asks for function calls.")
         .streams::<EventView>(
             "text/event-stream",
-            "With `stream`, or if `Accept` names it, a stream of events until then: each with its fields, `data` as JSON.",
+            "With `stream`, or if `Accept` names it and prefers nothing else, a stream of events until then: each with its fields, `data` as JSON.",
         )
         .gives::<TurnView>(
             StatusCode::ACCEPTED,
@@ -175,12 +175,40 @@ pub(super) fn scope_of(prefix: &Prefix, uri: &Uri) -> String {
     format!("{}{scope}", prefix.0)
 }
 
+/// Whether `Accept` wants a stream rather than JSON (RFC 9110): it names the type, and gives JSON no higher weight. What
+/// cannot be read is passed over.
 fn accepts_events(headers: &HeaderMap) -> bool {
-    headers.get_all(header::ACCEPT).iter().filter_map(|value| value.to_str().ok()).any(|value| {
-        value.split(',').any(|kind| {
-            kind.split(';').next().is_some_and(|kind| kind.trim().eq_ignore_ascii_case("text/event-stream"))
-        })
-    })
+    let ranges = headers.get_all(header::ACCEPT).iter().filter_map(|value| value.to_str().ok());
+    let ranges = ranges.flat_map(|value| value.split(',')).filter_map(weighted).collect::<Vec<_>>();
+    let weight_of = |kind: &str| {
+        let weights = ranges.iter().filter(|(range, _)| range.eq_ignore_ascii_case(kind));
+        weights.map(|(_, weight)| *weight).max()
+    };
+    let json = ["application/json", "application/*", "*/*"].into_iter().find_map(weight_of);
+    weight_of("text/event-stream").is_some_and(|events| events > 0 && events >= json.unwrap_or(0))
+}
+
+/// A media range and its weight in thousandths.
+fn weighted(range: &str) -> Option<(&str, u16)> {
+    let mut parts = range.split(';').map(str::trim);
+    let kind = parts.next().filter(|kind| kind.contains('/'))?;
+    let mut weight = 1000;
+    for (name, value) in parts.filter_map(|part| part.split_once('=')) {
+        if name.eq_ignore_ascii_case("q") {
+            weight = thousandths(value)?;
+        }
+    }
+    Some((kind, weight))
+}
+
+/// `0` to `1`, with up to three decimals.
+fn thousandths(weight: &str) -> Option<u16> {
+    let (whole, decimals) = weight.split_once('.').unwrap_or((weight, ""));
+    let is_number = ["0", "1"].contains(&whole)
+        && decimals.len() <= 3
+        && decimals.bytes().all(|digit| digit.is_ascii_digit());
+    let weight = format!("{whole}{decimals:0<3}").parse().ok().filter(|weight| *weight <= 1000);
+    weight.filter(|_| is_number)
 }
 
 #[cfg(test)]
@@ -196,6 +224,38 @@ mod tests {
         ] {
             let prefix = Prefix("/api".to_owned());
             assert_eq!(scope_of(&prefix, &path.parse().unwrap()), "/api/v1/users/a%2Fb");
+        }
+    }
+
+    #[test]
+    fn the_highest_weight_decides() {
+        for (lines, streams) in [
+            (&[][..], false),
+            (&["text/event-stream"], true),
+            (&["Text/Event-Stream; q=0.3"], true),
+            (&["application/json, text/event-stream"], true),
+            (&["application/json, text/event-stream;q=0"], false),
+            (&["text/event-stream;q=0.0"], false),
+            (&["application/json;q=0.9, text/event-stream;q=0.8"], false),
+            (&["application/json;q=0.8, text/event-stream;q=0.9"], true),
+            (&["application/json;q=0.5", "text/event-stream"], true),
+            (&["text/event-stream;q=0.9, */*"], false),
+            (&["text/event-stream, */*;q=0.1"], true),
+            (&["text/event-stream;q=0.5, application/json;q=0.1, */*"], true),
+            (&["text/event-stream;q=0, text/event-stream;q=1"], true),
+            (&["text/*", "*/*"], false),
+            (&["text/event-stream;q=2"], false),
+            (&["text/event-stream;q=high"], false),
+            (&["text/event-stream;q=0.1234"], false),
+            (&["text/event-stream;q="], false),
+            (&[",;,", "text/event-stream"], true),
+            (&["application/json;q=x, text/event-stream;q=0.1"], true),
+        ] {
+            let mut headers = HeaderMap::new();
+            for line in lines {
+                headers.append(header::ACCEPT, HeaderValue::from_static(line));
+            }
+            assert_eq!(accepts_events(&headers), streams, "{lines:?}");
         }
     }
 }

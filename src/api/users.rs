@@ -8,8 +8,8 @@ use axum::response::{IntoResponse, Response};
 use futures_util::{StreamExt, stream};
 
 use super::AppState;
-use super::deletions::{deleted, deleted_doc};
-use super::extract::{ApiConversation, ApiPage};
+use super::deletions::{HowToDelete, deleted, deleted_doc};
+use super::extract::{ApiConversation, ApiPage, ApiQuery};
 use super::forwarded::Prefix;
 use super::openapi::Doc;
 use super::views::{ListView, ThreadView, list_threads};
@@ -44,10 +44,11 @@ pub(super) fn delete_doc() -> Doc {
 pub(super) async fn delete(
     State(state): State<AppState>,
     ApiConversation(key): ApiConversation,
+    ApiQuery(how): ApiQuery<HowToDelete>,
     prefix: Prefix,
     headers: HeaderMap,
 ) -> Result<Response, Error> {
-    deleted(&state, Target::User(key.tenant, key.user), &prefix, &headers).await
+    deleted(&state, Target::User(key.tenant, key.user), &how, &prefix, &headers).await
 }
 
 pub(super) fn export_doc() -> Doc {

@@ -4,10 +4,8 @@
 
 mod threads;
 
-use std::fmt;
-
 use chrono::{DateTime, Utc};
-use serde::de::{self, SeqAccess, Visitor};
+use serde::de;
 use serde::{Deserialize, Deserializer, Serialize};
 use utoipa::openapi::RefOr;
 use utoipa::openapi::schema::{
@@ -17,12 +15,12 @@ use utoipa::{PartialSchema, ToSchema};
 
 use crate::domain::{
     ContentPart, Context, MAX_PARTS, Message, MessageId, Metadata, MultitaskStrategy, Page, RequiredAction,
-    Role, Run, RunError, RunId, RunStatus, ThreadId, ToolOutput, Usage,
+    Role, Run, RunError, RunId, RunStatus, ThreadId, ToolOutput, Usage, text_or_parts,
 };
 
 pub(super) use threads::{
-    DeletionView, OutlookView, PatchThread, ReportView, TallyView, ThreadView, TtlMs, cancelled,
-    list as list_threads,
+    DeletableView, DeletionView, OutlookView, PatchThread, ReportView, TallyView, ThreadView, TtlMs,
+    cancelled, list as list_threads,
 };
 
 /// The body of `POST …/messages`.
@@ -96,25 +94,7 @@ pub(super) struct Content(pub(super) Vec<ContentPart>);
 
 impl<'de> Deserialize<'de> for Content {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        struct StringOrParts;
-
-        impl<'de> Visitor<'de> for StringOrParts {
-            type Value = Content;
-
-            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                f.write_str("a string or a list of content parts")
-            }
-
-            fn visit_str<E: de::Error>(self, text: &str) -> Result<Content, E> {
-                Ok(Content(vec![ContentPart::Text { text: text.to_owned() }]))
-            }
-
-            fn visit_seq<A: SeqAccess<'de>>(self, parts: A) -> Result<Content, A::Error> {
-                Vec::deserialize(de::value::SeqAccessDeserializer::new(parts)).map(Content)
-            }
-        }
-
-        deserializer.deserialize_any(StringOrParts)
+        text_or_parts(deserializer).map(Self)
     }
 }
 

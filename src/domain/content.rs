@@ -1,13 +1,16 @@
 //! What a message says: a list of parts, the same shape in requests, in the transcript and in answers.
 
-use serde::{Deserialize, Serialize};
+use std::fmt;
+
+use serde::de::{self, MapAccess, SeqAccess, Visitor};
+use serde::{Deserialize, Deserializer, Serialize};
 use utoipa::ToSchema;
 
 /// The most parts that one message may have.
 pub const MAX_PARTS: usize = 64;
 
 /// One part of a message.
-#[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize, ToSchema)]
+#[derive(Clone, Debug, Eq, PartialEq, Serialize, ToSchema)]
 #[serde(tag = "type", rename_all = "snake_case", deny_unknown_fields)]
 pub enum ContentPart {
     Text {
@@ -24,6 +27,102 @@ pub enum ContentPart {
     Refusal {
         refusal: String,
     },
+}
+
+impl<'de> Deserialize<'de> for ContentPart {
+    /// By hand: a derived one reads a part twice, and tells of what is wrong within it without its place.
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        deserializer.deserialize_map(PartVisitor)
+    }
+}
+
+struct PartVisitor;
+
+impl<'de> Visitor<'de> for PartVisitor {
+    type Value = ContentPart;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("an object with a `type`")
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, mut fields: A) -> Result<ContentPart, A::Error> {
+        let (mut kind, mut text, mut image_url, mut image_file, mut refusal) = (None, None, None, None, None);
+        while let Some(name) = fields.next_key::<String>()? {
+            match name.as_str() {
+                "type" => once(&mut kind, "type", fields.next_value()?)?,
+                "text" => once(&mut text, "text", fields.next_value()?)?,
+                "image_url" => once(&mut image_url, "image_url", fields.next_value()?)?,
+                "image_file" => once(&mut image_file, "image_file", fields.next_value()?)?,
+                "refusal" => once(&mut refusal, "refusal", fields.next_value()?)?,
+                other => {
+                    return Err(de::Error::unknown_field(other, &["type", SENT[0], SENT[1], SENT[2]]));
+                }
+            }
+        }
+        match (kind.ok_or_else(|| de::Error::missing_field("type"))?, text, image_url, image_file, refusal) {
+            (Kind::Text, Some(text), None, None, None) => Ok(ContentPart::Text { text }),
+            (Kind::ImageUrl, None, Some(image_url), None, None) => Ok(ContentPart::ImageUrl { image_url }),
+            (Kind::ImageFile, None, None, Some(image_file), None) => {
+                Ok(ContentPart::ImageFile { image_file })
+            }
+            (Kind::Refusal, None, None, None, Some(refusal)) => Ok(ContentPart::Refusal { refusal }),
+            _ => {
+                Err(de::Error::custom("a part has, besides its `type`, the one field that is called like it"))
+            }
+        }
+    }
+}
+
+enum Kind {
+    Text,
+    ImageUrl,
+    ImageFile,
+    Refusal,
+}
+
+/// The types of parts that callers can send: only these are offered.
+const SENT: [&str; 3] = ["text", "image_url", "image_file"];
+
+impl<'de> Deserialize<'de> for Kind {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        match String::deserialize(deserializer)?.as_str() {
+            "text" => Ok(Self::Text),
+            "image_url" => Ok(Self::ImageUrl),
+            "image_file" => Ok(Self::ImageFile),
+            "refusal" => Ok(Self::Refusal),
+            other => Err(de::Error::unknown_variant(other, &SENT)),
+        }
+    }
+}
+
+/// Reads content that is a string, or a list of parts.
+pub fn text_or_parts<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<ContentPart>, D::Error> {
+    struct StringOrParts;
+
+    impl<'de> Visitor<'de> for StringOrParts {
+        type Value = Vec<ContentPart>;
+
+        fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+            f.write_str("a string or a list of content parts")
+        }
+
+        fn visit_str<E: de::Error>(self, text: &str) -> Result<Self::Value, E> {
+            Ok(vec![ContentPart::Text { text: text.to_owned() }])
+        }
+
+        fn visit_seq<A: SeqAccess<'de>>(self, parts: A) -> Result<Self::Value, A::Error> {
+            Vec::deserialize(de::value::SeqAccessDeserializer::new(parts))
+        }
+    }
+
+    deserializer.deserialize_any(StringOrParts)
+}
+
+fn once<T, E: de::Error>(field: &mut Option<T>, name: &'static str, value: T) -> Result<(), E> {
+    match field.replace(value) {
+        None => Ok(()),
+        Some(_) => Err(E::duplicate_field(name)),
+    }
 }
 
 impl ContentPart {

@@ -19,9 +19,18 @@ pub enum InvalidKey {
     TooLong { limit: usize, bytes: usize },
     #[error("a key must not contain control characters (found U+{0:04X})")]
     ControlCharacter(u32),
+    /// `.` or `..`.
+    #[error(
+        "a key must not be `{0}`: clients and proxies take it for a step in a path, percent-encoded or not"
+    )]
+    Step(&'static str),
 }
 
-/// The text of one key part: 1 to 256 bytes of UTF-8 without control characters, compared byte for byte.
+/// Segments of a path that clients and proxies remove, together with the one before, even if they are percent-encoded. Keys
+/// stand in paths.
+const STEPS: [&str; 2] = [".", ".."];
+
+/// The text of one key part: 1 to 256 bytes of UTF-8 without control characters, not `.` or `..`, compared byte for byte.
 ///
 /// Nothing is trimmed, folded or normalised: `Alice` and `alice` are two keys.
 #[derive(Clone, Debug, Deserialize, Eq, Hash, Ord, PartialEq, PartialOrd, Serialize)]
@@ -47,6 +56,9 @@ impl TryFrom<String> for KeyText {
         if raw.len() > MAX_KEY_BYTES {
             return Err(InvalidKey::TooLong { limit: MAX_KEY_BYTES, bytes: raw.len() });
         }
+        if let Some(step) = STEPS.into_iter().find(|step| raw == *step) {
+            return Err(InvalidKey::Step(step));
+        }
         match raw.chars().find(|c| c.is_control()) {
             Some(c) => Err(InvalidKey::ControlCharacter(u32::from(c))),
             None => Ok(Self(raw)),
@@ -63,7 +75,7 @@ impl PartialSchema for KeyText {
             .schema_type(Type::String)
             .min_length(Some(1))
             .max_length(Some(MAX_KEY_BYTES))
-            .pattern(Some(r"^[^\u0000-\u001f\u007f-\u009f]*$"))
+            .pattern(Some(r"^(?!\.{1,2}$)[^\u0000-\u001f\u007f-\u009f]*$"))
             .into()
     }
 }
@@ -197,7 +209,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn a_scope_survives_its_stored_form(kind in 0..3_u8, name in "[^\\p{Cc}]{1,40}") {
+        fn a_scope_survives_its_stored_form(kind in 0..3_u8, name in "[^.\\p{Cc}][^\\p{Cc}]{0,39}") {
             let scope = match kind {
                 0 => Scope::User,
                 1 => Scope::Session(SessionKey::try_from(name).unwrap()),
@@ -209,7 +221,7 @@ mod tests {
         /// Wherever its parts begin and end, and whatever kind it is of.
         #[test]
         fn no_two_keys_are_taken_for_each_other(
-            texts in prop::collection::vec("[ab:/%]{1,3}|\\PC{1,3}", 3),
+            texts in prop::collection::vec("[ab:/%]{1,3}|[^.\\p{Cc}]{1,3}", 3),
             kinds in (0..3_u8, 0..3_u8),
             cut in 0..3_usize,
         ) {
@@ -247,11 +259,12 @@ mod tests {
         }
 
         #[test]
-        fn any_text_is_either_kept_as_it_is_or_refused_for_the_stated_reason(raw in "\\PC{0,300}|[\\x00-\\x7f]{0,20}") {
+        fn any_text_is_either_kept_as_it_is_or_refused_for_the_stated_reason(raw in "\\PC{0,300}|[\\x00-\\x7f]{0,20}|\\.{1,3}") {
             match KeyText::try_from(raw.clone()) {
                 Ok(key) => prop_assert_eq!(key.as_str(), raw),
                 Err(InvalidKey::Empty) => prop_assert!(raw.is_empty()),
                 Err(InvalidKey::TooLong { bytes, .. }) => prop_assert!(bytes > MAX_KEY_BYTES && bytes == raw.len()),
+                Err(InvalidKey::Step(step)) => prop_assert!(STEPS.contains(&step) && step == raw),
                 Err(InvalidKey::ControlCharacter(_)) => prop_assert!(raw.chars().any(char::is_control)),
             }
         }

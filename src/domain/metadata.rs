@@ -19,12 +19,26 @@ const RESERVED_PREFIX: &str = "threadkeeper_";
 pub enum InvalidMetadata {
     #[error("metadata has at most {limit} pairs, this has {pairs}")]
     TooManyPairs { limit: usize, pairs: usize },
-    #[error("a metadata key has 1 to {MAX_KEY_CHARS} characters; `{0}` does not")]
-    Key(String),
+    #[error("a metadata key must not be empty")]
+    EmptyKey,
+    /// Its beginning.
+    #[error("a metadata key has at most {MAX_KEY_CHARS} characters; the one that begins with `{0}` has more")]
+    LongKey(String),
+    #[error("metadata must not contain NUL characters; {}", in_pair(.0))]
+    Nul(String),
     #[error("metadata keys that begin with `{RESERVED_PREFIX}` are reserved; `{0}` does")]
     Reserved(String),
     #[error("a metadata value has at most {MAX_VALUE_CHARS} characters; that of `{0}` has more")]
-    Value(String),
+    LongValue(String),
+}
+
+/// The pair of this key has a NUL character in the key or in the value.
+fn in_pair(key: &str) -> String {
+    if key.contains('\0') {
+        format!("the key `{}` does", key.replace('\0', "\\0"))
+    } else {
+        format!("the value of `{key}` does")
+    }
 }
 
 /// Text pairs: at most 10, keys of 1 to 64 characters, values of at most 512. No NUL characters.
@@ -68,14 +82,20 @@ impl TryFrom<BTreeMap<String, String>> for Metadata {
             return Err(InvalidMetadata::TooManyPairs { limit: MAX_PAIRS, pairs: pairs.len() });
         }
         for (key, value) in &pairs {
-            if key.is_empty() || key.chars().count() > MAX_KEY_CHARS || key.contains('\0') {
-                return Err(InvalidMetadata::Key(key.chars().take(MAX_KEY_CHARS).collect()));
+            if key.is_empty() {
+                return Err(InvalidMetadata::EmptyKey);
+            }
+            if key.chars().count() > MAX_KEY_CHARS {
+                return Err(InvalidMetadata::LongKey(key.chars().take(MAX_KEY_CHARS).collect()));
+            }
+            if key.contains('\0') || value.contains('\0') {
+                return Err(InvalidMetadata::Nul(key.clone()));
             }
             if key.starts_with(RESERVED_PREFIX) {
                 return Err(InvalidMetadata::Reserved(key.clone()));
             }
-            if value.chars().count() > MAX_VALUE_CHARS || value.contains('\0') {
-                return Err(InvalidMetadata::Value(key.clone()));
+            if value.chars().count() > MAX_VALUE_CHARS {
+                return Err(InvalidMetadata::LongValue(key.clone()));
             }
         }
         Ok(Self(pairs))
@@ -105,12 +125,13 @@ mod tests {
         ) {
             let json = serde_json::to_string(&pairs).unwrap();
             let read = serde_json::from_str::<Metadata>(&json);
-            let long = |text: &str, most| text.chars().count() > most || text.contains('\0');
+            let long = |text: &str, most| text.chars().count() > most;
             match Metadata::try_from(pairs.clone()) {
                 Ok(metadata) => {
                     prop_assert!(pairs.len() <= MAX_PAIRS);
                     for (key, value) in &pairs {
                         prop_assert!(!key.is_empty() && !long(key, MAX_KEY_CHARS) && !long(value, MAX_VALUE_CHARS));
+                        prop_assert!(!key.contains('\0') && !value.contains('\0'));
                         prop_assert!(!key.starts_with(RESERVED_PREFIX));
                     }
                     prop_assert_eq!(serde_json::to_string(&metadata).unwrap(), json);
@@ -123,12 +144,17 @@ mod tests {
                         InvalidMetadata::TooManyPairs { limit, pairs: count } => {
                             prop_assert!(count == pairs.len() && count > limit);
                         },
-                        InvalidMetadata::Key(shown) => prop_assert!(
-                            shown.chars().count() <= MAX_KEY_CHARS
-                                && pairs.keys().any(|key| key.is_empty() || long(key, MAX_KEY_CHARS))
+                        InvalidMetadata::EmptyKey => prop_assert!(pairs.contains_key("")),
+                        InvalidMetadata::LongKey(shown) => prop_assert!(
+                            shown.chars().count() == MAX_KEY_CHARS
+                                && pairs.keys().any(|key| long(key, MAX_KEY_CHARS) && key.starts_with(&shown))
                         ),
+                        InvalidMetadata::Nul(ref key) => {
+                            prop_assert!(key.contains('\0') || pairs[key].contains('\0'));
+                            prop_assert!(why.to_string().contains("NUL"));
+                        },
                         InvalidMetadata::Reserved(key) => prop_assert!(key.starts_with(RESERVED_PREFIX)),
-                        InvalidMetadata::Value(key) => prop_assert!(long(&pairs[&key], MAX_VALUE_CHARS)),
+                        InvalidMetadata::LongValue(key) => prop_assert!(long(&pairs[&key], MAX_VALUE_CHARS)),
                     }
                 }
             }

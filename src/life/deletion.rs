@@ -11,7 +11,7 @@ use crate::domain::{
     ConversationKey, Deletion, DeletionId, Page, Principal, TenantKey, ThreadId, UserKey, now,
 };
 use crate::error::{Chain, Error};
-use crate::store::{DeletionReport, DeletionRequest, DeletionTarget, Due, ThreadName};
+use crate::store::{Deletable, DeletionReport, DeletionRequest, DeletionTarget, Due, ThreadName};
 
 /// Threads with which a deletion begins at a time.
 const BEGIN_BATCH: u32 = 500;
@@ -24,15 +24,22 @@ const POLL: Duration = Duration::from_millis(200);
 
 const NO_DELETION: Error = Error::NotFound("there is no such deletion, or its receipt is past its time");
 
-/// What is to be deleted, and what is to stay of it.
+/// What is to be deleted.
 #[derive(Clone, Debug)]
 pub enum Target {
-    /// A conversation: its thread, and all that came before it.
+    /// A conversation: its thread, and all that came before it; to archive: its current thread alone.
     Conversation(ConversationKey),
-    /// The conversation's thread alone, of which the transcript is to stay.
-    ToArchive(ConversationKey),
-    /// All that a user has.
+    /// All that a user has; to archive: the current threads.
     User(TenantKey, UserKey),
+}
+
+impl Target {
+    fn parts(self) -> (TenantKey, DeletionTarget) {
+        match self {
+            Self::Conversation(key) => (key.tenant.clone(), DeletionTarget::Key(key)),
+            Self::User(tenant, user) => (tenant, DeletionTarget::User(user)),
+        }
+    }
 }
 
 impl Keeper {
@@ -46,14 +53,11 @@ impl Keeper {
     pub async fn delete_all(
         &self,
         target: Target,
+        end: Deletion,
         patience: Option<Duration>,
     ) -> Result<DeletionReport, Error> {
         let patience = patience.unwrap_or(self.parts.given.patience);
-        let (tenant, target, end) = match target {
-            Target::Conversation(key) => (key.tenant.clone(), DeletionTarget::Key(key), Deletion::Erase),
-            Target::ToArchive(key) => (key.tenant.clone(), DeletionTarget::Key(key), Deletion::Archive),
-            Target::User(tenant, user) => (tenant, DeletionTarget::User(user), Deletion::Erase),
-        };
+        let (tenant, target) = target.parts();
         let key = match &target {
             DeletionTarget::Key(key) => Some(key.clone()),
             DeletionTarget::User(_) => None,
@@ -127,6 +131,19 @@ impl Keeper {
                 })
             }
             report => report,
+        }
+    }
+
+    /// What [`delete_all`](Self::delete_all) would take. Nothing is changed.
+    ///
+    /// # Errors
+    /// [`Error::NotFound`] if there is no such conversation.
+    pub async fn deletable(&self, target: Target, end: Deletion) -> Result<Deletable, Error> {
+        let (tenant, target) = target.parts();
+        let found = self.store().deletable(&tenant, &target, end).await?;
+        match target {
+            DeletionTarget::Key(_) if found.threads == 0 => Err(NOTHING),
+            _ => Ok(found),
         }
     }
 

@@ -16,6 +16,7 @@ use crate::domain::{
     UserContent,
 };
 use crate::store::{Imported, ImportedMessage, ImportedThread, Store, StoreError, ThreadName};
+use crate::wording;
 
 /// The longest line, in bytes.
 const MAX_LINE: usize = 16 << 20;
@@ -116,20 +117,14 @@ pub enum Problem {
 /// What is wrong, without what was found in its place: that may be what somebody said, and this is for logs.
 fn without_value(error: &serde_json::Error) -> String {
     let text = error.to_string();
-    // Names of fields are no values.
-    if ["unknown field", "missing field", "duplicate field"].iter().any(|begin| text.starts_with(begin)) {
-        return text;
+    if let Some(told) = wording::plain(&text) {
+        return told;
     }
-    let (found, expected) = match text.rfind(", expected ") {
-        Some(at) => text.split_at(at),
-        None => (text.as_str(), ""),
-    };
+    let text = wording::without_place(&text);
     let is_quote = |c| matches!(c, '"' | '`');
-    match found.find(is_quote).zip(found.rfind(is_quote)) {
-        Some((first, last)) if first < last => {
-            format!("{}…{}{expected}", &found[..first], &found[last + 1..])
-        }
-        _ => text,
+    match text.find(is_quote).zip(text.rfind(is_quote)) {
+        Some((first, last)) if first < last => format!("{}…{}", &text[..first], &text[last + 1..]),
+        _ => text.to_owned(),
     }
 }
 
@@ -470,30 +465,17 @@ fn is_upstream_text(text: &str) -> bool {
 
 #[cfg(test)]
 mod tests {
-    use serde::Deserialize;
-
     use super::*;
 
     #[test]
     fn what_was_found_is_not_repeated() {
-        #[derive(Debug, Deserialize)]
-        #[serde(deny_unknown_fields)]
-        struct Line {
-            #[serde(rename = "role")]
-            _role: Option<crate::domain::Role>,
-            #[serde(rename = "times")]
-            _times: Option<u32>,
-        }
         for (json, told) in [
-            (r#"{"times": "planted \", expected"}"#, "invalid type: string …, expected u32"),
-            (r#"{"tims": 1}"#, "unknown field `tims`, expected `role` or `times`"),
-            ("[", "EOF while parsing"),
+            (r#"{"planted\u0000": "x"}"#, "NUL characters; the key …"),
+            (r#"{"threadkeeper_planted": "x"}"#, "metadata keys that begin with …"),
         ] {
-            let error = serde_json::from_str::<Line>(json).unwrap_err();
+            let error = serde_json::from_str::<crate::domain::Metadata>(json).unwrap_err();
             let text = without_value(&error);
-            assert!(text.starts_with(told) && !text.contains("planted"), "{text}");
+            assert!(text.contains(told) && !text.contains("planted"), "{text}");
         }
-        let error = serde_json::from_str::<Line>(r#"{"role": "planted"}"#).unwrap_err();
-        assert!(!without_value(&error).contains("planted"), "{error}");
     }
 }

@@ -107,6 +107,15 @@ pub trait Life: Send + Sync {
     /// stays that one's, and is waited for. A request without any thread is finished at once.
     async fn begin_deletion(&self, request: &DeletionRequest, limit: u32) -> Result<u64, StoreError>;
 
+    /// What a request to delete this target would take. Nothing is changed. An erasure also takes what another request
+    /// deletes already.
+    async fn deletable(
+        &self,
+        tenant: &TenantKey,
+        target: &DeletionTarget,
+        end: Deletion,
+    ) -> Result<Deletable, StoreError>;
+
     /// What came of a request to delete, with a page of its threads by id: those that are done and those that are not.
     async fn deletion(
         &self,
@@ -343,7 +352,7 @@ pub struct DeletionRequest {
     pub target: DeletionTarget,
     /// The [fingerprint](crate::domain::Fingerprints) of the target's user.
     pub fingerprint: String,
-    /// `Archive` takes the key's current thread alone.
+    /// `Archive` takes current threads alone.
     pub end: Deletion,
     /// How long the threads are left to whoever asked, before they are due.
     pub hold: Duration,
@@ -366,6 +375,16 @@ impl DeletionTarget {
             Self::User(user) => user,
         }
     }
+}
+
+/// What a request to delete would take, as its receipt would count it.
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+pub struct Deletable {
+    pub threads: i64,
+    pub messages: i64,
+    pub runs: i64,
+    /// Those of the runs that would be cancelled.
+    pub unfinished_runs: i64,
 }
 
 /// What came of a request to delete.

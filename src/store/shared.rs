@@ -12,11 +12,11 @@ mod remnants;
 mod rollover;
 mod rows;
 
-pub(super) use deletion::{deletions, of_target, to_begin_with};
+pub(super) use deletion::{deletions, of_target, to_be_taken, to_begin_with};
 pub(super) use keeping::keeping;
 pub(super) use keys::keys;
 pub(super) use remnants::remnants;
 pub(super) use rollover::rollovers;
 pub(super) use rows::{
-    DeletedThreadRow, DeletionRow, DueRow, KeyRow, RemnantRow, RequestedRow, upstream_ids,
+    DeletableRow, DeletedThreadRow, DeletionRow, DueRow, KeyRow, RemnantRow, RequestedRow, upstream_ids,
 };

@@ -211,19 +211,32 @@ async fn oversize_and_broken_heads_are_refused() {
     let endless = format!("GET / HTTP/1.1\r\nhost: test\r\nx: {}", "a".repeat(64 * 1024));
     let fields = (0..101).map(|n| format!("x{n}: 1\r\n")).collect::<Vec<_>>().concat();
     let many = format!("GET / HTTP/1.1\r\n{fields}\r\n");
+    let hosts = |hosts: &str| format!("GET / HTTP/1.1\r\n{hosts}\r\n");
     let fits = format!("GET / HTTP/1.1\r\nhost: test\r\nx: {}\r\n\r\n", "a".repeat(7 * 1024));
-    for (head, status) in
-        [(long, "431"), (endless, "431"), (many, "431"), ("hello?\r\n\r\n".to_owned(), "400")]
-    {
+    for (head, status) in [
+        (long, "431"),
+        (endless, "431"),
+        (many, "431"),
+        ("hello?\r\n\r\n".to_owned(), "400"),
+        (hosts(""), "400"),
+        (hosts("host: a\r\nhost: a\r\n"), "400"),
+        (hosts("host: a, b\r\n"), "400"),
+        (hosts("host: user@a\r\n"), "400"),
+        ("GET / HTTP/1.0\r\nhost: a\r\nhost: b\r\n\r\n".to_owned(), "400"),
+    ] {
         let mut client = server.connect().await;
         // The server may close before it has read everything.
         let _ = client.write_all(head.as_bytes()).await;
         let text = read_until(&mut client, "\r\n\r\n").await;
         assert!(text.starts_with(&format!("HTTP/1.1 {status} ")), "{text}");
     }
-    let mut client = server.connect().await;
-    client.write_all(fits.as_bytes()).await.unwrap();
-    read_until(&mut client, "hello").await;
+    let old = "GET / HTTP/1.0\r\n\r\n".to_owned();
+    for served in [fits, old, hosts("host:\r\n"), hosts("host: gateway_1:8080\r\n"), hosts("host: [::1]\r\n")]
+    {
+        let mut client = server.connect().await;
+        client.write_all(served.as_bytes()).await.unwrap();
+        read_until(&mut client, "hello").await;
+    }
 }
 
 #[tokio::test]

@@ -81,6 +81,7 @@ fn dependencies_point_one_way() {
         "simulator",
         "config",
         "domain",
+        "wording",
         "testing",
     ];
     for (file, code) in code() {

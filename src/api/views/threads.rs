@@ -3,6 +3,7 @@
 use chrono::{DateTime, Utc};
 use serde::{Deserialize, Deserializer, Serialize};
 use utoipa::ToSchema;
+use utoipa::openapi::schema::{ObjectBuilder, Type};
 
 use super::{ListView, RunView};
 use crate::domain::{
@@ -11,7 +12,7 @@ use crate::domain::{
 };
 use crate::life::{Outlook, Plan, Tally};
 use crate::runs::{Runs, Verified};
-use crate::store::{DeletedThread, DeletionReport, Pruned, Remnant, ThreadReport};
+use crate::store::{Deletable, DeletedThread, DeletionReport, Pruned, Remnant, ThreadReport};
 
 /// The body of `PATCH …/thread`.
 #[derive(Debug, Deserialize, ToSchema)]
@@ -238,6 +239,34 @@ pub(in crate::api) struct DeletionView {
     threads_done: i64,
     threads_pending: i64,
     threads: ListView<DeletedThreadView>,
+}
+
+/// What a request to delete would take. Nothing was changed.
+#[derive(Debug, Serialize, ToSchema)]
+#[schema(as = DeletionOutlook)]
+pub(in crate::api) struct DeletableView {
+    #[schema(schema_with = always_true)]
+    dry_run: bool,
+    /// The transcripts would stay.
+    archive: bool,
+    threads: i64,
+    /// Of these threads.
+    messages: i64,
+    /// Of these threads.
+    runs: i64,
+    /// Those of the runs that would be cancelled.
+    unfinished_runs: i64,
+}
+
+fn always_true() -> ObjectBuilder {
+    ObjectBuilder::new().schema_type(Type::Boolean).enum_values(Some([true]))
+}
+
+impl DeletableView {
+    pub(in crate::api) fn new(found: Deletable, archive: bool) -> Self {
+        let Deletable { threads, messages, runs, unfinished_runs } = found;
+        Self { dry_run: true, archive, threads, messages, runs, unfinished_runs }
+    }
 }
 
 /// What was deleted of one thread, and where.

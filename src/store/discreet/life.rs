@@ -7,13 +7,13 @@ use async_trait::async_trait;
 use super::Discreet;
 use super::blank::lasting;
 use crate::domain::{
-    ConversationKey, DeletionId, Lifetimes, Limits, Message, Page, PageRequest, RemnantId, Removed, Run,
-    TenantKey, Thread, ThreadActivity, ThreadId, Timestamp,
+    ConversationKey, Deletion, DeletionId, Lifetimes, Limits, Message, Page, PageRequest, RemnantId, Removed,
+    Run, TenantKey, Thread, ThreadActivity, ThreadId, Timestamp,
 };
 use crate::store::{
-    DeletionReport, DeletionRequest, DeletionTarget, Due, Foreign, Imported, ImportedMessage, ImportedThread,
-    Keys, Life, Made, NewKey, Pruned, Pruning, Remnant, RemnantName, Rolled, Rollover, RunLease, StoreError,
-    StoredKey, ThreadFilter, ThreadName, ThreadReport, ThreadUpdate,
+    Deletable, DeletionReport, DeletionRequest, DeletionTarget, Due, Foreign, Imported, ImportedMessage,
+    ImportedThread, Keys, Life, Made, NewKey, Pruned, Pruning, Remnant, RemnantName, Rolled, Rollover,
+    RunLease, StoreError, StoredKey, ThreadFilter, ThreadName, ThreadReport, ThreadUpdate,
 };
 
 #[async_trait]
@@ -142,6 +142,15 @@ impl Life for Discreet {
 
     async fn begin_deletion(&self, request: &DeletionRequest, limit: u32) -> Result<u64, StoreError> {
         self.inner.begin_deletion(request, limit).await
+    }
+
+    async fn deletable(
+        &self,
+        tenant: &TenantKey,
+        target: &DeletionTarget,
+        end: Deletion,
+    ) -> Result<Deletable, StoreError> {
+        self.inner.deletable(tenant, target, end).await
     }
 
     async fn deletion(

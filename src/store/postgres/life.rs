@@ -6,14 +6,14 @@ use async_trait::async_trait;
 
 use super::{PostgresStore, deletion, keeping, remnants, rollover, threads};
 use crate::domain::{
-    ConversationKey, DeletionId, Lifetimes, Limits, Message, Page, PageRequest, RemnantId, Removed, Run,
-    TenantKey, Thread, ThreadActivity, ThreadId, Timestamp,
+    ConversationKey, Deletion, DeletionId, Lifetimes, Limits, Message, Page, PageRequest, RemnantId, Removed,
+    Run, TenantKey, Thread, ThreadActivity, ThreadId, Timestamp,
 };
 use crate::store::pool::on;
 use crate::store::{
-    DeletionReport, DeletionRequest, DeletionTarget, Due, Foreign, Imported, ImportedMessage, ImportedThread,
-    Life, Made, Pruned, Pruning, Remnant, RemnantName, Rolled, Rollover, RunLease, StoreError, ThreadFilter,
-    ThreadName, ThreadReport, ThreadUpdate,
+    Deletable, DeletionReport, DeletionRequest, DeletionTarget, Due, Foreign, Imported, ImportedMessage,
+    ImportedThread, Life, Made, Pruned, Pruning, Remnant, RemnantName, Rolled, Rollover, RunLease,
+    StoreError, ThreadFilter, ThreadName, ThreadReport, ThreadUpdate,
 };
 
 #[async_trait]
@@ -99,6 +99,15 @@ impl Life for PostgresStore {
 
     async fn begin_deletion(&self, request: &DeletionRequest, limit: u32) -> Result<u64, StoreError> {
         on!(self.general, c => deletion::begin_deletion(c, request, limit))
+    }
+
+    async fn deletable(
+        &self,
+        tenant: &TenantKey,
+        target: &DeletionTarget,
+        end: Deletion,
+    ) -> Result<Deletable, StoreError> {
+        on!(self.general, c => deletion::deletable(c, tenant, target, end))
     }
 
     async fn deletion(

@@ -29,7 +29,27 @@ macro_rules! to_begin_with {
         )
     };
 }
-pub(in crate::store) use {of_target, to_begin_with};
+
+/// What a request would take, with the condition on its threads `t`; `$2`: it erases.
+macro_rules! to_be_taken {
+    ($($condition:literal)+) => {
+        concat!(
+            "SELECT count(*) AS threads,
+                CAST(COALESCE(sum(x.message_count), 0) AS bigint) AS messages,
+                CAST(COALESCE(sum(x.run_count), 0) AS bigint) AS runs,
+                CAST(COALESCE(sum(x.unfinished), 0) AS bigint) AS unfinished_runs
+            FROM (
+                SELECT t.message_count, t.run_count, (SELECT count(*) FROM (",
+            unfinished_runs!(" = t.id"),
+            ") r) AS unfinished
+                FROM threads t
+                WHERE t.tenant = $1 AND (t.lifecycle = 'current' OR $2)",
+            $($condition)+,
+            ") x"
+        )
+    };
+}
+pub(in crate::store) use {of_target, to_be_taken, to_begin_with};
 
 macro_rules! deletions {
     ($database:ty) => {
@@ -43,9 +63,11 @@ macro_rules! deletions {
         };
         use crate::store::columns::thread_columns;
         use crate::store::rows::{ThreadRow, millis};
-        use crate::store::shared::{DeletedThreadRow, DeletionRow, RequestedRow, to_begin_with};
+        use crate::store::shared::{
+            DeletableRow, DeletedThreadRow, DeletionRow, RequestedRow, to_be_taken, to_begin_with,
+        };
         use crate::store::{
-            DeletedThread, DeletionReport, DeletionRequest, DeletionTarget, RemnantName, StoreError,
+            Deletable, DeletedThread, DeletionReport, DeletionRequest, DeletionTarget, RemnantName, StoreError,
         };
 
         type Connection = <$database as sqlx::Database>::Connection;
@@ -236,6 +258,32 @@ macro_rules! deletions {
             .execute(tx)
             .await?;
             Ok(Some(threads.len().try_into().unwrap_or(u64::MAX)))
+        }
+
+        /// Implements [`Life::deletable`](crate::store::Life::deletable).
+        pub(super) async fn deletable(
+            connection: &mut Connection,
+            tenant: &TenantKey,
+            target: &DeletionTarget,
+            end: Deletion,
+        ) -> Result<Deletable, StoreError> {
+            const OF_KEY: &str =
+                to_be_taken!(" AND t.user_key = $3 AND t.scope_kind = $4 AND t.scope_name = $5");
+            const OF_USER: &str = to_be_taken!(" AND t.user_key = $3");
+            let (statement, user, scope) = match target {
+                DeletionTarget::Key(key) => (OF_KEY, &key.user, Some(&key.scope)),
+                DeletionTarget::User(user) => (OF_USER, user, None),
+            };
+            let query = sqlx::query_as(statement)
+                .bind(tenant.as_str())
+                .bind(end == Deletion::Erase)
+                .bind(user.as_str());
+            let query = match scope {
+                Some(scope) => query.bind(scope.kind()).bind(scope.name()),
+                None => query,
+            };
+            let found: DeletableRow = query.fetch_one(connection).await?;
+            Ok(found.into())
         }
 
         /// Implements [`Life::deletion`](crate::store::Life::deletion).

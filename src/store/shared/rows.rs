@@ -6,7 +6,9 @@ use uuid::Uuid;
 
 use crate::domain::{KeyId, RemnantId, Removed, TenantKey, ThreadId};
 use crate::store::rows::{At, ThreadRow, corrupt, word};
-use crate::store::{DeletedThread, Due, NewKey, Remnant, RemnantKind, RemnantName, StoreError, StoredKey};
+use crate::store::{
+    Deletable, DeletedThread, Due, NewKey, Remnant, RemnantKind, RemnantName, StoreError, StoredKey,
+};
 
 #[derive(FromRow)]
 pub(in crate::store) struct DueRow {
@@ -88,6 +90,22 @@ pub(in crate::store) struct DeletionRow {
     pub(in crate::store) archive: bool,
     pub(in crate::store) done: i64,
     pub(in crate::store) pending: i64,
+}
+
+/// What a request to delete would take.
+#[derive(FromRow)]
+pub(in crate::store) struct DeletableRow {
+    threads: i64,
+    messages: i64,
+    runs: i64,
+    unfinished_runs: i64,
+}
+
+impl From<DeletableRow> for Deletable {
+    fn from(row: DeletableRow) -> Self {
+        let DeletableRow { threads, messages, runs, unfinished_runs } = row;
+        Self { threads, messages, runs, unfinished_runs }
+    }
 }
 
 #[derive(FromRow)]

@@ -65,9 +65,9 @@ const ROWS: &[(&str, &str, Gets)] = &[
     ("GET", "{scope}/runs/{run}/events", Gets::NotFound),
     ("GET", "{scope}/runs", Gets::NotFound),
     ("GET", "{scope}/runs/{run}", Gets::NotFound),
-    ("DELETE", "/v1/users/{user}", Gets::Own),
-    ("GET", "/v1/users/{user}/threads", Gets::Nothing),
-    ("GET", "/v1/users/{user}/export", Gets::Nothing),
+    ("DELETE", "{user}", Gets::Own),
+    ("GET", "{user}/threads", Gets::Nothing),
+    ("GET", "{user}/export", Gets::Nothing),
     ("GET", "/v1/deletions/{deletion}", Gets::NotFound),
     ("GET", "/v1/threads", Gets::Nothing),
     ("GET", "/v1/threads/{thread}", Gets::NotFound),
@@ -75,11 +75,14 @@ const ROWS: &[(&str, &str, Gets)] = &[
     ("POST", "/v1/admin/cleanup", Gets::Served),
 ];
 
-/// A route's end: what it is below a kind of conversation.
+/// A route's end: what it is below a kind of conversation, or below a user.
 fn end(path: &str) -> String {
-    for scope in
-        ["/v1/users/{user}/sessions/{session}", "/v1/users/{user}/topics/{topic}", "/v1/users/{user}"]
-    {
+    for scope in [
+        "/v1/users/{user}/sessions/{session}",
+        "/v1/users/{user}/topics/{topic}",
+        "/v1/users/{user}",
+        "/v1/conversation",
+    ] {
         let is_conversation =
             |rest: &&str| ["/messages", "/thread", "/runs"].iter().any(|it| rest.starts_with(it));
         if let Some(rest) = path.strip_prefix(scope).filter(is_conversation)
@@ -88,7 +91,23 @@ fn end(path: &str) -> String {
             return format!("{{scope}}{rest}");
         }
     }
+    for user in ["/v1/users/{user}", "/v1/user"] {
+        if let Some(rest) = path.strip_prefix(user)
+            && ["", "/threads", "/export"].contains(&rest)
+        {
+            return format!("{{user}}{rest}");
+        }
+    }
     path.to_owned()
+}
+
+/// The path names a user, or headers do.
+fn names_a_user(route: &Route) -> bool {
+    route.path.contains("{user}") || has_key_headers(route)
+}
+
+fn has_key_headers(route: &Route) -> bool {
+    route.path.starts_with("/v1/conversation/") || route.path.split('/').nth(2) == Some("user")
 }
 
 /// Ids of each kind.
@@ -117,7 +136,10 @@ impl Ids {
 }
 
 fn request(gateway: &Gateway, route: &Route, ids: &Ids) -> RequestBuilder {
-    let request = gateway.request(route.method.clone(), &ids.path(route));
+    let mut request = gateway.request(route.method.clone(), &ids.path(route));
+    if has_key_headers(route) {
+        request = request.header("threadkeeper-user", ids.user);
+    }
     match (route.method.as_str(), end(&route.path).as_str()) {
         ("POST", "{scope}/messages") => {
             request.header("idempotency-key", "1").json(&json!({"content": "hello"}))
@@ -365,14 +387,18 @@ async fn pages_of_known_origins_may_ask_from_a_browser() {
     let preflight = |origin: &str| {
         let request = gateway.request(Method::OPTIONS, path).header("origin", origin);
         let request = request.header("access-control-request-method", "POST");
-        gateway.send(
-            request.header("access-control-request-headers", "authorization,content-type,idempotency-key"),
-        )
+        gateway.send(request.header(
+            "access-control-request-headers",
+            "authorization,content-type,idempotency-key,threadkeeper-user",
+        ))
     };
     let known = preflight("https://chat.example").await;
     assert_eq!(known.status, StatusCode::OK);
     assert_eq!(known.headers["access-control-allow-origin"], "https://chat.example");
-    assert!(known.headers["access-control-allow-headers"].to_str().unwrap().contains("idempotency-key"));
+    let allowed = known.headers["access-control-allow-headers"].to_str().unwrap();
+    for name in ["idempotency-key", "threadkeeper-user", "threadkeeper-session", "threadkeeper-topic"] {
+        assert!(allowed.contains(name), "{name} is not in: {allowed}");
+    }
     assert!(!known.headers.contains_key("access-control-allow-credentials"), "no cookies");
     for other in ["https://chat.example.evil", "http://chat.example", "null"] {
         assert!(!preflight(other).await.headers.contains_key("access-control-allow-origin"), "{other}");
@@ -423,7 +449,7 @@ async fn a_token_opens_its_own_user_alone() {
         let (Some(needs), what) = (route.needs, format!("{} {}", route.method, route.path)) else { continue };
         let opens = |answer: &Answer| ![401, 403].contains(&answer.status.as_u16());
         let others = ask(&gateway, &route, &ids, &alice).await;
-        if route.path.contains("{user}") {
+        if names_a_user(&route) {
             assert_eq!(others.problem(), (403, "forbidden"), "{what} of another user");
             assert!(opens(&ask(&gateway, &route, &own, &alice).await), "{what} of its own");
         } else {
@@ -438,6 +464,13 @@ async fn a_token_opens_its_own_user_alone() {
     // Spelled in another way it is the same user.
     let spelled = gateway.request(Method::GET, "/v1/users/%61lice/threads").bearer_auth(&alice);
     gateway.send(spelled).await.ok();
+    let spelled = gateway.request(Method::GET, "/v1/user/threads").header("threadkeeper-user", "%61lice");
+    gateway.send(spelled.bearer_auth(&alice)).await.ok();
+    // Nobody's by two names.
+    for (path, user) in [("/v1/users/alice/threads", "bob"), ("/v1/users/bob/threads", "alice")] {
+        let both = gateway.request(Method::GET, path).header("threadkeeper-user", user).bearer_auth(&alice);
+        assert_eq!(gateway.send(both).await.problem(), (400, "invalid-request"), "{path}");
+    }
 
     let bad = [
         good(json!({"sub": "alice", "exp": 1_000_000_000})),

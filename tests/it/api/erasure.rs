@@ -9,6 +9,7 @@ on_every_scene!(
     all_of_a_users_threads_are_listed,
     all_that_is_held_is_exported,
     a_user_is_erased_everywhere_and_the_receipt_says_so,
+    a_user_is_archived_or_only_counted_if_that_is_asked_for,
 );
 
 const USER: &str = "/v1/users/auth0%7C5f7c";
@@ -119,4 +120,53 @@ async fn a_user_is_erased_everywhere_and_the_receipt_says_so(scene: Scene) {
     assert!(left.iter().all(|it| scene.simulator.holds_text("other needle").contains(it)), "{left:?}");
     assert_eq!(gateway.get(&format!("{USER}/threads")).await.ok()["data"], json!([]));
     assert_eq!(gateway.get("/v1/users/other/thread").await.ok()["message_count"], 2);
+}
+
+async fn a_user_is_archived_or_only_counted_if_that_is_asked_for(scene: Scene) {
+    let gateway = scene.gateway_with(BY_HAND).await;
+    populate(&gateway).await;
+    let counts = |archive: bool, threads: i64, each: i64| {
+        let (messages, runs) = (threads * 2 * each, threads * each);
+        json!({"dry_run": true, "archive": archive, "threads": threads, "messages": messages, "runs": runs,
+            "unfinished_runs": 0})
+    };
+    let dry = async |query: &str| {
+        let answer = gateway.delete(&format!("{USER}?{query}")).await;
+        assert!(!answer.headers.contains_key("location"));
+        answer.ok()
+    };
+    // Five current ones, one of which goes on with what is archived.
+    assert_eq!(dry("dry_run=true&archive=true").await["threads"], 5);
+    let all = dry("dry_run=true").await;
+    assert_eq!(
+        (&all["threads"], &all["runs"], &all["messages"]),
+        (&json!(6), &json!(6), &json!(12)),
+        "{all:#}"
+    );
+    assert_eq!(dry("dry_run=true&archive=false").await, all, "nothing has changed");
+    let nobody = gateway.delete("/v1/users/nobody?dry_run=true").await.ok();
+    assert_eq!(nobody, counts(false, 0, 0));
+    let thread = format!("{USER}/sessions/0/thread");
+    assert_eq!(gateway.delete(&format!("{thread}?dry_run=true")).await.ok(), counts(false, 1, 1));
+    assert_eq!(gateway.delete(&format!("{thread}?dry_run=true&archive=true")).await.ok(), counts(true, 1, 1));
+    let nothing = gateway.delete(&format!("{USER}/topics/none/thread?dry_run=true")).await;
+    assert_eq!(nothing.problem(), (404, "not-found"));
+    assert!(!scene.simulator.holds_text("needle session").is_empty());
+
+    let receipt = gateway.delete(&format!("{USER}?archive=true")).await.ok();
+    assert_eq!(
+        (&receipt["status"], &receipt["archive"], &receipt["threads_done"]),
+        (&json!("completed"), &json!(true), &json!(5)),
+        "{receipt:#}"
+    );
+    assert_eq!(scene.simulator.holds_text("needle session"), Vec::<String>::new());
+    let threads = gateway.get(&format!("{USER}/threads")).await.ok();
+    let threads = threads["data"].as_array().unwrap();
+    assert!(threads.len() == 6 && threads.iter().all(|it| it["lifecycle"] == "archived"), "{threads:#?}");
+    assert_eq!(gateway.get(&format!("{USER}/messages")).await.ok()["data"].as_array().unwrap().len(), 2);
+    assert_eq!(gateway.get("/v1/users/other/thread").await.ok()["lifecycle"], "current");
+    assert_eq!(dry("dry_run=true&archive=true").await, counts(true, 0, 0));
+    // All of it can still be erased.
+    assert_eq!(gateway.delete(USER).await.ok()["threads_done"], 6);
+    assert_eq!(scene.database.holding("needle session").await, Vec::<String>::new());
 }

@@ -21,7 +21,10 @@ async fn who_asks_too_often_is_told_when_to_come_back() {
     let scene = Scene::new(Protocol::Responses, Backend::Sqlite).await;
     let gateway = scene.gateway_with(LIMITS).await;
     let (path, begun) = ("/v1/users/alice/threads", Instant::now());
-    let answers = join_all((0..12).map(|_| gateway.get(path))).await;
+    // By whatever path.
+    let by_header = || gateway.request(Method::GET, "/v1/user/threads").header("threadkeeper-user", "alice");
+    let ask = async |n| if n % 2 == 0 { gateway.get(path).await } else { gateway.send(by_header()).await };
+    let answers = join_all((0..12).map(ask)).await;
     // One more for each second that it took.
     let most = 4 + usize::try_from(begun.elapsed().as_secs()).unwrap();
     let (taken, refused): (Vec<_>, Vec<_>) = answers.iter().partition(|answer| answer.status == 200);

@@ -16,6 +16,7 @@ mod fuzz;
 mod hanging_up;
 mod hostile;
 mod idempotency;
+mod keys;
 mod killed;
 mod limits;
 mod logs;

@@ -396,7 +396,7 @@ async fn the_answer_has_the_documented_shape() {
     redact(&mut problem);
     insta::assert_json_snapshot!(problem, @r#"
     {
-      "detail": "`content`: invalid type: integer `7`, expected a string or a list of content parts at line 1 column 12",
+      "detail": "`content`: must be a string or a list of content parts, not a number",
       "request_id": "[request_id]",
       "status": 422,
       "title": "Invalid request",

@@ -843,6 +843,39 @@ async fn an_old_transcript_goes_on_in_sqlite() {
     an_old_transcript_goes_on(&database, migrations, id, database.now()).await;
 }
 
+/// Keys that are steps in a path were taken once.
+async fn old_keys_are_renamed(database: &TestDatabase, migration: &str) {
+    let store = database.store().await;
+    for key in [user("alice"), session("bob", "s")] {
+        exchange(&*store, &key).await;
+    }
+    database
+        .execute(
+            "UPDATE threads SET user_key = '..' WHERE user_key = 'alice'; \
+             UPDATE threads SET scope_name = '.' WHERE user_key = 'bob'",
+        )
+        .await;
+    database.execute(migration).await;
+    let all = ThreadFilter::all(TenantKey::default());
+    let page = store.threads(&all, &first_page()).await.unwrap();
+    let mut keys: Vec<_> = page.data.into_iter().map(|(thread, _)| thread.key).collect();
+    keys.sort();
+    assert_eq!(keys, [session("bob", "renamed:."), user("renamed:..")]);
+    store.close().await;
+}
+
+#[tokio::test]
+async fn old_keys_are_renamed_in_postgres() {
+    let database = TestDatabase::postgres().await;
+    old_keys_are_renamed(&database, include_str!("../../../migrations/postgres/0008_keys.sql")).await;
+}
+
+#[tokio::test]
+async fn old_keys_are_renamed_in_sqlite() {
+    let database = TestDatabase::sqlite().await;
+    old_keys_are_renamed(&database, include_str!("../../../migrations/sqlite/0008_keys.sql")).await;
+}
+
 /// A claim whose caller gave up on it commits while the end of the run waits for the row: what it put into the transcript
 /// must be marked like all that the run said.
 #[tokio::test]

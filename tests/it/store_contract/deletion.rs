@@ -2,7 +2,7 @@
 
 use threadkeeper::domain::{Deletion, DeletionId, Lifecycle, Removed, UpstreamOutcome};
 use threadkeeper::store::{
-    DeletedThread, DeletionReport, DeletionRequest, DeletionTarget, RemnantName, Rolled,
+    Deletable, DeletedThread, DeletionReport, DeletionRequest, DeletionTarget, RemnantName, Rolled,
 };
 
 use super::keeping::{HOUR, earlier, id, thread, time};
@@ -29,6 +29,7 @@ on_every_backend!(
     a_receipt_comes_in_pages,
     what_is_under_way_is_found,
     a_receipt_is_forgotten_after_its_time,
+    what_would_be_deleted_is_counted,
 );
 
 pub(super) fn request(target: DeletionTarget, end: Deletion) -> DeletionRequest {
@@ -167,6 +168,32 @@ async fn a_target_without_threads_is_done_at_once(database: &TestDatabase, store
     }
     let keys = "SELECT count(*) FROM deletions WHERE user_key IS NOT NULL OR scope_kind IS NOT NULL";
     assert_eq!(database.number(keys).await, 0);
+}
+
+async fn what_would_be_deleted_is_counted(database: &TestDatabase, store: &dyn Store) {
+    let (key, other) = (user("alice"), session("alice", "s"));
+    exchange(store, &other).await;
+    exchange(store, &user("bob")).await;
+    archive(database, &other).await;
+    exchange(store, &key).await;
+    started(store.admit(&admission(&key)).await.unwrap());
+    let of_user = DeletionTarget::User(key.user.clone());
+    let counted = async |target: &DeletionTarget, end| {
+        let found = store.deletable(&key.tenant, target, end).await.unwrap();
+        [found.threads, found.messages, found.runs, found.unfinished_runs]
+    };
+    let current = [1, 3, 2, 1];
+    assert_eq!(counted(&of_user, Deletion::Archive).await, current);
+    assert_eq!(counted(&of_user, Deletion::Erase).await, [2, 5, 3, 1]);
+    assert_eq!(counted(&DeletionTarget::Key(key.clone()), Deletion::Erase).await, current);
+    assert_eq!(counted(&DeletionTarget::Key(other.clone()), Deletion::Archive).await, [0; 4]);
+    assert_eq!(counted(&DeletionTarget::Key(other), Deletion::Erase).await, [1, 2, 1, 0]);
+    let elsewhere = TenantKey::try_from("elsewhere".to_owned()).unwrap();
+    let found = store.deletable(&elsewhere, &of_user, Deletion::Erase).await.unwrap();
+    assert_eq!(found, Deletable::default());
+    // What another request takes is still there.
+    assert_eq!(store.begin_deletion(&erase_user(&key), 10).await.unwrap(), 2);
+    assert_eq!(counted(&of_user, Deletion::Erase).await, [2, 5, 3, 1]);
 }
 
 async fn what_came_after_the_request_is_not_meant(database: &TestDatabase, store: &dyn Store) {

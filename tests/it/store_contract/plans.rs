@@ -349,6 +349,9 @@ async fn life(store: &dyn Store, key: &ConversationKey, me: ReplicaId) {
     };
     store.prunable(&pruning, LIMIT).await.unwrap();
     store.prune(&pruning, LIMIT).await.unwrap();
+    for target in [DeletionTarget::Key(key.clone()), DeletionTarget::User(key.user.clone())] {
+        store.deletable(&key.tenant, &target, Deletion::Erase).await.unwrap();
+    }
     let erase = request(DeletionTarget::User(key.user.clone()), Deletion::Erase);
     assert_eq!(store.begin_deletion(&erase, LIMIT).await.unwrap(), 2);
     store.deletion_under_way(&key.tenant, &erase.target).await.unwrap().unwrap();

@@ -13,7 +13,7 @@ use super::{ALICE, OPERATOR};
 use crate::support::contract;
 
 /// Few, so that requests meet.
-const KEYS: [&str; 7] = ["alice", "bob", "carol", "é 日本", "a/b%c?d#e", "..", "auth0|5f7c"];
+const KEYS: [&str; 7] = ["alice", "bob", "carol", "é 日本", "a/b%c?d#e", "%2e", "auth0|5f7c"];
 /// In the place of a key or an id; not all of it is a path.
 const ODD_SEGMENTS: [&str; 20] = [
     "",
@@ -350,10 +350,18 @@ impl<'a> Generator<'a> {
         }
         for parameter in operation.about["parameters"].as_array().into_iter().flatten() {
             let name = parameter["name"].as_str().unwrap();
-            if parameter["in"] != "header" || !self.chance(0.3) {
+            let is_required = parameter["required"] == true;
+            if parameter["in"] != "header" || !self.chance(if is_required { 0.98 } else { 0.3 }) {
+                self.is_good &= !is_required || parameter["in"] != "header";
                 continue;
             }
             let value = match name {
+                "threadkeeper-user" | "threadkeeper-session" | "threadkeeper-topic" => {
+                    // A conversation has one of them.
+                    self.is_good &= name != "threadkeeper-topic"
+                        || !lines.iter().any(|(name, _)| *name == "threadkeeper-session");
+                    self.segment()
+                }
                 "prefer" => self.one(&PREFERENCES).to_owned(),
                 "idempotency-key" if self.chance(0.8) => self.one(&["1", "2", "3"]).to_owned(),
                 "idempotency-key" => self.odd(&["", "with space", "\u{e9}", "\t"]).to_owned(),
@@ -364,6 +372,10 @@ impl<'a> Generator<'a> {
                 self.is_good = false;
                 lines.push((name, "1".to_owned()));
             }
+        }
+        if self.chance(0.01) && operation.path.contains("{user}") {
+            self.is_good = false;
+            lines.push(("threadkeeper-user", "alice".to_owned()));
         }
         if self.chance(0.15) {
             lines.push(("accept", self.one(&ACCEPTED).to_owned()));
