@@ -238,10 +238,17 @@ pub struct FingerprintArgs {
 #[derive(Args, Clone, Debug)]
 #[command(after_help = "\
 Examples:
-  threadkeeper check-config --config gateway.toml")]
+  threadkeeper check-config --config gateway.toml
+  threadkeeper check-config --config gateway.toml --probe")]
 pub struct CheckConfigArgs {
     #[command(flatten)]
     pub config: ConfigArgs,
+    /// Ask each upstream what it can do, too, and print a line for each capability.
+    ///
+    /// No run is started, so nothing is paid; a thread or conversation is made and deleted again. The exit code is 1 if an
+    /// upstream cannot be used as it is configured.
+    #[arg(long)]
+    pub probe: bool,
 }
 
 /// Ask the gateway on this machine whether it lives, for the container's health check.

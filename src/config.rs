@@ -299,6 +299,10 @@ pub struct JanitorConfig {
     pub concurrency: NonZeroU32,
     /// Calls to all upstreams together.
     pub calls_per_second: NonZeroU32,
+    /// How long a deletion that an upstream refuses or fails is tried, from the first failure in a row. Then the receipt
+    /// tells what may remain there.
+    #[serde(with = "humantime_serde")]
+    pub give_up_after: Duration,
 }
 
 /// This process among its peers.
@@ -461,6 +465,7 @@ impl Default for JanitorConfig {
             batch: number(100),
             concurrency: number(4),
             calls_per_second: number(10),
+            give_up_after: Duration::from_hours(7 * 24),
         }
     }
 }

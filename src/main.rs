@@ -19,6 +19,7 @@ use threadkeeper::domain::{ConversationKey, Scope, SessionKey, TenantKey, TopicK
 use threadkeeper::error::Chain;
 use threadkeeper::simulator::Simulator;
 use threadkeeper::store::StoredKey;
+use threadkeeper::upstream::{Finding, Probe, Verdict, probe};
 use threadkeeper::{dev, health, telemetry};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
@@ -66,15 +67,37 @@ async fn run(command: Command) -> anyhow::Result<()> {
         Command::Keys(args) => run_keys(args.command).await,
         Command::Fingerprint(args) => run_fingerprint(args).await,
         Command::CheckConfig(args) => {
-            Config::load_for_serve(sources(args.config, None))?;
+            let config = Config::load_for_serve(sources(args.config, None))?;
             println!("the configuration is sound");
-            Ok(())
+            if args.probe { probe_upstreams(&config).await } else { Ok(()) }
         }
         Command::Health(args) => {
             let config = Config::load(sources(args.config, args.listen))?;
             health::check(config.server.listen)
         }
     }
+}
+
+/// Prints a line for each capability of each upstream.
+async fn probe_upstreams(config: &Config) -> anyhow::Result<()> {
+    let mut unusable = Vec::new();
+    for (name, upstream) in &config.upstreams {
+        let Probe { findings, is_usable } = probe(name, upstream).await?;
+        for Finding { capability, verdict, advice } in findings {
+            let verdict = match verdict {
+                Verdict::Works => "works".to_owned(),
+                Verdict::NotSupported => "not supported".to_owned(),
+                Verdict::Refused(reason) => format!("refused: {reason}"),
+            };
+            let advice = advice.map(|advice| format!("; {advice}")).unwrap_or_default();
+            println!("upstreams.{name}: {capability}: {verdict}{advice}");
+        }
+        if !is_usable {
+            unusable.push(format!("`{name}`"));
+        }
+    }
+    anyhow::ensure!(unusable.is_empty(), "not usable as configured: {}", unusable.join(", "));
+    Ok(())
 }
 
 /// Builds and runs the gateway. A signal while it still waits for its database ends it at once.

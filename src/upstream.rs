@@ -12,6 +12,7 @@ mod finding;
 mod mutation;
 mod pace;
 mod patience;
+mod probe;
 mod relay;
 mod responses;
 mod sse;
@@ -33,6 +34,7 @@ use crate::store::InputMessage;
 pub use assistants::AssistantsUpstream;
 pub use client::{InvalidUpstream, UpstreamClient};
 pub use pace::Pace;
+pub use probe::{Finding, Probe, Verdict, probe};
 pub use responses::ResponsesUpstream;
 
 /// One configured upstream server.
@@ -105,29 +107,30 @@ pub trait Upstream: Send + Sync + std::fmt::Debug {
     /// Removes from the thread all that a settled run left there: the user's messages, the reply, and what lies
     /// between. Where threads are chains nothing is to be done: the chain simply does not move. Harmless to repeat. The
     /// caller bounds it in time and may drop it.
+    ///
+    /// # Errors
+    /// [`UpstreamError::Refused`] with 404, 405 or 501 if the server does not delete messages, among others.
     async fn remove(&self, leftover: &Leftover) -> Result<(), UpstreamError>;
 
     /// Deletes an upstream thread and all that is in it, and makes sure that it is gone: runs that work on it are ended,
     /// what outlives its thread is deleted one by one before it, which counts in `items` as it happens. Where threads
     /// are chains, the response of that id. Harmless to repeat; may be dropped.
     ///
-    /// `false` if the server did not have it.
-    ///
     /// # Errors
-    /// [`UpstreamError::Refused`] if the server does not offer it.
+    /// It is not known to be gone, and another try may end otherwise.
     async fn delete_thread(
         &self,
         thread: &UpstreamThreadId,
         pace: &Pace,
-        items: &mut u64,
-    ) -> Result<bool, UpstreamError>;
+        items: &mut Items,
+    ) -> Result<Disposal, UpstreamError>;
 
     /// Deletes a run that the server stores by itself ([`Capabilities::stores_runs`]), and ends it before if it is still
-    /// at work. Harmless to repeat; may be dropped. `false` if the server did not have it.
+    /// at work. Harmless to repeat; may be dropped.
     ///
     /// # Errors
-    /// [`UpstreamError::Refused`] if the server does not offer it.
-    async fn delete_run(&self, run: &UpstreamRunId, pace: &Pace) -> Result<bool, UpstreamError>;
+    /// It is not known to be gone, and another try may end otherwise.
+    async fn delete_run(&self, run: &UpstreamRunId, pace: &Pace) -> Result<Disposal, UpstreamError>;
 
     /// A page of the messages of a thread, oldest first, from its beginning or after the one of that id. `None` where it
     /// cannot be asked for: threads are chains, or the server has no such list.
@@ -161,6 +164,25 @@ pub struct Capabilities {
     pub stores_runs: bool,
     /// A run goes on though nobody reads it, and only who has heard its id can end it.
     pub goes_on_unread: bool,
+}
+
+/// What became of something that was to be deleted at the server.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum Disposal {
+    Deleted,
+    /// The server did not have it (any more).
+    AlreadyGone,
+    /// The server does not offer the deletion, so it may still be there.
+    NotSupported,
+}
+
+/// The items of an upstream thread that was to be deleted.
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+pub struct Items {
+    /// Deleted one by one.
+    pub deleted: u64,
+    /// Listed by a server that does not delete them, at least so many.
+    pub left: u64,
 }
 
 /// Messages of an upstream thread in a row.
@@ -300,8 +322,12 @@ pub enum UpstreamError {
     #[error("the upstream thread is gone")]
     ThreadGone,
     /// A 4xx, a redirect, or a 501: our request, key or account was refused. `code` is a word of at most 64 characters.
+    /// `missing`: the server says, in whatever words, that what was asked for is not there.
     #[error("the upstream refused the request with status {status}{}", in_brackets(code.as_deref()))]
-    Refused { status: u16, code: Option<String> },
+    Refused { status: u16, code: Option<String>, missing: bool },
+    /// The server has no such path, so no turn can begin with it as it is configured. `remedy`: what the operator does.
+    #[error("the upstream has no `{path}`; the operator of the gateway can mend that: {remedy}")]
+    NotOffered { path: &'static str, remedy: &'static str },
     /// A 429. `quota`: waiting does not help. `code` as for [`Refused`](Self::Refused).
     #[error("the upstream limits the rate{}", in_brackets(code.as_deref()))]
     RateLimited { retry_after: Option<Duration>, quota: bool, code: Option<String> },

@@ -55,7 +55,7 @@ pub(super) fn deleted_doc(doc: Doc) -> Doc {
         .prefer()
         .gives_one_of::<DeletionView, DeletableView>(
             StatusCode::OK,
-            "The receipt: all is deleted, here and upstream. With `dry_run`: what would be deleted.",
+            "The receipt: all is deleted here, and upstream but for what it counts as left. With `dry_run`: what would be deleted.",
         )
         .gives::<DeletionView>(
             StatusCode::ACCEPTED,

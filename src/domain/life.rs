@@ -101,6 +101,10 @@ text_enum!(
         None = "none",
         /// The configuration does not name its upstream any more, so nothing could be done there.
         NotConfigured = "not_configured",
+        /// The server does not offer its deletion, so it may remain there.
+        NotSupported = "not_supported",
+        /// Its deletion failed for as long as `janitor.give_up_after`, so it may remain there.
+        Failed = "failed",
     }
 );
 
@@ -120,6 +124,31 @@ pub struct Removed {
     /// Threads and responses that may have been made for it, by a call whose answer was lost, and that the server cannot be
     /// asked for.
     pub unknown: u64,
+    /// What the server does not delete, or did not until it was given up.
+    #[serde(skip_serializing_if = "Left::is_empty")]
+    pub left: Left,
+    /// What fails is given up then. Set by the first failure in a row.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub tried_until: Option<Timestamp>,
+    /// Why the last step that was given up had failed.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub failure: Option<String>,
+}
+
+/// What may remain of a thread at its upstream.
+#[derive(Clone, Copy, Debug, Default, Deserialize, Eq, PartialEq, Serialize)]
+#[serde(default)]
+pub struct Left {
+    /// Upstream threads, its own included.
+    pub threads: u64,
+    pub items: u64,
+    pub responses: u64,
+}
+
+impl Left {
+    pub fn is_empty(&self) -> bool {
+        *self == Self::default()
+    }
 }
 
 /// What the janitor does about a thread.

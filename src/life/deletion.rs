@@ -127,6 +127,7 @@ impl Keeper {
                     archive,
                     done: 0,
                     pending,
+                    incomplete: 0,
                     threads,
                 })
             }

@@ -252,7 +252,7 @@ impl Keeper {
     }
 
     async fn chore(&self, due: Due, counts: &Counts) -> Result<Next, Trouble> {
-        let Due { thread, now, .. } = due;
+        let Due { thread, now, attempts, .. } = due;
         let (id, keeping) = (thread.id, self.parts.given.keeping);
         match Chore::of(&thread, now, &self.parts.given.lifetimes, keeping) {
             Chore::Nothing { until } => Ok(Next::Look(until.map(|until| from(now, until)))),
@@ -269,9 +269,23 @@ impl Keeper {
                     // They came before it was archived, and end in their own time.
                     return Ok(Next::Look(Some(FIRST_BACK_OFF)));
                 }
-                self.parts.given.runs.reconcile(&thread, None, &self.parts.pace).await?;
-                self.clear_upstream(&thread).await?;
-                counts.cleared.fetch_add(1, Ordering::Relaxed);
+                let cleared = async {
+                    self.parts.given.runs.reconcile(&thread, None, &self.parts.pace).await?;
+                    self.clear_upstream(&thread, attempts).await
+                };
+                match cleared.await {
+                    Ok(()) => {
+                        counts.cleared.fetch_add(1, Ordering::Relaxed);
+                    }
+                    // It is tried anew when the thread is erased.
+                    Err(trouble) if attempts >= tries_within(self.parts.given.janitor.give_up_after) => {
+                        tracing::warn!(
+                            error = %Chain(&trouble),
+                            "the upstream copy of an archived thread stays until the thread is erased"
+                        );
+                    }
+                    Err(trouble) => return Err(trouble),
+                }
                 let limits = Limits { max_age: keeping.transcript, max_idle: None };
                 let archived_at = thread.archived_at.unwrap_or(now);
                 Ok(Next::Look(limits.end(archived_at, archived_at).map(|until| from(now, until))))
@@ -285,7 +299,7 @@ impl Keeper {
                 Ok(Next::Settled)
             }
             Chore::Delete(end) => {
-                self.delete(&thread, end).await?;
+                self.delete(&thread, end, attempts).await?;
                 counts.deleted.fetch_add(1, Ordering::Relaxed);
                 Ok(Next::Settled)
             }
@@ -293,7 +307,7 @@ impl Keeper {
     }
 
     /// One deletion, from wherever it stands to its end, which may be somebody else's doing.
-    async fn delete(&self, thread: &Thread, end: Deletion) -> Result<(), Trouble> {
+    async fn delete(&self, thread: &Thread, end: Deletion, attempts: i64) -> Result<(), Trouble> {
         loop {
             self.end_runs(thread).await?;
             // As it is now: a run may have moved it upstream, or left something.
@@ -301,10 +315,15 @@ impl Keeper {
             let Some(now) = now.filter(|it| it.lifecycle == Lifecycle::Deleting) else {
                 return Ok(());
             };
-            if end == Deletion::Archive {
-                self.parts.given.runs.reconcile(&now, None, &self.parts.pace).await?;
+            if end == Deletion::Archive
+                && let Err(error) = self.parts.given.runs.reconcile(&now, None, &self.parts.pace).await
+            {
+                if attempts < tries_within(self.parts.given.janitor.give_up_after) {
+                    return Err(error.into());
+                }
+                tracing::warn!(error = %Chain(&error), "a thread is archived without what others wrote to it");
             }
-            self.clear_upstream(&now).await?;
+            self.clear_upstream(&now, attempts).await?;
             if self.store().conclude(thread.id, ERASE_BATCH).await? {
                 return Ok(());
             }
@@ -345,8 +364,8 @@ impl Keeper {
                     Ok(removed) => {
                         let deleted = removed.responses + removed.other_threads;
                         counts.remnants.fetch_add(deleted, Ordering::Relaxed);
-                        if removed.unknown > 0 {
-                            insist(|| self.store().keep_remnant(id)).await;
+                        if removed.unknown > 0 || !removed.left.is_empty() {
+                            insist(|| self.store().keep_remnant(id, knew)).await;
                         } else {
                             insist(|| self.store().schedule_remnant(id, knew, None)).await;
                         }
@@ -359,8 +378,13 @@ impl Keeper {
                             attempts,
                             "the janitor could not delete something at an upstream"
                         );
-                        let after = Some(back_off(attempts));
-                        insist(|| self.store().schedule_remnant(id, knew, after)).await;
+                        if attempts >= tries_within(self.parts.given.janitor.give_up_after) {
+                            // It is tried anew when the thread is erased.
+                            insist(|| self.store().keep_remnant(id, knew)).await;
+                        } else {
+                            let after = Some(back_off(attempts));
+                            insist(|| self.store().schedule_remnant(id, knew, after)).await;
+                        }
                     }
                 }
             };
@@ -436,9 +460,31 @@ fn back_off(attempts: i64) -> Duration {
     wait.mul_f64(rand::rng().random_range(0.5..=1.0))
 }
 
+/// How many tries in a row fit into a time with the waits between them.
+fn tries_within(time: Duration) -> i64 {
+    let (mut left, mut wait, mut tries) = (time, FIRST_BACK_OFF, 0);
+    while wait < LONGEST_BACK_OFF && left >= wait {
+        left -= wait;
+        wait *= 2;
+        tries += 1;
+    }
+    if wait < LONGEST_BACK_OFF {
+        return tries;
+    }
+    tries + i64::try_from(left.as_secs() / LONGEST_BACK_OFF.as_secs()).unwrap_or(i64::MAX)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn tries_take_the_time_that_they_are_given() {
+        for (time, tries) in [(0, 0), (14, 0), (15, 1), (44, 1), (45, 2), (3825, 8), (7424, 8), (7425, 9)] {
+            assert_eq!(tries_within(Duration::from_secs(time)), tries, "{time}");
+        }
+        assert_eq!(tries_within(Duration::from_hours(7 * 24)), 174);
+    }
 
     #[test]
     fn the_wait_after_failures_grows_to_a_bound() {

@@ -1,17 +1,29 @@
 //! Deleting what a thread has at its upstream, in steps that can be repeated.
+//!
+//! A step ends with the server's word that the thing is deleted or gone, or that it does not delete such things, which the
+//! receipt tells. Any other failure is tried again, for `janitor.give_up_after` from the first one in a row; then the
+//! deletion goes on without that step, and the receipt tells that, too.
 
 use std::time::Duration;
 
-use tokio::time::{Instant, sleep};
+use tokio::time::{Instant, sleep, timeout_at};
 
 use super::Keeper;
 use super::janitor::Trouble;
-use crate::domain::{Removed, Thread, ThreadId, UpstreamOutcome, UpstreamRunId, UpstreamThreadId};
+use crate::domain::{
+    Deletion, Lifecycle, Limits, Removed, Thread, ThreadId, UpstreamOutcome, UpstreamRunId, UpstreamThreadId,
+    now,
+};
+use crate::error::Chain;
 use crate::store::{Remnant, RemnantKind, RemnantName};
-use crate::upstream::Upstream;
+use crate::upstream::{Disposal, Items, Upstream, UpstreamError};
 
 /// Runs and remnants of a thread handled between two records of what is done.
 const BATCH: u32 = 20;
+/// Failed steps in a row after which a look ends, or, once failures are given up, no further step is tried.
+const MAX_FAILURES: usize = 3;
+/// Longest time for the steps of one look. Less than the look has, so that what was done is recorded.
+const STEPS: Duration = Duration::from_mins(3);
 /// How long a look waits for an upstream thread that is being made, and how often it asks.
 const MAKING_PATIENCE: Duration = Duration::from_secs(8);
 const MAKING_POLL: Duration = Duration::from_millis(100);
@@ -19,68 +31,195 @@ const MAKING_POLL: Duration = Duration::from_millis(100);
 impl Keeper {
     /// Deletes all that a thread has at its upstream: stored runs, threads that were made for it and given up, last its
     /// own. What is done is recorded as it goes, so that whoever goes on does not begin anew. Its runs have ended.
+    /// `attempts`: looks in a row that failed before this one.
     ///
     /// # Errors
     /// [`Trouble::Underway`] while an upstream thread is being made for one of its runs that was cut off: its id is known
-    /// as soon as that is answered.
-    pub(super) async fn clear_upstream(&self, thread: &Thread) -> Result<(), Trouble> {
+    /// as soon as that is answered. [`Trouble::Upstream`] if a step failed and is to be tried again.
+    pub(super) async fn clear_upstream(&self, thread: &Thread, attempts: i64) -> Result<(), Trouble> {
         self.wait_for_making(thread.id).await?;
         let mut removed = thread.removed.clone();
+        if attempts == 0 {
+            removed.tried_until = None;
+        }
+        let mut own = thread.upstream_thread_id.clone();
+        // An archive was asked for, and that was given up. Whoever erases it wants another try.
+        if attempts == 0
+            && removed.outcome == Some(UpstreamOutcome::Failed)
+            && thread.deletion == Some(Deletion::Erase)
+        {
+            (removed.outcome, removed.failure) = (None, None);
+            removed.left.threads = removed.left.threads.saturating_sub(1);
+            own = own.or_else(|| removed.upstream_thread_id.clone());
+        }
         let Some(upstream) = self.parts.given.upstreams.get(&thread.upstream) else {
             removed.upstream_thread_id = thread.upstream_thread_id.clone().or(removed.upstream_thread_id);
             removed.outcome.get_or_insert(UpstreamOutcome::NotConfigured);
             return Ok(self.store().removed(thread.id, &removed, &[]).await?);
         };
-        let failed = |error| Trouble::Upstream { name: thread.upstream.clone(), error };
         let capabilities = upstream.capabilities();
         if capabilities.stores_runs && removed == Removed::default() {
             removed.unknown = self.store().unheard_runs(thread.id).await?;
         }
         removed.upstream_thread_id = thread.upstream_thread_id.clone().or(removed.upstream_thread_id);
+        let look = Look::begin(&removed);
+        self.clear_remnants(thread, &**upstream, &mut removed, look).await?;
+        let outcome = match &own {
+            None => removed.outcome.unwrap_or(match &removed.upstream_thread_id {
+                // Another one that works on it was faster, and what it recorded was written over.
+                Some(_) => UpstreamOutcome::AlreadyGone,
+                None => UpstreamOutcome::None,
+            }),
+            Some(id) => match self.dispose(&**upstream, id, &mut removed, look).await {
+                Ok(Disposal::Deleted) => UpstreamOutcome::Deleted,
+                // A chain is nothing but its responses.
+                Ok(Disposal::AlreadyGone) if !capabilities.has_threads && removed.responses > 0 => {
+                    UpstreamOutcome::Deleted
+                }
+                Ok(Disposal::AlreadyGone) => UpstreamOutcome::AlreadyGone,
+                Ok(Disposal::NotSupported) => UpstreamOutcome::NotSupported,
+                Err(_) if look.is_only_long(&removed) => return self.goes_on(thread, removed).await,
+                Err(error) if self.gives_up(thread, &mut removed, &error) => UpstreamOutcome::Failed,
+                Err(error) => {
+                    // What was deleted of it until then is in the receipt, too.
+                    self.store().removed(thread.id, &removed, &[]).await?;
+                    return Err(Trouble::Upstream { name: thread.upstream.clone(), error });
+                }
+            },
+        };
+        // What an earlier look came to is counted already.
+        if own.is_some() && matches!(outcome, UpstreamOutcome::NotSupported | UpstreamOutcome::Failed) {
+            if capabilities.has_threads {
+                removed.left.threads += 1;
+            } else {
+                // The end of a chain is one of its responses.
+                removed.left.responses = removed.left.responses.max(1);
+            }
+        }
+        removed.outcome = Some(outcome);
+        removed.tried_until = None;
+        self.store().removed(thread.id, &removed, &[]).await?;
+        if !removed.left.is_empty() {
+            tracing::warn!(
+                thread.id = %thread.id,
+                upstream = thread.upstream,
+                outcome = outcome.as_str(),
+                left = ?removed.left,
+                failure = removed.failure,
+                "something of a thread may remain at its upstream"
+            );
+        }
+        Ok(())
+    }
+
+    /// Deletes what a thread has upstream besides its own thread. A step that fails does not keep the others waiting.
+    async fn clear_remnants(
+        &self,
+        thread: &Thread,
+        upstream: &dyn Upstream,
+        removed: &mut Removed,
+        look: Look,
+    ) -> Result<(), Trouble> {
+        let with_runs = upstream.capabilities().stores_runs;
+        let (mut failed, mut last, mut failures) = (Vec::new(), None, 0);
         loop {
-            let remnants = self.store().remnants(thread.id, capabilities.stores_runs, BATCH).await?;
+            let limit = BATCH + u32::try_from(failed.len()).unwrap_or(u32::MAX);
+            let mut remnants = self.store().remnants(thread.id, with_runs, limit).await?;
+            remnants.retain(|remnant| !failed.contains(&remnant.name));
             if remnants.is_empty() {
                 break;
             }
             for remnant in &remnants {
-                self.delete_remnant(&**upstream, remnant, &mut removed).await?;
+                if failures >= MAX_FAILURES {
+                    // Given up: else it would not have come so far.
+                    leave(remnant, removed);
+                    continue;
+                }
+                match self.delete_remnant(upstream, remnant, removed, look).await {
+                    Ok(()) => failures = 0,
+                    Err(Trouble::Upstream { .. }) if look.is_only_long(removed) => {
+                        return self.goes_on(thread, removed.clone()).await;
+                    }
+                    Err(Trouble::Upstream { error, .. }) if self.gives_up(thread, removed, &error) => {
+                        failures += 1;
+                        leave(remnant, removed);
+                    }
+                    Err(trouble @ Trouble::Upstream { .. }) => {
+                        failed.push(remnant.name.clone());
+                        last = Some(trouble);
+                        if failed.len() >= MAX_FAILURES {
+                            break;
+                        }
+                    }
+                    Err(trouble) => return Err(trouble),
+                }
+            }
+            if failed.len() >= MAX_FAILURES {
+                break;
             }
             // What had no id when it was listed may have been given one since.
+            remnants.retain(|remnant| !failed.contains(&remnant.name));
             let (nameless, known): (Vec<_>, Vec<_>) = remnants
                 .into_iter()
                 .partition(|it| it.kind == RemnantKind::Thread && it.upstream_id.is_none());
             let mut names: Vec<RemnantName> = known.into_iter().map(|remnant| remnant.name).collect();
             names.dedup();
-            self.store().removed(thread.id, &removed, &names).await?;
+            self.store().removed(thread.id, removed, &names).await?;
             for remnant in nameless {
                 if let RemnantName::Row(id) = remnant.name {
                     self.store().schedule_remnant(id, None, None).await?;
                 }
             }
         }
-        let outcome = match &thread.upstream_thread_id {
-            None => removed.outcome.unwrap_or(match &removed.upstream_thread_id {
-                // Another one that works on it was faster, and what it recorded was written over.
-                Some(_) => UpstreamOutcome::AlreadyGone,
-                None => UpstreamOutcome::None,
-            }),
-            Some(id) => {
-                let deleted = upstream.delete_thread(id, &self.parts.pace, &mut removed.items).await;
-                let was_there = match deleted {
-                    Ok(was_there) => was_there,
-                    Err(error) => {
-                        // What was deleted of it until then is in the receipt, too.
-                        self.store().removed(thread.id, &removed, &[]).await?;
-                        return Err(failed(error));
-                    }
-                };
-                // A chain is nothing but its responses.
-                let is_chain = !capabilities.has_threads && removed.responses > 0;
-                if was_there || is_chain { UpstreamOutcome::Deleted } else { UpstreamOutcome::AlreadyGone }
-            }
-        };
-        removed.outcome = Some(outcome);
-        Ok(self.store().removed(thread.id, &removed, &[]).await?)
+        let Some(trouble) = last else { return Ok(()) };
+        self.store().removed(thread.id, removed, &[]).await?;
+        Err(trouble)
+    }
+
+    /// Ends a look for which there was more to do than it had time for.
+    async fn goes_on(&self, thread: &Thread, mut removed: Removed) -> Result<(), Trouble> {
+        removed.tried_until = None;
+        self.store().removed(thread.id, &removed, &[]).await?;
+        Err(Trouble::TimeIsUp)
+    }
+
+    /// Whether a step that failed is not tried any more. It is while a thread is kept as an archive, which tells nobody.
+    fn gives_up(&self, thread: &Thread, removed: &mut Removed, error: &UpstreamError) -> bool {
+        let now = now();
+        if removed.tried_until.is_none() {
+            let patience = self.parts.given.janitor.give_up_after;
+            // What lies beyond the calendar never comes.
+            removed.tried_until = Limits { max_age: Some(patience), max_idle: None }.end(now, now);
+        }
+        let is_over = removed.tried_until.is_some_and(|until| until <= now);
+        if thread.lifecycle != Lifecycle::Deleting || !is_over {
+            return false;
+        }
+        removed.failure = Some(error.to_string());
+        tracing::warn!(
+            thread.id = %thread.id,
+            upstream = thread.upstream,
+            error = %Chain(error),
+            "a deletion at an upstream failed for too long and is given up"
+        );
+        true
+    }
+
+    /// Deletes an upstream thread. What was done of it until it failed counts, too.
+    async fn dispose(
+        &self,
+        upstream: &dyn Upstream,
+        id: &UpstreamThreadId,
+        removed: &mut Removed,
+        look: Look,
+    ) -> Result<Disposal, UpstreamError> {
+        let mut items = Items::default();
+        let disposal = look.bound(upstream.delete_thread(id, &self.parts.pace, &mut items)).await;
+        removed.items += items.deleted;
+        if disposal.is_ok() {
+            removed.left.items += items.left;
+        }
+        disposal
     }
 
     /// Waits until nobody makes an upstream thread for the thread any more, within a bound.
@@ -108,7 +247,15 @@ impl Keeper {
             return Ok(Removed::default());
         };
         let mut removed = Removed::default();
-        self.delete_remnant(&**upstream, remnant, &mut removed).await?;
+        let look = Look::begin(&removed);
+        self.delete_remnant(&**upstream, remnant, &mut removed, look).await?;
+        if !removed.left.is_empty() {
+            tracing::warn!(
+                thread.id = %remnant.thread,
+                upstream = remnant.upstream,
+                "an upstream thread that nobody uses remains: the server does not offer its deletion"
+            );
+        }
         if removed.unknown > 0 {
             tracing::warn!(
                 thread.id = %remnant.thread,
@@ -125,19 +272,24 @@ impl Keeper {
         upstream: &dyn Upstream,
         remnant: &Remnant,
         removed: &mut Removed,
+        look: Look,
     ) -> Result<(), Trouble> {
         let pace = &self.parts.pace;
         let failed = |error| Trouble::Upstream { name: remnant.upstream.clone(), error };
         let unused = match (remnant.kind, &remnant.upstream_id) {
             (RemnantKind::Run, Some(id)) => {
-                let was_there = upstream.delete_run(&UpstreamRunId(id.clone()), pace).await;
-                removed.responses += u64::from(was_there.map_err(failed)?);
+                let id = UpstreamRunId(id.clone());
+                match look.bound(upstream.delete_run(&id, pace)).await.map_err(failed)? {
+                    Disposal::Deleted => removed.responses += 1,
+                    Disposal::AlreadyGone => {}
+                    Disposal::NotSupported => removed.left.responses += 1,
+                }
                 return Ok(());
             }
             (RemnantKind::Run, None) => return Ok(()),
             (RemnantKind::Thread, Some(id)) => vec![UpstreamThreadId(id.clone())],
             (RemnantKind::Thread, None) => {
-                let found = upstream.find_threads(remnant.thread, pace).await.map_err(failed)?;
+                let found = look.bound(upstream.find_threads(remnant.thread, pace)).await.map_err(failed)?;
                 let Some(found) = found else {
                     removed.unknown += 1;
                     return Ok(());
@@ -146,8 +298,11 @@ impl Keeper {
             }
         };
         for id in unused {
-            let was_there = upstream.delete_thread(&id, pace, &mut removed.items).await;
-            removed.other_threads += u64::from(was_there.map_err(failed)?);
+            match self.dispose(upstream, &id, removed, look).await.map_err(failed)? {
+                Disposal::Deleted => removed.other_threads += 1,
+                Disposal::AlreadyGone => {}
+                Disposal::NotSupported => removed.left.threads += 1,
+            }
         }
         Ok(())
     }
@@ -170,5 +325,45 @@ impl Keeper {
         let used = self.store().thread(intent.thread).await?.and_then(|thread| thread.upstream_thread_id);
         found.retain(|id| Some(id) != used.as_ref());
         Ok(found)
+    }
+}
+
+/// The time of one look at the upstream.
+#[derive(Clone, Copy)]
+struct Look {
+    until: Instant,
+    /// What was deleted before it.
+    before: u64,
+}
+
+impl Look {
+    fn begin(removed: &Removed) -> Self {
+        Self { until: Instant::now() + STEPS, before: deleted(removed) }
+    }
+
+    async fn bound<T>(
+        self,
+        step: impl Future<Output = Result<T, UpstreamError>>,
+    ) -> Result<T, UpstreamError> {
+        timeout_at(self.until, step).await.unwrap_or(Err(UpstreamError::Broken { timeout: true }))
+    }
+
+    /// Its time is over, and it was well spent.
+    fn is_only_long(self, removed: &Removed) -> bool {
+        Instant::now() >= self.until && deleted(removed) > self.before
+    }
+}
+
+fn deleted(removed: &Removed) -> u64 {
+    removed.items + removed.responses + removed.other_threads
+}
+
+/// Counts a remnant that nobody tries to delete any more.
+fn leave(remnant: &Remnant, removed: &mut Removed) {
+    match (remnant.kind, &remnant.upstream_id) {
+        (RemnantKind::Run, Some(_)) => removed.left.responses += 1,
+        (RemnantKind::Run, None) => {}
+        (RemnantKind::Thread, Some(_)) => removed.left.threads += 1,
+        (RemnantKind::Thread, None) => removed.unknown += 1,
     }
 }

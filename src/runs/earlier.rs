@@ -53,7 +53,14 @@ impl Drive<'_> {
         if settled.said || left.remove {
             // What stands there now may be another's.
             self.may_send()?;
-            self.upstream.remove(left).await.map_err(Failure::Upstream)?;
+            let removed = self.upstream.remove(left).await.map_err(|error| match error {
+                // It stays there, so what comes next goes to another thread.
+                UpstreamError::Refused { status: 404 | 405 | 501, .. } => {
+                    UpstreamError::Protocol("the upstream does not delete messages".to_owned())
+                }
+                error => error,
+            });
+            removed.map_err(Failure::Upstream)?;
         }
         Ok(settled)
     }

@@ -97,7 +97,7 @@ mod tests {
             UpstreamError::Resting { retry_after: Duration::ZERO },
             UpstreamError::Unavailable { status: 503, retry_after: None, no_retry: true, code: None },
             UpstreamError::Protocol(String::new()),
-            UpstreamError::Refused { status: 400, code: None },
+            UpstreamError::Refused { status: 400, code: None, missing: false },
             UpstreamError::ThreadGone,
         ] {
             assert_eq!(retries(9).pause(&error), None, "{error:?}");

@@ -23,6 +23,7 @@ macro_rules! operations {
 }
 
 operations! {
+    ListModels = "list_models",
     CreateThread = "create_thread",
     ListThreads = "list_threads",
     GetThread = "get_thread",
@@ -69,6 +70,7 @@ impl Operation {
             () => None,
         };
         match path {
+            ["models"] if get => Some(Self::ListModels),
             ["threads"] if post => Some(Self::CreateThread),
             ["threads"] if get => Some(Self::ListThreads),
             ["threads", "runs"] if post => Some(Self::CreateThreadAndRun),

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use axum::body::Body;
 use axum::response::Response;
-use http::StatusCode;
+use http::{HeaderValue, StatusCode, header};
 use humantime_serde::re::humantime::parse_duration;
 use serde_json::{Value, json};
 
@@ -33,6 +33,8 @@ pub(super) struct Plan {
     /// Answer with an error status instead of accepting.
     pub(super) status: Option<StatusCode>,
     pub(super) code: Option<String>,
+    /// How such an error is worded; the protocol's own form by default.
+    pub(super) wording: Option<Wording>,
     pub(super) retry_after: Option<String>,
     /// Answer in a way that is to harm the client, instead of accepting.
     pub(super) hostile: Option<Hostile>,
@@ -135,6 +137,56 @@ impl BareError {
     }
 }
 
+/// How an error is worded by what does not speak the protocol.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub(super) enum Wording {
+    /// The page of a web server.
+    Html,
+    /// `{"detail": "Not Found"}`, as a framework answers for an endpoint that it does not have.
+    Detail,
+    /// `{"detail": "… not found"}`, with the id that was asked for.
+    Named,
+    /// What a relay makes of the protocol's own error.
+    Relayed,
+}
+
+impl Wording {
+    fn named(name: &str) -> Option<Self> {
+        Some(match name {
+            "html" => Self::Html,
+            "detail" => Self::Detail,
+            "named" => Self::Named,
+            "relayed" => Self::Relayed,
+            _ => return None,
+        })
+    }
+
+    fn answer(self, status: StatusCode, asked: &str) -> Response {
+        let reason = status.canonical_reason().unwrap_or("Error");
+        let (kind, body) = match self {
+            Self::Html => {
+                let page = format!("<html><body><h1>{} {reason}</h1></body></html>", status.as_u16());
+                ("text/html", page)
+            }
+            Self::Detail => ("application/json", json!({"detail": reason}).to_string()),
+            Self::Named => {
+                ("application/json", json!({"detail": format!("{asked} was not found.")}).to_string())
+            }
+            Self::Relayed => {
+                let told = json!({"error": {"message": format!("Response with id '{asked}' not found.")}});
+                let message =
+                    format!("relay.NotFoundError: HostedException - {told}. Received Model Group=m");
+                let error = json!({"message": message, "type": null, "param": null, "code": status.as_str()});
+                ("application/json", json!({"error": error}).to_string())
+            }
+        };
+        let mut response = Response::new(Body::from(body));
+        *response.status_mut() = status;
+        response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static(kind));
+        response
+    }
+}
+
 /// How events are written.
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
 #[expect(clippy::struct_excessive_bools, reason = "each is a switch of its own")]
@@ -170,6 +222,14 @@ impl Plan {
             self.apply_word(name, value).map_err(|why| format!("Simulator directive '{word}': {why}."))?;
         }
         Ok(())
+    }
+
+    /// What happens instead of accepting, if it is an error in the words of something else. `asked`: the end of the path.
+    pub(super) fn worded(&self, asked: &str) -> Result<(), Refused> {
+        match (self.wording, self.status) {
+            (Some(wording), Some(status)) => Err(Refused::Told(Box::new(wording.answer(status, asked)))),
+            _ => Ok(()),
+        }
     }
 
     /// What happens instead of accepting, if anything does.
@@ -242,6 +302,10 @@ impl Plan {
                 self.status = Some(status.ok_or("an error status is wanted")?);
             }
             "code" => self.code = Some(text()?),
+            "wording" => {
+                let wording = value.and_then(Wording::named);
+                self.wording = Some(wording.ok_or("a wording of an error is wanted")?);
+            }
             "retry_after" => self.retry_after = Some(text()?),
             "hostile" => {
                 let kind = value.and_then(Hostile::named);
@@ -329,6 +393,7 @@ mod tests {
             "[[sim: hostile]]",
             "[[sim: hostile=x]]",
             "[[sim: bare_error]]",
+            "[[sim: wording=x]]",
             "[[sim: bare_error=x]]",
             "[[sim: late_head]]",
         ] {

@@ -12,9 +12,9 @@ use http::{HeaderMap, HeaderValue, Request, StatusCode, header};
 use http_body_util::{BodyExt, LengthLimitError, Limited};
 use hyper::body::Incoming;
 use secrecy::ExposeSecret;
-use serde_json::{Map, Value};
+use serde_json::{Map, Value, json};
 
-use super::error::ApiError;
+use super::error::{ApiError, json_body};
 use super::hostile::Hostility;
 use super::operation::Operation;
 use super::plan::Plan;
@@ -119,7 +119,8 @@ async fn protocol(
     if let Some(fault) = &fault {
         plan.apply(fault).expect("faults are checked when they are added");
     }
-    if let Err(refused) = plan.refused() {
+    let asked = path.last().copied().unwrap_or_default();
+    if let Err(refused) = plan.worded(asked).and_then(|()| plan.refused()) {
         return refused.answer(operation);
     }
     if !operation.generates() {
@@ -130,6 +131,9 @@ async fn protocol(
         if let Some(latency) = plan.latency {
             tokio::time::sleep(latency).await;
         }
+    }
+    if operation == Operation::ListModels {
+        return Ok(json_body(&json!({"object": "list", "data": []})));
     }
     let body = match payload.into_object() {
         Ok(body) => body,

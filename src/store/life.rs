@@ -184,9 +184,10 @@ pub trait Life: Send + Sync {
         after: Option<Duration>,
     ) -> Result<(), StoreError>;
 
-    /// Nothing can be done about a remnant whose id upstream nobody knows: it goes with its thread, whose receipt tells of
-    /// it. Nothing changes if its id is known by now.
-    async fn keep_remnant(&self, id: RemnantId) -> Result<(), StoreError>;
+    /// Nothing can be done about a remnant for now: nobody knows its id upstream, the server does not delete it, or that
+    /// failed for too long. It goes with its thread, whose receipt tells of it. Nothing changes if its
+    /// [`upstream_id`](Remnant::upstream_id) is another one than the look `knew`.
+    async fn keep_remnant(&self, id: RemnantId, knew: Option<&str>) -> Result<(), StoreError>;
 
     /// How many requests for runs of a thread may have left something upstream under an id that nobody heard: the process
     /// died, or the answer broke off, before it was told, and the run [ended](super::RunEnd::unheard) or was
@@ -401,6 +402,8 @@ pub struct DeletionReport {
     /// Threads that are done, and threads that are not.
     pub done: i64,
     pub pending: i64,
+    /// Those that are done of which something may remain at their upstream.
+    pub incomplete: i64,
     pub threads: Page<DeletedThread>,
 }
 

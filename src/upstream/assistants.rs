@@ -24,8 +24,8 @@ use super::relay::{public, relay};
 use super::tags::{RUN_TAG, thread_tags};
 use super::wire::Created;
 use super::{
-    AnswerTools, Capabilities, EventStream, HistoryPage, Ownership, Pace, Recovered, Settled, StartRun,
-    Upstream, UpstreamError,
+    AnswerTools, Capabilities, Disposal, EventStream, HistoryPage, Items, Ownership, Pace, Recovered,
+    Settled, StartRun, Upstream, UpstreamError,
 };
 use crate::config::UpstreamConfig;
 use crate::domain::{Leftover, Message, ThreadId, UpstreamRunId, UpstreamThreadId};
@@ -33,6 +33,10 @@ use request::{history_messages, outputs_body, run_body};
 use runs::SECOND_LOOK;
 use turn::Turn;
 use wire::RunObject;
+
+/// What helps where the server has no threads.
+pub(super) const NO_THREADS: &str =
+    "set `base_url` of this upstream to where the server has the Assistants API, or `kind = \"responses\"`";
 
 /// An upstream that speaks Assistants v2.
 #[derive(Clone, Debug)]
@@ -73,8 +77,8 @@ impl Upstream for AssistantsUpstream {
         if !messages.is_empty() {
             body["messages"] = messages.into();
         }
-        let thread: Created = self.client.make(&["threads"], &body).await?;
-        thread.into_thread().map(Some)
+        let made = self.client.make::<Created>(&["threads"], &body).await;
+        made.map_err(|error| self.client.needs("/threads", NO_THREADS, error))?.into_thread().map(Some)
     }
 
     async fn start(&self, request: StartRun<'_>) -> Result<EventStream, UpstreamError> {
@@ -179,14 +183,14 @@ impl Upstream for AssistantsUpstream {
         &self,
         thread: &UpstreamThreadId,
         pace: &Pace,
-        _: &mut u64,
-    ) -> Result<bool, UpstreamError> {
+        _: &mut Items,
+    ) -> Result<Disposal, UpstreamError> {
         self.delete(thread, pace).await
     }
 
     /// Runs go with their thread.
-    async fn delete_run(&self, _: &UpstreamRunId, _: &Pace) -> Result<bool, UpstreamError> {
-        Ok(false)
+    async fn delete_run(&self, _: &UpstreamRunId, _: &Pace) -> Result<Disposal, UpstreamError> {
+        Ok(Disposal::AlreadyGone)
     }
 
     async fn history(

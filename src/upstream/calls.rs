@@ -10,7 +10,7 @@ use tokio::time::sleep;
 use super::client::{Answer, UpstreamClient};
 use super::patience::{FIRST_WAIT, longer, once_unlocked, patiently};
 use super::wire::List;
-use super::{Pace, UpstreamError};
+use super::{Disposal, Pace, UpstreamError};
 
 /// Lengths of a page, the longest that a server must give first. What is too much to read at once is asked for in
 /// smaller parts.
@@ -88,17 +88,20 @@ impl Calls<'_> {
         deletion.outcome(deleted)
     }
 
-    /// Makes sure that what was to be deleted is gone. `deleted`: what the deletion came to. That the server has the call
-    /// must be known: only then does every 404 say that there is nothing.
+    /// Makes sure that what was to be deleted is gone. `deleted`: what the deletion came to. `is_known`: the server had an
+    /// answer to this look before, so that every 404 says that there is nothing.
     pub(super) async fn confirm(
         self,
         path: &[&str],
         deleted: Result<(), UpstreamError>,
-    ) -> Result<(), UpstreamError> {
+        is_known: bool,
+    ) -> Result<Disposal, UpstreamError> {
         let mut wait = FIRST_WAIT;
         let deleted = match deleted {
-            Err(error) if !is_missing(&error) => return Err(error),
-            other => other,
+            Err(error) if is_missing(&error) => Err(error),
+            Err(error) if is_not_offered(&error) => return Ok(Disposal::NotSupported),
+            Err(error) => return Err(error),
+            Ok(()) => Ok(()),
         };
         for look in 0..LOOKS {
             if look > 0 {
@@ -107,11 +110,40 @@ impl Calls<'_> {
             }
             match self.get(path).await {
                 Ok(_) => {}
-                Err(error) if is_missing(&error) || is_not_offered(&error) => return Ok(()),
+                Err(error) if is_missing(&error) || is_not_offered(&error) => {
+                    return Ok(match deleted {
+                        Err(refusal) if !is_known => unseen(&refusal, &error),
+                        _ => Disposal::Deleted,
+                    });
+                }
                 Err(error) => return Err(error),
             }
         }
-        deleted.and_then(|()| Err(UpstreamError::Protocol("what was deleted is still there".to_owned())))
+        match deleted {
+            Err(refusal) if !is_gone(&refusal) => Ok(Disposal::NotSupported),
+            _ => Err(UpstreamError::Protocol("what was deleted is still there".to_owned())),
+        }
+    }
+
+    /// What a deletion of something that was not looked at before came to. A refusal that leaves it open is followed by a
+    /// look.
+    pub(super) async fn disposal(
+        self,
+        path: &[&str],
+        deleted: Result<(), UpstreamError>,
+    ) -> Result<Disposal, UpstreamError> {
+        let refusal = match deleted {
+            Ok(()) => return Ok(Disposal::Deleted),
+            Err(UpstreamError::ThreadGone) => return Ok(Disposal::AlreadyGone),
+            Err(error) if is_missing(&error) || is_not_offered(&error) => error,
+            Err(error) => return Err(error),
+        };
+        match self.get(path).await {
+            // What cannot be read is there.
+            Ok(_) | Err(UpstreamError::Protocol(_)) => Ok(Disposal::NotSupported),
+            Err(error) if is_missing(&error) || is_not_offered(&error) => Ok(unseen(&refusal, &error)),
+            Err(error) => Err(error),
+        }
     }
 
     async fn turn(self) {
@@ -141,16 +173,27 @@ impl Deletion {
     /// What the tries came to: what an earlier one may have deleted is not found by a later one.
     fn outcome(&self, last: Result<(), UpstreamError>) -> Result<(), UpstreamError> {
         match last {
-            Err(UpstreamError::ThreadGone) if self.unsure.load(Ordering::Relaxed) => Ok(()),
+            Err(error) if is_gone(&error) && self.unsure.load(Ordering::Relaxed) => Ok(()),
             other => other,
         }
     }
 }
 
-/// There is nothing of that id, if the server has the call. The text for a response is that for the end of a chain,
-/// too.
+/// What was to be deleted, of which neither the deletion nor the look after it says for sure that the server has the call: it
+/// is gone only if one of them says so.
+const fn unseen(deletion: &UpstreamError, look: &UpstreamError) -> Disposal {
+    if is_gone(deletion) || is_gone(look) { Disposal::AlreadyGone } else { Disposal::NotSupported }
+}
+
+/// The server says that there is nothing of that id, in whatever words. The text for a response is that for the end of a
+/// chain, too.
+pub(super) const fn is_gone(error: &UpstreamError) -> bool {
+    matches!(error, UpstreamError::ThreadGone | UpstreamError::Refused { missing: true, .. })
+}
+
+/// There is nothing of that id, if the server has the call.
 pub(super) const fn is_missing(error: &UpstreamError) -> bool {
-    matches!(error, UpstreamError::ThreadGone | UpstreamError::Refused { status: 404, .. })
+    is_gone(error) || matches!(error, UpstreamError::Refused { status: 404, .. })
 }
 
 /// The server does not have the call at all.

@@ -33,6 +33,8 @@ const PASSING_WORDS: [&str; 12] = [
     "503",
     "529",
 ];
+/// What can be asked for by an id.
+const NOUNS: [&str; 5] = ["thread", "conversation", "response", "item", "message"];
 /// Fields of an error that stands alone, without a wrapper.
 const ERROR_FIELDS: [&str; 8] = ["message", "detail", "code", "type", "param", "status", "object", "title"];
 
@@ -65,14 +67,19 @@ impl From<Refusal> for UpstreamError {
     }
 }
 
-/// The meaning of an answer whose status is not a success.
-pub(super) fn classify(status: StatusCode, headers: &HeaderMap, body: &[u8]) -> Refusal {
-    let detail = ErrorDetail::from_body(body).unwrap_or_default();
+/// The meaning of an answer whose status is not a success. `asked`: the end of the path, an id if one was asked for.
+pub(super) fn classify(status: StatusCode, headers: &HeaderMap, body: &[u8], asked: &str) -> Refusal {
+    let detail = ErrorDetail::from_body(body);
+    let missing = match &detail {
+        Some(detail) => detail.says_missing(status, asked),
+        None => says_missing(status, std::str::from_utf8(body).unwrap_or_default(), asked),
+    };
+    let detail = detail.unwrap_or_default();
     let damage = detail.damage().filter(|_| status.is_client_error());
-    Refusal { error: meaning(status, headers, detail), damage }
+    Refusal { error: meaning(status, headers, detail, missing), damage }
 }
 
-fn meaning(status: StatusCode, headers: &HeaderMap, detail: ErrorDetail) -> UpstreamError {
+fn meaning(status: StatusCode, headers: &HeaderMap, detail: ErrorDetail, missing: bool) -> UpstreamError {
     let client_error = status.is_client_error();
     // The server's own word goes before everything that could be concluded.
     let should_retry = match headers.get("x-should-retry").map(http::HeaderValue::as_bytes) {
@@ -100,7 +107,53 @@ fn meaning(status: StatusCode, headers: &HeaderMap, detail: ErrorDetail) -> Upst
             code: detail.code,
         };
     }
-    UpstreamError::Refused { status: status.as_u16(), code: detail.code }
+    UpstreamError::Refused { status: status.as_u16(), code: detail.code, missing }
+}
+
+/// The text says, in whatever words, that what was asked for is not there. One that speaks of the endpoint does not, nor one
+/// that says no more than "not found": that is how frameworks answer for a path that they do not know.
+fn says_missing(status: StatusCode, text: &str, asked: &str) -> bool {
+    const MISSING: [&str; 10] = [
+        "not found",
+        "found with id",
+        "not exist",
+        "not be found",
+        "no such",
+        "no longer exist",
+        "unknown",
+        "was deleted",
+        "been deleted",
+        "expired",
+    ];
+    if status == StatusCode::GONE {
+        return true;
+    }
+    let text = text.to_ascii_lowercase();
+    let has = |words: &str| text.contains(words);
+    if !matches!(status, StatusCode::NOT_FOUND | StatusCode::BAD_REQUEST)
+        || text.trim_start().starts_with('<')
+        || ["url", "endpoint", "route", "method"].into_iter().any(has)
+    {
+        return false;
+    }
+    let names_it = is_id(asked) && names(&text, &asked.to_ascii_lowercase());
+    let is_missing = |noun: &str| {
+        let (before, after) = (["no such", "unknown"], ["not found", "was not found", "does not exist"]);
+        before.iter().any(|words| has(&format!("{words} {noun}")))
+            || after.iter().any(|words| has(&format!("{noun} {words}")))
+    };
+    (names_it && MISSING.into_iter().any(has))
+        || (status == StatusCode::NOT_FOUND && NOUNS.into_iter().any(is_missing))
+}
+
+/// The text names the id by itself, and not as a part of a path.
+fn names(text: &str, id: &str) -> bool {
+    let is_part = |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'_' | b'-');
+    text.match_indices(id).any(|(at, _)| {
+        let before = text[..at].bytes().next_back();
+        let after = text[at + id.len()..].bytes().next();
+        !before.is_some_and(|byte| is_part(byte) || byte == b'/') && !after.is_some_and(is_part)
+    })
 }
 
 /// What a server says of an error: in the body of an answer, in an `error` event, or inside a run or response.
@@ -192,12 +245,13 @@ impl ErrorDetail {
         match self.code.as_deref().and_then(|code| code.parse().ok()) {
             Some(409 | 423) => return Ok(UpstreamError::Busy { blocking_run: self.blocking_run() }),
             Some(status @ 400..500) if status != 408 => {
-                return Ok(UpstreamError::Refused { status, code: self.kind.as_deref().and_then(token) });
+                let code = self.kind.as_deref().and_then(token);
+                return Ok(UpstreamError::Refused { status, code, missing: false });
             }
             _ => {}
         }
         if is("invalid_request_error") || is("invalid_prompt") || self.damage().is_some() {
-            return Ok(UpstreamError::Refused { status: 400, code: self.code });
+            return Ok(UpstreamError::Refused { status: 400, code: self.code, missing: false });
         }
         Err(self.word())
     }
@@ -257,6 +311,13 @@ impl ErrorDetail {
             .split(|c: char| !(c.is_ascii_alphanumeric() || matches!(c, '_' | '-')))
             .find(|word| word.len() > prefix.len() && word.len() <= 128 && word.starts_with(prefix))
             .map(str::to_owned)
+    }
+
+    /// What was asked for is not there, by the text or by a code such as `response_not_found`.
+    fn says_missing(&self, status: StatusCode, asked: &str) -> bool {
+        let of = |code: &str| NOUNS.into_iter().any(|noun| code.strip_suffix("_not_found") == Some(noun));
+        let by_code = status.is_client_error() && self.code.as_deref().is_some_and(of);
+        by_code || says_missing(status, &self.message, asked)
     }
 
     /// The error says that the thread, conversation or previous response itself does not exist. An endpoint that
@@ -370,7 +431,7 @@ mod tests {
     /// The meaning in short, for the tables.
     fn meaning(status: u16, pairs: &[(&str, &str)], body: &str) -> String {
         let status = StatusCode::from_u16(status).unwrap();
-        let refusal = classify(status, &headers(pairs), body.as_bytes());
+        let refusal = classify(status, &headers(pairs), body.as_bytes(), "");
         if let Some(damage) = refusal.damage {
             return format!("{damage:?}");
         }
@@ -379,7 +440,7 @@ mod tests {
                 format!("busy {}", blocking_run.map_or_else(|| "-".to_owned(), |run| run.0))
             }
             UpstreamError::ThreadGone => "gone".to_owned(),
-            UpstreamError::Refused { status, code } => {
+            UpstreamError::Refused { status, code, .. } => {
                 format!("refused {status} {}", code.unwrap_or_else(|| "-".to_owned()))
             }
             UpstreamError::RateLimited { retry_after, quota, .. } => {
@@ -507,6 +568,50 @@ mod tests {
         ];
         for (status, body, expected) in cases {
             assert_eq!(meaning(status, &[], &body), expected, "{status} {body}");
+        }
+    }
+
+    #[test]
+    fn what_is_not_there_is_told_from_an_endpoint_that_is_not() {
+        let missing = |status: u16, body: &str| {
+            let status = StatusCode::from_u16(status).unwrap();
+            let refusal = classify(status, &HeaderMap::new(), body.as_bytes(), "resp_1a");
+            matches!(refusal.error, UpstreamError::ThreadGone | UpstreamError::Refused { missing: true, .. })
+        };
+        let relayed = r#"litellm.BadRequestError: Hosted_vllmException - {"error":{"message":"Response with id 'resp_1a' not found.","code":404}}. Received Model Group=m"#;
+        for (status, body) in [
+            (404, wrapped("Response with id 'resp_1a' not found.", "")),
+            (404, wrapped(relayed, "404")),
+            (400, wrapped(relayed, "")),
+            (404, r#"{"detail":"Response resp_1a not found"}"#.to_owned()),
+            (404, r#"{"detail":{"error":"resp_1a does not exist in the store"}}"#.to_owned()),
+            (404, r#"{"code":"not-found","error":"No such object: resp_1a"}"#.to_owned()),
+            (404, r#"{"message":"Response not found"}"#.to_owned()),
+            (404, wrapped("No message found with id 'resp_1a'.", "")),
+            (404, wrapped("It is not here.", "response_not_found")),
+            (404, "resp_1a was not found".to_owned()),
+            (410, String::new()),
+        ] {
+            assert!(missing(status, &body), "{status} {body}");
+        }
+        for (status, body) in [
+            (404, String::new()),
+            (404, r#"{"detail":"Not Found"}"#.to_owned()),
+            (404, r#"{"message":"no Route matched with those values"}"#.to_owned()),
+            (404, r#"{"message":"Route DELETE:/v1/responses/resp_1a not found"}"#.to_owned()),
+            (404, r#"{"detail":"Not Found: /v1/responses/resp_1a"}"#.to_owned()),
+            (404, r#"{"detail":"resp_1ab not found"}"#.to_owned()),
+            (404, wrapped("Invalid URL (DELETE /v1/responses/resp_1a)", "")),
+            (404, wrapped("Resource not found", "404")),
+            (404, wrapped("litellm.NotFoundError: Error response: {\"detail\":\"Not Found\"}", "404")),
+            (404, "<html><h1>Response not found</h1></html>".to_owned()),
+            (405, r#"{"detail":"Method Not Allowed"}"#.to_owned()),
+            (401, wrapped("Response with id 'resp_1a' not found.", "")),
+            (403, r#"{"detail":"Response resp_1a not found"}"#.to_owned()),
+            (500, r#"{"detail":"Response resp_1a not found"}"#.to_owned()),
+            (501, String::new()),
+        ] {
+            assert!(!missing(status, &body), "{status} {body}");
         }
     }
 
@@ -677,14 +782,14 @@ mod tests {
                     map.insert(name, value);
                 }
             }
-            let error = classify(StatusCode::from_u16(status).unwrap(), &map, body.as_bytes()).error;
+            let error = classify(StatusCode::from_u16(status).unwrap(), &map, body.as_bytes(), "x_1").error;
             let shown = format!("{error:?} {error}");
             prop_assert!(!shown.contains("SECRET!"));
         }
 
         #[test]
         fn arbitrary_bytes_have_a_meaning(status in 300_u16..600, body in proptest::collection::vec(any::<u8>(), 0..200)) {
-            let error = classify(StatusCode::from_u16(status).unwrap(), &HeaderMap::new(), &body).error;
+            let error = classify(StatusCode::from_u16(status).unwrap(), &HeaderMap::new(), &body, "x_1").error;
             if status >= 500 && status != 501 {
                 let unavailable = matches!(error, UpstreamError::Unavailable { .. });
                 prop_assert!(unavailable);

@@ -149,6 +149,31 @@ impl UpstreamClient {
         Kept::new(self.max_bytes)
     }
 
+    /// A call to the path without which no turn can begin failed: tells the operator if the server does not have it.
+    pub(super) fn needs(
+        &self,
+        path: &'static str,
+        remedy: &'static str,
+        error: UpstreamError,
+    ) -> UpstreamError {
+        if !matches!(error, UpstreamError::Refused { status: 404 | 405 | 501, .. }) {
+            return error;
+        }
+        tracing::warn!(
+            upstream.name = self.name,
+            error = %error,
+            "the upstream has no `{path}`, so no conversation can begin there: {remedy}"
+        );
+        UpstreamError::NotOffered { path, remedy }
+    }
+
+    /// Why no connection can be made, for the operator alone: it names hosts. `None` if one can.
+    pub(super) async fn obstacle(&self) -> Option<String> {
+        let answer = timeout(self.call_timeout, self.http.get(self.base_url.clone()).send()).await;
+        let error = answer.ok()?.err()?;
+        Some(chain(&error).skip(1).collect::<Vec<_>>().join(": "))
+    }
+
     /// Whether calls are made at all, or after how long they will be again.
     pub(super) fn available(&self) -> Result<(), Duration> {
         self.breaker.check()
@@ -278,15 +303,15 @@ impl UpstreamClient {
             upstream.request_id = self.request_id(response.headers()),
             "upstream answered"
         );
-        if status.is_success() { Ok(response) } else { Err(self.refusal(status, response).await) }
+        if status.is_success() { Ok(response) } else { Err(self.refusal(status, response, segments).await) }
     }
 
-    async fn refusal(&self, status: StatusCode, response: reqwest::Response) -> Refusal {
+    async fn refusal(&self, status: StatusCode, response: reqwest::Response, segments: &[&str]) -> Refusal {
         let headers = response.headers().clone();
         // A body that cannot be read, or is too long to be an error's, leaves the status to go by.
         let body = in_time(self.call_timeout, read(response, MAX_ERROR_BYTES)).await;
         let body = body.ok().flatten().unwrap_or_default();
-        classify(status, &headers, &body)
+        classify(status, &headers, &body, segments.last().copied().unwrap_or_default())
     }
 
     /// The server's id of the request, if it is harmless to log: it may be a server that says what it was told.

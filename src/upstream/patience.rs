@@ -71,6 +71,7 @@ pub(super) const fn may_pass(error: &UpstreamError) -> bool {
         UpstreamError::Busy { .. }
         | UpstreamError::ThreadGone
         | UpstreamError::Refused { .. }
+        | UpstreamError::NotOffered { .. }
         | UpstreamError::Resting { .. }
         | UpstreamError::Protocol(_) => false,
     }
@@ -110,7 +111,7 @@ mod tests {
             (unavailable(true), 1),
             (UpstreamError::Resting { retry_after: Duration::from_secs(9) }, 1),
             (UpstreamError::RateLimited { retry_after: None, quota: true, code: None }, 1),
-            (UpstreamError::Refused { status: 401, code: None }, 1),
+            (UpstreamError::Refused { status: 401, code: None, missing: false }, 1),
             (UpstreamError::ThreadGone, 1),
         ] {
             let calls = Cell::new(0);

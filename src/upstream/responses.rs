@@ -28,8 +28,8 @@ use super::relay::{public, relay, unsent};
 use super::tags::thread_tags;
 use super::wire::Created;
 use super::{
-    AnswerTools, Capabilities, EventStream, HistoryPage, Ownership, Pace, Recovered, Settled, StartRun,
-    Upstream, UpstreamError,
+    AnswerTools, Capabilities, Disposal, EventStream, HistoryPage, Items, Ownership, Pace, Recovered,
+    Settled, StartRun, Upstream, UpstreamError,
 };
 use crate::config::UpstreamConfig;
 use crate::domain::{Leftover, Message, ThreadId, UpstreamRunId, UpstreamThreadId};
@@ -41,6 +41,10 @@ use wire::custom_calls;
 
 /// Items that one request to a conversation may add.
 const ITEMS_PER_REQUEST: usize = 20;
+
+/// What helps where the server has no conversations.
+pub(super) const NO_CONVERSATIONS: &str =
+    "set `conversations = false` for this upstream, so that each thread is a chain of responses";
 
 /// An upstream that speaks Responses.
 #[derive(Clone, Debug)]
@@ -92,14 +96,18 @@ impl Upstream for ResponsesUpstream {
         if !first.is_empty() {
             body["items"] = first.into();
         }
-        let conversation: Created = self.client.make(&["conversations"], &body).await?;
+        let made = self.client.make::<Created>(&["conversations"], &body).await;
+        let conversation =
+            made.map_err(|error| self.client.needs("/conversations", NO_CONVERSATIONS, error))?;
         drop(body);
         let conversation = conversation.into_thread()?;
         let Err(error) = self.add_history(&conversation, rest).await else { return Ok(Some(conversation)) };
         // One that holds but a part of the history is of no use.
-        match self.delete_thread(&conversation, &Pace::UNBOUND, &mut 0).await {
-            Ok(_) => Err(error),
-            Err(_) => Err(UpstreamError::Protocol("a conversation could not be filled".to_owned())),
+        match self.delete_thread(&conversation, &Pace::UNBOUND, &mut Items::default()).await {
+            Ok(Disposal::Deleted | Disposal::AlreadyGone) => Err(error),
+            Ok(Disposal::NotSupported) | Err(_) => {
+                Err(UpstreamError::Protocol("a conversation could not be filled".to_owned()))
+            }
         }
     }
 
@@ -163,8 +171,8 @@ impl Upstream for ResponsesUpstream {
         &self,
         thread: &UpstreamThreadId,
         pace: &Pace,
-        items: &mut u64,
-    ) -> Result<bool, UpstreamError> {
+        items: &mut Items,
+    ) -> Result<Disposal, UpstreamError> {
         if self.conversations {
             self.delete_conversation(thread, pace, items).await
         } else {
@@ -172,7 +180,7 @@ impl Upstream for ResponsesUpstream {
         }
     }
 
-    async fn delete_run(&self, run: &UpstreamRunId, pace: &Pace) -> Result<bool, UpstreamError> {
+    async fn delete_run(&self, run: &UpstreamRunId, pace: &Pace) -> Result<Disposal, UpstreamError> {
         self.delete_response(run, pace).await
     }
 

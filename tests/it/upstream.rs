@@ -245,7 +245,7 @@ async fn a_redirect_is_not_followed() {
     ])
     .await;
     let error = assistants(&server).create_thread(&owner(), &[]).await.unwrap_err();
-    assert!(matches!(error, UpstreamError::Refused { status: 307, code: None }), "{error:?}");
+    assert!(matches!(error, UpstreamError::Refused { status: 307, code: None, .. }), "{error:?}");
     assert_eq!(server.requests().len(), 1);
 }
 
@@ -266,12 +266,12 @@ async fn refusals_become_errors_without_the_server_s_words() {
         (400, vec![], locked, "Busy { blocking_run: None }"),
         (409, vec![], "{}".into(), "Busy { blocking_run: None }"),
         (404, vec![], gone, "ThreadGone"),
-        (404, vec![], "Not Found".into(), "Refused { status: 404, code: None }"),
+        (404, vec![], "Not Found".into(), "Refused { status: 404, code: None, missing: false }"),
         (
             401,
             vec![],
             wrapped("sk-hidden is wrong", "invalid_api_key".into()),
-            r#"Refused { status: 401, code: Some("invalid_api_key") }"#,
+            r#"Refused { status: 401, code: Some("invalid_api_key"), missing: false }"#,
         ),
         (
             429,

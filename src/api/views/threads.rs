@@ -238,6 +238,8 @@ pub(in crate::api) struct DeletionView {
     finished_at: Option<DateTime<Utc>>,
     threads_done: i64,
     threads_pending: i64,
+    /// Of those that are done: threads of which something may remain at their upstream.
+    threads_incomplete: i64,
     threads: ListView<DeletedThreadView>,
 }
 
@@ -284,7 +286,9 @@ struct DeletedThreadView {
     /// At the upstream.
     #[serde(flatten)]
     removed: RemovedView,
+    /// Tries in a row that failed.
     attempts: i64,
+    /// Why the last of them did; of a thread that is done, why something was given up.
     #[schema(required)]
     last_failure: Option<String>,
 }
@@ -295,13 +299,27 @@ struct DeletedThreadView {
 struct RemovedView {
     #[schema(required)]
     upstream_thread_id: Option<UpstreamThreadId>,
-    /// `null`: not done yet.
+    /// What became of the upstream thread; `null`: it is not done yet. The server does not offer its deletion
+    /// (`not_supported`), it failed for as long as `janitor.give_up_after` (`failed`), or the configuration does not name the
+    /// server any more (`not_configured`): then it may remain there.
     #[schema(required)]
     upstream_outcome: Option<UpstreamOutcome>,
+    /// Items or messages that were deleted one by one.
     upstream_items: u64,
+    /// Stored responses that were deleted.
     upstream_responses: u64,
+    /// Further upstream threads that were made for it, and were deleted.
     upstream_other_threads: u64,
+    /// Threads and responses that may remain, made by calls whose answers were lost, under ids that nobody knows.
     upstream_unknown: u64,
+    /// Upstream threads that may remain, since the server does not delete them or the deletion was given up. So for items
+    /// and responses.
+    upstream_left_threads: u64,
+    upstream_left_items: u64,
+    upstream_left_responses: u64,
+    /// Until when what fails is tried again. `null`: nothing failed yet, or it is done.
+    #[schema(required)]
+    upstream_tried_until: Option<DateTime<Utc>>,
 }
 
 impl From<DeletionReport> for DeletionView {
@@ -314,6 +332,7 @@ impl From<DeletionReport> for DeletionView {
             finished_at: report.finished_at,
             threads_done: report.done,
             threads_pending: report.pending,
+            threads_incomplete: report.incomplete,
             threads: ListView::new(report.threads, |thread| thread.id.to_string(), DeletedThreadView::from),
         }
     }
@@ -328,9 +347,9 @@ impl From<DeletedThread> for DeletedThreadView {
             messages: thread.messages,
             runs: thread.runs,
             upstream: thread.upstream,
-            removed: thread.removed.into(),
             attempts: thread.attempts,
-            last_failure: thread.last_failure,
+            last_failure: thread.last_failure.or_else(|| thread.removed.failure.clone()),
+            removed: thread.removed.into(),
         }
     }
 }
@@ -344,6 +363,10 @@ impl From<Removed> for RemovedView {
             upstream_responses: removed.responses,
             upstream_other_threads: removed.other_threads,
             upstream_unknown: removed.unknown,
+            upstream_left_threads: removed.left.threads,
+            upstream_left_items: removed.left.items,
+            upstream_left_responses: removed.left.responses,
+            upstream_tried_until: removed.tried_until,
         }
     }
 }

@@ -222,8 +222,8 @@ impl Life for Discreet {
         self.inner.schedule_remnant(id, knew, after).await
     }
 
-    async fn keep_remnant(&self, id: RemnantId) -> Result<(), StoreError> {
-        self.inner.keep_remnant(id).await
+    async fn keep_remnant(&self, id: RemnantId, knew: Option<&str>) -> Result<(), StoreError> {
+        self.inner.keep_remnant(id, knew).await
     }
 
     async fn unheard_runs(&self, thread: ThreadId) -> Result<u64, StoreError> {

@@ -297,7 +297,12 @@ macro_rules! deletions {
             let found: Option<DeletionRow> = sqlx::query_as(
                 "SELECT d.user_key, d.user_fingerprint, d.requested_at, d.finished_at, d.archive,
                     (SELECT count(*) FROM deleted_threads x WHERE x.deletion_id = d.id) AS done,
-                    (SELECT count(*) FROM threads t WHERE t.deletion_id = d.id) AS pending
+                    (SELECT count(*) FROM threads t WHERE t.deletion_id = d.id) AS pending,
+                    (SELECT count(*) FROM deleted_threads x WHERE x.deletion_id = d.id AND (
+                        x.removed ->> 'outcome' IN ('not_configured', 'not_supported', 'failed')
+                        OR x.removed ->> 'left' IS NOT NULL
+                        OR CAST(x.removed ->> 'unknown' AS bigint) > 0
+                    )) AS incomplete
                 FROM deletions d WHERE d.id = $1 AND d.tenant = $2",
             )
             .bind(id.uuid())
@@ -334,6 +339,7 @@ macro_rules! deletions {
                 archive: found.archive,
                 done: found.done,
                 pending: found.pending,
+                incomplete: found.incomplete,
                 threads: Page { data: rows.into_iter().map(DeletedThread::from).collect(), has_more },
             }))
         }

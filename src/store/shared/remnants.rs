@@ -219,11 +219,10 @@ macro_rules! remnants {
         pub(super) async fn keep_remnant(
             connection: &mut Connection,
             id: RemnantId,
+            knew: Option<&str>,
         ) -> Result<(), StoreError> {
-            sqlx::query("UPDATE remnants SET due_at = NULL WHERE id = $1 AND upstream_id IS NULL")
-                .bind(id.uuid())
-                .execute(connection)
-                .await?;
+            let keep = "UPDATE remnants SET due_at = NULL WHERE id = $1 AND upstream_id IS NOT DISTINCT FROM $2";
+            sqlx::query(keep).bind(id.uuid()).bind(knew).execute(connection).await?;
             Ok(())
         }
 

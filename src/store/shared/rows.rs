@@ -90,6 +90,7 @@ pub(in crate::store) struct DeletionRow {
     pub(in crate::store) archive: bool,
     pub(in crate::store) done: i64,
     pub(in crate::store) pending: i64,
+    pub(in crate::store) incomplete: i64,
 }
 
 /// What a request to delete would take.

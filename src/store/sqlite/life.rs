@@ -179,8 +179,8 @@ impl Life for SqliteStore {
         on!(self.writer, c => remnants::schedule_remnant(c, id, knew, after))
     }
 
-    async fn keep_remnant(&self, id: RemnantId) -> Result<(), StoreError> {
-        on!(self.writer, c => remnants::keep_remnant(c, id))
+    async fn keep_remnant(&self, id: RemnantId, knew: Option<&str>) -> Result<(), StoreError> {
+        on!(self.writer, c => remnants::keep_remnant(c, id, knew))
     }
 
     async fn unheard_runs(&self, thread: ThreadId) -> Result<u64, StoreError> {

@@ -7,6 +7,7 @@ use super::AssistantsUpstream;
 use super::wire::MessageObject;
 use crate::domain::{ContentPart, Leftover, UpstreamRunId, UpstreamThreadId};
 use crate::upstream::UpstreamError;
+use crate::upstream::calls::is_gone;
 use crate::upstream::patience::once_unlocked;
 use crate::upstream::tags::RUN_TAG;
 use crate::upstream::wire::List;
@@ -78,8 +79,9 @@ impl AssistantsUpstream {
             let path = ["threads", thread.as_str(), "messages", message.id.as_str()];
             let delete = || self.client.json::<Value>(Method::DELETE, &path, &[]);
             match once_unlocked(delete).await {
-                Ok(_) | Err(UpstreamError::Refused { status: 404, .. }) => {}
-                Err(error) => return Err(error),
+                Err(error @ UpstreamError::ThreadGone) => return Err(error),
+                Err(error) if !is_gone(&error) => return Err(error),
+                _ => {}
             }
         }
         Ok(())

@@ -8,35 +8,39 @@ use tokio::time::sleep;
 use super::part::id_of;
 use super::{ResponsesUpstream, is_not_offered};
 use crate::domain::{UpstreamRunId, UpstreamThreadId};
+use crate::upstream::calls::is_gone;
 use crate::upstream::patience::{FIRST_WAIT, longer};
-use crate::upstream::{Pace, UpstreamError};
+use crate::upstream::{Disposal, Items, Pace, UpstreamError};
 
 /// Looks in a row at items that must have been deleted, until the server counts as one that does not delete them.
 const MAX_STALE_LOOKS: u32 = 4;
+/// Pages of items that are counted where none of them can be deleted.
+const MAX_COUNTED_PAGES: u32 = 50;
 
 impl ResponsesUpstream {
-    /// Deletes a conversation, and its items before it, since they outlive it. `false` if there is none; what it may
-    /// have left of items cannot be found then.
+    /// Deletes a conversation, and its items before it, since they outlive it. If it is gone already, what it may have left
+    /// of items cannot be found.
     pub(super) async fn delete_conversation(
         &self,
         conversation: &UpstreamThreadId,
         pace: &Pace,
-        items: &mut u64,
-    ) -> Result<bool, UpstreamError> {
+        items: &mut Items,
+    ) -> Result<Disposal, UpstreamError> {
         let calls = self.calls(Some(pace));
         let path = ["conversations", conversation.as_str()];
         // Once this call had an answer, a later 404 says something of the conversation and not of the endpoint.
-        match calls.get(&path).await {
-            Ok(_) => {}
-            Err(UpstreamError::ThreadGone) => return Ok(false),
+        let is_known = match calls.get(&path).await {
+            Ok(_) => true,
+            Err(error) if is_gone(&error) => return Ok(Disposal::AlreadyGone),
+            Err(error) if is_not_offered(&error) => false,
             Err(error) => return Err(error),
-        }
+        };
         match self.delete_all_items(conversation, pace, items).await {
-            Ok(()) | Err(UpstreamError::ThreadGone) => {}
-            Err(error) => return Err(error),
+            Err(error) if !is_gone(&error) => return Err(error),
+            _ => {}
         }
         let deleted = calls.delete_once_unlocked(&path).await;
-        calls.confirm(&path, deleted).await.map(|()| true)
+        calls.confirm(&path, deleted, is_known).await
     }
 
     /// Deletes items until none is listed, as soon as nothing holds the conversation. Where they cannot be listed, none
@@ -45,12 +49,12 @@ impl ResponsesUpstream {
         &self,
         conversation: &UpstreamThreadId,
         pace: &Pace,
-        count: &mut u64,
+        items: &mut Items,
     ) -> Result<(), UpstreamError> {
         let calls = self.calls(Some(pace));
         let list = ["conversations", conversation.as_str(), "items"];
         let mut done = HashSet::new();
-        let (mut stale_looks, mut wait, mut refusal) = (0, FIRST_WAIT, None);
+        let (mut stale_looks, mut wait, mut is_refused) = (0, FIRST_WAIT, false);
         loop {
             // Always from the start: what was deleted is no cursor.
             let listed = match calls.page::<Value>(&list, "asc", None).await {
@@ -68,8 +72,10 @@ impl ResponsesUpstream {
             if left.is_empty() {
                 stale_looks += 1;
                 if stale_looks >= MAX_STALE_LOOKS {
-                    let still_there = || UpstreamError::Protocol("deleted items are still listed".to_owned());
-                    return Err(refusal.unwrap_or_else(still_there));
+                    if is_refused {
+                        return self.count_left(conversation, pace, items).await;
+                    }
+                    return Err(UpstreamError::Protocol("deleted items are still listed".to_owned()));
                 }
                 sleep(wait).await;
                 wait = longer(wait);
@@ -79,9 +85,14 @@ impl ResponsesUpstream {
             for id in left {
                 let item = ["conversations", conversation.as_str(), "items", id];
                 match calls.delete_once_unlocked(&item).await {
-                    Ok(()) => *count += 1,
+                    Ok(()) => items.deleted += 1,
+                    Err(error @ UpstreamError::ThreadGone) => return Err(error),
+                    Err(error) if is_gone(&error) => {}
                     // There is no such item any more, or no such call: the next look tells which.
-                    Err(error @ UpstreamError::Refused { status: 404, .. }) => refusal = Some(error),
+                    Err(UpstreamError::Refused { status: 404, .. }) => is_refused = true,
+                    Err(error) if is_not_offered(&error) => {
+                        return self.count_left(conversation, pace, items).await;
+                    }
                     Err(error) => return Err(error),
                 }
                 done.insert(id.to_owned());
@@ -89,36 +100,59 @@ impl ResponsesUpstream {
         }
     }
 
+    /// Counts the items that the server lists and does not delete.
+    async fn count_left(
+        &self,
+        conversation: &UpstreamThreadId,
+        pace: &Pace,
+        items: &mut Items,
+    ) -> Result<(), UpstreamError> {
+        let list = ["conversations", conversation.as_str(), "items"];
+        let mut after: Option<String> = None;
+        for _ in 0..MAX_COUNTED_PAGES {
+            let page = self.calls(Some(pace)).page::<Value>(&list, "asc", after.as_deref()).await?;
+            items.left += u64::try_from(page.data.len()).unwrap_or(u64::MAX);
+            let next = page.next(|item| id_of(item).unwrap_or_default()).filter(|next| !next.is_empty());
+            if next.is_none() || next == after {
+                break;
+            }
+            after = next;
+        }
+        Ok(())
+    }
+
     /// Deletes the end of a chain, and makes sure that it is gone. What stands before it are responses of their own.
     pub(super) async fn delete_chain(
         &self,
         thread: &UpstreamThreadId,
         pace: &Pace,
-    ) -> Result<bool, UpstreamError> {
-        let deleted = self.delete_response(&UpstreamRunId(thread.0.clone()), pace).await?;
-        if deleted {
-            self.calls(Some(pace)).confirm(&["responses", thread.as_str()], Ok(())).await?;
+    ) -> Result<Disposal, UpstreamError> {
+        let disposal = self.delete_response(&UpstreamRunId(thread.0.clone()), pace).await?;
+        if disposal == Disposal::Deleted {
+            return self.calls(Some(pace)).confirm(&["responses", thread.as_str()], Ok(()), false).await;
         }
-        Ok(deleted)
+        Ok(disposal)
     }
 
-    /// Deletes a stored response; one that still works in the background is ended before. `false` if there is none.
+    /// Deletes a stored response; one that still works in the background is ended before.
     pub(super) async fn delete_response(
         &self,
         id: &UpstreamRunId,
         pace: &Pace,
-    ) -> Result<bool, UpstreamError> {
+    ) -> Result<Disposal, UpstreamError> {
         let calls = self.calls(Some(pace));
         let path = ["responses", id.as_str()];
         let mut deleted = calls.delete(&path).await;
-        if matches!(deleted, Err(UpstreamError::Refused { status: 400, .. } | UpstreamError::Busy { .. })) {
-            self.cancel(id, Some(pace)).await?;
+        if matches!(
+            deleted,
+            Err(UpstreamError::Refused { status: 400, missing: false, .. } | UpstreamError::Busy { .. })
+        ) {
+            match self.cancel(id, Some(pace)).await {
+                Err(error) if !is_not_offered(&error) => return Err(error),
+                _ => {}
+            }
             deleted = calls.delete_once_unlocked(&path).await;
         }
-        match deleted {
-            Ok(()) => Ok(true),
-            Err(UpstreamError::ThreadGone) => Ok(false),
-            Err(error) => Err(error),
-        }
+        calls.disposal(&path, deleted).await
     }
 }

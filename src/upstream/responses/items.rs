@@ -6,9 +6,10 @@ use tokio::time::sleep;
 
 use super::part::id_of;
 use super::wire::OpenCall;
-use super::{ITEMS_PER_REQUEST, ResponsesUpstream, is_missing};
+use super::{ITEMS_PER_REQUEST, ResponsesUpstream};
 use crate::domain::UpstreamThreadId;
 use crate::upstream::UpstreamError;
+use crate::upstream::calls::is_gone;
 use crate::upstream::client::Answer;
 use crate::upstream::patience::{FIRST_WAIT, longer, once_unlocked, patiently};
 use crate::upstream::wire::List;
@@ -113,6 +114,9 @@ impl ResponsesUpstream {
     }
 
     /// Deletes items in this order, as soon as nothing holds the conversation. One that is gone is deleted.
+    ///
+    /// # Errors
+    /// [`UpstreamError::Refused`] if the server does not offer it, among others.
     pub(super) async fn delete_items(
         &self,
         conversation: &UpstreamThreadId,
@@ -123,7 +127,7 @@ impl ResponsesUpstream {
             match once_unlocked(|| self.client.json::<Value>(Method::DELETE, &path, &[])).await {
                 Ok(_) => {}
                 // Not the conversation: that is found gone by whoever uses it next.
-                Err(error) if is_missing(&error) => {}
+                Err(error) if is_gone(&error) => {}
                 Err(error) => return Err(error),
             }
         }

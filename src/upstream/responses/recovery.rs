@@ -152,6 +152,7 @@ const fn attempt_is_over(failure: &UpstreamError) -> bool {
         | UpstreamError::Refused { .. }
         | UpstreamError::RateLimited { .. }
         | UpstreamError::Resting { .. }
+        | UpstreamError::NotOffered { .. }
         | UpstreamError::Connect => true,
     }
 }

@@ -121,7 +121,8 @@ impl Turn {
                 && self.is_refused_late()
                 && let Some(damage) = response.damage()
             {
-                let error = UpstreamError::Refused { status: 400, code: response.failure_code() };
+                let error =
+                    UpstreamError::Refused { status: 400, code: response.failure_code(), missing: false };
                 return Err(Refusal { error, damage: Some(damage) });
             }
             let ended = self.end(status, head.id, response);

@@ -90,6 +90,83 @@ async fn migrate_brings_the_schema_and_serve_can_be_told_not_to() {
     gateway.say("/v1/users/alice", "hi").await;
 }
 
+/// Exit status and output of `check-config --probe` above this configuration.
+fn probe(config: &str) -> (bool, String) {
+    let folder = TempDir::new().unwrap();
+    let file = folder.path().join("gateway.toml");
+    std::fs::write(&file, config).unwrap();
+    let (output, text) = run(Gateway::command(&["check-config", "--probe", "--config"]).arg(&file));
+    (output.status.success(), text)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_probe_tells_what_an_upstream_can_and_leaves_nothing() {
+    for (protocol, capabilities) in [
+        (Protocol::Assistants, &["models", "threads", "deletion of threads"][..]),
+        (
+            Protocol::Responses,
+            &[
+                "models",
+                "conversations",
+                "items of conversations",
+                "deletion of conversations",
+                "stored responses",
+                "deletion of responses",
+            ],
+        ),
+        (Protocol::Chain, &["models", "stored responses", "deletion of responses"]),
+    ] {
+        let scene = Scene::new(protocol, Backend::Sqlite).await;
+        let (is_usable, text) = probe(&scene.config(""));
+        assert!(is_usable, "{text}");
+        let told: Vec<_> = text.lines().filter(|line| line.starts_with("upstreams.")).collect();
+        let expected: Vec<_> = capabilities
+            .iter()
+            .map(|capability| format!("upstreams.simulated: {capability}: works"))
+            .collect();
+        assert_eq!(told, expected, "{text}");
+        assert_eq!((scene.upstream_threads(), scene.simulator.stored_responses()), (vec![], vec![]));
+
+        // Nothing can be deleted: said, and no reason not to use it.
+        for on in ["delete_thread", "delete_conversation", "delete_response"] {
+            scene.fault(on, "status=405 wording=detail", 10);
+        }
+        let (is_usable, text) = probe(&scene.config(""));
+        assert!(is_usable && text.contains("deletion of") && text.contains(": not supported; "), "{text}");
+        for id in scene.upstream_threads() {
+            assert!(text.contains(&id), "what stays is named: {text}");
+        }
+        scene.simulator.clear_faults();
+
+        let (is_usable, text) = probe(&scene.config("").replace("sk-planted-key", "bad-key"));
+        assert!(!is_usable && text.contains("wrong key") && text.contains("api_key"), "{text}");
+        assert!(!text.contains("bad-key"), "{text}");
+
+        let silent = socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None).unwrap();
+        silent.bind(&"127.0.0.1:0".parse::<std::net::SocketAddr>().unwrap().into()).unwrap();
+        let nobody = format!("http://{}/v1", silent.local_addr().unwrap().as_socket().unwrap());
+        let (is_usable, text) = probe(&scene.config("").replace(&scene.upstream_url, &nobody));
+        assert!(!is_usable && text.contains("unreachable: ") && text.contains("refused"), "{text}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_probe_names_the_setting_for_a_server_without_conversations() {
+    let scene = Scene::new(Protocol::Chain, Backend::Sqlite).await;
+    let config = scene.config("");
+    let (is_usable, text) = probe(&config.replace("conversations = false", ""));
+    assert!(!is_usable, "{text}");
+    assert!(text.contains("upstreams.simulated: conversations: not supported; "), "{text}");
+    assert!(text.contains("`conversations = false`"), "{text}");
+    let (is_usable, text) = probe(&config);
+    assert!(is_usable, "{text}");
+    let (is_usable, text) = probe(&config.replace("/v1\"", "/v2\""));
+    assert!(
+        !is_usable && text.contains("nothing is there: look at `upstreams.simulated.base_url`"),
+        "{text}"
+    );
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn dev_gives_a_first_reply_and_remembers_it_after_a_restart() {
     let folder = TempDir::new().unwrap();

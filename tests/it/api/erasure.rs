@@ -3,17 +3,27 @@
 use serde_json::{Value, json};
 
 use crate::support::gateway::Gateway;
-use crate::support::scene::{Protocol, Scene, on_every_scene};
+use crate::support::scene::{Backend, Protocol, Scene, on_every_scene};
 
 on_every_scene!(
     all_of_a_users_threads_are_listed,
     all_that_is_held_is_exported,
     a_user_is_erased_everywhere_and_the_receipt_says_so,
     a_user_is_archived_or_only_counted_if_that_is_asked_for,
+    an_erasure_ends_where_the_upstream_deletes_nothing,
+    what_is_gone_in_other_words_is_already_gone,
+    an_erasure_is_tried_for_its_time_and_then_given_up,
 );
 
 const USER: &str = "/v1/users/auth0%7C5f7c";
 const BY_HAND: &str = "[janitor]\nevery = \"1h\"\ncalls_per_second = 10000\n";
+
+/// Every deletion at the upstream is answered so.
+fn deletions_answer(scene: &Scene, fault: &str) {
+    for on in ["delete_thread", "delete_conversation", "delete_item", "delete_response"] {
+        scene.fault(on, fault, 1000);
+    }
+}
 
 /// Threads of all kinds, one of them archived.
 async fn populate(gateway: &Gateway) {
@@ -169,4 +179,107 @@ async fn a_user_is_archived_or_only_counted_if_that_is_asked_for(scene: Scene) {
     // All of it can still be erased.
     assert_eq!(gateway.delete(USER).await.ok()["threads_done"], 6);
     assert_eq!(scene.database.holding("needle session").await, Vec::<String>::new());
+}
+
+async fn an_erasure_ends_where_the_upstream_deletes_nothing(scene: Scene) {
+    let gateway = scene.gateway_with(BY_HAND).await;
+    for (n, fault) in
+        ["status=405 wording=detail", "status=501", "status=404 wording=detail", "status=404 wording=html"]
+            .into_iter()
+            .enumerate()
+    {
+        let user = format!("/v1/users/u{n}");
+        gateway.say(&user, "one").await;
+        gateway.say(&user, "two").await;
+        deletions_answer(&scene, fault);
+        let receipt = gateway.delete_after(&user, "wait=20").await.ok();
+        scene.simulator.clear_faults();
+        assert_eq!(
+            (&receipt["status"], &receipt["threads_done"], &receipt["threads_incomplete"]),
+            (&json!("completed"), &json!(1), &json!(1)),
+            "{fault}: {receipt:#}"
+        );
+        let thread = &receipt["threads"]["data"][0];
+        assert_eq!(thread["upstream_outcome"], "not_supported", "{fault}: {thread:#}");
+        assert!(thread["upstream_thread_id"].is_string(), "{thread:#}");
+        let left = |what: &str| thread[format!("upstream_left_{what}")].as_u64().unwrap();
+        let expected = match scene.protocol {
+            Protocol::Assistants => (1, 0, 0),
+            Protocol::Responses => (1, 4, 2),
+            Protocol::Chain => (0, 0, 2),
+        };
+        assert_eq!((left("threads"), left("items"), left("responses")), expected, "{fault}: {thread:#}");
+        assert_eq!((&thread["last_failure"], &thread["upstream_tried_until"]), (&json!(null), &json!(null)));
+        let threads = gateway.get(&format!("{user}/threads")).await.ok();
+        assert_eq!(threads["data"], json!([]), "here all is gone");
+    }
+}
+
+async fn what_is_gone_in_other_words_is_already_gone(scene: Scene) {
+    let gateway = scene.gateway_with(BY_HAND).await;
+    for (n, wording) in ["named", "relayed"].into_iter().enumerate() {
+        let user = format!("/v1/users/u{n}");
+        gateway.say(&user, "one").await;
+        let gone = format!("status=404 wording={wording}");
+        deletions_answer(&scene, &gone);
+        for on in ["get_thread", "get_conversation", "get_response"] {
+            scene.fault(on, &gone, 1000);
+        }
+        let receipt = gateway.delete_after(&user, "wait=20").await.ok();
+        scene.simulator.clear_faults();
+        assert_eq!(
+            (&receipt["status"], &receipt["threads_incomplete"]),
+            (&json!("completed"), &json!(0)),
+            "{receipt:#}"
+        );
+        assert_eq!(receipt["threads"]["data"][0]["upstream_outcome"], "already_gone", "{receipt:#}");
+    }
+}
+
+async fn an_erasure_is_tried_for_its_time_and_then_given_up(scene: Scene) {
+    let gateway = scene.gateway_with(&format!("{BY_HAND}give_up_after = \"1d\"\n")).await;
+    gateway.say(USER, "one").await;
+    gateway.say(USER, "two").await;
+    deletions_answer(&scene, "status=403");
+    let answer = gateway.delete_after(USER, "wait=1").await;
+    assert_eq!(answer.status, 202, "{:#}", answer.body);
+    let place = answer.headers["location"].to_str().unwrap().to_owned();
+    let wanted =
+        |it: &crate::support::gateway::Answer| it.body["threads"]["data"][0]["attempts"].as_i64() > Some(0);
+    let thread = gateway.until(&place, wanted).await.ok()["threads"]["data"][0].clone();
+    assert!(thread["last_failure"].as_str().unwrap().contains("403"), "{thread:#}");
+    assert!(thread["upstream_tried_until"].is_string() && thread["upstream_outcome"].is_null(), "{thread:#}");
+    let look = async || {
+        scene.database.execute("UPDATE threads SET due_at = created_at WHERE attempts > 0").await;
+        gateway.post("/v1/admin/cleanup", &json!({})).await.ok()
+    };
+    assert_eq!(look().await["failed"], 1, "it has its day");
+    assert_eq!(gateway.get(&place).await.ok()["status"], "in_progress");
+    // A day later.
+    let until = thread["upstream_tried_until"].as_str().unwrap();
+    let column = if scene.backend == Backend::Postgres { "removed::text" } else { "removed" };
+    let cast = if scene.backend == Backend::Postgres { "::jsonb" } else { "" };
+    let earlier = format!(
+        "UPDATE threads SET removed = replace({column}, '{}', '2020-01-01'){cast} WHERE attempts > 0",
+        &until[..10]
+    );
+    scene.database.execute(&earlier).await;
+    assert_eq!(look().await["failed"], 0);
+    scene.simulator.clear_faults();
+    let receipt = gateway.get(&place).await.ok();
+    assert_eq!(
+        (&receipt["status"], &receipt["threads_incomplete"]),
+        (&json!("completed"), &json!(1)),
+        "{receipt:#}"
+    );
+    let thread = &receipt["threads"]["data"][0];
+    assert_eq!(thread["upstream_outcome"], "failed", "{thread:#}");
+    assert!(thread["last_failure"].as_str().unwrap().contains("403"), "{thread:#}");
+    let left = |what: &str| thread[format!("upstream_left_{what}")].as_u64().unwrap();
+    let expected = match scene.protocol {
+        Protocol::Assistants => (1, 0),
+        Protocol::Responses => (1, 2),
+        Protocol::Chain => (0, 2),
+    };
+    assert_eq!((left("threads"), left("responses")), expected, "{thread:#}");
 }

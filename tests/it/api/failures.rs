@@ -9,6 +9,7 @@ use crate::support::scene::{Protocol, Scene, on_every_scene};
 
 on_every_scene!(
     a_refusal_before_acceptance_is_told_with_its_reason,
+    a_server_that_has_no_threads_is_told_with_the_setting_that_helps,
     what_was_provably_not_taken_is_sent_again,
     a_run_that_fails_upstream_is_told_so,
     an_incomplete_reply_is_kept_and_marked,
@@ -41,6 +42,28 @@ async fn works_again(gateway: &Gateway) {
     let answer = say(gateway, "and now?").await.ok();
     assert!(text(&answer["message"]).contains("and now?"));
     assert_eq!(answer["thread"]["state"], "idle");
+}
+
+async fn a_server_that_has_no_threads_is_told_with_the_setting_that_helps(scene: Scene) {
+    if scene.protocol == Protocol::Chain {
+        return;
+    }
+    let gateway = scene.gateway().await;
+    let (path, setting) = match scene.protocol {
+        Protocol::Assistants => ("/threads", "`base_url`"),
+        _ => ("/conversations", "`conversations = false`"),
+    };
+    for fault in ["status=404 wording=detail", "status=405 wording=html", "status=501"] {
+        scene.fault("create_thread", fault, 1);
+        let answer = say(&gateway, "hello").await;
+        assert_eq!(answer.problem(), (502, "upstream-error"));
+        let detail = answer.body["detail"].as_str().unwrap();
+        assert!(detail.contains(path) && detail.contains(setting), "{detail}");
+        assert!(!detail.contains("simulated"), "callers do not see names of upstreams: {detail}");
+    }
+    let told = |line: &String| line.contains("WARN") && line.contains("simulated") && line.contains(setting);
+    assert!(gateway.logs().iter().any(told), "{:#?}", gateway.logs());
+    works_again(&gateway).await;
 }
 
 async fn a_refusal_before_acceptance_is_told_with_its_reason(scene: Scene) {

@@ -10,6 +10,7 @@ on_every_scene!(
     an_interrupt_cancels_what_is_active_and_goes_next,
     an_interrupt_ends_a_wait_for_tool_outputs,
     a_rollback_leaves_nothing_of_what_it_replaces,
+    a_rollback_where_messages_cannot_be_deleted_makes_the_thread_anew,
     a_rollback_takes_a_reasoning_item_along,
     a_merge_joins_the_run_that_waits_last,
     a_merge_joins_only_what_it_fits,
@@ -130,6 +131,25 @@ async fn a_rollback_leaves_nothing_of_what_it_replaces(scene: Scene) {
     assert_eq!((&read["run"]["status"], &read["run"]["rolled_back"]), (&json!("cancelled"), &json!(true)));
     assert_eq!(read["message"], Value::Null);
     assert_eq!(gateway.get(&format!("{SCOPE}/thread")).await.ok()["message_count"], 6);
+}
+
+async fn a_rollback_where_messages_cannot_be_deleted_makes_the_thread_anew(scene: Scene) {
+    let gateway = scene.gateway().await;
+    gateway.say(SCOPE, "hello").await;
+    for fault in ["status=405 wording=detail", "status=404 wording=detail"] {
+        for on in ["delete_item", "delete_message"] {
+            scene.fault(on, fault, 1000);
+        }
+        let (mut active, _) = begin(&gateway, "enqueue", "a needle [[sim: silent_after=3]]").await;
+        deltas(&mut active, 3).await;
+        let (instead, _) = begin(&gateway, "rollback", "a short one").await;
+        assert_eq!(last(&active.rest().await).0, "run.cancelled");
+        let instead = instead.rest().await;
+        assert_eq!(last(&instead).0, "run.completed", "{fault}: {instead:#?}");
+        scene.simulator.clear_faults();
+        gateway.say(SCOPE, "and on").await;
+        assert_same(&scene, &gateway, SCOPE).await;
+    }
 }
 
 async fn a_rollback_takes_a_reasoning_item_along(scene: Scene) {

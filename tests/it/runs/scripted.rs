@@ -9,8 +9,8 @@ use threadkeeper::domain::{
     ContentPart, Leftover, Message, RunStatus, ThreadId, ToolCall, UpstreamRunId, UpstreamThreadId, Usage,
 };
 use threadkeeper::upstream::{
-    AnswerTools, Capabilities, Ended, EventStream, HistoryPage, Ownership, Pace, Recovered, Settled,
-    StartRun, Upstream, UpstreamError, UpstreamEvent,
+    AnswerTools, Capabilities, Disposal, Ended, EventStream, HistoryPage, Items, Ownership, Pace, Recovered,
+    Settled, StartRun, Upstream, UpstreamError, UpstreamEvent,
 };
 use tokio::sync::Semaphore;
 
@@ -131,13 +131,13 @@ impl Upstream for Scripted {
         &self,
         _: &UpstreamThreadId,
         _: &Pace,
-        _: &mut u64,
-    ) -> Result<bool, UpstreamError> {
-        Ok(true)
+        _: &mut Items,
+    ) -> Result<Disposal, UpstreamError> {
+        Ok(Disposal::Deleted)
     }
 
-    async fn delete_run(&self, _: &UpstreamRunId, _: &Pace) -> Result<bool, UpstreamError> {
-        Ok(true)
+    async fn delete_run(&self, _: &UpstreamRunId, _: &Pace) -> Result<Disposal, UpstreamError> {
+        Ok(Disposal::Deleted)
     }
 
     async fn history(

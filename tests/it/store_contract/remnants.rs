@@ -277,7 +277,7 @@ async fn remnant_that_gets_its_id_during_a_look_stays_due(database: &TestDatabas
         match n {
             0 => store.schedule_remnant(intent, None, None).await.unwrap(),
             1 => store.schedule_remnant(intent, None, Some(HOUR)).await.unwrap(),
-            _ => store.keep_remnant(intent).await.unwrap(),
+            _ => store.keep_remnant(intent, None).await.unwrap(),
         }
         let due = store.claim_remnants(10, HOUR).await.unwrap();
         assert_eq!(due.len(), 1, "{n}");
