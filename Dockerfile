@@ -13,6 +13,7 @@ RUN --mount=type=cache,target=/usr/local/cargo/registry \
 # glibc and the CA bundle that TLS to the upstream needs; no shell, not root.
 FROM gcr.io/distroless/cc-debian12:nonroot
 COPY --from=build /threadkeeper /usr/local/bin/threadkeeper
+# A configuration is mounted at /etc/threadkeeper/gateway.toml, where every command looks for it; there need not be one.
 ENV THREADKEEPER_SERVER__LISTEN=0.0.0.0:8080
 EXPOSE 8080
 HEALTHCHECK --interval=10s --timeout=3s --start-period=5s CMD ["/usr/local/bin/threadkeeper", "health"]

@@ -59,9 +59,9 @@ impl App {
         let fingerprints = fingerprints(&config.store, &*store).await?;
         let upstreams = upstreams(&config)?;
         let default_assistant = config.default_assistant().context("no assistant is configured")?.to_owned();
-        let listener = TcpListener::bind(config.server.listen)
-            .await
-            .with_context(|| format!("cannot listen on {} (server.listen)", config.server.listen))?;
+        let listener = TcpListener::bind(config.server.listen).await.with_context(|| {
+            format!("cannot listen on {} (--listen, or server.listen)", config.server.listen)
+        })?;
         let address = listener.local_addr()?;
         if !address.ip().is_loopback() && !config.auth.is_configured() {
             tracing::warn!(%address, "callers on other machines are served although nobody has to prove who they are");

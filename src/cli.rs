@@ -3,9 +3,10 @@
 use std::net::SocketAddr;
 use std::path::PathBuf;
 
-use clap::builder::{OsStringValueParser, TypedValueParser};
+use clap::builder::{OsStringValueParser, PossibleValuesParser, TypedValueParser};
 use clap::{Args, Parser, Subcommand};
 
+use crate::config::LISTEN_FORM;
 use crate::domain::Access;
 use crate::simulator::SimulatorConfig;
 
@@ -40,10 +41,12 @@ pub enum Command {
 #[command(after_help = "\
 Examples:
   threadkeeper dev
-  threadkeeper dev --listen 127.0.0.1:9000 --data /var/tmp/threadkeeper")]
+  threadkeeper dev --listen 127.0.0.1:9000 --data /var/tmp/threadkeeper
+  docker run --rm -p 127.0.0.1:8080:8080 threadkeeper dev --listen 0.0.0.0:8080")]
 pub struct DevArgs {
-    /// Address to listen on. Nobody has to prove who they are: keep it on loopback.
-    #[arg(long, value_name = "ADDR", default_value = "127.0.0.1:8080")]
+    /// Address to listen on. Nobody has to prove who they are: keep it on loopback, or in a container whose port is published
+    /// there.
+    #[arg(long, value_name = "ADDR", default_value = "127.0.0.1:8080", value_parser = listen)]
     pub listen: SocketAddr,
     /// Folder of the database. Made if it does not exist.
     #[arg(long, value_name = "DIR", default_value = "./data")]
@@ -63,7 +66,7 @@ pub struct ServeArgs {
     #[command(flatten)]
     pub config: ConfigArgs,
     /// Address to listen on, in place of the configured one.
-    #[arg(long, value_name = "ADDR")]
+    #[arg(long, value_name = "ADDR", value_parser = listen)]
     pub listen: Option<SocketAddr>,
 }
 
@@ -86,7 +89,7 @@ The same words wait for the next requests, whatever these say, with
 Its figures are at /_simulator/stats. All words: the documentation of the module `simulator`.")]
 pub struct SimulateArgs {
     /// Address to listen on.
-    #[arg(long, value_name = "ADDR", default_value = "127.0.0.1:9090")]
+    #[arg(long, value_name = "ADDR", default_value = "127.0.0.1:9090", value_parser = listen)]
     pub listen: SocketAddr,
     #[command(flatten)]
     pub knobs: SimulatorConfig,
@@ -178,7 +181,9 @@ pub enum KeysCommand {
         tenant: String,
         /// read, chat (and read), admin (and see all threads of the tenant at once), or operator (and the work in the
         /// background, for all tenants).
-        #[arg(long, value_name = "SCOPE", default_value = "chat")]
+        #[arg(long, value_name = "SCOPE", default_value = "chat", hide_possible_values = true,
+            value_parser = PossibleValuesParser::new(Access::ALL.iter().map(|access| access.as_str()))
+                .try_map(|text| text.parse::<Access>()))]
         scope: Access,
         /// What it is for. Shown in lists.
         #[arg(long, value_name = "TEXT", default_value = "")]
@@ -253,7 +258,8 @@ pub struct CheckConfigArgs {
 
 /// Ask the gateway on this machine whether it lives, for the container's health check.
 ///
-/// The exit code is 0 if `/healthz` of the configured listen address answers 200 within a few seconds.
+/// The exit code is 0 if `/healthz` of the configured listen address answers 200 within a few seconds. Of the configuration
+/// only `server.listen` is looked at.
 #[derive(Args, Clone, Debug)]
 #[command(after_help = "\
 Examples:
@@ -263,20 +269,25 @@ pub struct HealthArgs {
     #[command(flatten)]
     pub config: ConfigArgs,
     /// The address that the gateway listens on, if `serve` was told one.
-    #[arg(long, value_name = "ADDR")]
+    #[arg(long, value_name = "ADDR", value_parser = listen)]
     pub listen: Option<SocketAddr>,
 }
 
 /// Where settings come from.
 #[derive(Args, Clone, Debug)]
 pub struct ConfigArgs {
-    /// The configuration, TOML. Without it no file is read: not config/gateway.toml either, which lists every setting.
+    /// The configuration, TOML. Without it `/etc/threadkeeper/gateway.toml` is read if it is there, and no other file.
     ///
     /// Environment variables are above the file: `THREADKEEPER_` and the path with two underscores between the levels
     /// (`THREADKEEPER_STORE__URL`), and `DATABASE_URL` for `store.url`.
     #[arg(long, value_name = "FILE", env = "THREADKEEPER_CONFIG", hide_env_values = true,
         value_parser = OsStringValueParser::new().map(PathBuf::from))]
     pub config: Option<PathBuf>,
+}
+
+/// What a listen address looks like.
+fn listen(text: &str) -> Result<SocketAddr, String> {
+    text.parse().map_err(|_| format!("{LISTEN_FORM} (a host name is not looked up)"))
 }
 
 #[cfg(test)]

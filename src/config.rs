@@ -5,11 +5,13 @@
 mod auth;
 mod check;
 mod decode;
+mod doubts;
 mod env;
 mod load;
 mod network;
 mod problem;
 mod rate;
+mod tools;
 mod tree;
 mod upstreams;
 
@@ -28,7 +30,7 @@ use crate::domain::{KeyText, Lifetimes, Limits, Metadata, UserContent};
 
 pub use auth::{AuthConfig, JwtAlgorithm, JwtConfig, KeyConfig};
 pub use check::reserved_parameters;
-pub use load::{ConfigFile, Sources, utf8_variables};
+pub use load::{ConfigFile, LISTEN_FORM, Sources, USUAL_FILE, utf8_variables};
 pub use network::{InvalidNetwork, Network};
 pub use problem::{ConfigProblems, Origin, Problem};
 pub use rate::{InvalidRate, Rate};
@@ -64,7 +66,8 @@ pub struct ServerConfig {
     pub listen: SocketAddr,
     /// Serve callers on other machines although nobody has to prove who they are.
     pub allow_unauthenticated: bool,
-    /// Origins whose pages may ask from a browser, such as `https://chat.example.com`.
+    /// Origins whose pages may ask from a browser, such as `https://chat.example.com`, and those of apps that are pages inside
+    /// (`capacitor://localhost`).
     pub cors_origins: Vec<String>,
     /// Where callers reach the gateway, such as `https://chat.example.com/chat-api`, if a proxy takes a prefix away: links
     /// begin with its path.

@@ -4,10 +4,11 @@ use std::net::SocketAddr;
 use std::path::Path;
 use std::time::Duration;
 
-use anyhow::{Context, bail};
+use anyhow::Context;
 use secrecy::SecretString;
 
 use crate::config::{AssistantConfig, Config, UpstreamConfig, UpstreamKind};
+use crate::health::reachable;
 use crate::simulator::SimulatorConfig;
 
 /// A simulator at the pace of a model, so that streams look like streams.
@@ -21,16 +22,11 @@ pub fn simulator() -> SimulatorConfig {
 
 /// A gateway on a SQLite file below `data`, with an assistant for each protocol at the simulator.
 pub fn config(listen: SocketAddr, data: &Path, simulator: &str) -> anyhow::Result<Config> {
-    if !listen.ip().is_loopback() {
-        bail!(
-            "dev asks nobody who they are, so it listens on loopback only; use 127.0.0.1 instead of {}",
-            listen.ip()
-        );
-    }
     let database = data.join("threadkeeper.db");
     let database = database.to_str().context("--data must be valid UTF-8")?;
     let mut config = Config::default();
     config.server.listen = listen;
+    config.server.allow_unauthenticated = true;
     config.server.shutdown_grace = Duration::from_secs(5);
     config.store.url = Some(SecretString::from(format!("sqlite:{database}")));
     for (name, kind) in
@@ -60,13 +56,25 @@ pub fn config(listen: SocketAddr, data: &Path, simulator: &str) -> anyhow::Resul
 
 /// What a newcomer reads: that replies are simulated, and what to type next.
 pub fn banner(address: SocketAddr, data: &Path) -> String {
-    let user = format!("http://{address}/v1/users/alice");
+    let open = if address.ip().to_canonical().is_loopback() {
+        String::new()
+    } else {
+        format!(
+            "  \
+  OPEN TO OTHERS: whoever reaches {address} reads, writes and deletes all
+  that is said here, for nobody has to prove who they are. In a container
+  publish the port on loopback only: -p 127.0.0.1:{port}:{port}
+",
+            port = address.port()
+        )
+    };
+    let user = format!("http://{}/v1/users/alice", reachable(address));
     format!(
         r#"
   ┌──────────────────────────────────────────────────────────────────────────┐
   │  REPLIES ARE SIMULATED: no model is asked. For a real one: serve.        │
   └──────────────────────────────────────────────────────────────────────────┘
-  Conversations are kept in {data}. Ctrl-C stops. Try, in another terminal:
+{open}  Conversations are kept in {data}. Ctrl-C stops. Try, in another terminal:
 
   curl --json '{{"content": "Hello, I am Alice."}}' {user}/messages
   curl -N --json '{{"content": "Tell me more.", "stream": true}}' {user}/messages

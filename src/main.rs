@@ -1,5 +1,6 @@
 //! Arguments, configuration, logs, then the gateway; the exit code tells how it went.
 
+use std::fmt;
 use std::fs::File;
 use std::io::{self, BufRead, BufReader, BufWriter, Write};
 use std::net::SocketAddr;
@@ -14,7 +15,9 @@ use threadkeeper::auth::KEY_PREFIX;
 use threadkeeper::cli::{
     Cli, Command, ConfigArgs, DevArgs, ExportArgs, FingerprintArgs, ImportArgs, KeysCommand, SimulateArgs,
 };
-use threadkeeper::config::{Config, ConfigFile, LogConfig, LogFormat, Sources, StoreConfig, utf8_variables};
+use threadkeeper::config::{
+    Config, ConfigFile, LogConfig, LogFormat, Sources, StoreConfig, USUAL_FILE, utf8_variables,
+};
 use threadkeeper::domain::{ConversationKey, Scope, SessionKey, TenantKey, TopicKey, UserKey};
 use threadkeeper::error::Chain;
 use threadkeeper::simulator::Simulator;
@@ -24,6 +27,13 @@ use threadkeeper::{dev, health, telemetry};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
+
+/// The settings of commands that work on the store alone.
+const OF_THE_STORE: [&str; 2] = ["store", "log"];
+/// The settings that `import` goes by.
+const OF_AN_IMPORT: [&str; 6] = ["store", "log", "upstreams", "assistants", "sessions", "threads"];
+/// The settings that `keys` goes by.
+const OF_KEYS: [&str; 3] = ["store", "log", "auth.stored_keys"];
 
 fn main() -> ExitCode {
     let result = rustls::crypto::aws_lc_rs::default_provider()
@@ -38,9 +48,10 @@ fn main() -> ExitCode {
         });
     match result {
         Ok(()) => ExitCode::SUCCESS,
+        Err(error) if is_unread(&error) => ExitCode::SUCCESS,
         Err(error) => {
             // The chain without a back trace: these are mistakes of the set-up, not of the code.
-            eprintln!("threadkeeper: {}", Chain(error.as_ref()));
+            tell(format_args!("threadkeeper: {}", Chain(error.as_ref())));
             ExitCode::FAILURE
         }
     }
@@ -52,15 +63,17 @@ async fn run(command: Command) -> anyhow::Result<()> {
         Command::Serve(args) => {
             let config = Config::load_for_serve(sources(args.config, args.listen))?;
             telemetry::init(&config.log, LogFormat::Json)?;
+            for doubt in config.doubts() {
+                tracing::warn!(setting = doubt.path, "{}", doubt.what);
+            }
             start(config, stop_signals()?).await
         }
         Command::Simulate(args) => run_simulator(args).await,
         Command::Migrate(args) => {
-            let config = Config::load(sources(args.config, None))?;
+            let config = Config::load_parts(sources(args.config, None), &OF_THE_STORE)?;
             telemetry::init(&config.log, LogFormat::Pretty)?;
             app::migrate(&config.store).await?;
-            println!("the schema is up to date");
-            Ok(())
+            Ok(writeln!(Output::new(), "the schema is up to date")?)
         }
         Command::Export(args) => run_export(args).await,
         Command::Import(args) => run_import(args).await,
@@ -68,13 +81,13 @@ async fn run(command: Command) -> anyhow::Result<()> {
         Command::Fingerprint(args) => run_fingerprint(args).await,
         Command::CheckConfig(args) => {
             let config = Config::load_for_serve(sources(args.config, None))?;
-            println!("the configuration is sound");
+            for doubt in config.doubts() {
+                tell(format_args!("warning: {doubt}"));
+            }
+            writeln!(Output::new(), "the configuration is sound")?;
             if args.probe { probe_upstreams(&config).await } else { Ok(()) }
         }
-        Command::Health(args) => {
-            let config = Config::load(sources(args.config, args.listen))?;
-            health::check(config.server.listen)
-        }
+        Command::Health(args) => health::check(Config::load_listen(sources(args.config, args.listen))?),
     }
 }
 
@@ -90,7 +103,7 @@ async fn probe_upstreams(config: &Config) -> anyhow::Result<()> {
                 Verdict::Refused(reason) => format!("refused: {reason}"),
             };
             let advice = advice.map(|advice| format!("; {advice}")).unwrap_or_default();
-            println!("upstreams.{name}: {capability}: {verdict}{advice}");
+            writeln!(Output::new(), "upstreams.{name}: {capability}: {verdict}{advice}")?;
         }
         if !is_usable {
             unusable.push(format!("`{name}`"));
@@ -119,7 +132,7 @@ async fn run_dev(args: DevArgs) -> anyhow::Result<()> {
     let (tasks, stop) = (TaskTracker::new(), CancellationToken::new());
     tasks.spawn(simulator.run(stop.clone()));
     let app = App::build(config).await?;
-    println!("{}", dev::banner(app.address(), Path::new(&args.data)));
+    writeln!(Output::new(), "{}", dev::banner(app.address(), Path::new(&args.data)))?;
     let result = app.run(stop_signals()?).await;
     stop.cancel();
     tasks.close();
@@ -144,7 +157,7 @@ async fn run_simulator(args: SimulateArgs) -> anyhow::Result<()> {
 
 async fn run_export(args: ExportArgs) -> anyhow::Result<()> {
     let tenant = TenantKey::try_from(args.tenant).context("--tenant")?;
-    let config = Config::load(sources(args.config, None))?;
+    let config = Config::load_parts(sources(args.config, None), &OF_THE_STORE)?;
     telemetry::init(&config.log, LogFormat::Pretty)?;
     let lines = app::export(&config.store, tenant, || -> anyhow::Result<Box<dyn Write>> {
         Ok(match args.out {
@@ -152,18 +165,18 @@ async fn run_export(args: ExportArgs) -> anyhow::Result<()> {
                 let file = File::create(&path).with_context(|| format!("cannot write {}", path.display()))?;
                 Box::new(BufWriter::new(file))
             }
-            None => Box::new(BufWriter::new(io::stdout())),
+            None => Box::new(BufWriter::new(Output::new())),
         })
     })
     .await?;
-    eprintln!("exported: {lines} lines");
+    tell(format_args!("exported: {lines} lines"));
     Ok(())
 }
 
 async fn run_import(args: ImportArgs) -> anyhow::Result<()> {
     /// So many refusals are told one by one.
     const TOLD: u64 = 100;
-    let config = Config::load(sources(args.config, None))?;
+    let config = Config::load_parts(sources(args.config, None), &OF_AN_IMPORT)?;
     telemetry::init(&config.log, LogFormat::Pretty)?;
     let input: Box<dyn BufRead> = if args.file == Path::new("-") {
         Box::new(BufReader::new(io::stdin()))
@@ -176,14 +189,14 @@ async fn run_import(args: ImportArgs) -> anyhow::Result<()> {
     let summary = app::import(&config, input, |refused| {
         refusals += 1;
         if refusals <= TOLD {
-            eprintln!("{refused}");
+            tell(format_args!("{refused}"));
         }
     })
     .await?;
     if refusals > TOLD {
-        eprintln!("and {} more", refusals - TOLD);
+        tell(format_args!("and {} more", refusals - TOLD));
     }
-    eprintln!("imported: {summary}");
+    tell(format_args!("imported: {summary}"));
     anyhow::ensure!(summary.refused == 0, "{} lines were refused", summary.refused);
     Ok(())
 }
@@ -191,10 +204,12 @@ async fn run_import(args: ImportArgs) -> anyhow::Result<()> {
 async fn run_keys(command: KeysCommand) -> anyhow::Result<()> {
     let tenant_key = |name: String| TenantKey::try_from(name).context("--tenant");
     let store = |args: ConfigArgs| -> anyhow::Result<StoreConfig> {
-        let config = Config::load(sources(args, None))?;
+        let config = Config::load_parts(sources(args, None), &OF_KEYS)?;
         telemetry::init(&config.log, LogFormat::Pretty)?;
         if !config.auth.stored_keys {
-            eprintln!("auth.stored_keys is not true in this configuration: these keys open nothing there");
+            tell(format_args!(
+                "auth.stored_keys is not true in this configuration: these keys open nothing there"
+            ));
         }
         Ok(config.store)
     };
@@ -203,34 +218,40 @@ async fn run_keys(command: KeysCommand) -> anyhow::Result<()> {
             anyhow::ensure!(label.len() <= 200, "--label is at most 200 bytes");
             let tenant = tenant_key(tenant)?;
             let key = app::create_key(&store(config)?, tenant, scope, label).await?;
-            eprintln!(
+            tell(format_args!(
                 "the key {} of the tenant {}; it is shown this once:",
                 key.record.prefix,
                 key.record.tenant.as_str()
-            );
-            println!("{}", key.key.expose_secret());
+            ));
+            writeln!(Output::new(), "{}", key.key.expose_secret())?;
         }
         KeysCommand::List { config, tenant } => {
             let tenant = tenant.map(tenant_key).transpose()?;
             let keys = app::keys(&store(config)?, tenant.as_ref()).await?;
-            println!("{:16} {:9} {:20} {:21} {:8} LABEL", "PREFIX", "SCOPE", "TENANT", "CREATED", "STATE");
+            let mut out = Output::new();
+            writeln!(
+                out,
+                "{:16} {:9} {:20} {:21} {:8} LABEL",
+                "PREFIX", "SCOPE", "TENANT", "CREATED", "STATE"
+            )?;
             for StoredKey { key, created_at, revoked_at } in keys {
                 let (scope, tenant) = (key.access.as_str(), key.tenant.as_str());
                 let created = created_at.format("%Y-%m-%dT%H:%M:%SZ").to_string();
                 let state = if revoked_at.is_some() { "revoked" } else { "good" };
                 // A label may hold anything.
-                println!(
+                writeln!(
+                    out,
                     "{:16} {scope:9} {tenant:20} {created:21} {state:8} {}",
                     key.prefix,
                     key.label.escape_debug()
-                );
+                )?;
             }
         }
         KeysCommand::Revoke { config, prefix } => {
             // Who pastes the whole key means its beginning.
             let prefix = prefix.get(..KEY_PREFIX).unwrap_or(&prefix);
             let key = app::revoke_key(&store(config)?, prefix).await?;
-            println!("{} is revoked", key.key.prefix);
+            writeln!(Output::new(), "{} is revoked", key.key.prefix)?;
         }
     }
     Ok(())
@@ -248,19 +269,56 @@ async fn run_fingerprint(args: FingerprintArgs) -> anyhow::Result<()> {
     let config = Config::load(sources(args.config, None))?;
     telemetry::init(&config.log, LogFormat::Pretty)?;
     let names = app::fingerprint(&config.store, &key).await?;
-    println!("tenant  {}\nuser    {}", names.tenant, names.user);
+    let mut out = Output::new();
+    writeln!(out, "tenant  {}\nuser    {}", names.tenant, names.user)?;
     if let Some((kind, name)) = names.scope {
-        println!("{kind:7} {name}");
+        writeln!(out, "{kind:7} {name}")?;
     }
     Ok(())
 }
 
 fn sources(args: ConfigArgs, listen: Option<SocketAddr>) -> Sources {
-    Sources {
-        file: args.config.filter(|path| !path.as_os_str().is_empty()).map(ConfigFile::Path),
-        env: utf8_variables(std::env::vars_os()),
-        listen,
+    let named = args.config.filter(|path| !path.as_os_str().is_empty()).map(ConfigFile::Path);
+    let file = Some(named.unwrap_or_else(|| ConfigFile::IfThere(USUAL_FILE.into())));
+    Sources { file, env: utf8_variables(std::env::vars_os()), listen }
+}
+
+/// The reader of standard output has left, as `head` does once it has seen enough. The command ends then, and has not failed.
+#[derive(Debug, thiserror::Error)]
+#[error("nobody reads standard output any more")]
+struct Unread;
+
+fn is_unread(error: &anyhow::Error) -> bool {
+    let mut errors = error.chain().filter_map(|cause| cause.downcast_ref::<io::Error>());
+    errors.any(|error| error.get_ref().is_some_and(|inner| inner.is::<Unread>()))
+}
+
+/// Standard output. Fails with [`Unread`] where nobody reads it any more.
+struct Output(io::Stdout);
+
+impl Output {
+    fn new() -> Self {
+        Self(io::stdout())
     }
+
+    fn failed(error: io::Error) -> io::Error {
+        if error.kind() == io::ErrorKind::BrokenPipe { io::Error::other(Unread) } else { error }
+    }
+}
+
+impl Write for Output {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.0.write(bytes).map_err(Self::failed)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.0.flush().map_err(Self::failed)
+    }
+}
+
+/// Writes a line to standard error, if somebody reads it.
+fn tell(line: fmt::Arguments<'_>) {
+    let _ = writeln!(io::stderr(), "{line}");
 }
 
 /// Each call waits for one more SIGTERM or SIGINT.

@@ -63,7 +63,8 @@ fn subscriber<W>(
 where
     W: for<'w> MakeWriter<'w> + Send + Sync + 'static,
 {
-    let lines = tracing_subscriber::fmt::layer::<Registry>().with_writer(writer);
+    // Where nobody reads the logs any more, telling that would fail too, with a panic.
+    let lines = tracing_subscriber::fmt::layer::<Registry>().with_writer(writer).log_internal_errors(false);
     let lines = match format {
         // The event's own fields lie flat; those of all spans around it follow in `spans`, outermost first.
         LogFormat::Json => {

@@ -7,6 +7,7 @@ use secrecy::{ExposeSecret, SecretString};
 use url::Url;
 
 use super::problem::{ConfigProblems, Problem};
+use super::tools::{Finding, examine};
 use super::tree::Node;
 use super::{AssistantConfig, AuthScheme, Config, KeyConfig, MAX_PAGE, UpstreamConfig, UpstreamKind};
 use crate::domain::{KeyText, Metadata, UserContent};
@@ -15,6 +16,8 @@ use crate::domain::{KeyText, Metadata, UserContent};
 const LONGEST: Duration = Duration::from_hours(10 * 365 * 24);
 /// The smallest buffer of the HTTP library.
 const SMALLEST_HEAD: usize = 8 * 1024;
+/// What no base URL ends with.
+const ENDPOINTS: [&str; 4] = ["/responses", "/conversations", "/threads", "/chat/completions"];
 /// Headers that the HTTP library or the adapter writes itself.
 const OWN_HEADERS: [&str; 12] = [
     "accept",
@@ -149,16 +152,11 @@ pub(super) fn serve(config: &Config, checker: &mut Checker<'_>) {
     }
 }
 
-/// Written as browsers send it, or it would never fit.
+/// One that is not written as browsers send it would never fit.
 fn origins(config: &Config, checker: &mut Checker<'_>) {
-    let fits = |text: &String| {
-        let url = Url::parse(text).ok().filter(|url| matches!(url.scheme(), "http" | "https"));
-        url.is_some_and(|url| url.origin().ascii_serialization() == *text)
-    };
-    if !config.server.cors_origins.iter().all(fits) {
-        let hint = "write them like \"https://chat.example.com\": a scheme, a host, a port that is not the usual one, and \
-                    nothing behind it; \"*\" is none";
-        checker.report(&["server", "cors_origins"], "holds what is no origin", hint);
+    let path = ["server", "cors_origins"];
+    for (what, hint) in config.server.cors_origins.iter().filter_map(|text| origin(text).err()) {
+        checker.report(&path, what, hint);
     }
 }
 
@@ -176,6 +174,38 @@ fn public_url(config: &Config, checker: &mut Checker<'_>) {
             "write it like \"https://chat.example.com/chat-api\": https:// or http://, a host and a path";
         checker.report(&["server", "public_url"], "is not where callers can reach the gateway", hint);
     }
+}
+
+/// # Errors
+/// What is wrong, and what to write.
+fn origin(text: &str) -> Result<(), (&'static str, &'static str)> {
+    const FORM: &str = "write them like \"https://chat.example.com\": a scheme, a host, a port that is not the usual one, \
+                        and nothing behind it";
+    let no_origin = Err(("holds what is no origin", FORM));
+    if text == "null" {
+        let what = "holds \"null\", which pages of anybody send from a sandboxed frame or a file";
+        return Err((what, "give the page an origin of its own"));
+    }
+    if text.contains('*') {
+        let what = "holds a `*`, which no browser sends and which stands for nothing here";
+        return Err((what, "write each origin out, those of preview deployments too"));
+    }
+    let Some((scheme, rest)) = text.split_once("://") else { return no_origin };
+    if matches!(scheme, "http" | "https") {
+        let is_sent_so = Url::parse(text).is_ok_and(|url| url.origin().ascii_serialization() == *text);
+        return if is_sent_so { Ok(()) } else { no_origin };
+    }
+    if super::decode::nearest(scheme, &["http", "https"]).is_some() {
+        return Err(("holds a scheme that is nearly https", FORM));
+    }
+    if scheme == "file" {
+        return Err(("holds a file, and pages of files have no origin", "serve the page over http"));
+    }
+    // Pages inside an app, such as capacitor://localhost or chrome-extension://<id>: each browser writes these as it likes.
+    let is_scheme = scheme.starts_with(|first: char| first.is_ascii_lowercase())
+        && scheme.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b"+-.".contains(&b));
+    let is_host = !rest.is_empty() && rest.bytes().all(|b| b.is_ascii_alphanumeric() || b"-._:".contains(&b));
+    if is_scheme && is_host { Ok(()) } else { no_origin }
 }
 
 /// A key of which half is guessed must not be worth anything.
@@ -338,6 +368,18 @@ fn upstream(name: &str, upstream: &UpstreamConfig, max_body_bytes: usize, checke
             let what = "the key has characters that a header cannot carry";
             checker.report(&at(field), what, "look for blanks and line ends around it");
         }
+        let text = key.expose_secret();
+        if text.get(..7).is_some_and(|begin| begin.eq_ignore_ascii_case("bearer ")) {
+            checker.report(
+                &at(field),
+                "begins with \"Bearer\", which the gateway writes itself",
+                "write the key alone",
+            );
+        }
+        if text.len() > 1 && ['"', '\''].iter().any(|mark| text.starts_with(*mark) && text.ends_with(*mark)) {
+            let hint = "write the key alone: a file of variables (--env-file) takes quotation marks for a part of it";
+            checker.report(&at(field), "has quotation marks around it", hint);
+        }
     }
     headers(name, upstream, checker);
 }
@@ -351,6 +393,12 @@ fn base_url(path: &[&str], url: &Url, checker: &mut Checker<'_>) {
         checker.report(path, "must not have a query", "put it into the table `query` of the upstream");
     } else if url.fragment().is_some() {
         checker.report(path, "must not have a fragment", "leave out # and what follows");
+    } else if let Some(endpoint) =
+        ENDPOINTS.iter().find(|end| url.path().trim_end_matches('/').ends_with(**end))
+    {
+        let hint =
+            format!("leave out {endpoint}: it is put behind the base by the gateway where it is needed");
+        checker.report(path, "is the URL of one endpoint, and not what all begin with", &hint);
     }
 }
 
@@ -399,6 +447,18 @@ fn assistant(name: &str, assistant: &AssistantConfig, config: &Config, checker: 
     };
     if checker.is_broken(&["upstreams", &assistant.upstream, "kind"]) {
         return;
+    }
+    for (index, tool) in assistant.tools.iter().enumerate() {
+        let finding = tool.as_object().and_then(|tool| examine(upstream.kind, tool));
+        if let Some(Finding::Problem(what, form)) = finding {
+            let keys = ["assistants", name, "tools", &index.to_string()].map(str::to_owned);
+            checker.problems.push(Problem {
+                path: keys.join("."),
+                origin: checker.tree.nearest(&keys).origin.clone(),
+                what: what.to_owned(),
+                hint: Some(format!("write it like {form}")),
+            });
+        }
     }
     let is_given = |text: &Option<String>| text.as_ref().is_some_and(|text| !text.is_empty());
     match upstream.kind {
@@ -531,13 +591,36 @@ mod tests {
     fn origins_are_written_as_browsers_send_them() {
         let origins =
             |origin: &str| format!("[server]\ncors_origins = [\"https://a.example\", \"{origin}\"]");
-        for good in ["https://b.example", "http://localhost:3000", "https://b.example:8443"] {
+        for good in [
+            "https://b.example",
+            "http://localhost:3000",
+            "https://b.example:8443",
+            "capacitor://localhost",
+            "ionic://localhost",
+            "tauri://localhost",
+            "app://-",
+            "chrome-extension://mkfbnkjogbpamjjdhmlgplbmiddgcnii",
+            "moz-extension://4a4c7b9e-2ef1-4a0d-8f6a-0d0f6f2a3b11",
+            "safari-web-extension://E5CE4C2B-4C31-4C9A-9B0E-2B1D6C4A7F10",
+        ] {
             assert_problems(&origins(good), &[]);
         }
-        for bad in
-            ["*", "b.example", "https://b.example/", "https://B.example", "https://b.example:443", "null"]
-        {
+        for (bad, what) in [
+            ("*", "a `*`"),
+            ("https://*.b.example", "a `*`"),
+            ("b.example", "no origin"),
+            ("https://b.example/", "no origin"),
+            ("https://B.example", "no origin"),
+            ("https://b.example:443", "no origin"),
+            ("null", "sandboxed"),
+            ("file://", "no origin"),
+            ("htps://b.example", "nearly https"),
+            ("capacitor://", "no origin"),
+            ("capacitor://localhost/", "no origin"),
+            ("Capacitor://localhost", "no origin"),
+        ] {
             assert_problems(&origins(bad), &["server.cors_origins"]);
+            assert!(problems(&origins(bad)).1.contains(what), "{bad}: {}", problems(&origins(bad)).1);
         }
     }
 
@@ -613,6 +696,10 @@ mod tests {
             "https://h/v1#f",
             "data:text",
             "unix:/run/s",
+            "https://h/v1/responses",
+            "https://h/v1/conversations/",
+            "https://h/v1/threads",
+            "https://h/v1/chat/completions",
         ] {
             let text = format!("[upstreams.u]\nkind = \"responses\"\nbase_url = \"{url}\"");
             assert_problems(&text, &["upstreams.u.base_url"]);
@@ -650,6 +737,37 @@ mod tests {
             assert_problems(&format!("[server]\npublic_url = \"{url}\""), &["server.public_url"]);
         }
         assert_problems("[server]\npublic_url = \"https://chat.example.com/chat-api\"", &[]);
+    }
+
+    #[test]
+    fn an_upstream_s_key_is_the_key_alone() {
+        for (key, fits) in [("sk-1", true), ("Bearer sk-1", false), ("bearer sk-1", false), ("'sk-1'", false)]
+        {
+            let text = both(&format!("kind = \"responses\"\napi_key = \"{key}\""), "model = \"m\"");
+            assert_problems(&text, if fits { &[] } else { &["upstreams.u.api_key"] });
+        }
+    }
+
+    #[test]
+    fn tools_have_the_form_that_their_upstream_reads() {
+        const FLAT: &str = "{ type = \"function\", name = \"f\", parameters = {} }";
+        const NESTED: &str = "{ type = \"function\", function = { name = \"f\" } }";
+        let responses =
+            |tool: &str| both("kind = \"responses\"", &format!("model = \"m\"\ntools = [{tool}]"));
+        let assistants = |tool: &str| {
+            both("kind = \"assistants\"", &format!("assistant_id = \"asst_1\"\ntools = [{tool}]"))
+        };
+        assert_problems(&responses(FLAT), &[]);
+        assert_problems(&assistants(NESTED), &[]);
+        assert_problems(&responses(&format!("{FLAT}, {NESTED}")), &["assistants.a.tools.1"]);
+        assert!(problems(&responses(NESTED)).1.contains("form of Chat Completions"));
+        assert_problems(&assistants(&format!("{FLAT}, {NESTED}")), &["assistants.a.tools.0"]);
+        assert!(problems(&assistants(FLAT)).1.contains("form of Responses"));
+        for tool in ["{}", "{ type = 1 }", "{ type = \"function\" }", "{ type = \"custom\" }"] {
+            assert_problems(&responses(tool), &["assistants.a.tools.0"]);
+        }
+        assert_problems(&assistants("{ type = \"function\", function = {} }"), &["assistants.a.tools.0"]);
+        assert_problems(&responses("{ type = \"nonsense\" }"), &[]);
     }
 
     #[test]

@@ -3,6 +3,7 @@
 
 use std::ffi::OsString;
 use std::fmt;
+use std::io;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 
@@ -20,6 +21,13 @@ use super::{
     LogConfig, ReplicaConfig, RetentionConfig, RunsConfig, ServerConfig, SessionsConfig, StoreConfig,
     ThreadsConfig, UpstreamConfig,
 };
+
+/// The file that is read where none is named, if it is there.
+pub const USUAL_FILE: &str = "/etc/threadkeeper/gateway.toml";
+
+/// How an address to listen on is written.
+pub const LISTEN_FORM: &str = "write an IP address and a port: \"127.0.0.1:8080\" for this machine alone, \
+                               \"0.0.0.0:8080\" for all interfaces";
 
 /// What the setting is called that names a file with the value.
 pub(super) const FILE_SUFFIX: &str = "_file";
@@ -43,15 +51,23 @@ pub struct Sources {
 /// A TOML document.
 #[derive(Clone)]
 pub enum ConfigFile {
+    /// It must be there.
     Path(PathBuf),
-    Text { name: String, text: String },
+    /// If it is not there, nothing is written in it.
+    IfThere(PathBuf),
+    Text {
+        name: String,
+        text: String,
+    },
 }
 
 impl fmt::Debug for ConfigFile {
     /// Its name alone.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Path(path) => write!(f, "ConfigFile({:?})", path.display().to_string()),
+            Self::Path(path) | Self::IfThere(path) => {
+                write!(f, "ConfigFile({:?})", path.display().to_string())
+            }
             Self::Text { name, .. } => write!(f, "ConfigFile({name:?})"),
         }
     }
@@ -84,13 +100,50 @@ impl Config {
     ///
     /// Everything that is wrong, at once.
     pub fn load(sources: Sources) -> Result<Self, ConfigProblems> {
-        let loaded = Loaded::new(sources);
+        let loaded = Loaded::new(sources)?;
         loaded.problems.into_result(loaded.config)
+    }
+
+    /// The settings for a command that uses only these parts: sections (`store`), or settings (`auth.stored_keys`). What is
+    /// wrong with the others is passed over, and they may have their defaults.
+    ///
+    /// # Errors
+    ///
+    /// Everything that is wrong with these parts. Everything that is wrong, if no file was read: the environment then has
+    /// settings that belong to a file, and the parts may stand in that file, too.
+    pub fn load_parts(sources: Sources, parts: &[&str]) -> Result<Self, ConfigProblems> {
+        let Loaded { config, mut problems, .. } = Loaded::new(sources)?;
+        if !problems.without_file {
+            problems.retain(|problem| concerns(problem, parts));
+        }
+        problems.into_result(config)
+    }
+
+    /// `server.listen` alone. Whatever else is wrong is passed over: the gateway that listens there may have started before.
+    ///
+    /// # Errors
+    ///
+    /// The address cannot be read, or stands in a file that cannot be read.
+    pub fn load_listen(sources: Sources) -> Result<SocketAddr, ConfigProblems> {
+        let path = ["server", "listen"].map(str::to_owned);
+        let Layers { tree: mut written, mut problems, unread } = Layers::new(sources);
+        let mut tree = Node::empty_table();
+        if let Some(node) = written.take(&path) {
+            problems = ConfigProblems::default();
+            // Nothing is in the way in an empty tree.
+            let _ = tree.insert(&path, node);
+        } else {
+            // It may stand where nothing could be read.
+            problems.retain(|problem| problem.path.is_empty());
+            unread.into_iter().for_each(|problem| problems.push(problem));
+        }
+        let config = decode(&mut tree, &mut problems);
+        problems.into_result(config.server.listen)
     }
 
     /// Like [`load`](Self::load), with what only `serve` needs in the same list ([`check_serve`](Self::check_serve)).
     pub fn load_for_serve(sources: Sources) -> Result<Self, ConfigProblems> {
-        let mut loaded = Loaded::new(sources);
+        let mut loaded = Loaded::new(sources)?;
         check::serve(&loaded.config, &mut Checker { tree: &loaded.tree, problems: &mut loaded.problems });
         loaded.problems.into_result(loaded.config)
     }
@@ -112,43 +165,83 @@ struct Loaded {
 }
 
 impl Loaded {
-    fn new(sources: Sources) -> Self {
-        let mut problems = ConfigProblems::default();
-        let mut tree = sources.file.map_or_else(Node::empty_table, |file| read_file(file, &mut problems));
-        env::overlay(&mut tree, sources.env, &mut problems);
-        if let Some(listen) = sources.listen {
-            let node = Node { origin: Some(Origin::Flag("--listen")), value: Value::raw(listen.to_string()) };
-            env::put(&mut tree, &["server".to_owned(), "listen".to_owned()], node, &mut problems);
+    /// # Errors
+    ///
+    /// The file cannot be read: what else seems wrong then follows from that.
+    fn new(sources: Sources) -> Result<Self, ConfigProblems> {
+        let Layers { mut tree, mut problems, unread } = Layers::new(sources);
+        if let Some(problem) = unread {
+            let mut alone = ConfigProblems::default();
+            alone.push(problem);
+            return Err(alone);
         }
         let mut config = decode(&mut tree, &mut problems);
         let mut checker = Checker { tree: &tree, problems: &mut problems };
         resolve_files(&mut config, &mut checker);
         check::everything(&config, &mut checker);
-        Self { config, tree, problems }
+        Ok(Self { config, tree, problems })
     }
 }
 
-fn read_file(file: ConfigFile, problems: &mut ConfigProblems) -> Node {
-    let (name, text) = match file {
-        ConfigFile::Text { name, text } => (name, Zeroizing::new(text)),
-        ConfigFile::Path(path) => match std::fs::read_to_string(&path) {
-            Ok(text) => (path.display().to_string(), Zeroizing::new(text)),
-            Err(error) => {
-                problems.push(Problem {
-                    path: String::new(),
-                    origin: None,
-                    what: format!("the file {} cannot be read: {error}", path.display()),
-                    hint: None,
-                });
-                return Node::empty_table();
-            }
-        },
-    };
-    let (tree, errors) = Node::from_toml(&name, &text);
-    for error in errors {
-        problems.push(error);
+/// What is written in all sources together, before it has types.
+struct Layers {
+    tree: Node,
+    problems: ConfigProblems,
+    /// The file is none of them, for this reason.
+    unread: Option<Problem>,
+}
+
+impl Layers {
+    fn new(sources: Sources) -> Self {
+        let (file, unread) = match sources.file.map(read_file).transpose() {
+            Ok(file) => (file.flatten(), None),
+            Err(problem) => (None, Some(problem)),
+        };
+        let mut problems = ConfigProblems::default();
+        problems.without_file = file.is_none() && unread.is_none();
+        let mut tree = Node::empty_table();
+        if let Some((name, text)) = file {
+            let (written, errors) = Node::from_toml(&name, &text);
+            tree = written;
+            errors.into_iter().for_each(|error| problems.push(error));
+        }
+        env::overlay(&mut tree, sources.env, &mut problems);
+        if let Some(listen) = sources.listen {
+            let node = Node { origin: Some(Origin::Flag("--listen")), value: Value::raw(listen.to_string()) };
+            env::put(&mut tree, &["server".to_owned(), "listen".to_owned()], node, &mut problems);
+        }
+        Self { tree, problems, unread }
     }
-    tree
+}
+
+/// Name and text of a file. `None` if it need not be there, and is not.
+fn read_file(file: ConfigFile) -> Result<Option<(String, Zeroizing<String>)>, Problem> {
+    let (path, must_be_there) = match file {
+        ConfigFile::Text { name, text } => return Ok(Some((name, Zeroizing::new(text)))),
+        ConfigFile::Path(path) => (path, true),
+        ConfigFile::IfThere(path) => (path, false),
+    };
+    match std::fs::read_to_string(&path) {
+        Ok(text) => Ok(Some((path.display().to_string(), Zeroizing::new(text)))),
+        Err(error) if !must_be_there && error.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(Problem {
+            path: String::new(),
+            origin: None,
+            what: format!("the file {} cannot be read: {error}", path.display()),
+            hint: None,
+        }),
+    }
+}
+
+/// The problem has to do with one of the parts: itself, what it holds, what holds it, or what may be meant by a name that is
+/// none.
+fn concerns(problem: &Problem, parts: &[&str]) -> bool {
+    let is_within = |path: &str, part: &str| {
+        path.strip_prefix(part).is_some_and(|rest| rest.is_empty() || rest.starts_with('.'))
+    };
+    let path = problem.path.as_str();
+    let is_known = decode::fields_of::<Config>().iter().any(|section| is_within(path, section));
+    !is_known || parts.iter().any(|part| is_within(path, part) || is_within(part, path))
 }
 
 pub(super) fn did_you_mean(name: &str) -> String {
@@ -234,7 +327,14 @@ fn set_aside(tree: &mut Node, error: &DecodeError, problems: &mut ConfigProblems
             let hint = nearest.map(|word| did_you_mean(&format!("\"{word}\"")));
             (format!("expected one of {}", words.join(", ")), hint)
         }
-        Fault::Other(text) => (without_value(text, &node.value), form(text)),
+        Fault::Other(text) => {
+            if text.contains("socket address") {
+                let what = "is no address to listen on; host names are not looked up".to_owned();
+                (what, Some(LISTEN_FORM.to_owned()))
+            } else {
+                (without_value(text, &node.value), form(text))
+            }
+        }
     };
     problems.push(Problem { path, origin: node.origin.clone(), what, hint });
     tree.remove(&error.path)
@@ -244,7 +344,6 @@ fn set_aside(tree: &mut Node, error: &DecodeError, problems: &mut ConfigProblems
 fn form(text: &str) -> Option<String> {
     let forms = [
         ("duration", "write it with its unit, such as \"30s\""),
-        ("socket address", "write it like \"127.0.0.1:8080\""),
         (A_RATE, "write it like \"10/m\" or \"20/s burst 100\"; fewer than one a second are some a minute"),
     ];
     forms.iter().find(|(of, _)| text.contains(of)).map(|(_, form)| (*form).to_owned())
@@ -537,7 +636,9 @@ mod tests {
                 "runs.max_queue (THREADKEEPER_RUNS__MAX_QUEUE): expected a whole number, 0 or more",
                 "server.keep_alive (g.toml, line 6): expected a duration, found a number; \
                  write it with its unit, such as \"30s\"",
-                "server.listen (g.toml, line 4): invalid socket address syntax; write it like \"127.0.0.1:8080\"",
+                "server.listen (g.toml, line 4): is no address to listen on; host names are not looked up; \
+                 write an IP address and a port: \"127.0.0.1:8080\" for this machine alone, \
+                 \"0.0.0.0:8080\" for all interfaces",
                 "server.max_connections (g.toml, line 5): expected a whole number, 0 or more",
                 "store.migrate_on_start (THREADKEEPER_STORE__MIGRATE_ON_START): expected true or false",
                 "stray (g.toml, line 2): there is no such setting",
@@ -748,7 +849,7 @@ query = { key = "hunter2hunter2" }
 [assistants.default]
 upstream = "openai"
 model = "m"
-tools = [{ type = "function" }]
+tools = [{ type = "function", name = "f" }]
 "#;
 
     /// The variable sets what is secret by its name.
@@ -815,6 +916,23 @@ tools = [{ type = "function" }]
         assert_eq!(found.len(), 2, "{found:#?}");
         assert!(found[0].starts_with("g.toml, line 2: this is not TOML"), "{}", found[0]);
         assert!(!found[0].contains("hunter2"));
+    }
+
+    #[test]
+    fn the_usual_file_need_not_be_there_and_is_read_if_it_is() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("gateway.toml");
+        let load = || {
+            let file = Some(ConfigFile::IfThere(path.clone()));
+            Config::load(Sources { file, ..Sources::default() })
+        };
+        assert_eq!(load().unwrap().runs.max_queue, Config::default().runs.max_queue);
+        // What a container engine makes of a file to mount that is not there.
+        std::fs::create_dir(&path).unwrap();
+        assert!(load().unwrap_err().to_string().contains("gateway.toml cannot be read"));
+        std::fs::remove_dir(&path).unwrap();
+        std::fs::write(&path, "[runs]\nmax_queue = 7\n").unwrap();
+        assert_eq!(load().unwrap().runs.max_queue, 7);
     }
 
     #[test]

@@ -4,6 +4,8 @@
 use std::fmt;
 use std::sync::Arc;
 
+use super::load::USUAL_FILE;
+
 /// Where a setting was written.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub enum Origin {
@@ -56,19 +58,23 @@ impl fmt::Display for Problem {
 
 /// Everything that is wrong with a configuration. Never empty when returned as an error.
 #[derive(Clone, Debug, Default, Eq, PartialEq)]
-pub struct ConfigProblems(Vec<Problem>);
+pub struct ConfigProblems {
+    all: Vec<Problem>,
+    /// No file was read: perhaps that is what is wrong.
+    pub(super) without_file: bool,
+}
 
 impl ConfigProblems {
     pub fn iter(&self) -> std::slice::Iter<'_, Problem> {
-        self.0.iter()
+        self.all.iter()
     }
 
     pub fn len(&self) -> usize {
-        self.0.len()
+        self.all.len()
     }
 
     pub fn is_empty(&self) -> bool {
-        self.0.is_empty()
+        self.all.is_empty()
     }
 
     /// What is said of a line that could not be read to its end follows from that, and is dropped.
@@ -79,19 +85,23 @@ impl ConfigProblems {
                 && matches!(known.origin, Some(Origin::File { .. }))
                 && known.origin == problem.origin
         };
-        if !self.0.iter().any(follows) {
-            self.0.push(problem);
+        if !self.all.iter().any(follows) {
+            self.all.push(problem);
         }
     }
 
     /// A problem with `path`, or with a table above it, is known already: what follows from it is not worth a line.
     pub(super) fn covers(&self, path: &str) -> bool {
-        self.0.iter().any(|known| {
+        self.all.iter().any(|known| {
             !known.path.is_empty()
                 && path
                     .strip_prefix(known.path.as_str())
                     .is_some_and(|rest| rest.is_empty() || rest.starts_with('.'))
         })
+    }
+
+    pub(super) fn retain(&mut self, keep: impl FnMut(&Problem) -> bool) {
+        self.all.retain(keep);
     }
 
     pub(super) fn into_result<T>(self, value: T) -> Result<T, Self> {
@@ -116,6 +126,12 @@ impl fmt::Display for ConfigProblems {
         }
         for problem in self {
             write!(f, "\n  - {problem}")?;
+        }
+        if self.without_file {
+            write!(
+                f,
+                "\nNo file was read: name one with --config or THREADKEEPER_CONFIG, or put it at {USUAL_FILE}."
+            )?;
         }
         Ok(())
     }

@@ -100,6 +100,19 @@ impl Node {
         true
     }
 
+    /// Takes out and returns the node at `path`.
+    pub(super) fn take(&mut self, path: &[String]) -> Option<Self> {
+        let (last, above) = path.split_last()?;
+        let table = above.iter().try_fold(self, |node, key| match &mut node.value {
+            Value::Table(fields) => fields.get_mut(key),
+            _ => None,
+        });
+        match &mut table?.value {
+            Value::Table(fields) => fields.remove(last),
+            _ => None,
+        }
+    }
+
     /// Takes out the node at `path`, if there is one.
     pub(super) fn remove_exact(&mut self, path: &[String]) {
         if self.get(path).is_some() {

@@ -23,6 +23,10 @@ const MAX_LINE: usize = 16 << 20;
 /// Messages that are handed to the store at once, and how many bytes of lines these may have had.
 const AT_ONCE: usize = 100;
 const BYTES_AT_ONCE: usize = 1 << 20;
+/// Fields of all lines that hold times.
+const TIMES: [&str; 3] = ["created_at", "last_active_at", "archived_at"];
+/// U+FEFF.
+const BYTE_ORDER_MARK: &[u8] = b"\xef\xbb\xbf";
 /// By how much the time in a thread's id may be ahead of the time at which it was made.
 const SKEW: TimeDelta = TimeDelta::days(1);
 
@@ -85,7 +89,7 @@ pub enum Problem {
     UnknownUpstream(String),
     #[error("`{0}` must be 1 to 512 bytes without control characters")]
     Upstream(&'static str),
-    #[error("`{0}` must be a time from 1970 to 9999")]
+    #[error("`{0}` must be a time from 1970 to 9999, written like 2024-06-14T12:00:00Z")]
     Time(&'static str),
     #[error("`lifecycle` must be `current` or `archived`")]
     Lifecycle,
@@ -95,6 +99,11 @@ pub enum Problem {
     IdTooYoung,
     #[error("`content`: {0}")]
     Content(InvalidContent),
+    #[error(
+        "`role` must be `user` or `assistant`: leave out what systems, developers and tools said, for a thread holds none of \
+         it (what a model is told each time belongs to `instructions` of its assistant)"
+    )]
+    Role,
     #[error("a message without `thread_id` must come after the line of its thread")]
     NoThread,
     #[error("there is no thread {0}")]
@@ -171,7 +180,10 @@ pub async fn import(
             break;
         }
         import.line += 1;
-        let taken = if whole { import.take(&buffer).await } else { Err(Stop::Refused(Problem::TooLong)) };
+        // Windows begins a file with a mark that says that it is UTF-8.
+        let marked = buffer.strip_prefix(BYTE_ORDER_MARK).filter(|_| import.line == 1);
+        let line = marked.unwrap_or(&buffer);
+        let taken = if whole { import.take(line).await } else { Err(Stop::Refused(Problem::TooLong)) };
         import.settle(taken)?;
     }
     let flushed = import.flush().await;
@@ -331,6 +343,10 @@ impl<F: FnMut(Refused)> Import<'_, F> {
             self.summary.messages_passed_over += 1;
             return Ok(());
         };
+        let role = object.get("role").and_then(Value::as_str);
+        if role.is_some_and(|role| role.parse::<Role>().is_err()) {
+            return Err(Problem::Role.into());
+        }
         self.waiting.push(message(fields(object)?, thread, place)?);
         self.waiting_bytes += bytes;
         if self.waiting.len() >= AT_ONCE || self.waiting_bytes >= BYTES_AT_ONCE {
@@ -358,6 +374,9 @@ impl<F: FnMut(Refused)> Import<'_, F> {
 fn fields<T: DeserializeOwned>(object: Map<String, Value>) -> Result<T, Problem> {
     serde_path_to_error::deserialize(Value::Object(object)).map_err(|error| {
         let path = error.path().to_string();
+        if let Some(time) = TIMES.iter().find(|time| **time == path) {
+            return Problem::Time(time);
+        }
         let place = if path == "." { String::new() } else { format!("`{path}`: ") };
         Problem::Field(place, error.into_inner())
     })

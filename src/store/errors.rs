@@ -13,12 +13,41 @@ impl From<sqlx::Error> for StoreError {
             E::Io(_) | E::Tls(_) | E::PoolTimedOut | E::PoolClosed | E::WorkerCrashed | E::BeginFailed => {
                 Self::Unavailable(error.into())
             }
-            E::Database(cause) if passes(&**cause) => Self::Unavailable(error.into()),
+            E::Database(cause) if passes(&**cause) => Self::Unavailable(Said::by(&**cause).into()),
+            E::Database(cause) => Self::Statement(Said::by(&**cause).into()),
             E::ColumnDecode { index, source } => Self::Corrupt(format!("column {index}: {source}")),
             E::Decode(source) => Self::Corrupt(source.to_string()),
             _ => Self::Statement(error.into()),
         }
     }
+}
+
+/// What the database said, in its own words. (The driver's text adds a line of the server's own source.)
+#[derive(Debug, thiserror::Error)]
+#[error("{text} ({code}){}", if code == NOT_ALLOWED { MUST_BE_ALLOWED } else { "" })]
+pub(super) struct Said {
+    text: String,
+    pub(super) code: String,
+}
+
+impl Said {
+    pub(super) fn by(error: &dyn DatabaseError) -> Self {
+        Self { text: error.message().to_owned(), code: error.code().unwrap_or_default().into_owned() }
+    }
+}
+
+/// The code with which Postgres refuses what the role may not do.
+const NOT_ALLOWED: &str = "42501";
+const MUST_BE_ALLOWED: &str =
+    "; the role needs USAGE on the schema, and SELECT, INSERT, UPDATE and DELETE on all tables in it";
+
+/// What the role may not do, if that is why migrating failed.
+pub(super) fn denial(error: &MigrateError) -> Option<String> {
+    let (MigrateError::Execute(error) | MigrateError::ExecuteMigration(error, _)) = error else {
+        return None;
+    };
+    let cause = error.as_database_error().filter(|cause| cause.code().as_deref() == Some(NOT_ALLOWED))?;
+    Some(cause.message().to_owned())
 }
 
 impl From<MigrateError> for StoreError {

@@ -29,6 +29,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use super::StoreError;
+use super::errors::Said;
 
 /// A connection that was idle for so long is asked for a sign of life before it is used.
 const PING_AFTER_IDLE: Duration = Duration::from_secs(1);
@@ -291,14 +292,9 @@ impl<C: Connection + 'static> Manager for Opener<C> {
 /// Whether an error tells that the connection is broken, and not only that a statement came to nothing.
 fn is_broken(error: &StoreError) -> bool {
     let StoreError::Unavailable(cause) = error else { return false };
-    match cause.downcast_ref() {
-        Some(sqlx::Error::Io(_)) => true,
-        // The server stops, or has crashed.
-        Some(sqlx::Error::Database(cause)) => {
-            cause.code().is_some_and(|code| ["57P01", "57P02"].contains(&&*code))
-        }
-        _ => false,
-    }
+    // The server stops, or has crashed.
+    let stops = |said: &Said| ["57P01", "57P02"].contains(&&*said.code);
+    matches!(cause.downcast_ref(), Some(sqlx::Error::Io(_))) || cause.downcast_ref().is_some_and(stops)
 }
 
 impl<C: Connection + 'static> fmt::Debug for Pool<C> {

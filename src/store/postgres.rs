@@ -30,13 +30,13 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use futures_util::stream::BoxStream;
-use sqlx::migrate::Migrator;
+use sqlx::migrate::{MigrateError, Migrator};
 use sqlx::postgres::PgConnectOptions;
 use sqlx::{ConnectOptions, Connection, Executor, PgConnection, Postgres, Transaction};
 use std::fmt;
 use tokio_util::sync::CancellationToken;
 
-use super::errors::check_version;
+use super::errors::{check_version, denial};
 use super::pool::{Dropped, Pool, Trust, on};
 use super::{
     Admission, Admitted, Answered, Binding, Bound, Claim, Closing, News, Orphan, Pause, Paused, Renewed,
@@ -48,6 +48,8 @@ use crate::domain::{
     Baseline, Context, ConversationKey, EventBatch, Message, MessageId, Page, PageRequest, ReplicaId, Run,
     RunId, ThreadId,
 };
+
+use read::Applied;
 
 static MIGRATOR: Migrator = sqlx::migrate!("migrations/postgres");
 
@@ -168,17 +170,52 @@ impl PostgresStore {
         })
     }
 
-    /// Brings the schema up to date. Replicas that do so at once wait for each other.
+    /// Brings the schema up to date. Replicas that do so at once wait for each other. Where nothing is to be done, nothing but
+    /// reading is: the role may be one that must not change the schema.
     ///
     /// # Errors
-    /// [`StoreError::Schema`] if the database is newer than this program.
+    /// [`StoreError::Schema`] if the database is newer than this program, [`StoreError::Open`] if the role may not do it.
     pub async fn migrate(&self) -> Result<(), StoreError> {
         // A connection of its own: a migration may take longer than our statements are allowed to.
         let mut connection = self.direct.connect().await?;
-        connection.execute("SET statement_timeout = 0").await?;
-        MIGRATOR.run(&mut connection).await?;
+        if !is_up_to_date(read::applied(&mut connection).await?)? {
+            connection.execute("SET statement_timeout = 0").await?;
+            if let Err(error) = MIGRATOR.run(&mut connection).await {
+                return Err(match denial(&error) {
+                    Some(what) => StoreError::Open(may_not_migrate(&mut connection, &what).await),
+                    None => error.into(),
+                });
+            }
+        }
         Ok(connection.close().await?)
     }
+}
+
+/// Compares what was applied to the database with what this program has.
+fn is_up_to_date(applied: Vec<Applied>) -> Result<bool, MigrateError> {
+    let count = applied.len();
+    for Applied { version, checksum, success } in applied {
+        let known = MIGRATOR.iter().find(|migration| migration.version == version);
+        match known {
+            _ if !success => return Err(MigrateError::Dirty(version)),
+            None => return Err(MigrateError::VersionMissing(version)),
+            Some(known) if *known.checksum != *checksum => {
+                return Err(MigrateError::VersionMismatch(version));
+            }
+            Some(_) => {}
+        }
+    }
+    Ok(count == MIGRATOR.iter().count())
+}
+
+/// What the role of this connection lacks, and who has it.
+async fn may_not_migrate(connection: &mut PgConnection, what: &str) -> String {
+    let names = read::role_and_schema(connection).await;
+    let (role, schema) = names.unwrap_or_else(|_| ("<role>".to_owned(), "<schema>".to_owned()));
+    format!(
+        "the schema of the database is not up to date, and the role {role} may not change it ({what}): run `threadkeeper \
+         migrate` with the role that owns the tables, or, as long as there are none, GRANT CREATE ON SCHEMA {schema} TO {role}"
+    )
 }
 
 /// Begins a transaction. Dropped before its commit, it leaves nothing behind.

@@ -13,6 +13,7 @@ use url::Url;
 
 use crate::config::StoreConfig;
 use crate::store::StoreError;
+use crate::store::errors::Said;
 
 /// A statement that takes so long is logged with a warning.
 const SLOW_STATEMENT: Duration = Duration::from_secs(1);
@@ -146,6 +147,7 @@ pub(super) async fn wait_until_up(way: &Way, limit: Duration) -> Result<(), Stor
         if let Some(text) = beyond_waiting(&error, way) {
             return Err(StoreError::Open(text));
         }
+        let error = in_its_words(error);
         if Instant::now() + pause >= deadline {
             let text = format!("{} let nobody in within {limit:?}: {error}", place(options));
             return Err(StoreError::Unavailable(text.into()));
@@ -192,6 +194,15 @@ fn beyond_waiting(error: &sqlx::Error, Way { options, setting }: &Way) -> Option
             Some(format!("{setting} has a parameter that Postgres connections do not know"))
         }
         _ => None,
+    }
+}
+
+/// The error in the server's own words, if it is one of the server's.
+fn in_its_words(error: sqlx::Error) -> String {
+    match error {
+        sqlx::Error::Database(cause) => Said::by(&*cause).to_string(),
+        sqlx::Error::Io(cause) => cause.to_string(),
+        other => other.to_string(),
     }
 }
 

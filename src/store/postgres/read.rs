@@ -43,6 +43,31 @@ const ACROSS_DOWNWARDS: &str = listed!(
     ORDER BY t.id DESC, m.position DESC"
 );
 
+/// A migration as the database tells of it.
+#[derive(sqlx::FromRow)]
+pub(super) struct Applied {
+    pub(super) version: i64,
+    pub(super) checksum: Vec<u8>,
+    pub(super) success: bool,
+}
+
+/// All migrations that were applied; empty where there is no table of them.
+pub(super) async fn applied(connection: &mut PgConnection) -> Result<Vec<Applied>, StoreError> {
+    let found = sqlx::query_as("SELECT version, checksum, success FROM _sqlx_migrations ORDER BY version")
+        .fetch_all(&mut *connection)
+        .await;
+    match found {
+        Err(sqlx::Error::Database(error)) if error.code().as_deref() == Some("42P01") => Ok(Vec::new()),
+        found => Ok(found?),
+    }
+}
+
+/// The names of the role and of the schema that this connection works with, as statements write them.
+pub(super) async fn role_and_schema(connection: &mut PgConnection) -> Result<(String, String), StoreError> {
+    let names = "SELECT quote_ident(current_user), COALESCE(quote_ident(current_schema()), '<schema>')";
+    Ok(sqlx::query_as(names).fetch_one(connection).await?)
+}
+
 /// The newest migration that was applied; `None` if none was.
 pub(super) async fn schema_version(connection: &mut PgConnection) -> Result<Option<i64>, StoreError> {
     let found = sqlx::query_scalar("SELECT max(version) FROM _sqlx_migrations WHERE success")

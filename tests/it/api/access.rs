@@ -381,7 +381,8 @@ async fn keys_of_a_file_are_made_before() {
 #[tokio::test(flavor = "multi_thread")]
 async fn pages_of_known_origins_may_ask_from_a_browser() {
     let scene = Scene::new(Protocol::Responses, Backend::Sqlite).await;
-    let settings = format!("{KEYS}[server]\ncors_origins = [\"https://chat.example\"]\n");
+    let settings =
+        format!("{KEYS}[server]\ncors_origins = [\"https://chat.example\", \"capacitor://localhost\"]\n");
     let gateway = scene.gateway_with(&settings).await;
     let path = "/v1/users/alice/messages";
     let preflight = |origin: &str| {
@@ -400,7 +401,9 @@ async fn pages_of_known_origins_may_ask_from_a_browser() {
         assert!(allowed.contains(name), "{name} is not in: {allowed}");
     }
     assert!(!known.headers.contains_key("access-control-allow-credentials"), "no cookies");
-    for other in ["https://chat.example.evil", "http://chat.example", "null"] {
+    let app = preflight("capacitor://localhost").await;
+    assert_eq!(app.headers["access-control-allow-origin"], "capacitor://localhost", "a page inside an app");
+    for other in ["https://chat.example.evil", "http://chat.example", "tauri://localhost", "null"] {
         assert!(!preflight(other).await.headers.contains_key("access-control-allow-origin"), "{other}");
     }
     let request = gateway.request(Method::POST, path).header("origin", "https://chat.example");

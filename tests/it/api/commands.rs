@@ -1,6 +1,6 @@
 //! The commands besides `serve`.
 
-use std::process::{Command, Output};
+use std::process::{Command, Output, Stdio};
 
 use tempfile::TempDir;
 
@@ -206,13 +206,145 @@ async fn health_tells_whether_the_gateway_lives() {
     assert!(!health(&silent.local_addr().unwrap().as_socket().unwrap().to_string()));
 }
 
+/// A key in the environment and the rest in a file: what a container often has.
+const KEY: (&str, &str) = ("THREADKEEPER_UPSTREAMS__OPENAI__API_KEY", "sk-1");
+
+#[tokio::test(flavor = "multi_thread")]
+async fn health_wants_nothing_but_the_address() {
+    let scene = Scene::new(Protocol::Responses, Backend::Sqlite).await;
+    let gateway = scene.gateway().await;
+    let folder = TempDir::new().unwrap();
+    let file = folder.path().join("gateway.toml");
+    let listen = format!("[server]\nlisten = \"{}\"\n", gateway.address());
+    for broken in ["", "[runs]\nmax_queue = \"many\"\n", "[stor]\nurl = 5\n", "this is not TOML\n"] {
+        std::fs::write(&file, format!("{listen}{broken}")).unwrap();
+        let mut health = Gateway::command(&["health", "--config"]);
+        let (output, text) = run(health.arg(&file).env(KEY.0, KEY.1).env("DATABASE_URL", "nonsense"));
+        assert!(output.status.success(), "{broken}: {text}");
+    }
+    let mut without_file = Gateway::command(&["health"]);
+    without_file.env(KEY.0, KEY.1).env("THREADKEEPER_SERVER__LISTEN", gateway.address());
+    assert!(run(&mut without_file).0.status.success(), "{:?}", run(&mut without_file));
+
+    std::fs::write(&file, "[server]\nlisten = \"nowhere\"\n").unwrap();
+    let (output, text) = run(Gateway::command(&["health", "--config"]).arg(&file));
+    assert!(!output.status.success() && text.contains("server.listen"), "{text}");
+    let (output, text) = run(Gateway::command(&["health", "--config", "missing.toml"]).env(KEY.0, KEY.1));
+    assert!(!output.status.success() && text.contains("missing.toml cannot be read"), "{text}");
+}
+
+/// What a command does not use may be wrong, as long as the rest was read: a half of the settings may mean something else.
 #[test]
-fn a_file_that_is_not_there_is_named() {
+fn commands_want_the_settings_that_they_use() {
+    let folder = TempDir::new().unwrap();
+    let database = format!("sqlite:{}", folder.path().join("t.db").display());
+    let file = folder.path().join("gateway.toml");
+    let rest = "[upstreams.openai]\nkind = \"responses\"\nbase_url = \"https://api.openai.com/v1\"\n\
+                api_key_file = \"/run/secrets/of-another-container\"\n";
+    std::fs::write(&file, format!("[store]\nurl = \"{database}\"\n{rest}")).unwrap();
+    for command in [&["migrate"][..], &["keys", "list"], &["export"], &["keys", "create"]] {
+        let (output, text) = run(Gateway::command(command).arg("--config").arg(&file));
+        assert!(output.status.success(), "{command:?}: {text}");
+        let mut without_file = Gateway::command(command);
+        without_file.env_remove("THREADKEEPER_CONFIG").env("DATABASE_URL", &database).env(KEY.0, KEY.1);
+        let (output, text) = run(&mut without_file);
+        assert!(!output.status.success(), "{command:?}: {text}");
+        assert!(text.contains("No file was read: name one with --config or THREADKEEPER_CONFIG"), "{text}");
+        assert!(text.contains("/etc/threadkeeper/gateway.toml"), "{text}");
+        let mut alone = Gateway::command(command);
+        let (output, text) = run(alone.env("DATABASE_URL", &database));
+        assert!(output.status.success(), "the environment may hold all that there is: {text}");
+    }
+    std::fs::write(&file, format!("[store]\nurl = \"{database}\"\ntranscirpt = \"off\"\n{rest}")).unwrap();
+    let (output, text) = run(Gateway::command(&["keys", "list", "--config"]).arg(&file));
+    assert!(!output.status.success() && text.contains("did you mean `transcript`"), "{text}");
+}
+
+/// As `threadkeeper keys list | head` does.
+#[test]
+fn nobody_has_to_read_what_a_command_writes() {
+    let folder = TempDir::new().unwrap();
+    let database = format!("sqlite:{}", folder.path().join("t.db").display());
+    let file = folder.path().join("gateway.toml");
+    let config = format!(
+        "[store]\nurl = \"{database}\"\n[upstreams.u]\nkind = \"responses\"\nbase_url = \"http://127.0.0.1:9/v1\"\n\
+         [assistants.default]\nupstream = \"u\"\nmodel = \"m\"\n"
+    );
+    std::fs::write(&file, config).unwrap();
+    for command in [
+        &["migrate"][..],
+        &["keys", "create"],
+        &["keys", "list"],
+        &["export"],
+        &["check-config"],
+        &["--help"],
+        &["--version"],
+    ] {
+        let (reader, writer) = std::io::pipe().unwrap();
+        drop(reader);
+        let mut command_line = Gateway::command(command);
+        if !command[0].starts_with("--") {
+            command_line.arg("--config").arg(&file);
+        }
+        let output = command_line.stdout(writer).stderr(Stdio::piped()).output().unwrap();
+        let told = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success(), "{command:?}: {told}");
+        assert!(!told.contains("panic") && !told.contains("pipe"), "{command:?}: {told}");
+    }
+}
+
+#[test]
+fn a_file_that_is_not_there_is_named_and_nothing_else() {
     let folder = TempDir::new().unwrap();
     let missing = folder.path().join("missing.toml");
-    let (output, text) = run(Gateway::command(&["serve", "--config"]).arg(&missing));
-    assert!(!output.status.success());
-    assert!(text.contains("missing.toml"), "{text} {}", quoted(&missing));
+    for command in [&["serve"][..], &["check-config"], &["migrate"], &["keys", "list"], &["import", "-"]] {
+        let (output, text) = run(Gateway::command(command).arg("--config").arg(&missing).env(KEY.0, KEY.1));
+        assert!(!output.status.success());
+        assert!(text.contains("1 problem") && text.contains("missing.toml"), "{text} {}", quoted(&missing));
+    }
+}
+
+#[test]
+fn check_config_tells_what_is_doubtful_and_takes_it() {
+    let folder = TempDir::new().unwrap();
+    let file = folder.path().join("gateway.toml");
+    let config = "[store]\nurl = \"sqlite:t.db\"\n[upstreams.openai]\nkind = \"responses\"\n\
+                  base_url = \"https://api.openai.com/v1\"\n[assistants.default]\nupstream = \"openai\"\nmodel = \"m\"\n\
+                  tools = [{ type = \"websearch\" }]\n";
+    std::fs::write(&file, config).unwrap();
+    let (output, text) = run(Gateway::command(&["check-config", "--config"]).arg(&file));
+    assert!(output.status.success() && text.contains("the configuration is sound"), "{text}");
+    assert!(text.contains("warning: upstreams.openai.api_key: is missing"), "{text}");
+    assert!(text.contains("warning: assistants.default.tools.0: has a `type`"), "{text}");
+}
+
+#[test]
+fn arguments_that_are_wrong_are_told_with_what_to_write() {
+    let (_, text) = run(&mut Gateway::command(&["keys", "create", "--scope", "superuser"]));
+    assert!(text.contains("read, chat, admin, operator"), "{text}");
+    for command in ["serve", "dev", "simulate", "health"] {
+        let (output, text) = run(&mut Gateway::command(&[command, "--listen", "localhost:8080"]));
+        assert!(!output.status.success() && text.contains("\"0.0.0.0:8080\" for all"), "{text}");
+    }
+    let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let folder = TempDir::new().unwrap();
+    let mut dev = Gateway::command(&["dev", "--listen", &taken.local_addr().unwrap().to_string(), "--data"]);
+    let (output, text) = run(dev.arg(folder.path()));
+    assert!(!output.status.success() && text.contains("(--listen"), "{text}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn dev_serves_others_when_it_is_told_to() {
+    let folder = TempDir::new().unwrap();
+    let mut dev = Gateway::command(&["dev", "--listen", "0.0.0.0:0", "--data"]);
+    dev.arg(folder.path());
+    let dev = Gateway::spawn(dev, TempDir::new().unwrap()).await;
+    dev.say("/v1/users/alice", "Hello").await;
+    assert!(dev.logs().iter().any(|line| line.contains("callers on other machines are served")));
+    let banner = threadkeeper::dev::banner("0.0.0.0:8080".parse().unwrap(), folder.path());
+    assert!(banner.contains("OPEN TO OTHERS") && banner.contains("http://127.0.0.1:8080/v1"), "{banner}");
+    let banner = threadkeeper::dev::banner("127.0.0.1:8080".parse().unwrap(), folder.path());
+    assert!(!banner.contains("OPEN TO OTHERS"), "{banner}");
 }
 
 /// The lines that begin with `curl` in a text, with the address of this gateway in the place of the documented one.

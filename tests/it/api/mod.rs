@@ -34,6 +34,7 @@ mod queue;
 mod random;
 mod recovery;
 mod replicas;
+mod roles;
 mod rollover;
 mod scale;
 mod secrets;

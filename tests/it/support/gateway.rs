@@ -86,6 +86,8 @@ impl Gateway {
         {
             command.env_remove(name);
         }
+        // No file but one that the test names, whatever this machine has in the usual place.
+        command.env("THREADKEEPER_CONFIG", "/dev/null");
         command
     }
 
@@ -422,8 +424,10 @@ pub(crate) fn text(message: &Value) -> &str {
 }
 
 fn address_in(line: &str) -> Option<String> {
-    let start = line.find("127.0.0.1:")?;
-    Some(line[start..].chars().take_while(|c| c.is_ascii_digit() || *c == '.' || *c == ':').collect())
+    let start = line.find("127.0.0.1:").or_else(|| line.find("0.0.0.0:"))?;
+    let address: String =
+        line[start..].chars().take_while(|c| c.is_ascii_digit() || *c == '.' || *c == ':').collect();
+    Some(address.replace("0.0.0.0:", "127.0.0.1:"))
 }
 
 /// The path as a TOML string.
