@@ -25,7 +25,7 @@ use crate::domain::{Access, ConversationKey, Fingerprints, Keeping, KeyNames, Re
 use crate::life::{Keeper, KeeperParts};
 use crate::locks::{Budget, Gate, Seats};
 use crate::records::{self, Refused, Summary, What};
-use crate::runs::{Runs, RunsParts};
+use crate::runs::{Breaker, Runs, RunsParts};
 use crate::server::{self, ServerStop};
 use crate::store::{BackendKind, Discreet, PostgresStore, SqliteStore, Store, StoreError, StoredKey};
 use crate::upstream::{AssistantsUpstream, ResponsesUpstream, Upstream, UpstreamClient};
@@ -71,6 +71,7 @@ impl App {
         let runs = Runs::new(RunsParts {
             store: Arc::clone(&store),
             upstreams: upstreams.clone(),
+            breakers: breakers(&config),
             assistants: config.assistants.clone(),
             default_assistant,
             runs: config.runs.clone(),
@@ -348,6 +349,11 @@ fn upstreams(config: &Config) -> anyhow::Result<BTreeMap<String, Arc<dyn Upstrea
         .iter()
         .map(|(name, upstream)| Ok((name.clone(), build_upstream(name, upstream)?)))
         .collect()
+}
+
+fn breakers(config: &Config) -> BTreeMap<String, Arc<Breaker>> {
+    let breaker = |(name, upstream): (&String, _)| (name.clone(), Arc::new(Breaker::new(name, upstream)));
+    config.upstreams.iter().map(breaker).collect()
 }
 
 /// The way of messages and ends of runs into the store: for as many at once as there are connections. It is no overload if

@@ -86,7 +86,7 @@ A turn is steered from the user's own text, by words in [[sim: …]]:
   [[sim: status=429 retry_after=2]] [[sim: cut=5]] [[sim: silent_after=3]] [[sim: no_terminal]]
 The same words wait for the next requests, whatever these say, with
   curl --json '{\"on\": \"start\", \"fault\": \"status=500\", \"times\": 2}' http://127.0.0.1:9090/_simulator/faults
-Its figures are at /_simulator/stats. All words: the documentation of the module `simulator`.")]
+and `chance=30` among them lets 70 of 100 requests alone. Its figures are at /_simulator/stats. All words: the documentation of the module `simulator`.")]
 pub struct SimulateArgs {
     /// Address to listen on.
     #[arg(long, value_name = "ADDR", default_value = "127.0.0.1:9090", value_parser = listen)]

@@ -561,8 +561,9 @@ mod tests {
         assert_eq!(openai.call_timeout, UpstreamConfig::default_call_timeout());
         assert_eq!(openai.max_event_bytes, UpstreamConfig::default_max_event_bytes());
         assert_eq!(openai.lock_window, UpstreamConfig::default_lock_window());
-        assert_eq!(openai.max_failures, UpstreamConfig::default_max_failures());
-        assert_eq!(openai.rest, UpstreamConfig::default_rest());
+        assert_eq!(openai.breaker_min_requests, UpstreamConfig::default_breaker_min_requests());
+        assert_eq!(openai.breaker_window, UpstreamConfig::default_breaker_window());
+        assert_eq!(openai.breaker_open, UpstreamConfig::default_breaker_open());
         let (jwt, defaults) = (config.auth.jwt.as_ref().unwrap(), JwtConfig::default());
         assert_eq!((jwt.leeway, jwt.jwks_refresh), (defaults.leeway, defaults.jwks_refresh));
         assert_eq!(config.upstreams["azure"].auth, AuthScheme::ApiKey);

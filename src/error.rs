@@ -78,7 +78,7 @@ pub enum Error {
         "nothing that is said is stored here, so outputs can be taken only by the replica that works on the run, and this is another one: send them again on a new connection"
     )]
     OtherReplica,
-    #[error("the upstream failed too often and is left alone for a while; nothing was stored")]
+    #[error("most requests to the upstream fail, so none is sent to it for a while; nothing was stored")]
     UpstreamUnavailable { retry_after: Duration },
     /// A call to the upstream that a request needed.
     #[error("the upstream did not answer as it should: {0}")]

@@ -1,6 +1,7 @@
 //! The use cases: submit a message, answer its function calls, follow or cancel its run, read what became of it. HTTP
 //! is above, store and upstreams below.
 
+mod breaker;
 mod cancel;
 mod drive;
 mod earlier;
@@ -52,6 +53,7 @@ use crate::store::{
 };
 use crate::upstream::Upstream;
 
+pub use breaker::Breaker;
 pub use cancel::Which;
 pub use feed::{Outcome, RunEvent};
 pub use follow::{Answer, DELETED, Follow};
@@ -72,6 +74,8 @@ pub struct Runs {
 pub struct RunsParts {
     pub store: Arc<dyn Store>,
     pub upstreams: BTreeMap<String, Arc<dyn Upstream>>,
+    /// By the names of the upstreams; without one, requests always pass.
+    pub breakers: BTreeMap<String, Arc<Breaker>>,
     pub assistants: BTreeMap<String, AssistantConfig>,
     /// Name of the assistant of a message that names none.
     pub default_assistant: String,
@@ -333,9 +337,9 @@ impl Runs {
         Ok(())
     }
 
-    /// The upstream of this name is not being left alone because it failed too often.
+    /// The breaker of this upstream lets requests through.
     fn is_reachable(&self, upstream: &str) -> Result<(), Error> {
-        match self.parts.given.upstreams.get(upstream).map(|upstream| upstream.available()) {
+        match self.parts.given.breakers.get(upstream).map(|breaker| breaker.check()) {
             Some(Err(retry_after)) => Err(Error::UpstreamUnavailable { retry_after }),
             _ => Ok(()),
         }

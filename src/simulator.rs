@@ -23,6 +23,7 @@
 //! | `silent`, `silent_after=N` | is accepted, then nothing is sent, or nothing after N deltas |
 //! | `hold_after=N` | a hold takes effect after N deltas, not before the first one |
 //! | `cut=N` | the connection breaks after N deltas |
+//! | `chance=30` | what stands beside it holds for so many of a hundred requests, at random |
 //! | `late_head=2s` | is accepted and worked on, but the head of its answer is held back for so long |
 //! | `mid_error`, `mid_error=nested`, `mid_error=bare` | an `error` event after the first deltas, in either shape, or nested without saying what it is; the run fails |
 //! | `bare_error=FORM` | is not accepted, but its answer is a success, which tells the error (`code=…`, `error_type=…`) in its body: `data: {"error": {…}}` (`object`), the same and `data: [DONE]` (`done`), `data: {"error": "…"}` (`string`), `data: {"message": …}` (`flat`), `data: {"detail": …}` (`detail`), JSON in an event stream (`line`), or no event stream but JSON (`json`) |

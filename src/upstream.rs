@@ -2,7 +2,6 @@
 //! `upstream/`.
 
 mod assistants;
-mod breaker;
 mod calls;
 mod classify;
 mod client;
@@ -14,6 +13,7 @@ mod pace;
 mod patience;
 mod probe;
 mod relay;
+mod report;
 mod responses;
 mod sse;
 mod tags;
@@ -42,12 +42,6 @@ pub use responses::ResponsesUpstream;
 pub trait Upstream: Send + Sync + std::fmt::Debug {
     /// What the server can do.
     fn capabilities(&self) -> Capabilities;
-
-    /// Whether calls are made at all. After too many failures in a row none is made for a while.
-    ///
-    /// # Errors
-    /// Until when that is, from now.
-    fn available(&self) -> Result<(), Duration>;
 
     /// Makes a thread that carries the ownership tags and holds `history`, oldest first. `None` where threads are
     /// chains of responses: there the first run makes it, and has to be given the history.
@@ -335,9 +329,6 @@ pub enum UpstreamError {
     /// does not help. `code` as for [`Refused`](Self::Refused).
     #[error("the upstream failed with status {status}{}", in_brackets(code.as_deref()))]
     Unavailable { status: u16, retry_after: Option<Duration>, no_retry: bool, code: Option<String> },
-    /// So many calls failed that none is made for a while. Nothing was sent.
-    #[error("the upstream failed too often; it is left alone for a while")]
-    Resting { retry_after: Duration },
     /// Nothing was sent: no connection could be made, or what has to be asked first had no answer.
     #[error("the upstream cannot be reached")]
     Connect,
@@ -360,6 +351,15 @@ impl UpstreamError {
     /// Cloudflare with 520 and 524, some servers with 408. None of that tells what the server does.
     pub const fn breaks_off(&self) -> bool {
         matches!(self, Self::Broken { .. } | Self::Unavailable { status: 408 | 502 | 504 | 520 | 524, .. })
+    }
+
+    /// The server was not reached, broke off, or is broken as it says. A refusal, a limit on the rate and silence say nothing
+    /// of the kind.
+    pub const fn tells_outage(&self) -> bool {
+        matches!(
+            self,
+            Self::Connect | Self::Broken { timeout: false } | Self::Unavailable { status: 500.., .. }
+        )
     }
 }
 

@@ -250,7 +250,7 @@ kinds! {
     QUEUE_FULL = "queue-full", "Queue full", TOO_MANY_REQUESTS;
     /// A defect of the gateway.
     INTERNAL = "internal", "Internal error", INTERNAL_SERVER_ERROR;
-    /// The upstream refused, failed or broke off, or is left alone after too many failures.
+    /// The upstream refused, failed or broke off, or most requests to it failed lately, so that none is sent for a while.
     UPSTREAM_ERROR = "upstream-error", "Upstream error", BAD_GATEWAY;
     /// This replica is shutting down.
     DRAINING = "draining", "Shutting down", SERVICE_UNAVAILABLE;

@@ -352,7 +352,8 @@ fn upstream(name: &str, upstream: &UpstreamConfig, max_body_bytes: usize, checke
     duration(&at("connect_timeout"), upstream.connect_timeout, false, checker);
     duration(&at("call_timeout"), upstream.call_timeout, false, checker);
     duration(&at("lock_window"), upstream.lock_window, true, checker);
-    duration(&at("rest"), upstream.rest, false, checker);
+    duration(&at("breaker_window"), upstream.breaker_window, false, checker);
+    duration(&at("breaker_open"), upstream.breaker_open, false, checker);
     if upstream.max_event_bytes == 0 {
         checker.report(&at("max_event_bytes"), "must be at least 1", "");
     }
@@ -542,7 +543,7 @@ mod tests {
     fn sound_settings_have_no_problems() {
         assert_problems(&both("kind = \"responses\"\nconversations = false", "model = \"m\""), &[]);
         assert_problems(&both("kind = \"assistants\"", "assistant_id = \"asst_1\""), &[]);
-        let text = "kind = \"responses\"\nbackground = true\nlock_window = \"0s\"\nmax_failures = 0";
+        let text = "kind = \"responses\"\nbackground = true\nlock_window = \"0s\"\nbreaker_min_requests = 0";
         assert_problems(&both(text, "model = \"m\""), &[]);
         assert_problems("[store]\nurl = \"postgresql:///d?host=/run/postgresql\"", &[]);
     }
@@ -799,10 +800,18 @@ mod tests {
             ],
         );
         let text = both(
-            "kind = \"responses\"\nlock_window = \"11y\"\nrest = \"0s\"",
+            "kind = \"responses\"\nlock_window = \"11y\"\nbreaker_open = \"0s\"\nbreaker_window = \"0s\"",
             "model = \"m\"\ntimeout = \"11m\"",
         );
-        assert_problems(&text, &["assistants.a.timeout", "upstreams.u.lock_window", "upstreams.u.rest"]);
+        assert_problems(
+            &text,
+            &[
+                "assistants.a.timeout",
+                "upstreams.u.lock_window",
+                "upstreams.u.breaker_window",
+                "upstreams.u.breaker_open",
+            ],
+        );
     }
 
     #[test]

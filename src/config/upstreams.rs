@@ -58,12 +58,16 @@ pub struct UpstreamConfig {
     /// dropped stops.
     #[serde(default = "UpstreamConfig::default_lock_window", with = "humantime_serde")]
     pub lock_window: Duration,
-    /// Failures in a row after which no call is made for a while; 0: calls are always made.
-    #[serde(default = "UpstreamConfig::default_max_failures")]
-    pub max_failures: u32,
-    /// How long that is.
-    #[serde(default = "UpstreamConfig::default_rest", with = "humantime_serde")]
-    pub rest: Duration,
+    /// Least number of requests within `breaker_window` by which the breaker judges. If more than half of them have failed
+    /// with all their retries, it opens: messages are refused. 0: it never opens.
+    #[serde(default = "UpstreamConfig::default_breaker_min_requests")]
+    pub breaker_min_requests: u32,
+    /// Time for which the outcome of a request counts.
+    #[serde(default = "UpstreamConfig::default_breaker_window", with = "humantime_serde")]
+    pub breaker_window: Duration,
+    /// Time for which an open breaker refuses all messages. Then a few are let through, and what most of them meet decides.
+    #[serde(default = "UpstreamConfig::default_breaker_open", with = "humantime_serde")]
+    pub breaker_open: Duration,
 }
 
 #[derive(Clone, Copy, Debug, Deserialize, Eq, PartialEq)]
@@ -130,8 +134,9 @@ impl UpstreamConfig {
             call_timeout: Self::default_call_timeout(),
             max_event_bytes: Self::default_max_event_bytes(),
             lock_window: Self::default_lock_window(),
-            max_failures: Self::default_max_failures(),
-            rest: Self::default_rest(),
+            breaker_min_requests: Self::default_breaker_min_requests(),
+            breaker_window: Self::default_breaker_window(),
+            breaker_open: Self::default_breaker_open(),
         }
     }
 
@@ -151,12 +156,16 @@ impl UpstreamConfig {
         Duration::from_secs(10)
     }
 
-    pub(super) fn default_max_failures() -> u32 {
-        5
+    pub(super) fn default_breaker_min_requests() -> u32 {
+        10
     }
 
-    pub(super) fn default_rest() -> Duration {
+    pub(super) fn default_breaker_window() -> Duration {
         Duration::from_secs(10)
+    }
+
+    pub(super) fn default_breaker_open() -> Duration {
+        Duration::from_secs(2)
     }
 }
 

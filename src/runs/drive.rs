@@ -5,6 +5,7 @@ use std::time::Duration;
 use tokio::sync::watch;
 use tokio::time::{Instant, sleep};
 
+use super::breaker::Permit;
 use super::earlier::History;
 use super::failure::Failure;
 use super::feed::FeedWriter;
@@ -41,6 +42,8 @@ pub(super) struct Drive<'a> {
     pub(super) progress: &'a mut Progress,
     /// Whether a request is out of which it is not heard yet under which id it runs.
     pub(super) asking: &'a watch::Sender<bool>,
+    /// What the breaker is to be told: how the request fared, whatever it took.
+    pub(super) permit: Option<Permit>,
 }
 
 /// What a failure leads to.
@@ -62,6 +65,7 @@ impl Drive<'_> {
             Round::Outputs(outputs) => self.outputs(outputs).await,
             Round::Unknown => self.taken_over().await,
         };
+        self.tell_breaker(&result);
         let (mut ended, events) = result?;
         // An upstream that counts each round by itself gives each an id of its own.
         if let (Some(before), Some(now)) = (before, ended.usage)
@@ -72,8 +76,38 @@ impl Drive<'_> {
         Ok((ended, events))
     }
 
+    /// Asks the breaker whether a request may be made. What one tries meanwhile is its own.
+    fn enter(&mut self) -> Result<(), Failure> {
+        if let Some(breaker) = self.runs.parts.given.breakers.get(&self.turn.thread.upstream) {
+            let permit = breaker.enter().map_err(|retry_after| Failure::BreakerOpen { retry_after })?;
+            self.permit = Some(permit);
+        }
+        Ok(())
+    }
+
+    /// The upstream has taken the request. What becomes of the reply says nothing of others.
+    pub(super) fn is_answered(&mut self) {
+        if let Some(permit) = &mut self.permit {
+            permit.answered();
+        }
+    }
+
+    /// The verdict on the request as a whole. There is none if the run was cut off, or if we ourselves gave a call up.
+    fn tell_breaker<T>(&mut self, result: &Result<T, Failure>) {
+        let Some(permit) = &mut self.permit else { return };
+        match result {
+            Err(Failure::Upstream(error)) if error.tells_outage() => permit.failed(),
+            Err(Failure::Upstream(error)) if !matches!(error, UpstreamError::Broken { .. }) => {
+                permit.answered();
+            }
+            Ok(_) | Err(Failure::Conflict { .. }) => permit.answered(),
+            Err(_) => {}
+        }
+    }
+
     /// `doubt`: how an earlier request failed that might still come in, although the upstream does not show it.
     async fn message(&mut self, mut doubt: Option<UpstreamError>) -> Result<(Ended, EventStream), Failure> {
+        self.enter()?;
         let owner = self.owner();
         let is_sound = self.settle_earlier().await?;
         let (mut needs_thread, mut rebuilt) = (self.progress.thread.is_none(), !is_sound);
@@ -221,6 +255,7 @@ impl Drive<'_> {
                 return self.relay(events, true).await;
             }
         }
+        self.enter()?;
         self.announce_outputs().await?;
         loop {
             let thread = self.progress.thread.clone();

@@ -5,9 +5,15 @@ use std::time::Duration;
 use crate::domain::{RunError, RunErrorCode, RunStatus, UpstreamRunId};
 use crate::upstream::UpstreamError;
 
+const BREAKER_OPEN: &str = "most requests to the upstream fail, so none is sent to it for a while";
+
 /// Why a turn did not reach its end at the upstream.
 pub(super) enum Failure {
     Upstream(UpstreamError),
+    /// Most requests to the upstream failed lately, so this one was not made.
+    BreakerOpen {
+        retry_after: Duration,
+    },
     /// Something that is not ours holds the upstream thread, and the caller did not want to wait.
     Conflict {
         blocking_run: Option<UpstreamRunId>,
@@ -30,6 +36,7 @@ impl Failure {
     pub(super) fn name(&self) -> String {
         match self {
             Self::Upstream(error) => error.to_string(),
+            Self::BreakerOpen { .. } => BREAKER_OPEN.to_owned(),
             Self::Conflict { .. } => "the upstream thread is busy".to_owned(),
             Self::LeaseLost => "lease lost".to_owned(),
             Self::Store => "the store failed".to_owned(),
@@ -55,7 +62,11 @@ impl Failure {
             | Self::NotRecorded
             | Self::Store
             | Self::Panic => true,
-            Self::Conflict { .. } | Self::LeaseLost | Self::ReplyTooLarge | Self::NotConfigured => false,
+            Self::BreakerOpen { .. }
+            | Self::Conflict { .. }
+            | Self::LeaseLost
+            | Self::ReplyTooLarge
+            | Self::NotConfigured => false,
         }
     }
 
@@ -65,7 +76,7 @@ impl Failure {
                 UpstreamError::RateLimited { retry_after, quota: false, .. }
                 | UpstreamError::Unavailable { retry_after, .. },
             ) => *retry_after,
-            Self::Upstream(UpstreamError::Resting { retry_after }) => Some(*retry_after),
+            Self::BreakerOpen { retry_after } => Some(*retry_after),
             _ => None,
         }
     }
@@ -78,13 +89,13 @@ impl Failure {
                 let code = match error {
                     UpstreamError::ThreadGone => RunErrorCode::UpstreamThreadGone,
                     UpstreamError::Busy { .. } => RunErrorCode::UpstreamBusy,
-                    UpstreamError::Resting { .. } => RunErrorCode::UpstreamUnavailable,
                     UpstreamError::Broken { timeout: true } => RunErrorCode::UpstreamTimeout,
                     UpstreamError::Broken { timeout: false } => RunErrorCode::StreamBroken,
                     _ => RunErrorCode::UpstreamError,
                 };
                 failed(code, error.to_string())
             }
+            Self::BreakerOpen { .. } => failed(RunErrorCode::UpstreamUnavailable, BREAKER_OPEN.to_owned()),
             Self::Conflict { blocking_run } => {
                 let by = blocking_run.map_or_else(String::new, |id| format!(" `{id}`"));
                 let message =

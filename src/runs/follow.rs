@@ -481,6 +481,7 @@ mod tests {
             let runs = Runs::new(RunsParts {
                 store: Arc::clone(&store),
                 upstreams: BTreeMap::new(),
+                breakers: BTreeMap::new(),
                 assistants: BTreeMap::new(),
                 default_assistant: String::new(),
                 runs: config.runs,

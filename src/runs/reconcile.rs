@@ -61,9 +61,6 @@ impl From<Unverified> for Error {
     fn from(error: Unverified) -> Self {
         match error {
             Unverified::Store(error) => error.into(),
-            Unverified::Upstream(UpstreamError::Resting { retry_after }) => {
-                Self::UpstreamUnavailable { retry_after }
-            }
             Unverified::Upstream(error) => Self::UpstreamFailed(error),
             Unverified::TooLate => Self::UpstreamTooSlow,
             Unverified::LeaseLost => Self::StoreUnavailable(None),

@@ -23,6 +23,7 @@ impl Drive<'_> {
         mut events: EventStream,
         mut followed_up: bool,
     ) -> Result<(Ended, EventStream), Failure> {
+        self.is_answered();
         let mut breaks = 0;
         loop {
             let error = match self.relay_once(&mut events, followed_up).await {

@@ -94,7 +94,6 @@ mod tests {
         for error in [
             UpstreamError::RateLimited { retry_after: None, quota: true, code: None },
             UpstreamError::Broken { timeout: true },
-            UpstreamError::Resting { retry_after: Duration::ZERO },
             UpstreamError::Unavailable { status: 503, retry_after: None, no_retry: true, code: None },
             UpstreamError::Protocol(String::new()),
             UpstreamError::Refused { status: 400, code: None, missing: false },

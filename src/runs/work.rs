@@ -208,6 +208,7 @@ impl Rounds<'_> {
             feed: &working.feed,
             progress: self.progress,
             asking: &asking,
+            permit: None,
         };
         let mut round = pin!(AssertUnwindSafe(drive.round(round)).catch_unwind());
         let cut = tokio::select! {

@@ -6,6 +6,7 @@ use axum::body::Body;
 use axum::response::Response;
 use http::{HeaderValue, StatusCode, header};
 use humantime_serde::re::humantime::parse_duration;
+use rand::RngExt;
 use serde_json::{Value, json};
 
 use super::error::{ApiError, json_body};
@@ -30,6 +31,8 @@ pub(super) struct Plan {
     pub(super) interval: Option<Duration>,
     /// Pads the reply to so many words.
     pub(super) words: Option<usize>,
+    /// Of a hundred requests with these directives, so many are steered by them, at random.
+    pub(super) chance: Option<u8>,
     /// Answer with an error status instead of accepting.
     pub(super) status: Option<StatusCode>,
     pub(super) code: Option<String>,
@@ -211,6 +214,9 @@ impl Plan {
             rest = after;
         }
         stripped.push_str(rest);
+        if !plan.is_hit() {
+            plan = Self::default();
+        }
         Ok((plan, stripped.trim().to_owned()))
     }
 
@@ -230,6 +236,11 @@ impl Plan {
             (Some(wording), Some(status)) => Err(Refused::Told(Box::new(wording.answer(status, asked)))),
             _ => Ok(()),
         }
+    }
+
+    /// Whether this request is one of those that are steered.
+    pub(super) fn is_hit(&self) -> bool {
+        self.chance.is_none_or(|chance| rand::rng().random_range(0..100) < chance)
     }
 
     /// What happens instead of accepting, if anything does.
@@ -300,6 +311,10 @@ impl Plan {
                     .and_then(|text| text.parse().ok())
                     .filter(|status: &StatusCode| status.is_client_error() || status.is_server_error());
                 self.status = Some(status.ok_or("an error status is wanted")?);
+            }
+            "chance" => {
+                let chance = count().ok().and_then(|count| u8::try_from(count).ok());
+                self.chance = Some(chance.filter(|it| *it <= 100).ok_or("0 to 100 is wanted")?);
             }
             "code" => self.code = Some(text()?),
             "wording" => {
@@ -383,6 +398,13 @@ mod tests {
     }
 
     #[test]
+    fn chance_steers_a_share_of_the_requests() {
+        let hit = |text: &str| (0..200).filter(|_| Plan::of_text(text).unwrap().0.status.is_some()).count();
+        assert_eq!((hit("[[sim: status=503 chance=0]]"), hit("[[sim: status=503 chance=100]]")), (0, 200));
+        assert!((1..200).contains(&hit("[[sim: status=503 chance=50]]")));
+    }
+
+    #[test]
     fn a_misspelt_directive_is_refused() {
         for text in [
             "[[sim: fial]]",
@@ -396,6 +418,7 @@ mod tests {
             "[[sim: wording=x]]",
             "[[sim: bare_error=x]]",
             "[[sim: late_head]]",
+            "[[sim: chance=101]]",
         ] {
             assert!(Plan::of_text(text).is_err(), "{text}");
         }

@@ -63,10 +63,6 @@ impl Upstream for AssistantsUpstream {
         }
     }
 
-    fn available(&self) -> Result<(), Duration> {
-        self.client.available()
-    }
-
     async fn create_thread(
         &self,
         owner: &Ownership,

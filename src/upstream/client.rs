@@ -24,10 +24,10 @@ use tokio::time::timeout;
 use url::Url;
 
 use super::UpstreamError;
-use super::breaker::Breaker;
 use super::classify::{ErrorDetail, Refusal, classify};
 use super::density::{Kept, Size, is_dense};
 use super::patience::{LONGEST_WAIT, SHORTEST_WAIT};
+use super::report::{Report, chain};
 use super::sse::{self, SseEvent};
 use crate::config::{AuthScheme, UpstreamConfig};
 
@@ -49,13 +49,13 @@ const CONNECTION_HEADERS: [&str; 5] = ["connection", "content-length", "host", "
 #[derive(Clone)]
 pub struct UpstreamClient {
     name: String,
+    report: Arc<Report>,
     http: reqwest::Client,
     /// With the fixed query parameters.
     base_url: Url,
     headers: HeaderMap,
     call_timeout: Duration,
     max_bytes: usize,
-    breaker: Arc<Breaker>,
 }
 
 /// The events of one answer. Dropping it closes the connection.
@@ -129,12 +129,12 @@ impl UpstreamClient {
         })?;
         Ok(Self {
             name: name.to_owned(),
+            report: Arc::new(Report::new(name)),
             http,
             base_url,
             headers: fixed_headers(name, config)?,
             call_timeout: config.call_timeout,
             max_bytes: config.max_event_bytes,
-            breaker: Arc::new(Breaker::new(config.max_failures, config.rest)),
         })
     }
 
@@ -172,11 +172,6 @@ impl UpstreamClient {
         let answer = timeout(self.call_timeout, self.http.get(self.base_url.clone()).send()).await;
         let error = answer.ok()?.err()?;
         Some(chain(&error).skip(1).collect::<Vec<_>>().join(": "))
-    }
-
-    /// Whether calls are made at all, or after how long they will be again.
-    pub(super) fn available(&self) -> Result<(), Duration> {
-        self.breaker.check()
     }
 
     /// Adds a header to every request, unless the configuration has set it.
@@ -220,7 +215,7 @@ impl UpstreamClient {
             .get("openai-poll-after-ms")
             .and_then(|value| value.to_str().ok()?.parse().ok())
             .map(|ms| Duration::from_millis(ms).clamp(SHORTEST_WAIT, LONGEST_WAIT));
-        let body = read(response, self.max_bytes).await?.ok_or_else(|| {
+        let body = self.read(response, self.max_bytes).await?.ok_or_else(|| {
             UpstreamError::Protocol(format!("an answer is longer than {} bytes", self.max_bytes))
         })?;
         if is_dense(&body) {
@@ -237,7 +232,7 @@ impl UpstreamClient {
         let call = async {
             let response = self.send(method, segments, &[], None, "application/json").await?;
             // Read to its end, so that the connection can serve the next call.
-            let body = read(response, self.max_bytes).await?;
+            let body = self.read(response, self.max_bytes).await?;
             body.map_or(Ok(()), |body| refuse_told_error(&body))
         };
         in_time(self.call_timeout, call).await
@@ -255,10 +250,10 @@ impl UpstreamClient {
     ) -> Result<SseStream, Refusal> {
         let response = self.send(method, segments, query, body, "text/event-stream").await?;
         if has_type(response.headers(), "text/event-stream") {
-            return Ok(sse::events(chunks(response), self.max_bytes));
+            return Ok(sse::events(chunks(response, Arc::clone(&self.report)), self.max_bytes));
         }
         if has_type(response.headers(), "application/json")
-            && let Ok(Some(body)) = in_time(self.call_timeout, read(response, MAX_ERROR_BYTES)).await
+            && let Ok(Some(body)) = in_time(self.call_timeout, self.read(response, MAX_ERROR_BYTES)).await
             && let Ok(data) = String::from_utf8(body)
             && ErrorDetail::of_event(None, &data).is_some()
         {
@@ -267,8 +262,7 @@ impl UpstreamClient {
         Err(UpstreamError::Protocol("the answer is not an event stream".to_owned()).into())
     }
 
-    /// Sends one request; an answer that is not a success is an error. Has no time limit but the caller's, whose giving-up
-    /// says nothing of the server: then the breaker counts neither a failure nor an answer.
+    /// Sends one request; an answer that is not a success is an error. Has no time limit but the caller's.
     async fn send(
         &self,
         method: Method,
@@ -280,22 +274,14 @@ impl UpstreamClient {
         let url = self.url(segments, query)?;
         let mut headers = self.headers.clone();
         headers.insert(ACCEPT, HeaderValue::from_static(accept));
+        // Such a call may ask whether something is there, or for what a server may not offer.
+        let is_question = method != Method::POST;
         let mut request = self.http.request(method, url).headers(headers);
         if let Some(body) = body {
             let json = HeaderValue::from_static("application/json");
             request = request.header(CONTENT_TYPE, json).body(body.to_string());
         }
-        let permit = self.breaker.enter().map_err(|retry_after| UpstreamError::Resting { retry_after })?;
-        let answer = request.send().await.map_err(|error| failure(&error));
-        if answer.as_ref().is_ok_and(|response| !tells_failure(response.status())) {
-            permit.answered();
-        } else if permit.failed() {
-            tracing::warn!(
-                upstream.name = self.name,
-                "the upstream failed too often; it is left alone for a while"
-            );
-        }
-        let response = answer?;
+        let response = request.send().await.map_err(|error| self.report.failure(&error))?;
         let status = response.status();
         tracing::debug!(
             upstream.name = self.name,
@@ -303,15 +289,63 @@ impl UpstreamClient {
             upstream.request_id = self.request_id(response.headers()),
             "upstream answered"
         );
-        if status.is_success() { Ok(response) } else { Err(self.refusal(status, response, segments).await) }
+        if status.is_success() {
+            Ok(response)
+        } else {
+            Err(self.refusal(status, response, segments, is_question).await)
+        }
     }
 
-    async fn refusal(&self, status: StatusCode, response: reqwest::Response, segments: &[&str]) -> Refusal {
+    /// The whole body; `None` if it is longer than `limit`.
+    async fn read(
+        &self,
+        mut response: reqwest::Response,
+        limit: usize,
+    ) -> Result<Option<Vec<u8>>, UpstreamError> {
+        let announced = response.content_length().and_then(|length| usize::try_from(length).ok());
+        if announced.is_some_and(|length| length > limit) {
+            return Ok(None);
+        }
+        let mut body = Vec::new();
+        while let Some(chunk) = response.chunk().await.map_err(|error| self.report.failure(&error))? {
+            if body.len() + chunk.len() > limit {
+                return Ok(None);
+            }
+            if body.capacity() - body.len() < chunk.len() {
+                // Twice as long, but never longer than it may become.
+                let wanted = (2 * body.len()).clamp(body.len() + chunk.len(), limit);
+                body.reserve_exact(wanted - body.len());
+            }
+            body.extend_from_slice(&chunk);
+        }
+        Ok(Some(body))
+    }
+
+    async fn refusal(
+        &self,
+        status: StatusCode,
+        response: reqwest::Response,
+        segments: &[&str],
+        is_question: bool,
+    ) -> Refusal {
         let headers = response.headers().clone();
         // A body that cannot be read, or is too long to be an error's, leaves the status to go by.
-        let body = in_time(self.call_timeout, read(response, MAX_ERROR_BYTES)).await;
+        let body = in_time(self.call_timeout, self.read(response, MAX_ERROR_BYTES)).await;
         let body = body.ok().flatten().unwrap_or_default();
-        classify(status, &headers, &body, segments.last().copied().unwrap_or_default())
+        let refusal = classify(status, &headers, &body, segments.last().copied().unwrap_or_default());
+        let code = match &refusal.error {
+            // What a turn may meet, and goes on from.
+            UpstreamError::Busy { .. } | UpstreamError::ThreadGone => return refusal,
+            UpstreamError::Refused { .. } if refusal.damage.is_some() => return refusal,
+            UpstreamError::Refused { status: 404 | 405 | 501, .. } if is_question => return refusal,
+            UpstreamError::Refused { code, .. }
+            | UpstreamError::RateLimited { code, .. }
+            | UpstreamError::Unavailable { code, .. } => code.as_deref(),
+            _ => None,
+        };
+        let code = code.filter(|code| !self.repeats_secret(code));
+        self.report.refusal(status.as_u16(), code, &refusal.error);
+        refusal
     }
 
     /// The server's id of the request, if it is harmless to log: it may be a server that says what it was told.
@@ -413,51 +447,15 @@ async fn in_time<T>(
     timeout(limit, call).await.unwrap_or(Err(UpstreamError::Broken { timeout: true }))
 }
 
-/// The whole body; `None` if it is longer than `limit`.
-async fn read(mut response: reqwest::Response, limit: usize) -> Result<Option<Vec<u8>>, UpstreamError> {
-    let announced = response.content_length().and_then(|length| usize::try_from(length).ok());
-    if announced.is_some_and(|length| length > limit) {
-        return Ok(None);
-    }
-    let mut body = Vec::new();
-    while let Some(chunk) = response.chunk().await.map_err(|error| failure(&error))? {
-        if body.len() + chunk.len() > limit {
-            return Ok(None);
-        }
-        if body.capacity() - body.len() < chunk.len() {
-            // Twice as long, but never longer than it may become.
-            let wanted = (2 * body.len()).clamp(body.len() + chunk.len(), limit);
-            body.reserve_exact(wanted - body.len());
-        }
-        body.extend_from_slice(&chunk);
-    }
-    Ok(Some(body))
-}
-
 /// The body as it arrives.
-fn chunks(response: reqwest::Response) -> impl Stream<Item = Result<Bytes, UpstreamError>> + Send + 'static {
-    stream::try_unfold(response, |mut response| async move {
-        let chunk = response.chunk().await.map_err(|error| failure(&error))?;
-        Ok(chunk.map(|chunk| (chunk, response)))
+fn chunks(
+    response: reqwest::Response,
+    report: Arc<Report>,
+) -> impl Stream<Item = Result<Bytes, UpstreamError>> + Send + 'static {
+    stream::try_unfold((response, report), |(mut response, report)| async move {
+        let chunk = response.chunk().await.map_err(|error| report.failure(&error))?;
+        Ok(chunk.map(|chunk| (chunk, (response, report))))
     })
-}
-
-/// The meaning of a call that got no answer, or half of one. What TCP gave up is a connection that broke, and nothing else
-/// in here gives up but a connection that is being made.
-fn failure(error: &reqwest::Error) -> UpstreamError {
-    if error.is_connect() {
-        // The causes name hosts and reasons (refused, unknown name, bad certificate), never our request.
-        let causes = chain(error).skip(1).collect::<Vec<_>>().join(": ");
-        tracing::debug!(causes, "no connection to the upstream");
-        UpstreamError::Connect
-    } else {
-        UpstreamError::Broken { timeout: false }
-    }
-}
-
-/// The texts of an error and its causes.
-fn chain<'a>(error: &'a (dyn std::error::Error + 'static)) -> impl Iterator<Item = String> + 'a {
-    std::iter::successors(Some(error), |error| error.source()).map(ToString::to_string)
 }
 
 /// An answer with a good status may tell an error all the same, of which nothing must be taken for done. What has an id is an
@@ -475,11 +473,6 @@ fn refuse_told_error(body: &[u8]) -> Result<(), UpstreamError> {
         return Err(UpstreamError::Protocol("an answer with a good status tells an error".to_owned()));
     }
     Ok(())
-}
-
-/// The server is broken. One that does not have the call (501) is not.
-fn tells_failure(status: StatusCode) -> bool {
-    status.is_server_error() && status != StatusCode::NOT_IMPLEMENTED
 }
 
 fn has_type(headers: &HeaderMap, wanted: &str) -> bool {

@@ -62,7 +62,7 @@ pub(super) fn longer(wait: Duration) -> Duration {
     (wait * 2).min(LONGEST_WAIT)
 }
 
-/// Another try may succeed. Not soon if the upstream is left alone: that is not waited for here.
+/// Another try may succeed.
 pub(super) const fn may_pass(error: &UpstreamError) -> bool {
     match error {
         UpstreamError::RateLimited { quota, .. } => !*quota,
@@ -72,7 +72,6 @@ pub(super) const fn may_pass(error: &UpstreamError) -> bool {
         | UpstreamError::ThreadGone
         | UpstreamError::Refused { .. }
         | UpstreamError::NotOffered { .. }
-        | UpstreamError::Resting { .. }
         | UpstreamError::Protocol(_) => false,
     }
 }
@@ -83,7 +82,6 @@ pub(super) const fn asked_wait(error: &UpstreamError) -> Option<Duration> {
         UpstreamError::RateLimited { retry_after, .. } | UpstreamError::Unavailable { retry_after, .. } => {
             *retry_after
         }
-        UpstreamError::Resting { retry_after } => Some(*retry_after),
         _ => None,
     }
 }
@@ -109,7 +107,6 @@ mod tests {
             (UpstreamError::Connect, 5),
             (unavailable(false), 5),
             (unavailable(true), 1),
-            (UpstreamError::Resting { retry_after: Duration::from_secs(9) }, 1),
             (UpstreamError::RateLimited { retry_after: None, quota: true, code: None }, 1),
             (UpstreamError::Refused { status: 401, code: None, missing: false }, 1),
             (UpstreamError::ThreadGone, 1),

@@ -78,10 +78,6 @@ impl Upstream for ResponsesUpstream {
         }
     }
 
-    fn available(&self) -> Result<(), Duration> {
-        self.client.available()
-    }
-
     async fn create_thread(
         &self,
         owner: &Ownership,

@@ -9,7 +9,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::sync::{Barrier, Mutex, mpsc};
 use tokio::task::JoinSet;
-use tokio::time::{Instant, sleep_until};
+use tokio::time::{Instant, sleep, sleep_until};
 
 use super::figures::{Durations, count};
 
@@ -23,6 +23,8 @@ pub(crate) struct Answers {
     pub(crate) taken: Durations,
     /// The same for those that were refused: 413, 429, 401, 503.
     pub(crate) refused: Durations,
+    /// The same for those that failed: 502, 504.
+    pub(crate) failed: Durations,
     /// From the first to the last.
     pub(crate) time: Duration,
     /// What was answered otherwise, or not at all.
@@ -38,6 +40,8 @@ pub(crate) struct Callers {
     /// Further lines of the head.
     head: String,
     content: String,
+    /// Before another message after one that was not answered with a reply.
+    pause: Duration,
 }
 
 /// A message's status, if it was answered, and how long that took.
@@ -45,16 +49,17 @@ type Asked = (Option<u16>, Duration);
 
 impl Answers {
     fn of(asked: impl Iterator<Item = Asked>, time: Duration) -> Self {
-        let (mut taken, mut refused, mut odd) = (Vec::new(), Vec::new(), 0);
+        let (mut taken, mut refused, mut failed, mut odd) = (Vec::new(), Vec::new(), Vec::new(), 0);
         for (status, took) in asked {
             match status {
                 Some(200) => taken.push(took),
                 Some(401 | 413 | 429 | 503) => refused.push(took),
+                Some(502 | 504) => failed.push(took),
                 _ => odd += 1,
             }
         }
-        let (taken, refused) = (taken.into_iter().collect(), refused.into_iter().collect());
-        Self { taken, refused, time, odd }
+        let in_order = |durations: Vec<Duration>| durations.into_iter().collect();
+        Self { taken: in_order(taken), refused: in_order(refused), failed: in_order(failed), time, odd }
     }
 
     /// Turns a second.
@@ -65,7 +70,8 @@ impl Answers {
 
 impl Callers {
     pub(crate) fn new(address: SocketAddr, users: usize) -> Self {
-        Self { address, users, next: Arc::default(), head: String::new(), content: "hello".to_owned() }
+        let content = "hello".to_owned();
+        Self { address, users, next: Arc::default(), head: String::new(), content, pause: Duration::ZERO }
     }
 
     pub(crate) fn with_head(self, head: &str) -> Self {
@@ -74,6 +80,10 @@ impl Callers {
 
     pub(crate) fn who_say(self, content: String) -> Self {
         Self { content, ..self }
+    }
+
+    pub(crate) fn who_pause(self, pause: Duration) -> Self {
+        Self { pause, ..self }
     }
 
     /// One message of each user.
@@ -105,7 +115,11 @@ impl Callers {
             tasks.spawn(async move {
                 let (mut connection, mut asked) = (Connection::open(this.address).await, Vec::new());
                 while begun.elapsed() < time {
-                    asked.push(connection.timed(&this.message(), Instant::now()).await);
+                    let (status, took) = connection.timed(&this.message(), Instant::now()).await;
+                    asked.push((status, took));
+                    if status != Some(200) && !this.pause.is_zero() {
+                        sleep(this.pause).await;
+                    }
                 }
                 asked
             });

@@ -5,6 +5,7 @@
 
 #![expect(clippy::unwrap_used, clippy::print_stdout, reason = "a report; what goes wrong ends it")]
 
+mod breaker;
 mod callers;
 #[path = "../it/support/cluster.rs"]
 #[expect(dead_code, reason = "the tests use more of it")]
@@ -62,6 +63,8 @@ enum What {
     Refusals,
     /// Whether the time of a 404 tells that something is there.
     Existence,
+    /// What users get of an upstream that fails, with the breaker and without it. Takes minutes.
+    Breaker,
 }
 
 fn main() {
@@ -69,7 +72,7 @@ fn main() {
     if cfg!(debug_assertions) {
         println!("This is a build for debugging: the figures mean nothing.");
     }
-    let all = [What::Turns, What::Overload, What::Refusals, What::Existence];
+    let all = [What::Turns, What::Overload, What::Refusals, What::Existence, What::Breaker];
     let what = if args.what.is_empty() { &all[..] } else { &args.what };
     let databases = args.database.map_or(vec![Kind::Sqlite, Kind::Postgres], |one| vec![one]);
     if !args.share {
@@ -90,6 +93,7 @@ fn main() {
                 What::Overload => runtime.block_on(overload::report(&args, database)),
                 What::Refusals => runtime.block_on(refusals::report(&args, database)),
                 What::Existence => runtime.block_on(existence::report(&args, database)),
+                What::Breaker => runtime.block_on(breaker::report(&args, database)),
             }
         }
     }

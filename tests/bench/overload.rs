@@ -44,7 +44,7 @@ pub(crate) async fn report(args: &Args, database: Kind) {
             heavy.taken,
             heavy.refused.len(),
             heavy.refused,
-            heavy.odd
+            heavy.failed.len() + heavy.odd
         );
         ratios.push(micros(heavy.taken.p99()) / micros(light.taken.p99()));
         goodputs.push(heavy.rate() / rate);

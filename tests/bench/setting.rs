@@ -17,7 +17,7 @@ pub(crate) enum Kind {
 
 pub(crate) struct Setting {
     pub(crate) gateway: Process,
-    _simulator: Process,
+    pub(crate) simulator: Process,
     _folder: tempfile::TempDir,
     _database: TestDatabase,
 }
@@ -25,6 +25,17 @@ pub(crate) struct Setting {
 impl Setting {
     /// `more` is TOML. `alone`: the gateway has the first processor to itself.
     pub(crate) async fn new(kind: Kind, alone: bool, simulator: &[&str], more: &str) -> Self {
+        Self::with_upstream(kind, alone, simulator, more, "").await
+    }
+
+    /// The same, with more settings of the upstream.
+    pub(crate) async fn with_upstream(
+        kind: Kind,
+        alone: bool,
+        simulator: &[&str],
+        more: &str,
+        upstream: &str,
+    ) -> Self {
         let database = match kind {
             Kind::Sqlite => TestDatabase::sqlite_in(&std::env::temp_dir()).await,
             Kind::Postgres => TestDatabase::postgres().await,
@@ -33,7 +44,7 @@ impl Setting {
         let simulator = Process::start(&args, &[], false);
         let config = format!(
             "{more}\n[upstreams.simulator]\nkind = \"responses\"\nbase_url = \"http://{}/v1\"\napi_key = \"sk-bench\"\n\
-             [assistants.default]\nupstream = \"simulator\"\nmodel = \"gpt-5\"\n",
+             {upstream}\n[assistants.default]\nupstream = \"simulator\"\nmodel = \"gpt-5\"\n",
             simulator.address
         );
         let folder = tempfile::tempdir().unwrap();
@@ -41,7 +52,7 @@ impl Setting {
         std::fs::write(&file, config).unwrap();
         let args = ["serve", "--listen", "127.0.0.1:0", "--config", file.to_str().unwrap()];
         let gateway = Process::start(&args, &[("THREADKEEPER_STORE__URL", database.url())], alone);
-        Self { gateway, _simulator: simulator, _folder: folder, _database: database }
+        Self { gateway, simulator, _folder: folder, _database: database }
     }
 
     /// Callers who have talked with the assistant before.

@@ -64,6 +64,7 @@ impl Process {
         let runs = Runs::new(RunsParts {
             store,
             upstreams: BTreeMap::from([("main".to_owned(), upstream)]),
+            breakers: BTreeMap::new(),
             assistants: BTreeMap::from([("default".to_owned(), assistant)]),
             default_assistant: "default".to_owned(),
             lifetimes: config.lifetimes(),

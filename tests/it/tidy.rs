@@ -44,7 +44,7 @@ fn libraries_are_named_where_they_belong() {
     let allowed: &[(&str, &[&str])] = &[
         // What it logs goes by its name.
         ("sqlx::", &["store/", "telemetry.rs"]),
-        ("reqwest::", &["upstream/client", "auth/jwks"]),
+        ("reqwest::", &["upstream/client", "upstream/report", "auth/jwks"]),
         ("jsonwebtoken::", &["auth/"]),
         ("axum::", &["api", "server.rs", "simulator", "app.rs"]),
         ("utoipa::", &["api", "domain", "records.rs"]),

@@ -151,7 +151,6 @@ const fn attempt_is_over(failure: &UpstreamError) -> bool {
         | UpstreamError::ThreadGone
         | UpstreamError::Refused { .. }
         | UpstreamError::RateLimited { .. }
-        | UpstreamError::Resting { .. }
         | UpstreamError::NotOffered { .. }
         | UpstreamError::Connect => true,
     }

@@ -171,7 +171,7 @@ impl Source {
                 Err(UpstreamError::Broken { timeout: true }) => {
                     self.failures = self.failures.saturating_sub(1);
                 }
-                Err(next) if may_pass(&next) || matches!(next, UpstreamError::Resting { .. }) => error = next,
+                Err(next) if may_pass(&next) => error = next,
                 // The server cannot stream it again: refused, or not an event stream.
                 Err(next) if streams && is_no(&next) => {
                     tracing::debug!("the upstream cannot stream a response again; asking for it instead");

@@ -91,9 +91,9 @@ impl Way {
 
 /// Neither locks that may linger, nor repeats, nor rests are what is tried here.
 const SETTINGS: &str = "[runs]\nsettle_timeout = \"2s\"\nmax_retries = 0\n";
-const UPSTREAM: &str = "lock_window = \"100ms\"\nmax_failures = 0\n";
+const UPSTREAM: &str = "lock_window = \"100ms\"\nbreaker_min_requests = 0\n";
 /// For what drips instead of the answer to a look.
-const SOON: &str = "lock_window = \"100ms\"\nmax_failures = 0\ncall_timeout = \"500ms\"\n";
+const SOON: &str = "lock_window = \"100ms\"\nbreaker_min_requests = 0\ncall_timeout = \"500ms\"\n";
 /// What hostile answers may cost, one after the other: an event or a JSON answer of the length that it may have by default
 /// (16 MiB), three times, for a buffer that grows is there twice at its last step, once at double length; and twice more
 /// for what the allocator keeps of the answers before, which other threads read.

@@ -31,3 +31,44 @@ async fn logs_are_json_with_the_ids_of_requests_and_runs() {
         "the route, not the path: {answered}"
     );
 }
+
+/// Each line names the upstream, and what an operator has to look at.
+#[tokio::test(flavor = "multi_thread")]
+async fn why_an_upstream_fails_is_logged_with_its_name() {
+    let scene = Scene::new(Protocol::Responses, Backend::Sqlite).await;
+    let simulator = scene.upstream_url.strip_prefix("http://").unwrap();
+    let nobody = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+    let mut more = "[runs]\nmax_retries = 0\n".to_owned();
+    for (name, url, key) in [
+        ("closed", format!("http://{nobody}/v1"), "planted-key"),
+        ("unknown", "http://nowhere.invalid/planted-path".to_owned(), "planted-key"),
+        ("plain", format!("https://{simulator}"), "planted-key"),
+        ("strict", format!("http://{simulator}"), "bad-planted-key"),
+    ] {
+        more += &format!(
+            "[upstreams.{name}]\nkind = \"responses\"\nbase_url = \"{url}\"\napi_key = \"{key}\"\n\
+             query = {{ version = \"planted-query\" }}\n[assistants.{name}]\nupstream = \"{name}\"\nmodel = \"m\"\n"
+        );
+    }
+    let gateway = scene.gateway_with(&more).await;
+    for (name, words) in [
+        ("closed", ["the upstream cannot be reached", "Connection refused"]),
+        ("unknown", ["the upstream cannot be reached", "failed to lookup address"]),
+        ("plain", ["the upstream cannot be reached", "does not speak TLS"]),
+        ("strict", ["the upstream refused a request", "\"http.status\":401"]),
+    ] {
+        let message = json!({"content": "planted-words", "assistant": name});
+        for user in ["alice", "bob"] {
+            let answer = gateway.post(&format!("/v1/users/{name}-{user}/messages"), &message).await;
+            assert_eq!(answer.problem(), (502, "upstream-error"));
+        }
+        let lines: Vec<_> = gateway.logs().into_iter().filter(|line| line.contains(words[0])).collect();
+        let named = format!("\"upstream.name\":\"{name}\"");
+        let mut own = lines.iter().filter(|line| line.contains(&named));
+        let line = own.next().unwrap_or_else(|| panic!("{name}: {lines:#?}"));
+        assert!(line.contains(words[1]) && line.contains("WARN"), "{line}");
+        assert_eq!(own.next(), None, "one line, however often it happens");
+    }
+    let planted: Vec<_> = gateway.logs().into_iter().filter(|line| line.contains("planted")).collect();
+    assert!(planted.is_empty(), "{planted:#?}");
+}

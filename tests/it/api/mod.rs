@@ -2,6 +2,7 @@
 
 mod access;
 mod bodies;
+mod breaker;
 mod cancel;
 mod commands;
 mod crash;

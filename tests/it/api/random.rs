@@ -27,7 +27,7 @@ const WORKERS: usize = 16;
 const USERS: usize = 12;
 /// So short that lost locks and silent upstreams do not take the test's time.
 const SETTINGS: &str = "[runs]\nsettle_timeout = \"2s\"\nmax_retries = 2\n";
-const UPSTREAM: &str = "lock_window = \"50ms\"\nmax_failures = 0\n";
+const UPSTREAM: &str = "lock_window = \"50ms\"\nbreaker_min_requests = 0\n";
 
 /// What a turn may be made to do.
 const TURNS: [&str; 18] = [

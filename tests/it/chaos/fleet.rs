@@ -169,7 +169,7 @@ fn config(database: &str, upstream: &str) -> String {
         let _ = write!(
             config,
             "[upstreams.{name}]\n{kind}\nbase_url = {upstream:?}\napi_key = \"sk-planted-key\"\ncall_timeout = \"10s\"\n\
-             lock_window = \"2s\"\nmax_failures = 0\n\
+             lock_window = \"2s\"\nbreaker_min_requests = 0\n\
              [assistants.{assistant_name}]\nupstream = \"{name}\"\n{assistant}\n"
         );
     }

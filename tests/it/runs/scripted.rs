@@ -115,10 +115,6 @@ impl Upstream for Scripted {
         }
     }
 
-    fn available(&self) -> Result<(), Duration> {
-        Ok(())
-    }
-
     async fn create_thread(
         &self,
         _: &Ownership,

@@ -183,7 +183,7 @@ async fn tries_that_bring_nothing_new_are_bounded() {
     plays.extend([cut_after(3), bad(), bad(), bad(), bad(), bad()]);
     let server = Scripted::start(plays).await;
     let mut settings = config(UpstreamKind::Responses, &server.url);
-    (settings.background, settings.max_failures) = (true, 0);
+    settings.background = true;
     let upstream = adapter(&settings);
     assert_eq!(lines(&turn(&*upstream, Some(&thread())).await.unwrap()), EXPECTED);
     let events = turn(&*upstream, Some(&thread())).await.unwrap();

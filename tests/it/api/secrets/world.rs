@@ -44,7 +44,7 @@ impl World {
             Protocol::Assistants => ("assistants", "assistant_id = \"asst_test\""),
             _ => ("responses", "model = \"test-model\""),
         };
-        let soon = "lock_window = \"50ms\"\nmax_failures = 0\n";
+        let soon = "lock_window = \"50ms\"\nbreaker_min_requests = 0\n";
         let mut config = format!(
             "[log]\nfilter = \"trace\"\nformat = \"{format}\"\n\
              [server]\nshutdown_grace = \"100ms\"\n\

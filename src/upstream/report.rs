@@ -1,0 +1,140 @@
+//! What the log says of failed calls to an upstream: which upstream, and why. Never a URL, nor what the server wrote in prose.
+
+use std::sync::{Mutex, PoisonError};
+use std::time::Duration;
+
+use tokio::time::Instant;
+
+use super::UpstreamError;
+
+/// Time for which the same failure is not logged again: an outage is one line, not one for each try.
+const REPEAT_AFTER: Duration = Duration::from_secs(10);
+/// Different failures that are logged within this time.
+const MOST: usize = 8;
+
+/// The log of one upstream's failures.
+#[derive(Debug)]
+pub(super) struct Report {
+    upstream: String,
+    recent: Mutex<Vec<Recent>>,
+}
+
+#[derive(Debug)]
+struct Recent {
+    what: String,
+    logged: Instant,
+    /// Since then.
+    repeats: u64,
+}
+
+impl Report {
+    pub(super) fn new(upstream: &str) -> Self {
+        Self { upstream: upstream.to_owned(), recent: Mutex::default() }
+    }
+
+    /// The meaning of a call that got no answer, or half of one, which is logged with its cause. What TCP gave up is a connection
+    /// that broke, and nothing else in here gives up but a connection that is being made.
+    pub(super) fn failure(&self, error: &reqwest::Error) -> UpstreamError {
+        // The causes name reasons (refused, unknown name, bad certificate), never our request.
+        let cause = chain(error).skip(1).collect::<Vec<_>>().join(": ");
+        let meaning = if error.is_connect() {
+            UpstreamError::Connect
+        } else {
+            UpstreamError::Broken { timeout: false }
+        };
+        if let Some(repeats) = self.is_due(&cause) {
+            tracing::warn!(upstream.name = self.upstream, cause, hint = hint(&cause), repeats, "{meaning}");
+        }
+        meaning
+    }
+
+    /// Logs that the server refused a call, or failed at it, as far as an operator should know. `code`: the server's word for it.
+    pub(super) fn refusal(&self, http_status: u16, code: Option<&str>, error: &UpstreamError) {
+        let what = format!("{http_status} {}", code.unwrap_or_default());
+        if let Some(repeats) = self.is_due(&what) {
+            tracing::warn!(
+                upstream.name = self.upstream,
+                http.status = http_status,
+                code,
+                repeats,
+                "{}",
+                kind(error)
+            );
+        }
+    }
+
+    /// Whether this is to be logged now: how often it has happened unlogged since the last time.
+    fn is_due(&self, what: &str) -> Option<u64> {
+        let (mut recent, now) = (self.recent.lock().unwrap_or_else(PoisonError::into_inner), Instant::now());
+        if let Some(known) = recent.iter_mut().find(|known| known.what == what) {
+            if now.duration_since(known.logged) < REPEAT_AFTER {
+                known.repeats += 1;
+                return None;
+            }
+            known.logged = now;
+            return Some(std::mem::take(&mut known.repeats));
+        }
+        recent.retain(|known| now.duration_since(known.logged) < REPEAT_AFTER);
+        if recent.len() >= MOST {
+            return None;
+        }
+        recent.push(Recent { what: what.to_owned(), logged: now, repeats: 0 });
+        Some(0)
+    }
+}
+
+const fn kind(error: &UpstreamError) -> &'static str {
+    match error {
+        UpstreamError::Unavailable { .. } => "the upstream failed",
+        UpstreamError::RateLimited { .. } => "the upstream limits the rate",
+        _ => "the upstream refused a request",
+    }
+}
+
+/// What an operator may do about it.
+fn hint(cause: &str) -> Option<&'static str> {
+    const HINTS: [(&str, &str); 5] = [
+        (
+            "InvalidContentType",
+            "the server does not speak TLS at this port: should `base_url` begin with http://?",
+        ),
+        (
+            "UnknownIssuer",
+            "the server's certificate comes from a CA that is not known here: SSL_CERT_FILE may name a bundle of certificates",
+        ),
+        ("NotValidForName", "the server's certificate is for another host than that of `base_url`"),
+        ("failed to lookup address", "the host of `base_url` cannot be resolved"),
+        ("Connection refused", "nothing listens at the host and port of `base_url`"),
+    ];
+    HINTS.iter().find(|(word, _)| cause.contains(word)).map(|(_, hint)| *hint)
+}
+
+/// The texts of an error and its causes.
+pub(super) fn chain<'a>(error: &'a (dyn std::error::Error + 'static)) -> impl Iterator<Item = String> + 'a {
+    std::iter::successors(Some(error), |error| error.source()).map(ToString::to_string)
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::time::advance;
+
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn the_same_failure_is_logged_once_in_a_while_and_counted() {
+        let report = Report::new("u");
+        assert_eq!([report.is_due("a"), report.is_due("a"), report.is_due("b")], [Some(0), None, Some(0)]);
+        advance(REPEAT_AFTER).await;
+        assert_eq!([report.is_due("a"), report.is_due("a")], [Some(1), None]);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn failures_that_all_differ_are_no_flood() {
+        let report = Report::new("u");
+        for _ in 0..3 {
+            let logged = (0..1000).filter(|n: &u32| report.is_due(&n.to_string()).is_some());
+            assert_eq!(logged.count(), MOST);
+            advance(REPEAT_AFTER).await;
+        }
+    }
+}
