@@ -36,9 +36,9 @@ pub mod simulator;
 
 pub mod config;
 
-pub mod domain;
-
 mod wording;
+
+pub mod domain;
 
 #[cfg(test)]
 mod testing;

@@ -290,7 +290,7 @@ struct Unread;
 
 fn is_unread(error: &anyhow::Error) -> bool {
     let mut errors = error.chain().filter_map(|cause| cause.downcast_ref::<io::Error>());
-    errors.any(|error| error.get_ref().is_some_and(|inner| inner.is::<Unread>()))
+    errors.any(|error| matches!(error.get_ref(), Some(inner) if inner.is::<Unread>()))
 }
 
 /// Standard output. Fails with [`Unread`] where nobody reads it any more.

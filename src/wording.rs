@@ -95,7 +95,7 @@ fn expected(wanted: &str) -> String {
         }
         _ if wanted.starts_with("struct ") || wanted.contains("tagged enum ") => "an object".to_owned(),
         _ if wanted.starts_with("enum ") => "a string".to_owned(),
-        _ if last.starts_with("u") && wanted.starts_with("a nonzero ") => {
+        _ if last.starts_with('u') && wanted.starts_with("a nonzero ") => {
             "a whole number, 1 or more".to_owned()
         }
         _ => wanted.to_owned(),
@@ -113,12 +113,32 @@ mod tests {
     #[serde(deny_unknown_fields)]
     #[expect(dead_code, reason = "only read")]
     struct Line {
-        role: Option<crate::domain::Role>,
+        role: Option<Role>,
         times: Option<u32>,
         many: Option<Vec<bool>>,
-        key: Option<crate::domain::UserKey>,
+        key: Option<Key>,
         inner: Option<Inner>,
         at: Option<chrono::DateTime<chrono::Utc>>,
+    }
+
+    #[derive(Debug, Deserialize)]
+    #[serde(rename_all = "lowercase")]
+    enum Role {
+        User,
+        Assistant,
+    }
+
+    /// It has words of its own.
+    #[derive(Debug, Deserialize)]
+    #[serde(try_from = "String")]
+    struct Key;
+
+    impl TryFrom<String> for Key {
+        type Error = &'static str;
+
+        fn try_from(text: String) -> Result<Self, Self::Error> {
+            if text.is_empty() { Err("a key must not be empty") } else { Ok(Self) }
+        }
     }
 
     #[derive(Debug, Deserialize)]
@@ -158,7 +178,7 @@ mod tests {
         ] {
             assert_eq!(told::<Line>(json).as_deref(), Some(expected), "{json}");
         }
-        assert_eq!(told::<Line>(r#"{"key": ""}"#), None, "the domain's own words");
+        assert_eq!(told::<Line>(r#"{"key": ""}"#), None, "a type's own words");
         let error = serde_json::from_str::<Line>(r#"{"key": ""}"#).unwrap_err().to_string();
         assert_eq!(without_place(&error), "a key must not be empty");
     }

@@ -91,13 +91,13 @@ mod tests {
         let networks = ["10.0.0.0/8", "::1", "2001:db8:1::/48"];
         let trusted_proxies = networks.iter().map(|text| (*text).to_owned().try_into().unwrap()).collect();
         let public_url = Some("https://chat.example.com/set/".parse().unwrap());
-        ServerConfig { trusted_proxies, public_url, ..ServerConfig::default() }
+        ServerConfig { public_url, trusted_proxies, ..ServerConfig::default() }
     }
 
-    fn headers(name: HeaderName, values: &[&str]) -> HeaderMap {
+    fn headers(name: &HeaderName, values: &[&str]) -> HeaderMap {
         let mut headers = HeaderMap::new();
         for value in values {
-            headers.append(&name, HeaderValue::from_str(value).unwrap());
+            headers.append(name, HeaderValue::from_str(value).unwrap());
         }
         headers
     }
@@ -123,7 +123,7 @@ mod tests {
             ("10.0.0.1", &[""], "10.0.0.1"),
             ("10.0.0.1", &["1.2.3.4,"], "10.0.0.1"),
         ] {
-            let headers = headers(FORWARDED_FOR, told);
+            let headers = headers(&FORWARDED_FOR, told);
             let found = super::client(peer.parse().unwrap(), &headers, &server());
             assert_eq!(found.to_string(), client, "{peer} {told:?}");
         }
@@ -148,7 +148,7 @@ mod tests {
             ("10.0.0.1", &["/\\evil.example"], "/set"),
             ("10.0.0.1", &[deep.as_str()], "/set"),
         ] {
-            let headers = headers(FORWARDED_PREFIX, told);
+            let headers = headers(&FORWARDED_PREFIX, told);
             let found = Prefix::of(peer.parse().unwrap(), &headers, &server());
             assert_eq!(found.0, prefix, "{peer} {told:?}");
         }

@@ -78,7 +78,9 @@ pub(super) async fn guard(
     let mut response = match asked {
         Ok(named) => {
             parts.extensions.insert(Caller(principal));
-            named.map(|named| parts.extensions.insert(named));
+            if let Some(named) = named {
+                parts.extensions.insert(named);
+            }
             next.run(Request::from_parts(parts, body)).await
         }
         Err(error) => error.into_response(),

@@ -147,12 +147,12 @@ impl Buckets {
         // A bucket is as far from full as it takes to fill it.
         let lacks = full_at - now;
         if lacks > whole {
-            let retry_after = lacks - whole;
+            let retry_after = lacks.saturating_sub(whole);
             left.limits.push(format!("\"{}\";r=0;t={}", self.name, whole_seconds(retry_after)));
             return Err(TooOften { whose: self.whose, what: self.what, rate: self.rate, retry_after });
         }
         known.put(key, full_at, now);
-        let remaining = (whole - lacks).as_nanos() / period.as_nanos();
+        let remaining = whole.saturating_sub(lacks).as_nanos() / period.as_nanos();
         left.limits.push(format!("\"{}\";r={remaining}", self.name));
         Ok(())
     }

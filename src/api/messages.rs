@@ -3,7 +3,6 @@
 use std::time::Duration;
 
 use axum::extract::State;
-use axum::http::{HeaderMap, Uri};
 use axum::response::Response;
 use axum::{Extension, Json};
 use serde::Deserialize;
@@ -12,11 +11,10 @@ use utoipa::IntoParams;
 
 use super::AppState;
 use super::extract::{ApiConversation, ApiJson, ApiPage};
-use super::forwarded::Prefix;
 use super::guard::{Caller, OnlyRepeats};
 use super::openapi::Doc;
 use super::problem::{MAYBE_MERGED, NOT_FOUND, QUEUE_FULL, THREAD_BUSY, TOO_MANY_RUNS};
-use super::turn::{Form, answer, answer_doc};
+use super::turn::{Asked, Form, answer, answer_doc};
 use super::views::{ListView, MessageView, OnDisconnect, PostMessage};
 use crate::domain::{
     ContentPart, InvalidContent, InvalidMetadata, MessageId, Metadata, MultitaskStrategy, UserContent,
@@ -42,9 +40,7 @@ pub(super) async fn create(
     Caller(caller): Caller,
     only_repeats: Option<Extension<OnlyRepeats>>,
     ApiConversation(key): ApiConversation,
-    uri: Uri,
-    prefix: Prefix,
-    headers: HeaderMap,
+    asked: Asked,
     ApiJson(body, idempotency, share): ApiJson<PostMessage>,
 ) -> Result<Response, Error> {
     let cancel = CancellationToken::new();
@@ -65,7 +61,7 @@ pub(super) async fn create(
         share,
     };
     let submitted = state.runs.submit(key.clone(), message).await?;
-    let form = Form { stream: body.stream, headers: &headers, uri: &uri, prefix: &prefix, on_drop };
+    let form = Form { stream: body.stream, asked: &asked, on_drop };
     answer(&state, &key, submitted, 0, form).await
 }
 

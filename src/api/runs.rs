@@ -1,7 +1,7 @@
 //! `…/runs` and below
 
 use axum::extract::State;
-use axum::http::{HeaderMap, HeaderName, StatusCode, Uri};
+use axum::http::{HeaderName, StatusCode, Uri};
 use axum::response::{IntoResponse, Response};
 use axum::{Extension, Json};
 use futures_util::StreamExt;
@@ -13,7 +13,7 @@ use super::guard::{Caller, OnlyRepeats};
 use super::openapi::Doc;
 use super::problem::{NOT_FOUND, OTHER_REPLICA, RUN_NOT_WAITING, TOO_MANY_READERS};
 use super::sse::EventView;
-use super::turn::{Form, answer, answer_doc, scope_of};
+use super::turn::{Asked, Form, answer, answer_doc, scope_of};
 use super::views::{ListView, PostOutputs, RunAndMessageView, RunView};
 use super::{AppState, sse};
 use crate::domain::RunId;
@@ -88,9 +88,7 @@ pub(super) async fn tool_outputs(
     only_repeats: Option<Extension<OnlyRepeats>>,
     ApiConversation(key): ApiConversation,
     ApiRun(id): ApiRun,
-    uri: Uri,
-    prefix: Prefix,
-    headers: HeaderMap,
+    asked: Asked,
     ApiJson(body, idempotency, _share): ApiJson<PostOutputs>,
 ) -> Result<Response, Error> {
     let new = NewOutputs {
@@ -100,7 +98,7 @@ pub(super) async fn tool_outputs(
         only_repeats: only_repeats.map(|Extension(OnlyRepeats(why))| why),
     };
     let (submitted, from) = state.runs.answer_tools(&key, id, new).await?;
-    let form = Form { stream: body.stream, headers: &headers, uri: &uri, prefix: &prefix, on_drop: None };
+    let form = Form { stream: body.stream, asked: &asked, on_drop: None };
     answer(&state, &key, submitted, from, form).await
 }
 

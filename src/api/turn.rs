@@ -1,7 +1,11 @@
 //! The three forms in which a run is answered: when it has ended or asks for function calls, as a stream of events, or
 //! with where to look.
 
+use std::convert::Infallible;
+
 use axum::Json;
+use axum::extract::FromRequestParts;
+use axum::http::request::Parts;
 use axum::http::{HeaderMap, HeaderName, HeaderValue, StatusCode, Uri, header};
 use axum::response::{IntoResponse, Response};
 use tokio::time::timeout;
@@ -22,12 +26,27 @@ use crate::store::ThreadName;
 /// Says that a run is that of an earlier request with the same idempotency key.
 pub(super) const REPLAYED: HeaderName = HeaderName::from_static("idempotent-replayed");
 
+/// How a request was made that is answered in one of the forms.
+#[derive(Debug)]
+pub(super) struct Asked {
+    pub(super) headers: HeaderMap,
+    uri: Uri,
+    prefix: Prefix,
+}
+
+impl<S: Send + Sync> FromRequestParts<S> for Asked {
+    type Rejection = Infallible;
+
+    async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, Infallible> {
+        let prefix = Prefix::from_request_parts(parts, state).await?;
+        Ok(Self { headers: parts.headers.clone(), uri: parts.uri.clone(), prefix })
+    }
+}
+
 /// The form that a caller wants.
 pub(super) struct Form<'a> {
     pub(super) stream: Option<bool>,
-    pub(super) headers: &'a HeaderMap,
-    pub(super) uri: &'a Uri,
-    pub(super) prefix: &'a Prefix,
+    pub(super) asked: &'a Asked,
     /// Cancels the run when it is dropped.
     pub(super) on_drop: Option<DropGuard>,
 }
@@ -59,7 +78,7 @@ pub(super) async fn answer(
     form: Form<'_>,
 ) -> Result<Response, Error> {
     let replayed = submitted.replayed;
-    let response = if form.stream.unwrap_or_else(|| accepts_events(form.headers)) {
+    let response = if form.stream.unwrap_or_else(|| accepts_events(&form.asked.headers)) {
         // That there are too many readers is not what became of the run.
         Ok(streamed(state, submitted, from, form)?)
     } else {
@@ -78,7 +97,7 @@ fn streamed(
     state: &AppState,
     submitted: Submitted,
     from: i64,
-    Form { uri, prefix, on_drop, .. }: Form<'_>,
+    Form { asked, on_drop, .. }: Form<'_>,
 ) -> Result<Response, Error> {
     let Submitted { run, follow, replayed, .. } = submitted;
     let seat = match state.readers.take(&run.id) {
@@ -89,7 +108,14 @@ fn streamed(
         seat => seat.ok(),
     };
     let keep_alive = state.server.keep_alive;
-    Ok(sse::until_answered(&run, &scope_of(prefix, uri), follow, from, (on_drop, seat), keep_alive))
+    Ok(sse::until_answered(
+        &run,
+        &scope_of(&asked.prefix, &asked.uri),
+        follow,
+        from,
+        (on_drop, seat),
+        keep_alive,
+    ))
 }
 
 async fn as_json(
@@ -99,8 +125,8 @@ async fn as_json(
     from: i64,
     form: Form<'_>,
 ) -> Result<Response, Error> {
-    let Form { headers, uri, prefix, on_drop, .. } = form;
-    let prefer = Prefer::of(headers);
+    let Form { asked, on_drop, .. } = form;
+    let prefer = Prefer::of(&asked.headers);
     let waits = submitted.follow.answer(from);
     let answered = match prefer.patience() {
         None => Some(waits.await),
@@ -120,7 +146,7 @@ async fn as_json(
         Ok(report) => (report.thread, report.activity),
         Err(_) => (submitted.thread, ThreadActivity { state: ThreadState::Active, queue_depth: 0 }),
     };
-    let place = format!("{}/runs/{}", scope_of(prefix, uri), run.id);
+    let place = format!("{}/runs/{}", scope_of(&asked.prefix, &asked.uri), run.id);
     // The caller is told where to look: leaving now is no disconnect.
     drop(on_drop.map(DropGuard::disarm));
     let view = TurnView {

@@ -807,9 +807,9 @@ mod tests {
             &text,
             &[
                 "assistants.a.timeout",
-                "upstreams.u.lock_window",
-                "upstreams.u.breaker_window",
                 "upstreams.u.breaker_open",
+                "upstreams.u.breaker_window",
+                "upstreams.u.lock_window",
             ],
         );
     }

@@ -135,7 +135,9 @@ impl Config {
         } else {
             // It may stand where nothing could be read.
             problems.retain(|problem| problem.path.is_empty());
-            unread.into_iter().for_each(|problem| problems.push(problem));
+            if let Some(problem) = unread {
+                problems.push(problem);
+            }
         }
         let config = decode(&mut tree, &mut problems);
         problems.into_result(config.server.listen)
@@ -203,7 +205,9 @@ impl Layers {
         if let Some((name, text)) = file {
             let (written, errors) = Node::from_toml(&name, &text);
             tree = written;
-            errors.into_iter().for_each(|error| problems.push(error));
+            for error in errors {
+                problems.push(error);
+            }
         }
         env::overlay(&mut tree, sources.env, &mut problems);
         if let Some(listen) = sources.listen {
@@ -583,7 +587,7 @@ mod tests {
             colour = "red"
             [server]
             lissten = "127.0.0.1:1"
-            url = "x"
+            transcript = "off"
             [upstreams.openai]
             kind = "responses"
             base_url = "https://api.example.com/v1"
@@ -600,7 +604,7 @@ mod tests {
                 "colour (g.toml, line 2): there is no such setting",
                 "runs.maxqueue (THREADKEEPER_RUNS__MAXQUEUE): there is no such setting; did you mean `max_queue`?",
                 "server.lissten (g.toml, line 4): there is no such setting; did you mean `listen`?",
-                "server.url (g.toml, line 5): there is no such setting; did you mean `store.url`?",
+                "server.transcript (g.toml, line 5): there is no such setting; did you mean `store.transcript`?",
                 "upstreams.openai.api-key (g.toml, line 9): there is no such setting; did you mean `api_key`?",
             ]
         );

@@ -10,6 +10,7 @@ use url::Url;
 
 /// One upstream server.
 #[derive(Clone, Debug, Deserialize)]
+#[expect(clippy::struct_excessive_bools, reason = "each is a setting of its own")]
 pub struct UpstreamConfig {
     pub kind: UpstreamKind,
     /// Without the trailing slash of a folder: `https://api.openai.com/v1`.

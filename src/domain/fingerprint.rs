@@ -19,7 +19,10 @@ pub struct Fingerprints {
 impl Fingerprints {
     /// `key`: the same for all replicas on a database, from start to start.
     pub fn new(key: &[u8; 32]) -> Self {
-        Self { keyed: Hmac::new_from_slice(key).expect("an HMAC takes a key of any length") }
+        // As long as a block, so that no length can be wrong. An HMAC itself adds zeros to a shorter key.
+        let mut block = [0; 64];
+        block[..key.len()].copy_from_slice(key);
+        Self { keyed: Hmac::new(&block.into()) }
     }
 
     pub fn tenant(&self, tenant: &TenantKey) -> String {

@@ -23,8 +23,6 @@ const MAX_LINE: usize = 16 << 20;
 /// Messages that are handed to the store at once, and how many bytes of lines these may have had.
 const AT_ONCE: usize = 100;
 const BYTES_AT_ONCE: usize = 1 << 20;
-/// Fields of all lines that hold times.
-const TIMES: [&str; 3] = ["created_at", "last_active_at", "archived_at"];
 /// U+FEFF.
 const BYTE_ORDER_MARK: &[u8] = b"\xef\xbb\xbf";
 /// By how much the time in a thread's id may be ahead of the time at which it was made.
@@ -374,9 +372,6 @@ impl<F: FnMut(Refused)> Import<'_, F> {
 fn fields<T: DeserializeOwned>(object: Map<String, Value>) -> Result<T, Problem> {
     serde_path_to_error::deserialize(Value::Object(object)).map_err(|error| {
         let path = error.path().to_string();
-        if let Some(time) = TIMES.iter().find(|time| **time == path) {
-            return Problem::Time(time);
-        }
         let place = if path == "." { String::new() } else { format!("`{path}`: ") };
         Problem::Field(place, error.into_inner())
     })

@@ -435,7 +435,7 @@ mod tests {
         runs: Runs,
         store: Arc<dyn Store>,
         turn: Turn,
-        folder: TempDir,
+        _folder: TempDir,
     }
 
     /// The run's log so far: numbers 0 to 2.
@@ -518,7 +518,7 @@ mod tests {
             let Admitted::Started(turn) = store.admit(&admission).await.unwrap() else {
                 panic!("the thread is free")
             };
-            let world = Self { runs, store, turn: *turn, folder };
+            let world = Self { runs, store, turn: *turn, _folder: folder };
             world.pause(&world.turn.lease, EventBatch { first: 0, events }).await;
             world
         }
@@ -597,24 +597,6 @@ mod tests {
             assert!(matches!(follow.answer(from).await, Some(Answer::Ended(_))), "{from}");
         }
         assert!(follow.answer(6).await.is_none(), "the end was seen already");
-    }
-
-    /// A record that was on its way as the end removed the log leaves its own part of it.
-    #[tokio::test]
-    async fn a_log_of_which_only_a_later_part_is_stored_is_told_anew() {
-        let world = World::that_logged(vec![LoggedEvent::Omitted { units: 1 }, LoggedEvent::Started]).await;
-        world.finish(&world.turn.lease, 3, vec![delta("b")]).await;
-        let file = world.folder.path().join("t.db");
-        let database = sqlx::SqlitePool::connect(&format!("sqlite:{}", file.display())).await.unwrap();
-        let removed = sqlx::query("DELETE FROM run_events WHERE n < 3").execute(&database).await.unwrap();
-        assert_eq!(removed.rows_affected(), 1);
-        let whole = numbered_from(1, &["started"]).into_iter();
-        let whole: Vec<_> =
-            whole.chain(numbered_from(3, &["ab", "message assistant", "completed"])).collect();
-        let follow = world.follow();
-        assert_eq!(read(&follow, 0).await, whole);
-        assert_eq!(read(&follow, 3).await[0], (3, "b".to_owned()), "from the middle");
-        assert_eq!(read(&follow, 4).await, whole[2..]);
     }
 
     #[tokio::test]

@@ -125,7 +125,11 @@ async fn carry_out(
         _ => Err(Failure::NotConfigured),
     };
     if let Err(failure) = &result {
-        tracing::warn!(failure = failure.name(), "the run did not reach its end upstream");
+        tracing::warn!(
+            upstream.name = turn.thread.upstream,
+            failure = failure.name(),
+            "the run did not reach its end upstream"
+        );
     }
     let Some(outcome) = bound_turn(runs, working, turn, result, progress).await else {
         tracing::warn!("let go of the run; others go on with it");

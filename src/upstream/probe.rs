@@ -211,13 +211,12 @@ impl Prober<'_> {
             ("deletion of responses", Method::DELETE, "receipts of deletions will say what may remain"),
         ] {
             match self.call(method, &["responses", NO_RESPONSE]).await {
-                Ok(_) => self.works(capability),
                 Err(error) if is_gone(&error) => self.works(capability),
                 Err(error) if is_not_offered(&error) => {
                     self.found(capability, Verdict::NotSupported, Some(lack.to_owned()));
                 }
                 // The server looks at the id, so it has the call.
-                Err(UpstreamError::Refused { status: 400 | 422, .. }) => self.works(capability),
+                Ok(_) | Err(UpstreamError::Refused { status: 400 | 422, .. }) => self.works(capability),
                 Err(error) => {
                     is_key_good &= !matches!(error, UpstreamError::Refused { status: 401, .. });
                     self.refused(capability, &error).await;

@@ -228,7 +228,7 @@ async fn oversize_and_broken_heads_are_refused() {
         // The server may close before it has read everything.
         let _ = client.write_all(head.as_bytes()).await;
         let text = read_until(&mut client, "\r\n\r\n").await;
-        assert!(text.starts_with(&format!("HTTP/1.1 {status} ")), "{text}");
+        assert_eq!(text.split(' ').nth(1), Some(status), "{head}: {text}");
     }
     let old = "GET / HTTP/1.0\r\n\r\n".to_owned();
     for served in [fits, old, hosts("host:\r\n"), hosts("host: gateway_1:8080\r\n"), hosts("host: [::1]\r\n")]

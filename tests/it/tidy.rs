@@ -80,8 +80,8 @@ fn dependencies_point_one_way() {
         "store",
         "simulator",
         "config",
-        "domain",
         "wording",
+        "domain",
         "testing",
     ];
     for (file, code) in code() {

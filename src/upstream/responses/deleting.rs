@@ -110,9 +110,9 @@ impl ResponsesUpstream {
         let list = ["conversations", conversation.as_str(), "items"];
         let mut after: Option<String> = None;
         for _ in 0..MAX_COUNTED_PAGES {
-            let page = self.calls(Some(pace)).page::<Value>(&list, "asc", after.as_deref()).await?;
-            items.left += u64::try_from(page.data.len()).unwrap_or(u64::MAX);
-            let next = page.next(|item| id_of(item).unwrap_or_default()).filter(|next| !next.is_empty());
+            let found = self.calls(Some(pace)).page::<Value>(&list, "asc", after.as_deref()).await?;
+            items.left += u64::try_from(found.data.len()).unwrap_or(u64::MAX);
+            let next = found.next(|item| id_of(item).unwrap_or_default()).filter(|next| !next.is_empty());
             if next.is_none() || next == after {
                 break;
             }

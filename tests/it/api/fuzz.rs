@@ -34,7 +34,7 @@ on_every_scene!(
 
 const WORKERS: usize = 12;
 /// By each worker.
-const REQUESTS: usize = 60;
+const REQUESTS: usize = 90;
 /// Longest wait for an answer. A clean-up waits for all that is due, which on a busy machine takes more than half a minute.
 const PATIENCE: Duration = Duration::from_mins(2);
 /// How long events are read before their reader leaves.

@@ -38,19 +38,19 @@ async fn why_an_upstream_fails_is_logged_with_its_name() {
     let scene = Scene::new(Protocol::Responses, Backend::Sqlite).await;
     let simulator = scene.upstream_url.strip_prefix("http://").unwrap();
     let nobody = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
-    let mut more = "[runs]\nmax_retries = 0\n".to_owned();
-    for (name, url, key) in [
+    let upstreams = [
         ("closed", format!("http://{nobody}/v1"), "planted-key"),
         ("unknown", "http://nowhere.invalid/planted-path".to_owned(), "planted-key"),
         ("plain", format!("https://{simulator}"), "planted-key"),
         ("strict", format!("http://{simulator}"), "bad-planted-key"),
-    ] {
-        more += &format!(
+    ]
+    .map(|(name, url, key)| {
+        format!(
             "[upstreams.{name}]\nkind = \"responses\"\nbase_url = \"{url}\"\napi_key = \"{key}\"\n\
              query = {{ version = \"planted-query\" }}\n[assistants.{name}]\nupstream = \"{name}\"\nmodel = \"m\"\n"
-        );
-    }
-    let gateway = scene.gateway_with(&more).await;
+        )
+    });
+    let gateway = scene.gateway_with(&format!("[runs]\nmax_retries = 0\n{}", upstreams.concat())).await;
     for (name, words) in [
         ("closed", ["the upstream cannot be reached", "Connection refused"]),
         ("unknown", ["the upstream cannot be reached", "failed to lookup address"]),
@@ -62,7 +62,8 @@ async fn why_an_upstream_fails_is_logged_with_its_name() {
             let answer = gateway.post(&format!("/v1/users/{name}-{user}/messages"), &message).await;
             assert_eq!(answer.problem(), (502, "upstream-error"));
         }
-        let lines: Vec<_> = gateway.logs().into_iter().filter(|line| line.contains(words[0])).collect();
+        let message = format!("\"message\":\"{}\"", words[0]);
+        let lines: Vec<_> = gateway.logs().into_iter().filter(|line| line.contains(&message)).collect();
         let named = format!("\"upstream.name\":\"{name}\"");
         let mut own = lines.iter().filter(|line| line.contains(&named));
         let line = own.next().unwrap_or_else(|| panic!("{name}: {lines:#?}"));

@@ -253,7 +253,7 @@ async fn bad_lines_are_named_and_the_rest_is_taken(databases: impl AsyncFn() -> 
             "`key.scope`: a scope is …",
         ),
         (json!({"type": "thread", "key": {"user": "a"}, "max_age_ms": "x"}).to_string(), "must be a whole number"),
-        (json!({"type": "thread", "key": {"user": "a"}, "created_at": "2026"}).to_string(), "must be a time such as"),
+        (json!({"type": "thread", "key": {"user": "a"}, "created_at": "2026"}).to_string(), "must be a time"),
         (json!({"type": "thread", "key": {"user": "a"}, "metadata": {"k": "a\u{0}"}}).to_string(), "NUL"),
         (json!({"type": "thread", "key": {"user": "a"}, "thread": "x"}).to_string(), "there is no field `thread` here, only `id`, "),
         (json!({"type": "thread", "key": {"user": "a"}, "id": "7"}).to_string(), "`id`: an id of this kind"),
@@ -272,7 +272,7 @@ async fn bad_lines_are_named_and_the_rest_is_taken(databases: impl AsyncFn() -> 
             json!({"type": "thread", "key": {"user": "a"}, "archived_at": "1969-12-31T00:00:00Z"}).to_string(),
             "`archived_at` must be a time",
         ),
-        (json!({"type": "thread", "key": {"user": "a"}, "created_at": "soon"}).to_string(), "`created_at` must be a time"),
+        (json!({"type": "thread", "key": {"user": "a"}, "created_at": "soon"}).to_string(), "`created_at`: must be a time"),
         (
             json!({"type": "thread", "key": {"user": "alice"}, "upstream_thread_id": "thread_b"}).to_string(),
             "the key has another current thread, thr_",

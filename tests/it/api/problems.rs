@@ -89,7 +89,13 @@ async fn bad_requests_are_refused_with_a_typed_problem() {
         (404, "not-found"),
         "nothing was stored"
     );
+}
 
+#[tokio::test(flavor = "multi_thread")]
+async fn wrong_paths_and_types_are_refused_with_a_typed_problem() {
+    let scene = Scene::new(Protocol::Responses, Backend::Sqlite).await;
+    let gateway = scene.gateway().await;
+    let messages = "/v1/users/alice/messages";
     let long = format!("/v1/users/{}/thread", "k".repeat(257));
     for (method, path, status, name) in [
         (Method::GET, "/", 404, "not-found"),

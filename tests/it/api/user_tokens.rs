@@ -126,8 +126,6 @@ async fn a_refused_caller_and_the_log_are_told_why() {
     let scene = Scene::new(Protocol::Responses, Backend::Sqlite).await;
     let gateway = scene.gateway_with(&format!("{ASSISTANTS}{ISSUER}")).await;
     let good = |claims: Value| token(SECRET, &claims);
-    let signed = alice();
-    let (head, signature) = signed.rsplit_once('.').unwrap();
     for (bearer, why) in [
         (good(json!({"sub": "alice", "exp": 1_000_000_000})), "it has expired"),
         (good(json!({"sub": "alice", "nbf": 4_000_000_000_i64})), "it is not valid yet"),
@@ -140,7 +138,6 @@ async fn a_refused_caller_and_the_log_are_told_why() {
             token("another-secret-that-nobody-shares-with-us", &json!({"sub": "alice"})),
             "its signature is wrong",
         ),
-        (format!("{head}.{}", signature.replace('-', "_").to_lowercase()), "its signature is wrong"),
         ("no.json.token".to_owned(), "it is not a JSON web token with a known algorithm"),
         ("tk_0123456789ab_unknown".to_owned(), "there is no such API key"),
     ] {

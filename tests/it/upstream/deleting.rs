@@ -324,7 +324,7 @@ async fn an_endpoint_that_is_not_there_is_no_thread_that_is_gone() {
         let judge = |disposal: Result<Disposal, UpstreamError>| match disposal {
             Ok(disposal) => assert!(!is_refused && disposal == NotSupported, "{status}: {disposal:?}"),
             Err(UpstreamError::Refused { status: told, .. }) => {
-                assert!(is_refused && told == status, "{told}")
+                assert!(is_refused && told == status, "{told}");
             }
             Err(error) => panic!("{status}: {error:?}"),
         };
