@@ -1,5 +1,5 @@
 FROM rust:1.95-slim-bookworm AS build
-RUN apt-get update && apt-get install -y --no-install-recommends gcc libc6-dev && rm -rf /var/lib/apt/lists/*
+RUN apt-get update && apt-get install -y --no-install-recommends gcc libc6-dev make && rm -rf /var/lib/apt/lists/*
 WORKDIR /src
 COPY Cargo.toml Cargo.lock build.rs ./
 COPY src src
@@ -8,6 +8,7 @@ COPY migrations migrations
 RUN mkdir -p tests/it && echo 'fn main() {}' > tests/it/main.rs
 RUN --mount=type=cache,target=/usr/local/cargo/registry \
     --mount=type=cache,target=/src/target \
+    if [ "$(uname -m)" = aarch64 ]; then export JEMALLOC_SYS_WITH_LG_PAGE=16; fi && \
     cargo build --locked --release && cp target/release/threadkeeper /threadkeeper && strip -g /threadkeeper
 
 # glibc and the CA bundle that TLS to the upstream needs; no shell, not root.

@@ -18,7 +18,7 @@ test-one name:
 fuzz-units cases:
     PROPTEST_CASES={{ cases }} cargo test --lib
 
-# Turns a second, overload, the cost of refusals: `just bench overload`. It reports, and fails nobody.
+# Turns a second, messages that arrive faster, the cost of refusals: `just bench arrivals`. It reports, and fails nobody.
 bench *what:
     cargo bench --bench load -- {{ what }}
 

@@ -182,7 +182,7 @@ impl Routes {
     ) {
         // All methods that are used here are among those that the filter knows.
         let filter = MethodFilter::try_from(method.clone()).unwrap_or(MethodFilter::GET);
-        let asks = Asks { needs, counted, keys: Place::of(&path), query: doc().query_names().into() };
+        let asks = Asks { needs, counted, keys: Place::of(&path), query: guard::Query::of(doc) };
         let guarded = on(filter, handler).route_layer(from_fn(guard::guard)).route_layer(Extension(asks));
         self.put(Some(needs), method, path, guarded, doc);
     }

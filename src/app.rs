@@ -12,7 +12,6 @@ use anyhow::{Context, bail};
 use axum::Router;
 use futures_util::TryStreamExt;
 use rand::Rng;
-use secrecy::ExposeSecret;
 use tokio::net::TcpListener;
 use tokio::time::{Instant, sleep, timeout};
 use tokio_util::sync::CancellationToken;
@@ -20,14 +19,14 @@ use tokio_util::task::TaskTracker;
 
 use crate::api::{self, AppState, Limits};
 use crate::auth::{Auth, FreshKey};
-use crate::config::{Config, StoreConfig, Transcript, UpstreamConfig, UpstreamKind};
+use crate::config::{Config, StoreConfig, UpstreamConfig, UpstreamKind};
 use crate::domain::{Access, ConversationKey, Fingerprints, Keeping, KeyNames, ReplicaId, TenantKey};
 use crate::life::{Keeper, KeeperParts};
-use crate::locks::{Budget, Gate, Seats};
+use crate::locks::{Budget, Seats};
 use crate::records::{self, Refused, Summary, What};
 use crate::runs::{Breaker, Runs, RunsParts};
 use crate::server::{self, ServerStop};
-use crate::store::{BackendKind, Discreet, PostgresStore, SqliteStore, Store, StoreError, StoredKey};
+use crate::store::{Store, StoreError, StoredKey};
 use crate::upstream::{AssistantsUpstream, ResponsesUpstream, Upstream, UpstreamClient};
 
 /// Time for runs to record their end once they are told to stop, and for connections to close after that.
@@ -45,7 +44,7 @@ pub struct App {
     runs: Runs,
     keeper: Keeper,
     auth: Arc<Auth>,
-    store: Arc<dyn Store>,
+    store: Arc<Store>,
     config: Config,
     tasks: TaskTracker,
     draining: CancellationToken,
@@ -56,7 +55,7 @@ impl App {
     /// Connects the store, brings its schema up to date, binds the address and registers the replica.
     pub async fn build(config: Config) -> anyhow::Result<Self> {
         let store = open_store(&config.store).await?;
-        let fingerprints = fingerprints(&config.store, &*store).await?;
+        let fingerprints = fingerprints(&config.store, &store).await?;
         let upstreams = upstreams(&config)?;
         let default_assistant = config.default_assistant().context("no assistant is configured")?.to_owned();
         let listener = TcpListener::bind(config.server.listen).await.with_context(|| {
@@ -81,7 +80,6 @@ impl App {
             shared: names(&config, |upstream| upstream.shared),
             told_keys: names(&config, |upstream| upstream.send_keys),
             fingerprints: fingerprints.clone(),
-            gate: gate(&config),
             admission_timeout: config.store.acquire_timeout,
             replica: ReplicaId::new(),
             attend_every: config.replica.session_ttl / 3,
@@ -250,7 +248,7 @@ pub async fn import(
     refused: impl FnMut(Refused),
 ) -> anyhow::Result<Summary> {
     let store = open_store(&config.store).await?;
-    let summary = records::import(&*store, config, input, refused).await?;
+    let summary = records::import(Arc::clone(&store), config, input, refused).await?;
     store.close().await;
     Ok(summary)
 }
@@ -288,42 +286,27 @@ pub async fn revoke_key(config: &StoreConfig, prefix: &str) -> anyhow::Result<St
 /// A conversation's key as logs and upstreams are told it.
 pub async fn fingerprint(config: &StoreConfig, key: &ConversationKey) -> anyhow::Result<KeyNames> {
     let store = open_store(&StoreConfig { migrate_on_start: false, ..config.clone() }).await?;
-    let names = KeyNames::hidden(key, &fingerprints(config, &*store).await?);
+    let names = KeyNames::hidden(key, &fingerprints(config, &store).await?);
     store.close().await;
     Ok(names)
 }
 
 /// What makes the fingerprints of this database. The first process on it makes their key.
-async fn fingerprints(config: &StoreConfig, store: &dyn Store) -> anyhow::Result<Fingerprints> {
+async fn fingerprints(config: &StoreConfig, store: &Store) -> anyhow::Result<Fingerprints> {
     let mut fresh = [0; 32];
     rand::rng().fill_bytes(&mut fresh);
     let key = patiently(config, || store.fingerprint_key(fresh)).await;
     Ok(Fingerprints::new(&key.context("cannot read the key of fingerprints")?))
 }
 
-async fn open_store(config: &StoreConfig) -> anyhow::Result<Arc<dyn Store>> {
-    let url = config.url.as_ref().context("no store is configured: set store.url or DATABASE_URL")?;
-    let store: Arc<dyn Store> = match BackendKind::of(url.expose_secret())? {
-        BackendKind::Postgres => {
-            let store = PostgresStore::connect(config).await?;
-            if config.migrate_on_start {
-                patiently(config, || store.migrate()).await?;
-            }
-            Arc::new(store)
-        }
-        BackendKind::Sqlite => {
-            let store = SqliteStore::open(config).await?;
-            if config.migrate_on_start {
-                store.migrate().await?;
-            }
-            Arc::new(store)
-        }
-    };
+async fn open_store(config: &StoreConfig) -> anyhow::Result<Arc<Store>> {
+    config.url.as_ref().context("no store is configured: set store.url or DATABASE_URL")?;
+    let store = Store::open(config).await?;
+    if config.migrate_on_start {
+        patiently(config, || store.migrate()).await?;
+    }
     patiently(config, || store.ready()).await?;
-    Ok(match config.transcript {
-        Transcript::On => store,
-        Transcript::Off => Arc::new(Discreet::new(store)),
-    })
+    Ok(Arc::new(store))
 }
 
 /// Does a step of the start. A database that goes away meanwhile is waited for like one that is not up yet.
@@ -354,14 +337,6 @@ fn upstreams(config: &Config) -> anyhow::Result<BTreeMap<String, Arc<dyn Upstrea
 fn breakers(config: &Config) -> BTreeMap<String, Arc<Breaker>> {
     let breaker = |(name, upstream): (&String, _)| (name.clone(), Arc::new(Breaker::new(name, upstream)));
     config.upstreams.iter().map(breaker).collect()
-}
-
-/// The way of messages and ends of runs into the store: for as many at once as there are connections. It is no overload if
-/// no more are on their way than that, nor than keep the processors busy.
-fn gate(config: &Config) -> Gate {
-    let connections = usize::try_from(config.store.max_connections).unwrap_or(usize::MAX);
-    let processors = std::thread::available_parallelism().map_or(1, usize::from);
-    Gate::new(connections, config.runs.shed_load.then_some(connections.min(8 * processors)))
 }
 
 /// The names of the upstreams of which something holds.
@@ -427,12 +402,7 @@ mod tests {
         let header = (
             prop::sample::select(
                 &[
-                    "prefer",
-                    "last-event-id",
-                    "idempotency-key",
-                    "authorization",
-                    "accept",
-                    "x-request-id",
+                    "prefer", "last-event-id", "idempotency-key", "authorization", "accept", "x-request-id",
                     "origin",
                 ][..],
             ),

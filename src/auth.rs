@@ -28,7 +28,7 @@ const REFRESH: Duration = Duration::from_secs(2);
 pub struct Auth {
     keys: Keyring,
     /// Where further keys are recorded, if any are.
-    recorded: Option<Arc<dyn Store>>,
+    recorded: Option<Arc<Store>>,
     /// Verifies the tokens of an issuer, if there is one.
     tokens: Option<JwtVerifier>,
     is_open: bool,
@@ -39,7 +39,7 @@ impl Auth {
     /// The issuer's keys are of no use.
     pub fn new(
         config: &AuthConfig,
-        store: Arc<dyn Store>,
+        store: Arc<Store>,
         fingerprints: &Fingerprints,
     ) -> Result<Self, JwtSetupError> {
         let verifier = |config| JwtVerifier::new(config, fingerprints.clone());

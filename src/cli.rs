@@ -30,6 +30,7 @@ pub enum Command {
     Keys(KeysArgs),
     Fingerprint(FingerprintArgs),
     CheckConfig(CheckConfigArgs),
+    Sql(SqlArgs),
     Health(HealthArgs),
 }
 
@@ -256,6 +257,27 @@ pub struct CheckConfigArgs {
     pub probe: bool,
 }
 
+/// Print the statements that the database is sent, to be pasted into psql or sqlite3.
+///
+/// `$1`, `$2`, … are parameters; a line before the statement says what they are. In psql put `PREPARE x AS` before it, for
+/// example. Each begins with its name, under which `pg_stat_statements`, errors and spans show it. The functions that some
+/// call are printed with them.
+#[derive(Args, Clone, Debug)]
+#[command(after_help = "\
+Examples:
+  threadkeeper sql
+  threadkeeper sql admission.admit
+  threadkeeper sql --engine sqlite finish.finish")]
+pub struct SqlArgs {
+    /// The name of a statement, or the first part of some. All, if it is left out.
+    #[arg(value_name = "NAME", default_value = "")]
+    pub name: String,
+    /// Which database.
+    #[arg(long, value_name = "ENGINE", default_value = "postgres",
+        value_parser = PossibleValuesParser::new(["postgres", "sqlite"]))]
+    pub engine: String,
+}
+
 /// Ask the gateway on this machine whether it lives, for the container's health check.
 ///
 /// The exit code is 0 if `/healthz` of the configured listen address answers 200 within a few seconds. Of the configuration
@@ -315,17 +337,8 @@ mod tests {
         assert_eq!(
             names,
             [
-                "dev",
-                "serve",
-                "simulate",
-                "migrate",
-                "export",
-                "import",
-                "keys",
-                "fingerprint",
-                "check-config",
-                "health",
-                "help"
+                "dev", "serve", "simulate", "migrate", "export", "import", "keys", "fingerprint",
+                "check-config", "sql", "health", "help"
             ]
         );
         for command in cli.get_subcommands_mut().filter(|command| command.get_name() != "help") {

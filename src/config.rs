@@ -71,6 +71,7 @@ pub struct ServerConfig {
     pub cors_origins: Vec<String>,
     /// Where callers reach the gateway, such as `https://chat.example.com/chat-api`, if a proxy takes a prefix away: links
     /// begin with its path.
+    #[serde(deserialize_with = "upstreams::optional_url")]
     pub public_url: Option<Url>,
     /// Proxies whose `X-Forwarded-For` and `X-Forwarded-Prefix` are believed.
     pub trusted_proxies: Vec<Network>,
@@ -132,6 +133,10 @@ pub struct StoreConfig {
     /// Longest wait for a free connection.
     #[serde(with = "humantime_serde")]
     pub acquire_timeout: Duration,
+    /// How long a message may wait before it is sent to the database, behind those of others. One that waits for longer, or
+    /// would, is refused.
+    #[serde(with = "humantime_serde")]
+    pub max_wait: Duration,
     /// How long `serve` waits at start for a database that is not up yet.
     #[serde(with = "humantime_serde")]
     pub startup_timeout: Duration,
@@ -208,9 +213,6 @@ pub struct RunsConfig {
     pub max_runs: NonZeroUsize,
     /// Of these, for each tenant.
     pub max_runs_per_tenant: Option<NonZeroUsize>,
-    /// Refuse messages that would wait for long, when more keep arriving than can be recorded. Off: it refuses ordinary
-    /// load too, as soon as more callers wait than there are connections.
-    pub shed_load: bool,
     /// Further tries of a request that the upstream provably did not take: no connection, a rate limit, or a failure
     /// after which it has no trace of the request.
     pub max_retries: u32,
@@ -394,6 +396,7 @@ impl Default for StoreConfig {
             direct_url_file: None,
             max_connections: 16,
             acquire_timeout: Duration::from_secs(5),
+            max_wait: Duration::from_secs(2),
             startup_timeout: Duration::from_secs(30),
             migrate_on_start: true,
             transcript: Transcript::On,
@@ -417,7 +420,6 @@ impl Default for RunsConfig {
             max_queue_bytes: 64 * 1024 * 1024,
             max_runs: NonZeroUsize::new(10_000).unwrap_or(NonZeroUsize::MAX),
             max_runs_per_tenant: None,
-            shed_load: false,
             max_retries: 3,
             settle_timeout: Duration::from_secs(10),
             max_reply_bytes: 4 * 1024 * 1024,
@@ -542,13 +544,7 @@ mod tests {
     fn the_examples_hold_together_and_state_the_defaults_of_their_fields() {
         // Of two settings that exclude each other the one is taken out, and a key in ASCII put in.
         let text = [
-            "api_key_file",
-            "url_file",
-            "direct_url_file",
-            "key_file",
-            "sha256",
-            "secret",
-            "public_key_file",
+            "api_key_file", "url_file", "direct_url_file", "key_file", "sha256", "secret", "public_key_file",
         ]
         .iter()
         .fold(with_examples(), |text, name| text.replace(&format!("\n{name}"), "\n#"));

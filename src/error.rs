@@ -134,6 +134,7 @@ impl From<StoreError> for Error {
     fn from(error: StoreError) -> Self {
         match error {
             StoreError::Unavailable(_) => Self::StoreUnavailable(Some(error)),
+            StoreError::Overloaded => Self::Overloaded,
             StoreError::UnknownCursor => Self::Invalid(
                 "`after` or `before` names nothing in this list; drop it to start over".to_owned(),
             ),

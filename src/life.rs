@@ -30,7 +30,7 @@ pub struct Keeper {
 
 /// What a [`Keeper`] is made of.
 pub struct KeeperParts {
-    pub store: Arc<dyn Store>,
+    pub store: Arc<Store>,
     pub upstreams: BTreeMap<String, Arc<dyn Upstream>>,
     pub runs: Runs,
     pub fingerprints: Fingerprints,
@@ -70,8 +70,8 @@ impl Keeper {
         Self { parts: Arc::new(Parts { given, pace, pruning, nudge: Notify::new() }) }
     }
 
-    fn store(&self) -> &dyn Store {
-        &*self.parts.given.store
+    fn store(&self) -> &Store {
+        &self.parts.given.store
     }
 }
 

@@ -6,15 +6,13 @@
 //! gives it up and wakes whoever is next. A line vanishes with its last place.
 //!
 //! A key may have runs on several threads: the one before has expired or is being deleted, and its run goes on. The
-//! store tells with each record which thread the run is on. That is the place's *lane*, and a place waits only for
-//! those before it in its own lane, and for those of which the lane is not known yet.
+//! store tells with each record which thread the run is on. That is the place's *track*, and a place waits only for
+//! those before it in its own track, and for those of which the track is not known yet.
 //!
 //! Between processes the store's unique index holds the same promise; this line keeps waiting runs off it.
 
 mod budget;
-mod gate;
 mod seats;
-mod width;
 
 use std::collections::{HashMap, VecDeque};
 use std::fmt;
@@ -24,10 +22,9 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll, Waker};
 
 pub use budget::{Budget, Share};
-pub use gate::{Gate, Overrun, Pass, Turn};
 pub use seats::{NoSeat, Seat, Seats};
 
-/// The lines of all keys `K`, in lanes `L`. Clones share them.
+/// The lines of all keys `K`, in tracks `L`. Clones share them.
 pub struct LockMap<K, L> {
     lines: Lines<K, L>,
     max_waiting: usize,
@@ -64,13 +61,13 @@ impl<K: Clone + Eq + Hash, L: Copy + Eq> LockMap<K, L> {
         self.join_at(key, |line| line.places.iter().take_while(|slot| slot.started).count())
     }
 
-    /// All that were in one lane of the key's line are in another one now.
+    /// All that were in one track of the key's line are in another one now.
     pub fn moved(&self, key: &K, from: L, to: L) {
         let mut lines = lock(&self.lines);
         let Some(line) = lines.get_mut(key) else { return };
-        // Nobody gets free by it: those before a place in its old lane are before it in the new one.
-        for slot in line.places.iter_mut().filter(|slot| slot.lane == Some(from)) {
-            slot.lane = Some(to);
+        // Nobody gets free by it: those before a place in its old track are before it in the new one.
+        for slot in line.places.iter_mut().filter(|slot| slot.track == Some(from)) {
+            slot.track = Some(to);
         }
     }
 
@@ -103,7 +100,7 @@ impl<K: Clone + Eq + Hash, L: Copy + Eq> LockMap<K, L> {
         let ticket = line.next_ticket;
         line.next_ticket += 1;
         let at = at(line);
-        line.places.insert(at, Slot { ticket, lane: None, started: false, waker: None });
+        line.places.insert(at, Slot { ticket, track: None, started: false, waker: None });
         Place { lines: Arc::clone(&self.lines), key, ticket }
     }
 }
@@ -120,7 +117,7 @@ impl<K, L> fmt::Debug for LockMap<K, L> {
     }
 }
 
-/// A place in a line. Once [`turn`](Self::turn) has returned it is the first of its lane; it stays so until it is dropped if
+/// A place in a line. Once [`turn`](Self::turn) has returned it is the first of its track; it stays so until it is dropped if
 /// it [started](Self::started), else until one comes that goes next.
 #[must_use = "dropping a place gives it up"]
 pub struct Place<K: Eq + Hash, L: Copy + Eq> {
@@ -136,17 +133,17 @@ impl<K: Eq + Hash, L: Copy + Eq> Place<K, L> {
         poll_fn(|cx| self.poll(cx, |line, ticket| line.first_unrecorded() == Some(ticket))).await;
     }
 
-    /// Says that the run of this place is recorded, and in which lane: the next in line may record its own.
-    pub fn recorded(&mut self, lane: L) {
+    /// Says that the run of this place is recorded, and in which track: the next in line may record its own.
+    pub fn recorded(&mut self, track: L) {
         self.change(|line| {
             if let Some(slot) = line.slot(self.ticket) {
-                slot.lane = Some(lane);
+                slot.track = Some(track);
             }
         });
     }
 
     /// Says that the run of this place has started: nobody goes before it any more. The store starts one at a time, so
-    /// this one is the first of its lane from now on, even if another has gone before it in the meantime.
+    /// this one is the first of its track from now on, even if another has gone before it in the meantime.
     pub fn started(&mut self) {
         self.change(|line| {
             let Some(at) = line.places.iter().position(|slot| slot.ticket == self.ticket) else { return };
@@ -157,7 +154,7 @@ impl<K: Eq + Hash, L: Copy + Eq> Place<K, L> {
         });
     }
 
-    /// Waits until this place is the first of its lane, and the lanes of all before it are known. May be dropped and called
+    /// Waits until this place is the first of its track, and the tracks of all before it are known. May be dropped and called
     /// again.
     pub async fn turn(&mut self) {
         poll_fn(|cx| self.poll(cx, Line::has_turn)).await;
@@ -212,7 +209,7 @@ struct Line<L> {
 struct Slot<L> {
     ticket: u64,
     /// `None`: not recorded yet.
-    lane: Option<L>,
+    track: Option<L>,
     started: bool,
     waker: Option<Waker>,
 }
@@ -229,27 +226,27 @@ impl<L: Copy + Eq> Line<L> {
     }
 
     fn first_unrecorded(&self) -> Option<u64> {
-        self.places.iter().filter(|slot| slot.lane.is_none()).map(|slot| slot.ticket).min()
+        self.places.iter().filter(|slot| slot.track.is_none()).map(|slot| slot.ticket).min()
     }
 
     fn has_turn(&self, ticket: u64) -> bool {
         let Some(at) = self.places.iter().position(|slot| slot.ticket == ticket) else { return true };
-        let lane = self.places[at].lane;
-        self.places.iter().take(at).all(|before| before.lane.is_some() && before.lane != lane)
+        let track = self.places[at].track;
+        self.places.iter().take(at).all(|before| before.track.is_some() && before.track != track)
     }
 
-    /// The wakers of the places that a change can have set free: the first of each lane, and the oldest unrecorded. Waking
+    /// The wakers of the places that a change can have set free: the first of each track, and the oldest unrecorded. Waking
     /// one that may not go yet is harmless: it asks again.
     fn take_free(&mut self) -> Vec<Waker> {
         let recorder = self.first_unrecorded().and_then(|ticket| self.slot(ticket)?.waker.take());
         let mut woken = Vec::from_iter(recorder);
         // Nearly always there is one.
-        let mut lanes = Vec::new();
+        let mut tracks = Vec::new();
         for slot in &mut self.places {
             // Behind one that is not recorded yet nobody has a turn.
-            let Some(lane) = slot.lane else { break };
-            if !lanes.contains(&lane) {
-                lanes.push(lane);
+            let Some(track) = slot.track else { break };
+            if !tracks.contains(&track) {
+                tracks.push(track);
                 woken.extend(slot.waker.take());
             }
         }

@@ -14,6 +14,7 @@ use threadkeeper::app::{self, App};
 use threadkeeper::auth::KEY_PREFIX;
 use threadkeeper::cli::{
     Cli, Command, ConfigArgs, DevArgs, ExportArgs, FingerprintArgs, ImportArgs, KeysCommand, SimulateArgs,
+    SqlArgs,
 };
 use threadkeeper::config::{
     Config, ConfigFile, LogConfig, LogFormat, Sources, StoreConfig, USUAL_FILE, utf8_variables,
@@ -21,12 +22,18 @@ use threadkeeper::config::{
 use threadkeeper::domain::{ConversationKey, Scope, SessionKey, TenantKey, TopicKey, UserKey};
 use threadkeeper::error::Chain;
 use threadkeeper::simulator::Simulator;
-use threadkeeper::store::StoredKey;
+use threadkeeper::store::{Engine, StoredKey, functions_called_by, statements};
 use threadkeeper::upstream::{Finding, Probe, Verdict, probe};
 use threadkeeper::{dev, health, telemetry};
+use tikv_jemallocator::Jemalloc;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
+
+/// A turn's memory is taken on one thread and often freed on another. This allocator does that with less work than the C
+/// library's, and gives back what a large answer needed.
+#[global_allocator]
+static ALLOCATOR: Jemalloc = Jemalloc;
 
 /// The settings of commands that work on the store alone.
 const OF_THE_STORE: [&str; 2] = ["store", "log"];
@@ -87,8 +94,40 @@ async fn run(command: Command) -> anyhow::Result<()> {
             writeln!(Output::new(), "the configuration is sound")?;
             if args.probe { probe_upstreams(&config).await } else { Ok(()) }
         }
+        Command::Sql(args) => print_sql(&args),
         Command::Health(args) => health::check(Config::load_listen(sources(args.config, args.listen))?),
     }
+}
+
+/// Prints what an engine is sent.
+fn print_sql(args: &SqlArgs) -> anyhow::Result<()> {
+    let engine = if args.engine == "sqlite" { Engine::Sqlite } else { Engine::Postgres };
+    let mut out = Output::new();
+    let mut found = statements(engine).filter(|it| it.name.starts_with(&args.name)).peekable();
+    anyhow::ensure!(
+        found.peek().is_some(),
+        "no statement of {} is called `{}`: `threadkeeper sql --engine {}` prints them all",
+        args.engine,
+        args.name,
+        args.engine
+    );
+    for statement in found {
+        let parameters = statement.parameters.iter().zip(1..).map(|(name, n)| format!("${n} {name}"));
+        let parameters: Vec<String> = parameters.collect();
+        if !parameters.is_empty() {
+            writeln!(out, "-- {}", parameters.join(", "))?;
+        }
+        writeln!(out, "{};\n", statement.sql)?;
+        if engine == Engine::Postgres {
+            for definition in functions_called_by(&statement.sql) {
+                writeln!(
+                    out,
+                    "-- The function that it calls; `threadkeeper migrate` makes it.\n{definition};\n"
+                )?;
+            }
+        }
+    }
+    Ok(())
 }
 
 /// Prints a line for each capability of each upstream.

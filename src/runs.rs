@@ -22,10 +22,12 @@ mod standing;
 mod takeover;
 mod tools;
 mod turn;
+mod unstored;
 mod work;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
+use std::mem;
 use std::num::NonZeroUsize;
 use std::sync::Arc;
 use std::time::Duration;
@@ -41,11 +43,11 @@ use tracing::{Instrument, Span};
 use crate::config::{AssistantConfig, RunsConfig, SessionsConfig, ThreadsConfig, TtlFrom};
 use crate::domain::{
     ConversationKey, Fingerprints, Lifetimes, Message, MessageId, Metadata, MultitaskStrategy, NewLife, Page,
-    PageRequest, ReplicaId, Run, RunId, Scope, TenantKey, Thread, ThreadActivity, ThreadId, Timestamp, Ttl,
-    UserContent, UserKey,
+    PageRequest, RemnantId, ReplicaId, Run, RunId, Scope, TenantKey, Thread, ThreadActivity, ThreadId,
+    Timestamp, Ttl, UserContent, UserKey,
 };
 use crate::error::{Error, TooOften};
-use crate::locks::{Gate, LockMap, NoSeat, QueueFull, Seats, Share};
+use crate::locks::{LockMap, NoSeat, QueueFull, Seats, Share};
 use crate::records;
 use crate::store::{
     Admission, Idempotency, InputMessage, Repeated, Store, StoreError, ThreadFilter, ThreadName,
@@ -62,7 +64,7 @@ pub use reconcile::{Differences, Unverified, Verified};
 pub use rollover::Renewed;
 use standing::Standing;
 pub use tools::NewOutputs;
-use turn::{Held, Taken};
+use turn::Held;
 
 /// Threads and runs of this replica. Clones share everything.
 #[derive(Clone)]
@@ -72,7 +74,7 @@ pub struct Runs {
 
 /// What [`Runs`] is made of.
 pub struct RunsParts {
-    pub store: Arc<dyn Store>,
+    pub store: Arc<Store>,
     pub upstreams: BTreeMap<String, Arc<dyn Upstream>>,
     /// By the names of the upstreams; without one, requests always pass.
     pub breakers: BTreeMap<String, Arc<Breaker>>,
@@ -88,8 +90,6 @@ pub struct RunsParts {
     /// Names of the upstreams that are told keys in clear; the others are told fingerprints.
     pub told_keys: BTreeSet<String>,
     pub fingerprints: Fingerprints,
-    /// For messages on their way into the store, and ends of runs.
-    pub gate: Gate,
     /// Longest wait for the runs before a new one to be recorded.
     pub admission_timeout: Duration,
     pub replica: ReplicaId,
@@ -174,46 +174,23 @@ impl Runs {
     /// becomes of the caller; if this future is dropped, the message may or may not have been admitted.
     ///
     /// A message whose idempotency key was used before, with the same request, gets the run of then.
-    pub async fn submit(&self, key: ConversationKey, new: NewMessage) -> Result<Submitted, Error> {
+    pub async fn submit(&self, key: ConversationKey, mut new: NewMessage) -> Result<Submitted, Error> {
         let parts = &self.parts.given;
         // Keeps a stop from finding no task between this check and the spawn below.
         let _token = parts.tasks.token();
         self.takes_work()?;
-        let pass = parts.gate.enter().map_err(|_| Error::Overloaded)?;
         let (name, assistant) = self.assistant(new.assistant.as_deref(), new.by_user)?;
         let run_timeout = new.timeout.or(assistant.timeout).unwrap_or(parts.runs.timeout);
         if run_timeout.is_zero() || run_timeout > parts.runs.max_timeout {
             let max = parts.runs.max_timeout.as_millis();
             return Err(Error::Invalid(format!("`timeout_ms` must be between 1 and {max}")));
         }
-        if let Some(earlier) = self.repeated(&key, new.idempotency.as_ref()).await? {
-            return Ok(earlier);
-        }
-        if let Some(too_often) = new.only_repeats {
-            return Err(too_often.into());
-        }
-        self.is_reachable(&assistant.upstream)?;
-        let seat = self.parts.seats.take(&key.tenant).map_err(|none| match none {
-            NoSeat::Full => Error::Overloaded,
-            NoSeat::KeyFull(limit) => Error::TooManyRuns { limit },
-        })?;
-        let bytes = new.content.size();
-        let queued = self.parts.waiting.take_many(&key, bytes).map_err(|_| match new.strategy {
-            MultitaskStrategy::Reject => Error::ThreadBusy,
-            _ => Error::QueueBytesFull { limit: parts.runs.max_queue_bytes },
-        })?;
-        let full = |full: QueueFull| Error::QueueFull { limit: full.max_waiting };
-        let locks = &self.parts.locks;
-        let place = match new.strategy {
-            MultitaskStrategy::Enqueue | MultitaskStrategy::Merge => locks.join(key.clone()).map_err(full)?,
-            MultitaskStrategy::Interrupt | MultitaskStrategy::Rollback => {
-                locks.join_next(key.clone()).map_err(full)?
-            }
-            // Whether the thread is idle is for the store to say: it may be another one than those in line are on, and what
-            // makes it busy may be an earlier copy of this request.
-            MultitaskStrategy::Reject => locks.join(key.clone()).map_err(|_| Error::ThreadBusy)?,
+        let held = match self.hold(&key, &mut new, &assistant.upstream) {
+            Ok(held) => held,
+            // What was taken before is told again, however busy this replica is.
+            Err(refused) => return self.repeated(&key, new.idempotency.as_ref()).await?.ok_or(refused),
         };
-        let mut admission = Admission {
+        let admission = Admission {
             new_thread: ThreadId::new(),
             limits: parts.lifetimes.of(&key.scope),
             ttl: new.ttl.map(|ttl| self.ttl(&key, ttl)).transpose()?,
@@ -226,24 +203,55 @@ impl Runs {
             message: InputMessage { id: MessageId::new(), content: new.content.into_parts() },
             timeout: run_timeout,
             replica: parts.replica,
+            intent: self.needs_thread(&assistant.upstream).then(RemnantId::new),
             idempotency: new.idempotency.clone(),
+            idempotency_ttl: parts.runs.idempotency_ttl,
         };
-        if admission.strategy == MultitaskStrategy::Merge {
-            // It makes no run by which it could be told whether it was taken.
-            admission.idempotency.get_or_insert_with(own_key);
-        }
         // From here on the work belongs to a task: a caller that leaves must not leave a recorded run undone.
         let (answer, answered) = oneshot::channel();
         let working = self.parts.standing.begins(admission.run_id, new.cancel);
-        let held = Held { place, seat, queued, share: new.share, pass };
-        parts.tasks.spawn(turn::conduct(self.clone(), working, held, admission, answer).in_current_span());
-        match answered.await.unwrap_or(Err(Error::Internal(None)))? {
-            Taken::Run(submitted) => Ok(*submitted),
-            // Another request with the key was faster.
-            Taken::Repeated => {
-                self.repeated(&key, new.idempotency.as_ref()).await?.ok_or(Error::StoreUnavailable(None))
+        parts
+            .tasks
+            .spawn(turn::conduct(self.clone(), working, held, Arc::new(admission), answer).in_current_span());
+        match answered.await.unwrap_or(Err(Error::Internal(None))) {
+            // Nothing of it was recorded, so its key stands for an earlier one or for nothing.
+            Err(refused @ (Error::Overloaded | Error::StoreUnavailable(None))) => {
+                self.repeated(&key, new.idempotency.as_ref()).await?.ok_or(refused)
             }
+            answered => answered,
         }
+    }
+
+    /// What a message needs on its way to its run.
+    ///
+    /// # Errors
+    /// There is no room for it, or it may not come now.
+    fn hold(&self, key: &ConversationKey, new: &mut NewMessage, upstream: &str) -> Result<Held, Error> {
+        if let Some(too_often) = new.only_repeats {
+            return Err(too_often.into());
+        }
+        self.is_reachable(upstream)?;
+        let seat = self.parts.seats.take(&key.tenant).map_err(|none| match none {
+            NoSeat::Full => Error::Overloaded,
+            NoSeat::KeyFull(limit) => Error::TooManyRuns { limit },
+        })?;
+        let bytes = new.content.size();
+        let queued = self.parts.waiting.take_many(key, bytes).map_err(|_| match new.strategy {
+            MultitaskStrategy::Reject => Error::ThreadBusy,
+            _ => Error::QueueBytesFull { limit: self.parts.given.runs.max_queue_bytes },
+        })?;
+        let full = |full: QueueFull| Error::QueueFull { limit: full.max_waiting };
+        let locks = &self.parts.locks;
+        let place = match new.strategy {
+            MultitaskStrategy::Enqueue | MultitaskStrategy::Merge => locks.join(key.clone()).map_err(full)?,
+            MultitaskStrategy::Interrupt | MultitaskStrategy::Rollback => {
+                locks.join_next(key.clone()).map_err(full)?
+            }
+            // Whether the thread is idle is for the store to say: it may be another one than those in line are on, and what
+            // makes it busy may be an earlier copy of this request.
+            MultitaskStrategy::Reject => locks.join(key.clone()).map_err(|_| Error::ThreadBusy)?,
+        };
+        Ok(Held { place, seat, queued, share: mem::take(&mut new.share) })
     }
 
     /// The assistant of this name, or the default one, as far as it may be chosen. One that may not be is answered like one
@@ -319,11 +327,15 @@ impl Runs {
     ) -> Result<Option<Repeated>, Error> {
         let Some(used) = idempotency else { return Ok(None) };
         let remember = self.parts.given.runs.idempotency_ttl;
-        let earlier = self.store().repeated(key, &used.key, remember).await?;
-        match earlier {
-            Some(earlier) if earlier.request_hash != used.request_hash => Err(Error::IdempotencyMismatch),
-            earlier => Ok(earlier),
+        let mut earlier = self.store().repeated(key, &used.key, remember).await?;
+        match &mut earlier {
+            Some(earlier) if earlier.request_hash != used.request_hash => {
+                return Err(Error::IdempotencyMismatch);
+            }
+            Some(earlier) => self.parts.standing.give_arguments(&mut earlier.run),
+            None => {}
         }
+        Ok(earlier)
     }
 
     /// This replica takes new work.
@@ -345,9 +357,14 @@ impl Runs {
         }
     }
 
+    /// Conversations have a thread of their own at this upstream.
+    fn needs_thread(&self, upstream: &str) -> bool {
+        self.parts.given.upstreams.get(upstream).is_some_and(|upstream| upstream.capabilities().has_threads)
+    }
+
     /// A thread and what it is doing.
     pub async fn thread(&self, name: ThreadName<'_>) -> Result<ThreadReport, Error> {
-        self.store().report(name).await?.ok_or(NO_THREAD)
+        Ok(self.with_arguments(self.store().report(name).await?.ok_or(NO_THREAD)?))
     }
 
     /// A page of threads, by age.
@@ -385,12 +402,19 @@ impl Runs {
 
     /// A page of the current thread's runs.
     pub async fn runs(&self, key: &ConversationKey, page: &PageRequest<RunId>) -> Result<Page<Run>, Error> {
-        self.store().runs(key, page).await?.ok_or(NO_THREAD)
+        let mut page = self.store().runs(key, page).await?.ok_or(NO_THREAD)?;
+        for run in &mut page.data {
+            self.parts.standing.give_arguments(run);
+        }
+        Ok(page)
     }
 
     /// One run and its reply, if it has one.
     pub async fn run(&self, key: &ConversationKey, id: RunId) -> Result<(Run, Option<Message>), Error> {
-        self.store().run(key, id).await?.ok_or(Error::NotFound("this conversation has no such run"))
+        let found = self.store().run(key, id).await?;
+        let (mut run, message) = found.ok_or(Error::NotFound("this conversation has no such run"))?;
+        self.parts.standing.give_arguments(&mut run);
+        Ok((run, message))
     }
 
     /// Runs that tasks of this process work on, and conversations with somebody in line.
@@ -415,8 +439,8 @@ impl Runs {
         Ok(())
     }
 
-    fn store(&self) -> &dyn Store {
-        &*self.parts.given.store
+    fn store(&self) -> &Store {
+        &self.parts.given.store
     }
 }
 
@@ -442,12 +466,6 @@ fn span_of(run: RunId, key: &ConversationKey, fingerprints: &Fingerprints) -> Sp
 }
 
 const NO_THREAD: Error = Error::NotFound("this key has no conversation yet; post a message to start one");
-
-/// A key for a request that has none of its caller's, by which it can be told what became of it if the answer is lost.
-/// No caller's key has a blank.
-fn own_key() -> Idempotency {
-    Idempotency { key: format!("own {}", MessageId::new()), request_hash: [0; 32] }
-}
 
 /// Between half of `pause` and all of it.
 fn jittered(pause: Duration) -> Duration {

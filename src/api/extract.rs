@@ -386,18 +386,8 @@ mod tests {
     const WORDS: Words = Words {
         texts: &["text", "image_url", "refusal", "enqueue", "rollback", "continue", "\0", "threadkeeper_x"],
         keys: &[
-            "content",
-            "type",
-            "text",
-            "metadata",
-            "stream",
-            "timeout_ms",
-            "ttl_ms",
-            "tool_outputs",
-            "output",
-            "tool_call_id",
-            "assistant",
-            "multitask_strategy",
+            "content", "type", "text", "metadata", "stream", "timeout_ms", "ttl_ms", "tool_outputs",
+            "output", "tool_call_id", "assistant", "multitask_strategy",
         ],
     };
 

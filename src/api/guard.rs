@@ -1,6 +1,6 @@
 //! Who may use which route.
 
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use axum::extract::{Extension, FromRequestParts, Request};
 use axum::http::HeaderMap;
@@ -13,6 +13,7 @@ use super::AppState;
 use super::extract::path_params;
 use super::keys::{Named, Place};
 use super::limits::Counted;
+use super::openapi::Doc;
 use super::turn::REPLAYED;
 use crate::domain::{Access, Principal};
 use crate::error::{Error, TooOften};
@@ -30,8 +31,47 @@ pub(super) struct Asks {
     pub(super) needs: Access,
     pub(super) counted: Counted,
     pub(super) keys: Place,
-    /// The parameters that its query may have.
-    pub(super) query: Arc<[String]>,
+    pub(super) query: Query,
+}
+
+/// The parameters that a route's query may have.
+///
+/// They are read out of the route's description, which takes a while to make. So that waits for the first query.
+#[derive(Clone, Debug)]
+pub(super) struct Query {
+    describe: fn() -> Doc,
+    names: Arc<OnceLock<Vec<String>>>,
+}
+
+impl Query {
+    pub(super) fn of(describe: fn() -> Doc) -> Self {
+        Self { describe, names: Arc::default() }
+    }
+
+    /// Refuses what nobody would heed: it may be what keeps a request from doing harm, or a piece of a key.
+    fn check(&self, query: &str) -> Result<(), Error> {
+        let mut seen = Vec::new();
+        for (name, _) in url::form_urlencoded::parse(query.as_bytes()) {
+            let known = self.names.get_or_init(|| (self.describe)().query_names());
+            if !known.iter().any(|it| *it == name) {
+                let name = name.chars().take(SHOWN).collect::<String>();
+                let known = known.iter().map(|it| format!("`{it}`")).collect::<Vec<_>>().join(", ");
+                let known = if known.is_empty() {
+                    "this request takes none".to_owned()
+                } else {
+                    format!("this request takes {known}")
+                };
+                return Err(Error::Malformed(format!(
+                    "there is no query parameter `{name}` here: {known} (a `?` within a key is written `%3F`)"
+                )));
+            }
+            if seen.contains(&name) {
+                return Err(Error::Malformed(format!("the query parameter `{name}` is given twice")));
+            }
+            seen.push(name);
+        }
+        Ok(())
+    }
 }
 
 /// Lets a request through whose caller may do what the route is for, and which asks for nothing that the route does not
@@ -72,7 +112,7 @@ pub(super) async fn guard(
         }
     }
     let asked = refused.map_or(named, |too_often| Err(too_often.into())).and_then(|named| {
-        check_query(parts.uri.query().unwrap_or_default(), &query)?;
+        query.check(parts.uri.query().unwrap_or_default())?;
         Ok(named)
     });
     let mut response = match asked {
@@ -114,30 +154,6 @@ async fn named(place: Place, parts: &mut Parts, limit: usize) -> Result<Option<N
         _ => None,
     };
     Named::read(place, params.as_ref(), &parts.headers, limit)
-}
-
-/// Refuses what nobody would heed: it may be what keeps a request from doing harm, or a piece of a key.
-fn check_query(query: &str, known: &[String]) -> Result<(), Error> {
-    let mut seen = Vec::new();
-    for (name, _) in url::form_urlencoded::parse(query.as_bytes()) {
-        if !known.iter().any(|it| *it == name) {
-            let name = name.chars().take(SHOWN).collect::<String>();
-            let known = known.iter().map(|it| format!("`{it}`")).collect::<Vec<_>>().join(", ");
-            let known = if known.is_empty() {
-                "this request takes none".to_owned()
-            } else {
-                format!("this request takes {known}")
-            };
-            return Err(Error::Malformed(format!(
-                "there is no query parameter `{name}` here: {known} (a `?` within a key is written `%3F`)"
-            )));
-        }
-        if seen.contains(&name) {
-            return Err(Error::Malformed(format!("the query parameter `{name}` is given twice")));
-        }
-        seen.push(name);
-    }
-    Ok(())
 }
 
 /// What stands behind `Bearer`, if anything does.

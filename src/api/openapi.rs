@@ -279,11 +279,7 @@ impl Document {
         kinds.push(INTERNAL);
         if route.needs.is_some() {
             kinds.extend([
-                INVALID_REQUEST,
-                UNAUTHENTICATED,
-                FORBIDDEN,
-                RATE_LIMITED,
-                ISSUER_UNAVAILABLE,
+                INVALID_REQUEST, UNAUTHENTICATED, FORBIDDEN, RATE_LIMITED, ISSUER_UNAVAILABLE,
                 STORE_UNAVAILABLE,
             ]);
         }

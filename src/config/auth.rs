@@ -5,11 +5,11 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use secrecy::{ExposeSecret, SecretString};
-use serde::{Deserialize, Deserializer};
+use serde::Deserialize;
 use url::{Host, Url};
 
 use super::check::Checker;
-use super::upstreams::url_without_echo;
+use super::upstreams::optional_url;
 use crate::domain::{Access, TenantKey};
 
 /// Clocks that are further apart than this want mending, not patience.
@@ -261,10 +261,6 @@ fn is_safe(url: &Url) -> bool {
     };
     let has_credentials = !url.username().is_empty() || url.password().is_some();
     !has_credentials && (url.scheme() == "https" || (url.scheme() == "http" && is_here))
-}
-
-fn optional_url<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Url>, D::Error> {
-    url_without_echo(deserializer).map(Some)
 }
 
 #[cfg(test)]

@@ -20,45 +20,20 @@ const SMALLEST_HEAD: usize = 8 * 1024;
 const ENDPOINTS: [&str; 4] = ["/responses", "/conversations", "/threads", "/chat/completions"];
 /// Headers that the HTTP library or the adapter writes itself.
 const OWN_HEADERS: [&str; 12] = [
-    "accept",
-    "connection",
-    "content-length",
-    "content-type",
-    "expect",
-    "host",
-    "keep-alive",
-    "proxy-connection",
-    "te",
-    "trailer",
-    "transfer-encoding",
-    "upgrade",
+    "accept", "connection", "content-length", "content-type", "expect", "host", "keep-alive",
+    "proxy-connection", "te", "trailer", "transfer-encoding", "upgrade",
 ];
 
 /// Fields of the run's request that the gateway writes: they cannot be among an assistant's `parameters`.
 pub const fn reserved_parameters(kind: UpstreamKind) -> &'static [&'static str] {
     match kind {
         UpstreamKind::Assistants => &[
-            "additional_messages",
-            "assistant_id",
-            "instructions",
-            "metadata",
-            "model",
-            "stream",
-            "thread",
+            "additional_messages", "assistant_id", "instructions", "metadata", "model", "stream", "thread",
             "tools",
         ],
         UpstreamKind::Responses => &[
-            "background",
-            "conversation",
-            "input",
-            "instructions",
-            "metadata",
-            "model",
-            "previous_response_id",
-            "store",
-            "stream",
-            "stream_options",
-            "tools",
+            "background", "conversation", "input", "instructions", "metadata", "model",
+            "previous_response_id", "store", "stream", "stream_options", "tools",
         ],
     }
 }
@@ -244,6 +219,7 @@ fn durations(config: &Config, checker: &mut Checker<'_>) {
         (["server", "keep_alive"], server.keep_alive, false),
         (["server", "shutdown_grace"], server.shutdown_grace, true),
         (["store", "acquire_timeout"], store.acquire_timeout, false),
+        (["store", "max_wait"], store.max_wait, false),
         (["store", "startup_timeout"], store.startup_timeout, true),
         (["runs", "timeout"], runs.timeout, false),
         (["runs", "max_timeout"], runs.max_timeout, false),
@@ -789,14 +765,8 @@ mod tests {
              [runs]\nmax_queue = 0\ntimeout = \"11m\"\n[sessions]\nttl = \"11y\"\n[log]\nfilter = \"a=loud\"\n\
              [store]\nmax_connections = 0",
             &[
-                "log.filter",
-                "runs.max_queue",
-                "runs.timeout",
-                "server.keep_alive",
-                "server.max_connections",
-                "server.max_header_bytes",
-                "sessions.ttl",
-                "store.max_connections",
+                "log.filter", "runs.max_queue", "runs.timeout", "server.keep_alive",
+                "server.max_connections", "server.max_header_bytes", "sessions.ttl", "store.max_connections",
             ],
         );
         let text = both(

@@ -54,18 +54,8 @@ fn lacks_version(url: &Url) -> bool {
 fn is_public(url: &Url) -> bool {
     /// What names within a network end with.
     const INNER: [&str; 12] = [
-        "local",
-        "localhost",
-        "internal",
-        "intranet",
-        "private",
-        "lan",
-        "home",
-        "corp",
-        "svc",
-        "arpa",
-        "test",
-        "invalid",
+        "local", "localhost", "internal", "intranet", "private", "lan", "home", "corp", "svc", "arpa",
+        "test", "invalid",
     ];
     let ip = match url.host() {
         Some(Host::Domain(name)) => {

@@ -791,6 +791,7 @@ mod tests {
             synchronous = "hunter2hunter2"
             [server]
             listen = "hunter2hunter2"
+            public_url = "hunter2hunter2"
             max_body_bytes = "hunter2hunter2"
             keep_alive = "hunter2hunter2"
             hunter = "hunter2hunter2"

@@ -179,3 +179,7 @@ pub(super) fn url_without_echo<'de, D: Deserializer<'de>>(deserializer: D) -> Re
     let text = String::deserialize(deserializer)?;
     Url::parse(&text).map_err(|error| serde::de::Error::custom(format_args!("not a URL: {error}")))
 }
+
+pub(super) fn optional_url<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Url>, D::Error> {
+    url_without_echo(deserializer).map(Some)
+}

@@ -21,18 +21,18 @@ enum Stage {
     /// Waits to record; has not been polled since it came or was woken if `awake`.
     WantsToRecord,
     MayRecord,
-    /// Recorded in a lane; waits for its turn.
+    /// Recorded in a track; waits for its turn.
     WantsTurn(u8),
-    /// Was the first of its lane when it asked; asks again before it acts on it.
+    /// Was the first of its track when it asked; asks again before it acts on it.
     HasTurn(u8),
     Started(u8),
     Gone,
 }
 
 impl Stage {
-    fn lane(self) -> Option<u8> {
+    fn track(self) -> Option<u8> {
         match self {
-            Self::WantsTurn(lane) | Self::HasTurn(lane) | Self::Started(lane) => Some(lane),
+            Self::WantsTurn(track) | Self::HasTurn(track) | Self::Started(track) => Some(track),
             Self::Outside | Self::WantsToRecord | Self::MayRecord | Self::Gone => None,
         }
     }
@@ -45,7 +45,7 @@ enum Step {
     JoinNext(usize),
     Poll(usize),
     Recorded(usize, u8),
-    /// The store has started its run: of those recorded in a lane, one at a time.
+    /// The store has started its run: of those recorded in a track, one at a time.
     Started(usize),
     Leave(usize),
 }
@@ -68,19 +68,19 @@ struct World {
     line: Vec<usize>,
     /// The same in order of joining.
     joined: Vec<usize>,
-    /// The lane in which the last one was recorded: a key goes on to a fresh thread, and never back.
-    lane: u8,
+    /// The track in which the last one was recorded: a key goes on to a fresh thread, and never back.
+    track: u8,
     scope: Scope,
 }
 
-/// How many tasks and lanes a search is about: of both at once there would be too many states.
+/// How many tasks and tracks a search is about: of both at once there would be too many states.
 #[derive(Clone, Copy)]
 struct Scope {
     tasks: usize,
-    lanes: u8,
+    tracks: u8,
 }
 
-/// What tells two states apart: who is in line and in which order, at which stage, who is awake, and the newest lane.
+/// What tells two states apart: who is in line and in which order, at which stage, who is awake, and the newest track.
 type Abstract = (Vec<usize>, Vec<usize>, [Stage; TASKS], [bool; TASKS], u8);
 
 impl World {
@@ -93,15 +93,15 @@ impl World {
             flags: std::array::from_fn(|_| Arc::default()),
             line: Vec::new(),
             joined: Vec::new(),
-            lane: 0,
+            track: 0,
         }
     }
 
-    /// All before the task in line are known to be in other lanes.
+    /// All before the task in line are known to be in other tracks.
     fn is_first(&self, task: usize) -> bool {
-        let lane = self.stages[task].lane();
+        let track = self.stages[task].track();
         let before = self.line.iter().take_while(|other| **other != task);
-        before.map(|other| self.stages[*other].lane()).all(|other| other.is_some() && other != lane)
+        before.map(|other| self.stages[*other].track()).all(|other| other.is_some() && other != track)
     }
 
     fn awake(&self, task: usize) -> bool {
@@ -110,12 +110,12 @@ impl World {
 
     fn state(&self) -> Abstract {
         let awake = std::array::from_fn(|task| self.awake(task));
-        (self.line.clone(), self.joined.clone(), self.stages, awake, self.lane)
+        (self.line.clone(), self.joined.clone(), self.stages, awake, self.track)
     }
 
     fn steps(&self) -> Vec<Step> {
         let mut steps = Vec::new();
-        let none_started = |lane: u8| self.stages.iter().all(|stage| *stage != Stage::Started(lane));
+        let none_started = |track: u8| self.stages.iter().all(|stage| *stage != Stage::Started(track));
         for task in 0..self.scope.tasks {
             match self.stages[task] {
                 // The last one alone may go next, and only it: else there are too many states.
@@ -123,12 +123,12 @@ impl World {
                 Stage::Outside => steps.push(Step::Join(task)),
                 Stage::WantsToRecord => steps.extend([Step::Poll(task), Step::Leave(task)]),
                 Stage::MayRecord => {
-                    steps.extend((self.lane..self.scope.lanes).map(|lane| Step::Recorded(task, lane)));
+                    steps.extend((self.track..self.scope.tracks).map(|track| Step::Recorded(task, track)));
                     steps.push(Step::Leave(task));
                 }
-                Stage::WantsTurn(lane) | Stage::HasTurn(lane) => {
+                Stage::WantsTurn(track) | Stage::HasTurn(track) => {
                     steps.extend([Step::Poll(task), Step::Leave(task)]);
-                    if none_started(lane) {
+                    if none_started(track) {
                         steps.push(Step::Started(task));
                     }
                 }
@@ -158,29 +158,29 @@ impl World {
                 let waker = Waker::from(Arc::clone(&self.flags[task]));
                 let mut cx = Context::from_waker(&waker);
                 let place = self.places[task].as_mut().unwrap();
-                let (poll, next) = match self.stages[task].lane() {
+                let (poll, next) = match self.stages[task].track() {
                     None => (pin!(place.to_record()).poll(&mut cx), Stage::MayRecord),
-                    Some(lane) => (pin!(place.turn()).poll(&mut cx), Stage::HasTurn(lane)),
+                    Some(track) => (pin!(place.turn()).poll(&mut cx), Stage::HasTurn(track)),
                 };
-                // Mutual exclusion and order: only the first of a lane is told that it is its turn.
+                // Mutual exclusion and order: only the first of a track is told that it is its turn.
                 if next != Stage::MayRecord {
                     assert_eq!(poll.is_ready(), self.is_first(task), "{:?}", self.state());
                 }
                 if poll.is_ready() {
                     self.stages[task] = next;
-                } else if let Stage::HasTurn(lane) = self.stages[task] {
-                    self.stages[task] = Stage::WantsTurn(lane);
+                } else if let Stage::HasTurn(track) = self.stages[task] {
+                    self.stages[task] = Stage::WantsTurn(track);
                 }
             }
-            Step::Recorded(task, lane) => {
-                self.places[task].as_mut().unwrap().recorded(lane);
-                self.stages[task] = Stage::WantsTurn(lane);
-                self.lane = lane;
+            Step::Recorded(task, track) => {
+                self.places[task].as_mut().unwrap().recorded(track);
+                self.stages[task] = Stage::WantsTurn(track);
+                self.track = track;
                 self.flags[task].0.store(true, Ordering::SeqCst);
             }
             Step::Started(task) => {
                 self.places[task].as_mut().unwrap().started();
-                self.stages[task] = Stage::Started(self.stages[task].lane().unwrap());
+                self.stages[task] = Stage::Started(self.stages[task].track().unwrap());
                 self.line.retain(|other| *other != task);
                 self.line.insert(0, task);
             }
@@ -195,7 +195,7 @@ impl World {
     }
 
     fn check(&self) {
-        let is_recorded = |task: usize| self.stages[task].lane().is_some();
+        let is_recorded = |task: usize| self.stages[task].track().is_some();
         for &task in &self.line {
             let may_record =
                 || self.joined.iter().take_while(|other| **other != task).all(|task| is_recorded(*task));
@@ -218,8 +218,8 @@ impl World {
 
 #[test]
 fn every_interleaving_keeps_order_and_exclusion_and_loses_no_wake_up() {
-    assert!(search(Scope { tasks: TASKS, lanes: 1 }) > 4_000);
-    assert!(search(Scope { tasks: TASKS - 1, lanes: 2 }) > 1_000);
+    assert!(search(Scope { tasks: TASKS, tracks: 1 }) > 4_000);
+    assert!(search(Scope { tasks: TASKS - 1, tracks: 2 }) > 1_000);
 }
 
 /// Checks all states that can be reached. How many there are.
@@ -246,8 +246,8 @@ fn search(scope: Scope) -> usize {
             }
         }
     }
-    // Whatever lane was the last.
-    assert_eq!(all_gone, usize::from(scope.lanes), "there is a further step until all have left");
+    // Whatever track was the last.
+    assert_eq!(all_gone, usize::from(scope.tracks), "there is a further step until all have left");
     seen.len()
 }
 
@@ -268,8 +268,8 @@ fn a_line_is_bounded_and_other_keys_are_not_affected() {
 fn places_that_moved_wait_for_those_of_their_new_lane() {
     let map = LockMap::new(3);
     let mut places: Vec<_> = (0..3).map(|_| map.join("a").unwrap()).collect();
-    for (place, lane) in places.iter_mut().zip([0, 0, 1]) {
-        place.recorded(lane);
+    for (place, track) in places.iter_mut().zip([0, 0, 1]) {
+        place.recorded(track);
     }
     let mut cx = Context::from_waker(Waker::noop());
     let mut may_go = |place: &mut Place<_, _>| pin!(place.turn()).poll(&mut cx).is_ready();

@@ -6,11 +6,13 @@ use std::sync::Arc;
 use futures_util::{Stream, stream};
 
 use super::{Counts, Line};
-use crate::domain::{Lifecycle, PageRequest, TenantKey, Thread, ThreadId, UserKey};
+use crate::domain::{Lifecycle, PageRequest, Run, TenantKey, Thread, ThreadId, UserKey};
 use crate::store::{Store, StoreError, ThreadFilter};
 
-/// Rows in one read, at most: no more are held in memory at a time.
-const PAGE: u32 = 50;
+/// Threads in one read, at most.
+const THREADS: u32 = 50;
+/// Runs or messages in one read, at most: of several threads, if they have no more together.
+const ROWS: u32 = 500;
 
 /// What is taken out.
 #[derive(Clone, Debug)]
@@ -27,7 +29,7 @@ pub enum What {
 ///
 /// It is no snapshot: what happens meanwhile is in it or not.
 pub fn export(
-    store: Arc<dyn Store>,
+    store: Arc<Store>,
     what: What,
 ) -> impl Stream<Item = Result<String, StoreError>> + Send + 'static {
     let (tenant, user) = match what {
@@ -51,6 +53,9 @@ pub fn export(
         cursor: None,
         last: None,
         has_more: true,
+        group: VecDeque::new(),
+        ids: Vec::new(),
+        runs: VecDeque::new(),
         lines: VecDeque::new(),
         counts: Counts::default(),
     };
@@ -68,22 +73,28 @@ pub fn export(
 }
 
 struct Export {
-    store: Arc<dyn Store>,
+    store: Arc<Store>,
     filter: ThreadFilter,
     at: Place,
-    /// Read, and to be written after the one that is being read.
+    /// Read, and to be written after those whose runs and messages are read now.
     threads: VecDeque<Thread>,
     /// Where the next page of threads begins.
     cursor: Option<ThreadId>,
     /// The last thread that was read, ever.
     last: Option<ThreadId>,
     has_more: bool,
+    /// The threads whose runs and messages are read now, and that have no line yet.
+    group: VecDeque<Thread>,
+    /// All threads of the group.
+    ids: Vec<ThreadId>,
+    /// Runs of the group, to be written behind the lines of their threads.
+    runs: VecDeque<Run>,
     lines: VecDeque<String>,
     /// Of the lines so far.
     counts: Counts,
 }
 
-/// What is read next; of a thread, what comes after a number.
+/// What is read next: of the group, what comes after a number in one of its threads.
 #[derive(Clone, Copy, Debug)]
 enum Place {
     Threads,
@@ -96,43 +107,84 @@ impl Export {
     /// One read, and its lines if there are any.
     async fn read(&mut self) -> Result<(), StoreError> {
         match self.at {
-            Place::Threads => match self.threads.pop_front() {
-                Some(thread) => {
-                    self.at = Place::Runs(thread.id, 0);
-                    self.counts.threads += 1;
-                    self.write(&Line::Thread(thread.into()))
-                }
-                None if self.has_more => self.read_threads().await,
-                None => {
-                    self.at = Place::End;
-                    self.write(&Line::End(self.counts))
-                }
-            },
+            Place::Threads if !self.threads.is_empty() => {
+                self.begin_group();
+                Ok(())
+            }
+            Place::Threads if self.has_more => self.read_threads().await,
+            Place::Threads => {
+                self.at = Place::End;
+                self.write(&Line::End(self.counts))
+            }
             Place::Runs(thread, after) => {
-                let runs = self.store.runs_of(thread, after, PAGE).await?;
+                let runs = self.store.runs_of(&self.ids, (thread, after), ROWS).await?;
                 self.at = match runs.last() {
-                    Some(last) if runs.len() == PAGE as usize => Place::Runs(thread, last.seq),
-                    _ => Place::Messages(thread, 0),
+                    Some(last) if runs.len() == ROWS as usize => Place::Runs(last.thread_id, last.seq),
+                    _ => Place::Messages(self.ids[0], 0),
                 };
-                self.counts.runs += runs.len() as u64;
-                runs.into_iter().try_for_each(|run| self.write(&Line::Run(run.into())))
+                self.runs.extend(runs);
+                // Those of the threads behind it have to wait for its messages.
+                self.write_up_to(self.ids[0])
             }
             Place::Messages(thread, after) => {
-                let messages = self.store.transcript(thread, after, PAGE).await?;
-                // Fewer may have come than there are: long ones.
-                self.at = match messages.last() {
-                    Some(last) => Place::Messages(thread, last.position),
-                    None => Place::Threads,
+                let page = self.store.transcripts(&self.ids, (thread, after), ROWS).await?;
+                self.at = match page.data.last() {
+                    Some(last) if page.has_more => Place::Messages(last.thread_id, last.position),
+                    _ => Place::Threads,
                 };
-                self.counts.messages += messages.len() as u64;
-                messages.into_iter().try_for_each(|message| self.write(&Line::Message(message.into())))
+                for message in page.data {
+                    self.write_up_to(message.thread_id)?;
+                    self.counts.messages += 1;
+                    self.write(&Line::Message(message.into()))?;
+                }
+                if page.has_more { Ok(()) } else { self.write_up_to(self.ids[self.ids.len() - 1]) }
             }
             Place::End => Ok(()),
         }
     }
 
+    /// Takes threads that have so few runs and messages that one read of each gives all; or one thread.
+    fn begin_group(&mut self) {
+        let (mut runs, mut messages) = (0, 0);
+        self.ids.clear();
+        while let Some(thread) = self.threads.front() {
+            runs += thread.run_count;
+            messages += thread.message_count;
+            if !self.ids.is_empty() && runs.max(messages) > i64::from(ROWS) {
+                break;
+            }
+            self.ids.push(thread.id);
+            self.group.extend(self.threads.pop_front());
+        }
+        self.at = match runs {
+            // It counts those that were pruned, too.
+            0 => Place::Messages(self.ids[0], 0),
+            _ => Place::Runs(self.ids[0], 0),
+        };
+    }
+
+    /// Writes the lines of the threads up to one, each with those of its runs that were read.
+    fn write_up_to(&mut self, last: ThreadId) -> Result<(), StoreError> {
+        while let Some(thread) = self.group.pop_front_if(|thread| thread.id <= last) {
+            let id = thread.id;
+            self.counts.threads += 1;
+            self.write(&Line::Thread(thread.into()))?;
+            self.write_runs(id)?;
+        }
+        // More of one that has its line.
+        self.write_runs(last)
+    }
+
+    fn write_runs(&mut self, thread: ThreadId) -> Result<(), StoreError> {
+        while let Some(run) = self.runs.pop_front_if(|run| run.thread_id == thread) {
+            self.counts.runs += 1;
+            self.write(&Line::Run(run.into()))?;
+        }
+        Ok(())
+    }
+
     async fn read_threads(&mut self) -> Result<(), StoreError> {
-        let page = PageRequest { limit: PAGE, ascending: true, after: self.cursor, before: None };
+        let page = PageRequest { limit: THREADS, ascending: true, after: self.cursor, before: None };
         let page = match self.store.threads(&self.filter, &page).await {
             // The one that the page begins after was erased meanwhile: from the beginning, past what was read.
             Err(StoreError::UnknownCursor) if self.cursor.is_some() => {

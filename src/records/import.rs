@@ -1,13 +1,17 @@
 //! Bringing along.
 
+use std::collections::{BTreeSet, HashMap, HashSet};
 use std::fmt;
 use std::io::{self, BufRead, Read};
+use std::panic::resume_unwind;
+use std::sync::Arc;
 use std::time::Duration;
 
 use chrono::{Datelike, TimeDelta};
 use serde::de::DeserializeOwned;
 use serde_json::{Map, Value};
 use sha2::{Digest, Sha256};
+use tokio::task::JoinSet;
 
 use super::{Counts, MessageLine, ThreadLine};
 use crate::config::Config;
@@ -15,13 +19,13 @@ use crate::domain::{
     ConversationKey, InvalidContent, Lifecycle, Limits, MessageId, Role, TenantKey, ThreadId, Timestamp,
     UserContent,
 };
-use crate::store::{Imported, ImportedMessage, ImportedThread, Store, StoreError, ThreadName};
+use crate::store::{Imported, ImportedMessage, ImportedThread, Store, StoreError};
 use crate::wording;
 
 /// The longest line, in bytes.
 const MAX_LINE: usize = 16 << 20;
-/// Messages that are handed to the store at once, and how many bytes of lines these may have had.
-const AT_ONCE: usize = 100;
+/// Lines that are handed to the store at once, and the bytes that all but the last of them may have.
+const LINES_AT_ONCE: usize = 1000;
 const BYTES_AT_ONCE: usize = 1 << 20;
 /// U+FEFF.
 const BYTE_ORDER_MARK: &[u8] = b"\xef\xbb\xbf";
@@ -140,7 +144,8 @@ fn without_value(error: &serde_json::Error) -> String {
 pub enum ImportError {
     #[error("the file cannot be read")]
     Read(#[source] io::Error),
-    #[error("the store failed at line {line}")]
+    /// What the lines before say was taken.
+    #[error("the store failed at line {line} or after it")]
     Store {
         line: u64,
         #[source]
@@ -148,48 +153,205 @@ pub enum ImportError {
     },
 }
 
-/// Reads lines and adds what they say, but for what is there already. `refused` is told of each line that is not taken.
-/// To be called again after it failed, with the same lines.
+/// Reads lines and adds what they say, but for what is there already. `refused` is told of each line that is not taken, in
+/// their order. To be called again after it failed, with the same lines.
+///
+/// While the store has some lines, the next ones are read. The input may keep its reader waiting, so the store's part is a
+/// task of its own.
+///
+/// # Panics
+/// If that task does.
 pub async fn import(
-    store: &dyn Store,
+    store: Arc<Store>,
     config: &Config,
-    mut input: impl BufRead,
-    refused: impl FnMut(Refused),
+    input: impl BufRead,
+    mut refused: impl FnMut(Refused),
 ) -> Result<Summary, ImportError> {
-    let mut import = Import {
-        store,
-        config,
-        refused,
-        summary: Summary::default(),
-        line: 0,
-        counts: Counts::default(),
-        has_ids: false,
-        ended: false,
-        tenant: TenantKey::default(),
-        thread: None,
-        waiting: Vec::new(),
-        waiting_bytes: 0,
-    };
-    let mut buffer = Vec::new();
-    loop {
-        buffer.clear();
-        let whole = read_line(&mut input, &mut buffer).map_err(ImportError::Read)?;
-        if buffer.is_empty() {
-            break;
+    let mut reader = Reader::new(config, input);
+    let mut import = Import { store, summary: Summary::default(), thread: None };
+    let mut batch = reader.batch().map_err(ImportError::Read)?;
+    while !batch.lines.is_empty() {
+        let mut task = JoinSet::new();
+        task.spawn(async move {
+            let refusals = import.take(batch).await;
+            (import, refusals)
+        });
+        let next = reader.batch();
+        let done = task.join_next().await.expect("a task was spawned");
+        let refusals: Result<Vec<Refused>, ImportError>;
+        (import, refusals) = done.unwrap_or_else(|error| resume_unwind(error.into_panic()));
+        refusals?.into_iter().for_each(&mut refused);
+        batch = next.map_err(ImportError::Read)?;
+    }
+    let mut summary = import.summary;
+    summary.runs_passed_over = reader.counts.runs;
+    if reader.has_ids && !reader.ended {
+        summary.refused += 1;
+        refused(Refused { line: reader.line, problem: Problem::CutOff });
+    }
+    Ok(summary)
+}
+
+/// Lines that are handed to the store at once, with their numbers.
+#[derive(Default)]
+struct Batch {
+    lines: Vec<(u64, Parsed)>,
+    bytes: usize,
+    /// Threads that messages name which do not follow the lines of these.
+    named: HashSet<ThreadId>,
+}
+
+/// What a line says, as far as it can be told without the store.
+enum Parsed {
+    Thread(Result<Box<ImportedThread>, Problem>),
+    Message(Of, Result<Box<MessageLine>, Problem>),
+    Refused(Problem),
+}
+
+/// Which thread a message is of.
+enum Of {
+    /// That of the line before.
+    Before,
+    Named(TenantKey, ThreadId),
+}
+
+/// Reads what the lines say, without the store.
+struct Reader<'a, R> {
+    config: &'a Config,
+    input: R,
+    buffer: Vec<u8>,
+    /// The one that was read last.
+    line: u64,
+    /// What the file had so far.
+    counts: Counts,
+    has_ids: bool,
+    ended: bool,
+    /// Of the thread line before.
+    tenant: TenantKey,
+    /// How the lines name the thread that messages are of now.
+    thread: Option<ThreadId>,
+    /// A line that was read, and belongs to the next batch.
+    held: Option<(usize, Parsed)>,
+}
+
+impl<'a, R: BufRead> Reader<'a, R> {
+    fn new(config: &'a Config, input: R) -> Self {
+        Self {
+            config,
+            input,
+            buffer: Vec::new(),
+            line: 0,
+            counts: Counts::default(),
+            has_ids: false,
+            ended: false,
+            tenant: TenantKey::default(),
+            thread: None,
+            held: None,
         }
-        import.line += 1;
-        // Windows begins a file with a mark that says that it is UTF-8.
-        let marked = buffer.strip_prefix(BYTE_ORDER_MARK).filter(|_| import.line == 1);
-        let line = marked.unwrap_or(&buffer);
-        let taken = if whole { import.take(line).await } else { Err(Stop::Refused(Problem::TooLong)) };
-        import.settle(taken)?;
     }
-    let flushed = import.flush().await;
-    import.settle(flushed)?;
-    if import.has_ids && !import.ended {
-        import.settle(Err(Stop::Refused(Problem::CutOff)))?;
+
+    /// The next lines; none at the end of the file.
+    fn batch(&mut self) -> io::Result<Batch> {
+        let mut batch = Batch::default();
+        while batch.lines.len() < LINES_AT_ONCE && batch.bytes < BYTES_AT_ONCE {
+            let next = match self.held.take() {
+                None => self.next()?,
+                held => held,
+            };
+            let Some((bytes, parsed)) = next else { break };
+            match &parsed {
+                // A message before it looks for the thread, which is not there yet.
+                Parsed::Thread(Ok(thread)) if thread.id.is_some_and(|id| batch.named.contains(&id)) => {
+                    self.held = Some((bytes, parsed));
+                    break;
+                }
+                Parsed::Message(Of::Named(_, id), _) => {
+                    batch.named.insert(*id);
+                }
+                _ => {}
+            }
+            batch.lines.push((self.line, parsed));
+            batch.bytes += bytes;
+        }
+        Ok(batch)
     }
-    Ok(import.summary)
+
+    /// The next line that says something to the store, and its bytes.
+    fn next(&mut self) -> io::Result<Option<(usize, Parsed)>> {
+        loop {
+            let mut buffer = std::mem::take(&mut self.buffer);
+            buffer.clear();
+            let whole = read_line(&mut self.input, &mut buffer)?;
+            if buffer.is_empty() {
+                return Ok(None);
+            }
+            self.line += 1;
+            // Windows begins a file with a mark that says that it is UTF-8.
+            let marked = buffer.strip_prefix(BYTE_ORDER_MARK).filter(|_| self.line == 1);
+            let line = marked.unwrap_or(&buffer);
+            let said = if whole { self.parse(line) } else { Err(Problem::TooLong) };
+            let bytes = line.len();
+            self.buffer = buffer;
+            if let Some(said) = said.unwrap_or_else(|problem| Some(Parsed::Refused(problem))) {
+                return Ok(Some((bytes, said)));
+            }
+        }
+    }
+
+    /// What a line says; `None`: nothing that is taken.
+    fn parse(&mut self, line: &[u8]) -> Result<Option<Parsed>, Problem> {
+        if line.trim_ascii().is_empty() {
+            return Ok(None);
+        }
+        if self.ended {
+            return Err(Problem::AfterEnd);
+        }
+        let mut object: Map<String, Value> = serde_json::from_slice(line).map_err(Problem::NotJson)?;
+        match object.remove("type").as_ref().and_then(Value::as_str) {
+            Some("thread") => {
+                self.counts.threads += 1;
+                self.has_ids |= object.contains_key("id");
+                // Should the line be refused, the messages after it are not those of the thread before.
+                self.thread = None;
+                Ok(Some(match fields::<ThreadLine>(object) {
+                    Ok(line) => {
+                        self.tenant = line.key.tenant.clone();
+                        self.thread = line.id;
+                        Parsed::Thread(thread(line, self.config).map(Box::new))
+                    }
+                    Err(problem) => Parsed::Thread(Err(problem)),
+                }))
+            }
+            Some("message") => {
+                self.counts.messages += 1;
+                let named = match object.get("thread_id").and_then(Value::as_str) {
+                    Some(text) => text.parse().ok(),
+                    None => None,
+                };
+                let of = match named {
+                    Some(id) if self.thread != named => {
+                        self.thread = named;
+                        Of::Named(self.tenant.clone(), id)
+                    }
+                    _ => Of::Before,
+                };
+                Ok(Some(Parsed::Message(of, message(object).map(Box::new))))
+            }
+            Some("run") => {
+                self.counts.runs += 1;
+                Ok(None)
+            }
+            Some("end") => {
+                self.ended = true;
+                let said: Counts = fields(object)?;
+                if said != self.counts {
+                    return Err(Problem::NotWhole { said, found: self.counts });
+                }
+                Ok(None)
+            }
+            _ => Err(Problem::Type),
+        }
+    }
 }
 
 /// Reads up to the next line feed, which is part of the line. `false` if the line is too long: its rest is skipped.
@@ -203,168 +365,126 @@ fn read_line(input: &mut impl BufRead, line: &mut Vec<u8>) -> io::Result<bool> {
     Ok(false)
 }
 
-struct Import<'a, F> {
-    store: &'a dyn Store,
-    config: &'a Config,
-    refused: F,
+/// Hands lines to the store.
+struct Import {
+    store: Arc<Store>,
     summary: Summary,
-    /// The one that was read last.
-    line: u64,
-    /// What the file had so far.
-    counts: Counts,
-    has_ids: bool,
-    ended: bool,
-    /// Of the thread line before.
-    tenant: TenantKey,
     thread: Option<Current>,
-    /// Messages of that thread that the store has not got yet.
-    waiting: Vec<ImportedMessage>,
-    waiting_bytes: usize,
 }
 
 /// The thread that messages are of now.
 struct Current {
-    /// As the lines name it, and as the store does.
-    said: Option<ThreadId>,
     /// `None`: it was refused, and so are its messages.
     id: Option<ThreadId>,
     /// Messages of it so far.
     messages: u64,
 }
 
-/// Why a line was not taken.
-enum Stop {
-    Refused(Problem),
-    Store(StoreError),
-}
-
-impl From<Problem> for Stop {
-    fn from(problem: Problem) -> Self {
-        Self::Refused(problem)
+impl Import {
+    /// Takes lines as if one after another; gives those that were refused.
+    async fn take(&mut self, batch: Batch) -> Result<Vec<Refused>, ImportError> {
+        let line = batch.lines.first().map_or(0, |(line, _)| *line);
+        self.take_all(batch).await.map_err(|source| ImportError::Store { line, source })
     }
-}
 
-impl From<StoreError> for Stop {
-    fn from(error: StoreError) -> Self {
-        Self::Store(error)
-    }
-}
-
-impl<F: FnMut(Refused)> Import<'_, F> {
-    fn settle(&mut self, taken: Result<(), Stop>) -> Result<(), ImportError> {
-        match taken {
-            Ok(()) => Ok(()),
-            Err(Stop::Refused(problem)) => {
+    /// All threads come first, then all messages: no thread depends on a message.
+    async fn take_all(&mut self, batch: Batch) -> Result<Vec<Refused>, StoreError> {
+        let threads: Vec<&ImportedThread> = batch.lines.iter().filter_map(|(_, it)| it.thread()).collect();
+        let mut imported = self.store.import_threads(&threads).await?.into_iter();
+        let there = self.named(&batch).await?;
+        let mut refusals = Vec::new();
+        let mut transcripts: Vec<(ThreadId, Vec<ImportedMessage>)> = Vec::new();
+        for (line, parsed) in batch.lines {
+            let taken = match parsed {
+                Parsed::Refused(problem) => Err(problem),
+                Parsed::Thread(thread) => self.begin(thread.map(|_| imported.next())),
+                Parsed::Message(of, message) => self.place(of, &there).and_then(|place| {
+                    let Some((thread, place)) = place else { return Ok(()) };
+                    let message = imported_message(*message?, thread, place);
+                    match transcripts.last_mut() {
+                        Some((last, messages)) if *last == thread => messages.push(message),
+                        _ => transcripts.push((thread, vec![message])),
+                    }
+                    Ok(())
+                }),
+            };
+            if let Err(problem) = taken {
                 self.summary.refused += 1;
-                (self.refused)(Refused { line: self.line, problem });
-                Ok(())
-            }
-            Err(Stop::Store(source)) => Err(ImportError::Store { line: self.line, source }),
-        }
-    }
-
-    async fn take(&mut self, line: &[u8]) -> Result<(), Stop> {
-        if line.trim_ascii().is_empty() {
-            return Ok(());
-        }
-        if self.ended {
-            return Err(Problem::AfterEnd.into());
-        }
-        let mut object: Map<String, Value> = serde_json::from_slice(line).map_err(Problem::NotJson)?;
-        match object.remove("type").as_ref().and_then(Value::as_str) {
-            Some("thread") => {
-                self.flush().await?;
-                self.counts.threads += 1;
-                self.has_ids |= object.contains_key("id");
-                // Should the line be refused, the messages after it are not those of the thread before.
-                self.thread = Some(Current { said: None, id: None, messages: 0 });
-                self.take_thread(fields(object)?).await
-            }
-            Some("message") => {
-                self.counts.messages += 1;
-                self.take_message(object, line.len()).await
-            }
-            Some("run") => {
-                self.counts.runs += 1;
-                self.summary.runs_passed_over += 1;
-                Ok(())
-            }
-            Some("end") => {
-                self.ended = true;
-                let said: Counts = fields(object)?;
-                if said != self.counts {
-                    return Err(Problem::NotWhole { said, found: self.counts }.into());
-                }
-                Ok(())
-            }
-            _ => Err(Problem::Type.into()),
-        }
-    }
-
-    async fn take_thread(&mut self, line: ThreadLine) -> Result<(), Stop> {
-        self.tenant = line.key.tenant.clone();
-        let current = Current { said: line.id, id: None, messages: 0 };
-        let current = self.thread.insert(current);
-        let imported = self.store.import_thread(&thread(line, self.config)?).await?;
-        let (Imported::Added(id) | Imported::Known(id)) = imported else {
-            return Err(match imported {
-                Imported::Taken(id) => Problem::Taken(id).into(),
-                _ => Problem::OtherKey.into(),
-            });
-        };
-        current.id = Some(id);
-        match imported {
-            Imported::Added(_) => self.summary.threads_added += 1,
-            _ => self.summary.threads_known += 1,
-        }
-        Ok(())
-    }
-
-    async fn take_message(&mut self, object: Map<String, Value>, bytes: usize) -> Result<(), Stop> {
-        let named = match object.get("thread_id").and_then(Value::as_str) {
-            Some(text) => text.parse().ok(),
-            None => None,
-        };
-        let is_current = named.is_none()
-            || self.thread.as_ref().is_some_and(|current| current.said == named || current.id == named);
-        if let Some(id) = named.filter(|_| !is_current) {
-            self.flush().await?;
-            let found = self.store.report(ThreadName::Id(&self.tenant, id)).await?;
-            self.thread = Some(Current { said: named, id: found.map(|_| id), messages: 0 });
-            if self.thread.as_ref().is_none_or(|current| current.id.is_none()) {
-                return Err(Problem::UnknownThread(id).into());
+                refusals.push(Refused { line, problem });
             }
         }
-        let Some(current) = &mut self.thread else { return Err(Problem::NoThread.into()) };
-        current.messages += 1;
-        let (place, Some(thread)) = (current.messages, current.id) else {
-            self.summary.messages_passed_over += 1;
-            return Ok(());
-        };
-        let role = object.get("role").and_then(Value::as_str);
-        if role.is_some_and(|role| role.parse::<Role>().is_err()) {
-            return Err(Problem::Role.into());
-        }
-        self.waiting.push(message(fields(object)?, thread, place)?);
-        self.waiting_bytes += bytes;
-        if self.waiting.len() >= AT_ONCE || self.waiting_bytes >= BYTES_AT_ONCE {
-            self.flush().await?;
-        }
-        Ok(())
-    }
-
-    /// Hands over the messages that wait.
-    async fn flush(&mut self) -> Result<(), Stop> {
-        let messages = std::mem::take(&mut self.waiting);
-        self.waiting_bytes = 0;
-        if let Some(Current { id: Some(thread), .. }) = self.thread
-            && !messages.is_empty()
-        {
-            let added = self.store.import_messages(thread, &messages).await?;
+        if !transcripts.is_empty() {
+            let added = self.store.import_messages(&transcripts).await?;
+            let all: usize = transcripts.iter().map(|(_, messages)| messages.len()).sum();
             self.summary.messages_added += added;
-            self.summary.messages_known += messages.len() as u64 - added;
+            self.summary.messages_known += all as u64 - added;
         }
-        Ok(())
+        Ok(refusals)
+    }
+
+    /// Those of the threads that messages name which are there.
+    async fn named(&self, batch: &Batch) -> Result<HashMap<TenantKey, BTreeSet<ThreadId>>, StoreError> {
+        let mut named: HashMap<TenantKey, BTreeSet<ThreadId>> = HashMap::new();
+        for (_, parsed) in &batch.lines {
+            if let Parsed::Message(Of::Named(tenant, id), _) = parsed {
+                named.entry(tenant.clone()).or_default().insert(*id);
+            }
+        }
+        for (tenant, ids) in &mut named {
+            *ids = self.store.threads_of(tenant, ids).await?;
+        }
+        Ok(named)
+    }
+
+    /// The messages that follow are of this thread.
+    fn begin(&mut self, imported: Result<Option<Imported>, Problem>) -> Result<(), Problem> {
+        let current = self.thread.insert(Current { id: None, messages: 0 });
+        match imported? {
+            Some(Imported::Added(id)) => {
+                current.id = Some(id);
+                self.summary.threads_added += 1;
+                Ok(())
+            }
+            Some(Imported::Known(id)) => {
+                current.id = Some(id);
+                self.summary.threads_known += 1;
+                Ok(())
+            }
+            Some(Imported::Taken(id)) => Err(Problem::Taken(id)),
+            Some(Imported::OtherKey) | None => Err(Problem::OtherKey),
+        }
+    }
+
+    /// The thread of a message, and its place among the thread's messages; `None`: the thread was refused.
+    fn place(
+        &mut self,
+        of: Of,
+        there: &HashMap<TenantKey, BTreeSet<ThreadId>>,
+    ) -> Result<Option<(ThreadId, u64)>, Problem> {
+        if let Of::Named(tenant, id) = of
+            && self.thread.as_ref().is_none_or(|current| current.id != Some(id))
+        {
+            let is_there = there.get(&tenant).is_some_and(|ids| ids.contains(&id));
+            self.thread = Some(Current { id: is_there.then_some(id), messages: 0 });
+            if !is_there {
+                return Err(Problem::UnknownThread(id));
+            }
+        }
+        let current = self.thread.as_mut().ok_or(Problem::NoThread)?;
+        current.messages += 1;
+        if current.id.is_none() {
+            self.summary.messages_passed_over += 1;
+        }
+        Ok(current.id.map(|id| (id, current.messages)))
+    }
+}
+
+impl Parsed {
+    fn thread(&self) -> Option<&ImportedThread> {
+        match self {
+            Self::Thread(thread) => thread.as_deref().ok(),
+            _ => None,
+        }
     }
 }
 
@@ -429,25 +549,33 @@ fn thread(line: ThreadLine, config: &Config) -> Result<ImportedThread, Problem> 
     })
 }
 
-fn message(line: MessageLine, thread: ThreadId, place: u64) -> Result<ImportedMessage, Problem> {
-    let content = match (line.id, line.role) {
-        // What was taken out comes back as it was.
-        (Some(_), _) => line.content,
-        (None, Role::Assistant) if !line.content.is_empty() => line.content,
-        (None, _) => UserContent::try_from(line.content).map_err(Problem::Content)?.into_parts(),
-    };
+fn message(object: Map<String, Value>) -> Result<MessageLine, Problem> {
+    let role = object.get("role").and_then(Value::as_str);
+    if role.is_some_and(|role| role.parse::<Role>().is_err()) {
+        return Err(Problem::Role);
+    }
+    let mut line: MessageLine = fields(object)?;
+    let is_reply = line.role == Role::Assistant && !line.content.is_empty();
+    // What was taken out comes back as it was.
+    if line.id.is_none() && !is_reply {
+        line.content = UserContent::try_from(line.content).map_err(Problem::Content)?.into_parts();
+    }
     if line.upstream_message_id.as_ref().is_some_and(|id| !is_upstream_text(id)) {
         return Err(Problem::Upstream("upstream_message_id"));
     }
     check_time("created_at", line.created_at)?;
-    Ok(ImportedMessage {
+    Ok(line)
+}
+
+fn imported_message(line: MessageLine, thread: ThreadId, place: u64) -> ImportedMessage {
+    ImportedMessage {
         id: line.id.unwrap_or_else(|| derived_id(thread, place)),
         role: line.role,
-        content,
+        content: line.content,
         upstream_message_id: line.upstream_message_id,
         context: line.context,
         created_at: line.created_at,
-    })
+    }
 }
 
 /// The id of a message that has none: the same each time that the file is read.

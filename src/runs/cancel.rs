@@ -108,7 +108,7 @@ impl Runs {
         let status = RunStatus::Queued.on(Step::Cancel).unwrap_or(RunStatus::Cancelled);
         // Beyond all that its owner can have shown.
         let events = EventBatch { first: others_from(&lease), events: Vec::new() };
-        self.store().finish(&lease, &RunEnd { events, ..bare_end(status, None) }).await?;
+        self.store().finish(&lease, RunEnd { events, ..bare_end(status, None) }).await?;
         // Its owner has lost it, and its readers go on by the store.
         for news in [News::Asked(run), News::Run(run), News::Thread(thread)] {
             parts.desk.tell(news);

@@ -144,6 +144,7 @@ impl Drive<'_> {
             upstream: Arc::clone(upstream),
             lease: self.turn.lease,
             owner: owner.clone(),
+            intent: self.progress.intent.take(),
             seed: seed.map(|seed| (Arc::clone(&seed.messages), seed.carried_users)),
         };
         self.progress.thread = Some(making.carry_out(&given.tasks).await?);
@@ -202,7 +203,7 @@ where
 }
 
 /// What the upstream thread of a run lacks, as far as it was told with the run.
-pub(super) async fn went_along(store: &dyn Store, run: RunId) -> Result<Vec<Message>, StoreError> {
+pub(super) async fn went_along(store: &Store, run: RunId) -> Result<Vec<Message>, StoreError> {
     let backlog = newest(&mut Room::default(), |before| store.backlog(run, before, PAGE)).await?;
     Ok(with_content(backlog))
 }

@@ -392,14 +392,13 @@ enum Closed {
 
 /// Commits the end, for as long as it takes: a run that has ended upstream must not stay open here. An end
 /// that the database refuses time and again is replaced by a bare failure.
-async fn finish_in_store(runs: &Runs, lease: &RunLease, mut end: RunEnd) -> Closed {
+async fn finish_in_store(runs: &Runs, lease: &RunLease, end: RunEnd) -> Closed {
     let parts = &runs.parts.given;
-    // No new messages are taken if the ends of those before them pile up.
-    let pass = parts.gate.enter_anyway();
+    let mut end = Arc::new(end);
     let mut pause = FIRST_PAUSE;
     let mut refusals = 0;
     loop {
-        let error = match pass.turn().await.take(parts.store.finish(lease, &end)).await {
+        let error = match parts.store.finish(lease, Arc::clone(&end)).await {
             Ok(Closing::Finished(finished)) => return Closed::Finished(finished),
             Ok(Closing::MustDiscard) => return Closed::MustDiscard,
             Ok(Closing::Lost) => return Closed::LeaseLost,
@@ -412,10 +411,11 @@ async fn finish_in_store(runs: &Runs, lease: &RunLease, mut end: RunEnd) -> Clos
         refusals += u32::from(!matches!(error, StoreError::Unavailable(_)));
         if refusals == MAX_REFUSALS {
             // One that is to be removed has to stay so, or the store asks for that again.
-            let (unheard, discard, leftover) = (end.unheard, end.discard, end.leftover.take());
-            end = RunEnd { unheard, leftover, discard, ..bare_end(RunStatus::Failed, Some(internal())) };
+            let (unheard, discard, leftover) = (end.unheard, end.discard, end.leftover.clone());
+            let bare = bare_end(RunStatus::Failed, Some(internal()));
+            end = Arc::new(RunEnd { unheard, leftover, discard, ..bare });
         } else if refusals == 2 * MAX_REFUSALS {
-            end.leftover = None;
+            end = Arc::new(RunEnd { leftover: None, ..(*end).clone() });
         }
         sleep(jittered(pause)).await;
         pause = (pause * 2).min(LONGEST_PAUSE);
@@ -434,7 +434,7 @@ pub(super) async fn withdraw(runs: &Runs, lease: &RunLease, refused: &Refused) -
     };
     let (mut pause, mut refusals) = (FIRST_PAUSE, 0);
     loop {
-        match parts.store.withdraw(lease, &taken).await {
+        match runs.withdraw_in_store(lease, &taken).await {
             Ok(withdrawn) => return withdrawn,
             Err(error) => {
                 tracing::error!(error = %Chain(&error), "cannot take a refused message back yet");

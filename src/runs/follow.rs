@@ -116,7 +116,8 @@ impl Follow {
     }
 
     async fn run_that_waits_for(&self, asked: &RequiredAction) -> Option<Run> {
-        let (run, _) = self.insist(|| self.runs.store().run(&self.thread.key, self.run)).await?;
+        let (mut run, _) = self.insist(|| self.runs.store().run(&self.thread.key, self.run)).await?;
+        self.runs.parts.standing.give_arguments(&mut run);
         let waits_for = run.required_action.as_ref().filter(|_| run.status == RunStatus::RequiresAction);
         waits_for.is_some_and(|action| action.has_same_calls(asked)).then_some(run)
     }
@@ -343,7 +344,7 @@ impl Reader {
 }
 
 /// What is stored of the log of a run.
-pub(super) async fn stored_log(store: &dyn Store, run: RunId) -> Result<StoredLog, StoreError> {
+pub(super) async fn stored_log(store: &Store, run: RunId) -> Result<StoredLog, StoreError> {
     let batches = store.events(run, 0).await?;
     let mut log =
         StoredLog { end: batches.iter().map(EventBatch::end).max().unwrap_or(0), ..StoredLog::default() };
@@ -422,18 +423,16 @@ mod tests {
         ContentPart, Context, Fingerprints, Lifetimes, Limits, MessageId, Metadata, MultitaskStrategy,
         ReplicaId, RunStatus, Scope, TenantKey, ThreadId, ToolCall, ToolOutput, UpstreamRunId, UserKey,
     };
-    use crate::locks::Gate;
     use crate::runs::RunsParts;
     use crate::runs::end::bare_end;
     use crate::store::{
-        Admission, Admitted, InputMessage, Pause, Paused, Reply, RunEnd, RunLease, SqliteStore, Store,
-        ToolAnswer, Turn,
+        Admission, Admitted, InputMessage, Pause, Paused, Reply, RunEnd, RunLease, Store, ToolAnswer, Turn,
     };
 
     /// A process of its own on a database of its own, with a run that asked for outputs once.
     struct World {
         runs: Runs,
-        store: Arc<dyn Store>,
+        store: Arc<Store>,
         turn: Turn,
         _folder: TempDir,
     }
@@ -474,9 +473,9 @@ mod tests {
             let folder = TempDir::new().unwrap();
             let url = format!("sqlite:{}", folder.path().join("t.db").display());
             let settings = StoreConfig { url: Some(url.into()), ..StoreConfig::default() };
-            let store = SqliteStore::open(&settings).await.unwrap();
+            let store = Store::open(&settings).await.unwrap();
             store.migrate().await.unwrap();
-            let store: Arc<dyn Store> = Arc::new(store);
+            let store: Arc<Store> = Arc::new(store);
             let config = Config::default();
             let runs = Runs::new(RunsParts {
                 store: Arc::clone(&store),
@@ -491,7 +490,6 @@ mod tests {
                 shared: BTreeSet::new(),
                 told_keys: BTreeSet::new(),
                 fingerprints: Fingerprints::new(&[7; 32]),
-                gate: Gate::new(16, None),
                 admission_timeout: Duration::from_secs(5),
                 replica: ReplicaId::new(),
                 attend_every: Duration::from_secs(3),
@@ -513,9 +511,11 @@ mod tests {
                 message: InputMessage { id: MessageId::new(), content: text("hello") },
                 timeout: Duration::from_mins(1),
                 replica: ReplicaId::new(),
+                intent: None,
                 idempotency: None,
+                idempotency_ttl: Duration::ZERO,
             };
-            let Admitted::Started(turn) = store.admit(&admission).await.unwrap() else {
+            let Admitted::Started(turn) = store.admit(admission.clone()).await.unwrap() else {
                 panic!("the thread is free")
             };
             let world = Self { runs, store, turn: *turn, _folder: folder };
@@ -549,7 +549,7 @@ mod tests {
             };
             let events = EventBatch { first, events };
             let end = bare_end(RunStatus::Completed, None);
-            self.store.finish(lease, &RunEnd { reply: Some(reply), events, ..end }).await.unwrap();
+            self.store.finish(lease, RunEnd { reply: Some(reply), events, ..end }).await.unwrap();
         }
     }
 

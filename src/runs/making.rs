@@ -26,10 +26,12 @@ const RESOLVE_TRIES: u32 = 4;
 
 /// An upstream thread that is to be made.
 pub(super) struct Making {
-    pub(super) store: Arc<dyn Store>,
+    pub(super) store: Arc<Store>,
     pub(super) upstream: Arc<dyn Upstream>,
     pub(super) lease: RunLease,
     pub(super) owner: Ownership,
+    /// Under this id it is recorded already that it is about to be made.
+    pub(super) intent: Option<RemnantId>,
     /// The messages that it is to hold, and how many of the user's among them come from the thread before.
     pub(super) seed: Option<(Arc<Vec<Message>>, u32)>,
 }
@@ -44,18 +46,10 @@ impl Making {
     }
 
     async fn make(self) -> Result<UpstreamThreadId, Failure> {
-        let intent = RemnantId::new();
-        loop {
-            match self.store.intend(&self.lease, intent).await {
-                Ok(true) => break,
-                // Only a lost answer's try can have recorded it.
-                Ok(false) => {
-                    self.resolve(intent, Made::Nothing).await;
-                    return Err(Failure::LeaseLost);
-                }
-                Err(error) => wait_out(error).await?,
-            }
-        }
+        let intent = match self.intent {
+            Some(intent) => intent,
+            None => self.intend().await?,
+        };
         let (messages, carried_users) =
             self.seed.as_ref().map_or((&[][..], 0), |(all, users)| (&all[..], *users));
         let made = match timeout(LONGEST_MAKING, self.upstream.create_thread(&self.owner, messages)).await {
@@ -72,9 +66,9 @@ impl Making {
                 return Err(Failure::Upstream(error));
             }
         };
-        let binding = Binding { id: &made, intent, seeded: self.seed.is_some(), carried_users };
+        let binding = Binding { id: made.clone(), intent, seeded: self.seed.is_some(), carried_users };
         loop {
-            match self.store.bind_upstream_thread(&self.lease, &binding).await {
+            match self.store.bind_upstream_thread(&self.lease, binding.clone()).await {
                 Ok(Bound::Done) => return Ok(made),
                 Ok(Bound::Lost) => return Err(Failure::LeaseLost),
                 Ok(Bound::Unrecorded) => {
@@ -91,15 +85,24 @@ impl Making {
         }
     }
 
-    /// Records what the intent came to. What cannot be recorded is left to the janitor, as an intent that nobody heard of.
-    async fn resolve(&self, intent: RemnantId, made: Made<'_>) {
-        for _ in 0..RESOLVE_TRIES {
-            let Err(error) = self.store.resolve(intent, made).await else { return };
-            if wait_out(error).await.is_err() {
-                break;
+    /// Records that it is about to be made.
+    async fn intend(&self) -> Result<RemnantId, Failure> {
+        let intent = RemnantId::new();
+        loop {
+            match self.store.intend(&self.lease, intent).await {
+                Ok(true) => return Ok(intent),
+                // Only a lost answer's try can have recorded it.
+                Ok(false) => {
+                    self.resolve(intent, Made::Nothing).await;
+                    return Err(Failure::LeaseLost);
+                }
+                Err(error) => wait_out(error).await?,
             }
         }
-        tracing::warn!("cannot record what came of an upstream thread");
+    }
+
+    async fn resolve(&self, intent: RemnantId, made: Made<'_>) {
+        resolve(&self.store, intent, made).await;
     }
 
     /// Deletes an upstream thread whose gateway thread was erased while this one was made: nobody else knows its id.
@@ -118,4 +121,15 @@ impl Making {
             pause *= 2;
         }
     }
+}
+
+/// Records what an intent came to. What cannot be recorded is left to the janitor, as an intent that nobody heard of.
+pub(super) async fn resolve(store: &Store, intent: RemnantId, made: Made<'_>) {
+    for _ in 0..RESOLVE_TRIES {
+        let Err(error) = store.resolve(intent, made).await else { return };
+        if wait_out(error).await.is_err() {
+            break;
+        }
+    }
+    tracing::warn!("cannot record what came of an upstream thread");
 }

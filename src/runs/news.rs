@@ -38,6 +38,8 @@ pub(super) struct Desk {
     readers: Readers,
     /// Somebody asked something of a run of this process.
     pub(super) asked: Notify,
+    /// News may have been missed, also that there are other replicas.
+    pub(super) missed: Notify,
     outbox: Mutex<Outbox>,
     posted: Notify,
     /// Other replicas are alive, as far as is known.
@@ -85,6 +87,7 @@ impl Desk {
                 reader.sender.send_replace(());
             }
             self.asked.notify_one();
+            self.missed.notify_one();
         } else if let Some(reader) = readers.get(&news) {
             reader.sender.send_replace(());
         }
@@ -214,7 +217,7 @@ impl Runs {
 }
 
 /// Empties it as far as it comes.
-async fn send(store: &dyn Store, outbox: &mut Outbox, has_peers: bool) -> Result<(), StoreError> {
+async fn send(store: &Store, outbox: &mut Outbox, has_peers: bool) -> Result<(), StoreError> {
     if !outbox.released.is_empty() {
         store.release(&outbox.released).await?;
         outbox.released.clear();

@@ -3,7 +3,8 @@
 use super::relay::plain;
 use super::takeover::Before;
 use crate::domain::{
-    ContentPart, Message, Role, Thread, ToolCall, ToolOutput, UpstreamRunId, UpstreamThreadId, Usage,
+    ContentPart, Message, RemnantId, Role, Thread, ToolCall, ToolOutput, UpstreamRunId, UpstreamThreadId,
+    Usage,
 };
 use crate::store::Turn;
 use crate::upstream::Ended;
@@ -28,6 +29,8 @@ pub(super) struct Progress {
     /// The newest id: each round of a chain of responses has its own.
     pub(super) upstream_run: Option<UpstreamRunId>,
     pub(super) reach: Reach,
+    /// Under this id it is recorded that an upstream thread is about to be made, and nobody makes it yet.
+    pub(super) intent: Option<RemnantId>,
     /// Requests that may be there under ids that were not heard.
     pub(super) unheard: u32,
     /// Function calls that are not known to be answered.
@@ -58,6 +61,7 @@ impl Progress {
         Self {
             thread: turn.thread.upstream_thread_id.clone(),
             upstream_run: turn.run.upstream_run_id.clone(),
+            intent: turn.intent,
             inputs: u32::try_from(turn.input.len()).unwrap_or(u32::MAX),
             ..Self::default()
         }

@@ -205,7 +205,7 @@ fn cost(content: &[ContentPart]) -> usize {
 
 /// All that the upstream thread of a thread may hold of the record: what was carried over, and its own transcript. `None`
 /// if that is too much.
-async fn transcript(store: &dyn Store, thread: &Thread) -> Result<Option<Vec<Message>>, StoreError> {
+async fn transcript(store: &Store, thread: &Thread) -> Result<Option<Vec<Message>>, StoreError> {
     let (mut all, mut held) = (Vec::new(), 0);
     let mut keep = |page: &[Message]| {
         held += page.iter().map(|message| cost(&message.content)).sum::<usize>();

@@ -27,7 +27,7 @@ impl Runs {
             return Ok(Renewed::Now(thread));
         }
         self.reconcile(&thread, None, &Pace::UNBOUND).await?;
-        match self.store().roll_over(&self.rollover(&thread, None)).await? {
+        match self.roll_over_in_store(&self.rollover(&thread, None)).await? {
             Rolled::Done { thread: fresh, .. } => {
                 self.parts.locks.moved(key, thread.id, fresh.id);
                 Ok(Renewed::Now(*fresh))
@@ -72,7 +72,7 @@ impl Runs {
                 return turn;
             }
         }
-        match self.store().roll_over(&self.rollover(&turn.thread, Some(turn.lease))).await {
+        match self.roll_over_in_store(&self.rollover(&turn.thread, Some(turn.lease))).await {
             Ok(Rolled::Done { thread, turn: Some(turn) }) => {
                 tracing::info!(thread.id = %thread.id, "rolled the thread over");
                 *turn
@@ -98,7 +98,7 @@ impl Runs {
     /// The turn as the store has it: an answer that was lost may have moved it.
     async fn turn_now(&self, turn: Turn) -> Turn {
         loop {
-            match self.store().claim(&turn.lease).await {
+            match self.claim(&turn.lease).await {
                 Ok(Claim::Started(now)) => return *now,
                 // Whoever writes next hears that the lease was lost.
                 Ok(Claim::NotYet | Claim::Lost) => return turn,

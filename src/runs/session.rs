@@ -62,6 +62,8 @@ impl Runs {
         loop {
             tokio::select! {
                 _ = ticks.tick() => {}
+                // It says, too, whether there are others: who started while this one did not hear yet has told that in vain.
+                () = self.parts.desk.missed.notified() => {}
                 // Who stops wants to know whether there are others to go on.
                 () = self.parts.given.draining.cancelled(), if !stops => stops = true,
             }

@@ -10,6 +10,7 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use super::feed::{Feed, FeedWriter};
+use super::unstored::Unstored;
 use crate::domain::{MessageId, RunId, ToolOutput};
 use crate::store::{Admission, RunLease};
 
@@ -62,6 +63,8 @@ pub(super) struct Handle {
     pub(super) lease: RunLease,
     pub(super) cancel: Cancel,
     pub(super) feed: Feed,
+    /// What the store does not keep of it.
+    pub(super) unstored: Unstored,
     outputs: Arc<watch::Sender<Vec<ToolOutput>>>,
     lost: CancellationToken,
 }
@@ -133,27 +136,34 @@ impl Standing {
 
     /// Says that a task works on a new run.
     pub(super) fn begins(&self, run: RunId, cancel: CancellationToken) -> Working {
-        self.works_on(RunLease { run_id: run, fence: 1 }, FeedWriter::new(), cancel)
+        self.works_on(RunLease { run_id: run, fence: 1 }, FeedWriter::new(), Unstored::default(), cancel)
     }
 
     /// Says that a task works on a run that was taken over. `stored`: the number after all that is stored of its log.
     pub(super) fn goes_on(&self, lease: RunLease, stored: i64) -> Working {
         let feed = FeedWriter::resumed(stored, others_from(&lease));
-        self.works_on(lease, feed, CancellationToken::new())
+        self.works_on(lease, feed, Unstored::default(), CancellationToken::new())
     }
 
     /// Says that a task goes on with a run without the one whose message made it: what cancels that one's request does not
     /// concern the others. Those who follow the run go on to do so.
     pub(super) fn goes_on_for_others(&self, mut working: Working) -> Working {
         let feed = std::mem::replace(&mut working.feed, FeedWriter::new());
-        let anew = self.works_on(working.lease, feed, CancellationToken::new());
+        let unstored = self.handle(working.lease.run_id).map(|handle| handle.unstored).unwrap_or_default();
+        let anew = self.works_on(working.lease, feed, unstored, CancellationToken::new());
         if working.lost.is_cancelled() {
             anew.lost.cancel();
         }
         anew
     }
 
-    fn works_on(&self, lease: RunLease, feed: FeedWriter, cancel: CancellationToken) -> Working {
+    fn works_on(
+        &self,
+        lease: RunLease,
+        feed: FeedWriter,
+        unstored: Unstored,
+        cancel: CancellationToken,
+    ) -> Working {
         static SERIAL: AtomicU64 = AtomicU64::new(0);
         let serial = SERIAL.fetch_add(1, Ordering::Relaxed);
         let (sender, outputs) = watch::channel(Vec::new());
@@ -163,6 +173,7 @@ impl Standing {
             lease,
             cancel: cancel.clone(),
             feed: feed.feed(),
+            unstored,
             outputs: Arc::new(sender),
             lost: lost.clone(),
         };

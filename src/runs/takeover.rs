@@ -39,7 +39,7 @@ pub(super) struct StoredLog {
 }
 
 impl Before {
-    async fn of(store: &dyn Store, orphan: &Orphan) -> Result<Self, StoreError> {
+    async fn of(store: &Store, orphan: &Orphan) -> Result<Self, StoreError> {
         if orphan.run.status == RunStatus::Queued {
             return Ok(Self { log: StoredLog { end: STARTED, ..StoredLog::default() }, ..Self::default() });
         }
@@ -89,7 +89,7 @@ impl Runs {
             let run = orphan.run.id;
             let span = span_of(run, &orphan.thread.key, &parts.fingerprints);
             // One that cannot be read is found again as a stray.
-            let Ok(Ok(before)) = timeout(limit, Before::of(&*parts.store, &orphan)).await else { continue };
+            let Ok(Ok(before)) = timeout(limit, Before::of(&parts.store, &orphan)).await else { continue };
             let working = self.parts.standing.goes_on(orphan.lease, before.log.end);
             span.in_scope(
                 || tracing::warn!(status = %orphan.run.status, "took over a run that nobody worked on"),

@@ -5,8 +5,8 @@ use std::time::Duration;
 use tokio::time::{Instant, sleep, timeout};
 use tracing::Instrument;
 
-use super::{Runs, Submitted, jittered, own_key};
-use crate::domain::{ConversationKey, RequiredAction, Run, RunId, RunStatus, Thread, ToolOutput};
+use super::{Runs, Submitted, jittered};
+use crate::domain::{ConversationKey, MessageId, RequiredAction, Run, RunId, RunStatus, Thread, ToolOutput};
 use crate::error::{Chain, Error, TooOften};
 use crate::runs::Follow;
 use crate::store::{Answered, Idempotency, News, StoreError, ThreadName, ToolAnswer};
@@ -145,7 +145,7 @@ async fn hand_over(
     id: RunId,
     answer: ToolAnswer,
 ) -> Result<TakenBy, StoreError> {
-    let error = match runs.store().answer_tools(&key, id, &answer).await {
+    let error = match runs.answer_in_store(&key, id, &answer).await {
         Ok(Answered::Resumed(waiting)) => {
             pass_on(&runs, id, answer.outputs);
             return Ok(Some((waiting.thread, waiting.run)));
@@ -192,7 +192,7 @@ async fn find_out(
         }
         let is_awaited = begun.elapsed() < patience;
         let found = if is_awaited {
-            match runs.store().answer_tools(&key, id, &answer).await {
+            match runs.answer_in_store(&key, id, &answer).await {
                 Ok(Answered::Resumed(waiting)) => Ok(Some((waiting.thread, waiting.run))),
                 Ok(Answered::NotWaiting) => Ok(None),
                 Ok(Answered::Repeated) => taken_before(&runs, &key, &used).await,
@@ -244,6 +244,12 @@ fn wrong(outputs: &[ToolOutput], expected: &RequiredAction) -> Option<String> {
     } else {
         "`tool_outputs` answers a call more than once".to_owned()
     })
+}
+
+/// A key for outputs that have none of their caller's, by which it can be told what became of them if the answer is lost. No
+/// caller's key has a blank.
+fn own_key() -> Idempotency {
+    Idempotency { key: format!("own {}", MessageId::new()), request_hash: [0; 32] }
 }
 
 #[cfg(test)]

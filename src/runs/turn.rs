@@ -1,9 +1,10 @@
 //! A run's way through admission and its place in line to its turn, as a task of its own.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::sync::oneshot;
-use tokio::time::{Instant, sleep, timeout};
+use tokio::time::{sleep, timeout};
 use tracing::Instrument;
 
 use super::end::{announce, bare_end, bound_waiting, withdraw};
@@ -14,25 +15,18 @@ use super::work::work;
 use super::{Outcome, RunEvent, Runs, Submitted, jittered, span_of};
 use crate::domain::{ConversationKey, MultitaskStrategy, Run, RunStatus, Step, TenantKey, Thread, ThreadId};
 use crate::error::{Chain, Error};
-use crate::locks::{Pass, Place, Seat, Share};
-use crate::store::{
-    Admission, Admitted, Claim, News, Orphan, Repeated, RunLease, StoreError, Turn, Withdrawn,
-};
+use crate::locks::{Place, Seat, Share};
+use crate::store::{Admission, Admitted, Claim, News, NotWritten, Orphan, RunLease, Turn, Withdrawn};
 
 /// How soon a run that is first in its line asks the store again while a run of another line is active on its thread. It
 /// doubles up to the longest, for whoever ends that one tells it.
 const FIRST_CLAIM_POLL: Duration = Duration::from_millis(100);
 const LONGEST_CLAIM_POLL: Duration = Duration::from_secs(1);
+/// How often an idempotency key may be in use, and stand for nothing when it is looked up.
+const MAX_REPEATS: u32 = 3;
 /// When to look again for an admission whose answer was lost; the last time is past any statement's time limit.
 const TAKE_BACK_AFTER: [Duration; 4] =
     [Duration::ZERO, Duration::from_secs(1), Duration::from_secs(5), Duration::from_secs(20)];
-
-/// What became of a message, as its sender hears it.
-pub(super) enum Taken {
-    Run(Box<Submitted>),
-    /// Its idempotency key is in use.
-    Repeated,
-}
 
 /// What a message holds on its way to its run.
 pub(super) struct Held {
@@ -42,7 +36,6 @@ pub(super) struct Held {
     pub(super) queued: Seat<ConversationKey>,
     /// Of the memory for what callers send.
     pub(super) share: Share,
-    pub(super) pass: Pass,
 }
 
 /// Records a message, waits for its turn and works on it. `answer` hears of the admission.
@@ -50,18 +43,18 @@ pub(super) async fn conduct(
     runs: Runs,
     mut working: Working,
     held: Held,
-    admission: Admission,
-    answer: oneshot::Sender<Result<Taken, Error>>,
+    admission: Arc<Admission>,
+    answer: oneshot::Sender<Result<Submitted, Error>>,
 ) {
-    let Held { mut place, seat: _seat, queued, mut share, pass } = held;
+    let Held { mut place, seat: _seat, queued, mut share } = held;
     let span = span_of(admission.run_id, &admission.key, &runs.parts.given.fingerprints);
     async move {
-        let start = match admit(&runs, &mut place, pass, &admission).await {
+        let start = match admit(&runs, &mut place, &admission).await {
             Ok(Ok(start)) => start,
-            Ok(Err(taken)) => {
+            Ok(Err(run_of_others)) => {
                 drop(place);
                 // Whoever left need not hear it.
-                return drop(answer.send(Ok(taken)));
+                return drop(answer.send(Ok(*run_of_others)));
             }
             Err((error, is_ambiguous)) => {
                 let refused = Refused::of(&admission);
@@ -84,7 +77,7 @@ pub(super) async fn conduct(
         let follow = Follow::live(&runs, &thread, run.id, working.feed.feed());
         let submitted = Submitted { thread: thread.clone(), run: run.clone(), follow, replayed: false };
         // A caller that has left hears nothing; the run goes on.
-        drop(answer.send(Ok(Taken::Run(Box::new(submitted)))));
+        drop(answer.send(Ok(submitted)));
         drop(admission);
         let turn = match next {
             Next::Work(turn) => Ok(*turn),
@@ -146,27 +139,27 @@ enum Next {
     Wait { lease: RunLease, position: i64 },
 }
 
-/// The run, or what else became of the message. The error comes with whether the run may have been recorded all the same.
+/// The run, or that of others which the message has joined or repeats. The error comes with whether the run may have been
+/// recorded all the same.
 async fn admit(
     runs: &Runs,
     place: &mut Place<ConversationKey, ThreadId>,
-    pass: Pass,
-    admission: &Admission,
-) -> Result<Result<Start, Taken>, (Error, bool)> {
+    admission: &Arc<Admission>,
+) -> Result<Result<Start, Box<Submitted>>, (Error, bool)> {
     let parts = &runs.parts.given;
-    let turn = async {
-        place.to_record().await;
-        pass.turn().await
-    };
-    let Ok(turn) = timeout(parts.admission_timeout, turn).await else {
+    if timeout(parts.admission_timeout, place.to_record()).await.is_err() {
         return Err((Error::StoreUnavailable(None), false));
-    };
-    let admitted = match turn.take(parts.store.admit(admission)).await {
-        Err(error @ StoreError::Unavailable(_)) if admission.strategy == MultitaskStrategy::Merge => {
-            merge_again(runs, admission, error).await
+    }
+    let mut admitted = runs.admit(admission).await;
+    for _ in 0..MAX_REPEATS {
+        let Ok(Admitted::Repeated) = admitted else { break };
+        match runs.repeated(&admission.key, admission.idempotency.as_ref()).await {
+            Ok(Some(earlier)) => return Ok(Err(Box::new(earlier))),
+            // What its key stood for has been deleted since.
+            Ok(None) => admitted = runs.admit(admission).await,
+            Err(error) => return Err((error, false)),
         }
-        admitted => admitted.map_err(Error::from),
-    };
+    }
     match admitted {
         Ok(Admitted::Started(turn)) => {
             Ok(Ok(Start { thread: turn.thread.clone(), run: turn.run.clone(), next: Next::Work(turn) }))
@@ -177,43 +170,19 @@ async fn admit(
         Ok(Admitted::Merged { thread, run }) => {
             let follow = Follow::of(runs, &thread, run.id);
             let submitted = Submitted { thread: *thread, run: *run, follow, replayed: false };
-            Ok(Err(Taken::Run(Box::new(submitted))))
+            Ok(Err(Box::new(submitted)))
         }
-        Ok(Admitted::Repeated) => Ok(Err(Taken::Repeated)),
+        Ok(Admitted::Repeated) => Err((Error::StoreUnavailable(None), false)),
         Ok(Admitted::Busy) => Err((Error::ThreadBusy, false)),
         Ok(Admitted::OtherUpstream(thread)) => {
             Err((Error::OtherUpstream { thread, assistant: admission.assistant.clone() }, false))
         }
-        Err(error) => Err((error, true)),
-    }
-}
-
-/// Finds out what became of a merge whose answer was lost, and does it if nothing did. Its idempotency key sees to it that
-/// it is done once, however late the first try arrives.
-async fn merge_again(runs: &Runs, admission: &Admission, mut lost: StoreError) -> Result<Admitted, Error> {
-    let parts = &runs.parts.given;
-    let until = Instant::now() + parts.admission_timeout;
-    while Instant::now() < until && !parts.draining.is_cancelled() {
-        sleep(jittered(FIRST_CLAIM_POLL)).await;
-        match runs.earlier(&admission.key, admission.idempotency.as_ref()).await {
-            // It had found none to join, and a run of its own can be taken back.
-            Ok(Some(earlier)) if earlier.run.id == admission.run_id => {
-                return Err(Error::StoreUnavailable(Some(lost)));
-            }
-            Ok(Some(Repeated { thread, run, .. })) => {
-                return Ok(Admitted::Merged { thread: Box::new(thread), run: Box::new(run) });
-            }
-            Ok(None) => match parts.store.admit(admission).await {
-                // The first try has arrived just now, or another request with its caller's key.
-                Ok(Admitted::Repeated) => {}
-                Ok(admitted) => return Ok(admitted),
-                Err(error) => lost = error,
-            },
-            Err(Error::StoreUnavailable(Some(error))) => lost = error,
-            Err(error) => return Err(error),
+        Err(NotWritten::Lost(error)) if admission.strategy == MultitaskStrategy::Merge => {
+            Err((Error::MaybeMerged(error), true))
         }
+        Err(NotWritten::Lost(error)) => Err((error.into(), true)),
+        Err(NotWritten::Unsent(error) | NotWritten::Refused(error)) => Err((error.into(), false)),
     }
-    Err(Error::MaybeMerged(lost))
 }
 
 /// Takes a message back of which it is not known whether it was, or still will be, recorded: its sender heard that it was
@@ -281,7 +250,7 @@ async fn wait_for_turn(
                 }
             }
             // Not to be dropped half-way: the run may have started by then.
-            match runs.store().claim(&lease).await {
+            match runs.claim(&lease).await {
                 Ok(Claim::Started(turn)) => {
                     working.feed.push(RunEvent::Started);
                     return Ok(*turn);

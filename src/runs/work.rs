@@ -2,15 +2,18 @@
 
 use std::panic::AssertUnwindSafe;
 use std::pin::pin;
+use std::sync::Arc;
 use std::time::Duration;
 
 use futures_util::FutureExt;
 use tokio::sync::watch;
 use tokio::time::{Instant, sleep, sleep_until};
+use tracing::Instrument;
 
 use super::drive::{Drive, Round};
 use super::end::{announce, bound_turn};
 use super::failure::Failure;
+use super::making::resolve;
 use super::progress::Progress;
 use super::relay::drain;
 use super::standing::Working;
@@ -19,7 +22,7 @@ use super::{Outcome, RunEvent, Runs, jittered};
 use crate::config::AssistantConfig;
 use crate::domain::{RequiredAction, Run, RunStatus, ToolOutput};
 use crate::error::Chain;
-use crate::store::{News, Orphan, Pause, Paused, RunLease, Store, StoreError, Turn};
+use crate::store::{Made, News, Orphan, Pause, Paused, RunLease, StoreError, Turn};
 use crate::upstream::{Ended, EventStream, Upstream};
 
 /// How long the id of a run is waited for that is cut off before it was heard.
@@ -63,7 +66,7 @@ pub(super) async fn resume_waiting(runs: Runs, mut working: Working, orphan: Orp
         (Some(outputs), _) => Begin::Outputs(outputs),
         (None, required) => Begin::Waiting(required.unwrap_or(RequiredAction { tool_calls: Vec::new() })),
     };
-    let turn = Turn { lease, thread, run, input: Vec::new() };
+    let turn = Turn { lease, thread, run, input: Vec::new(), intent: None };
     let mut progress = Progress::new(&turn);
     progress.taken_over(&turn.thread, content, before);
     match &begin {
@@ -80,7 +83,7 @@ pub(super) async fn resume_waiting(runs: Runs, mut working: Working, orphan: Orp
 /// message where that was never seen, and ends it if neither can be.
 pub(super) async fn resume_at_work(runs: Runs, mut working: Working, orphan: Orphan, before: Before) {
     let Orphan { lease, thread, run, time_left, input, content, .. } = orphan;
-    let turn = Turn { lease, thread, run, input };
+    let turn = Turn { lease, thread, run, input, intent: None };
     let mut progress = Progress::new(&turn);
     progress.taken_over(&turn.thread, content, before);
     let deadline = Instant::now() + time_left;
@@ -93,7 +96,7 @@ pub(super) async fn resume_at_work(runs: Runs, mut working: Working, orphan: Orp
 pub(super) async fn bury(runs: Runs, working: Working, orphan: Orphan, before: Before) {
     let Orphan { lease, thread, run, content, .. } = orphan;
     let failure = if run.status == RunStatus::Cancelling { Failure::Cancelled } else { Failure::ReplicaLost };
-    let turn = Turn { lease, thread, run, input: Vec::new() };
+    let turn = Turn { lease, thread, run, input: Vec::new(), intent: None };
     let mut progress = Progress::new(&turn);
     progress.taken_over(&turn.thread, content, before);
     let outcome = bound_turn(&runs, &working, &turn, Err(failure), progress).await;
@@ -130,6 +133,11 @@ async fn carry_out(
             failure = failure.name(),
             "the run did not reach its end upstream"
         );
+    }
+    if let Some(intent) = progress.intent.take() {
+        // Nobody began to make it, and nobody will.
+        let store = Arc::clone(&parts.store);
+        parts.tasks.spawn(async move { resolve(&store, intent, Made::Nothing).await }.in_current_span());
     }
     let Some(outcome) = bound_turn(runs, working, turn, result, progress).await else {
         tracing::warn!("let go of the run; others go on with it");
@@ -247,13 +255,12 @@ impl Rounds<'_> {
             events: working.feed.unstored(Some(RunEvent::RequiresAction(action.clone().into()))),
         };
         let parts = &self.runs.parts.given;
-        let store = &*parts.store;
         let paused = tokio::select! {
             biased;
             () = working.lost.cancelled() => return Err(Failure::LeaseLost),
             () = parts.stop.cancelled() => return Err(Failure::Stopped),
             () = sleep_until(self.deadline) => return Err(Failure::Deadline),
-            paused = patiently_pause(store, &self.turn.lease, &pause) => paused,
+            paused = patiently_pause(self.runs, &self.turn.lease, &pause) => paused,
         };
         match paused {
             Ok(Paused::Waiting(_)) => {
@@ -313,9 +320,9 @@ async fn cut_off(runs: &Runs, working: &Working, deadline: Instant) -> Failure {
 }
 
 /// Asks the store until it answers; an answer that is lost on its way does no harm.
-async fn patiently_pause(store: &dyn Store, lease: &RunLease, pause: &Pause) -> Result<Paused, StoreError> {
+async fn patiently_pause(runs: &Runs, lease: &RunLease, pause: &Pause) -> Result<Paused, StoreError> {
     loop {
-        match store.pause(lease, pause).await {
+        match runs.pause(lease, pause).await {
             Err(StoreError::Unavailable(_)) => sleep(jittered(Duration::from_millis(500))).await,
             paused => return paused,
         }

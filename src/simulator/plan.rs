@@ -407,18 +407,9 @@ mod tests {
     #[test]
     fn a_misspelt_directive_is_refused() {
         for text in [
-            "[[sim: fial]]",
-            "[[sim: cut]]",
-            "[[sim: status=200]]",
-            "[[sim: rate=fast]]",
-            "[[sim: fail_text=x]]",
-            "[[sim: hostile]]",
-            "[[sim: hostile=x]]",
-            "[[sim: bare_error]]",
-            "[[sim: wording=x]]",
-            "[[sim: bare_error=x]]",
-            "[[sim: late_head]]",
-            "[[sim: chance=101]]",
+            "[[sim: fial]]", "[[sim: cut]]", "[[sim: status=200]]", "[[sim: rate=fast]]",
+            "[[sim: fail_text=x]]", "[[sim: hostile]]", "[[sim: hostile=x]]", "[[sim: bare_error]]",
+            "[[sim: wording=x]]", "[[sim: bare_error=x]]", "[[sim: late_head]]", "[[sim: chance=101]]",
         ] {
             assert!(Plan::of_text(text).is_err(), "{text}");
         }

@@ -2,24 +2,76 @@
 
 use sqlx::error::DatabaseError;
 use sqlx::migrate::MigrateError;
-use sqlx::postgres::PgDatabaseError;
+use sqlx::postgres::{PgDatabaseError, PgSeverity};
 
-use super::StoreError;
+use super::connection::Failed;
+use super::{NotWritten, StoreError};
 
-impl From<sqlx::Error> for StoreError {
-    fn from(error: sqlx::Error) -> Self {
+impl From<Failed> for StoreError {
+    fn from(failed: Failed) -> Self {
         use sqlx::Error as E;
-        match &error {
+        let Failed { statement, cause } = failed;
+        match &cause {
             E::Io(_) | E::Tls(_) | E::PoolTimedOut | E::PoolClosed | E::WorkerCrashed | E::BeginFailed => {
-                Self::Unavailable(error.into())
+                Self::Unavailable(InStatement { statement, cause: cause.into() }.into())
             }
-            E::Database(cause) if passes(&**cause) => Self::Unavailable(Said::by(&**cause).into()),
-            E::Database(cause) => Self::Statement(Said::by(&**cause).into()),
-            E::ColumnDecode { index, source } => Self::Corrupt(format!("column {index}: {source}")),
-            E::Decode(source) => Self::Corrupt(source.to_string()),
-            _ => Self::Statement(error.into()),
+            E::Database(error) => {
+                let is_passing = passes(&**error);
+                let said = InStatement { statement, cause: Said::by(&**error).into() }.into();
+                if is_passing { Self::Unavailable(said) } else { Self::Statement(said) }
+            }
+            E::ColumnDecode { index, source } => {
+                Self::Corrupt(format!("{statement}, column {index}: {source}"))
+            }
+            E::Decode(source) => Self::Corrupt(format!("{statement}: {source}")),
+            _ => Self::Statement(InStatement { statement, cause: cause.into() }.into()),
         }
     }
+}
+
+impl From<Failed> for NotWritten {
+    fn from(failed: Failed) -> Self {
+        // What the database answers with an error it has taken back, unless the connection ends with it: so a pooler tells
+        // that it has lost the server.
+        let is_refused = matches!(&failed.cause, sqlx::Error::Database(said) if !ends_connection(&**said));
+        let was_encoded = !matches!(failed.cause, sqlx::Error::Encode(_));
+        let error = StoreError::from(failed);
+        if is_refused || !was_encoded { Self::Refused(error) } else { Self::Lost(error) }
+    }
+}
+
+/// Of what went wrong beside the database.
+impl From<StoreError> for NotWritten {
+    fn from(error: StoreError) -> Self {
+        match error {
+            StoreError::Unavailable(_) | StoreError::Corrupt(_) => Self::Lost(error),
+            error => Self::Refused(error),
+        }
+    }
+}
+
+/// What went wrong, and in which statement.
+#[derive(Debug, thiserror::Error)]
+#[error("{statement}: {cause}")]
+struct InStatement {
+    statement: &'static str,
+    cause: Box<dyn std::error::Error + Send + Sync>,
+}
+
+/// Whether an error tells that the connection is broken, and not only that a statement came to nothing.
+pub(super) fn is_broken(error: &sqlx::Error) -> bool {
+    match error {
+        sqlx::Error::Io(_) => true,
+        // The server stops, or has crashed.
+        sqlx::Error::Database(cause) => ["57P01", "57P02"].contains(&&*cause.code().unwrap_or_default()),
+        _ => false,
+    }
+}
+
+/// Whether an error ends the connection. What came of the statement is not known then.
+fn ends_connection(error: &dyn DatabaseError) -> bool {
+    let severity = error.try_downcast_ref::<PgDatabaseError>().map(PgDatabaseError::severity);
+    matches!(severity, Some(PgSeverity::Fatal | PgSeverity::Panic))
 }
 
 /// What the database said, in its own words. (The driver's text adds a line of the server's own source.)
@@ -27,7 +79,7 @@ impl From<sqlx::Error> for StoreError {
 #[error("{text} ({code}){}", if code == NOT_ALLOWED { MUST_BE_ALLOWED } else { "" })]
 pub(super) struct Said {
     text: String,
-    pub(super) code: String,
+    code: String,
 }
 
 impl Said {
@@ -53,8 +105,13 @@ pub(super) fn denial(error: &MigrateError) -> Option<String> {
 impl From<MigrateError> for StoreError {
     fn from(error: MigrateError) -> Self {
         match error {
-            MigrateError::Execute(error) | MigrateError::ExecuteMigration(error, _) => error.into(),
-            MigrateError::VersionMissing(version) => Self::Schema(newer(version)),
+            MigrateError::Execute(cause) | MigrateError::ExecuteMigration(cause, _) => {
+                Failed { statement: "migrate", cause }.into()
+            }
+            MigrateError::VersionMissing(version) => Self::Schema(format!(
+                "the database is at migration {version}, which is newer than this program and does not serve it: run a \
+                 newer `threadkeeper`"
+            )),
             MigrateError::VersionMismatch(version) => Self::Schema(format!(
                 "migration {version} was applied to the database in another form than this program knows"
             )),
@@ -66,28 +123,8 @@ impl From<MigrateError> for StoreError {
     }
 }
 
-/// Compares the newest migration that the database has with the newest that this program has.
-pub(super) fn check_version(applied: Option<i64>, known: i64) -> Result<(), StoreError> {
-    match applied {
-        Some(version) if version == known => Ok(()),
-        Some(version) if version > known => Err(StoreError::Schema(newer(version))),
-        Some(version) => Err(StoreError::Schema(format!(
-            "the database is at migration {version}, this program needs {known}: run `threadkeeper migrate`"
-        ))),
-        None => {
-            Err(StoreError::Schema("the database has no tables yet: run `threadkeeper migrate`".to_owned()))
-        }
-    }
-}
-
-fn newer(version: i64) -> String {
-    format!(
-        "the database is at migration {version}, which is newer than this program: run a newer `threadkeeper`"
-    )
-}
-
 /// Whether the same statement may well succeed later.
-fn passes(error: &dyn DatabaseError) -> bool {
+pub(super) fn passes(error: &dyn DatabaseError) -> bool {
     let code = error.code().unwrap_or_default();
     if error.try_downcast_ref::<PgDatabaseError>().is_some() {
         // Connection trouble, a server that starts or stops, resources used up, a statement cut short by a time
@@ -104,20 +141,17 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_the_very_same_schema_is_accepted() {
-        assert!(check_version(Some(3), 3).is_ok());
-        let text = |applied| check_version(applied, 3).unwrap_err().to_string();
-        assert!(text(Some(2)).contains("run `threadkeeper migrate`"));
-        assert!(text(None).contains("run `threadkeeper migrate`"));
-        assert!(text(Some(4)).contains("newer than this program"));
-    }
-
-    #[test]
     fn a_lost_connection_is_worth_a_retry_and_a_bad_statement_is_not() {
         let refused = std::io::Error::from(std::io::ErrorKind::ConnectionRefused);
         for error in [sqlx::Error::Io(refused), sqlx::Error::PoolTimedOut, sqlx::Error::PoolClosed] {
-            assert!(matches!(StoreError::from(error), StoreError::Unavailable(_)));
+            assert!(matches!(
+                StoreError::from(Failed { statement: "x", cause: error }),
+                StoreError::Unavailable(_)
+            ));
         }
-        assert!(matches!(StoreError::from(sqlx::Error::RowNotFound), StoreError::Statement(_)));
+        assert!(matches!(
+            StoreError::from(Failed { statement: "x", cause: sqlx::Error::RowNotFound }),
+            StoreError::Statement(_)
+        ));
     }
 }

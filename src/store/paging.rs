@@ -120,6 +120,11 @@ impl Filling {
         self.messages
     }
 
+    /// The page of what was read from the low end.
+    pub(super) fn upwards(self) -> Page<Message> {
+        Page { data: self.messages, has_more: self.has_more }
+    }
+
     /// The page that a request with that span wants.
     pub(super) fn page(self, span: Span) -> Page<Message> {
         let Self { messages: mut data, has_more, .. } = self;

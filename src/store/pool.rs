@@ -17,19 +17,22 @@ use std::fmt;
 use std::future::{Future, poll_fn};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::task::Poll;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use deadpool::Runtime;
 use deadpool::managed::{self, Manager, Metrics, PoolError, RecycleError, RecycleResult};
-use sqlx::{ConnectOptions, Connection};
+use sqlx::postgres::PgConnectOptions;
+use sqlx::sqlite::SqliteConnectOptions;
+use sqlx::{ConnectOptions, Connection as _};
 use tokio::runtime::Handle;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
-use tokio::time::timeout;
+use tokio::time::{Instant, timeout};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use super::StoreError;
-use super::errors::Said;
+use super::connection::Raw;
+use super::errors::is_broken;
 
 /// A connection that was idle for so long is asked for a sign of life before it is used.
 const PING_AFTER_IDLE: Duration = Duration::from_secs(1);
@@ -38,18 +41,19 @@ const PING_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// What is known of a server, by all pools of connections to it.
 #[derive(Debug, Default)]
-pub(super) struct Trust {
+pub(super) struct ServerHealth {
     /// When a connection was last found to be broken. Those from before are not used any more.
-    broken_at: Mutex<Option<Instant>>,
+    broken_at: Mutex<Option<std::time::Instant>>,
 }
 
-impl Trust {
+impl ServerHealth {
     /// A connection to the server has turned out to be broken.
     pub(super) fn lose(&self) {
-        *self.broken_at.lock().unwrap_or_else(PoisonError::into_inner) = Some(Instant::now());
+        let now = std::time::Instant::now();
+        *self.broken_at.lock().unwrap_or_else(PoisonError::into_inner) = Some(now);
     }
 
-    fn is_had_by(&self, metrics: &Metrics) -> bool {
+    fn is_good_for(&self, metrics: &Metrics) -> bool {
         let broken_at = *self.broken_at.lock().unwrap_or_else(PoisonError::into_inner);
         broken_at.is_none_or(|broken_at| metrics.recycled.unwrap_or(metrics.created) > broken_at)
     }
@@ -64,57 +68,75 @@ pub(super) enum Dropped {
     Closed,
 }
 
+/// How connections are opened.
+pub(super) enum Options {
+    Postgres(PgConnectOptions),
+    Sqlite(SqliteConnectOptions),
+}
+
+/// What a pool is made of.
+pub(super) struct PoolSettings {
+    pub(super) options: Options,
+    pub(super) health: Arc<ServerHealth>,
+    /// The most connections.
+    pub(super) size: u32,
+    /// Bounds the wait for a connection.
+    pub(super) acquire_timeout: Duration,
+    /// Bounds what is done with one, from when it is had.
+    pub(super) call_timeout: Duration,
+    pub(super) dropped: Dropped,
+}
+
 /// Connections that are opened when they are needed and kept.
-pub(super) struct Pool<C: Connection + 'static> {
-    lenders: managed::Pool<Opener<C>>,
+pub(super) struct Pool {
+    connections: managed::Pool<Opener>,
     /// One for each connection that there may be.
     places: Arc<Semaphore>,
     acquire_timeout: Duration,
 }
 
-impl<C: Connection + 'static> Pool<C> {
-    /// Up to `size` connections. `acquire_timeout` bounds the wait for one, `call_timeout` what is done with it.
-    pub(super) fn new(
-        options: C::Options,
-        trust: Arc<Trust>,
-        size: u32,
-        acquire_timeout: Duration,
-        call_timeout: Duration,
-        dropped: Dropped,
-    ) -> Result<Self, StoreError> {
+impl Pool {
+    pub(super) fn new(settings: PoolSettings) -> Result<Self, StoreError> {
+        let PoolSettings { options, health, size, acquire_timeout, call_timeout, dropped } = settings;
         let (tasks, closed) = (TaskTracker::new(), CancellationToken::new());
         let size = size.max(1) as usize;
-        let lenders = managed::Pool::builder(Opener { options, trust, call_timeout, dropped, tasks, closed })
+        let opener = Opener { options, health, call_timeout, dropped, tasks, closed };
+        let connections = managed::Pool::builder(opener)
             .max_size(size)
             .runtime(Runtime::Tokio1)
             .wait_timeout(Some(acquire_timeout))
             .create_timeout(Some(acquire_timeout))
             .build()
             .map_err(|error| StoreError::Open(format!("the connection pool cannot be made: {error}")))?;
-        Ok(Self { lenders, places: Arc::new(Semaphore::new(size)), acquire_timeout })
+        Ok(Self { connections, places: Arc::new(Semaphore::new(size)), acquire_timeout })
     }
 
     /// A free connection, soon.
-    pub(super) async fn lend(&self) -> Result<Lent<C>, StoreError> {
-        let lent = timeout(self.acquire_timeout, self.next()).await;
-        lent.unwrap_or_else(|_| Err(StoreError::Unavailable("no connection in time".into())))
+    pub(super) async fn acquire(&self) -> Result<Connection, StoreError> {
+        let acquired = timeout(self.acquire_timeout, self.next()).await;
+        acquired.unwrap_or_else(|_| Err(StoreError::Unavailable("no connection in time".into())))
     }
 
-    async fn next(&self) -> Result<Lent<C>, StoreError> {
+    async fn next(&self) -> Result<Connection, StoreError> {
         let place = Arc::clone(&self.places).acquire_owned().await.map_err(|_| closed())?;
-        let lenders = self.lenders.clone();
-        let Opener { tasks, dropped, .. } = self.lenders.manager();
+        let connections = self.connections.clone();
+        let Opener { tasks, dropped, .. } = self.connections.manager();
         let mut ready = Box::pin(async move {
-            let connection = lenders.manager().closed.run_until_cancelled(lenders.get()).await;
+            let opener = connections.manager();
+            let connection = opener.closed.run_until_cancelled(Box::pin(connections.get())).await;
             match connection.ok_or_else(closed)? {
-                Ok(connection) => Ok(Lent { held: Some(Held { connection, place }), state: State::InStep }),
+                Ok(connection) => {
+                    let deadline = Instant::now() + opener.call_timeout;
+                    let held = Some(Held { connection, place });
+                    Ok(Connection { held, state: State::InStep, depth: 0, deadline })
+                }
                 // Whatever the server says to a new connection, it may say otherwise soon.
                 Err(PoolError::Backend(error)) => Err(StoreError::Unavailable(error.into())),
                 Err(other) => Err(StoreError::Unavailable(other.to_string().into())),
             }
         });
         match poll_fn(|context| Poll::Ready(ready.as_mut().poll(context))).await {
-            Poll::Ready(lent) => lent,
+            Poll::Ready(acquired) => acquired,
             // The server has been asked for something: a task waits for it, also if the caller does not.
             Poll::Pending if *dropped == Dropped::Settled => {
                 tasks.spawn(ready).await.unwrap_or_else(|_| Err(closed()))
@@ -123,21 +145,13 @@ impl<C: Connection + 'static> Pool<C> {
         }
     }
 
-    /// Bounds a call in time.
-    pub(super) async fn within<T>(
-        &self,
-        call: impl Future<Output = Result<T, StoreError>>,
-    ) -> Result<T, StoreError> {
-        self.lenders.manager().within(call).await
-    }
-
     /// Lends no more, and closes what is not lent.
     pub(super) async fn close(&self) {
-        let Opener { tasks, closed, .. } = self.lenders.manager();
+        let Opener { tasks, closed, .. } = self.connections.manager();
         self.places.close();
         closed.cancel();
-        let idle = self.lenders.retain(|_, _| false).removed;
-        self.lenders.close();
+        let idle = self.connections.retain(|_, _| false).removed;
+        self.connections.close();
         for connection in idle {
             // Whether the goodbye arrives does not matter.
             let _ = timeout(PING_TIMEOUT, connection.close()).await;
@@ -151,53 +165,52 @@ fn closed() -> StoreError {
     StoreError::Unavailable("the store is closed".into())
 }
 
-/// Does something with a connection of a pool: `on!(pool, connection => a_future_that_uses(connection))`.
-macro_rules! on {
-    ($pool:expr, $connection:ident => $call:expr) => {{
-        let pool = &$pool;
-        let mut lent = pool.lend().await?;
-        let result = {
-            let $connection = lent.connection();
-            pool.within(async move { $call.await }).await
-        };
-        lent.give_back(&result);
-        result
-    }};
-}
-pub(super) use on;
-
-/// A connection on loan.
-pub(super) struct Lent<C: Connection + 'static> {
-    held: Option<Held<C>>,
-    state: State,
+/// A connection on loan. It goes back to its pool when it is dropped.
+pub(super) struct Connection {
+    held: Option<Held>,
+    pub(super) state: State,
+    /// Transactions that are open: the outer one and savepoints.
+    pub(super) depth: u32,
+    /// What is done with it has to be done by then.
+    deadline: Instant,
 }
 
 /// A connection and, to be given up after it, its place.
-struct Held<C: Connection + 'static> {
-    connection: managed::Object<Opener<C>>,
+struct Held {
+    connection: managed::Object<Opener>,
     place: OwnedSemaphorePermit,
 }
 
 #[derive(Clone, Copy)]
-enum State {
+pub(super) enum State {
+    /// Nothing is under way.
     InStep,
     /// A call is under way, or was dropped half-way.
     AtWork,
+    /// A call has failed, and the connection may be out of step.
+    Failed,
     /// The call was dropped, and what came of it is waited for.
     Settling,
 }
 
-impl<C: Connection + 'static> Lent<C> {
-    pub(super) fn connection(&mut self) -> &mut C {
-        self.state = State::AtWork;
-        &mut self.held.as_mut().expect("a loan holds its connection until it is given back").connection
+const HELD: &str = "a connection is held until it is dropped";
+
+impl Connection {
+    pub(super) fn raw(&self) -> &Raw {
+        &self.held.as_ref().expect(HELD).connection
     }
 
-    /// Gives it back if the call went well. After any error it may be out of step, or still in a transaction.
-    pub(super) fn give_back<T>(mut self, result: &Result<T, StoreError>) {
-        self.state = State::InStep;
-        if !matches!(result, Ok(_) | Err(StoreError::UnknownCursor)) {
-            self.close();
+    /// Says that a call begins. The connection, and when the call has to be done.
+    pub(super) fn begin_call(&mut self) -> (&mut Raw, Instant) {
+        self.state = State::AtWork;
+        (&mut self.held.as_mut().expect(HELD).connection, self.deadline)
+    }
+
+    /// Lets the other connections to the server know if an error says that it is gone.
+    pub(super) fn tell_health(&self, error: &sqlx::Error) {
+        let pool = self.held.as_ref().and_then(|held| managed::Object::pool(&held.connection));
+        if let Some(pool) = pool.filter(|_| is_broken(error)) {
+            pool.manager().health.lose();
         }
     }
 
@@ -215,39 +228,66 @@ impl<C: Connection + 'static> Lent<C> {
         if pool.manager().dropped == Dropped::Closed {
             return self.close();
         }
-        let lent = Self { held: self.held.take(), state: State::Settling };
+        let lent = Self { held: self.held.take(), state: State::Settling, depth: 0, deadline: self.deadline };
         let tasks = pool.manager().tasks.clone();
         tasks.spawn(lent.settled(pool));
     }
 
-    async fn settled(mut self, pool: managed::Pool<Opener<C>>) {
+    async fn settled(mut self, pool: managed::Pool<Opener>) {
         let Some(held) = &mut self.held else { return };
-        let settled = pool.manager().within(in_step(&mut *held.connection));
-        if let Some(Ok(())) = pool.manager().closed.run_until_cancelled(settled).await {
-            self.state = State::InStep;
+        let settled = timeout(pool.manager().call_timeout, held.connection.back_in_step());
+        match pool.manager().closed.run_until_cancelled(settled).await {
+            Some(Ok(Ok(()))) => self.state = State::InStep,
+            Some(Ok(Err(error))) => self.tell_health(&error),
+            Some(Err(_)) => pool.manager().health.lose(),
+            None => {}
         }
     }
 }
 
-/// Brings a connection back into step: the driver reads what is left of the call first. A sign of life would not do, for the
-/// driver does not know of a transaction whose beginning was dropped; the one that begins here takes it along.
-async fn in_step<C: Connection>(connection: &mut C) -> Result<(), StoreError> {
-    Ok(connection.begin().await?.rollback().await?)
+impl Raw {
+    /// Brings a connection back into step: the driver reads what is left of the call first, and a transaction of which
+    /// the driver knows nothing ends.
+    ///
+    /// # Errors
+    /// Also if the call has failed meanwhile: the driver of Postgres tells that instead, and sends nothing more.
+    async fn back_in_step(&mut self) -> sqlx::Result<()> {
+        match (self.control("ROLLBACK").await, &*self) {
+            // There is none to end.
+            (Err(sqlx::Error::Database(_)), Self::Sqlite(_)) => Ok(()),
+            (result, _) => result,
+        }
+    }
+
+    async fn ping(&mut self) -> sqlx::Result<()> {
+        match self {
+            Self::Postgres(c) => c.ping().await,
+            Self::Sqlite(c) => c.ping().await,
+        }
+    }
+
+    async fn close(self) -> sqlx::Result<()> {
+        match self {
+            Self::Postgres(c) => c.close().await,
+            Self::Sqlite(c) => c.close().await,
+        }
+    }
 }
 
-impl<C: Connection + 'static> Drop for Lent<C> {
+impl Drop for Connection {
     fn drop(&mut self) {
         match self.state {
-            State::InStep => {}
-            State::AtWork => self.settle(),
-            State::Settling => self.close(),
+            State::InStep if self.depth == 0 => {}
+            // A call was dropped half-way, or a transaction was.
+            State::InStep | State::AtWork => self.settle(),
+            State::Failed | State::Settling => self.close(),
         }
     }
 }
 
-struct Opener<C: Connection + 'static> {
-    options: C::Options,
-    trust: Arc<Trust>,
+struct Opener {
+    options: Options,
+    health: Arc<ServerHealth>,
     call_timeout: Duration,
     dropped: Dropped,
     /// What is seen to its end though nobody waits for it.
@@ -255,49 +295,31 @@ struct Opener<C: Connection + 'static> {
     closed: CancellationToken,
 }
 
-impl<C: Connection + 'static> Opener<C> {
-    async fn within<T>(&self, call: impl Future<Output = Result<T, StoreError>>) -> Result<T, StoreError> {
-        let Ok(result) = timeout(self.call_timeout, call).await else {
-            self.trust.lose();
-            return Err(StoreError::Unavailable(format!("no answer within {:?}", self.call_timeout).into()));
-        };
-        if result.as_ref().is_err_and(is_broken) {
-            self.trust.lose();
-        }
-        result
-    }
-}
-
-impl<C: Connection + 'static> Manager for Opener<C> {
-    type Type = C;
+impl Manager for Opener {
+    type Type = Raw;
     type Error = sqlx::Error;
 
-    async fn create(&self) -> Result<C, sqlx::Error> {
-        self.options.connect().await
+    async fn create(&self) -> Result<Raw, sqlx::Error> {
+        Ok(match &self.options {
+            Options::Postgres(options) => Raw::Postgres(options.connect().await?),
+            Options::Sqlite(options) => Raw::Sqlite(options.connect().await?),
+        })
     }
 
-    async fn recycle(&self, connection: &mut C, metrics: &Metrics) -> RecycleResult<sqlx::Error> {
-        if !self.trust.is_had_by(metrics) {
+    async fn recycle(&self, connection: &mut Raw, metrics: &Metrics) -> RecycleResult<sqlx::Error> {
+        if !self.health.is_good_for(metrics) {
             return Err(RecycleError::message("the server was away"));
         }
         if metrics.last_used() > PING_AFTER_IDLE {
             let silent = || sqlx::Error::Io(std::io::ErrorKind::TimedOut.into());
             let pong = timeout(PING_TIMEOUT, connection.ping()).await.unwrap_or_else(|_| Err(silent()));
-            pong.inspect_err(|_| self.trust.lose()).map_err(RecycleError::Backend)?;
+            pong.inspect_err(|_| self.health.lose()).map_err(RecycleError::Backend)?;
         }
         Ok(())
     }
 }
 
-/// Whether an error tells that the connection is broken, and not only that a statement came to nothing.
-fn is_broken(error: &StoreError) -> bool {
-    let StoreError::Unavailable(cause) = error else { return false };
-    // The server stops, or has crashed.
-    let stops = |said: &Said| ["57P01", "57P02"].contains(&&*said.code);
-    matches!(cause.downcast_ref(), Some(sqlx::Error::Io(_))) || cause.downcast_ref().is_some_and(stops)
-}
-
-impl<C: Connection + 'static> fmt::Debug for Pool<C> {
+impl fmt::Debug for Pool {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Pool").field("acquire_timeout", &self.acquire_timeout).finish_non_exhaustive()
     }

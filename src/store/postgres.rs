@@ -1,422 +1,304 @@
-//! The production store: Postgres 12 or newer, shared by any number of replicas.
+//! Postgres 12 or newer, shared by any number of replicas: getting to the server, and the pools.
 //!
-//! Isolation is READ COMMITTED, the server's default. Statements that change a run, messages that its thread counts,
-//! and the thread lock them in this order; admission locks the thread and then only adds rows. An idempotency key comes last.
-//! Those that take several requests to delete, runs or threads take them in this order, and each kind by id. So no two of them
-//! wait for each other.
+//! Isolation is READ COMMITTED, the server's default. Statements that change a run, messages that its thread counts, and the
+//! thread lock them in this order; admission locks the thread and then only adds rows. An idempotency key comes last. Those
+//! that take several requests to delete, runs or threads take them in this order, and each kind by id. So no two of them wait
+//! for each other.
 
-mod admit;
-mod connect;
-mod control;
-mod deletion;
-mod dialect;
-mod end;
-mod keeping;
-mod keys;
-mod life;
-mod news;
-mod once;
-mod read;
-mod record;
-mod remnants;
-mod replicas;
-mod rollover;
-mod threads;
-mod tools;
-mod turn;
-
+use std::fmt;
+use std::str::FromStr;
 use std::sync::Arc;
 use std::time::Duration;
 
-use async_trait::async_trait;
-use futures_util::stream::BoxStream;
-use sqlx::migrate::{MigrateError, Migrator};
-use sqlx::postgres::PgConnectOptions;
-use sqlx::{ConnectOptions, Connection, Executor, PgConnection, Postgres, Transaction};
-use std::fmt;
-use tokio_util::sync::CancellationToken;
+use secrecy::{ExposeSecret, SecretString};
+use sqlx::postgres::{PgConnectOptions, PgConnection};
+use sqlx::{ConnectOptions, Connection};
+use tokio::time::{Instant, sleep, timeout_at};
+use tracing::log::LevelFilter;
+use url::Url;
 
-use super::errors::{check_version, denial};
-use super::pool::{Dropped, Pool, Trust, on};
-use super::{
-    Admission, Admitted, Answered, Binding, Bound, Claim, Closing, News, Orphan, Pause, Paused, Renewed,
-    Repeated, Request, RunEnd, RunLease, RunProgress, Store, StoreError, ThreadName, ToolAnswer, Withdrawal,
-    Withdrawn, Withholding,
-};
+use super::errors::Said;
+use super::pool::{Dropped, Options, Pool, PoolSettings, ServerHealth};
+use super::{Backend, StoreError};
 use crate::config::StoreConfig;
-use crate::domain::{
-    Baseline, Context, ConversationKey, EventBatch, Message, MessageId, Page, PageRequest, ReplicaId, Run,
-    RunId, ThreadId,
-};
 
-use read::Applied;
-
-static MIGRATOR: Migrator = sqlx::migrate!("migrations/postgres");
-
-/// When the thread `t` expires; NULL if never. The parameters with these names hold the configured limits, in milliseconds.
-/// Says what [`Lifetimes::expiry`](crate::domain::Lifetimes::expiry) says.
-macro_rules! expiry {
-    ($max_age:literal, $max_idle:literal) => {
-        concat!(
-            "CASE WHEN t.max_age_ms IS NULL AND t.max_idle_ms IS NULL THEN ",
-            $crate::store::postgres::earlier!($max_age, $max_idle),
-            " ELSE ",
-            $crate::store::postgres::earlier!("t.max_age_ms", "t.max_idle_ms"),
-            " END"
-        )
-    };
-}
-use expiry;
-
-/// The earlier end of the thread `t` by two limits, or by the one that there is.
-macro_rules! earlier {
-    ($max_age:literal, $max_idle:literal) => {
-        concat!(
-            "LEAST(t.created_at + ",
-            $max_age,
-            " * interval '1 millisecond', t.last_active_at + ",
-            $max_idle,
-            " * interval '1 millisecond')"
-        )
-    };
-}
-use earlier;
-
-/// What to set of the thread `t` so that it lives as long as its caller wants, if that is said: parameters as made by
-/// [`ttl_millis`](super::rows::ttl_millis). It is active now, too.
-macro_rules! live_on {
-    ($from_now:literal, $from_last_activity:literal) => {
-        concat!(
-            "last_active_at = clock_timestamp(),
-            max_age_ms = CASE WHEN ",
-            $from_now,
-            " IS NOT NULL
-                THEN GREATEST(0, ceil(EXTRACT(epoch FROM clock_timestamp() - t.created_at) * 1000)::bigint + ",
-            $from_now,
-            ")
-                WHEN ",
-            $from_last_activity,
-            " IS NULL THEN t.max_age_ms END,
-            max_idle_ms = CASE WHEN ",
-            $from_now,
-            " IS NULL THEN COALESCE(",
-            $from_last_activity,
-            ", t.max_idle_ms) END,
-            due_at = COALESCE(clock_timestamp() + COALESCE(",
-            $from_now,
-            ", ",
-            $from_last_activity,
-            ") * interval '1 millisecond', t.due_at)"
-        )
-    };
-}
-use live_on;
+/// A statement that takes so long is logged with a warning.
+const SLOW_STATEMENT: Duration = Duration::from_secs(1);
+/// Pauses between attempts to reach a server that is not up yet.
+const FIRST_PAUSE: Duration = Duration::from_millis(50);
+const LONGEST_PAUSE: Duration = Duration::from_secs(1);
 
 /// Longest time for one step, once it has a connection: somewhat more than the server gives a statement.
 const CALL_TIMEOUT: Duration = Duration::from_secs(12);
 
-/// The store in a Postgres database.
-#[derive(Clone)]
-pub struct PostgresStore {
-    /// Admissions, reads, and what else callers ask for. All that is called within a request, which is dropped when its
-    /// caller leaves, belongs here.
-    general: Arc<Pool<PgConnection>>,
-    /// What ends runs and starts waiting ones: a flood of the rest cannot starve it. Only tasks of ours call it.
-    vital: Arc<Pool<PgConnection>>,
-    /// A connection that only keeps the session alive: no statement that is stuck can end it.
-    session: Arc<Pool<PgConnection>>,
-    trust: Arc<Trust>,
-    /// The way to the server itself, where a pooler is in between.
-    direct: PgConnectOptions,
-    closed: CancellationToken,
-}
+/// Parameters of a URL that the driver knows.
+const KNOWN_PARAMETERS: &str = "sslmode ssl-mode sslrootcert ssl-root-cert ssl-ca sslcert ssl-cert sslkey ssl-key statement- \
+    cache-capacity host hostaddr port dbname user password application_name options";
 
-impl fmt::Debug for PostgresStore {
-    /// The driver's own text of the way to the server has the password in it.
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("PostgresStore").field("general", &self.general).finish_non_exhaustive()
+/// Connects, waiting for a server that is not up yet.
+pub(super) async fn open(config: &StoreConfig) -> Result<Backend, StoreError> {
+    let (way, direct) = options(config)?;
+    wait_until_up(&way, config.startup_timeout).await?;
+    if let Some(direct) = &direct {
+        wait_until_up(direct, config.startup_timeout).await?;
     }
-}
-
-impl PostgresStore {
-    /// Connects, waiting up to `startup_timeout` for a server that is not up yet. Does not look at the schema.
-    ///
-    /// Half of `max_connections` is set aside for what must not wait behind a flood: a turn needs it as often as the rest.
-    /// Two more connections keep the session and hear what other replicas tell.
-    ///
-    /// # Errors
-    /// [`StoreError::Open`] at once if waiting does not help: a bad URL, password or database name.
-    /// [`StoreError::Unavailable`] when the time is up.
-    pub async fn connect(config: &StoreConfig) -> Result<Self, StoreError> {
-        let (options, direct) = connect::options(config)?;
-        connect::wait_until_up(&options, config.startup_timeout).await?;
-        if let Some(direct) = &direct {
-            connect::wait_until_up(direct, config.startup_timeout).await?;
-        }
-        let vital = (config.max_connections / 2).max(1);
-        let general = config.max_connections.saturating_sub(vital).max(1);
-        let trust = Arc::new(Trust::default());
-        let pool = |size, dropped| {
-            let options = options.options.clone();
-            Pool::new(options, Arc::clone(&trust), size, config.acquire_timeout, CALL_TIMEOUT, dropped)
-        };
-        Ok(Self {
-            general: Arc::new(pool(general, Dropped::Settled)?),
-            vital: Arc::new(pool(vital, Dropped::Closed)?),
-            session: Arc::new(pool(1, Dropped::Closed)?),
-            direct: direct.unwrap_or(options).options,
-            trust,
-            closed: CancellationToken::new(),
+    let vital = (config.max_connections / 2).max(1);
+    let general = config.max_connections.saturating_sub(vital).max(1);
+    let health = Arc::new(ServerHealth::default());
+    let pool = |size, dropped| {
+        Pool::new(PoolSettings {
+            options: Options::Postgres(way.options.clone()),
+            health: Arc::clone(&health),
+            size,
+            acquire_timeout: config.acquire_timeout,
+            call_timeout: CALL_TIMEOUT,
+            dropped,
         })
-    }
+    };
+    Ok(Backend::Postgres {
+        general: pool(general, Dropped::Settled)?,
+        vital: pool(vital, Dropped::Closed)?,
+        session: pool(1, Dropped::Closed)?,
+        direct: Box::new(direct.unwrap_or_else(|| way.clone()).options),
+        health,
+    })
+}
 
-    /// Brings the schema up to date. Replicas that do so at once wait for each other. Where nothing is to be done, nothing but
-    /// reading is: the role may be one that must not change the schema.
-    ///
-    /// # Errors
-    /// [`StoreError::Schema`] if the database is newer than this program, [`StoreError::Open`] if the role may not do it.
-    pub async fn migrate(&self) -> Result<(), StoreError> {
-        // A connection of its own: a migration may take longer than our statements are allowed to.
-        let mut connection = self.direct.connect().await?;
-        if !is_up_to_date(read::applied(&mut connection).await?)? {
-            connection.execute("SET statement_timeout = 0").await?;
-            if let Err(error) = MIGRATOR.run(&mut connection).await {
-                return Err(match denial(&error) {
-                    Some(what) => StoreError::Open(may_not_migrate(&mut connection, &what).await),
-                    None => error.into(),
-                });
+/// A way to the database.
+#[derive(Clone)]
+struct Way {
+    options: PgConnectOptions,
+    /// The setting that tells it.
+    setting: &'static str,
+}
+
+impl fmt::Debug for Way {
+    /// The driver's own text of its options has the password in it.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Way")
+            .field("to", &place(&self.options))
+            .field("setting", &self.setting)
+            .finish_non_exhaustive()
+    }
+}
+
+/// Reads the URLs: the one for all that is done, and the one for what a pooler would not let through, if it is another.
+fn options(config: &StoreConfig) -> Result<(Way, Option<Way>), StoreError> {
+    let url = config.url.as_ref().ok_or_else(|| StoreError::Open("store.url is not set".to_owned()))?;
+    let way = way(url, "store.url")?;
+    let Some(direct) = &config.direct_url else { return Ok((way.with_session_settings(), None)) };
+    let direct = self::way(direct, "store.direct_url")?.with_session_settings();
+    Ok((way, Some(direct)))
+}
+
+fn way(url: &SecretString, setting: &'static str) -> Result<Way, StoreError> {
+    // The cause is left out: it might quote the URL, which may hold a password.
+    let options = PgConnectOptions::from_str(url.expose_secret()).map_err(|_| {
+        StoreError::Open(format!("{setting} is not of the form `postgres://user@host:port/database`"))
+    })?;
+    tell_unknown_parameters(url, setting);
+    let options = options
+        .application_name("threadkeeper")
+        // What servers since 12 do by themselves, and poolers do not know.
+        .extra_float_digits(None)
+        .log_statements(LevelFilter::Debug)
+        .log_slow_statements(LevelFilter::Warn, SLOW_STATEMENT);
+    Ok(Way { options, setting })
+}
+
+/// Warns of what the driver passes over. Its own warning, which repeats the value, is never logged.
+fn tell_unknown_parameters(url: &SecretString, setting: &'static str) {
+    let names = unknown_parameters(url);
+    if !names.is_empty() {
+        let names = names.join(", ");
+        tracing::warn!(
+            setting,
+            parameters = names,
+            "the URL has parameters that are not known, and passed over"
+        );
+    }
+}
+
+/// Names that are none, and may be anything, are not repeated.
+fn unknown_parameters(url: &SecretString) -> Vec<String> {
+    let Ok(url) = Url::parse(url.expose_secret()) else { return Vec::new() };
+    let is_known =
+        |name: &str| KNOWN_PARAMETERS.split(' ').any(|known| known == name) || name.starts_with("options[");
+    let is_word =
+        |name: &str| name.len() <= 32 && name.bytes().all(|b| b.is_ascii_lowercase() || b"_-".contains(&b));
+    let unknown = url.query_pairs().map(|(name, _)| name).filter(|name| !is_known(name));
+    unknown.map(|name| if is_word(&name) { name.into_owned() } else { "(not a name)".to_owned() }).collect()
+}
+
+impl Way {
+    /// A pooler refuses these: sessions with the server are not ours there.
+    fn with_session_settings(self) -> Self {
+        let options = self.options.options([
+            // No statement of ours takes long: one that does waits for a lock that a stuck client holds.
+            ("statement_timeout", "10s"),
+            ("idle_in_transaction_session_timeout", "30s"),
+            // All of them look rows up by key: one plan serves every key, and planning takes longer than the rest.
+            ("plan_cache_mode", "force_generic_plan"),
+            // A plan that was made while a table was empty, or thought to be, is kept when it is full.
+            ("enable_seqscan", "off"),
+            ("enable_bitmapscan", "off"),
+            ("enable_hashjoin", "off"),
+            ("enable_mergejoin", "off"),
+            ("jit", "off"),
+        ]);
+        Self { options, ..self }
+    }
+}
+
+/// Tries to connect until it works, waiting does not help, or the time is up.
+async fn wait_until_up(way: &Way, limit: Duration) -> Result<(), StoreError> {
+    let options = &way.options;
+    let deadline = Instant::now() + limit;
+    let mut pause = FIRST_PAUSE;
+    let mut told = false;
+    loop {
+        let error = match timeout_at(deadline, PgConnection::connect_with(options)).await {
+            Ok(Ok(connection)) => {
+                // Whether the goodbye arrives does not matter.
+                let _ = connection.close().await;
+                return Ok(());
+            }
+            Ok(Err(error)) => error,
+            Err(_) => sqlx::Error::Io(std::io::ErrorKind::TimedOut.into()),
+        };
+        if let Some(text) = beyond_waiting(&error, way) {
+            return Err(StoreError::Open(text));
+        }
+        let error = in_its_words(error);
+        if Instant::now() + pause >= deadline {
+            let text = format!("{} let nobody in within {limit:?}: {error}", place(options));
+            return Err(StoreError::Unavailable(text.into()));
+        }
+        if !told {
+            told = true;
+            tracing::warn!(%error, "the database is not up yet; trying again for {limit:?}");
+        }
+        sleep(pause).await;
+        pause = (pause * 2).min(LONGEST_PAUSE);
+    }
+}
+
+/// What to do about an error that stays the same however long one waits.
+fn beyond_waiting(error: &sqlx::Error, Way { options, setting }: &Way) -> Option<String> {
+    let place = place(options);
+    match error {
+        sqlx::Error::Database(cause) => {
+            let (user, code) = (options.get_username(), cause.code().unwrap_or_default());
+            match &*code {
+                "28P01" | "28000" => Some(format!(
+                    "{place} refused the user `{user}`: check user and password in {setting} ({})",
+                    cause.message()
+                )),
+                "3D000" => Some(format!(
+                    "{place} has no database `{}`: create it, or correct {setting}",
+                    options.get_database().unwrap_or(user)
+                )),
+                "08P01" if cause.message().contains("startup parameter") => Some(format!(
+                    "{place} is a pooler that does not let our settings through ({}): set store.direct_url to the \
+                     server itself",
+                    cause.message()
+                )),
+                "42501" => {
+                    Some(format!("{place} does not let the user `{user}` connect: {}", cause.message()))
+                }
+                _ => None,
             }
         }
-        Ok(connection.close().await?)
+        sqlx::Error::Tls(cause) => {
+            Some(format!("no TLS connection to {place}: {cause}; see sslmode and sslrootcert of {setting}"))
+        }
+        sqlx::Error::Configuration(_) => {
+            Some(format!("{setting} has a parameter that Postgres connections do not know"))
+        }
+        _ => None,
     }
 }
 
-/// Compares what was applied to the database with what this program has.
-fn is_up_to_date(applied: Vec<Applied>) -> Result<bool, MigrateError> {
-    let count = applied.len();
-    for Applied { version, checksum, success } in applied {
-        let known = MIGRATOR.iter().find(|migration| migration.version == version);
-        match known {
-            _ if !success => return Err(MigrateError::Dirty(version)),
-            None => return Err(MigrateError::VersionMissing(version)),
-            Some(known) if *known.checksum != *checksum => {
-                return Err(MigrateError::VersionMismatch(version));
-            }
-            Some(_) => {}
+/// The error in the server's own words, if it is one of the server's.
+fn in_its_words(error: sqlx::Error) -> String {
+    match error {
+        sqlx::Error::Database(cause) => Said::by(&*cause).to_string(),
+        sqlx::Error::Io(cause) => cause.to_string(),
+        other => other.to_string(),
+    }
+}
+
+fn place(options: &PgConnectOptions) -> String {
+    match options.get_socket() {
+        Some(folder) => format!("the database at the socket in {}", folder.display()),
+        None => format!("the database at {}:{}", options.get_host(), options.get_port()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn config(url: &str) -> StoreConfig {
+        StoreConfig { url: Some(url.to_owned().into()), ..StoreConfig::default() }
+    }
+
+    #[test]
+    fn a_bad_url_is_refused_without_showing_it() {
+        for url in ["postgres://u:secret@host:port/db", "postgres://u:secret@host/db?sslmode=secret"] {
+            let error = options(&config(url)).unwrap_err();
+            assert!(matches!(error, StoreError::Open(_)), "{error:?}");
+            assert!(!format!("{error:?}").contains("secret"), "{error:?}");
         }
     }
-    Ok(count == MIGRATOR.iter().count())
-}
 
-/// What the role of this connection lacks, and who has it.
-async fn may_not_migrate(connection: &mut PgConnection, what: &str) -> String {
-    let names = read::role_and_schema(connection).await;
-    let (role, schema) = names.unwrap_or_else(|_| ("<role>".to_owned(), "<schema>".to_owned()));
-    format!(
-        "the schema of the database is not up to date, and the role {role} may not change it ({what}): run `threadkeeper \
-         migrate` with the role that owns the tables, or, as long as there are none, GRANT CREATE ON SCHEMA {schema} TO {role}"
-    )
-}
-
-/// Begins a transaction. Dropped before its commit, it leaves nothing behind.
-async fn write(connection: &mut PgConnection) -> Result<Transaction<'_, Postgres>, StoreError> {
-    Ok(connection.begin().await?)
-}
-
-#[async_trait]
-impl Store for PostgresStore {
-    async fn ready(&self) -> Result<(), StoreError> {
-        let known = MIGRATOR.iter().map(|migration| migration.version).max().unwrap_or(0);
-        check_version(on!(self.general, c => read::schema_version(c))?, known)
+    #[test]
+    fn parameters_that_are_passed_over_are_named_without_their_values() {
+        let unknown = |query: &str| unknown_parameters(&format!("postgres://u:secret@h/d?{query}").into());
+        assert!(unknown("sslmode=require&host=%2Frun&options[a]=b").is_empty());
+        assert_eq!(unknown("pasword=secret&sslmod=secret&Secret9=1"), ["pasword", "sslmod", "(not a name)"]);
     }
 
-    async fn admit(&self, admission: &Admission) -> Result<Admitted, StoreError> {
-        on!(self.general, c => admit::admit(c, admission))
+    #[test]
+    fn a_password_is_in_no_text() {
+        let ways = options(&config("postgres://u:secret@h/d")).unwrap();
+        let text = format!("{ways:?}");
+        assert!(text.contains("h:5432") && !text.contains("secret"), "{text}");
     }
 
-    async fn repeated(
-        &self,
-        key: &ConversationKey,
-        idempotency_key: &str,
-        remember: Duration,
-    ) -> Result<Option<Repeated>, StoreError> {
-        on!(self.general, c => once::repeated(c, key, idempotency_key, remember))
+    #[test]
+    fn a_problem_is_told_of_the_url_that_has_it() {
+        let both = |direct: &str| StoreConfig {
+            direct_url: Some(direct.to_owned().into()),
+            ..config("postgres://u@h/d")
+        };
+        let error = options(&both("postgres://u:secret@host:port/db")).unwrap_err().to_string();
+        assert!(error.contains("store.direct_url") && !error.contains("secret"), "{error}");
+        assert_eq!(options(&both("postgres://u@i/d")).unwrap().1.unwrap().options.get_host(), "i");
+        assert!(options(&config("postgres://u@h/d")).unwrap().1.is_none());
     }
 
-    async fn claim(&self, lease: &RunLease) -> Result<Claim, StoreError> {
-        on!(self.vital, c => turn::claim(c, lease))
+    #[test]
+    fn a_pooler_is_not_asked_for_settings_of_sessions() {
+        let behind = StoreConfig {
+            direct_url: Some("postgres://u@i/d".to_owned().into()),
+            ..config("postgres://u@h/d")
+        };
+        let (pooled, direct) = options(&behind).unwrap();
+        assert_eq!(pooled.options.get_options(), None);
+        assert!(direct.unwrap().options.get_options().unwrap().contains("statement_timeout"));
+        let (way, _) = options(&config("postgres://u@h/d")).unwrap();
+        assert!(way.options.get_options().unwrap().contains("statement_timeout"));
     }
 
-    async fn displace(&self, lease: &RunLease, discard: bool) -> Result<Option<RunId>, StoreError> {
-        on!(self.vital, c => control::displace(c, lease, discard))
-    }
-
-    async fn request_cancel(&self, key: &ConversationKey, id: RunId) -> Result<Option<Run>, StoreError> {
-        on!(self.general, c => control::request_cancel(c, key, id))
-    }
-
-    async fn take_queued(&self, replica: ReplicaId, id: RunId) -> Result<Option<RunLease>, StoreError> {
-        on!(self.general, c => read::take_queued(c, replica, id))
-    }
-
-    async fn pause(&self, lease: &RunLease, pause: &Pause) -> Result<Paused, StoreError> {
-        on!(self.vital, c => tools::pause(c, lease, pause))
-    }
-
-    async fn answer_tools(
-        &self,
-        key: &ConversationKey,
-        id: RunId,
-        answer: &ToolAnswer,
-    ) -> Result<Answered, StoreError> {
-        on!(self.general, c => tools::answer_tools(c, key, id, answer))
-    }
-
-    async fn sends_outputs(&self, lease: &RunLease) -> Result<bool, StoreError> {
-        on!(self.vital, c => read::sends_outputs(c, lease))
-    }
-
-    async fn sends_again(&self, lease: &RunLease) -> Result<bool, StoreError> {
-        on!(self.vital, c => read::sends_again(c, lease))
-    }
-
-    async fn requests(&self, replica: ReplicaId) -> Result<Vec<Request>, StoreError> {
-        on!(self.vital, c => control::requests(c, replica))
-    }
-
-    async fn lost(&self, replica: ReplicaId, working: &[RunId]) -> Result<Vec<RunId>, StoreError> {
-        on!(self.vital, c => control::lost(c, replica, working))
-    }
-
-    async fn bind_upstream_thread(
-        &self,
-        lease: &RunLease,
-        binding: &Binding<'_>,
-    ) -> Result<Bound, StoreError> {
-        on!(self.vital, c => turn::bind_upstream_thread(c, lease, binding))
-    }
-
-    async fn withhold_earlier(&self, lease: &RunLease, what: &Withholding) -> Result<bool, StoreError> {
-        on!(self.general, c => turn::withhold_earlier(c, lease, what))
-    }
-
-    async fn earlier(
-        &self,
-        run: RunId,
-        before: Option<i64>,
-        limit: u32,
-    ) -> Result<Page<Message>, StoreError> {
-        on!(self.general, c => read::earlier(c, run, before, limit))
-    }
-
-    async fn backlog(
-        &self,
-        run: RunId,
-        before: Option<i64>,
-        limit: u32,
-    ) -> Result<Page<Message>, StoreError> {
-        on!(self.general, c => read::backlog(c, run, before, limit))
-    }
-
-    async fn baseline(&self, run: RunId) -> Result<Baseline, StoreError> {
-        on!(self.vital, c => read::baseline(c, run))
-    }
-
-    async fn settled(
-        &self,
-        lease: &RunLease,
-        run: RunId,
-        found: Context,
-        synced: bool,
-    ) -> Result<bool, StoreError> {
-        on!(self.vital, c => turn::settled(c, lease, run, found, synced))
-    }
-
-    async fn finish(&self, lease: &RunLease, end: &RunEnd) -> Result<Closing, StoreError> {
-        on!(self.vital, c => end::finish(c, lease, end))
-    }
-
-    async fn withdraw(&self, lease: &RunLease, taken: &Withdrawal) -> Result<Withdrawn, StoreError> {
-        on!(self.vital, c => end::withdraw(c, lease, taken))
-    }
-
-    async fn events(&self, run: RunId, from: i64) -> Result<Vec<EventBatch>, StoreError> {
-        on!(self.general, c => read::events(c, run, from))
-    }
-
-    async fn messages(
-        &self,
-        name: ThreadName<'_>,
-        across: bool,
-        page: &PageRequest<MessageId>,
-    ) -> Result<Option<Page<Message>>, StoreError> {
-        on!(self.general, c => read::messages(c, name, across, page))
-    }
-
-    async fn transcript(&self, thread: ThreadId, after: i64, limit: u32) -> Result<Vec<Message>, StoreError> {
-        on!(self.general, c => read::transcript(c, thread, after, limit))
-    }
-
-    async fn runs(
-        &self,
-        key: &ConversationKey,
-        page: &PageRequest<RunId>,
-    ) -> Result<Option<Page<Run>>, StoreError> {
-        on!(self.general, c => read::runs(c, key, page))
-    }
-
-    async fn unfinished(&self, key: &ConversationKey) -> Result<Option<Vec<Run>>, StoreError> {
-        on!(self.general, c => read::unfinished(c, key))
-    }
-
-    async fn run(
-        &self,
-        key: &ConversationKey,
-        id: RunId,
-    ) -> Result<Option<(Run, Option<Message>)>, StoreError> {
-        on!(self.general, c => read::run(c, key, id))
-    }
-
-    async fn renew_replica(
-        &self,
-        id: ReplicaId,
-        address: &str,
-        ttl: Duration,
-    ) -> Result<Renewed, StoreError> {
-        on!(self.session, c => replicas::renew(c, id, address, ttl))
-    }
-
-    async fn retire_replica(&self, id: ReplicaId) -> Result<(), StoreError> {
-        on!(self.session, c => replicas::retire(c, id))
-    }
-
-    async fn adopt_orphans(
-        &self,
-        id: ReplicaId,
-        working: &[RunId],
-        limit: u32,
-    ) -> Result<Vec<Orphan>, StoreError> {
-        on!(self.vital, c => replicas::adopt_orphans(c, id, working, limit))
-    }
-
-    async fn release(&self, leases: &[RunLease]) -> Result<(), StoreError> {
-        on!(self.vital, c => replicas::release(c, leases))
-    }
-
-    async fn record(&self, progress: &[RunProgress]) -> Result<Vec<RunId>, StoreError> {
-        on!(self.vital, c => record::record(c, progress))
-    }
-
-    async fn tell(&self, news: &[News]) -> Result<(), StoreError> {
-        on!(self.vital, c => news::tell(c, news))
-    }
-
-    fn news(&self) -> BoxStream<'static, News> {
-        news::news(self.direct.clone(), Arc::clone(&self.trust), self.closed.clone())
-    }
-
-    async fn close(&self) {
-        self.closed.cancel();
-        tokio::join!(self.general.close(), self.vital.close(), self.session.close());
+    #[tokio::test]
+    async fn a_server_that_stays_away_is_given_up_and_named() {
+        // A port that was free a moment ago.
+        let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+        let (options, _) = options(&config(&format!("postgres://u:secret@127.0.0.1:{port}/db"))).unwrap();
+        let error = wait_until_up(&options, Duration::from_millis(200)).await.unwrap_err();
+        let text = format!("{error:?}");
+        assert!(matches!(error, StoreError::Unavailable(_)), "{text}");
+        assert!(text.contains(&format!("127.0.0.1:{port}")) && !text.contains("secret"), "{text}");
     }
 }

@@ -2,6 +2,7 @@
 //!
 //! Statements name columns `t_…` (thread), `r_…` (run) and `m_…` (message), so that one row can hold all three.
 
+use std::fmt::Write as _;
 use std::str::FromStr;
 use std::time::Duration;
 
@@ -15,14 +16,11 @@ use sqlx::types::Json;
 use sqlx::{ColumnIndex, Decode, Encode, FromRow, Row, Type};
 use uuid::Uuid;
 
-use super::{
-    Finished, InputMessage, Orphan, Renewed, Repeated, Request, RunLease, StoreError, ThreadReport, Waiting,
-};
+use super::{Finished, InputMessage, Orphan, Repeated, RunLease, StoreError, ThreadReport, Waiting};
 use crate::domain::{
-    ContentPart, ConversationKey, EventBatch, Leftover, Limits, LoggedEvent, Message, MessageId, Metadata,
-    Removed, ReplicaId, RequiredAction, Run, RunError, RunId, RunStatus, Scope, TenantKey, Thread,
-    ThreadActivity, ThreadId, ThreadState, Timestamp, ToolOutput, Ttl, UpstreamRunId, UpstreamThreadId,
-    Usage, UserKey,
+    ContentPart, ConversationKey, Leftover, Limits, LoggedEvent, Message, MessageId, Metadata, Removed,
+    ReplicaId, RequiredAction, Run, RunError, RunId, RunStatus, Scope, TenantKey, Thread, ThreadActivity,
+    ThreadId, ThreadState, Timestamp, ToolOutput, Ttl, UpstreamRunId, UpstreamThreadId, Usage, UserKey,
 };
 
 /// A point in time: `timestamptz` in Postgres, milliseconds since 1970 in SQLite.
@@ -76,7 +74,7 @@ pub(super) struct ThreadRow {
     t_upstream: String,
     t_upstream_thread_id: Option<String>,
     t_lifecycle: String,
-    t_previous_thread: Option<Uuid>,
+    t_previous_thread_id: Option<Uuid>,
     t_metadata: Json<Metadata>,
     t_message_count: i64,
     t_run_count: i64,
@@ -86,11 +84,11 @@ pub(super) struct ThreadRow {
     t_max_idle_ms: Option<i64>,
     t_archived_at: Option<At>,
     t_deletion: Option<String>,
-    t_rolls: bool,
-    t_carried: i64,
-    t_removed: Option<Json<Removed>>,
-    t_backlog: i64,
-    t_leftover: Option<Json<Leftover>>,
+    t_rollover_pending: bool,
+    t_carried_messages: i64,
+    t_upstream_cleanup: Option<Json<Removed>>,
+    t_unsynced_messages: i64,
+    t_unsettled_run: Option<Json<Leftover>>,
 }
 
 impl TryFrom<ThreadRow> for Thread {
@@ -108,7 +106,7 @@ impl TryFrom<ThreadRow> for Thread {
             upstream: row.t_upstream,
             upstream_thread_id: row.t_upstream_thread_id.map(UpstreamThreadId),
             lifecycle: word(&row.t_lifecycle)?,
-            previous_thread: row.t_previous_thread.map(ThreadId::from_uuid),
+            previous_thread: row.t_previous_thread_id.map(ThreadId::from_uuid),
             metadata: row.t_metadata.0,
             message_count: row.t_message_count,
             run_count: row.t_run_count,
@@ -120,11 +118,11 @@ impl TryFrom<ThreadRow> for Thread {
             },
             archived_at: row.t_archived_at.map(|at| at.0),
             deletion: row.t_deletion.as_deref().map(word).transpose()?,
-            rolls: row.t_rolls,
-            carried: row.t_carried,
-            removed: row.t_removed.map(|json| json.0).unwrap_or_default(),
-            backlog: row.t_backlog,
-            leftover: row.t_leftover.map(|json| json.0),
+            rolls: row.t_rollover_pending,
+            carried: row.t_carried_messages,
+            removed: row.t_upstream_cleanup.map(|json| json.0).unwrap_or_default(),
+            backlog: row.t_unsynced_messages,
+            leftover: row.t_unsettled_run.map(|json| json.0),
         })
     }
 }
@@ -148,7 +146,13 @@ pub(super) struct RunRow {
     r_started_at: Option<At>,
     r_finished_at: Option<At>,
     r_deadline_at: Option<At>,
-    r_discard: bool,
+    r_rollback_pending: bool,
+}
+
+impl RunRow {
+    pub(super) fn status(&self) -> Result<RunStatus, StoreError> {
+        word(&self.r_status)
+    }
 }
 
 impl TryFrom<RunRow> for Run {
@@ -171,7 +175,7 @@ impl TryFrom<RunRow> for Run {
             started_at: row.r_started_at.map(|at| at.0),
             finished_at: row.r_finished_at.map(|at| at.0),
             deadline_at: row.r_deadline_at.map(|at| at.0),
-            discarded: row.r_discard,
+            discarded: row.r_rollback_pending,
         })
     }
 }
@@ -186,8 +190,8 @@ pub(super) struct MessageRow {
     m_content: Json<Vec<ContentPart>>,
     m_run_id: Option<Uuid>,
     m_upstream_message_id: Option<String>,
-    m_context: String,
-    m_ended: Option<String>,
+    m_upstream_sync: String,
+    m_run_outcome: Option<String>,
     m_created_at: At,
 }
 
@@ -203,8 +207,8 @@ impl TryFrom<MessageRow> for Message {
             content: row.m_content.0,
             run_id: row.m_run_id.map(RunId::from_uuid),
             upstream_message_id: row.m_upstream_message_id,
-            context: word(&row.m_context)?,
-            ended: row.m_ended.as_deref().map(word).transpose()?,
+            context: word(&row.m_upstream_sync)?,
+            ended: row.m_run_outcome.as_deref().map(word).transpose()?,
             created_at: row.m_created_at.0,
         })
     }
@@ -256,32 +260,55 @@ impl TryFrom<ThreadWithActivity> for (Thread, ThreadActivity) {
     }
 }
 
-/// All that is told of a thread: its last run if the statement's outer join found one.
-pub(super) struct ReportRow {
-    thread: ThreadWithActivity,
-    last_run: Option<RunRow>,
-    next_thread: Option<Uuid>,
+/// Part of a row that an outer join may not have found: its id is NULL then.
+pub(super) struct Found<T>(pub(super) Option<T>);
+
+/// What is recognised by the name of its id's column.
+pub(super) trait HasId {
+    const ID: &'static str;
 }
 
-impl<'r, R> FromRow<'r, R> for ReportRow
+impl HasId for RunRow {
+    const ID: &'static str = "r_id";
+}
+
+impl HasId for MessageRow {
+    const ID: &'static str = "m_id";
+}
+
+impl HasId for ThreadAndRun {
+    const ID: &'static str = "r_id";
+}
+
+impl HasId for FinishedRow {
+    const ID: &'static str = "r_id";
+}
+
+impl HasId for WaitingRow {
+    const ID: &'static str = "r_id";
+}
+
+impl<'r, R, T> FromRow<'r, R> for Found<T>
 where
     R: Row,
     &'static str: ColumnIndex<R>,
-    ThreadWithActivity: FromRow<'r, R>,
-    RunRow: FromRow<'r, R>,
+    T: HasId + FromRow<'r, R>,
     Option<Uuid>: Decode<'r, R::Database> + Type<R::Database>,
 {
     fn from_row(row: &'r R) -> sqlx::Result<Self> {
-        let last_run = match row.try_get::<Option<Uuid>, _>("r_id")? {
-            Some(_) => Some(RunRow::from_row(row)?),
-            None => None,
-        };
-        Ok(Self {
-            thread: ThreadWithActivity::from_row(row)?,
-            last_run,
-            next_thread: row.try_get("next_thread")?,
-        })
+        let found = row.try_get::<Option<Uuid>, _>(T::ID)?.is_some();
+        Ok(Self(if found { Some(T::from_row(row)?) } else { None }))
     }
+}
+
+/// All that is told of a thread.
+#[derive(FromRow)]
+pub(super) struct ReportRow {
+    #[sqlx(flatten)]
+    thread: ThreadWithActivity,
+    #[sqlx(flatten)]
+    last_run: Found<RunRow>,
+    next_thread: Option<Uuid>,
 }
 
 impl TryFrom<ReportRow> for ThreadReport {
@@ -292,38 +319,24 @@ impl TryFrom<ReportRow> for ThreadReport {
         Ok(Self {
             thread,
             activity,
-            last_run: row.last_run.map(Run::try_from).transpose()?,
+            last_run: row.last_run.0.map(Run::try_from).transpose()?,
             next_thread: row.next_thread.map(ThreadId::from_uuid),
         })
     }
 }
 
-/// A run, and its reply if the statement's outer join found one.
+/// A run, and its reply if it has one.
+#[derive(FromRow)]
 pub(super) struct RunWithReply {
+    #[sqlx(flatten)]
     run: RunRow,
-    reply: Option<MessageRow>,
-}
-
-impl<'r, R> FromRow<'r, R> for RunWithReply
-where
-    R: Row,
-    &'static str: ColumnIndex<R>,
-    RunRow: FromRow<'r, R>,
-    MessageRow: FromRow<'r, R>,
-    Option<Uuid>: Decode<'r, R::Database> + Type<R::Database>,
-{
-    fn from_row(row: &'r R) -> sqlx::Result<Self> {
-        let reply = match row.try_get::<Option<Uuid>, _>("m_id")? {
-            Some(_) => Some(MessageRow::from_row(row)?),
-            None => None,
-        };
-        Ok(Self { run: RunRow::from_row(row)?, reply })
-    }
+    #[sqlx(flatten)]
+    reply: Found<MessageRow>,
 }
 
 impl RunWithReply {
     pub(super) fn into_parts(self) -> Result<(Run, Option<Message>), StoreError> {
-        Ok((self.run.try_into()?, self.reply.map(Message::try_from).transpose()?))
+        Ok((self.run.try_into()?, self.reply.0.map(Message::try_from).transpose()?))
     }
 }
 
@@ -389,16 +402,9 @@ impl TryFrom<RepeatedRow> for Repeated {
     }
 }
 
-/// What a replica is told when it renews its session.
-#[derive(FromRow)]
-pub(super) struct RenewedRow {
-    has_peers: bool,
-    now: At,
-}
-
-impl From<RenewedRow> for Renewed {
-    fn from(row: RenewedRow) -> Self {
-        Self { has_peers: row.has_peers, now: row.now.0 }
+impl From<At> for Timestamp {
+    fn from(at: At) -> Self {
+        at.0
     }
 }
 
@@ -433,41 +439,6 @@ impl TryFrom<OrphanRow> for Orphan {
             outputs_sent: row.outputs_sent,
             content_lost: false,
         })
-    }
-}
-
-/// What somebody asked of a run.
-#[derive(FromRow)]
-pub(super) struct RequestRow {
-    id: Uuid,
-    status: String,
-    discard: bool,
-    tool_outputs: Option<Json<Vec<ToolOutput>>>,
-}
-
-impl TryFrom<RequestRow> for Request {
-    type Error = StoreError;
-
-    fn try_from(row: RequestRow) -> Result<Self, StoreError> {
-        let run = RunId::from_uuid(row.id);
-        match (word(&row.status)?, row.tool_outputs) {
-            (RunStatus::Cancelling, _) => Ok(Self::Cancel { run, discard: row.discard }),
-            (RunStatus::InProgress, Some(Json(outputs))) => Ok(Self::Resume { run, outputs }),
-            _ => Err(corrupt("a request")),
-        }
-    }
-}
-
-/// A row of a run's log.
-#[derive(FromRow)]
-pub(super) struct EventRow {
-    n: i64,
-    event: Json<Vec<LoggedEvent>>,
-}
-
-impl From<EventRow> for EventBatch {
-    fn from(row: EventRow) -> Self {
-        Self { first: row.n, events: row.event.0 }
     }
 }
 
@@ -517,6 +488,14 @@ pub(super) fn ttl_millis(ttl: Option<Ttl>) -> (Option<i64>, Option<i64>) {
 /// The inverse of [`millis`].
 fn duration(millis: i64) -> Duration {
     Duration::from_millis(millis.try_into().unwrap_or(0))
+}
+
+/// In hexadecimal.
+pub(super) fn hex(bytes: &[u8]) -> String {
+    bytes.iter().fold(String::with_capacity(2 * bytes.len()), |mut text, byte| {
+        let _ = write!(text, "{byte:02x}");
+        text
+    })
 }
 
 pub(super) fn corrupt(what: &str) -> StoreError {

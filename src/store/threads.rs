@@ -1,488 +1,372 @@
-//! Threads as callers and operators look at them and bring them along: what both backends do in the same words, as in
-//! `read.rs`.
+//! Threads as callers and operators look at them and change them.
 
-use uuid::{NoContext, Uuid};
+use uuid::Uuid;
 
-use super::ThreadFilter;
-use crate::domain::{ThreadId, Timestamp};
+use super::paging::Span;
+use super::params::{Params, params};
+use super::pool::Connection;
+use super::rows::{ReportRow, ThreadRow, ThreadWithActivity, millis, ttl_millis};
+use super::statement::Statement;
+use super::{Store, StoreError};
+use crate::domain::{
+    ConversationKey, Lifecycle, Limits, Metadata, NewLife, Page, PageRequest, Run, TenantKey, Thread,
+    ThreadActivity, ThreadId, ThreadState, Timestamp, UserKey,
+};
 
 /// By how much the time in a thread's id may be ahead of the database's: ids come from the replicas' clocks.
 const SKEW: chrono::TimeDelta = chrono::TimeDelta::days(1);
 
-macro_rules! threads {
-    (
-        $database:ty,
-        // The present.
-        now = $now:expr,
-        // Holds the row that a statement of a transaction reads.
-        lock = $lock:literal
-    ) => {
-        use std::collections::BTreeSet;
+/// Which thread `t` is meant, for statements that look one up [`by_name`].
+pub(super) const BY_KEY: &[&str] = &["{newest_of_key}"];
+pub(super) const BY_ID: &[&str] = &["t.id = :thread AND t.tenant = :tenant"];
 
-        use serde_json::value::RawValue;
-        use sqlx::QueryBuilder;
-        use sqlx::types::Json;
-        use uuid::Uuid;
+const REPORT: &str = "
+    SELECT {thread t}, {activity}, {run r}, (
+        SELECT n.id FROM threads n WHERE n.previous_thread_id = t.id AND n.tenant = t.tenant
+        ORDER BY n.id DESC
+        LIMIT 1
+    ) AS next_thread
+    FROM threads t
+    LEFT JOIN runs r ON r.id = (
+        SELECT l.id FROM runs l WHERE l.thread_id = t.id ORDER BY l.seq DESC LIMIT 1
+    )
+    WHERE {0}";
 
-        use crate::domain::{
-            Context, ConversationKey, Lifecycle, Limits, MessageId, Page, PageRequest, Run, Thread, ThreadActivity, ThreadId,
-            ThreadState, UpstreamThreadId, UserKey,
-        };
-        use crate::store::columns::{
-            activity, current_of_key, lasting_of_key, newest_of_key, run_columns, thread_columns,
-        };
-        use crate::store::paging::Span;
-        use crate::store::rows::{At, ReportRow, RunRow, ThreadWithActivity, json, millis};
-        use crate::store::threads::{made_before, id_of};
-        use crate::store::{Imported, ImportedMessage, ImportedThread, StoreError, ThreadFilter, ThreadName, ThreadReport};
+static REPORT_BY_KEY: Statement = Statement::variant("threads.report_by_key", REPORT, BY_KEY);
+static REPORT_BY_ID: Statement = Statement::variant("threads.report_by_id", REPORT, BY_ID);
 
-        /// Implements [`Life::report`](crate::store::Life::report).
-        pub(super) async fn report(
-            connection: &mut <$database as sqlx::Database>::Connection,
-            name: ThreadName<'_>,
-        ) -> Result<Option<ThreadReport>, StoreError> {
-            macro_rules! report_where {
-                ($name:expr) => {
-                    concat!(
-                        "SELECT ",
-                        thread_columns!(),
-                        ", ",
-                        activity!(),
-                        ", ",
-                        run_columns!(),
-                        ", (
-                            SELECT n.id FROM threads n WHERE n.previous_thread = t.id AND n.tenant = t.tenant
-                            ORDER BY n.id DESC LIMIT 1
-                        ) AS next_thread
-                        FROM threads t
-                        LEFT JOIN runs r ON r.id = (
-                            SELECT l.id FROM runs l WHERE l.thread_id = t.id ORDER BY l.seq DESC LIMIT 1
-                        )
-                        WHERE ",
-                        $name,
-                    )
-                };
-            }
-            let row: Option<ReportRow> = match name {
-                ThreadName::Newest(key) => {
-                    sqlx::query_as(report_where!(newest_of_key!()))
-                        .bind(key.tenant.as_str())
-                        .bind(key.user.as_str())
-                        .bind(key.scope.kind())
-                        .bind(key.scope.name())
-                        .fetch_optional(connection)
-                        .await?
-                }
-                ThreadName::Id(tenant, id) => {
-                    sqlx::query_as(report_where!("t.id = $2 AND t.tenant = $1"))
-                        .bind(tenant.as_str())
-                        .bind(id.uuid())
-                        .fetch_optional(connection)
-                        .await?
-                }
-            };
-            row.map(ThreadReport::try_from).transpose()
-        }
+static READ: Statement =
+    Statement::new("threads.read", "SELECT {thread t} FROM threads t WHERE t.id = :thread");
 
-        /// Implements [`Life::thread`](crate::store::Life::thread).
-        pub(super) async fn thread(
-            connection: &mut <$database as sqlx::Database>::Connection,
-            id: ThreadId,
-        ) -> Result<Option<Thread>, StoreError> {
-            let row: Option<ThreadRow> =
-                sqlx::query_as(concat!("SELECT ", thread_columns!(), " FROM threads t WHERE t.id = $1"))
-                    .bind(id.uuid())
-                    .fetch_optional(connection)
-                    .await?;
-            row.map(Thread::try_from).transpose()
-        }
+static READ_OF_TENANT: Statement = Statement::new(
+    "threads.read_of_tenant",
+    "SELECT {thread t} FROM threads t WHERE t.id = :thread AND t.tenant = :tenant",
+);
 
-        /// Implements [`Life::threads`](crate::store::Life::threads).
-        ///
-        /// Each filter is either a condition on an index or one on the rows that are read in the order of ids anyway. What
-        /// is a word of ours is written out, so that the indexes which hold some rows only are found.
-        pub(super) async fn threads(
-            connection: &mut <$database as sqlx::Database>::Connection,
-            filter: &ThreadFilter,
-            page: &PageRequest<ThreadId>,
-        ) -> Result<Page<(Thread, ThreadActivity)>, StoreError> {
-            let cursor = page.after.or(page.before);
-            if let Some(id) = cursor {
-                let known: bool = sqlx::query_scalar(
-                    "SELECT EXISTS (
-                        SELECT 1 FROM threads t
-                        WHERE t.id = $1 AND t.tenant = $2 AND t.user_key = COALESCE($3, t.user_key)
-                    )",
-                )
-                .bind(id.uuid())
-                .bind(filter.tenant.as_str())
-                .bind(filter.user.as_ref().map(UserKey::as_str))
-                .fetch_one(&mut *connection)
-                .await?;
-                if !known {
-                    return Err(StoreError::UnknownCursor);
-                }
-            }
-            let span = Span::new(page, None);
-            let mut query = listing(filter, cursor, &span);
-            let rows: Vec<ThreadWithActivity> =
-                query.build_query_as().persistent(false).fetch_all(connection).await?;
-            span.page(rows)
-        }
+static FIND_CURSOR: Statement = Statement::new(
+    "threads.find_cursor",
+    "SELECT EXISTS (
+        SELECT 1 FROM threads t
+        WHERE t.id = :cursor AND t.tenant = :tenant AND t.user_key = COALESCE(:user, t.user_key)
+    )",
+);
 
-        /// The statement of a list that goes on behind a thread.
-        pub(super) fn listing(
-            filter: &ThreadFilter,
-            cursor: Option<ThreadId>,
-            span: &Span,
-        ) -> QueryBuilder<$database> {
-            let mut query = QueryBuilder::<$database>::new(concat!(
-                "SELECT ",
-                thread_columns!(),
-                ", ",
-                activity!(),
-                " FROM threads t WHERE ",
-            ));
-            query.push("t.tenant = ").push_bind(filter.tenant.as_str());
-            if let Some(user) = &filter.user {
-                query.push(" AND t.user_key = ").push_bind(user.as_str());
-            }
-            if let Some(upstream) = &filter.upstream {
-                query.push(" AND t.upstream = ").push_bind(upstream.as_str());
-            }
-            if let Some(lifecycle) = filter.lifecycle {
-                query.push(" AND t.lifecycle = '").push(lifecycle.as_str()).push("'");
-                if lifecycle != Lifecycle::Current {
-                    query.push(" AND t.lifecycle <> 'current'");
-                }
-            }
-            if let Some(state) = filter.state {
-                query.push(match state {
-                    ThreadState::Idle => {
-                        " AND (
-                            SELECT o.id FROM runs o
-                            WHERE o.thread_id = t.id AND o.status IN ('in_progress', 'requires_action', 'cancelling')
-                        ) IS NULL"
-                    }
-                    ThreadState::Active => {
-                        " AND t.id IN (
-                            SELECT o.thread_id FROM runs o
-                            WHERE o.status IN ('in_progress', 'requires_action', 'cancelling')
-                                AND o.status <> 'requires_action'
-                        )"
-                    }
-                    ThreadState::RequiresAction => {
-                        " AND t.id IN (
-                            SELECT o.thread_id FROM runs o
-                            WHERE o.status IN ('in_progress', 'requires_action', 'cancelling')
-                                AND o.status = 'requires_action'
-                        )"
-                    }
-                });
-            }
-            if let Some(before) = filter.created_before {
-                query.push(" AND t.created_at < ").push_bind(At(before));
-            }
-            if let Some(since) = filter.inactive_since {
-                query.push(" AND t.last_active_at < ").push_bind(At(since));
-            }
-            if let Some(bound) = made_before(filter) {
-                query.push(" AND t.id < ").push_bind(bound);
-            }
-            if let Some(id) = cursor {
-                query.push(if span.upwards { " AND t.id > " } else { " AND t.id < " }).push_bind(id.uuid());
-            }
-            query
-                .push(if span.upwards { " ORDER BY t.id ASC LIMIT " } else { " ORDER BY t.id DESC LIMIT " })
-                .push(span.fetch);
-            query
-        }
+/// A list: `{0}` says by which index it is read, `{1}` how far, `{2}` in which direction. The rest are
+/// conditions on the rows, which are read in the order of ids anyway.
+const LIST: &str = "
+    SELECT {thread t}, {activity}
+    FROM {0} AND {1}
+        AND ({as text, :user} IS NULL OR t.user_key = :user)
+        AND ({as text, :upstream} IS NULL OR t.upstream = :upstream)
+        AND ({as text, :lifecycle} IS NULL OR t.lifecycle = {as thread_lifecycle, :lifecycle})
+        AND ({as timestamptz, :created_before} IS NULL OR t.created_at < :created_before)
+        AND ({as timestamptz, :inactive_since} IS NULL OR t.last_active_at < :inactive_since)
+        AND (NOT :idle OR (SELECT i.id FROM runs i WHERE i.thread_id = t.id AND {active i}) IS NULL)
+    ORDER BY t.id {2}
+    LIMIT :limit";
 
-        /// Implements [`Life::runs_of`](crate::store::Life::runs_of).
-        pub(super) async fn runs_of(
-            connection: &mut <$database as sqlx::Database>::Connection,
-            thread: ThreadId,
-            after: i64,
-            limit: u32,
-        ) -> Result<Vec<Run>, StoreError> {
-            let rows: Vec<RunRow> = sqlx::query_as(concat!(
-                "SELECT ",
-                run_columns!(),
-                " FROM runs r WHERE r.thread_id = $1 AND r.seq > $2 ORDER BY r.seq LIMIT $3",
-            ))
-            .bind(thread.uuid())
-            .bind(after)
-            .bind(i64::from(limit))
-            .fetch_all(connection)
-            .await?;
-            rows.into_iter().map(Run::try_from).collect()
-        }
+/// Read in the order of ids: the index ends in them.
+const IN_ORDER: &str = "t.id > :above AND t.id < :below";
+/// Sorted once read. Spelled so that no index of ids fits, by which Postgres might read other threads of the
+/// tenant.
+const SORTED: &str = "COALESCE(t.id > :above AND t.id < :below, false)";
 
-        /// Implements [`Life::unfinished_of`](crate::store::Life::unfinished_of).
-        pub(super) async fn unfinished_of(
-            connection: &mut <$database as sqlx::Database>::Connection,
-            thread: ThreadId,
-        ) -> Result<Vec<Run>, StoreError> {
-            let rows: Vec<RunRow> = sqlx::query_as(concat!(
-                "SELECT ",
-                run_columns!(),
-                " FROM runs r WHERE r.id",
-                among_found!(unfinished_runs!(" = $1")),
-                " ORDER BY r.seq",
-            ))
-            .bind(thread.uuid())
-            .fetch_all(connection)
-            .await?;
-            rows.into_iter().map(Run::try_from).collect()
-        }
+const TENANT: &str = "threads t {by_index threads_by_tenant} WHERE t.tenant = :tenant";
+static LIST_ALL: [Statement; 2] = [
+    list("threads.list_all_upwards", &[TENANT, IN_ORDER, "ASC"]),
+    list("threads.list_all_downwards", &[TENANT, IN_ORDER, "DESC"]),
+];
 
-        /// Implements [`Life::import_thread`](crate::store::Life::import_thread). The insertion is the one step; what is
-        /// looked up before and after it says only what was there.
-        pub(super) async fn import_thread(
-            connection: &mut <$database as sqlx::Database>::Connection,
-            thread: &ImportedThread,
-        ) -> Result<Imported, StoreError> {
-            if thread.id.is_none()
-                && let Some(known) = known_by_key(connection, thread).await?
-            {
-                return Ok(Imported::Known(known));
-            }
-            let At(now) = sqlx::query_scalar(concat!("SELECT ", $now)).fetch_one(&mut *connection).await?;
-            let created_at = thread.created_at.unwrap_or(now);
-            let archived_at =
-                (thread.lifecycle != Lifecycle::Current).then(|| thread.archived_at.unwrap_or(now));
-            let last_active_at = thread.last_active_at.or(archived_at).unwrap_or(now).max(created_at);
-            let limits = if thread.limits == Limits::NONE { thread.configured } else { thread.limits };
-            let due_at = match archived_at {
-                Some(_) => Some(now),
-                None => limits.end(created_at, last_active_at),
-            };
-            let lifecycle = if archived_at.is_some() { Lifecycle::Archived } else { Lifecycle::Current };
-            let id = thread.id.unwrap_or_else(|| id_of(created_at));
-            let added = sqlx::query(
-                "INSERT INTO threads (
-                    id, tenant, user_key, scope_kind, scope_name, upstream, upstream_thread_id, lifecycle,
-                    previous_thread, metadata, created_at, last_active_at, archived_at, max_age_ms, max_idle_ms, due_at
-                )
-                VALUES ($5, $1, $2, $3, $4, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16)
-                ON CONFLICT DO NOTHING",
-            )
-            .bind(thread.key.tenant.as_str())
-            .bind(thread.key.user.as_str())
-            .bind(thread.key.scope.kind())
-            .bind(thread.key.scope.name())
-            .bind(id.uuid())
-            .bind(&thread.upstream)
-            .bind(thread.upstream_thread_id.as_ref().map(UpstreamThreadId::as_str))
-            .bind(lifecycle.as_str())
-            .bind(thread.previous_thread.map(ThreadId::uuid))
-            .bind(Json(&thread.metadata))
-            .bind(At(created_at))
-            .bind(At(last_active_at))
-            .bind(archived_at.map(At))
-            .bind(thread.limits.max_age.map(millis))
-            .bind(thread.limits.max_idle.map(millis))
-            .bind(due_at.map(At))
-            .execute(&mut *connection)
-            .await?;
-            if added.rows_affected() == 1 {
-                return Ok(Imported::Added(id));
-            }
-            match thread.id {
-                Some(id) => {
-                    if let Some(report) = report(connection, ThreadName::Id(&thread.key.tenant, id)).await? {
-                        let same = report.thread.key == thread.key;
-                        return Ok(if same { Imported::Known(id) } else { Imported::OtherKey });
-                    }
-                }
-                // Somebody else added it meanwhile.
-                None => {
-                    if let Some(known) = known_by_key(connection, thread).await? {
-                        return Ok(Imported::Known(known));
-                    }
-                }
-            }
-            match current(connection, &thread.key).await? {
-                Some(current) => Ok(Imported::Taken(current)),
-                // The id is another tenant's.
-                None if thread.id.is_some() => Ok(Imported::OtherKey),
-                None => Err(StoreError::Unavailable("the key's thread changed meanwhile".into())),
-            }
-        }
+const UPSTREAM: &str =
+    "threads t {by_index threads_by_upstream} WHERE t.tenant = :tenant AND t.upstream = :upstream";
+static LIST_OF_UPSTREAM: [Statement; 2] = [
+    list("threads.list_of_upstream_upwards", &[UPSTREAM, IN_ORDER, "ASC"]),
+    list("threads.list_of_upstream_downwards", &[UPSTREAM, IN_ORDER, "DESC"]),
+];
 
-        /// The thread that one without an id is: of the same key and upstream, and with the same upstream thread, if it names
-        /// one. A thread whose upstream thread was deleted since is still known by it.
-        async fn known_by_key(
-            connection: &mut <$database as sqlx::Database>::Connection,
-            thread: &ImportedThread,
-        ) -> Result<Option<ThreadId>, StoreError> {
-            let found: Option<Uuid> = sqlx::query_scalar(concat!(
-                "SELECT t.id FROM threads t WHERE ",
-                lasting_of_key!(),
-                " AND CASE
-                    WHEN t.upstream <> $5 THEN false
-                    WHEN $6 IS NOT NULL
-                    THEN COALESCE(t.upstream_thread_id, t.removed ->> 'upstream_thread_id') = $6
-                    ELSE t.lifecycle = $7 AND (t.lifecycle = 'current' OR $8 IS NULL OR t.created_at = $8)
-                END
-                ORDER BY t.id DESC
-                LIMIT 1",
-            ))
-            .bind(thread.key.tenant.as_str())
-            .bind(thread.key.user.as_str())
-            .bind(thread.key.scope.kind())
-            .bind(thread.key.scope.name())
-            .bind(&thread.upstream)
-            .bind(thread.upstream_thread_id.as_ref().map(UpstreamThreadId::as_str))
-            .bind(thread.lifecycle.as_str())
-            .bind(thread.created_at.map(At))
-            .fetch_optional(connection)
-            .await?;
-            Ok(found.map(ThreadId::from_uuid))
-        }
+/// The word is written out, so that Postgres may read the index of current threads where these are few.
+const CURRENT: &str =
+    "threads t {by_index threads_by_tenant} WHERE t.tenant = :tenant AND t.lifecycle = 'current'";
+static LIST_CURRENT: [Statement; 2] = [
+    list("threads.list_current_upwards", &[CURRENT, IN_ORDER, "ASC"]),
+    list("threads.list_current_downwards", &[CURRENT, IN_ORDER, "DESC"]),
+];
 
-        async fn current(
-            connection: &mut <$database as sqlx::Database>::Connection,
-            key: &ConversationKey,
-        ) -> Result<Option<ThreadId>, StoreError> {
-            let found: Option<Uuid> =
-                sqlx::query_scalar(concat!("SELECT t.id FROM threads t WHERE ", current_of_key!()))
-                    .bind(key.tenant.as_str())
-                    .bind(key.user.as_str())
-                    .bind(key.scope.kind())
-                    .bind(key.scope.name())
-                    .fetch_optional(connection)
-                    .await?;
-            Ok(found.map(ThreadId::from_uuid))
-        }
+/// Archived ones, or those that are being deleted. The last condition is the one of the index.
+const PAST: &str = "threads t {by_index threads_past} WHERE t.tenant = :tenant
+        AND t.lifecycle = {as thread_lifecycle, :lifecycle} AND t.lifecycle <> 'current'";
+static LIST_PAST: [Statement; 2] = [
+    list("threads.list_past_upwards", &[PAST, IN_ORDER, "ASC"]),
+    list("threads.list_past_downwards", &[PAST, IN_ORDER, "DESC"]),
+];
 
-        /// Implements [`Life::import_messages`](crate::store::Life::import_messages).
-        pub(super) async fn import_messages(
-            connection: &mut <$database as sqlx::Database>::Connection,
-            thread: ThreadId,
-            messages: &[ImportedMessage],
-        ) -> Result<u64, StoreError> {
-            /// Messages in one statement.
-            const AT_ONCE: usize = 100;
-            let mut tx = super::write(connection).await?;
-            let found: Option<(bool, i64)> = sqlx::query_as(concat!(
-                "SELECT t.upstream_thread_id IS NOT NULL, t.last_position FROM threads t
-                WHERE t.id = $1 AND t.lifecycle <> 'deleting'",
-                $lock,
-            ))
-            .bind(thread.uuid())
-            .fetch_optional(&mut *tx)
-            .await?;
-            let Some((has_upstream, mut position)) = found else { return Ok(0) };
-            let by_default = if has_upstream { Context::Present } else { Context::Missing };
-            let (mut added, mut missing) = (0, 0);
-            for messages in messages.chunks(AT_ONCE) {
-                let mut seen = known_messages(&mut tx, messages).await?;
-                let fresh: Vec<_> = messages.iter().filter(|message| seen.insert(message.id)).collect();
-                if fresh.is_empty() {
-                    continue;
-                }
-                let mut query = QueryBuilder::<$database>::new(
-                    "INSERT INTO messages (
-                        thread_id, position, id, role, content, upstream_message_id, context, created_at
-                    ) ",
-                );
-                let mut rows = Vec::with_capacity(fresh.len());
-                for message in fresh {
-                    position += 1;
-                    // What is not known of it can be looked up for a run's messages only.
-                    let context = message.context.filter(|context| *context != Context::Unknown).unwrap_or(by_default);
-                    let content = RawValue::from_string(json(&message.content)?)
-                        .map_err(|error| StoreError::Statement(error.into()))?;
-                    rows.push((message, position, context, content));
-                }
-                query.push_values(rows, |mut row, (message, position, context, content)| {
-                    row.push_bind(thread.uuid())
-                        .push_bind(position)
-                        .push_bind(message.id.uuid())
-                        .push_bind(message.role.as_str())
-                        .push_bind(Json(content));
-                    row.push_bind(message.upstream_message_id.clone()).push_bind(context.as_str());
-                    row.push("COALESCE(")
-                        .push_bind_unseparated(message.created_at.map(At))
-                        .push_unseparated(concat!(", ", $now, ")"));
-                });
-                query.push(" ON CONFLICT (id) DO NOTHING RETURNING context");
-                let contexts: Vec<String> =
-                    query.build_query_scalar().persistent(false).fetch_all(&mut *tx).await?;
-                added += contexts.len();
-                missing += contexts.iter().filter(|context| *context == Context::Missing.as_str()).count();
-            }
-            if added > 0 {
-                sqlx::query(
-                    "UPDATE threads SET message_count = message_count + $2, last_position = $3, backlog = backlog + $4
-                    WHERE id = $1",
-                )
-                .bind(thread.uuid())
-                .bind(i64::try_from(added).unwrap_or(i64::MAX))
-                .bind(position)
-                .bind(i64::try_from(missing).unwrap_or(i64::MAX))
-                .execute(&mut *tx)
-                .await?;
-            }
-            tx.commit().await?;
-            Ok(added as u64)
-        }
+const USER: &str = "threads t {by_index threads_by_key} WHERE t.tenant = :tenant AND t.user_key = :user";
+static LIST_OF_USER: [Statement; 2] = [
+    list("threads.list_of_user_upwards", &[USER, SORTED, "ASC"]),
+    list("threads.list_of_user_downwards", &[USER, SORTED, "DESC"]),
+];
 
-        /// Those of these messages that are in a transcript.
-        async fn known_messages(
-            connection: &mut <$database as sqlx::Database>::Connection,
-            messages: &[ImportedMessage],
-        ) -> Result<BTreeSet<MessageId>, StoreError> {
-            let mut query = QueryBuilder::<$database>::new("SELECT m.id FROM messages m WHERE m.id IN (");
-            let mut ids = query.separated(", ");
-            for message in messages {
-                ids.push_bind(message.id.uuid());
-            }
-            query.push(")");
-            let known: Vec<Uuid> = query.build_query_scalar().persistent(false).fetch_all(connection).await?;
-            Ok(known.into_iter().map(MessageId::from_uuid).collect())
-        }
-    };
+/// Those that have an active run: made from all active runs, of which the replicas allow only so many.
+const AT_WORK: &str = "runs w CROSS JOIN threads t
+    WHERE {active w} AND (w.status = 'requires_action') = :requires_action
+        AND t.id = w.thread_id AND t.tenant = :tenant";
+static LIST_AT_WORK: [Statement; 2] = [
+    list("threads.list_at_work_upwards", &[AT_WORK, SORTED, "ASC"]),
+    list("threads.list_at_work_downwards", &[AT_WORK, SORTED, "DESC"]),
+];
+
+/// Planned each time, as [`Statement::unprepared`] says.
+const fn list(name: &'static str, pieces: &'static [&'static str]) -> Statement {
+    let mut statement = Statement::variant(name, LIST, pieces);
+    statement.is_prepared = false;
+    statement
 }
-pub(super) use threads;
+
+static UPDATE: Statement = Statement::new(
+    "threads.update",
+    "UPDATE threads AS t SET metadata = COALESCE(:metadata, t.metadata),
+        max_age_ms = CASE
+            WHEN NOT :changes_life THEN t.max_age_ms
+            WHEN {as bigint, :from_now} IS NOT NULL THEN {greatest 0, {ms_since_up t.created_at} + :from_now}
+        END,
+        max_idle_ms = CASE WHEN :changes_life THEN :from_last_activity ELSE t.max_idle_ms END,
+        due_at = CASE
+            WHEN NOT :changes_life THEN t.due_at
+            WHEN {as bigint, :from_now} IS NOT NULL THEN {clock} + {ms :from_now}
+            WHEN {as bigint, :from_last_activity} IS NOT NULL THEN t.last_active_at + {ms :from_last_activity}
+            ELSE {earlier :max_age, :max_idle}
+        END
+    WHERE {current_of_key} AND COALESCE({expiry :max_age, :max_idle} > {clock}, true)
+    RETURNING {returned_thread}",
+);
+
+pub(super) static STATEMENTS: &[&Statement] = &[
+    &REPORT_BY_KEY, &REPORT_BY_ID, &READ, &READ_OF_TENANT, &FIND_CURSOR, &LIST_ALL[0], &LIST_ALL[1],
+    &LIST_OF_UPSTREAM[0], &LIST_OF_UPSTREAM[1], &LIST_CURRENT[0], &LIST_CURRENT[1], &LIST_PAST[0],
+    &LIST_PAST[1], &LIST_OF_USER[0], &LIST_OF_USER[1], &LIST_AT_WORK[0], &LIST_AT_WORK[1], &UPDATE,
+];
+
+impl Store {
+    /// All that the record says of one thread.
+    pub async fn report(&self, name: ThreadName<'_>) -> Result<Option<ThreadReport>, StoreError> {
+        let mut c = self.backend.reader().await?;
+        let (statement, values) = by_name(name, &REPORT_BY_KEY, &REPORT_BY_ID);
+        let row: Option<ReportRow> = c.optional(statement, values).await?;
+        row.map(ThreadReport::try_from).transpose()
+    }
+
+    /// Any thread of any tenant: not for what callers ask.
+    pub async fn thread(&self, id: ThreadId) -> Result<Option<Thread>, StoreError> {
+        let mut c = self.backend.reader().await?;
+        let row: Option<ThreadRow> = c.optional(&READ, params().set("thread", id.uuid())).await?;
+        row.map(Thread::try_from).transpose()
+    }
+
+    /// A page of threads by id, which is by age.
+    ///
+    /// # Errors
+    /// [`StoreError::UnknownCursor`] if `after` or `before` names no thread of the tenant.
+    pub async fn threads(
+        &self,
+        filter: &ThreadFilter,
+        page: &PageRequest<ThreadId>,
+    ) -> Result<Page<(Thread, ThreadActivity)>, StoreError> {
+        let mut c = self.backend.reader().await?;
+        let tenant = || {
+            params()
+                .set("tenant", filter.tenant.as_str())
+                .set("user", filter.user.as_ref().map(UserKey::as_str))
+        };
+        let cursor = page.after.or(page.before).map(ThreadId::uuid);
+        if let Some(id) = cursor {
+            let (is_known,): (bool,) = c.one(&FIND_CURSOR, tenant().set("cursor", id)).await?;
+            if !is_known {
+                return Err(StoreError::UnknownCursor);
+            }
+        }
+        let span = Span::new(page, None);
+        let below = cursor.filter(|_| !span.upwards).into_iter().chain(made_before(filter)).min();
+        let values = tenant()
+            .set("above", cursor.filter(|_| span.upwards).unwrap_or(Uuid::nil()))
+            .set("below", below.unwrap_or(Uuid::max()))
+            .set("upstream", filter.upstream.as_ref())
+            .set("lifecycle", filter.lifecycle.map(Lifecycle::as_str))
+            .set("idle", filter.state == Some(ThreadState::Idle))
+            .set("requires_action", filter.state == Some(ThreadState::RequiresAction))
+            .set("created_before", filter.created_before)
+            .set("inactive_since", filter.inactive_since)
+            .set("limit", span.fetch);
+        let rows: Vec<ThreadWithActivity> = c.all(listing(filter, span.upwards), values).await?;
+        span.page(rows)
+    }
+
+    /// Changes the key's current thread. An expired one, or none, is `None`. It is no activity: an idle
+    /// thread stays as idle as it was. One that is to live for less than it has been idle has expired.
+    pub async fn update_thread(
+        &self,
+        key: &ConversationKey,
+        update: &ThreadUpdate,
+    ) -> Result<Option<Thread>, StoreError> {
+        let mut c = self.backend.writer().await?;
+        let (from_now, from_last_activity) = ttl_millis(update.life.and_then(NewLife::own));
+        let values = params()
+            .key(key)
+            .json("metadata", update.metadata.as_ref())?
+            .set("changes_life", update.life.is_some())
+            .set("from_now", from_now)
+            .set("from_last_activity", from_last_activity)
+            .set("max_age", update.limits.max_age.map(millis))
+            .set("max_idle", update.limits.max_idle.map(millis));
+        let row: Option<ThreadRow> = c.optional(&UPDATE, values).await?;
+        row.map(Thread::try_from).transpose()
+    }
+}
+
+/// How a thread is looked up that is named so: which of two statements, made with [`BY_KEY`] and [`BY_ID`],
+/// and its parameters.
+pub(super) fn by_name<'a>(
+    name: ThreadName<'a>,
+    by_key: &'static Statement,
+    by_id: &'static Statement,
+) -> (&'static Statement, Params<'a>) {
+    match name {
+        ThreadName::Newest(key) => (by_key, params().key(key)),
+        ThreadName::Id(tenant, id) => {
+            (by_id, params().set("tenant", tenant.as_str()).set("thread", id.uuid()))
+        }
+    }
+}
+
+/// A thread of a tenant.
+pub(super) async fn of_tenant(
+    c: &mut Connection,
+    tenant: &TenantKey,
+    id: ThreadId,
+) -> Result<Option<Thread>, StoreError> {
+    let values = params().set("tenant", tenant.as_str()).set("thread", id.uuid());
+    let row: Option<ThreadRow> = c.optional(&READ_OF_TENANT, values).await?;
+    row.map(Thread::try_from).transpose()
+}
+
+/// The statement of a list: the one whose index leaves the fewest rows to the other filters.
+fn listing(filter: &ThreadFilter, upwards: bool) -> &'static Statement {
+    let directions = match (filter.state, filter.lifecycle) {
+        (Some(ThreadState::Active | ThreadState::RequiresAction), _) => &LIST_AT_WORK,
+        _ if filter.user.is_some() => &LIST_OF_USER,
+        (_, Some(Lifecycle::Archived | Lifecycle::Deleting)) => &LIST_PAST,
+        _ if filter.upstream.is_some() => &LIST_OF_UPSTREAM,
+        (_, Some(Lifecycle::Current)) => &LIST_CURRENT,
+        _ => &LIST_ALL,
+    };
+    let [ascending, descending] = directions;
+    if upwards { ascending } else { descending }
+}
 
 /// A bound above the ids of all threads that a filter by time means.
-pub(super) fn made_before(filter: &ThreadFilter) -> Option<Uuid> {
+fn made_before(filter: &ThreadFilter) -> Option<Uuid> {
     // What was not used since was not made since either.
     let before = [filter.created_before, filter.inactive_since].into_iter().flatten().min()?;
     let millis = u128::try_from(before.checked_add_signed(SKEW)?.timestamp_millis()).unwrap_or(0);
     Some(Uuid::from_u128(millis << 80))
 }
 
-/// A new id of a thread that was made at a time, so that ids sort by age.
-pub(super) fn id_of(created_at: Timestamp) -> ThreadId {
-    let seconds = u64::try_from(created_at.timestamp()).unwrap_or(0);
-    let time = uuid::Timestamp::from_unix(NoContext, seconds, created_at.timestamp_subsec_nanos());
-    ThreadId::from_uuid(Uuid::new_v7(time))
+/// Which thread is meant.
+#[derive(Clone, Copy, Debug)]
+pub enum ThreadName<'a> {
+    /// The key's current one, or else the newest that is archived.
+    Newest(&'a ConversationKey),
+    /// Any one of a tenant.
+    Id(&'a TenantKey, ThreadId),
 }
 
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::domain::TenantKey;
+/// All that the record says of one thread.
+#[derive(Clone, Debug, PartialEq)]
+pub struct ThreadReport {
+    pub thread: Thread,
+    pub activity: ThreadActivity,
+    /// The one that was admitted last.
+    pub last_run: Option<Run>,
+    /// The newest thread that names it as the one before.
+    pub next_thread: Option<ThreadId>,
+}
 
-    #[test]
-    fn the_bound_of_a_time_is_above_the_ids_of_it_and_below_later_ones() {
-        let time: Timestamp = "2026-11-22T09:00:00.123Z".parse().unwrap();
-        let filter = ThreadFilter {
-            tenant: TenantKey::default(),
+/// Which threads are meant: those that fit all that is set. Both times count on ids which say when a thread was made, or
+/// earlier, up to a day off: so do those that are made here.
+#[derive(Clone, Debug)]
+pub struct ThreadFilter {
+    pub tenant: TenantKey,
+    pub user: Option<UserKey>,
+    pub upstream: Option<String>,
+    pub lifecycle: Option<Lifecycle>,
+    pub state: Option<ThreadState>,
+    pub created_before: Option<Timestamp>,
+    /// Without any activity since.
+    pub inactive_since: Option<Timestamp>,
+}
+
+impl ThreadFilter {
+    /// All threads of a tenant.
+    pub const fn all(tenant: TenantKey) -> Self {
+        Self {
+            tenant,
             user: None,
             upstream: None,
             lifecycle: None,
             state: None,
-            created_before: Some(time),
+            created_before: None,
             inactive_since: None,
-        };
+        }
+    }
+}
+
+/// What is to be changed of a thread.
+#[derive(Clone, Debug, Default)]
+pub struct ThreadUpdate {
+    pub metadata: Option<Metadata>,
+    pub life: Option<NewLife>,
+    /// The configured limits of the key's scope.
+    pub limits: Limits,
+}
+
+#[cfg(test)]
+mod tests {
+    use sqlx::{AssertSqlSafe, Connection as _, SqliteConnection};
+
+    use super::super::engine::Engine;
+    use super::super::import::id_of;
+    use super::*;
+    use crate::domain::Timestamp;
+
+    #[test]
+    fn the_bound_of_a_time_is_above_the_ids_of_it_and_below_later_ones() {
+        let time: Timestamp = "2026-11-22T09:00:00.123Z".parse().unwrap();
+        let filter = ThreadFilter { created_before: Some(time), ..ThreadFilter::all(TenantKey::default()) };
         let bound = made_before(&filter).unwrap();
         assert!(id_of(time).uuid() < bound);
         assert!(id_of(time + SKEW - chrono::TimeDelta::milliseconds(1)).uuid() < bound);
         assert!(id_of(time + SKEW + chrono::TimeDelta::milliseconds(1)).uuid() > bound);
         assert_eq!(made_before(&ThreadFilter { created_before: None, ..filter }), None);
+    }
+
+    /// What an index holds of the tenant alone is read in the order of ids. What one user has is sorted.
+    #[tokio::test]
+    async fn a_list_reads_no_thread_of_another_tenant() {
+        let mut connection = SqliteConnection::connect("sqlite::memory:").await.unwrap();
+        sqlx::migrate!("migrations/sqlite").run(&mut connection).await.unwrap();
+        for (lists, is_sorted) in [
+            (&LIST_ALL, false),
+            (&LIST_OF_UPSTREAM, false),
+            (&LIST_CURRENT, false),
+            (&LIST_PAST, false),
+            (&LIST_OF_USER, true),
+        ] {
+            for list in lists {
+                let explain = format!("EXPLAIN QUERY PLAN {}", list.sent(Engine::Sqlite).sql);
+                let plan: Vec<(i64, i64, i64, String)> =
+                    sqlx::query_as(AssertSqlSafe(explain)).fetch_all(&mut connection).await.unwrap();
+                let sorts = plan.iter().any(|step| step.3 == "USE TEMP B-TREE FOR ORDER BY");
+                assert!(plan[0].3.contains("(tenant=?") && sorts == is_sorted, "{}\n{plan:#?}", list.name);
+            }
+        }
     }
 }

@@ -20,18 +20,8 @@ const QUOTA_CODES: [&str; 5] = [
 
 /// Words of an error for which waiting helps, in lower case and without anything between their parts.
 const PASSING_WORDS: [&str; 12] = [
-    "ratelimit",
-    "toomanyrequests",
-    "throttl",
-    "resourceexhausted",
-    "429",
-    "overloaded",
-    "slowdown",
-    "serverbusy",
-    "serviceunavailable",
-    "nocapacity",
-    "503",
-    "529",
+    "ratelimit", "toomanyrequests", "throttl", "resourceexhausted", "429", "overloaded", "slowdown",
+    "serverbusy", "serviceunavailable", "nocapacity", "503", "529",
 ];
 /// What can be asked for by an id.
 const NOUNS: [&str; 5] = ["thread", "conversation", "response", "item", "message"];
@@ -114,16 +104,8 @@ fn meaning(status: StatusCode, headers: &HeaderMap, detail: ErrorDetail, missing
 /// that says no more than "not found": that is how frameworks answer for a path that they do not know.
 fn says_missing(status: StatusCode, text: &str, asked: &str) -> bool {
     const MISSING: [&str; 10] = [
-        "not found",
-        "found with id",
-        "not exist",
-        "not be found",
-        "no such",
-        "no longer exist",
-        "unknown",
-        "was deleted",
-        "been deleted",
-        "expired",
+        "not found", "found with id", "not exist", "not be found", "no such", "no longer exist", "unknown",
+        "was deleted", "been deleted", "expired",
     ];
     if status == StatusCode::GONE {
         return true;

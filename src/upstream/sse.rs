@@ -91,8 +91,8 @@ struct Bare {
 impl Bare {
     fn named(&mut self, chunk: Bytes) -> Bytes {
         let begins_line = |before: Option<u8>| before.is_none_or(|byte| matches!(byte, b'\n' | b'\r'));
-        let before = std::iter::once(self.last).chain(chunk.iter().map(|byte| Some(*byte)));
-        let begins = before.zip(chunk.iter()).any(|(before, byte)| *byte == b'{' && begins_line(before));
+        let before = |at: usize| at.checked_sub(1).map_or(self.last, |at| Some(chunk[at]));
+        let begins = memchr::memchr_iter(b'{', &chunk).any(|at| begins_line(before(at)));
         if !begins && !self.inside {
             self.last = chunk.last().copied().or(self.last);
             return chunk;

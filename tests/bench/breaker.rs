@@ -5,7 +5,9 @@ use std::time::Duration;
 use tokio::time::{Instant, sleep, sleep_until};
 
 use super::Args;
-use super::callers::{Answers, Callers, Connection};
+use super::answers::Answers;
+use super::callers::Callers;
+use super::connection::Connection;
 use super::figures::{count, median};
 use super::setting::{Kind, Setting};
 

@@ -5,73 +5,72 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::net::TcpStream;
-use tokio::sync::{Barrier, Mutex, mpsc};
-use tokio::task::JoinSet;
-use tokio::time::{Instant, sleep, sleep_until};
+use clap::ValueEnum;
+use tokio::sync::mpsc::{self, UnboundedSender};
+use tokio::sync::{Barrier, Mutex};
+use tokio::task::{JoinSet, spawn_blocking};
+use tokio::time::{Instant, sleep};
 
-use super::figures::{Durations, count};
+use super::answers::Answers;
+use super::connection::{Connection, post};
 
-/// Connections at the most.
-const CONNECTIONS: usize = 512;
+/// Connections of an open loop.
+const CONNECTIONS: usize = 1024;
 
-/// What came of many messages.
-#[derive(Debug, Default)]
-pub(crate) struct Answers {
-    /// How long those took that were answered with a reply.
-    pub(crate) taken: Durations,
-    /// The same for those that were refused: 413, 429, 401, 503.
-    pub(crate) refused: Durations,
-    /// The same for those that failed: 502, 504.
-    pub(crate) failed: Durations,
-    /// From the first to the last.
-    pub(crate) time: Duration,
-    /// What was answered otherwise, or not at all.
-    pub(crate) odd: usize,
+/// What callers ask for.
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq, ValueEnum)]
+pub(crate) enum Form {
+    /// An answer in JSON, in a conversation that is there.
+    #[default]
+    Known,
+    /// The first one of a new conversation.
+    New,
+    /// The same as `known`, with an `Idempotency-Key`.
+    Keyed,
+    /// The same as `known`, as a stream of events.
+    Stream,
 }
+
+/// Gives the request with this number.
+type Requests = Arc<dyn Fn(usize) -> String + Send + Sync>;
 
 /// Users, whose messages go over connections that are kept.
 #[derive(Clone)]
 pub(crate) struct Callers {
     address: SocketAddr,
+    /// Their keys begin so.
+    name: &'static str,
     users: usize,
     next: Arc<AtomicUsize>,
     /// Further lines of the head.
     head: String,
     content: String,
+    form: Form,
+    /// Replaces the messages to the gateway.
+    requests: Option<Requests>,
     /// Before another message after one that was not answered with a reply.
     pause: Duration,
 }
 
-/// A message's status, if it was answered, and how long that took.
-type Asked = (Option<u16>, Duration);
-
-impl Answers {
-    fn of(asked: impl Iterator<Item = Asked>, time: Duration) -> Self {
-        let (mut taken, mut refused, mut failed, mut odd) = (Vec::new(), Vec::new(), Vec::new(), 0);
-        for (status, took) in asked {
-            match status {
-                Some(200) => taken.push(took),
-                Some(401 | 413 | 429 | 503) => refused.push(took),
-                Some(502 | 504) => failed.push(took),
-                _ => odd += 1,
-            }
-        }
-        let in_order = |durations: Vec<Duration>| durations.into_iter().collect();
-        Self { taken: in_order(taken), refused: in_order(refused), failed: in_order(failed), time, odd }
-    }
-
-    /// Turns a second.
-    pub(crate) fn rate(&self) -> f64 {
-        count(self.taken.len()) / self.time.as_secs_f64()
-    }
-}
-
 impl Callers {
     pub(crate) fn new(address: SocketAddr, users: usize) -> Self {
-        let content = "hello".to_owned();
-        Self { address, users, next: Arc::default(), head: String::new(), content, pause: Duration::ZERO }
+        let (head, content) = (String::new(), "hello".to_owned());
+        let (form, pause) = (Form::default(), Duration::ZERO);
+        Self {
+            address,
+            name: "user",
+            users,
+            next: Arc::default(),
+            head,
+            content,
+            form,
+            requests: None,
+            pause,
+        }
+    }
+
+    pub(crate) fn who_are(self, name: &'static str) -> Self {
+        Self { name, ..self }
     }
 
     pub(crate) fn with_head(self, head: &str) -> Self {
@@ -80,6 +79,20 @@ impl Callers {
 
     pub(crate) fn who_say(self, content: String) -> Self {
         Self { content, ..self }
+    }
+
+    pub(crate) fn who_ask_for(&self, form: Form) -> Self {
+        Self { form, ..self.clone() }
+    }
+
+    /// To the same gateway by way of a proxy.
+    pub(crate) fn who_go_by(&self, proxy: SocketAddr) -> Self {
+        Self { address: proxy, ..self.clone() }
+    }
+
+    /// Requests of another kind than messages to the gateway.
+    pub(crate) fn who_send(self, requests: Requests) -> Self {
+        Self { requests: Some(requests), ..self }
     }
 
     pub(crate) fn who_pause(self, pause: Duration) -> Self {
@@ -93,7 +106,7 @@ impl Callers {
         for _ in 0..8 {
             let callers = self.clone();
             tasks.spawn(async move {
-                let mut connection = Connection::open(callers.address).await;
+                let mut connection = callers.connect().await;
                 for _ in 0..share {
                     assert_eq!(connection.ask(&callers.message()).await, Some(200), "a first message");
                 }
@@ -102,9 +115,13 @@ impl Callers {
         tasks.join_all().await;
     }
 
+    pub(crate) async fn connect(&self) -> Connection {
+        Connection::open(self.address).await
+    }
+
     /// One message.
     pub(crate) async fn ask(&self) -> Option<u16> {
-        Connection::open(self.address).await.ask(&self.message()).await
+        self.connect().await.ask(&self.message()).await
     }
 
     /// So many callers, each of whom asks again once the answer is there.
@@ -113,11 +130,11 @@ impl Callers {
         for _ in 0..callers {
             let this = self.clone();
             tasks.spawn(async move {
-                let (mut connection, mut asked) = (Connection::open(this.address).await, Vec::new());
+                let (mut connection, mut asked) = (this.connect().await, Vec::new());
                 while begun.elapsed() < time {
-                    let (status, took) = connection.timed(&this.message(), Instant::now()).await;
-                    asked.push((status, took));
-                    if status != Some(200) && !this.pause.is_zero() {
+                    let one = connection.timed(&this.message(), Instant::now()).await;
+                    asked.push(one);
+                    if one.status != Some(200) && !this.pause.is_zero() {
                         sleep(this.pause).await;
                     }
                 }
@@ -125,107 +142,64 @@ impl Callers {
             });
         }
         let asked = tasks.join_all().await.into_iter().flatten();
-        Answers::of(asked, begun.elapsed())
+        Answers::within(begun, begun.elapsed(), asked)
     }
 
-    /// So many messages a second, whatever becomes of those before: what comes while all connections are busy waits, and
-    /// that counts. What came before the time `after` does not.
-    pub(crate) async fn arrive(&self, rate: f64, after: Duration, time: Duration) -> Answers {
-        let (send, arrivals) = mpsc::unbounded_channel::<(Instant, bool)>();
+    /// An open loop at `rate` messages a second. A message that is due while all connections are busy waits, and its
+    /// latency counts from when it was due. Messages of the time `onset` do not count.
+    pub(crate) async fn arrive(&self, rate: f64, onset: Duration, time: Duration) -> Answers {
+        let (send, arrivals) = mpsc::unbounded_channel();
         let arrivals = Arc::new(Mutex::new(arrivals));
         let ready = Arc::new(Barrier::new(CONNECTIONS + 1));
         let mut tasks = JoinSet::new();
         for _ in 0..CONNECTIONS {
             let (this, arrivals, ready) = (self.clone(), Arc::clone(&arrivals), Arc::clone(&ready));
             tasks.spawn(async move {
-                let (mut connection, mut asked) = (Connection::open(this.address).await, Vec::new());
+                let (mut connection, mut asked) = (this.connect().await, Vec::new());
                 ready.wait().await;
                 loop {
-                    let Some((at, counts)) = arrivals.lock().await.recv().await else { return asked };
-                    let one = connection.timed(&this.message(), at).await;
-                    asked.extend(counts.then_some(one));
+                    let Some(due) = arrivals.lock().await.recv().await else { return asked };
+                    asked.push(connection.timed(&this.message(), due).await);
                 }
             });
         }
         ready.wait().await;
         let begun = Instant::now();
-        let mut made = 0_u32;
-        while begun.elapsed() < after + time {
-            sleep_until(begun + Duration::from_secs_f64(f64::from(made + 1) / rate)).await;
-            let now = Instant::now();
-            while f64::from(made) < begun.elapsed().as_secs_f64() * rate {
-                send.send((now, begun.elapsed() >= after)).unwrap();
-                made += 1;
-            }
-        }
-        drop(send);
-        Answers::of(tasks.join_all().await.into_iter().flatten(), time)
+        let ticks = spawn_blocking(move || tick(&send, begun, rate, onset + time));
+        let asked = tasks.join_all().await.into_iter().flatten();
+        ticks.await.unwrap();
+        Answers::within(begun + onset, time, asked)
     }
 
     /// The next user's message.
-    fn message(&self) -> String {
-        let user = self.next.fetch_add(1, Ordering::Relaxed) % self.users;
+    pub(crate) fn message(&self) -> String {
+        let n = self.next.fetch_add(1, Ordering::Relaxed);
+        if let Some(requests) = &self.requests {
+            return requests(n);
+        }
+        let user = match self.form {
+            Form::New => format!("new-{n}"),
+            Form::Known | Form::Keyed | Form::Stream => format!("{}-{}", self.name, n % self.users),
+        };
+        let more = match self.form {
+            Form::Known | Form::New => String::new(),
+            Form::Keyed => format!("idempotency-key: key-{n}\r\n"),
+            Form::Stream => "accept: text/event-stream\r\n".to_owned(),
+        };
         let body = format!("{{\"content\":\"{}\"}}", self.content);
-        format!(
-            "POST /v1/users/user-{user}/messages HTTP/1.1\r\nhost: gateway\r\ncontent-type: application/json\r\n\
-             {}content-length: {}\r\n\r\n{body}",
-            self.head,
-            body.len()
-        )
+        post(&format!("/v1/users/{user}/messages"), &format!("{}{more}", self.head), &body)
     }
 }
 
-/// A connection to the gateway, which it keeps open.
-pub(crate) struct Connection {
-    address: SocketAddr,
-    stream: TcpStream,
-    buffer: Vec<u8>,
-}
-
-impl Connection {
-    pub(crate) async fn open(address: SocketAddr) -> Self {
-        let stream = TcpStream::connect(address).await.unwrap();
-        stream.set_nodelay(true).unwrap();
-        Self { address, stream, buffer: Vec::with_capacity(4096) }
-    }
-
-    async fn timed(&mut self, message: &str, since: Instant) -> Asked {
-        let status = self.ask(message).await;
-        let took = since.elapsed();
-        if status.is_none() {
-            *self = Self::open(self.address).await;
+/// Sends the due time of each message, once it is due. It blocks a thread of its own: a runtime's timers are up to
+/// a millisecond late.
+fn tick(send: &UnboundedSender<Instant>, begun: Instant, rate: f64, time: Duration) {
+    for n in 0_u32.. {
+        let due = Duration::from_secs_f64(f64::from(n) / rate);
+        if due >= time {
+            return;
         }
-        (status, took)
+        std::thread::sleep(due.saturating_sub(begun.elapsed()));
+        send.send(begun + due).unwrap();
     }
-
-    /// The body of the last answer.
-    pub(crate) fn body(&self) -> &[u8] {
-        let end = self.buffer.windows(4).position(|window| window == b"\r\n\r\n");
-        &self.buffer[end.unwrap() + 4..]
-    }
-
-    /// The status, once the whole answer is there; `None` if the connection broke.
-    pub(crate) async fn ask(&mut self, message: &str) -> Option<u16> {
-        self.stream.write_all(message.as_bytes()).await.ok()?;
-        self.buffer.clear();
-        loop {
-            if let Some((status, whole)) = answer_in(&self.buffer)
-                && self.buffer.len() >= whole
-            {
-                return Some(status);
-            }
-            if self.stream.read_buf(&mut self.buffer).await.ok()? == 0 {
-                return None;
-            }
-        }
-    }
-}
-
-/// The status and the length of an answer whose head is there; it has a length, for it is no stream.
-fn answer_in(bytes: &[u8]) -> Option<(u16, usize)> {
-    let end = bytes.windows(4).position(|window| window == b"\r\n\r\n")?;
-    let head = std::str::from_utf8(&bytes[..end]).ok()?;
-    let status = head.split(' ').nth(1)?.parse().ok()?;
-    let length: usize = head.lines().find_map(|line| line.strip_prefix("content-length: ")?.parse().ok())?;
-    Some((status, end + 4 + length))
 }

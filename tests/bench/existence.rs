@@ -5,7 +5,7 @@ use std::time::Duration;
 use tokio::time::Instant;
 
 use super::Args;
-use super::callers::Connection;
+use super::connection::{Connection, post};
 use super::figures::{Durations, count, micros};
 use super::setting::{Kind, Setting};
 
@@ -23,12 +23,8 @@ pub(crate) async fn report(args: &Args, database: Kind) {
     );
     let setting = Setting::new(database, !args.share, &[], &settings).await;
     let mut connection = Connection::open(setting.gateway.address).await;
-    let body = "{\"content\":\"hello\"}";
-    let message = format!(
-        "POST /v1/users/alice/messages HTTP/1.1\r\nhost: gateway\r\ncontent-type: application/json\r\n\
-         authorization: Bearer {OWNER}\r\ncontent-length: {}\r\n\r\n{body}",
-        body.len()
-    );
+    let head = format!("authorization: Bearer {OWNER}\r\n");
+    let message = post("/v1/users/alice/messages", &head, "{\"content\":\"hello\"}");
     assert_eq!(connection.ask(&message).await, Some(200));
     let answer: serde_json::Value = serde_json::from_slice(connection.body()).unwrap();
     for question in QUESTIONS {

@@ -1,6 +1,5 @@
 //! Numbers of a report.
 
-use std::fmt;
 use std::time::Duration;
 
 /// How long things took, in order.
@@ -35,19 +34,24 @@ impl Durations {
     }
 }
 
-impl fmt::Display for Durations {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "p50 {:.1?}, p99 {:.1?}, longest {:.1?}", self.p50(), self.p99(), self.permille(1000))
-    }
-}
-
 pub(crate) fn median(mut figures: Vec<f64>) -> f64 {
     figures.sort_by(f64::total_cmp);
     figures.get(figures.len() / 2).copied().unwrap_or_default()
 }
 
+/// The median of one figure of all rounds.
+pub(crate) fn median_of<T>(rounds: &[T], figure: impl Fn(&T) -> f64) -> f64 {
+    median(rounds.iter().map(figure).collect())
+}
+
 #[expect(clippy::cast_precision_loss, reason = "nobody counts that far")]
 pub(crate) fn count(number: usize) -> f64 {
+    number as f64
+}
+
+/// The same for what a database counts.
+#[expect(clippy::cast_precision_loss, reason = "nobody counts that far")]
+pub(crate) fn number(number: i64) -> f64 {
     number as f64
 }
 

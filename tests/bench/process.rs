@@ -36,14 +36,26 @@ impl Process {
 
     /// The processor time that it has used.
     pub(crate) fn cpu(&self) -> Duration {
-        // The kernel's own count of the time on a processor, in nanoseconds, for each thread.
-        let threads = std::fs::read_dir(format!("/proc/{}/task", self.child.id())).unwrap();
-        let nanos = threads.filter_map(|thread| {
-            let text = std::fs::read_to_string(thread.ok()?.path().join("schedstat")).ok()?;
-            text.split(' ').next()?.parse::<u64>().ok()
-        });
-        Duration::from_nanos(nanos.sum())
+        cpu_of(&self.child.id().to_string())
     }
+
+    /// Its resident memory in KiB. What it shares with other processes counts in part.
+    pub(crate) fn memory(&self) -> f64 {
+        let text = std::fs::read_to_string(format!("/proc/{}/smaps_rollup", self.child.id())).unwrap();
+        let pss = text.lines().find_map(|line| line.strip_prefix("Pss:")?.trim().strip_suffix(" kB"));
+        pss.unwrap().parse().unwrap()
+    }
+}
+
+/// The processor time that a process has used; none if it is gone.
+pub(crate) fn cpu_of(pid: &str) -> Duration {
+    // The kernel's own count of the time on a processor, in nanoseconds, for each thread.
+    let threads = std::fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten();
+    let nanos = threads.filter_map(|thread| {
+        let text = std::fs::read_to_string(thread.ok()?.path().join("schedstat")).ok()?;
+        text.split(' ').next()?.parse::<u64>().ok()
+    });
+    Duration::from_nanos(nanos.sum())
 }
 
 impl Drop for Process {
@@ -70,4 +82,26 @@ pub(crate) fn stay_on(processors: &str) {
     let own = std::process::id().to_string();
     let moved = Command::new("taskset").args(["-acp", processors, &own]).stdout(Stdio::null()).status();
     assert!(moved.is_ok_and(|status| status.success()), "processors cannot be chosen here: try --share");
+}
+
+/// Lets this process, and what it starts from now on, open as many files as the system lets them.
+pub(crate) fn raise_open_files() {
+    let [_, most] = limits_of_open_files();
+    let own = std::process::id().to_string();
+    // Where that is not installed, fewer files have to do.
+    drop(Command::new("prlimit").args(["--pid", &own, &format!("--nofile={most}:{most}")]).output());
+}
+
+/// How many files this process, and what it has started, may open.
+pub(crate) fn open_files() -> usize {
+    let [now, _] = limits_of_open_files();
+    now
+}
+
+/// The limit that holds, and the highest one that can be set.
+fn limits_of_open_files() -> [usize; 2] {
+    let text = std::fs::read_to_string("/proc/self/limits").unwrap();
+    let line = text.lines().find_map(|line| line.strip_prefix("Max open files")).unwrap();
+    let mut limits = line.split_whitespace().map_while(|limit| limit.parse().ok());
+    [limits.next().unwrap(), limits.next().unwrap()]
 }

@@ -1,25 +1,55 @@
 //! A gateway with what is around it.
 
+use std::sync::OnceLock;
+
 use clap::ValueEnum;
 
 use super::callers::Callers;
+use super::cluster::Cluster;
 use super::database::TestDatabase;
 use super::process::Process;
+
+/// As safe as a server is where nobody has set anything, and on a disk.
+const DURABLE: [&str; 5] =
+    ["fsync=on", "full_page_writes=on", "autovacuum=on", "synchronous_commit=on", "max_connections=100"];
 
 /// Where the gateway keeps its record.
 #[derive(Clone, Copy, Debug, Eq, PartialEq, ValueEnum)]
 pub(crate) enum Kind {
     /// A file on a disk, for flushing its log is part of what a turn costs.
     Sqlite,
-    /// `DATABASE_URL`, else a server of our own in memory that syncs nothing to a disk.
+    /// `DATABASE_URL`, else a server of our own on a disk, which flushes what it commits.
     Postgres,
 }
 
+impl Kind {
+    /// A new one.
+    pub(crate) async fn database(self) -> TestDatabase {
+        match self {
+            Self::Sqlite => TestDatabase::sqlite_in(&std::env::temp_dir()).await,
+            Self::Postgres if is_server_ours() => TestDatabase::on(server()).await,
+            Self::Postgres => TestDatabase::postgres().await,
+        }
+    }
+}
+
+/// Our own server. Its watchdog removes it once this process has ended.
+pub(crate) fn server() -> &'static Cluster {
+    static SERVER: OnceLock<Cluster> = OnceLock::new();
+    SERVER.get_or_init(|| Cluster::start_in(&std::env::temp_dir(), &DURABLE))
+}
+
+/// Nobody has named another server.
+pub(crate) fn is_server_ours() -> bool {
+    std::env::var_os("DATABASE_URL").is_none()
+}
+
 pub(crate) struct Setting {
+    pub(crate) kind: Kind,
     pub(crate) gateway: Process,
     pub(crate) simulator: Process,
+    pub(crate) database: TestDatabase,
     _folder: tempfile::TempDir,
-    _database: TestDatabase,
 }
 
 impl Setting {
@@ -36,10 +66,7 @@ impl Setting {
         more: &str,
         upstream: &str,
     ) -> Self {
-        let database = match kind {
-            Kind::Sqlite => TestDatabase::sqlite_in(&std::env::temp_dir()).await,
-            Kind::Postgres => TestDatabase::postgres().await,
-        };
+        let database = kind.database().await;
         let args = [&["simulate", "--listen", "127.0.0.1:0", "--recorded", "0"], simulator].concat();
         let simulator = Process::start(&args, &[], false);
         let config = format!(
@@ -52,7 +79,7 @@ impl Setting {
         std::fs::write(&file, config).unwrap();
         let args = ["serve", "--listen", "127.0.0.1:0", "--config", file.to_str().unwrap()];
         let gateway = Process::start(&args, &[("THREADKEEPER_STORE__URL", database.url())], alone);
-        Self { gateway, simulator, _folder: folder, _database: database }
+        Self { kind, gateway, simulator, database, _folder: folder }
     }
 
     /// Callers who have talked with the assistant before.

@@ -1,34 +1,75 @@
-//! How many turns a second there are, and how long they take.
+//! How many turns a second there are, how long they take, and what they cost.
 
 use super::Args;
-use super::figures::{median, micros};
+use super::answers::Answers;
+use super::callers::{Callers, Form};
+use super::figures::{count, median_of, micros, number};
+use super::meter::{Work, commit_latency, size};
 use super::setting::{Kind, Setting};
 
 pub(crate) const USERS: usize = 4000;
 
 pub(crate) async fn report(args: &Args, database: Kind) {
-    // All that can be done, however long it takes.
     let setting = Setting::new(database, !args.share, &[], "").await;
     let callers = setting.known_callers(USERS).await;
-    for (name, at_once) in [("one caller", 1), ("16 callers", 16)] {
-        let (mut rates, mut halves, mut tails, mut costs) = (vec![], vec![], vec![], vec![]);
-        for _ in 0..args.rounds {
-            let before = setting.gateway.cpu();
-            let answers = callers.keep_asking(at_once, args.time).await;
-            let cpu = setting.gateway.cpu().saturating_sub(before);
-            let others = (answers.refused.len(), answers.failed.len(), answers.odd);
-            assert_eq!(others, (0, 0, 0), "{answers:?}");
-            rates.push(answers.rate());
-            halves.push(micros(answers.taken.p50()));
-            tails.push(micros(answers.taken.p99()));
-            costs.push(micros(cpu) / super::figures::count(answers.taken.len()));
+    println!("{database:?}: a commit takes {:.0} µs", micros(commit_latency(&setting.database).await));
+    for form in &args.form {
+        let (before, mut turns) = (size(&setting).await, 0);
+        for at_once in &args.callers {
+            turns += measure(args, &setting, &callers.who_ask_for(*form), (*form, *at_once)).await;
         }
+        let grown = number(size(&setting).await - before) / count(turns);
+        println!("{database:?}, {form:?}: the database grows by {grown:.0} bytes a turn");
+    }
+}
+
+/// Gives the number of turns that were made.
+async fn measure(args: &Args, setting: &Setting, callers: &Callers, (form, at_once): (Form, usize)) -> usize {
+    let mut rounds = vec![];
+    for _ in 0..args.rounds {
+        let before = Work::of(setting).await;
+        let answers = callers.keep_asking(at_once, args.time).await;
+        let work = Work::of(setting).await.since(before);
+        assert_eq!((answers.failed.len(), answers.odd), (0, 0), "{answers:?}");
+        rounds.push((answers, work));
+    }
+    println!("{:?}, {form:?}, {at_once} at once:", setting.kind);
+    print(&rounds, setting.kind);
+    rounds.iter().map(|(answers, _)| answers.taken.len()).sum()
+}
+
+/// The medians of the rounds.
+fn print(rounds: &[(Answers, Work)], database: Kind) {
+    let of = |figure: fn(&Answers) -> f64| median_of(rounds, |(answers, _)| figure(answers));
+    let a_turn = |figure: fn(&Work) -> f64| {
+        median_of(rounds, |(answers, work)| figure(work) / count(answers.taken.len()))
+    };
+    println!("  {:.0} turns/s, {:.0} messages refused", of(Answers::rate), of(|it| count(it.refused.len())));
+    println!(
+        "  time to the answer: p50 {:.0} µs, p99 {:.0} µs, p99.9 {:.0} µs",
+        of(|it| micros(it.taken.p50())),
+        of(|it| micros(it.taken.p99())),
+        of(|it| micros(it.taken.permille(999)))
+    );
+    if rounds.iter().any(|(answers, _)| answers.first.len() > 0) {
         println!(
-            "{database:?}, {name}: {:.0} turns/s, p50 {:.0} µs, p99 {:.0} µs, processor time of the gateway {:.0} µs a turn",
-            median(rates),
-            median(halves),
-            median(tails),
-            median(costs)
+            "  time to the first token: p50 {:.0} µs, p99 {:.0} µs",
+            of(|it| micros(it.first.p50())),
+            of(|it| micros(it.first.p99()))
+        );
+    }
+    println!(
+        "  processor time a turn: gateway {:.0} µs, simulator {:.0} µs, callers {:.0} µs",
+        a_turn(|it| micros(it.gateway)),
+        a_turn(|it| micros(it.simulator)),
+        a_turn(|it| micros(it.callers))
+    );
+    if database == Kind::Postgres {
+        println!(
+            "  Postgres a turn: {:.0} µs of processor time, {:.0} bytes of WAL, {:.1} commits",
+            a_turn(|it| micros(it.postgres)),
+            a_turn(|it| number(it.wal)),
+            a_turn(|it| number(it.commits))
         );
     }
 }

@@ -18,7 +18,6 @@ mod takeover;
 mod users;
 mod world;
 
-use std::hash::{BuildHasher, RandomState};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -32,6 +31,7 @@ use tokio::task::{JoinSet, spawn_blocking};
 use tokio::time::{sleep, timeout};
 
 use crate::support::TestDatabase;
+use crate::support::chance::seed;
 use crate::support::cluster::Cluster;
 use crate::support::gateway::PATIENCE;
 use crate::support::scene::{Backend, Protocol, Scene};
@@ -83,11 +83,7 @@ impl Scale {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn whatever_fails_nothing_is_lost_and_nothing_is_said_twice() {
-    let seed = match std::env::var("THREADKEEPER_TEST_SEED") {
-        Ok(text) => text.parse().unwrap(),
-        Err(_) => RandomState::new().hash_one(0_u8),
-    };
-    println!("THREADKEEPER_TEST_SEED={seed}");
+    let seed = seed();
     let scale = Scale::of_environment();
     // What was made and never heard of again can be found only where threads can be listed.
     let config = SimulatorConfig { list_threads: true, ..SimulatorConfig::default() };

@@ -12,7 +12,7 @@ use threadkeeper::config::{AssistantConfig, Config};
 use threadkeeper::domain::{
     ConversationKey, Fingerprints, Metadata, MultitaskStrategy, ReplicaId, RunErrorCode, RunStatus,
 };
-use threadkeeper::locks::{Gate, Share};
+use threadkeeper::locks::Share;
 use threadkeeper::runs::{Answer, NewMessage, RunEvent, Runs, RunsParts};
 use threadkeeper::store::Store;
 use threadkeeper::upstream::Upstream;
@@ -56,7 +56,7 @@ const ALIVE: Duration = Duration::from_mins(1);
 
 impl Process {
     /// A process with this store and upstream. It takes nothing before its session is renewed.
-    fn new(store: Arc<dyn Store>, upstream: Arc<dyn Upstream>) -> Self {
+    fn new(store: Arc<Store>, upstream: Arc<dyn Upstream>) -> Self {
         let config = Config::default();
         let assistant = AssistantConfig { upstream: "main".to_owned(), ..AssistantConfig::default() };
         let (tasks, replica) = (TaskTracker::new(), ReplicaId::new());
@@ -74,7 +74,6 @@ impl Process {
             told_keys: BTreeSet::new(),
             fingerprints: Fingerprints::new(&[7; 32]),
             threads: config.threads,
-            gate: Gate::new(16, None),
             admission_timeout: Duration::from_secs(5),
             replica,
             attend_every: Duration::from_secs(3),
@@ -85,7 +84,7 @@ impl Process {
         Self { runs, replica, tasks, draining, stop }
     }
 
-    async fn alive(store: Arc<dyn Store>, upstream: Arc<dyn Upstream>) -> Self {
+    async fn alive(store: Arc<Store>, upstream: Arc<dyn Upstream>) -> Self {
         let process = Self::new(store, upstream);
         process.runs.renew("127.0.0.1:1", ALIVE).await.unwrap();
         process

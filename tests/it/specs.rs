@@ -140,11 +140,7 @@ async fn run_events_are_as_documented() {
     let thread = api.sim.thread().await;
     let runs = format!("/threads/{thread}/runs");
     for text in [
-        "Hello",
-        "[[sim: fail]]",
-        "[[sim: incomplete]]",
-        "[[sim: refusal]]",
-        "[[sim: parts=2]]",
+        "Hello", "[[sim: fail]]", "[[sim: incomplete]]", "[[sim: refusal]]", "[[sim: parts=2]]",
         "[[sim: mid_error]]",
     ] {
         let body = json!({"assistant_id": "asst_1", "stream": true, "additional_messages": [says(text)]});

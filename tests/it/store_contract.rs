@@ -8,6 +8,7 @@ mod expiry;
 mod import;
 mod keeping;
 mod keys;
+mod lanes;
 mod news;
 mod once;
 mod outages;
@@ -16,12 +17,14 @@ mod queue;
 mod random;
 mod reading;
 mod recording;
+mod redaction;
 mod remnants;
 mod replicas;
 mod rollover;
 mod threads;
 mod tools;
 mod turns;
+mod versions;
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -33,8 +36,9 @@ use threadkeeper::domain::{
     UpstreamRunId, UpstreamThreadId, Usage, UserKey,
 };
 use threadkeeper::store::{
-    Admission, Admitted, Binding, Bound, Claim, Closing, Finished, Idempotency, ImportedThread, InputMessage,
-    Pause, Reply, RunEnd, RunLease, Store, ThreadFilter, ThreadName, ToolAnswer, Turn,
+    Admission, Admitted, Binding, Bound, Claim, Closing, Finished, Idempotency, Imported, ImportedMessage,
+    ImportedThread, InputMessage, Pause, Reply, RunEnd, RunLease, Store, ThreadFilter, ThreadName,
+    ToolAnswer, Turn,
 };
 
 use crate::support::TestDatabase;
@@ -90,6 +94,15 @@ pub(crate) fn imported(key: &ConversationKey) -> ImportedThread {
     }
 }
 
+pub(crate) async fn import_thread(store: &Store, thread: &ImportedThread) -> Imported {
+    store.import_threads(&[thread]).await.unwrap()[0]
+}
+
+/// How many were added.
+pub(crate) async fn import_messages(store: &Store, thread: ThreadId, messages: &[ImportedMessage]) -> u64 {
+    store.import_messages(&[(thread, messages.to_vec())]).await.unwrap()
+}
+
 fn session(name: &str, session: &str) -> ConversationKey {
     ConversationKey { scope: Scope::Session(SessionKey::try_from(session.to_owned()).unwrap()), ..user(name) }
 }
@@ -122,7 +135,9 @@ pub(crate) fn admission(key: &ConversationKey) -> Admission {
         message: InputMessage { id: MessageId::new(), content: text("hello") },
         timeout: Duration::from_mins(1),
         replica: ReplicaId::new(),
+        intent: None,
         idempotency: None,
+        idempotency_ttl: Duration::from_hours(24),
     }
 }
 
@@ -218,7 +233,7 @@ fn claimed(claim: Claim) -> Turn {
 }
 
 /// The key's newest thread, and what it is doing.
-async fn seen(store: &dyn Store, key: &ConversationKey) -> Option<(Thread, ThreadActivity)> {
+async fn seen(store: &Store, key: &ConversationKey) -> Option<(Thread, ThreadActivity)> {
     let report = store.report(ThreadName::Newest(key)).await.unwrap()?;
     Some((report.thread, report.activity))
 }
@@ -241,19 +256,19 @@ fn limits(max_age: Duration) -> Limits {
 }
 
 /// Binds the upstream thread of a run's thread, as the outcome of some intent.
-async fn bind(store: &dyn Store, lease: &RunLease, id: &UpstreamThreadId, seeded: bool) -> bool {
-    let binding = Binding { id, intent: RemnantId::new(), seeded, carried_users: 0 };
-    store.bind_upstream_thread(lease, &binding).await.unwrap() == Bound::Done
+async fn bind(store: &Store, lease: &RunLease, id: &UpstreamThreadId, seeded: bool) -> bool {
+    let binding = Binding { id: id.clone(), intent: RemnantId::new(), seeded, carried_users: 0 };
+    store.bind_upstream_thread(lease, binding.clone()).await.unwrap() == Bound::Done
 }
 
 /// Admits a message of the key and ends its run.
-async fn exchange(store: &dyn Store, key: &ConversationKey) -> Finished {
-    let turn = started(store.admit(&admission(key)).await.unwrap());
-    closed(store.finish(&turn.lease, &completed(Some("hi"))).await.unwrap())
+async fn exchange(store: &Store, key: &ConversationKey) -> Finished {
+    let turn = started(store.admit(admission(key)).await.unwrap());
+    closed(store.finish(&turn.lease, completed(Some("hi"))).await.unwrap())
 }
 
 /// The roles and texts of a key's transcript, after checking that it ascends and is counted right.
-async fn transcript(store: &dyn Store, key: &ConversationKey) -> Vec<String> {
+async fn transcript(store: &Store, key: &ConversationKey) -> Vec<String> {
     let (thread, _) = seen(store, key).await.unwrap();
     let page = store.messages(ThreadName::Newest(key), false, &first_page()).await.unwrap().unwrap();
     assert!(!page.has_more, "more than a page");
@@ -267,7 +282,7 @@ async fn transcript(store: &dyn Store, key: &ConversationKey) -> Vec<String> {
 }
 
 /// Checks, over the whole database, what must hold at any time.
-async fn check_invariants(database: &TestDatabase) {
+pub(crate) async fn check_invariants(database: &TestDatabase) {
     for (rule, broken) in [
         (
             "at most one active run a thread",
@@ -288,14 +303,42 @@ async fn check_invariants(database: &TestDatabase) {
         ),
         (
             "the backlog is the messages that are missing",
-            "SELECT count(*) FROM threads t WHERE backlog <> (SELECT count(*) FROM messages m WHERE \
-             m.thread_id = t.id AND m.context = 'missing')",
+            "SELECT count(*) FROM threads t WHERE unsynced_messages <> (SELECT count(*) FROM messages m WHERE \
+             m.thread_id = t.id AND m.upstream_sync = 'missing')",
         ),
         (
             "nothing is left of a run that was discarded, and nothing but its record of one that ended",
-            "SELECT count(*) FROM runs r WHERE finished_at IS NOT NULL AND (partial IS NOT NULL OR \
-             tool_outputs IS NOT NULL OR required_action IS NOT NULL OR input IS NOT NULL OR discard AND \
+            "SELECT count(*) FROM runs r WHERE finished_at IS NOT NULL AND (partial_reply IS NOT NULL OR \
+             tool_outputs IS NOT NULL OR required_action IS NOT NULL OR queued_input IS NOT NULL OR rollback_pending AND \
              EXISTS (SELECT 1 FROM messages m WHERE m.run_id = r.id))",
+        ),
+        (
+            "a run that waits has its input, and no other one has",
+            "SELECT count(*) FROM runs WHERE (status = 'queued') <> (queued_input IS NOT NULL)",
+        ),
+        (
+            "a run that has ended says when, and one that has started has a deadline",
+            "SELECT count(*) FROM runs WHERE (finished_at IS NULL) <> (status IN ('queued', 'in_progress', \
+             'requires_action', 'cancelling')) OR (started_at IS NULL) <> (deadline_at IS NULL) OR \
+             tool_outputs IS NOT NULL AND status NOT IN ('in_progress', 'cancelling')",
+        ),
+        (
+            "a thread that was archived says when, and one that is being deleted says for what",
+            "SELECT count(*) FROM threads WHERE (lifecycle = 'archived' AND archived_at IS NULL) OR \
+             (lifecycle = 'deleting') <> (deletion IS NOT NULL)",
+        ),
+        (
+            "counts, numbers and places are in their bounds",
+            "SELECT (SELECT count(*) FROM threads WHERE message_count < 0 OR run_count < 0 OR unsynced_messages < 0 OR \
+             last_position < message_count OR (scope_kind = 'user') <> (scope_name = '')) + (SELECT count(*) FROM runs \
+             WHERE seq < 1 OR priority > 0 OR fence < 1) + (SELECT count(*) FROM messages WHERE position < 1)",
+        ),
+        (
+            "nothing belongs to a thread or run that is not there",
+            "SELECT (SELECT count(*) FROM runs r WHERE NOT EXISTS (SELECT 1 FROM threads t WHERE t.id = r.thread_id)) + \
+             (SELECT count(*) FROM messages m WHERE NOT EXISTS (SELECT 1 FROM threads t WHERE t.id = m.thread_id)) + \
+             (SELECT count(*) FROM run_events e WHERE NOT EXISTS (SELECT 1 FROM runs r WHERE r.id = e.run_id)) + \
+             (SELECT count(*) FROM idempotency_keys k WHERE NOT EXISTS (SELECT 1 FROM runs r WHERE r.id = k.run_id))",
         ),
         (
             "seqs from 1 to run_count",

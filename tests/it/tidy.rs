@@ -43,12 +43,13 @@ fn module(file: &str) -> &str {
 fn libraries_are_named_where_they_belong() {
     let allowed: &[(&str, &[&str])] = &[
         // What it logs goes by its name.
-        ("sqlx::", &["store/", "telemetry.rs"]),
+        ("sqlx::", &["store", "telemetry.rs"]),
         ("reqwest::", &["upstream/client", "upstream/report", "auth/jwks"]),
         ("jsonwebtoken::", &["auth/"]),
         ("axum::", &["api", "server.rs", "simulator", "app.rs"]),
         ("utoipa::", &["api", "domain", "records.rs"]),
         ("clap::", &["main.rs", "cli.rs", "simulator/config.rs"]),
+        ("tikv_jemallocator::", &["main.rs"]),
     ];
     for (file, code) in code() {
         for (library, places) in allowed {
@@ -62,27 +63,8 @@ fn libraries_are_named_where_they_belong() {
 fn dependencies_point_one_way() {
     /// Top to bottom: a module uses only what stands to its right.
     const ORDER: &[&str] = &[
-        "main",
-        "cli",
-        "app",
-        "dev",
-        "health",
-        "api",
-        "server",
-        "telemetry",
-        "life",
-        "runs",
-        "auth",
-        "error",
-        "locks",
-        "upstream",
-        "records",
-        "store",
-        "simulator",
-        "config",
-        "wording",
-        "domain",
-        "testing",
+        "main", "cli", "app", "dev", "health", "api", "server", "telemetry", "life", "runs", "auth", "error",
+        "locks", "upstream", "records", "store", "simulator", "config", "wording", "domain", "testing",
     ];
     for (file, code) in code() {
         assert!(
@@ -104,6 +86,42 @@ fn dependencies_point_one_way() {
             let uses =
                 code.contains(&format!("crate::{to}::")) || code.contains(&format!("threadkeeper::{to}::"));
             assert!(!uses || rank(to).unwrap() >= own, "{file} uses {to}, which stands above it");
+        }
+    }
+}
+
+/// Statements are whole: nothing is glued together where they stand, and each that is defined is in its file's list.
+#[test]
+fn statements_are_whole_and_listed() {
+    for (file, code) in code().into_iter().filter(|(file, _)| file.starts_with("store")) {
+        for word in ["macro_rules!", "concat!", "format!(\"SELECT", "QueryBuilder"] {
+            assert!(!code.contains(word), "{file}: {word}");
+        }
+        let defined = code.split("\nstatic ").skip(1).filter_map(|rest| rest.split_once(": Statement ="));
+        for (name, _) in defined {
+            let listed = code.split_once("STATEMENTS: &[&Statement]").map_or("", |(_, list)| list);
+            let listed = listed.split_once("];").map_or("", |(list, _)| list);
+            assert!(
+                listed.contains(&format!("&{name},"))
+                    || listed.contains(&format!("&{name}]"))
+                    || listed.ends_with(&format!("&{name}")),
+                "{file}: {name} is not in STATEMENTS"
+            );
+        }
+    }
+}
+
+/// A binary that does not know a migration goes by what it says of older ones.
+#[test]
+fn migrations_say_which_binaries_they_serve() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("migrations");
+    for engine in ["postgres", "sqlite"] {
+        for entry in fs::read_dir(root.join(engine)).unwrap() {
+            let path = entry.unwrap().path();
+            let number: u32 = path.file_name().unwrap().to_str().unwrap()[..4].parse().unwrap();
+            let text = fs::read_to_string(&path).unwrap();
+            let says = format!("INSERT INTO schema_versions (version, compatible_since) VALUES ({number}, ");
+            assert!(text.contains(&says), "{}: `{says}…)` is missing", path.display());
         }
     }
 }

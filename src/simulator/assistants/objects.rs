@@ -102,7 +102,7 @@ impl Thread {
     }
 
     pub(in crate::simulator) fn lines(&self) -> Vec<Line> {
-        self.messages.iter().map(|message| (message.role.clone(), message.text())).collect()
+        self.messages.iter().map(Message::line).collect()
     }
 
     pub(in crate::simulator) fn view(&self) -> ThreadView {
@@ -138,13 +138,23 @@ pub(in crate::simulator) struct Message {
 impl Message {
     /// The text and refusal parts together.
     pub(super) fn text(&self) -> String {
-        let text = |part: &Value| {
-            part["text"]["value"].as_str().or_else(|| part["refusal"].as_str()).unwrap_or_default().to_owned()
-        };
-        match self.content.as_slice() {
-            [part] => text(part),
-            parts => parts.iter().map(text).collect::<Vec<_>>().join(" ").trim().to_owned(),
+        match self.texts().as_slice() {
+            [text] => (*text).to_owned(),
+            texts => texts.join(" ").trim().to_owned(),
         }
+    }
+
+    fn texts(&self) -> Vec<&str> {
+        let texts = self.content.iter();
+        texts
+            .map(|part| part["text"]["value"].as_str().or(part["refusal"].as_str()).unwrap_or_default())
+            .collect()
+    }
+
+    /// Who says what. What an assistant says is the same whether it comes in one message or in several.
+    fn line(&self) -> Line {
+        let text = if self.role == "assistant" { self.texts().concat() } else { self.text() };
+        (self.role.clone(), text)
     }
 }
 

@@ -21,19 +21,8 @@ use crate::simulator::state::{Server, World};
 use crate::simulator::stats::Accepted;
 
 const SETTINGS: [&str; 13] = [
-    "model",
-    "instructions",
-    "tools",
-    "metadata",
-    "temperature",
-    "top_p",
-    "stream",
-    "max_prompt_tokens",
-    "max_completion_tokens",
-    "truncation_strategy",
-    "tool_choice",
-    "parallel_tool_calls",
-    "response_format",
+    "model", "instructions", "tools", "metadata", "temperature", "top_p", "stream", "max_prompt_tokens",
+    "max_completion_tokens", "truncation_strategy", "tool_choice", "parallel_tool_calls", "response_format",
 ];
 
 pub(super) fn create(server: &Arc<Server>, call: Call) -> Result<Response, Refused> {

@@ -254,21 +254,27 @@ pub(super) fn id(item: &Value) -> &str {
     item["id"].as_str().unwrap_or_default()
 }
 
-/// Role and text of a message item; `None` for other kinds.
+/// Role and text of a message item; `None` for other kinds. What an assistant says is the same whether it comes in one
+/// message or in several.
 pub(super) fn line(item: &Value) -> Option<Line> {
     let role = item["role"].as_str().filter(|_| item["type"] == "message")?;
-    Some((role.to_owned(), text(item)))
+    let text = if role == "assistant" { joined(item, "") } else { text(item) };
+    Some((role.to_owned(), text))
 }
 
 /// The text of a message or of a function's output.
 pub(super) fn text(item: &Value) -> String {
+    joined(item, " ")
+}
+
+fn joined(item: &Value, between: &str) -> String {
     let content = if item["content"].is_null() { &item["output"] } else { &item["content"] };
     match content {
         Value::String(text) => text.clone(),
         Value::Array(parts) => {
             let texts =
                 parts.iter().filter_map(|part| part["text"].as_str().or_else(|| part["refusal"].as_str()));
-            texts.collect::<Vec<_>>().join(" ")
+            texts.collect::<Vec<_>>().join(between)
         }
         _ => String::new(),
     }

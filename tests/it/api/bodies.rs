@@ -285,3 +285,17 @@ async fn what_is_merged_into_one_run_is_bounded_in_bytes() {
         }
     }
 }
+
+/// SQLite puts what is too large for its memory into files beside the database, which no erasure reaches, unless it is told
+/// not to.
+#[tokio::test]
+async fn a_large_message_is_in_no_file_but_the_database() {
+    let scene = Scene::new(Protocol::Responses, Backend::Sqlite).await;
+    let gateway = scene.gateway().await;
+    let text = "abc".repeat(MIB);
+    gateway.post("/v1/users/alice/messages", &json!({"content": text})).await.ok();
+    let open = std::fs::read_dir(format!("/proc/{}/fd", gateway.id())).unwrap();
+    let files = open.filter_map(|it| std::fs::read_link(it.unwrap().path()).ok());
+    let beside: Vec<_> = files.filter(|it| it.to_string_lossy().contains("etilqs")).collect();
+    assert!(beside.is_empty(), "{beside:?}");
+}

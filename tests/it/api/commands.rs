@@ -17,15 +17,7 @@ fn run(command: &mut Command) -> (Output, String) {
 #[test]
 fn every_command_explains_itself() {
     for name in [
-        "dev",
-        "serve",
-        "simulate",
-        "migrate",
-        "export",
-        "import",
-        "keys",
-        "fingerprint",
-        "check-config",
+        "dev", "serve", "simulate", "migrate", "export", "import", "keys", "fingerprint", "check-config",
         "health",
     ] {
         let (output, text) = run(&mut Gateway::command(&[name, "--help"]));

@@ -19,8 +19,8 @@ async fn a_turn_reads_no_more_beside_many_unfinished_runs() {
         gateway.say(SCOPE, "hello").await;
     }
     let others = format!(
-        "INSERT INTO replicas (id, address, started_at, expires_at) \
-         VALUES ('00000000-0000-7000-8000-000000000001', 'x', now(), now() + interval '1 hour'); \
+        "INSERT INTO replicas (id, address, expires_at) \
+         VALUES ('00000000-0000-7000-8000-000000000001', 'x', now() + interval '1 hour'); \
          INSERT INTO threads (id, tenant, user_key, scope_kind, scope_name, upstream, lifecycle, run_count, created_at, \
          last_active_at) \
          SELECT gen_random_uuid(), 'default', 'other-' || n, 'user', '', 'simulated', 'current', 1, now(), now() \

@@ -245,16 +245,20 @@ async fn a_killed_deletion_goes_on(scene: Scene) {
 async fn a_failure_is_recorded_when_the_database_is_back() {
     let scene = Scene::new(Protocol::Responses, Backend::Postgres).await;
     let link = Link::to_postgres(&scene.database.url()).await;
+    let upstream = Link::to_upstream(&scene.upstream_url).await;
     let config = scene.config(BY_HAND).replace(&scene.database.url(), &link.url);
-    let gateway = Gateway::start(&config).await;
+    let gateway = Gateway::start(&config.replace(&scene.upstream_url, &upstream.url)).await;
     converse(&gateway).await;
     let requests = scene.simulator.stats().requests;
-    scene.fault("any", "status=403 latency=1s", 1000);
+    // The upstream says nothing until the database is away.
+    scene.fault("any", "silent", 1);
+    scene.fault("any", "status=403", 1000);
     let answer = gateway.delete_after(THREAD, "respond-async").await;
     let place = answer.headers["location"].to_str().unwrap().to_owned();
     scene.simulator.wait_for(|stats| stats.requests > requests).await;
     link.valve.set(Weather { refuses: true, ..Weather::default() });
     link.valve.cut();
+    upstream.valve.cut();
     let is_lost = |line: &str| line.contains("threadkeeper::life::janitor") && line.contains("cannot");
     gateway.logged(is_lost).await;
     link.valve.set(Weather::default());
@@ -290,7 +294,7 @@ async fn delete_while_it_is_made(scene: &Scene, gateway: &Gateway) {
     scene.fault("create_thread", "latency=1500ms", 1);
     let mut running = gateway.stream(SCOPE, "needle at last").await;
     running.next().await.unwrap();
-    let intended = "SELECT count(*) FROM remnants WHERE upstream_id IS NULL";
+    let intended = "SELECT count(*) FROM upstream_orphans WHERE upstream_id IS NULL";
     while scene.database.number(intended).await == 0 {
         tokio::time::sleep(Duration::from_millis(5)).await;
     }
@@ -306,7 +310,7 @@ async fn delete_while_it_is_made(scene: &Scene, gateway: &Gateway) {
     assert_eq!(unknown, 0, "{receipt:#}");
     assert_eq!(scene.upstream_threads(), Vec::<String>::new());
     assert_eq!(scene.database.holding("needle").await, Vec::<String>::new());
-    assert_eq!(scene.database.number("SELECT count(*) FROM remnants").await, 0);
+    assert_eq!(scene.database.number("SELECT count(*) FROM upstream_orphans").await, 0);
 }
 
 async fn deletion_finds_an_upstream_thread_that_is_being_made(scene: Scene) {

@@ -289,7 +289,7 @@ async fn what_is_cut_short_is_told_and_not_stored(scene: Scene) {
     assert!(!said.contains(&"needle never".to_owned()));
     let known = entries.iter().filter(|(role, _, in_context)| role == "user" && *in_context).count();
     assert_eq!(known, said.len(), "{entries:#?} {said:#?}");
-    assert_eq!(scene.database.number("SELECT CAST(sum(backlog) AS BIGINT) FROM threads").await, 0);
+    assert_eq!(scene.database.number("SELECT CAST(sum(unsynced_messages) AS BIGINT) FROM threads").await, 0);
     assert_nothing_empty_was_sent(&scene, &gateway).await;
 }
 

@@ -56,12 +56,8 @@ async fn all_of_a_users_threads_are_listed(scene: Scene) {
     assert_eq!(
         scopes,
         [
-            "user current",
-            "session:0 current",
-            "session:1 current",
-            "session:2 current",
-            "topic:order archived",
-            "topic:order current"
+            "user current", "session:0 current", "session:1 current", "session:2 current",
+            "topic:order archived", "topic:order current"
         ]
     );
     let newest = gateway.get(&format!("{USER}/threads?limit=1")).await.ok();
@@ -257,10 +253,11 @@ async fn an_erasure_is_tried_for_its_time_and_then_given_up(scene: Scene) {
     assert_eq!(gateway.get(&place).await.ok()["status"], "in_progress");
     // A day later.
     let until = thread["upstream_tried_until"].as_str().unwrap();
-    let column = if scene.backend == Backend::Postgres { "removed::text" } else { "removed" };
+    let column =
+        if scene.backend == Backend::Postgres { "upstream_cleanup::text" } else { "upstream_cleanup" };
     let cast = if scene.backend == Backend::Postgres { "::jsonb" } else { "" };
     let earlier = format!(
-        "UPDATE threads SET removed = replace({column}, '{}', '2020-01-01'){cast} WHERE attempts > 0",
+        "UPDATE threads SET upstream_cleanup = replace({column}, '{}', '2020-01-01'){cast} WHERE attempts > 0",
         &until[..10]
     );
     scene.database.execute(&earlier).await;

@@ -97,8 +97,8 @@ async fn log_of_a_run_that_ended_well_is_not_stored(scene: Scene) {
         (11, format!("[\"{}\"]", &text[9..20]), 22),
     ] {
         let late = format!(
-            "DELETE FROM run_events; INSERT INTO run_events (run_id, n, event, created_at, until) \
-             SELECT id, {n}, '{events}', created_at, {until} FROM runs WHERE seq = 2"
+            "DELETE FROM run_events; INSERT INTO run_events (run_id, first_offset, events, end_offset) \
+             SELECT id, {n}, '{events}', {until} FROM runs WHERE seq = 2"
         );
         scene.database.execute(&late).await;
         let gateway = scene.gateway().await;

@@ -10,7 +10,6 @@ mod requests;
 mod values;
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::hash::{BuildHasher, RandomState};
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
@@ -20,6 +19,7 @@ use rand::rngs::StdRng;
 use reqwest::{Method, StatusCode};
 use serde_json::{Value, json};
 
+use crate::support::chance::seed;
 use crate::support::contract;
 use crate::support::gateway::{Event, Gateway};
 use crate::support::scene::{Scene, on_every_scene};
@@ -111,11 +111,7 @@ async fn whatever_is_sent_without_a_transcript_the_answer_is_one_of_those_descri
 }
 
 async fn send_and_judge(gateway: Gateway) {
-    let seed = match std::env::var("THREADKEEPER_TEST_SEED") {
-        Ok(text) => text.parse().unwrap(),
-        Err(_) => RandomState::new().hash_one(0_u8),
-    };
-    println!("THREADKEEPER_TEST_SEED={seed}");
+    let seed = seed();
     let time = std::env::var("THREADKEEPER_FUZZ_FOR");
     let time = time.map(|text| humantime_serde::re::humantime::parse_duration(&text).unwrap());
     let document = gateway.get("/openapi.json").await.ok();

@@ -209,17 +209,8 @@ async fn no_answer_to_the_making_of_a_thread_harms(way: Way) {
     let gateway = way.gateway(SOON).await;
     let watch = Watch::over(&gateway, "alice").await;
     for kind in [
-        "html",
-        "redirect",
-        "invalid_utf8",
-        "deep_json",
-        "gzip",
-        "dense_json",
-        "nested_json",
-        "endless_line",
-        "endless_events",
-        "huge_event",
-        "drip",
+        "html", "redirect", "invalid_utf8", "deep_json", "gzip", "dense_json", "nested_json", "endless_line",
+        "endless_events", "huge_event", "drip",
     ] {
         way.scene.fault("create_thread", &format!("hostile={kind}"), 1);
         // What it makes would be paid for and lost, so that it is waited for.

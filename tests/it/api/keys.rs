@@ -42,12 +42,14 @@ async fn keys_in_headers_name_the_same_conversations() {
         assert_eq!(text(&by_path["data"][0]), "hello");
 
         // A link leads on by headers, too.
+        scene.simulator.hold();
         let body = json!({"content": "later"});
         let later = post("/v1/conversation/messages", body).header("prefer", "respond-async");
         let later = gateway.send(later).await;
         assert_eq!(later.status, StatusCode::ACCEPTED);
         let place = later.headers["location"].to_str().unwrap();
         assert_eq!(place, format!("/v1/conversation/runs/{}", later.body["run"]["id"].as_str().unwrap()));
+        scene.simulator.release();
         let events =
             by_headers(&gateway, Method::GET, &format!("{place}/events"), &keys).send().await.unwrap();
         assert_eq!(EventReader::new(events).rest().await.pop().unwrap().name, "run.completed");

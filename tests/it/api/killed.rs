@@ -1,5 +1,6 @@
 //! kill -9 at each step of a deletion and of a rollover: at each question to the database and each request to the upstream,
-//! before it has arrived or before its answer has. Whoever starts next finishes what was begun.
+//! before it has arrived or before its answer has. Whoever starts next finishes what was begun. Each run of the suite kills
+//! at every other of these steps, by chance at the even or the odd ones (`THREADKEEPER_TEST_SEED`): they are many.
 
 use std::time::{Duration, Instant};
 
@@ -7,6 +8,7 @@ use futures_util::future::join_all;
 use reqwest::{Method, StatusCode};
 use serde_json::{Value, json};
 
+use crate::support::chance::{is_thorough, seed};
 use crate::support::gate::{Gate, Moment};
 use crate::support::gateway::{Answer, Gateway, PATIENCE, text};
 use crate::support::history::{Line, transcript};
@@ -89,11 +91,17 @@ kills! {
 
 async fn at_each_step(protocol: Protocol, backend: Backend, operation: Operation) {
     let begun = Instant::now();
+    let first = usize::from(seed() % 2 == 1);
     let lanes = (0..LANES).map(|lane| async move {
         let world = World::new(protocol, backend, operation).await;
-        world.lane(lane).await
+        if is_thorough() {
+            world.lane(lane, LANES).await
+        } else {
+            world.lane(2 * lane + first, 2 * LANES).await
+        }
     });
     let kills = join_all(lanes).await;
+    assert!(kills.iter().any(|(kills, _)| *kills > 0), "nothing was killed");
     println!(
         "{operation:?}, {protocol:?}, {backend:?}: {} kills at {} steps in {:.1?}",
         kills.iter().map(|(kills, _)| kills).sum::<usize>(),
@@ -102,19 +110,13 @@ async fn at_each_step(protocol: Protocol, backend: Backend, operation: Operation
     );
 }
 
-/// Whether every question counts. If not: what reads, or is not committed, leaves things as they were, so a kill there is one
-/// that was tried before.
-fn every() -> bool {
-    std::env::var_os("THREADKEEPER_TEST_EVERY_KILL").is_some()
-}
-
 impl Operation {
     /// When to stop the `n`-th step. Of the many of a deletion, what comes before one is what comes after the last one,
-    /// where one follows the other; so the moments take turns.
+    /// where one follows the other; so the moments take turns, unless all is wanted.
     fn moments(self, n: usize) -> &'static [Moment] {
         let is_long = matches!(self, DeleteConversation | DeleteToArchive | DeleteUser);
         match n % 2 {
-            _ if every() || !is_long => &[Moment::Before, Moment::After],
+            _ if is_thorough() || !is_long => &[Moment::Before, Moment::After],
             0 => &[Moment::After],
             _ => &[Moment::Before],
         }
@@ -160,7 +162,8 @@ impl World {
     async fn new(protocol: Protocol, backend: Backend, operation: Operation) -> Self {
         let scene = Scene::new(protocol, backend).await;
         let gate = Gate::default();
-        let steps = if every() { Steps::All } else { Steps::Changes };
+        // What reads, or is not committed, leaves things as they were, so a kill there is one that was tried before.
+        let steps = if is_thorough() { Steps::All } else { Steps::Changes };
         let upstream = HttpTap::gated(&scene.upstream_url, &gate, steps).await;
         // A chain is a matter of the upstream; of SQLite nothing passes a wire.
         let tap = match (backend, protocol) {
@@ -183,11 +186,12 @@ impl World {
         Self { scene, operation, gate, config, _tap: tap, _upstream: upstream }
     }
 
-    /// Kills at every so manieth step until the operation has no such step. How many kills, and the last step.
-    async fn lane(&self, lane: usize) -> (usize, usize) {
+    /// Kills at every so manieth step, after the first ones, until the operation has no such step. How many kills, and the last
+    /// step.
+    async fn lane(&self, before: usize, every: usize) -> (usize, usize) {
         let mut gateway = Gateway::start(&self.config).await;
         let mut kills = 0;
-        for n in (lane + 1..MANY).step_by(LANES) {
+        for n in (before + 1..MANY).step_by(every) {
             let mut reached = false;
             for &moment in self.operation.moments(n) {
                 let mut story = Story::new(n, moment);

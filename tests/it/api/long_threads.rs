@@ -6,7 +6,7 @@ use threadkeeper::domain::{ContentPart, MessageId, Role, UpstreamThreadId};
 use threadkeeper::store::{Imported, ImportedMessage, ImportedThread};
 
 use super::pages::memory;
-use crate::store_contract::{imported, user};
+use crate::store_contract::{import_messages, import_thread, imported, user};
 use crate::support::gateway::{Gateway, text};
 use crate::support::history::{Line, upstream};
 use crate::support::scene::{Backend, Protocol, Scene};
@@ -91,7 +91,7 @@ async fn check(scene: &Scene, gateway: &Gateway, expected: &[String], withheld: 
     let there = upstream(scene, gateway, SCOPE).await;
     let begins = |((_, there), expected): (&Line, &String)| there.starts_with(expected);
     assert!(there.len() == expected.len() && there.iter().zip(expected).all(begins), "{expected:?}");
-    let count = "SELECT count(*) FROM messages WHERE context = 'withheld'";
+    let count = "SELECT count(*) FROM messages WHERE upstream_sync = 'withheld'";
     assert_eq!(scene.database.number(count).await, i64::try_from(withheld).unwrap());
     let thread = gateway.get(&format!("{SCOPE}/thread")).await.ok();
     assert_eq!(thread["message_count"], withheld + expected.len(), "nothing is forgotten here");
@@ -113,7 +113,7 @@ async fn lose_thread(scene: &Scene, gateway: &Gateway) {
 /// A thread of long messages by turns, that begin with their number.
 async fn fill(scene: &Scene, thread: &ImportedThread) {
     let store = scene.database.store().await;
-    let Imported::Added(id) = store.import_thread(thread).await.unwrap() else { panic!("it is new") };
+    let Imported::Added(id) = import_thread(&store, thread).await else { panic!("it is new") };
     let message = |n: usize| {
         let mut text = format!("{n:03} ");
         while text.len() < MESSAGE_BYTES {
@@ -131,7 +131,7 @@ async fn fill(scene: &Scene, thread: &ImportedThread) {
     };
     for first in (0..MESSAGES).step_by(20) {
         let some: Vec<_> = (first..first + 20).map(message).collect();
-        store.import_messages(id, &some).await.unwrap();
+        import_messages(&store, id, &some).await;
     }
     store.close().await;
 }

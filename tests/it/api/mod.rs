@@ -27,6 +27,7 @@ mod openapi;
 mod operators;
 mod pages;
 mod pictures;
+mod pooler;
 mod portability;
 mod privacy;
 mod problems;

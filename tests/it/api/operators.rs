@@ -118,8 +118,8 @@ async fn one_look_prunes_all_that_is_past_its_time(scene: Scene) {
     };
     scene.database.backdate_runs(Duration::from_hours(2)).await;
     let fill = format!(
-        "INSERT INTO run_events (run_id, n, event, created_at, until) \
-         SELECT r.id, g.n, {json}, r.created_at, g.n + 1 FROM runs r, ({numbers}) g"
+        "INSERT INTO run_events (run_id, first_offset, events, end_offset) \
+         SELECT r.id, g.n, {json}, g.n + 1 FROM runs r, ({numbers}) g"
     );
     scene.database.execute(&fill).await;
     let done = clean_up(&gateway).await;
@@ -134,7 +134,7 @@ async fn lose_an_answer(scene: &Scene, gateway: &Gateway) {
     gateway.say("/v1/users/alice", "hello").await;
     assert_eq!(scene.upstream_threads().len(), 2, "one of them is lost");
     assert_eq!(clean_up(gateway).await["remnants_deleted"], 0, "it may still be on its way");
-    scene.database.execute("UPDATE remnants SET due_at = created_at").await;
+    scene.database.execute("UPDATE upstream_orphans SET due_at = (SELECT t.created_at FROM threads t WHERE t.id = thread_id)").await;
 }
 
 async fn an_upstream_thread_of_which_nobody_heard_is_told_of(scene: Scene) {
@@ -157,7 +157,7 @@ async fn an_upstream_thread_of_which_nobody_heard_is_told_of(scene: Scene) {
     assert_eq!(clean_up(&gateway).await["remnants_deleted"], 1);
     let thread = gateway.get("/v1/users/alice/thread").await.ok();
     assert_eq!(scene.upstream_threads(), [thread["upstream_thread_id"].as_str().unwrap()]);
-    assert_eq!(scene.database.number("SELECT count(*) FROM remnants").await, 0);
+    assert_eq!(scene.database.number("SELECT count(*) FROM upstream_orphans").await, 0);
 }
 
 async fn a_lost_race_leaves_no_thread_upstream(scene: Scene) {
@@ -176,10 +176,10 @@ async fn a_lost_race_leaves_no_thread_upstream(scene: Scene) {
     drop(waiting);
     let gateway = scene.gateway_with(&format!("{BY_HAND}{ttl}")).await;
     let answer = gateway.say("/v1/users/alice", "again").await;
-    scene.database.execute("UPDATE remnants SET due_at = created_at").await;
+    scene.database.execute("UPDATE upstream_orphans SET due_at = (SELECT t.created_at FROM threads t WHERE t.id = thread_id)").await;
     clean_up(&gateway).await;
     assert_eq!(scene.upstream_threads(), [answer["thread"]["upstream_thread_id"].as_str().unwrap()]);
-    assert_eq!(scene.database.number("SELECT count(*) FROM remnants").await, 0);
+    assert_eq!(scene.database.number("SELECT count(*) FROM upstream_orphans").await, 0);
 }
 
 /// What one database takes and another does not, and what no database takes.

@@ -9,7 +9,7 @@ use threadkeeper::store::{Imported, ImportedMessage};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 
-use crate::store_contract::{imported, user};
+use crate::store_contract::{import_messages, import_thread, imported, user};
 use crate::support::gateway::Gateway;
 use crate::support::scene::{Backend, Protocol, Scene};
 
@@ -81,7 +81,7 @@ async fn long_messages_cost_little_memory(scene: Scene) {
 async fn add_messages(scene: &Scene) {
     let store = scene.database.store().await;
     let thread = imported(&user("alice"));
-    let Imported::Added(id) = store.import_thread(&thread).await.unwrap() else { panic!("it is new") };
+    let Imported::Added(id) = import_thread(&store, &thread).await else { panic!("it is new") };
     let mut noise = 1_u64;
     for n in 0..MESSAGES {
         let mut text = format!("{n:03} ");
@@ -100,7 +100,7 @@ async fn add_messages(scene: &Scene) {
             context: None,
             created_at: None,
         };
-        store.import_messages(id, &[message]).await.unwrap();
+        import_messages(&store, id, &[message]).await;
     }
     store.close().await;
 }

@@ -75,7 +75,7 @@ fn assert_turn(answer: &Value, turn: usize) {
 /// The picture is the first that was said, and nothing is kept from the model.
 async fn check(scene: &Scene, gateway: &Gateway, picture: &Value) {
     assert_eq!(messages(gateway, SCOPE).await[0]["content"], *picture);
-    let withheld = "SELECT count(*) FROM messages WHERE context = 'withheld'";
+    let withheld = "SELECT count(*) FROM messages WHERE upstream_sync = 'withheld'";
     assert_eq!(scene.database.number(withheld).await, 0);
 }
 

@@ -39,7 +39,11 @@ on_both!(
     bad_lines_are_named_and_the_rest_is_taken,
     a_file_that_is_not_whole_is_noticed,
     long_lists_are_written_whole,
+    each_thread_is_followed_by_what_is_its_own,
+    messages_may_name_threads_that_do_not_stand_before_them,
+    refused_lines_of_a_long_file_are_told_by_number,
     a_user_gets_what_is_theirs,
+    export_of_before_0_2_is_imported,
 );
 
 /// A database, and the configuration that leads to it.
@@ -109,8 +113,10 @@ impl Place {
     async fn exchange(&self, user_key: &str) {
         let store = self.database.store().await;
         let request = Admission { upstream: "main".to_owned(), ..admission(&user(user_key)) };
-        let Admitted::Started(turn) = store.admit(&request).await.unwrap() else { panic!("not started") };
-        store.finish(&turn.lease, &completed(Some("hi"))).await.unwrap();
+        let Admitted::Started(turn) = store.admit(request.clone()).await.unwrap() else {
+            panic!("not started")
+        };
+        store.finish(&turn.lease, completed(Some("hi"))).await.unwrap();
         store.close().await;
     }
 }
@@ -365,11 +371,133 @@ async fn long_lists_are_written_whole(databases: impl AsyncFn() -> TestDatabase)
     assert!(got.last().unwrap().contains("\"threads\":120"), "{:?}", got.last());
 }
 
+async fn each_thread_is_followed_by_what_is_its_own(databases: impl AsyncFn() -> TestDatabase) {
+    let place = Place::new(databases().await);
+    for user in ["alice", "bob", "alice"] {
+        place.exchange(user).await;
+    }
+    let mut table = vec![json!({"type": "thread", "key": {"user": "carol"}})];
+    table.extend((0..1200).map(|n| json!({"type": "message", "role": "user", "content": format!("m{n}")})));
+    place.import(&lines(&table));
+    for user in ["dave", "carol", "erin", "dave"] {
+        place.exchange(user).await;
+    }
+    let all = parsed(&place.export());
+    let mut got: Vec<(&str, usize, usize)> = Vec::new();
+    let mut thread = &Value::Null;
+    for line in &all {
+        match line["type"].as_str().unwrap() {
+            "thread" => {
+                thread = &line["id"];
+                got.push((line["key"]["user"].as_str().unwrap(), 0, 0));
+            }
+            "end" => assert_eq!(line, all.last().unwrap()),
+            kind => {
+                assert_eq!(&line["thread_id"], thread);
+                let (_, runs, messages) = got.last_mut().unwrap();
+                assert!(kind == "message" || *messages == 0, "runs come first");
+                *if kind == "run" { runs } else { messages } += 1;
+            }
+        }
+    }
+    let wanted = [("alice", 2, 4), ("bob", 1, 2), ("carol", 1, 1202), ("dave", 2, 4), ("erin", 1, 2)];
+    assert_eq!(got, wanted);
+    let texts = of_type(&all, "message")
+        .iter()
+        .map(|line| line["content"][0]["text"].as_str().unwrap())
+        .collect::<Vec<_>>();
+    assert_eq!(texts[6..1206], (0..1200).map(|n| format!("m{n}")).collect::<Vec<_>>());
+    assert_eq!(all.last().unwrap(), &json!({"type": "end", "threads": 5, "runs": 7, "messages": 1214}));
+}
+
+async fn messages_may_name_threads_that_do_not_stand_before_them(databases: impl AsyncFn() -> TestDatabase) {
+    let place = Place::new(databases().await);
+    place.import(&lines(&[json!({"type": "thread", "key": {"user": "carol"}})]));
+    let carol = parsed(&place.export())[0]["id"].clone();
+    let [alice, bob] = ["a001", "b001"].map(|end| json!(format!("thr_0190163d8694739aea0d1e59d2a9{end}")));
+    let mut number = 0;
+    let mut said = |thread: &Value, text: &str| {
+        number += 1;
+        let id = format!("msg_0190163d8694739aea0d1e59d2a9c{number:03}");
+        json!({"type": "message", "id": id, "thread_id": thread, "role": "user", "content": text})
+    };
+    let table = [
+        said(&alice, "before the thread"),
+        said(&alice, "of an unknown one"),
+        json!({"type": "thread", "id": alice, "key": {"user": "alice"}}),
+        said(&Value::Null, "one"),
+        json!({"type": "thread", "id": bob, "key": {"user": "bob"}}),
+        said(&alice, "two"),
+        said(&bob, "three"),
+        json!({"type": "thread", "id": bob, "key": {"user": "alice"}}),
+        said(&bob, "of a refused line"),
+        said(&carol, "four"),
+        said(&bob, "five"),
+        json!({"type": "thread", "key": {"user": "carol"}}),
+        said(&Value::Null, "six"),
+        said(&carol, "seven"),
+        said(&alice, "eight"),
+        said(&Value::Null, "nine"),
+        json!({"type": "end", "threads": 4, "runs": 0, "messages": 12}),
+    ];
+    for (added, known) in [((2, 9), (1, 0)), ((0, 2), (3, 9))] {
+        let told = place.import_fails(&lines(&table));
+        let refused: Vec<&str> = told.lines().filter(|line| line.starts_with("line ")).collect();
+        let others = refused
+            .iter()
+            .position(|line| line.starts_with("line 8: `id` belongs to a thread of another key"));
+        // The second time, the thread is there before its line.
+        assert_eq!((refused.len(), others), if added.0 == 2 { (2, Some(1)) } else { (1, Some(0)) }, "{told}");
+        let passed_over = if added.0 == 2 { 2 } else { 1 };
+        let summary = format!(
+            "imported: {} threads and {} messages added, {} threads and {} messages were there already, {} lines \
+             refused, {passed_over} messages of refused threads passed over",
+            added.0,
+            added.1,
+            known.0,
+            known.1,
+            refused.len()
+        );
+        assert!(told.contains(&summary), "{summary}\n{told}");
+    }
+    let all = parsed(&place.export());
+    let texts = |thread: &Value| {
+        let of_thread = of_type(&all, "message").into_iter().filter(|line| &line["thread_id"] == thread);
+        of_thread.map(|line| line["content"][0]["text"].as_str().unwrap().to_owned()).collect::<Vec<_>>()
+    };
+    assert_eq!(texts(&alice), ["one", "two", "eight", "nine", "before the thread", "of an unknown one"]);
+    assert_eq!(texts(&bob), ["three", "five"]);
+    assert_eq!(texts(&carol), ["four", "six", "seven"]);
+}
+
+async fn refused_lines_of_a_long_file_are_told_by_number(databases: impl AsyncFn() -> TestDatabase) {
+    let place = Place::new(databases().await);
+    let line = |n: u32| match n {
+        n if n % 700 == 0 => json!({"type": "message", "role": "system", "content": "x"}),
+        n if n % 3 == 1 => json!({"type": "thread", "key": {"user": format!("u{n}")}}),
+        n => json!({"type": "message", "role": "user", "content": format!("m{n}")}),
+    };
+    let mut table: Vec<Value> = (1..=2999).map(line).collect();
+    table.push(json!({"type": "thread", "key": {"user": "u1"}, "upstream_thread_id": "thread_x"}));
+    table.push(json!({"type": "message", "role": "user", "content": "of a refused thread"}));
+    let told = place.import_fails(&lines(&table));
+    let numbers: Vec<&str> =
+        told.lines().filter_map(|line| line.strip_prefix("line ")?.split(':').next()).collect();
+    assert_eq!(numbers, ["700", "1400", "2100", "2800", "3000"], "{told}");
+    let threads = of_type(&table[..2999], "thread").len();
+    let summary = format!(
+        "imported: {threads} threads and {} messages added, 0 threads and 0 messages were there already, 5 lines \
+         refused, 1 messages of refused threads passed over",
+        2999 - 4 - threads
+    );
+    assert!(told.contains(&summary), "{summary}\n{told}");
+}
+
 async fn a_user_gets_what_is_theirs(databases: impl AsyncFn() -> TestDatabase) {
     let place = Place::new(databases().await);
     place.import(RICH);
     place.exchange("bob").await;
-    place.database.execute("UPDATE threads SET lifecycle = 'deleting', deletion = 'erase' WHERE previous_thread IS NULL AND user_key = 'alice'").await;
+    place.database.execute("UPDATE threads SET lifecycle = 'deleting', deletion = 'erase' WHERE previous_thread_id IS NULL AND user_key = 'alice'").await;
     let store = place.database.store().await;
     for (name, wanted) in [
         ("alice", json!({"type": "end", "threads": 1, "runs": 0, "messages": 2})),
@@ -383,6 +511,24 @@ async fn a_user_gets_what_is_theirs(databases: impl AsyncFn() -> TestDatabase) {
         assert!(of_type(&got, "thread").iter().all(|thread| thread["key"]["user"] == name));
     }
     store.close().await;
+}
+
+/// docs/upgrading.md: what a version before 0.2 has exported from its database.
+async fn export_of_before_0_2_is_imported(databases: impl AsyncFn() -> TestDatabase) {
+    let place = Place::new(databases().await);
+    let old = include_str!("../../fixtures/export/before-0.2.ndjson").replace("\"simulator\"", "\"main\"");
+    for _ in 0..2 {
+        place.import(&old);
+        let ours = |lines: &str| -> Vec<Value> {
+            let mut lines = parsed(lines);
+            lines.retain(|line| line["type"] == "thread" || line["type"] == "message");
+            for line in lines.iter_mut().filter(|line| line["type"] == "message") {
+                line["run_id"] = Value::Null;
+            }
+            lines
+        };
+        assert_eq!(ours(&place.export()), ours(&old), "but for the runs, which stay behind");
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -33,7 +33,10 @@ async fn links_begin_with_the_prefix_that_a_proxy_takes_away() {
         ("trusted_proxies = [\"127.0.0.1\"]\n".to_owned(), &[("x-forwarded-prefix", "//evil.example")], ""),
     ] {
         let gateway = scene.gateway_with(&format!("[server]\n{settings}")).await;
+        // Who waits for nothing is told where to look, unless there is nothing to wait for by then.
+        scene.simulator.hold();
         let (run, deletion) = places(&gateway, headers).await;
+        scene.simulator.release();
         let run = run.strip_prefix(before).unwrap_or_else(|| panic!("{settings}: {run}"));
         let deletion = deletion.strip_prefix(before).unwrap_or_else(|| panic!("{settings}: {deletion}"));
         assert!(run.starts_with("/v1/users/alice/runs/run_"), "{settings}: {run}");

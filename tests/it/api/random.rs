@@ -4,7 +4,6 @@
 mod erasures;
 
 use std::collections::BTreeMap;
-use std::hash::{BuildHasher, RandomState};
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
@@ -16,6 +15,7 @@ use reqwest::{Method, StatusCode};
 use serde_json::{Value, json};
 use threadkeeper::simulator::Fault;
 
+use crate::support::chance::{seed, share_of};
 use crate::support::gateway::{Answer, EventReader, Gateway, PATIENCE};
 use crate::support::history::assert_same;
 use crate::support::scene::{Scene, on_every_scene};
@@ -31,24 +31,9 @@ const UPSTREAM: &str = "lock_window = \"50ms\"\nbreaker_min_requests = 0\n";
 
 /// What a turn may be made to do.
 const TURNS: [&str; 18] = [
-    "",
-    "",
-    "",
-    "",
-    "tokens=30 rate=1ms",
-    "tool=f",
-    "tool=f tool=g",
-    "fail",
-    "incomplete",
-    "refusal",
-    "silent_after=2",
-    "silent",
-    "mid_error",
-    "mid_error=bare",
-    "late_head=100ms",
-    "parts=2",
-    "cut=3 tokens=20 rate=1ms",
-    "no_terminal",
+    "", "", "", "", "tokens=30 rate=1ms", "tool=f", "tool=f tool=g", "fail", "incomplete", "refusal",
+    "silent_after=2", "silent", "mid_error", "mid_error=bare", "late_head=100ms", "parts=2",
+    "cut=3 tokens=20 rate=1ms", "no_terminal",
 ];
 const FAULTS: [&str; 9] = [
     "status=503 retry_after=0.01",
@@ -78,16 +63,6 @@ fn scope(user: usize) -> String {
     format!("/v1/users/user-{user}")
 }
 
-/// Chosen by the environment, or by chance. A failure prints it.
-fn seed() -> u64 {
-    let seed = match std::env::var("THREADKEEPER_TEST_SEED") {
-        Ok(text) => text.parse().unwrap(),
-        Err(_) => RandomState::new().hash_one(0_u8),
-    };
-    println!("THREADKEEPER_TEST_SEED={seed}");
-    seed
-}
-
 async fn whatever_happens_the_promises_hold(scene: Scene) {
     let seed = seed();
     let mut gateway = scene.gateway_both(SETTINGS, UPSTREAM).await;
@@ -105,7 +80,7 @@ async fn whatever_happens_the_promises_hold(scene: Scene) {
         let mut rng = StdRng::seed_from_u64(seed.wrapping_add(worker as u64));
         let world = &world;
         async move {
-            for _ in 0..OPERATIONS / WORKERS {
+            for _ in 0..share_of(OPERATIONS) / WORKERS {
                 operate(world, &mut rng).await;
             }
         }

@@ -15,13 +15,7 @@ use crate::support::scene::{Backend, Protocol, Scene};
 
 /// The tables that grow.
 const TABLES: [&str; 8] = [
-    "threads",
-    "messages",
-    "runs",
-    "run_events",
-    "idempotency_keys",
-    "remnants",
-    "deletions",
+    "threads", "messages", "runs", "run_events", "idempotency_keys", "upstream_orphans", "deletions",
     "deleted_threads",
 ];
 /// Only what is asked for is cleaned up, as fast as it can be; nothing is pruned by the way.
@@ -265,6 +259,7 @@ async fn load(scene: &Scene, threads: i64) {
     };
     let at = |ms: &str| if pg { format!("to_timestamp(({ms}) / 1000.0)") } else { ms.to_owned() };
     let json = |text: &str| if pg { format!("CAST('{text}' AS jsonb)") } else { format!("'{text}'") };
+    let [scope_kind, lifecycle, deletion, role] = enumerations(pg);
     let (prepare, now, series, hash) = beginnings(pg, threads);
     let said = json(
         r#"[{"type": "text", "text": "Something that somebody said, of a usual length, more or less."}]"#,
@@ -289,13 +284,13 @@ async fn load(scene: &Scene, threads: i64) {
         BEGIN;
         INSERT INTO threads (
             id, tenant, user_key, scope_kind, scope_name, upstream, upstream_thread_id, lifecycle, message_count, run_count,
-            last_position, created_at, last_active_at, archived_at, max_age_ms, due_at, deletion, removed
+            last_position, created_at, last_active_at, archived_at, max_age_ms, due_at, deletion, upstream_cleanup
         )
         SELECT id, 'default', 'user-' || CASE kind WHEN 'user' THEN k ELSE k % ({threads} / 5) END,
-            CASE kind WHEN 'user' THEN 'user' WHEN 'past' THEN 'topic' WHEN 'archived' THEN 'topic' ELSE 'session' END,
+            {scope_kind},
             CASE kind WHEN 'user' THEN '' ELSE 's' || k END,
             'simulated', CASE k % 10 WHEN 0 THEN 'conv_' || k END,
-            CASE kind WHEN 'past' THEN 'archived' WHEN 'archived' THEN kind WHEN 'deleting' THEN kind ELSE 'current' END,
+            {lifecycle},
             10, 2, 10, {created}, {active}, CASE WHEN kind IN ('past', 'archived') THEN {active} END,
             CASE kind WHEN 'expired' THEN {YEAR} END,
             CASE
@@ -303,11 +298,11 @@ async fn load(scene: &Scene, threads: i64) {
                 WHEN kind = 'archived' THEN {kept}
                 WHEN kind = 'session' THEN {expires}
             END,
-            CASE kind WHEN 'deleting' THEN 'erase' END,
+            {deletion},
             CASE WHEN kind = 'archived' AND k % 2 = 1 THEN {cleared} END
         FROM plan ORDER BY k;
         INSERT INTO messages (id, thread_id, position, role, content, run_id, created_at)
-        SELECT {message}, id, p, CASE p % 2 WHEN 1 THEN 'user' ELSE 'assistant' END, {said},
+        SELECT {message}, id, p, {role}, {said},
             CASE WHEN p > 8 THEN {second} WHEN p > 6 THEN {first} END, {said_at}
         FROM plan, places ORDER BY k, p;
         INSERT INTO runs (
@@ -317,17 +312,17 @@ async fn load(scene: &Scene, threads: i64) {
         SELECT {run}, id, p, 'completed', 'enqueue', 'default', 1, 120000, CASE k % 100 WHEN 0 THEN 'resp_' || (k * 2 + p) END,
             {said_at}, {said_at}, {said_at}, {said_at}
         FROM plan, places WHERE p < 3 ORDER BY k, p;
-        INSERT INTO run_events (run_id, n, event, created_at) SELECT {second}, 0, {nothing}, {created} FROM plan ORDER BY k;
+        INSERT INTO run_events (run_id, first_offset, end_offset, events) SELECT {second}, 0, 0, {nothing} FROM plan ORDER BY k;
         INSERT INTO idempotency_keys (tenant, user_key, scope_kind, scope_name, key, run_id, request_hash, created_at)
         SELECT 'default', 'user-' || k, 'session', 's' || k, 'key-' || k, {second}, {hash}, {created}
         FROM plan WHERE k % 2 = 0 ORDER BY k;
-        INSERT INTO remnants (id, thread_id, upstream, kind, upstream_id, created_at, due_at)
-        SELECT {thread}, id, 'simulated', 'run', 'resp_given_up_' || k, {created}, CASE k % 100 WHEN 0 THEN {created} END
+        INSERT INTO upstream_orphans (id, thread_id, upstream, kind, upstream_id, due_at)
+        SELECT {thread}, id, 'simulated', 'run', 'resp_given_up_' || k, CASE k % 100 WHEN 0 THEN {created} END
         FROM plan WHERE k % 5 = 0 ORDER BY k;
         INSERT INTO deletions (id, tenant, archive, requested_at, finished_at)
         SELECT {thread}, 'default', {no}, {created}, {created} FROM plan WHERE k % 5 = 0 ORDER BY k;
-        INSERT INTO deleted_threads (deletion_id, thread_id, upstream, messages, runs, archived, finished_at)
-        SELECT {thread}, id, 'simulated', 10, 2, {no}, {created} FROM plan WHERE k % 5 = 0 ORDER BY k;
+        INSERT INTO deleted_threads (deletion_id, thread_id, upstream, messages, runs, finished_at)
+        SELECT {thread}, id, 'simulated', 10, 2, {created} FROM plan WHERE k % 5 = 0 ORDER BY k;
         INSERT INTO threads (
             id, tenant, user_key, scope_kind, scope_name, upstream, lifecycle, created_at, last_active_at, due_at
         )
@@ -353,6 +348,26 @@ async fn load(scene: &Scene, threads: i64) {
         no = if pg { "false" } else { "0" },
     );
     scene.database.execute(&sql).await;
+}
+
+/// The kind of a thread's key, its lifecycle, whether it is being deleted, and whose a message is. Enumerations are types
+/// in Postgres.
+fn enumerations(pg: bool) -> [String; 4] {
+    [
+        (
+            "scope_kind",
+            "kind WHEN 'user' THEN 'user' WHEN 'past' THEN 'topic' WHEN 'archived' THEN 'topic' ELSE 'session'",
+        ),
+        (
+            "thread_lifecycle",
+            "kind WHEN 'past' THEN 'archived' WHEN 'archived' THEN kind WHEN 'deleting' THEN kind ELSE 'current'",
+        ),
+        ("thread_deletion", "kind WHEN 'deleting' THEN 'erase'"),
+        ("message_role", "p % 2 WHEN 1 THEN 'user' ELSE 'assistant'"),
+    ]
+    .map(|(name, cases)| {
+        if pg { format!("CAST(CASE {cases} END AS {name})") } else { format!("CASE {cases} END") }
+    })
 }
 
 /// What comes before the load, the time now, whole numbers from 0 on, and 32 bytes.

@@ -12,7 +12,7 @@ use reqwest::{Method, StatusCode};
 use serde_json::json;
 use threadkeeper::config::StoreConfig;
 use threadkeeper::simulator::SimulatorConfig;
-use threadkeeper::store::{PostgresStore, Store};
+use threadkeeper::store::Store;
 use tokio::task::JoinSet;
 
 use crate::support::TestDatabase;
@@ -74,7 +74,7 @@ async fn nothing_is_written(scene: Scene, format: &str, mut cluster: Option<Clus
         cluster.start_again();
         gateway.until("/readyz", |answer| answer.status == StatusCode::OK).await;
         let url = Some(world.env["DATABASE_URL"].clone().into());
-        let store = PostgresStore::connect(&StoreConfig { url, ..StoreConfig::default() }).await.unwrap();
+        let store = Store::open(&StoreConfig { url, ..StoreConfig::default() }).await.unwrap();
         assert_eq!(world.secrets.find(format!("{store:?}").as_bytes()), None, "its text tells a secret");
         store.close().await;
     }

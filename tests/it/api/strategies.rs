@@ -205,7 +205,7 @@ async fn a_merge_joins_the_run_that_waits_last(scene: Scene) {
 }
 
 /// How many messages wait, in all runs together.
-const MERGED: &str = "SELECT COALESCE(SUM(LENGTH(CAST(input AS TEXT)) - LENGTH(REPLACE(CAST(input AS TEXT), 'msg_', ''))), 0) / 4 \
+const MERGED: &str = "SELECT COALESCE(SUM(LENGTH(CAST(queued_input AS TEXT)) - LENGTH(REPLACE(CAST(queued_input AS TEXT), 'msg_', ''))), 0) / 4 \
      FROM runs WHERE status = 'queued'";
 
 async fn a_merge_joins_only_what_it_fits(scene: Scene) {

@@ -113,8 +113,10 @@ async fn outputs_can_be_streamed_or_left_to_run(scene: Scene) {
     let asked = ask(&gateway, "and there? [[sim: tool=get_weather]]").await;
     let request = gateway.request(Method::POST, &path(&asked)).header("prefer", "respond-async");
     let body = json!({"tool_outputs": self::outputs(&asked, "30 °C")});
+    scene.simulator.hold();
     let taken = gateway.send(request.json(&body)).await;
     assert_eq!(taken.status, StatusCode::ACCEPTED, "{:#}", taken.body);
+    scene.simulator.release();
     let place = taken.headers["location"].to_str().unwrap().to_owned();
     assert_eq!(place, path(&asked).trim_end_matches("/tool_outputs"));
     let read = gateway.until(&place, |answer| answer.body["run"]["status"] == "completed").await.ok();

@@ -219,7 +219,7 @@ pub(super) async fn leftovers(world: &World, replicas: usize) {
     let database = &world.scene.database;
     // An intent that nobody heard of again is left alone for ten minutes.
     database.age_looks(Duration::from_mins(11)).await;
-    let owed = "SELECT count(*) FROM remnants WHERE due_at IS NOT NULL OR upstream_id IS NULL";
+    let owed = "SELECT count(*) FROM upstream_orphans WHERE due_at IS NOT NULL OR upstream_id IS NULL";
     let named = "SELECT upstream_thread_id FROM threads WHERE upstream_thread_id IS NOT NULL";
     let begun = Instant::now();
     loop {
@@ -247,12 +247,12 @@ pub(super) async fn leftovers(world: &World, replicas: usize) {
             "unsettled messages",
             0,
             "SELECT count(*) FROM messages m JOIN threads t ON t.id = m.thread_id \
-            WHERE t.lifecycle = 'current' AND m.context IN ('missing', 'unknown')",
+            WHERE t.lifecycle = 'current' AND m.upstream_sync IN ('missing', 'unknown')",
         ),
         (
             "threads with a backlog or a leftover",
             0,
-            "SELECT count(*) FROM threads WHERE lifecycle = 'current' AND (backlog > 0 OR leftover IS NOT NULL)",
+            "SELECT count(*) FROM threads WHERE lifecycle = 'current' AND (unsynced_messages > 0 OR unsettled_run IS NOT NULL)",
         ),
         (
             "threads that miscount their messages",

@@ -5,7 +5,7 @@ use threadkeeper::domain::{
     ContentPart, Context, Message, MessageId, PageRequest, Run, ToolOutput, UpstreamThreadId,
 };
 use threadkeeper::runs::{NewOutputs, Outcome, Submitted};
-use threadkeeper::store::{Admission, Admitted, Claim, InputMessage, PostgresStore, RunLease, ThreadName};
+use threadkeeper::store::{Admission, Admitted, Claim, InputMessage, RunLease, ThreadName};
 
 use tokio::task::JoinSet;
 
@@ -18,8 +18,8 @@ use crate::support::wiretap::{Steps, Wiretap};
 /// A test's stores: two processes' views of one database.
 struct Stores {
     database: TestDatabase,
-    one: Arc<dyn Store>,
-    other: Arc<dyn Store>,
+    one: Arc<Store>,
+    other: Arc<Store>,
 }
 
 impl Stores {
@@ -68,12 +68,12 @@ async fn ended(submitted: &Submitted) -> Arc<Outcome> {
     .await
 }
 
-async fn stored(store: &dyn Store, run: &Run) -> Run {
+async fn stored(store: &Store, run: &Run) -> Run {
     store.run(&key(), run.id).await.unwrap().unwrap().0
 }
 
 /// The transcript: texts and where they stand.
-async fn transcript(store: &dyn Store) -> Vec<(String, Context)> {
+async fn transcript(store: &Store) -> Vec<(String, Context)> {
     let page = PageRequest::<MessageId> { limit: 100, ascending: true, after: None, before: None };
     let page = store.messages(ThreadName::Newest(&key()), false, &page).await.unwrap().unwrap();
     page.data.into_iter().map(|message| (said(&message), message.context)).collect()
@@ -94,8 +94,8 @@ fn admission(words: &str, strategy: MultitaskStrategy) -> Admission {
     Admission { strategy, message, ..crate::store_contract::admission(&key()) }
 }
 
-async fn queue(store: &dyn Store, words: &str, strategy: MultitaskStrategy) -> RunLease {
-    match store.admit(&admission(words, strategy)).await.unwrap() {
+async fn queue(store: &Store, words: &str, strategy: MultitaskStrategy) -> RunLease {
+    match store.admit(admission(words, strategy)).await.unwrap() {
         Admitted::Queued { lease, .. } => lease,
         other => panic!("the thread is busy, and yet: {other:?}"),
     }
@@ -120,8 +120,8 @@ async fn a_run_that_waits_for_outputs_is_handed_over_by_a_process_that_drains() 
 
         let events = soon(events).await;
         assert!(matches!(events.last(), Some(RunEvent::RequiresAction(_))), "{events:?}");
-        assert_eq!(stored(&*stores.one, &submitted.run).await, waiting.run);
-        assert_eq!(stored(&*stores.one, &next.run).await.status, RunStatus::Failed);
+        assert_eq!(stored(&stores.one, &submitted.run).await, waiting.run);
+        assert_eq!(stored(&stores.one, &next.run).await.status, RunStatus::Failed);
         assert_eq!(upstream.calls(), ["start [] ask"], "nothing is ended upstream");
         process.runs.retire().await;
 
@@ -161,7 +161,7 @@ async fn a_mark_that_only_the_store_knows_removes_all_that_the_run_left() {
             let (process, upstream) = stores.process(chain).await;
             let submitted = process.runs.submit(key(), message(words)).await.unwrap();
             let place = submitted.run.seq;
-            let rollback = queue(&*stores.other, "instead", MultitaskStrategy::Rollback).await;
+            let rollback = queue(&stores.other, "instead", MultitaskStrategy::Rollback).await;
             assert_eq!(stores.other.displace(&rollback, true).await.unwrap(), Some(submitted.run.id));
             upstream.let_go();
 
@@ -174,7 +174,7 @@ async fn a_mark_that_only_the_store_knows_removes_all_that_the_run_left() {
                 [format!("settle {run}"), format!("remove {run}")],
                 "it is ended and taken away upstream"
             );
-            assert_eq!(transcript(&*stores.one).await, []);
+            assert_eq!(transcript(&stores.one).await, []);
             let moved = outcome.thread.upstream_thread_id.as_ref().map(UpstreamThreadId::as_str);
             assert_ne!(moved, Some(run.as_str()), "the chain does not move");
             assert_eq!(outcome.thread.leftover, None);
@@ -196,14 +196,14 @@ async fn what_a_marked_run_left_is_remembered_where_it_cannot_be_removed() {
         let (process, upstream) = stores.process(false).await;
         upstream.settles(Settling::Fails);
         let submitted = process.runs.submit(key(), message("hold")).await.unwrap();
-        let rollback = queue(&*stores.other, "instead", MultitaskStrategy::Rollback).await;
+        let rollback = queue(&stores.other, "instead", MultitaskStrategy::Rollback).await;
         stores.other.displace(&rollback, true).await.unwrap();
         upstream.let_go();
         let outcome = ended(&submitted).await;
         assert_eq!((outcome.run.status, outcome.run.discarded), (RunStatus::Cancelled, true));
         let leftover = outcome.thread.leftover.as_ref().expect("it is to be looked at");
         assert_eq!((leftover.run, leftover.remove), (submitted.run.id, true));
-        assert_eq!(transcript(&*stores.one).await, []);
+        assert_eq!(transcript(&stores.one).await, []);
     })
     .await;
 }
@@ -213,12 +213,12 @@ async fn a_mark_that_only_the_store_knows_keeps_a_run_from_waiting() {
     on_both(async |stores: Stores| {
         let (process, upstream) = stores.process(false).await;
         let submitted = process.runs.submit(key(), message("ponder")).await.unwrap();
-        let rollback = queue(&*stores.other, "instead", MultitaskStrategy::Rollback).await;
+        let rollback = queue(&stores.other, "instead", MultitaskStrategy::Rollback).await;
         stores.other.displace(&rollback, true).await.unwrap();
         upstream.let_go();
         let outcome = ended(&submitted).await;
         assert_eq!((outcome.run.status, outcome.run.discarded), (RunStatus::Cancelled, true));
-        assert_eq!(transcript(&*stores.one).await, []);
+        assert_eq!(transcript(&stores.one).await, []);
         let run = "run of ponder";
         let calls = upstream.calls();
         assert_eq!(calls[calls.len() - 2..], [format!("settle {run}"), format!("remove {run}")]);
@@ -245,7 +245,7 @@ async fn a_deadline_that_passes_while_an_earlier_run_is_settled_sends_nothing() 
         assert_eq!(outcome.thread.leftover, Some(leftover), "it is still to be looked at");
         assert_eq!(upstream.calls(), ["settle run of break"], "nothing is sent, and nothing of it settled");
         let wanted = lines(&[("break", Context::Unknown), ("hasty", Context::Withheld)]);
-        assert_eq!(transcript(&*stores.one).await, wanted);
+        assert_eq!(transcript(&stores.one).await, wanted);
 
         upstream.settles(Settling::Held);
         let next = process.runs.submit(key(), message("next")).await.unwrap();
@@ -319,7 +319,7 @@ async fn a_message_that_joins_a_run_while_it_is_cancelled_is_kept_and_answered()
         upstream.let_go();
         ended(&first).await;
         wanted.push("re hold".to_owned());
-        let all: Vec<_> = transcript(&*stores.one).await.into_iter().map(|(words, _)| words).collect();
+        let all: Vec<_> = transcript(&stores.one).await.into_iter().map(|(words, _)| words).collect();
         assert_eq!(all, wanted, "each message once");
     })
     .await;
@@ -333,8 +333,7 @@ async fn a_message_whose_sender_heard_that_it_was_not_taken_does_not_run() {
     let tap = Wiretap::gated(&database.url(), &gate, Steps::Changes).await;
     let config = StoreConfig { url: Some(tap.url.as_str().into()), ..database.config() };
     let upstream = Scripted::new(false);
-    let process =
-        Process::alive(Arc::new(PostgresStore::connect(&config).await.unwrap()), upstream.clone()).await;
+    let process = Process::alive(Arc::new(Store::open(&config).await.unwrap()), upstream.clone()).await;
     gate.set(1, Moment::After);
     let refused = process.runs.submit(key(), message("hello")).await;
     assert!(refused.is_err(), "{refused:?}");
@@ -369,9 +368,9 @@ async fn runs_that_others_took_over_are_given_up_and_left_alone_upstream() {
         session.spawn(async move { keeper.keep_session("127.0.0.1:1".to_owned(), ALIVE).await });
         until(async || process.tasks.is_empty()).await;
         assert_eq!(upstream.calls(), [""; 0], "whoever has them now goes on");
-        assert_eq!(stored(&*stores.one, &waits.run).await.status, RunStatus::RequiresAction);
+        assert_eq!(stored(&stores.one, &waits.run).await.status, RunStatus::RequiresAction);
         for orphan in taken {
-            stores.other.finish(&orphan.lease, &completed(Some("done elsewhere"))).await.unwrap();
+            stores.other.finish(&orphan.lease, completed(Some("done elsewhere"))).await.unwrap();
         }
         for run in [&waits, &in_line, &at_work] {
             assert_eq!(ended(run).await.run.status, RunStatus::Completed, "its readers hear of it");
@@ -390,15 +389,15 @@ async fn discarded_run_ends_although_the_database_refuses_its_log() {
     let upstream = Scripted::new(false);
     let process = Process::alive(Arc::clone(&one), upstream.clone()).await;
     let submitted = process.runs.submit(key(), message("hold")).await.unwrap();
-    let rollback = queue(&*other, "instead", MultitaskStrategy::Rollback).await;
+    let rollback = queue(&other, "instead", MultitaskStrategy::Rollback).await;
     other.displace(&rollback, true).await.unwrap();
     let refuse = "CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS
         $$ BEGIN RAISE EXCEPTION 'refused'; END $$;
-        CREATE TRIGGER no_events BEFORE INSERT ON run_events FOR EACH ROW WHEN (NEW.event <> '[]')
+        CREATE TRIGGER no_events BEFORE INSERT ON run_events FOR EACH ROW WHEN (NEW.events <> '[]')
         EXECUTE FUNCTION refuse()";
     database.execute(refuse).await;
     upstream.let_go();
     let outcome = ended(&submitted).await;
     assert!(outcome.run.discarded, "{outcome:?}");
-    assert_eq!(transcript(&*one).await, []);
+    assert_eq!(transcript(&one).await, []);
 }

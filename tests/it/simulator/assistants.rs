@@ -382,6 +382,18 @@ async fn a_run_outlives_its_connection() {
 }
 
 #[tokio::test]
+async fn parts_of_an_assistants_message_are_one_text() {
+    let sim = Sim::instant().await;
+    let thread = sim.thread().await;
+    let parts = json!([{"type": "text", "text": "Part 1."}, {"type": "text", "text": "Part 2."}]);
+    for role in ["assistant", "user"] {
+        sim.post(&format!("/threads/{thread}/messages"), json!({"role": role, "content": parts})).await;
+    }
+    let texts: Vec<String> = sim.handle.thread_history(&thread).into_iter().map(|(_, text)| text).collect();
+    assert_eq!(texts, ["Part 1.Part 2.", "Part 1. Part 2."], "as in messages of their own");
+}
+
+#[tokio::test]
 async fn requests_are_read_strictly() {
     let sim = Sim::instant().await;
     let thread = sim.thread().await;

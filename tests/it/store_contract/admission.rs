@@ -23,10 +23,10 @@ on_every_backend!(
     what_was_said_comes_back_as_it_was,
 );
 
-async fn a_key_binds_once(database: &TestDatabase, store: &dyn Store) {
+async fn a_key_binds_once(database: &TestDatabase, store: &Store) {
     let key = user("alice");
     let admissions: Vec<_> = (0..64).map(|_| admission(&key)).collect();
-    let results = futures_util::future::join_all(admissions.iter().map(|it| store.admit(it))).await;
+    let results = futures_util::future::join_all(admissions.iter().map(|it| store.admit(it.clone()))).await;
 
     let (mut running, mut threads, mut seqs, mut positions) = (0, BTreeSet::new(), vec![], vec![]);
     for result in results {
@@ -55,14 +55,14 @@ async fn a_key_binds_once(database: &TestDatabase, store: &dyn Store) {
     check_invariants(database).await;
 }
 
-async fn a_first_message_starts(_: &TestDatabase, store: &dyn Store) {
+async fn a_first_message_starts(_: &TestDatabase, store: &Store) {
     let key = session("alice", "s1");
     let request = Admission {
         metadata: metadata(&[("trace", "7")]),
         timeout: Duration::from_millis(1500),
         ..admission(&key)
     };
-    let turn = started(store.admit(&request).await.unwrap());
+    let turn = started(store.admit(request.clone()).await.unwrap());
 
     assert_eq!(turn.lease.run_id, request.run_id);
     assert_eq!(turn.input, [request.message]);
@@ -86,10 +86,10 @@ async fn a_first_message_starts(_: &TestDatabase, store: &dyn Store) {
     assert_eq!(store.run(&key, turn.run.id).await.unwrap().unwrap(), (turn.run, None));
 }
 
-async fn a_second_message_waits(_: &TestDatabase, store: &dyn Store) {
+async fn a_second_message_waits(_: &TestDatabase, store: &Store) {
     let key = user("alice");
-    let first = started(store.admit(&admission(&key)).await.unwrap());
-    let (lease, thread, run, position) = queued(store.admit(&admission(&key)).await.unwrap());
+    let first = started(store.admit(admission(&key)).await.unwrap());
+    let (lease, thread, run, position) = queued(store.admit(admission(&key)).await.unwrap());
     assert_eq!((run.id, run.seq, run.status), (lease.run_id, 2, RunStatus::Queued));
     assert_eq!((run.started_at, run.deadline_at), (None, None));
     assert_eq!((thread.id, thread.run_count, thread.message_count), (first.thread.id, 2, 1));
@@ -97,53 +97,53 @@ async fn a_second_message_waits(_: &TestDatabase, store: &dyn Store) {
     assert_eq!(transcript(store, &key).await, ["user: hello"]);
 
     // A free thread on which somebody waits is not for a newcomer.
-    closed(store.finish(&first.lease, &completed(Some("hi"))).await.unwrap());
-    let (_, _, run, position) = queued(store.admit(&admission(&key)).await.unwrap());
+    closed(store.finish(&first.lease, completed(Some("hi"))).await.unwrap());
+    let (_, _, run, position) = queued(store.admit(admission(&key)).await.unwrap());
     assert_eq!((run.seq, position), (3, 2));
 }
 
-async fn waiting_runs_have_places(_: &TestDatabase, store: &dyn Store) {
+async fn waiting_runs_have_places(_: &TestDatabase, store: &Store) {
     let key = user("alice");
-    let mut leases = vec![started(store.admit(&admission(&key)).await.unwrap()).lease];
+    let mut leases = vec![started(store.admit(admission(&key)).await.unwrap()).lease];
     for place in 1..=3 {
-        let (lease, _, _, position) = queued(store.admit(&admission(&key)).await.unwrap());
+        let (lease, _, _, position) = queued(store.admit(admission(&key)).await.unwrap());
         assert_eq!(position, place);
         leases.push(lease);
     }
     let (_, activity) = seen(store, &key).await.unwrap();
     assert_eq!((activity.state, activity.queue_depth), (ThreadState::Active, 3));
 
-    closed(store.finish(&leases[0], &completed(None)).await.unwrap());
+    closed(store.finish(&leases[0], completed(None)).await.unwrap());
     claimed(store.claim(&leases[1]).await.unwrap());
-    let (_, _, _, position) = queued(store.admit(&admission(&key)).await.unwrap());
+    let (_, _, _, position) = queued(store.admit(admission(&key)).await.unwrap());
     assert_eq!(position, 3);
 }
 
-async fn reject_on_a_busy_thread_stores_nothing(database: &TestDatabase, store: &dyn Store) {
+async fn reject_on_a_busy_thread_stores_nothing(database: &TestDatabase, store: &Store) {
     let key = user("alice");
-    let turn = started(store.admit(&admission(&key)).await.unwrap());
-    let (waiting, ..) = queued(store.admit(&admission(&key)).await.unwrap());
+    let turn = started(store.admit(admission(&key)).await.unwrap());
+    let (waiting, ..) = queued(store.admit(admission(&key)).await.unwrap());
     let before = seen(store, &key).await.unwrap();
     let reject = || Admission { strategy: MultitaskStrategy::Reject, ..admission(&key) };
-    assert_eq!(store.admit(&reject()).await.unwrap(), Admitted::Busy);
+    assert_eq!(store.admit(reject()).await.unwrap(), Admitted::Busy);
     assert_eq!(seen(store, &key).await.unwrap(), before);
 
     // A run that only waits keeps the thread busy, too.
-    closed(store.finish(&turn.lease, &completed(None)).await.unwrap());
-    assert_eq!(store.admit(&reject()).await.unwrap(), Admitted::Busy);
+    closed(store.finish(&turn.lease, completed(None)).await.unwrap());
+    assert_eq!(store.admit(reject()).await.unwrap(), Admitted::Busy);
     assert_eq!(database.number("SELECT count(*) FROM runs").await, 2);
 
     let next = claimed(store.claim(&waiting).await.unwrap());
-    closed(store.finish(&next.lease, &completed(None)).await.unwrap());
-    assert_eq!(started(store.admit(&reject()).await.unwrap()).run.seq, 3);
+    closed(store.finish(&next.lease, completed(None)).await.unwrap());
+    assert_eq!(started(store.admit(reject()).await.unwrap()).run.seq, 3);
     check_invariants(database).await;
 }
 
-async fn reject_on_a_free_thread_starts(database: &TestDatabase, store: &dyn Store) {
+async fn reject_on_a_free_thread_starts(database: &TestDatabase, store: &Store) {
     let key = user("alice");
     let reject: Vec<_> =
         (0..16).map(|_| Admission { strategy: MultitaskStrategy::Reject, ..admission(&key) }).collect();
-    let results = futures_util::future::join_all(reject.iter().map(|it| store.admit(it))).await;
+    let results = futures_util::future::join_all(reject.iter().map(|it| store.admit(it.clone()))).await;
     let count =
         |wanted: fn(&Admitted) -> bool| results.iter().filter(|it| wanted(it.as_ref().unwrap())).count();
     assert_eq!(count(|it| matches!(it, Admitted::Started(_))), 1);
@@ -152,21 +152,21 @@ async fn reject_on_a_free_thread_starts(database: &TestDatabase, store: &dyn Sto
     check_invariants(database).await;
 }
 
-async fn a_thread_stays_on_its_upstream(database: &TestDatabase, store: &dyn Store) {
+async fn a_thread_stays_on_its_upstream(database: &TestDatabase, store: &Store) {
     let key = user("alice");
     exchange(store, &key).await;
     let other = Admission { upstream: "spare".to_owned(), ..admission(&key) };
-    assert_eq!(store.admit(&other).await.unwrap(), Admitted::OtherUpstream("main".to_owned()));
+    assert_eq!(store.admit(other.clone()).await.unwrap(), Admitted::OtherUpstream("main".to_owned()));
     assert_eq!(database.number("SELECT count(*) FROM runs").await, 1);
 
     // It is the more lasting obstacle, and named before a busy thread.
-    started(store.admit(&admission(&key)).await.unwrap());
+    started(store.admit(admission(&key)).await.unwrap());
     let other = Admission { strategy: MultitaskStrategy::Reject, ..other };
-    assert_eq!(store.admit(&other).await.unwrap(), Admitted::OtherUpstream("main".to_owned()));
+    assert_eq!(store.admit(other.clone()).await.unwrap(), Admitted::OtherUpstream("main".to_owned()));
     check_invariants(database).await;
 }
 
-async fn keys_do_not_meet(database: &TestDatabase, store: &dyn Store) {
+async fn keys_do_not_meet(database: &TestDatabase, store: &Store) {
     let tenant = |name: &str| TenantKey::try_from(name.to_owned()).unwrap();
     let keys = [
         user("alice"),
@@ -204,23 +204,23 @@ async fn keys_do_not_meet(database: &TestDatabase, store: &dyn Store) {
     check_invariants(database).await;
 }
 
-async fn an_expired_thread_gives_way_to_a_fresh_one(database: &TestDatabase, store: &dyn Store) {
+async fn an_expired_thread_gives_way_to_a_fresh_one(database: &TestDatabase, store: &Store) {
     let key = session("alice", "s1");
     let hour = Duration::from_hours(1);
     let with_ttl = || Admission { limits: limits(hour), ..admission(&key) };
-    let old = started(store.admit(&with_ttl()).await.unwrap());
-    closed(store.finish(&old.lease, &completed(Some("hi"))).await.unwrap());
+    let old = started(store.admit(with_ttl()).await.unwrap());
+    closed(store.finish(&old.lease, completed(Some("hi"))).await.unwrap());
     database.age_threads(hour / 2).await;
-    let turn = started(store.admit(&with_ttl()).await.unwrap());
+    let turn = started(store.admit(with_ttl()).await.unwrap());
     assert_eq!(turn.thread.id, old.thread.id, "half of its life is left");
-    closed(store.finish(&turn.lease, &completed(None)).await.unwrap());
+    closed(store.finish(&turn.lease, completed(None)).await.unwrap());
 
     database.age_threads(hour / 2).await;
     let (thread, _) = seen(store, &key).await.unwrap();
     assert_eq!(thread.lifecycle, Lifecycle::Current);
     assert_eq!(thread.id, old.thread.id, "nothing happens before a message comes");
     let request = with_ttl();
-    let fresh = started(store.admit(&request).await.unwrap());
+    let fresh = started(store.admit(request.clone()).await.unwrap());
     assert_eq!(fresh.thread.id, request.new_thread);
     assert_eq!(fresh.thread.previous_thread, Some(old.thread.id));
     assert_eq!((fresh.thread.message_count, fresh.thread.run_count, fresh.run.seq), (1, 1, 1));
@@ -234,15 +234,15 @@ async fn an_expired_thread_gives_way_to_a_fresh_one(database: &TestDatabase, sto
     check_invariants(database).await;
 }
 
-async fn an_expired_thread_gives_way_once(database: &TestDatabase, store: &dyn Store) {
+async fn an_expired_thread_gives_way_once(database: &TestDatabase, store: &Store) {
     let key = session("alice", "s1");
     let with_ttl = || Admission { limits: limits(Duration::from_mins(1)), ..admission(&key) };
-    let old = started(store.admit(&with_ttl()).await.unwrap());
-    closed(store.finish(&old.lease, &completed(None)).await.unwrap());
+    let old = started(store.admit(with_ttl()).await.unwrap());
+    closed(store.finish(&old.lease, completed(None)).await.unwrap());
     database.age_threads(Duration::from_mins(1)).await;
 
     let admissions: Vec<_> = (0..32).map(|_| with_ttl()).collect();
-    let results = futures_util::future::join_all(admissions.iter().map(|it| store.admit(it))).await;
+    let results = futures_util::future::join_all(admissions.iter().map(|it| store.admit(it.clone()))).await;
     let (mut running, mut threads) = (0, BTreeSet::new());
     for result in results {
         match result.unwrap() {
@@ -263,44 +263,44 @@ async fn an_expired_thread_gives_way_once(database: &TestDatabase, store: &dyn S
     check_invariants(database).await;
 }
 
-async fn an_expired_thread_may_be_replaced_on_another_upstream(database: &TestDatabase, store: &dyn Store) {
+async fn an_expired_thread_may_be_replaced_on_another_upstream(database: &TestDatabase, store: &Store) {
     let key = session("alice", "s1");
     let request = Admission { limits: limits(Duration::from_mins(1)), ..admission(&key) };
-    let old = started(store.admit(&request).await.unwrap());
+    let old = started(store.admit(request.clone()).await.unwrap());
     database.age_threads(Duration::from_mins(1)).await;
     // The old thread's run is still active; it does not hold the new thread.
     let strategy = MultitaskStrategy::Reject;
     let moved = Admission { upstream: "spare".to_owned(), strategy, ..request };
     let moved = Admission { new_thread: ThreadId::new(), run_id: RunId::new(), ..moved };
     let moved = Admission { message: admission(&key).message, ..moved };
-    let turn = started(store.admit(&moved).await.unwrap());
+    let turn = started(store.admit(moved.clone()).await.unwrap());
     assert_eq!((turn.thread.upstream.as_str(), turn.thread.previous_thread), ("spare", Some(old.thread.id)));
-    let finished = closed(store.finish(&old.lease, &completed(Some("late"))).await.unwrap());
+    let finished = closed(store.finish(&old.lease, completed(Some("late"))).await.unwrap());
     assert_eq!((finished.thread.lifecycle, finished.thread.message_count), (Lifecycle::Archived, 2));
     assert_eq!(transcript(store, &key).await, ["user: hello"]);
     check_invariants(database).await;
 }
 
-async fn a_waiting_run_survives_the_expiry_of_its_thread(database: &TestDatabase, store: &dyn Store) {
+async fn a_waiting_run_survives_the_expiry_of_its_thread(database: &TestDatabase, store: &Store) {
     let key = session("alice", "s1");
     let with_ttl = || Admission { limits: limits(Duration::from_mins(1)), ..admission(&key) };
-    let first = started(store.admit(&with_ttl()).await.unwrap());
-    let (second, ..) = queued(store.admit(&with_ttl()).await.unwrap());
+    let first = started(store.admit(with_ttl()).await.unwrap());
+    let (second, ..) = queued(store.admit(with_ttl()).await.unwrap());
     database.age_threads(Duration::from_mins(1)).await;
-    let fresh = started(store.admit(&with_ttl()).await.unwrap());
+    let fresh = started(store.admit(with_ttl()).await.unwrap());
     assert_ne!(fresh.thread.id, first.thread.id);
 
     assert_eq!(store.claim(&second).await.unwrap(), Claim::NotYet);
-    closed(store.finish(&first.lease, &completed(Some("one"))).await.unwrap());
+    closed(store.finish(&first.lease, completed(Some("one"))).await.unwrap());
     let turn = claimed(store.claim(&second).await.unwrap());
     assert_eq!((turn.thread.id, turn.thread.lifecycle), (first.thread.id, Lifecycle::Archived));
-    let finished = closed(store.finish(&second, &completed(Some("two"))).await.unwrap());
+    let finished = closed(store.finish(&second, completed(Some("two"))).await.unwrap());
     assert_eq!(finished.thread.message_count, 4);
     assert_eq!(store.run(&key, second.run_id).await.unwrap().unwrap().1, finished.message);
     check_invariants(database).await;
 }
 
-async fn what_was_said_comes_back_as_it_was(_: &TestDatabase, store: &dyn Store) {
+async fn what_was_said_comes_back_as_it_was(_: &TestDatabase, store: &Store) {
     let json = serde_json::json!([
         {"type": "text", "text": "\u{1f980} \"quoted\" \\u0000 \u{202e} \t\r\n {}'; DROP TABLE runs; -- $1 ?1"},
         {"type": "image_url", "image_url": {"url": "https://example.org/a?b=c&d=%20", "detail": "low"}},
@@ -315,7 +315,7 @@ async fn what_was_said_comes_back_as_it_was(_: &TestDatabase, store: &dyn Store)
         assistant: "r\u{e9}sum\u{e9}".to_owned(),
         ..admission(&key)
     };
-    let turn = started(store.admit(&first).await.unwrap());
+    let turn = started(store.admit(first.clone()).await.unwrap());
     assert_eq!((&turn.run.metadata, &turn.run.assistant), (&first.metadata, &first.assistant));
     assert_eq!(turn.thread.key, key);
     // Once more by way of the queue.
@@ -324,8 +324,8 @@ async fn what_was_said_comes_back_as_it_was(_: &TestDatabase, store: &dyn Store)
         ..first.clone()
     };
     let second = Admission { run_id: RunId::new(), ..second };
-    let (lease, ..) = queued(store.admit(&second).await.unwrap());
-    closed(store.finish(&turn.lease, &completed(None)).await.unwrap());
+    let (lease, ..) = queued(store.admit(second.clone()).await.unwrap());
+    closed(store.finish(&turn.lease, completed(None)).await.unwrap());
     let turn = claimed(store.claim(&lease).await.unwrap());
     assert_eq!(turn.input, std::slice::from_ref(&second.message));
     assert_eq!(turn.run.metadata, second.metadata);

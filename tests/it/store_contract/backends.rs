@@ -8,9 +8,7 @@ use std::time::Duration;
 use sqlx::{Connection, Executor};
 use threadkeeper::config::StoreConfig;
 use threadkeeper::domain::{Lifecycle, Role, RunStatus, ThreadState, UpstreamThreadId};
-use threadkeeper::store::{
-    ImportedMessage, Paused, PostgresStore, SqliteStore, StoreError, ThreadFilter, ThreadUpdate,
-};
+use threadkeeper::store::{ImportedMessage, Paused, StoreError, ThreadFilter, ThreadUpdate};
 
 use super::*;
 use crate::support::cluster::Cluster;
@@ -40,29 +38,29 @@ async fn each_step_is_one_round_trip_on_postgres() {
     let database = TestDatabase::postgres().await;
     let tap = Wiretap::on(&database.url()).await;
     let config = StoreConfig { url: Some(tap.url.clone().into()), ..database.config() };
-    let store = PostgresStore::connect(&config).await.unwrap();
+    let store = Store::open(&config).await.unwrap();
     let end =
         || RunEnd { upstream_thread_id: Some(UpstreamThreadId("c".to_owned())), ..completed(Some("hi")) };
     let mut meter = Meter { before: tap.round_trips(), tap, round: 0 };
     for round in 0..2 {
         meter.round = round;
         let key = user(&round.to_string());
-        let turn = started(store.admit(&admission(&key)).await.unwrap());
+        let turn = started(store.admit(admission(&key)).await.unwrap());
         meter.one("admission on a new key");
-        closed(store.finish(&turn.lease, &end()).await.unwrap());
+        closed(store.finish(&turn.lease, end()).await.unwrap());
         meter.one("an end");
-        let turn = started(store.admit(&admission(&key)).await.unwrap());
+        let turn = started(store.admit(admission(&key)).await.unwrap());
         meter.one("admission on a known thread");
-        let (waiting, ..) = queued(store.admit(&admission(&key)).await.unwrap());
+        let (waiting, ..) = queued(store.admit(admission(&key)).await.unwrap());
         meter.one("admission to the queue");
         let reject = Admission { strategy: MultitaskStrategy::Reject, ..admission(&key) };
-        assert_eq!(store.admit(&reject).await.unwrap(), Admitted::Busy);
+        assert_eq!(store.admit(reject.clone()).await.unwrap(), Admitted::Busy);
         meter.one("a refusal");
-        closed(store.finish(&turn.lease, &end()).await.unwrap());
+        closed(store.finish(&turn.lease, end()).await.unwrap());
         meter.one("an end with another waiting");
         claimed(store.claim(&waiting).await.unwrap());
         meter.one("a claim");
-        closed(store.finish(&waiting, &end()).await.unwrap());
+        closed(store.finish(&waiting, end()).await.unwrap());
         meter.one("the last end");
         store.ready().await.unwrap();
         meter.one("readiness");
@@ -74,7 +72,7 @@ async fn the_rest_of_a_run_s_life_is_cheap_on_postgres_too() {
     let database = TestDatabase::postgres().await;
     let tap = Wiretap::on(&database.url()).await;
     let config = StoreConfig { url: Some(tap.url.clone().into()), ..database.config() };
-    let store = PostgresStore::connect(&config).await.unwrap();
+    let store = Store::open(&config).await.unwrap();
     let mut meter = Meter { before: tap.round_trips(), tap, round: 0 };
     for round in 0..2 {
         meter.round = round;
@@ -83,18 +81,18 @@ async fn the_rest_of_a_run_s_life_is_cheap_on_postgres_too() {
         let once = || Admission { idempotency: Some(idempotency("k")), ..admission(&key) };
         assert_eq!(store.repeated(&key, "k", Duration::from_hours(1)).await.unwrap(), None);
         meter.one("a look at an idempotency key");
-        let turn = started(store.admit(&once()).await.unwrap());
+        let turn = started(store.admit(once()).await.unwrap());
         meter.one("admission with an idempotency key");
-        assert_eq!(store.admit(&once()).await.unwrap(), Admitted::Repeated);
+        assert_eq!(store.admit(once()).await.unwrap(), Admitted::Repeated);
         meter.one("a repetition");
-        queued(store.admit(&with(MultitaskStrategy::Merge)).await.unwrap());
-        meter.took(2, "a merge that finds nobody, over the connection that a repetition did not spoil");
+        queued(store.admit(with(MultitaskStrategy::Merge)).await.unwrap());
+        meter.one("a merge that finds nobody");
         assert!(matches!(
-            store.admit(&with(MultitaskStrategy::Merge)).await.unwrap(),
+            store.admit(with(MultitaskStrategy::Merge)).await.unwrap(),
             Admitted::Merged { .. }
         ));
         meter.one("a merge");
-        let (rollback, ..) = queued(store.admit(&with(MultitaskStrategy::Rollback)).await.unwrap());
+        let (rollback, ..) = queued(store.admit(with(MultitaskStrategy::Rollback)).await.unwrap());
         meter.one("a rollback");
         store.pause(&turn.lease, &pause(&["call_1"], 0)).await.unwrap();
         meter.one("a pause");
@@ -103,27 +101,27 @@ async fn the_rest_of_a_run_s_life_is_cheap_on_postgres_too() {
         store.requests(ReplicaId::new()).await.unwrap();
         meter.one("requests");
         store.displace(&rollback, true).await.unwrap().unwrap();
-        meter.one("a displacement");
-        assert_eq!(store.finish(&turn.lease, &completed(None)).await.unwrap(), Closing::MustDiscard);
+        meter.took(2, "a displacement: a look that locks nothing, and the mark");
+        assert_eq!(store.finish(&turn.lease, completed(None)).await.unwrap(), Closing::MustDiscard);
         meter.one("an end that is held back");
-        closed(store.finish(&turn.lease, &RunEnd { discard: true, ..completed(None) }).await.unwrap());
+        closed(store.finish(&turn.lease, RunEnd { discard: true, ..completed(None) }).await.unwrap());
         meter.one("a discarding end");
         claimed(store.claim(&rollback).await.unwrap());
         meter.one("a claim of a run that goes first");
         store.backlog(rollback.run_id, None, 10).await.unwrap();
         meter.one("a backlog");
         assert!(store.settled(&rollback, turn.run.id, Context::Present, false).await.unwrap());
-        meter.one("settling");
+        meter.took(5, "settling, which follows a failure: a transaction of the same text for both engines");
         let id = UpstreamThreadId("c".to_owned());
         assert!(bind(&store, &rollback, &id, true).await);
         meter.one("rebuilding");
         store.request_cancel(&key, rollback.run_id).await.unwrap().unwrap();
-        meter.one("a cancel");
+        meter.took(4, "a cancel: a click, in a transaction of the same text for both engines");
         store.events(rollback.run_id, 0).await.unwrap();
         meter.one("a log");
         let end =
             RunEnd { status: RunStatus::Cancelled, synced: true, said: Context::Missing, ..completed(None) };
-        closed(store.finish(&rollback, &end).await.unwrap());
+        closed(store.finish(&rollback, end.clone()).await.unwrap());
         meter.one("an end that says much");
     }
 }
@@ -137,12 +135,12 @@ async fn a_request_that_comes_twice_at_once_is_one_run() {
         let key = user(&round.to_string());
         let busy = round % 3;
         for _ in 0..busy {
-            replicas[0].admit(&admission(&key)).await.unwrap();
+            replicas[0].admit(admission(&key)).await.unwrap();
         }
         let request =
             || Admission { strategy: *strategy, idempotency: Some(idempotency("k")), ..admission(&key) };
         let requests: Vec<_> = (0..12).map(|_| request()).collect();
-        let admitted = requests.iter().enumerate().map(|(n, request)| replicas[n % 2].admit(request));
+        let admitted = requests.iter().enumerate().map(|(n, request)| replicas[n % 2].admit(request.clone()));
         let admitted = futures_util::future::join_all(admitted).await;
         let (again, taken): (Vec<_>, Vec<_>) =
             admitted.into_iter().map(Result::unwrap).partition(|it| *it == Admitted::Repeated);
@@ -172,16 +170,16 @@ async fn a_claim_that_is_overtaken_comes_again() {
     let database = TestDatabase::postgres().await;
     let store = database.store().await;
     let key = user("alice");
-    let first = started(store.admit(&admission(&key)).await.unwrap());
-    let (second, ..) = queued(store.admit(&admission(&key)).await.unwrap());
-    closed(store.finish(&first.lease, &completed(None)).await.unwrap());
+    let first = started(store.admit(admission(&key)).await.unwrap());
+    let (second, ..) = queued(store.admit(admission(&key)).await.unwrap());
+    closed(store.finish(&first.lease, completed(None)).await.unwrap());
 
     let mut holder = sqlx::PgConnection::connect(&database.url()).await.unwrap();
     holder.execute("BEGIN; SELECT FROM runs WHERE seq = 2 FOR UPDATE").await.unwrap();
     let meanwhile = async {
         blocked(&database, 1).await;
         let interrupt = Admission { strategy: MultitaskStrategy::Interrupt, ..admission(&key) };
-        let (third, ..) = queued(store.admit(&interrupt).await.unwrap());
+        let (third, ..) = queued(store.admit(interrupt.clone()).await.unwrap());
         claimed(store.claim(&third).await.unwrap());
         holder.execute("ROLLBACK").await.unwrap();
         third
@@ -189,7 +187,7 @@ async fn a_claim_that_is_overtaken_comes_again() {
     let (overtaken, third) = tokio::join!(store.claim(&second), meanwhile);
     assert_eq!(overtaken.unwrap(), Claim::NotYet);
     check_invariants(&database).await;
-    closed(store.finish(&third, &completed(None)).await.unwrap());
+    closed(store.finish(&third, completed(None)).await.unwrap());
     claimed(store.claim(&second).await.unwrap());
 }
 
@@ -201,10 +199,10 @@ async fn a_claim_that_comes_to_nothing_writes_nothing_on_postgres() {
     let database = TestDatabase::on(&cluster).await;
     let store = database.store().await;
     let key = user("alice");
-    started(store.admit(&admission(&key)).await.unwrap());
+    started(store.admit(admission(&key)).await.unwrap());
     let interrupt = Admission { strategy: MultitaskStrategy::Interrupt, ..admission(&key) };
-    let (first, ..) = queued(store.admit(&interrupt).await.unwrap());
-    let (second, ..) = queued(store.admit(&admission(&key)).await.unwrap());
+    let (first, ..) = queued(store.admit(interrupt.clone()).await.unwrap());
+    let (second, ..) = queued(store.admit(admission(&key)).await.unwrap());
     store.displace(&first, false).await.unwrap().unwrap();
     let next = "SELECT pg_snapshot_xmax(pg_current_snapshot())::text::bigint";
     let before = database.number(next).await;
@@ -224,12 +222,12 @@ async fn a_run_that_begins_is_not_joined() {
     let database = TestDatabase::postgres().await;
     let store = database.store().await;
     let key = user("alice");
-    let first = started(store.admit(&admission(&key)).await.unwrap());
-    let (second, ..) = queued(store.admit(&admission(&key)).await.unwrap());
-    closed(store.finish(&first.lease, &completed(None)).await.unwrap());
+    let first = started(store.admit(admission(&key)).await.unwrap());
+    let (second, ..) = queued(store.admit(admission(&key)).await.unwrap());
+    closed(store.finish(&first.lease, completed(None)).await.unwrap());
 
     let mut holder = sqlx::PgConnection::connect(&database.url()).await.unwrap();
-    let begin = "BEGIN; UPDATE runs SET status = 'in_progress', input = NULL, started_at = now(), \
+    let begin = "BEGIN; UPDATE runs SET status = 'in_progress', queued_input = NULL, started_at = now(), \
                  deadline_at = now() WHERE seq = 2";
     holder.execute(begin).await.unwrap();
     let merge = Admission { strategy: MultitaskStrategy::Merge, ..admission(&key) };
@@ -237,10 +235,10 @@ async fn a_run_that_begins_is_not_joined() {
         blocked(&database, 1).await;
         holder.execute("COMMIT").await.unwrap();
     };
-    let (admitted, ()) = tokio::join!(store.admit(&merge), meanwhile);
+    let (admitted, ()) = tokio::join!(store.admit(merge.clone()), meanwhile);
     let (third, _, run, position) = queued(admitted.unwrap());
     assert_eq!((run.seq, position), (3, 1));
-    closed(store.finish(&second, &completed(None)).await.unwrap());
+    closed(store.finish(&second, completed(None)).await.unwrap());
     assert_eq!(claimed(store.claim(&third).await.unwrap()).input, [merge.message]);
     check_invariants(&database).await;
 }
@@ -264,12 +262,12 @@ async fn nothing_deadlocks_and_nothing_is_lost() {
     let key = session("alice", "s1");
     let (begun, removed) = (AtomicUsize::new(0), AtomicUsize::new(0));
 
-    let work = |turn: Turn, store: Arc<dyn Store>, n: usize| {
+    let work = |turn: Turn, store: Arc<Store>, n: usize| {
         let (key, begun, removed) = (&key, &begun, &removed);
         async move {
             begun.fetch_add(turn.input.len(), Ordering::SeqCst);
             let id = UpstreamThreadId("c".to_owned());
-            assert!(bind(&*store, &turn.lease, &id, n.is_multiple_of(7)).await);
+            assert!(bind(&store, &turn.lease, &id, n.is_multiple_of(7)).await);
             assert!(store.settled(&turn.lease, turn.run.id, Context::Present, false).await.unwrap());
             if n.is_multiple_of(3)
                 && let Paused::Waiting(_) = store.pause(&turn.lease, &pause(&["call_1"], 0)).await.unwrap()
@@ -283,9 +281,9 @@ async fn nothing_deadlocks_and_nothing_is_lost() {
             let said = if n.is_multiple_of(4) { Context::Missing } else { Context::Present };
             let mut end = RunEnd { said, synced: n.is_multiple_of(5), ..completed(Some("hi")) };
             end.events.first = 4;
-            if store.finish(&turn.lease, &end).await.unwrap() == Closing::MustDiscard {
+            if store.finish(&turn.lease, end.clone()).await.unwrap() == Closing::MustDiscard {
                 removed.fetch_add(turn.input.len(), Ordering::SeqCst);
-                closed(store.finish(&turn.lease, &RunEnd { discard: true, ..end }).await.unwrap());
+                closed(store.finish(&turn.lease, RunEnd { discard: true, ..end }).await.unwrap());
             }
         }
     };
@@ -302,7 +300,7 @@ async fn nothing_deadlocks_and_nothing_is_lost() {
             ][n % 5];
             let request =
                 Admission { strategy, idempotency: Some(idempotency(&n.to_string())), ..admission(key) };
-            match store.admit(&request).await.unwrap() {
+            match store.admit(request.clone()).await.unwrap() {
                 Admitted::Started(turn) => work(*turn, store, n).await,
                 Admitted::Merged { .. } => {}
                 Admitted::Queued { lease, .. } => loop {
@@ -339,23 +337,23 @@ async fn no_step_scans_what_grows() {
     let database = TestDatabase::postgres().await;
     let key = user("alice");
     let store = database.store().await;
-    exchange(&*store, &key).await;
+    exchange(&store, &key).await;
     store.close().await;
     // A thread with a long history, many others, and much that was missing there once or still is.
     database
         .execute(
             "INSERT INTO threads (id, tenant, user_key, scope_kind, scope_name, upstream, lifecycle, message_count, \
-             last_position, backlog, run_count, created_at, last_active_at) \
+             last_position, unsynced_messages, run_count, created_at, last_active_at) \
              SELECT gen_random_uuid(), 'default', 'u' || n, 'user', '', 'main', 'current', 1, 1, 1, 1, now(), now() \
              FROM generate_series(1, 5000) n; \
              INSERT INTO runs (id, thread_id, seq, status, strategy, assistant, fence, timeout_ms, created_at, \
              started_at, finished_at, deadline_at) \
              SELECT gen_random_uuid(), id, 1, 'completed', 'enqueue', 'default', 1, 1, now(), now(), now(), now() \
              FROM threads WHERE user_key <> 'alice'; \
-             INSERT INTO messages (id, thread_id, position, role, content, run_id, context, created_at) \
+             INSERT INTO messages (id, thread_id, position, role, content, run_id, upstream_sync, created_at) \
              SELECT gen_random_uuid(), thread_id, 1, 'user', '[]', id, 'missing', now() FROM runs \
              WHERE thread_id <> (SELECT id FROM threads WHERE user_key = 'alice'); \
-             INSERT INTO run_events (run_id, n, event, created_at) SELECT id, 4, '[]', now() FROM runs; \
+             INSERT INTO run_events (run_id, first_offset, end_offset, events) SELECT id, 4, 4, '[]' FROM runs; \
              INSERT INTO idempotency_keys SELECT tenant, user_key, scope_kind, scope_name, 'k', r.id, \
              decode(repeat('00', 32), 'hex'), now() FROM runs r JOIN threads t ON t.id = r.thread_id; \
              INSERT INTO runs (id, thread_id, seq, status, strategy, assistant, fence, timeout_ms, created_at, \
@@ -379,15 +377,15 @@ async fn no_step_scans_what_grows() {
     let with = |strategy| Admission { strategy, ..admission(&key) };
     store.repeated(&key, "k", Duration::from_hours(1)).await.unwrap();
     let once = Admission { idempotency: Some(idempotency("new")), replica, ..admission(&key) };
-    let turn = started(store.admit(&once).await.unwrap());
-    queued(store.admit(&with(MultitaskStrategy::Merge)).await.unwrap());
-    store.admit(&with(MultitaskStrategy::Merge)).await.unwrap();
-    let (next, ..) = queued(store.admit(&with(MultitaskStrategy::Interrupt)).await.unwrap());
+    let turn = started(store.admit(once.clone()).await.unwrap());
+    queued(store.admit(with(MultitaskStrategy::Merge)).await.unwrap());
+    store.admit(with(MultitaskStrategy::Merge)).await.unwrap();
+    let (next, ..) = queued(store.admit(with(MultitaskStrategy::Interrupt)).await.unwrap());
     store.pause(&turn.lease, &pause(&["call_1"], 0)).await.unwrap();
     store.answer_tools(&key, turn.run.id, &answer(&["call_1"])).await.unwrap();
     assert_eq!(store.requests(replica).await.unwrap().len(), 1);
     store.displace(&next, true).await.unwrap().unwrap();
-    closed(store.finish(&turn.lease, &RunEnd { discard: true, ..completed(None) }).await.unwrap());
+    closed(store.finish(&turn.lease, RunEnd { discard: true, ..completed(None) }).await.unwrap());
     claimed(store.claim(&next).await.unwrap());
     assert_eq!(store.backlog(next.run_id, None, 10).await.unwrap().data, []);
     store.baseline(next.run_id).await.unwrap();
@@ -396,8 +394,8 @@ async fn no_step_scans_what_grows() {
     store.events(next.run_id, 0).await.unwrap();
     let end =
         RunEnd { status: RunStatus::Failed, synced: true, said: Context::Missing, ..completed(Some("x")) };
-    closed(store.finish(&next, &end).await.unwrap());
-    seen(&*store, &key).await;
+    closed(store.finish(&next, end.clone()).await.unwrap());
+    seen(&store, &key).await;
     store.run(&key, next.run_id).await.unwrap();
     store.close().await;
 
@@ -424,15 +422,15 @@ async fn a_message_touches_no_index_of_threads() {
     let limits = Limits { max_age: Some(Duration::from_hours(1)), max_idle: Some(Duration::from_mins(30)) };
     let with = |strategy| Admission { strategy, limits, ..admission(&key) };
     for _ in 0..3 {
-        let turn = started(store.admit(&with(MultitaskStrategy::Enqueue)).await.unwrap());
-        let (waiting, ..) = queued(store.admit(&with(MultitaskStrategy::Enqueue)).await.unwrap());
+        let turn = started(store.admit(with(MultitaskStrategy::Enqueue)).await.unwrap());
+        let (waiting, ..) = queued(store.admit(with(MultitaskStrategy::Enqueue)).await.unwrap());
         assert!(matches!(
-            store.admit(&with(MultitaskStrategy::Merge)).await.unwrap(),
+            store.admit(with(MultitaskStrategy::Merge)).await.unwrap(),
             Admitted::Merged { .. }
         ));
-        closed(store.finish(&turn.lease, &completed(Some("hi"))).await.unwrap());
+        closed(store.finish(&turn.lease, completed(Some("hi"))).await.unwrap());
         claimed(store.claim(&waiting).await.unwrap());
-        closed(store.finish(&waiting, &completed(Some("hi"))).await.unwrap());
+        closed(store.finish(&waiting, completed(Some("hi"))).await.unwrap());
     }
     store.close().await;
     alone(&database).await;
@@ -448,7 +446,7 @@ async fn no_list_scans_what_grows() {
     let database = TestDatabase::postgres().await;
     let key = user("alice");
     let store = database.store().await;
-    exchange(&*store, &key).await;
+    exchange(&store, &key).await;
     store.close().await;
     database
         .execute(
@@ -456,7 +454,7 @@ async fn no_list_scans_what_grows() {
              last_position, run_count, created_at, last_active_at, archived_at) \
              SELECT (lpad(to_hex((EXTRACT(epoch FROM now()) * 1000)::bigint - n::bigint * 60000), 12, '0') \
              || substr(md5(n::text), 1, 20))::uuid, 'default', 'u' || n / 2, 'session', 's' || n, \
-             CASE n % 10 WHEN 0 THEN 'spare' ELSE 'main' END, CASE n % 4 WHEN 0 THEN 'archived' ELSE 'current' END, 1, \
+             CASE n % 10 WHEN 0 THEN 'spare' ELSE 'main' END, (CASE n % 4 WHEN 0 THEN 'archived' ELSE 'current' END)::thread_lifecycle, 1, \
              1, 1, now() - n * interval '1 minute', now() - n * interval '1 second', \
              CASE n % 4 WHEN 0 THEN now() END \
              FROM generate_series(1, 20000) n; \
@@ -480,7 +478,7 @@ async fn no_list_scans_what_grows() {
     database.execute("SELECT pg_stat_reset()").await;
 
     let store = database.store().await;
-    let turn = started(store.admit(&admission(&key)).await.unwrap());
+    let turn = started(store.admit(admission(&key)).await.unwrap());
     let page = PageRequest { limit: 20, ..first_page() };
     let recent = turn.thread.created_at - chrono::TimeDelta::hours(1);
     let all = ThreadFilter { tenant: TenantKey::default(), ..every_thread() };
@@ -517,9 +515,10 @@ async fn no_list_scans_what_grows() {
     }
     store.report(ThreadName::Newest(&key)).await.unwrap().unwrap();
     store.unfinished(&key).await.unwrap().unwrap();
-    store.runs_of(turn.thread.id, 0, 10).await.unwrap();
+    store.runs_of(&[turn.thread.id], (turn.thread.id, 0), 10).await.unwrap();
+    store.transcripts(&[turn.thread.id], (turn.thread.id, 0), 10).await.unwrap();
     store.update_thread(&key, &ThreadUpdate::default()).await.unwrap().unwrap();
-    store.import_messages(turn.thread.id, &[]).await.unwrap();
+    import_messages(&store, turn.thread.id, &[]).await;
     store.close().await;
 
     alone(&database).await;
@@ -553,20 +552,20 @@ async fn two_replicas_never_get_two_active_runs() {
     let key = session("alice", "s1");
     let (active, order) = (AtomicUsize::new(0), std::sync::Mutex::new(vec![]));
 
-    let work = |turn: Turn, store: Arc<dyn Store>| {
+    let work = |turn: Turn, store: Arc<Store>| {
         let (active, order) = (&active, &order);
         async move {
             assert_eq!(active.fetch_add(1, Ordering::SeqCst), 0, "two runs at a time");
             order.lock().unwrap().push(turn.run.seq);
             tokio::task::yield_now().await;
             assert_eq!(active.fetch_sub(1, Ordering::SeqCst), 1);
-            closed(store.finish(&turn.lease, &completed(Some("hi"))).await.unwrap());
+            closed(store.finish(&turn.lease, completed(Some("hi"))).await.unwrap());
         }
     };
     let turn = |n: usize| {
         let (store, key, work) = (Arc::clone(&replicas[n % 2]), &key, &work);
         async move {
-            match store.admit(&admission(key)).await.unwrap() {
+            match store.admit(admission(key)).await.unwrap() {
                 Admitted::Started(turn) => work(*turn, store).await,
                 Admitted::Queued { lease, .. } => loop {
                     match store.claim(&lease).await.unwrap() {
@@ -599,17 +598,17 @@ async fn an_old_snapshot_starts_no_run() {
     let database = TestDatabase::postgres().await;
     let store = database.store().await;
     let key = user("alice");
-    exchange(&*store, &key).await;
+    exchange(&store, &key).await;
 
     for strategy in [MultitaskStrategy::Enqueue, MultitaskStrategy::Reject] {
         // Holds the thread's row, and admits a run under it.
         let mut holder = sqlx::PgConnection::connect(&database.url()).await.unwrap();
         holder.execute("BEGIN; UPDATE threads SET run_count = run_count + 1").await.unwrap();
         let request = Admission { strategy, ..admission(&key) };
-        let waiting = store.admit(&request);
+        let waiting = store.admit(request.clone());
         let meanwhile = async {
             blocked(&database, 1).await;
-            let run = "INSERT INTO runs (id, thread_id, seq, status, strategy, assistant, input, fence, timeout_ms, \
+            let run = "INSERT INTO runs (id, thread_id, seq, status, strategy, assistant, queued_input, fence, timeout_ms, \
                        created_at) SELECT gen_random_uuid(), id, run_count, 'queued', 'enqueue', 'x', '[]', 1, 1, \
                        now() FROM threads";
             holder.execute(run).await.unwrap();
@@ -621,8 +620,7 @@ async fn an_old_snapshot_starts_no_run() {
             _ => assert_eq!(store.claim(&queued(admitted.unwrap()).0).await.unwrap(), Claim::NotYet),
         }
         check_invariants(&database).await;
-        let end_all =
-            "UPDATE runs SET status = 'failed', input = NULL, finished_at = now() WHERE status = 'queued'";
+        let end_all = "UPDATE runs SET status = 'failed', queued_input = NULL, finished_at = now() WHERE status = 'queued'";
         database.execute(end_all).await;
     }
 }
@@ -633,15 +631,16 @@ async fn a_flood_of_admissions_does_not_keep_a_run_from_ending() {
     let database = TestDatabase::postgres().await;
     let store = database.store().await;
     let key = user("alice");
-    let turn = started(store.admit(&admission(&user("bob"))).await.unwrap());
-    exchange(&*store, &key).await;
+    let turn = started(store.admit(admission(&user("bob"))).await.unwrap());
+    exchange(&store, &key).await;
     let mut holder = sqlx::PgConnection::connect(&database.url()).await.unwrap();
     holder.execute("BEGIN; UPDATE threads SET run_count = run_count WHERE user_key = 'alice'").await.unwrap();
     let admissions: Vec<_> = (0..64).map(|_| admission(&key)).collect();
-    let flood = futures_util::future::join_all(admissions.iter().map(|it| store.admit(it)));
+    let flood = futures_util::future::join_all(admissions.iter().map(|it| store.admit(it.clone())));
     let work = async {
-        blocked(&database, 8).await;
-        closed(store.finish(&turn.lease, &completed(Some("hi"))).await.unwrap());
+        // Those who go alone have a quarter of the connections.
+        blocked(&database, 4).await;
+        closed(store.finish(&turn.lease, completed(Some("hi"))).await.unwrap());
         store.renew_replica(ReplicaId::new(), "127.0.0.1:1", Duration::from_secs(1)).await.unwrap();
         holder.execute("ROLLBACK").await.unwrap();
     };
@@ -650,27 +649,26 @@ async fn a_flood_of_admissions_does_not_keep_a_run_from_ending() {
     check_invariants(&database).await;
 }
 
-/// A turn begins over one half of the connections and ends over the other, so neither waits for the other's.
+/// Admissions and ends have lanes of their own, so neither waits for the other's.
 #[tokio::test]
-async fn as_many_runs_end_at_once_as_begin() {
-    const HALF: i64 = 12;
+async fn runs_end_while_admissions_wait_and_begin_while_ends_wait() {
     let database = TestDatabase::postgres().await;
-    let config = StoreConfig { max_connections: u32::try_from(2 * HALF).unwrap(), ..database.config() };
-    let store = PostgresStore::connect(&config).await.unwrap();
+    let store = database.store().await;
     let mut turns = Vec::new();
-    for n in 0..2 * HALF {
-        turns.push(started(store.admit(&admission(&user(&n.to_string()))).await.unwrap()));
+    for n in 0..24 {
+        turns.push(started(store.admit(admission(&user(&n.to_string()))).await.unwrap()));
     }
     let mut holder = database.lock("threads").await;
     let end = completed(None);
-    let ends = futures_util::future::join_all(turns.iter().map(|turn| store.finish(&turn.lease, &end)));
-    let new: Vec<_> = (0..2 * HALF).map(|n| admission(&user(&format!("new {n}")))).collect();
+    let ends =
+        futures_util::future::join_all(turns.iter().map(|turn| store.finish(&turn.lease, end.clone())));
+    let new: Vec<_> = (0..24).map(|n| admission(&user(&format!("new {n}")))).collect();
     let begins = async {
-        blocked(&database, HALF).await;
-        futures_util::future::join_all(new.iter().map(|admission| store.admit(admission))).await
+        blocked(&database, 1).await;
+        futures_util::future::join_all(new.iter().map(|admission| store.admit(admission.clone()))).await
     };
     let release = async {
-        blocked(&database, 2 * HALF).await;
+        blocked(&database, 2).await;
         holder.execute("ROLLBACK").await.unwrap();
     };
     let (ends, begins, ()) = tokio::join!(ends, begins, release);
@@ -686,7 +684,7 @@ async fn postgres_says_what_is_wrong_with_the_url() {
     url.set_path("no_such_database");
     let config =
         threadkeeper::config::StoreConfig { url: Some(String::from(url).into()), ..database.config() };
-    let text = PostgresStore::connect(&config).await.unwrap_err().to_string();
+    let text = Store::open(&config).await.unwrap_err().to_string();
     assert!(text.contains("no database `no_such_database`"), "{text}");
 }
 
@@ -694,10 +692,8 @@ async fn postgres_says_what_is_wrong_with_the_url() {
 async fn migrating_twice_at_once_is_harmless() {
     let database = TestDatabase::postgres().await;
     database.execute("DROP SCHEMA public CASCADE; CREATE SCHEMA public").await;
-    let stores = [
-        PostgresStore::connect(&database.config()).await.unwrap(),
-        PostgresStore::connect(&database.config()).await.unwrap(),
-    ];
+    let stores =
+        [Store::open(&database.config()).await.unwrap(), Store::open(&database.config()).await.unwrap()];
     let (one, two) = tokio::join!(stores[0].migrate(), stores[1].migrate());
     one.unwrap();
     two.unwrap();
@@ -711,15 +707,15 @@ async fn migrating_twice_at_once_is_harmless() {
 #[tokio::test]
 async fn a_sqlite_file_serves_one_store_at_a_time() {
     let database = TestDatabase::sqlite().await;
-    let store = SqliteStore::open(&database.config()).await.unwrap();
-    let text = match SqliteStore::open(&database.config()).await {
+    let store = Store::open(&database.config()).await.unwrap();
+    let text = match Store::open(&database.config()).await {
         Err(StoreError::Open(text)) => text,
         other => panic!("{other:?}"),
     };
     assert!(text.contains("another process") && text.contains("Postgres"), "{text}");
     store.ready().await.unwrap();
     store.close().await;
-    SqliteStore::open(&database.config()).await.expect("a closed store leaves the file to the next");
+    Store::open(&database.config()).await.expect("a closed store leaves the file to the next");
 }
 
 #[tokio::test]
@@ -727,12 +723,12 @@ async fn a_sqlite_file_keeps_what_was_written() {
     let database = TestDatabase::sqlite().await;
     let key = user("alice");
     let store = database.store().await;
-    let finished = exchange(&*store, &key).await;
+    let finished = exchange(&store, &key).await;
     store.close().await;
     drop(store);
     let store = database.store().await;
-    assert_eq!(seen(&*store, &key).await.unwrap(), (finished.thread, finished.activity));
-    assert_eq!(transcript(&*store, &key).await, ["user: hello", "assistant: hi"]);
+    assert_eq!(seen(&store, &key).await.unwrap(), (finished.thread, finished.activity));
+    assert_eq!(transcript(&store, &key).await, ["user: hello", "assistant: hi"]);
 }
 
 #[tokio::test]
@@ -741,139 +737,13 @@ async fn what_a_dead_process_left_in_a_sqlite_file_is_free_at_once() {
     let (dead, me) = (ReplicaId::new(), ReplicaId::new());
     let store = database.store().await;
     store.renew_replica(dead, "127.0.0.1:1", Duration::from_hours(1)).await.unwrap();
-    let turn = started(store.admit(&Admission { replica: dead, ..admission(&user("alice")) }).await.unwrap());
+    let turn = started(store.admit(Admission { replica: dead, ..admission(&user("alice")) }).await.unwrap());
     assert_eq!(store.adopt_orphans(me, &[], 10).await.unwrap(), []);
     store.close().await;
     drop(store);
     let store = database.store().await;
     let orphans = store.adopt_orphans(me, &[], 10).await.unwrap();
     assert_eq!(orphans.iter().map(|orphan| orphan.run.id).collect::<Vec<_>>(), [turn.run.id]);
-}
-
-/// What stood in the database before messages could be removed keeps its places, and the end of its life. `id` and `time`
-/// are spelled as the backend wants them.
-async fn an_old_transcript_goes_on(database: &TestDatabase, migrations: [&str; 4], id: &str, time: &str) {
-    for table in [
-        "deleted_threads",
-        "deletions",
-        "remnants",
-        "idempotency_keys",
-        "run_events",
-        "messages",
-        "runs",
-        "threads",
-        "replicas",
-    ] {
-        database.execute(&format!("DROP TABLE {table}")).await;
-    }
-    database.execute(migrations[0]).await;
-    let tenant = TenantKey::default();
-    let tenant = tenant.as_str();
-    let expires_at = database.after(time, Duration::from_hours(1));
-    database
-        .execute(&format!(
-            "INSERT INTO threads (id, tenant, user_key, scope_kind, scope_name, upstream, lifecycle, message_count, \
-             run_count, created_at, last_active_at, expires_at) \
-             VALUES ({id}, '{tenant}', 'alice', 'user', '', 'main', 'current', 1, 1, {time}, {time}, {expires_at}); \
-             INSERT INTO runs (id, thread_id, seq, status, strategy, assistant, fence, timeout_ms, created_at, \
-             started_at, finished_at, deadline_at) \
-             VALUES ({id}, {id}, 1, 'failed', 'enqueue', 'default', 1, 1, {time}, {time}, {time}, {time}); \
-             INSERT INTO messages (id, thread_id, position, role, content, run_id, created_at) \
-             VALUES ({id}, {id}, 1, 'user', '[]', {id}, {time})"
-        ))
-        .await;
-    database.execute(migrations[1]).await;
-    database.execute(migrations[2]).await;
-    let events = [
-        r#"[{"started": {}}, {"requires_action": {"tool_calls": []}}]"#,
-        r#"["Hé\"llo\\", " there"]"#,
-        r#"["!"]"#,
-        "[]",
-    ];
-    for (n, events) in events.iter().enumerate() {
-        database
-            .execute(&format!(
-                "INSERT INTO run_events (run_id, n, event, created_at) VALUES ({id}, {n}, '{events}', {time})"
-            ))
-            .await;
-    }
-    database.execute(migrations[3]).await;
-    let store = database.store().await;
-    let run = RunId::from_uuid("01890a5d-ac96-774b-bcce-b302099a8057".parse().unwrap());
-    let text = |text: &str| LoggedEvent::Delta(text.to_owned());
-    let action = LoggedEvent::RequiresAction(RequiredAction { tool_calls: vec![] });
-    let events = vec![LoggedEvent::Started, action, text("Hé\"llo\\"), text(" there"), text("!")];
-    for from in [0, 3, 100] {
-        let batches = store.events(run, from).await.unwrap();
-        assert_eq!(batches, [EventBatch { first: 0, events: events.clone() }], "one row has it all");
-    }
-    let finished = exchange(&*store, &user("alice")).await;
-    assert_eq!((finished.message.unwrap().position, finished.thread.message_count), (3, 3));
-    assert_eq!(finished.thread.limits, limits(Duration::from_hours(1)));
-    let page =
-        store.messages(ThreadName::Newest(&user("alice")), false, &first_page()).await.unwrap().unwrap();
-    assert_eq!((page.data[0].context, page.data[0].ended), (Context::Present, None));
-    check_invariants(database).await;
-    store.close().await;
-}
-
-#[tokio::test]
-async fn an_old_transcript_goes_on_in_postgres() {
-    let migrations = [
-        include_str!("../../../migrations/postgres/0001_initial.sql"),
-        include_str!("../../../migrations/postgres/0002_runs.sql"),
-        include_str!("../../../migrations/postgres/0003_life.sql"),
-        include_str!("../../../migrations/postgres/0004_replicas.sql"),
-    ];
-    let id = "'01890a5d-ac96-774b-bcce-b302099a8057'";
-    let database = TestDatabase::postgres().await;
-    an_old_transcript_goes_on(&database, migrations, id, database.now()).await;
-}
-
-#[tokio::test]
-async fn an_old_transcript_goes_on_in_sqlite() {
-    let migrations = [
-        include_str!("../../../migrations/sqlite/0001_initial.sql"),
-        include_str!("../../../migrations/sqlite/0002_runs.sql"),
-        include_str!("../../../migrations/sqlite/0003_life.sql"),
-        include_str!("../../../migrations/sqlite/0004_replicas.sql"),
-    ];
-    let id = "x'01890a5dac96774bbcceb302099a8057'";
-    let database = TestDatabase::sqlite().await;
-    an_old_transcript_goes_on(&database, migrations, id, database.now()).await;
-}
-
-/// Keys that are steps in a path were taken once.
-async fn old_keys_are_renamed(database: &TestDatabase, migration: &str) {
-    let store = database.store().await;
-    for key in [user("alice"), session("bob", "s")] {
-        exchange(&*store, &key).await;
-    }
-    database
-        .execute(
-            "UPDATE threads SET user_key = '..' WHERE user_key = 'alice'; \
-             UPDATE threads SET scope_name = '.' WHERE user_key = 'bob'",
-        )
-        .await;
-    database.execute(migration).await;
-    let all = ThreadFilter::all(TenantKey::default());
-    let page = store.threads(&all, &first_page()).await.unwrap();
-    let mut keys: Vec<_> = page.data.into_iter().map(|(thread, _)| thread.key).collect();
-    keys.sort();
-    assert_eq!(keys, [session("bob", "renamed:."), user("renamed:..")]);
-    store.close().await;
-}
-
-#[tokio::test]
-async fn old_keys_are_renamed_in_postgres() {
-    let database = TestDatabase::postgres().await;
-    old_keys_are_renamed(&database, include_str!("../../../migrations/postgres/0008_keys.sql")).await;
-}
-
-#[tokio::test]
-async fn old_keys_are_renamed_in_sqlite() {
-    let database = TestDatabase::sqlite().await;
-    old_keys_are_renamed(&database, include_str!("../../../migrations/sqlite/0008_keys.sql")).await;
 }
 
 /// A claim whose caller gave up on it commits while the end of the run waits for the row: what it put into the transcript
@@ -883,16 +753,16 @@ async fn an_end_sees_what_came_while_it_waited_on_postgres() {
     let database = TestDatabase::postgres().await;
     let store = database.store().await;
     let key = user("alice");
-    let first = started(store.admit(&admission(&key)).await.unwrap());
-    let (waiting, ..) = queued(store.admit(&admission(&key)).await.unwrap());
-    closed(store.finish(&first.lease, &completed(Some("hi"))).await.unwrap());
+    let first = started(store.admit(admission(&key)).await.unwrap());
+    let (waiting, ..) = queued(store.admit(admission(&key)).await.unwrap());
+    closed(store.finish(&first.lease, completed(Some("hi"))).await.unwrap());
     let id = waiting.run_id.uuid();
     let claim = format!(
         "BEGIN;
         INSERT INTO messages (id, thread_id, position, role, content, run_id, created_at)
         SELECT gen_random_uuid(), thread_id, 3, 'user', '[{{\"type\": \"text\", \"text\": \"late\"}}]', id, now()
         FROM runs WHERE id = '{id}';
-        UPDATE runs SET status = 'in_progress', input = NULL, started_at = now(), deadline_at = now() WHERE id = '{id}';
+        UPDATE runs SET status = 'in_progress', queued_input = NULL, started_at = now(), deadline_at = now() WHERE id = '{id}';
         UPDATE threads SET message_count = 3, last_position = 3;
         SELECT pg_sleep(0.5);
         COMMIT"
@@ -904,17 +774,18 @@ async fn an_end_sees_what_came_while_it_waited_on_postgres() {
         while database.number(asleep).await == 0 {
             tokio::task::yield_now().await;
         }
-        store.finish(&waiting, &cancelled).await.unwrap()
+        store.finish(&waiting, cancelled.clone()).await.unwrap()
     };
     let ((), closing) = tokio::join!(database.execute(&claim), end);
     closed(closing);
-    let withheld = "SELECT count(*) FROM messages WHERE context = 'withheld' AND ended = 'cancelled'";
+    let withheld =
+        "SELECT count(*) FROM messages WHERE upstream_sync = 'withheld' AND run_outcome = 'cancelled'";
     assert_eq!(database.number(withheld).await, 1);
     check_invariants(&database).await;
 }
 
 /// A call that is dropped at any moment is done or not done, and its connection is good for the next ones.
-async fn dropped_calls_leave_nothing_open(database: &TestDatabase, store: &dyn Store) {
+async fn dropped_calls_leave_nothing_open(database: &TestDatabase, store: &Store) {
     let key = user("alice");
     let thread = exchange(store, &key).await.thread.id;
     for polls in 1..=20 {
@@ -926,15 +797,37 @@ async fn dropped_calls_leave_nothing_open(database: &TestDatabase, store: &dyn S
             context: None,
             created_at: None,
         }];
-        polled(store.import_messages(thread, &message), polls).await;
+        polled(store.import_messages(&[(thread, message.to_vec())]), polls).await;
         // One statement, which nobody else would see if it were in a transaction that was left open.
-        started(store.admit(&admission(&user(&format!("n{polls}")))).await.unwrap());
+        started(store.admit(admission(&user(&format!("n{polls}")))).await.unwrap());
         assert_eq!(database.number("SELECT count(*) FROM runs").await, 1 + i64::from(polls));
         polled(store.transcript(thread, 0, 100), polls).await;
-        store.import_messages(thread, &message).await.unwrap();
+        import_messages(store, thread, &message).await;
         assert_eq!(database.number("SELECT count(*) FROM messages").await, 2 + 2 * i64::from(polls));
     }
     check_invariants(database).await;
+}
+
+/// What a dropped call was waiting for may end in an error. The transaction that it began is over then, too.
+#[tokio::test]
+async fn failures_of_dropped_calls_are_nobody_elses() {
+    let database = TestDatabase::postgres().await;
+    let store = Store::open(&StoreConfig { max_connections: 2, ..database.config() }).await.unwrap();
+    let key = user("alice");
+    let turn = started(store.admit(admission(&key)).await.unwrap());
+    let lock = database.lock("runs").await;
+    tokio::select! {
+        cancelled = store.request_cancel(&key, turn.run.id) => panic!("{cancelled:?}"),
+        () = blocked(&database, 1) => {}
+    }
+    let cancel = "SELECT count(pg_cancel_backend(pid)) FROM pg_stat_activity \
+                  WHERE datname = current_database() AND wait_event_type = 'Lock'";
+    assert_eq!(database.number(cancel).await, 1);
+    drop(lock);
+    for _ in 0..3 {
+        store.request_cancel(&key, turn.run.id).await.unwrap();
+    }
+    store.close().await;
 }
 
 /// Polls a future so many times, if it takes so many, and drops it.
@@ -952,7 +845,7 @@ async fn polled(future: impl Future, mut polls: u32) {
 async fn dropped_calls_leave_nothing_open_on_sqlite() {
     let database = TestDatabase::sqlite().await;
     let store = database.store().await;
-    dropped_calls_leave_nothing_open(&database, &*store).await;
+    dropped_calls_leave_nothing_open(&database, &store).await;
     store.close().await;
 }
 
@@ -961,7 +854,7 @@ async fn dropped_calls_leave_nothing_open_on_postgres() {
     let database = TestDatabase::postgres().await;
     // One of them for callers: each call gets the connection of the one before.
     let config = StoreConfig { max_connections: 2, ..database.config() };
-    let store = PostgresStore::connect(&config).await.unwrap();
+    let store = Store::open(&config).await.unwrap();
     dropped_calls_leave_nothing_open(&database, &store).await;
     store.close().await;
 }

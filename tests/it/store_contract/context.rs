@@ -12,6 +12,7 @@ on_every_backend!(
     the_backlog_is_what_others_left_out,
     what_went_along_is_present,
     what_came_later_did_not_go_along,
+    what_came_after_a_discarded_run_did_not_go_along,
     a_leftover_stays_until_it_is_void,
     what_is_looked_at_is_settled,
     what_went_along_with_a_run_is_settled_with_it,
@@ -55,7 +56,7 @@ fn leftover(run: RunId) -> Leftover {
 }
 
 /// Each message of the key's transcript: its text, its context, and how its run ended.
-async fn contexts(store: &dyn Store, key: &ConversationKey) -> Vec<(String, Context, Option<RunStatus>)> {
+async fn contexts(store: &Store, key: &ConversationKey) -> Vec<(String, Context, Option<RunStatus>)> {
     let lines = transcript(store, key).await;
     let page = store.messages(ThreadName::Newest(key), false, &first_page()).await.unwrap().unwrap();
     let words = lines.into_iter().map(|line| line.split_once(": ").unwrap().1.to_owned());
@@ -63,13 +64,13 @@ async fn contexts(store: &dyn Store, key: &ConversationKey) -> Vec<(String, Cont
 }
 
 /// Admits a message on a free thread and ends its run.
-async fn turn(store: &dyn Store, key: &ConversationKey, words: &str, end: &RunEnd) -> Finished {
-    let turn = started(store.admit(&say(key, words)).await.unwrap());
-    closed(store.finish(&turn.lease, end).await.unwrap())
+async fn turn(store: &Store, key: &ConversationKey, words: &str, end: &RunEnd) -> Finished {
+    let turn = started(store.admit(say(key, words)).await.unwrap());
+    closed(store.finish(&turn.lease, end.clone()).await.unwrap())
 }
 
 /// The texts of a run's backlog.
-async fn backlog(store: &dyn Store, run: RunId) -> Vec<String> {
+async fn backlog(store: &Store, run: RunId) -> Vec<String> {
     let text = |message: Message| match &message.content[..] {
         [ContentPart::Text { text }] => text.clone(),
         other => panic!("{other:?}"),
@@ -77,7 +78,7 @@ async fn backlog(store: &dyn Store, run: RunId) -> Vec<String> {
     store.backlog(run, None, 1000).await.unwrap().data.into_iter().rev().map(text).collect()
 }
 
-async fn an_end_says_where_its_messages_stand(database: &TestDatabase, store: &dyn Store) {
+async fn an_end_says_where_its_messages_stand(database: &TestDatabase, store: &Store) {
     use Context::{Missing, Present, Unknown, Withheld};
     let key = user("alice");
     let mut missing = 0;
@@ -100,7 +101,7 @@ async fn an_end_says_where_its_messages_stand(database: &TestDatabase, store: &d
     check_invariants(database).await;
 }
 
-async fn a_run_that_completed_leaves_no_marks(database: &TestDatabase, store: &dyn Store) {
+async fn a_run_that_completed_leaves_no_marks(database: &TestDatabase, store: &Store) {
     let key = user("alice");
     let finished = turn(store, &key, "1", &completed(Some("one"))).await;
     assert_eq!((finished.thread.backlog, &finished.thread.leftover), (0, &None));
@@ -114,15 +115,15 @@ async fn a_run_that_completed_leaves_no_marks(database: &TestDatabase, store: &d
     check_invariants(database).await;
 }
 
-async fn what_never_started_is_marked_too(database: &TestDatabase, store: &dyn Store) {
+async fn what_never_started_is_marked_too(database: &TestDatabase, store: &Store) {
     let key = user("alice");
-    started(store.admit(&say(&key, "1")).await.unwrap());
+    started(store.admit(say(&key, "1")).await.unwrap());
     let mut missing = 0;
     for said in [Context::Withheld, Context::Missing] {
-        let (waiting, ..) = queued(store.admit(&say(&key, "2")).await.unwrap());
+        let (waiting, ..) = queued(store.admit(say(&key, "2")).await.unwrap());
         let merge = Admission { strategy: MultitaskStrategy::Merge, ..say(&key, "3") };
-        assert!(matches!(store.admit(&merge).await.unwrap(), Admitted::Merged { .. }));
-        let finished = closed(store.finish(&waiting, &failed(said)).await.unwrap());
+        assert!(matches!(store.admit(merge.clone()).await.unwrap(), Admitted::Merged { .. }));
+        let finished = closed(store.finish(&waiting, failed(said)).await.unwrap());
         missing += if said == Context::Missing { 2 } else { 0 };
         assert_eq!(finished.thread.backlog, missing);
         let all = contexts(store, &key).await;
@@ -133,7 +134,7 @@ async fn what_never_started_is_marked_too(database: &TestDatabase, store: &dyn S
     check_invariants(database).await;
 }
 
-async fn the_backlog_is_what_others_left_out(database: &TestDatabase, store: &dyn Store) {
+async fn the_backlog_is_what_others_left_out(database: &TestDatabase, store: &Store) {
     use Context::{Missing, Present, Unknown, Withheld};
     let key = user("alice");
     turn(store, &key, "1", &failed(Missing)).await;
@@ -142,22 +143,22 @@ async fn the_backlog_is_what_others_left_out(database: &TestDatabase, store: &dy
     let partial = RunEnd { reply: Some(reply("four", None, Missing)), ..failed(Present) };
     turn(store, &key, "4", &partial).await;
     turn(store, &user("bob"), "other", &failed(Missing)).await;
-    let now = started(store.admit(&say(&key, "5")).await.unwrap());
+    let now = started(store.admit(say(&key, "5")).await.unwrap());
     assert_eq!(now.thread.backlog, 2);
     assert_eq!(backlog(store, now.run.id).await, ["1", "four"]);
     assert_eq!(backlog(store, RunId::new()).await, [""; 0]);
     // Nothing went along: it stays.
     let own = RunEnd { reply: Some(reply("five", None, Missing)), ..failed(Missing) };
-    let finished = closed(store.finish(&now.lease, &own).await.unwrap());
+    let finished = closed(store.finish(&now.lease, own.clone()).await.unwrap());
     assert_eq!(finished.thread.backlog, 4);
-    let next = started(store.admit(&say(&key, "6")).await.unwrap());
+    let next = started(store.admit(say(&key, "6")).await.unwrap());
     assert_eq!(backlog(store, next.run.id).await, ["1", "four", "5", "five"]);
-    let (waiting, ..) = queued(store.admit(&say(&key, "7")).await.unwrap());
+    let (waiting, ..) = queued(store.admit(say(&key, "7")).await.unwrap());
     assert_eq!(backlog(store, waiting.run_id).await, ["1", "four", "5", "five"]);
     check_invariants(database).await;
 }
 
-async fn what_went_along_is_present(database: &TestDatabase, store: &dyn Store) {
+async fn what_went_along_is_present(database: &TestDatabase, store: &Store) {
     use Context::{Missing, Present, Unknown, Withheld};
     let key = user("alice");
     turn(store, &key, "1", &failed(Missing)).await;
@@ -188,27 +189,41 @@ async fn what_went_along_is_present(database: &TestDatabase, store: &dyn Store) 
     check_invariants(database).await;
 }
 
-async fn what_came_later_did_not_go_along(database: &TestDatabase, store: &dyn Store) {
+async fn what_came_later_did_not_go_along(database: &TestDatabase, store: &Store) {
     let key = user("alice");
     turn(store, &key, "1", &failed(Context::Missing)).await;
-    let now = started(store.admit(&say(&key, "2")).await.unwrap());
-    let (waiting, ..) = queued(store.admit(&say(&key, "3")).await.unwrap());
-    closed(store.finish(&waiting, &failed(Context::Missing)).await.unwrap());
+    let now = started(store.admit(say(&key, "2")).await.unwrap());
+    let (waiting, ..) = queued(store.admit(say(&key, "3")).await.unwrap());
+    closed(store.finish(&waiting, failed(Context::Missing)).await.unwrap());
     assert_eq!(backlog(store, now.run.id).await, ["1"]);
     let end = RunEnd { synced: true, ..completed(Some("two")) };
-    let finished = closed(store.finish(&now.lease, &end).await.unwrap());
+    let finished = closed(store.finish(&now.lease, end.clone()).await.unwrap());
     assert_eq!(finished.thread.backlog, 1);
-    let next = started(store.admit(&say(&key, "4")).await.unwrap());
+    let next = started(store.admit(say(&key, "4")).await.unwrap());
     assert_eq!(backlog(store, next.run.id).await, ["3"]);
 
     // A run that has no messages yet comes after all others.
-    let (waiting, ..) = queued(store.admit(&say(&key, "5")).await.unwrap());
+    let (waiting, ..) = queued(store.admit(say(&key, "5")).await.unwrap());
     let end = RunEnd { synced: true, ..failed(Context::Missing) };
-    assert_eq!(closed(store.finish(&waiting, &end).await.unwrap()).thread.backlog, 1);
+    assert_eq!(closed(store.finish(&waiting, end.clone()).await.unwrap()).thread.backlog, 1);
     check_invariants(database).await;
 }
 
-async fn a_leftover_stays_until_it_is_void(_: &TestDatabase, store: &dyn Store) {
+async fn what_came_after_a_discarded_run_did_not_go_along(database: &TestDatabase, store: &Store) {
+    let key = user("alice");
+    turn(store, &key, "1", &failed(Context::Missing)).await;
+    let now = started(store.admit(say(&key, "2")).await.unwrap());
+    let (waiting, ..) = queued(store.admit(say(&key, "3")).await.unwrap());
+    closed(store.finish(&waiting, failed(Context::Missing)).await.unwrap());
+    let end = RunEnd { synced: true, discard: true, ..failed(Context::Missing) };
+    let finished = closed(store.finish(&now.lease, end).await.unwrap());
+    assert_eq!(finished.thread.backlog, 1);
+    let next = started(store.admit(say(&key, "4")).await.unwrap());
+    assert_eq!(backlog(store, next.run.id).await, ["3"]);
+    check_invariants(database).await;
+}
+
+async fn a_leftover_stays_until_it_is_void(_: &TestDatabase, store: &Store) {
     let key = user("alice");
     let left = |run| RunEnd { leftover: Some(leftover(run)), ..failed(Context::Unknown) };
     let (one, two) = (RunId::new(), RunId::new());
@@ -223,7 +238,7 @@ async fn a_leftover_stays_until_it_is_void(_: &TestDatabase, store: &dyn Store) 
     assert_eq!(turn(store, &key, "5", &synced).await.thread.leftover, None);
 }
 
-async fn what_is_looked_at_is_settled(database: &TestDatabase, store: &dyn Store) {
+async fn what_is_looked_at_is_settled(database: &TestDatabase, store: &Store) {
     use Context::{Missing, Present, Unknown, Withheld};
     let key = user("alice");
     for (found, missing) in [(Present, 0), (Missing, 1), (Withheld, 1)] {
@@ -232,8 +247,8 @@ async fn what_is_looked_at_is_settled(database: &TestDatabase, store: &dyn Store
         let end = RunEnd { leftover: Some(leftover(earlier)), ..completed(Some("other")) };
         turn(store, &key, "other", &end).await;
         let other = turn(store, &key, "unknown", &failed(Unknown)).await.run.id;
-        let now = started(store.admit(&say(&key, "now")).await.unwrap());
-        let (waiting, ..) = queued(store.admit(&say(&key, "waits")).await.unwrap());
+        let now = started(store.admit(say(&key, "now")).await.unwrap());
+        let (waiting, ..) = queued(store.admit(say(&key, "waits")).await.unwrap());
         let stale = RunLease { fence: now.lease.fence - 1, ..now.lease };
         assert!(!store.settled(&stale, earlier, found, false).await.unwrap());
         assert!(!store.settled(&waiting, earlier, found, false).await.unwrap(), "it is not active");
@@ -251,15 +266,15 @@ async fn what_is_looked_at_is_settled(database: &TestDatabase, store: &dyn Store
         check_invariants(database).await;
 
         assert!(store.settled(&now.lease, other, Present, false).await.unwrap());
-        closed(store.finish(&now.lease, &completed(None)).await.unwrap());
+        closed(store.finish(&now.lease, completed(None)).await.unwrap());
         assert!(!store.settled(&now.lease, other, Missing, false).await.unwrap(), "it has ended");
         claimed(store.claim(&waiting).await.unwrap());
-        closed(store.finish(&waiting, &completed(None)).await.unwrap());
+        closed(store.finish(&waiting, completed(None)).await.unwrap());
     }
     check_invariants(database).await;
 }
 
-async fn what_went_along_with_a_run_is_settled_with_it(database: &TestDatabase, store: &dyn Store) {
+async fn what_went_along_with_a_run_is_settled_with_it(database: &TestDatabase, store: &Store) {
     use Context::{Missing, Present, Unknown, Withheld};
     for (found, own) in [(Present, 0), (Missing, 2), (Withheld, 0)] {
         let key = user(found.as_str());
@@ -269,18 +284,18 @@ async fn what_went_along_with_a_run_is_settled_with_it(database: &TestDatabase, 
         let forgotten = turn(store, &key, "3", &failed(Unknown)).await.run.id;
         let others = turn(store, &session("bob", found.as_str()), "other", &failed(Missing)).await;
 
-        let now = started(store.admit(&say(&key, "4")).await.unwrap());
-        let (waiting, ..) = queued(store.admit(&say(&key, "5")).await.unwrap());
-        closed(store.finish(&waiting, &failed(Missing)).await.unwrap());
+        let now = started(store.admit(say(&key, "4")).await.unwrap());
+        let (waiting, ..) = queued(store.admit(say(&key, "5")).await.unwrap());
+        closed(store.finish(&waiting, failed(Missing)).await.unwrap());
         let end = RunEnd {
             leftover: Some(Leftover { synced: true, ..leftover(now.run.id) }),
             reply: Some(reply("four", None, Unknown)),
             ..failed(Unknown)
         };
-        assert_eq!(closed(store.finish(&now.lease, &end).await.unwrap()).thread.backlog, 3);
+        assert_eq!(closed(store.finish(&now.lease, end.clone()).await.unwrap()).thread.backlog, 3);
         turn(store, &key, "6", &failed(Missing)).await;
 
-        let next = started(store.admit(&say(&key, "7")).await.unwrap());
+        let next = started(store.admit(say(&key, "7")).await.unwrap());
         assert_eq!(next.thread.backlog, 4);
         let before = contexts(store, &key).await;
         let stale = RunLease { fence: next.lease.fence - 1, ..next.lease };
@@ -317,19 +332,19 @@ async fn what_went_along_with_a_run_is_settled_with_it(database: &TestDatabase, 
 }
 
 /// Of such a run no message is left that could say where it stood.
-async fn what_went_along_with_a_discarded_run_is_settled_too(database: &TestDatabase, store: &dyn Store) {
+async fn what_went_along_with_a_discarded_run_is_settled_too(database: &TestDatabase, store: &Store) {
     use Context::{Missing, Present};
     let key = user("alice");
     turn(store, &key, "1", &failed(Missing)).await;
-    let now = started(store.admit(&say(&key, "2")).await.unwrap());
+    let now = started(store.admit(say(&key, "2")).await.unwrap());
     database.age_starts(Duration::from_secs(1)).await;
-    let (waiting, ..) = queued(store.admit(&say(&key, "3")).await.unwrap());
-    closed(store.finish(&waiting, &failed(Missing)).await.unwrap());
+    let (waiting, ..) = queued(store.admit(say(&key, "3")).await.unwrap());
+    closed(store.finish(&waiting, failed(Missing)).await.unwrap());
     let left = Leftover { synced: true, ..leftover(now.run.id) };
     let end = RunEnd { discard: true, leftover: Some(left), ..failed(Missing) };
-    closed(store.finish(&now.lease, &end).await.unwrap());
+    closed(store.finish(&now.lease, end.clone()).await.unwrap());
     turn(store, &key, "4", &failed(Missing)).await;
-    let next = started(store.admit(&say(&key, "5")).await.unwrap());
+    let next = started(store.admit(say(&key, "5")).await.unwrap());
     for _ in 0..2 {
         assert!(store.settled(&next.lease, now.run.id, Missing, true).await.unwrap());
         let all = contexts(store, &key).await;
@@ -341,7 +356,7 @@ async fn what_went_along_with_a_discarded_run_is_settled_too(database: &TestData
     assert_eq!(backlog(store, next.run.id).await, ["3", "4"]);
 }
 
-async fn a_rebuilt_thread_holds_all_that_came_before(database: &TestDatabase, store: &dyn Store) {
+async fn a_rebuilt_thread_holds_all_that_came_before(database: &TestDatabase, store: &Store) {
     use Context::{Missing, Present, Unknown, Withheld};
     let key = user("alice");
     let ids = |words: &str| RunEnd { reply: Some(reply(words, Some(words), Present)), ..completed(None) };
@@ -352,9 +367,9 @@ async fn a_rebuilt_thread_holds_all_that_came_before(database: &TestDatabase, st
     let withheld = RunEnd { leftover: Some(leftover(RunId::new())), ..failed(Withheld) };
     turn(store, &key, "4", &withheld).await;
     let others = turn(store, &user("bob"), "other", &ids("bob")).await;
-    let now = started(store.admit(&say(&key, "5")).await.unwrap());
-    let (waiting, ..) = queued(store.admit(&say(&key, "6")).await.unwrap());
-    closed(store.finish(&waiting, &failed(Missing)).await.unwrap());
+    let now = started(store.admit(say(&key, "5")).await.unwrap());
+    let (waiting, ..) = queued(store.admit(say(&key, "6")).await.unwrap());
+    closed(store.finish(&waiting, failed(Missing)).await.unwrap());
 
     let id = UpstreamThreadId("conv_2".to_owned());
     let before = seen(store, &key).await.unwrap().0;
@@ -382,14 +397,14 @@ async fn a_rebuilt_thread_holds_all_that_came_before(database: &TestDatabase, st
     check_invariants(database).await;
 }
 
-async fn all_that_came_before_can_be_withheld(database: &TestDatabase, store: &dyn Store) {
+async fn all_that_came_before_can_be_withheld(database: &TestDatabase, store: &Store) {
     use Context::{Missing, Present, Unknown, Withheld};
     let key = user("alice");
     for said in [Present, Missing, Withheld, Unknown] {
         let end = RunEnd { reply: Some(reply("reply", Some("msg_1"), Present)), ..failed(said) };
         turn(store, &key, "message", &end).await;
     }
-    let turn = started(store.admit(&say(&key, "and now?")).await.unwrap());
+    let turn = started(store.admit(say(&key, "and now?")).await.unwrap());
     assert!(
         !store.withhold_earlier(&RunLease { fence: 2, ..turn.lease }, &Withholding::default()).await.unwrap()
     );
@@ -407,15 +422,15 @@ async fn all_that_came_before_can_be_withheld(database: &TestDatabase, store: &d
 }
 
 /// Six messages of three runs, the first two of which the upstream lacks, and a run that has just started.
-async fn three_runs_and_one(store: &dyn Store, key: &ConversationKey) -> Turn {
+async fn three_runs_and_one(store: &Store, key: &ConversationKey) -> Turn {
     for (n, said) in [Context::Missing, Context::Present, Context::Missing].into_iter().enumerate() {
         let reply = reply(&format!("reply {n}"), Some(&format!("m{n}")), Context::Present);
         turn(store, key, &format!("say {n}"), &RunEnd { said, reply: Some(reply), ..completed(None) }).await;
     }
-    started(store.admit(&say(key, "now")).await.unwrap())
+    started(store.admit(say(key, "now")).await.unwrap())
 }
 
-async fn messages_before_a_position_can_be_withheld(database: &TestDatabase, store: &dyn Store) {
+async fn messages_before_a_position_can_be_withheld(database: &TestDatabase, store: &Store) {
     use Context::{Missing, Present, Withheld};
     let key = user("alice");
     let now = three_runs_and_one(store, &key).await;
@@ -437,7 +452,7 @@ async fn messages_before_a_position_can_be_withheld(database: &TestDatabase, sto
     check_invariants(database).await;
 }
 
-async fn messages_that_are_missing_can_be_withheld_alone(database: &TestDatabase, store: &dyn Store) {
+async fn messages_that_are_missing_can_be_withheld_alone(database: &TestDatabase, store: &Store) {
     use Context::{Missing, Present, Withheld};
     let key = user("alice");
     let now = three_runs_and_one(store, &key).await;
@@ -451,10 +466,10 @@ async fn messages_that_are_missing_can_be_withheld_alone(database: &TestDatabase
     check_invariants(database).await;
 }
 
-async fn earlier_messages_are_read_backwards_in_pages(_: &TestDatabase, store: &dyn Store) {
+async fn earlier_messages_are_read_backwards_in_pages(_: &TestDatabase, store: &Store) {
     let key = user("alice");
     let now = three_runs_and_one(store, &key).await;
-    queued(store.admit(&say(&key, "later")).await.unwrap());
+    queued(store.admit(say(&key, "later")).await.unwrap());
     let run = now.run.id;
     let positions = |messages: Vec<Message>| messages.iter().map(|it| it.position).collect::<Vec<_>>();
     assert_eq!(positions(store.earlier(run, None, 10).await.unwrap().data), [6, 5, 4, 3, 2, 1]);
@@ -475,13 +490,13 @@ async fn earlier_messages_are_read_backwards_in_pages(_: &TestDatabase, store: &
     }
 }
 
-async fn pages_of_long_earlier_messages_end_early(_: &TestDatabase, store: &dyn Store) {
+async fn pages_of_long_earlier_messages_end_early(_: &TestDatabase, store: &Store) {
     let key = user("alice");
     let long = "x".repeat(PAGE_BYTES / 4);
     for _ in 0..6 {
         turn(store, &key, &long, &failed(Context::Missing)).await;
     }
-    let now = started(store.admit(&say(&key, "now")).await.unwrap());
+    let now = started(store.admit(say(&key, "now")).await.unwrap());
     let run = now.run.id;
     let (mut known, mut lacking) = (vec![], vec![]);
     for _ in 0..2 {
@@ -496,7 +511,7 @@ async fn pages_of_long_earlier_messages_end_early(_: &TestDatabase, store: &dyn 
     assert_eq!(known, [6, 5, 4, 3, 2, 1]);
 }
 
-async fn a_baseline_begins_at_the_newest_known_message(_: &TestDatabase, store: &dyn Store) {
+async fn a_baseline_begins_at_the_newest_known_message(_: &TestDatabase, store: &Store) {
     use Context::{Missing, Present, Unknown, Withheld};
     let key = user("alice");
     let replied =
@@ -515,28 +530,28 @@ async fn a_baseline_begins_at_the_newest_known_message(_: &TestDatabase, store: 
         (Present, replied(Some("m9"), Present), baseline(Some("m4"), 2)),
         (Present, replied(None, Present), baseline(Some("m9"), 0)),
     ] {
-        let now = started(store.admit(&say(&key, "x")).await.unwrap());
+        let now = started(store.admit(say(&key, "x")).await.unwrap());
         assert_eq!(store.baseline(now.run.id).await.unwrap(), wanted);
-        closed(store.finish(&now.lease, &RunEnd { said, ..end }).await.unwrap());
+        closed(store.finish(&now.lease, RunEnd { said, ..end }).await.unwrap());
     }
     // A run without a message yet comes after all.
-    started(store.admit(&say(&key, "x")).await.unwrap());
-    let (waiting, ..) = queued(store.admit(&say(&key, "y")).await.unwrap());
-    let (cancelled, ..) = queued(store.admit(&say(&key, "z")).await.unwrap());
+    started(store.admit(say(&key, "x")).await.unwrap());
+    let (waiting, ..) = queued(store.admit(say(&key, "y")).await.unwrap());
+    let (cancelled, ..) = queued(store.admit(say(&key, "z")).await.unwrap());
     assert_eq!(store.baseline(waiting.run_id).await.unwrap(), baseline(Some("m9"), 2));
     // What others add afterwards does not matter.
-    closed(store.finish(&cancelled, &failed(Present)).await.unwrap());
+    closed(store.finish(&cancelled, failed(Present)).await.unwrap());
     assert_eq!(store.baseline(waiting.run_id).await.unwrap(), baseline(Some("m9"), 3));
     assert_eq!(store.baseline(cancelled.run_id).await.unwrap(), baseline(Some("m9"), 2));
 }
 
-async fn a_discarded_run_leaves_no_messages(database: &TestDatabase, store: &dyn Store) {
+async fn a_discarded_run_leaves_no_messages(database: &TestDatabase, store: &Store) {
     let key = user("alice");
     turn(store, &key, "1", &completed(Some("one"))).await;
-    let now = started(store.admit(&say(&key, "2")).await.unwrap());
-    let (cancelled, ..) = queued(store.admit(&say(&key, "3")).await.unwrap());
-    let (next, ..) = queued(store.admit(&say(&key, "4")).await.unwrap());
-    closed(store.finish(&cancelled, &failed(Context::Missing)).await.unwrap());
+    let now = started(store.admit(say(&key, "2")).await.unwrap());
+    let (cancelled, ..) = queued(store.admit(say(&key, "3")).await.unwrap());
+    let (next, ..) = queued(store.admit(say(&key, "4")).await.unwrap());
+    closed(store.finish(&cancelled, failed(Context::Missing)).await.unwrap());
     let end = RunEnd {
         status: RunStatus::Cancelled,
         discard: true,
@@ -544,55 +559,55 @@ async fn a_discarded_run_leaves_no_messages(database: &TestDatabase, store: &dyn
         said: Context::Missing,
         ..completed(Some("two"))
     };
-    let finished = closed(store.finish(&now.lease, &end).await.unwrap());
+    let finished = closed(store.finish(&now.lease, end.clone()).await.unwrap());
     assert_eq!((finished.run.status, finished.run.discarded), (RunStatus::Cancelled, true));
     assert_eq!((&finished.message, finished.thread.message_count), (&None, 3));
     assert_eq!((finished.thread.backlog, &finished.thread.leftover), (1, &end.leftover));
-    assert_eq!(closed(store.finish(&now.lease, &end).await.unwrap()), finished, "again is harmless");
+    assert_eq!(closed(store.finish(&now.lease, end.clone()).await.unwrap()), finished, "again is harmless");
     assert_eq!(store.run(&key, now.run.id).await.unwrap().unwrap(), (finished.run, None));
     assert_eq!(transcript(store, &key).await, ["user: 1", "assistant: one", "user: 3"]);
     check_invariants(database).await;
 
     // No position is given twice, not even that of the last message.
     let turn = claimed(store.claim(&next).await.unwrap());
-    closed(store.finish(&turn.lease, &end).await.unwrap());
+    closed(store.finish(&turn.lease, end.clone()).await.unwrap());
     exchange(store, &key).await;
     let page = store.messages(ThreadName::Newest(&key), false, &first_page()).await.unwrap().unwrap();
     assert_eq!(page.data.iter().map(|it| it.position).collect::<Vec<_>>(), [1, 2, 4, 6, 7]);
     check_invariants(database).await;
 }
 
-async fn a_discarded_run_that_waited_moves_nothing(database: &TestDatabase, store: &dyn Store) {
+async fn a_discarded_run_that_waited_moves_nothing(database: &TestDatabase, store: &Store) {
     let key = user("alice");
-    started(store.admit(&say(&key, "1")).await.unwrap());
-    let (waiting, ..) = queued(store.admit(&say(&key, "2")).await.unwrap());
+    started(store.admit(say(&key, "1")).await.unwrap());
+    let (waiting, ..) = queued(store.admit(say(&key, "2")).await.unwrap());
     let end = RunEnd { discard: true, ..failed(Context::Missing) };
-    let finished = closed(store.finish(&waiting, &end).await.unwrap());
+    let finished = closed(store.finish(&waiting, end.clone()).await.unwrap());
     assert_eq!((finished.thread.message_count, finished.thread.backlog), (1, 0));
     assert!(finished.run.discarded);
     assert_eq!(transcript(store, &key).await, ["user: 1"]);
     check_invariants(database).await;
 }
 
-async fn a_marked_run_must_be_discarded(database: &TestDatabase, store: &dyn Store) {
+async fn a_marked_run_must_be_discarded(database: &TestDatabase, store: &Store) {
     let key = user("alice");
-    let now = started(store.admit(&say(&key, "1")).await.unwrap());
-    let (rollback, ..) = queued(store.admit(&say(&key, "2")).await.unwrap());
+    let now = started(store.admit(say(&key, "1")).await.unwrap());
+    let (rollback, ..) = queued(store.admit(say(&key, "2")).await.unwrap());
     store.displace(&rollback, true).await.unwrap().unwrap();
     let before = (seen(store, &key).await, store.run(&key, now.run.id).await.unwrap());
     let end = RunEnd { synced: true, leftover: Some(leftover(now.run.id)), ..completed(Some("one")) };
     for end in [&end, &failed(Context::Missing)] {
-        assert_eq!(store.finish(&now.lease, end).await.unwrap(), Closing::MustDiscard);
+        assert_eq!(store.finish(&now.lease, end.clone()).await.unwrap(), Closing::MustDiscard);
     }
     let after = (seen(store, &key).await, store.run(&key, now.run.id).await.unwrap());
     assert_eq!(before, after);
     assert_eq!(store.events(now.run.id, 0).await.unwrap(), []);
     assert_eq!(transcript(store, &key).await, ["user: 1"]);
     let stale = RunLease { fence: now.lease.fence - 1, ..now.lease };
-    assert_eq!(store.finish(&stale, &end).await.unwrap(), Closing::Lost);
+    assert_eq!(store.finish(&stale, end.clone()).await.unwrap(), Closing::Lost);
 
     let discarded = RunEnd { discard: true, ..end };
-    let finished = closed(store.finish(&now.lease, &discarded).await.unwrap());
+    let finished = closed(store.finish(&now.lease, discarded.clone()).await.unwrap());
     assert_eq!((finished.thread.message_count, finished.message), (0, None));
     claimed(store.claim(&rollback).await.unwrap());
     check_invariants(database).await;

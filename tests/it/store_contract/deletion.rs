@@ -51,12 +51,12 @@ fn erase_user(key: &ConversationKey) -> DeletionRequest {
     request(DeletionTarget::User(key.user.clone()), Deletion::Erase)
 }
 
-async fn report(store: &dyn Store, request: &DeletionRequest) -> DeletionReport {
+async fn report(store: &Store, request: &DeletionRequest) -> DeletionReport {
     store.deletion(&request.tenant, request.id, None, 100).await.unwrap().unwrap()
 }
 
 /// The upstream part of a deletion is done.
-pub(super) async fn gone_upstream(store: &dyn Store, thread: ThreadId) {
+pub(super) async fn gone_upstream(store: &Store, thread: ThreadId) {
     store.removed(thread, &gone(), &[]).await.unwrap();
 }
 
@@ -75,12 +75,12 @@ async fn archive(database: &TestDatabase, key: &ConversationKey) {
         .await;
 }
 
-async fn an_erased_thread_takes_no_message_any_more(database: &TestDatabase, store: &dyn Store) {
+async fn an_erased_thread_takes_no_message_any_more(database: &TestDatabase, store: &Store) {
     let key = user("alice");
-    let active = started(store.admit(&admission(&key)).await.unwrap());
-    let (waiting, ..) = queued(store.admit(&admission(&key)).await.unwrap());
+    let active = started(store.admit(admission(&key)).await.unwrap());
+    let (waiting, ..) = queued(store.admit(admission(&key)).await.unwrap());
     database
-        .execute("UPDATE threads SET attempts = 3, last_failure = 'x', rolls = true, removed = '{}'")
+        .execute("UPDATE threads SET attempts = 3, last_failure = 'x', rollover_pending = true, upstream_cleanup = '{}'")
         .await;
     let erase = erase(&key);
     assert_eq!(store.begin_deletion(&erase, 10).await.unwrap(), 1);
@@ -92,23 +92,23 @@ async fn an_erased_thread_takes_no_message_any_more(database: &TestDatabase, sto
     assert_eq!((due.thread.lifecycle, due.thread.deletion), (Lifecycle::Deleting, Some(Deletion::Erase)));
     assert_eq!((due.thread.rolls, &due.thread.removed), (false, &Removed::default()));
 
-    let fresh = started(store.admit(&admission(&key)).await.unwrap());
+    let fresh = started(store.admit(admission(&key)).await.unwrap());
     assert_ne!(fresh.thread.id, active.thread.id);
     assert_eq!(fresh.thread.previous_thread, None);
     let unfinished = store.unfinished_of(active.thread.id).await.unwrap();
     let statuses: Vec<_> = unfinished.iter().map(|run| run.status).collect();
     assert_eq!(statuses, [RunStatus::Cancelling, RunStatus::Queued], "who waits is left to others");
     let cancelled = RunEnd { status: RunStatus::Cancelled, ..completed(None) };
-    closed(store.finish(&active.lease, &cancelled).await.unwrap());
+    closed(store.finish(&active.lease, cancelled.clone()).await.unwrap());
     assert_eq!(store.claim(&waiting).await.unwrap(), Claim::NotYet, "nor does it start what waits");
-    closed(store.finish(&waiting, &cancelled).await.unwrap());
+    closed(store.finish(&waiting, cancelled.clone()).await.unwrap());
     let report = report(store, &erase).await;
     assert_eq!((report.id, report.archive, report.done, report.pending), (erase.id, false, 0, 1));
     assert_eq!((report.finished_at, report.threads.data[0].finished_at), (None, None));
     check_invariants(database).await;
 }
 
-async fn an_erasure_takes_all_that_the_target_ever_had(database: &TestDatabase, store: &dyn Store) {
+async fn an_erasure_takes_all_that_the_target_ever_had(database: &TestDatabase, store: &Store) {
     let keys =
         [user("alice"), session("alice", "a"), session("alice", "b"), topic("alice", "a"), user("bob")];
     let mut of_key = vec![];
@@ -136,7 +136,7 @@ async fn an_erasure_takes_all_that_the_target_ever_had(database: &TestDatabase, 
     assert!(store.deletion(&other, all.id, None, 10).await.unwrap().is_none());
 }
 
-async fn many_threads_are_begun_with_bit_by_bit(_: &TestDatabase, store: &dyn Store) {
+async fn many_threads_are_begun_with_bit_by_bit(_: &TestDatabase, store: &Store) {
     for n in 0..5 {
         exchange(store, &session("alice", &n.to_string())).await;
     }
@@ -148,7 +148,7 @@ async fn many_threads_are_begun_with_bit_by_bit(_: &TestDatabase, store: &dyn St
     assert_eq!((report.pending, report.finished_at), (5, None));
 }
 
-async fn a_target_without_threads_is_done_at_once(database: &TestDatabase, store: &dyn Store) {
+async fn a_target_without_threads_is_done_at_once(database: &TestDatabase, store: &Store) {
     exchange(store, &user("bob")).await;
     for request in [
         erase(&user("alice")),
@@ -170,13 +170,13 @@ async fn a_target_without_threads_is_done_at_once(database: &TestDatabase, store
     assert_eq!(database.number(keys).await, 0);
 }
 
-async fn what_would_be_deleted_is_counted(database: &TestDatabase, store: &dyn Store) {
+async fn what_would_be_deleted_is_counted(database: &TestDatabase, store: &Store) {
     let (key, other) = (user("alice"), session("alice", "s"));
     exchange(store, &other).await;
     exchange(store, &user("bob")).await;
     archive(database, &other).await;
     exchange(store, &key).await;
-    started(store.admit(&admission(&key)).await.unwrap());
+    started(store.admit(admission(&key)).await.unwrap());
     let of_user = DeletionTarget::User(key.user.clone());
     let counted = async |target: &DeletionTarget, end| {
         let found = store.deletable(&key.tenant, target, end).await.unwrap();
@@ -196,7 +196,7 @@ async fn what_would_be_deleted_is_counted(database: &TestDatabase, store: &dyn S
     assert_eq!(counted(&of_user, Deletion::Erase).await, [2, 5, 3, 1]);
 }
 
-async fn what_came_after_the_request_is_not_meant(database: &TestDatabase, store: &dyn Store) {
+async fn what_came_after_the_request_is_not_meant(database: &TestDatabase, store: &Store) {
     let key = user("alice");
     exchange(store, &key).await;
     let erase = erase(&key);
@@ -208,15 +208,15 @@ async fn what_came_after_the_request_is_not_meant(database: &TestDatabase, store
 }
 
 /// A rollover puts a fresh thread in the place of one that is meant. It holds a message that was acknowledged before.
-async fn rollover_after_the_request_is_erased_too(database: &TestDatabase, store: &dyn Store) {
+async fn rollover_after_the_request_is_erased_too(database: &TestDatabase, store: &Store) {
     let key = user("alice");
     let old = exchange(store, &key).await.thread.id;
     let (active, waiting) = (admission(&key), admission(&key));
-    let active = started(store.admit(&active).await.unwrap());
-    let (waiting, ..) = queued(store.admit(&waiting).await.unwrap());
+    let active = started(store.admit(active.clone()).await.unwrap());
+    let (waiting, ..) = queued(store.admit(waiting.clone()).await.unwrap());
     let erase = erase(&key);
     assert_eq!(store.begin_deletion(&erase, 0).await.unwrap(), 0, "it is recorded, and has no thread yet");
-    closed(store.finish(&active.lease, &completed(Some("hi"))).await.unwrap());
+    closed(store.finish(&active.lease, completed(Some("hi"))).await.unwrap());
     let turn = claimed(store.claim(&waiting).await.unwrap());
     for lease in [Some(turn.lease), None] {
         let before = seen(store, &key).await.unwrap().0.id;
@@ -226,9 +226,9 @@ async fn rollover_after_the_request_is_erased_too(database: &TestDatabase, store
     let fresh = seen(store, &key).await.unwrap().0;
     assert_eq!(fresh.previous_thread, Some(old));
     assert_eq!(store.begin_deletion(&erase, 10).await.unwrap(), 2);
-    let after = started(store.admit(&admission(&key)).await.unwrap());
+    let after = started(store.admit(admission(&key)).await.unwrap());
     assert_eq!(store.begin_deletion(&erase, 10).await.unwrap(), 0, "what came after it is not meant");
-    closed(store.finish(&turn.lease, &completed(Some("too late"))).await.unwrap());
+    closed(store.finish(&turn.lease, completed(Some("too late"))).await.unwrap());
     for thread in [old, fresh.id] {
         gone_upstream(store, thread).await;
         assert!(store.conclude(thread, 100).await.unwrap());
@@ -241,7 +241,7 @@ async fn rollover_after_the_request_is_erased_too(database: &TestDatabase, store
 }
 
 /// What a user has is taken bit by bit, and threads are rolled over in between.
-async fn rollover_between_two_batches_is_archived_or_erased_too(database: &TestDatabase, store: &dyn Store) {
+async fn rollover_between_two_batches_is_archived_or_erased_too(database: &TestDatabase, store: &Store) {
     let keys = [session("alice", "a"), session("alice", "b")];
     for key in &keys {
         exchange(store, key).await;
@@ -259,9 +259,9 @@ async fn rollover_between_two_batches_is_archived_or_erased_too(database: &TestD
     assert_eq!(database.number("SELECT count(*) FROM threads WHERE lifecycle <> 'deleting'").await, 0);
 }
 
-async fn nothing_is_concluded_before_its_time(_: &TestDatabase, store: &dyn Store) {
+async fn nothing_is_concluded_before_its_time(_: &TestDatabase, store: &Store) {
     let key = user("alice");
-    let turn = started(store.admit(&admission(&key)).await.unwrap());
+    let turn = started(store.admit(admission(&key)).await.unwrap());
     let made = turn.thread.id;
     gone_upstream(store, made).await;
     assert!(!store.conclude(made, 10).await.unwrap(), "nobody wants it deleted");
@@ -269,7 +269,7 @@ async fn nothing_is_concluded_before_its_time(_: &TestDatabase, store: &dyn Stor
     store.begin_deletion(&erase, 10).await.unwrap();
     gone_upstream(store, made).await;
     assert!(!store.conclude(made, 10).await.unwrap(), "a run is unfinished");
-    closed(store.finish(&turn.lease, &completed(None)).await.unwrap());
+    closed(store.finish(&turn.lease, completed(None)).await.unwrap());
     store.removed(made, &Removed { items: 7, ..Removed::default() }, &[]).await.unwrap();
     assert!(!store.conclude(made, 10).await.unwrap(), "it is still upstream");
     gone_upstream(store, made).await;
@@ -277,17 +277,17 @@ async fn nothing_is_concluded_before_its_time(_: &TestDatabase, store: &dyn Stor
     assert!(store.conclude(made, 10).await.unwrap(), "an answer was lost");
 }
 
-async fn an_erasure_is_concluded_in_small_steps(database: &TestDatabase, store: &dyn Store) {
+async fn an_erasure_is_concluded_in_small_steps(database: &TestDatabase, store: &Store) {
     let key = user("alice");
     let other = exchange(store, &user("bob")).await.thread.id;
     for n in 0..5 {
         let once = Admission { idempotency: Some(idempotency(&n.to_string())), ..admission(&key) };
-        let turn = started(store.admit(&once).await.unwrap());
-        closed(store.finish(&turn.lease, &completed(Some("hi"))).await.unwrap());
+        let turn = started(store.admit(once.clone()).await.unwrap());
+        closed(store.finish(&turn.lease, completed(Some("hi"))).await.unwrap());
     }
-    let turn = started(store.admit(&admission(&key)).await.unwrap());
+    let turn = started(store.admit(admission(&key)).await.unwrap());
     assert!(store.intend(&turn.lease, RemnantId::new()).await.unwrap());
-    closed(store.finish(&turn.lease, &completed(None)).await.unwrap());
+    closed(store.finish(&turn.lease, completed(None)).await.unwrap());
     let made = turn.thread.id;
     let erase = erase(&key);
     store.begin_deletion(&erase, 10).await.unwrap();
@@ -304,7 +304,7 @@ async fn an_erasure_is_concluded_in_small_steps(database: &TestDatabase, store: 
     for table in ["threads", "runs", "run_events"] {
         assert_eq!(database.number(&format!("SELECT count(*) FROM {table}")).await, 1, "{table}");
     }
-    for table in ["remnants", "idempotency_keys"] {
+    for table in ["upstream_orphans", "idempotency_keys"] {
         assert_eq!(database.number(&format!("SELECT count(*) FROM {table}")).await, 0, "{table}");
     }
     assert_eq!(store.transcript(other, 0, 10).await.unwrap().len(), 2);
@@ -330,14 +330,14 @@ async fn an_erasure_is_concluded_in_small_steps(database: &TestDatabase, store: 
     check_invariants(database).await;
 }
 
-async fn an_archive_keeps_the_transcript(database: &TestDatabase, store: &dyn Store) {
+async fn an_archive_keeps_the_transcript(database: &TestDatabase, store: &Store) {
     let key = user("alice");
     let old = exchange(store, &key).await.thread.id;
     archive(database, &key).await;
-    let turn = started(store.admit(&admission(&key)).await.unwrap());
+    let turn = started(store.admit(admission(&key)).await.unwrap());
     let made = turn.thread.id;
     assert!(bind(store, &turn.lease, &UpstreamThreadId("c".to_owned()), false).await);
-    closed(store.finish(&turn.lease, &completed(Some("hi"))).await.unwrap());
+    closed(store.finish(&turn.lease, completed(Some("hi"))).await.unwrap());
     let archive = request(DeletionTarget::Key(key.clone()), Deletion::Archive);
     assert_eq!(store.begin_deletion(&archive, 10).await.unwrap(), 1, "the current one alone");
     assert_eq!(thread(store, old).await.unwrap().lifecycle, Lifecycle::Archived);
@@ -360,7 +360,7 @@ async fn an_archive_keeps_the_transcript(database: &TestDatabase, store: &dyn St
     check_invariants(database).await;
 }
 
-async fn an_archive_can_become_an_erasure(database: &TestDatabase, store: &dyn Store) {
+async fn an_archive_can_become_an_erasure(database: &TestDatabase, store: &Store) {
     let key = user("alice");
     let made = exchange(store, &key).await.thread.id;
     let archive = request(DeletionTarget::Key(key.clone()), Deletion::Archive);
@@ -382,7 +382,7 @@ async fn an_archive_can_become_an_erasure(database: &TestDatabase, store: &dyn S
     assert_eq!(database.number(keys).await, 0);
 }
 
-async fn a_discarded_thread_can_get_a_receipt(database: &TestDatabase, store: &dyn Store) {
+async fn a_discarded_thread_can_get_a_receipt(database: &TestDatabase, store: &Store) {
     let key = user("alice");
     let made = exchange(store, &key).await.thread.id;
     archive(database, &key).await;
@@ -403,7 +403,7 @@ async fn a_discarded_thread_can_get_a_receipt(database: &TestDatabase, store: &d
     assert_eq!(database.number("SELECT count(*) FROM deleted_threads").await, 1);
 }
 
-async fn a_request_waits_for_what_another_erases(_: &TestDatabase, store: &dyn Store) {
+async fn a_request_waits_for_what_another_erases(_: &TestDatabase, store: &Store) {
     let (one, two) = (session("alice", "1"), session("alice", "2"));
     let first = exchange(store, &one).await.thread.id;
     let second = exchange(store, &two).await.thread.id;
@@ -422,7 +422,7 @@ async fn a_request_waits_for_what_another_erases(_: &TestDatabase, store: &dyn S
     assert!(report(store, &erase).await.finished_at.is_some());
 }
 
-async fn a_crash_in_the_beginning_leaves_nothing_behind(_: &TestDatabase, store: &dyn Store) {
+async fn a_crash_in_the_beginning_leaves_nothing_behind(_: &TestDatabase, store: &Store) {
     let mut threads = vec![];
     for n in 0..5 {
         threads.push(exchange(store, &session("alice", &n.to_string())).await.thread.id);
@@ -444,9 +444,9 @@ async fn a_crash_in_the_beginning_leaves_nothing_behind(_: &TestDatabase, store:
     assert!(report.threads.data.iter().map(|line| line.id).eq(threads));
 }
 
-async fn what_is_removed_upstream_is_recorded(database: &TestDatabase, store: &dyn Store) {
+async fn what_is_removed_upstream_is_recorded(database: &TestDatabase, store: &Store) {
     let key = user("alice");
-    let turn = started(store.admit(&admission(&key)).await.unwrap());
+    let turn = started(store.admit(admission(&key)).await.unwrap());
     let made = turn.thread.id;
     assert!(bind(store, &turn.lease, &UpstreamThreadId("c".to_owned()), false).await);
     let intents = [RemnantId::new(), RemnantId::new()];
@@ -454,8 +454,8 @@ async fn what_is_removed_upstream_is_recorded(database: &TestDatabase, store: &d
         assert!(store.intend(&turn.lease, intent).await.unwrap());
     }
     let end = RunEnd { upstream_run_id: Some(UpstreamRunId("resp_1".to_owned())), ..completed(None) };
-    closed(store.finish(&turn.lease, &end).await.unwrap());
-    database.execute("UPDATE threads SET leftover = '{}'").await;
+    closed(store.finish(&turn.lease, end.clone()).await.unwrap());
+    database.execute("UPDATE threads SET unsettled_run = '{}'").await;
     let left = |remnants: Vec<threadkeeper::store::Remnant>| {
         remnants.into_iter().map(|remnant| remnant.name).collect::<Vec<_>>()
     };
@@ -468,7 +468,7 @@ async fn what_is_removed_upstream_is_recorded(database: &TestDatabase, store: &d
 
     let removed = Removed { items: 5, unknown: 1, ..Removed::default() };
     store.removed(made, &removed, &rows[..1]).await.unwrap();
-    database.execute("UPDATE threads SET leftover = NULL").await;
+    database.execute("UPDATE threads SET unsettled_run = NULL").await;
     let found = thread(store, made).await.unwrap();
     assert_eq!(found.removed, removed);
     assert_eq!(found.upstream_thread_id, Some(UpstreamThreadId("c".to_owned())));
@@ -483,7 +483,7 @@ async fn what_is_removed_upstream_is_recorded(database: &TestDatabase, store: &d
     store.removed(ThreadId::new(), &Removed::default(), &[]).await.unwrap();
 }
 
-async fn a_receipt_comes_in_pages(_: &TestDatabase, store: &dyn Store) {
+async fn a_receipt_comes_in_pages(_: &TestDatabase, store: &Store) {
     let mut threads = vec![];
     for n in 0..5 {
         threads.push(exchange(store, &session("alice", &n.to_string())).await.thread.id);
@@ -514,7 +514,7 @@ async fn a_receipt_comes_in_pages(_: &TestDatabase, store: &dyn Store) {
     assert!(lines.iter().all(|line| (line.messages, line.runs) == (2, 1)));
 }
 
-async fn what_is_under_way_is_found(_: &TestDatabase, store: &dyn Store) {
+async fn what_is_under_way_is_found(_: &TestDatabase, store: &Store) {
     let tenant = TenantKey::default();
     let (key, other) = (session("alice", "1"), session("alice", "2"));
     let made = exchange(store, &key).await.thread.id;
@@ -540,7 +540,7 @@ async fn what_is_under_way_is_found(_: &TestDatabase, store: &dyn Store) {
     }
 }
 
-async fn a_receipt_is_forgotten_after_its_time(database: &TestDatabase, store: &dyn Store) {
+async fn a_receipt_is_forgotten_after_its_time(database: &TestDatabase, store: &Store) {
     let key = user("alice");
     let made = exchange(store, &key).await.thread.id;
     let erase = erase(&key);
@@ -574,7 +574,7 @@ async fn deletions_and_messages_at_once_leave_nothing_behind() {
     let send = |n: usize| {
         let (store, key, end) = (&replicas[n % 2], &keys[n % 3], &end);
         async move {
-            let lease = match store.admit(&admission(key)).await.unwrap() {
+            let lease = match store.admit(admission(key)).await.unwrap() {
                 Admitted::Started(turn) => turn.lease,
                 Admitted::Queued { lease, .. } => {
                     if n.is_multiple_of(2) {
@@ -584,7 +584,7 @@ async fn deletions_and_messages_at_once_leave_nothing_behind() {
                 }
                 other => panic!("{other:?}"),
             };
-            closed(store.finish(&lease, end).await.unwrap());
+            closed(store.finish(&lease, end.clone()).await.unwrap());
         }
     };
     let delete = |n: usize| {
@@ -597,7 +597,7 @@ async fn deletions_and_messages_at_once_leave_nothing_behind() {
             };
             while store.begin_deletion(&request, 1).await.unwrap() > 0 {}
             for due in store.claim_due(10, Duration::ZERO).await.unwrap() {
-                gone_upstream(&**store, due.thread.id).await;
+                gone_upstream(store, due.thread.id).await;
                 store.conclude(due.thread.id, 2).await.unwrap();
             }
         }
@@ -616,7 +616,7 @@ async fn deletions_and_messages_at_once_leave_nothing_behind() {
     while replicas[0].begin_deletion(&last, 100).await.unwrap() > 0 {}
     database.execute("UPDATE threads SET due_at = created_at WHERE lifecycle = 'deleting'").await;
     for due in replicas[0].claim_due(1000, HOUR).await.unwrap() {
-        gone_upstream(&*replicas[0], due.thread.id).await;
+        gone_upstream(&replicas[0], due.thread.id).await;
         while !replicas[0].conclude(due.thread.id, 50).await.unwrap() {}
     }
     for table in ["threads", "runs", "messages", "run_events"] {
@@ -628,9 +628,9 @@ async fn deletions_and_messages_at_once_leave_nothing_behind() {
     }
 }
 
-async fn answers_that_were_lost_are_counted(_: &TestDatabase, store: &dyn Store) {
+async fn answers_that_were_lost_are_counted(_: &TestDatabase, store: &Store) {
     let key = user("alice");
-    let turn = started(store.admit(&admission(&key)).await.unwrap());
+    let turn = started(store.admit(admission(&key)).await.unwrap());
     let thread = turn.thread.id;
     assert_eq!(store.unheard_runs(thread).await.unwrap(), 0);
     assert!(store.sends_again(&turn.lease).await.unwrap());
@@ -639,9 +639,9 @@ async fn answers_that_were_lost_are_counted(_: &TestDatabase, store: &dyn Store)
     assert!(!store.sends_again(&stale).await.unwrap(), "the run is another's");
     assert_eq!(store.unheard_runs(thread).await.unwrap(), 2);
     let unheard = RunEnd { unheard: 1, ..completed(Some("hi")) };
-    closed(store.finish(&turn.lease, &unheard).await.unwrap());
+    closed(store.finish(&turn.lease, unheard.clone()).await.unwrap());
     assert!(!store.sends_again(&turn.lease).await.unwrap(), "the run is over");
-    let next = started(store.admit(&admission(&key)).await.unwrap());
-    closed(store.finish(&next.lease, &completed(Some("hi"))).await.unwrap());
+    let next = started(store.admit(admission(&key)).await.unwrap());
+    closed(store.finish(&next.lease, completed(Some("hi"))).await.unwrap());
     assert_eq!(store.unheard_runs(thread).await.unwrap(), 3);
 }

@@ -18,6 +18,10 @@ on_every_backend!(
     messages_of_a_thread_without_a_copy_are_missing_there,
     messages_come_behind_those_that_are_there,
     many_messages_come_at_once,
+    threads_that_come_together_come_as_if_one_after_another,
+    threads_that_come_together_keep_their_order,
+    messages_of_many_threads_come_together,
+    imports_and_turns_do_not_wait_for_each_other_in_a_circle,
 );
 
 const HOUR: Duration = Duration::from_hours(1);
@@ -37,14 +41,14 @@ fn message(role: Role, said: &str) -> ImportedMessage {
     }
 }
 
-async fn added(store: &dyn Store, thread: &ImportedThread) -> ThreadId {
-    match store.import_thread(thread).await.unwrap() {
+async fn added(store: &Store, thread: &ImportedThread) -> ThreadId {
+    match import_thread(store, thread).await {
         Imported::Added(id) => id,
         other => panic!("added was expected, not {other:?}"),
     }
 }
 
-async fn by_id(store: &dyn Store, id: ThreadId) -> Thread {
+async fn by_id(store: &Store, id: ThreadId) -> Thread {
     store.report(ThreadName::Id(&TenantKey::default(), id)).await.unwrap().unwrap().thread
 }
 
@@ -52,7 +56,7 @@ fn time(text: &str) -> Timestamp {
     text.parse().unwrap()
 }
 
-async fn a_thread_comes_as_it_is_said(database: &TestDatabase, store: &dyn Store) {
+async fn a_thread_comes_as_it_is_said(database: &TestDatabase, store: &Store) {
     let key = session("alice", "s1");
     let said = ImportedThread {
         id: Some(ThreadId::new()),
@@ -78,7 +82,7 @@ async fn a_thread_comes_as_it_is_said(database: &TestDatabase, store: &dyn Store
     check_invariants(database).await;
 }
 
-async fn what_is_not_said_of_a_thread_is_filled_in(database: &TestDatabase, store: &dyn Store) {
+async fn what_is_not_said_of_a_thread_is_filled_in(database: &TestDatabase, store: &Store) {
     let now = exchange(store, &user("bob")).await.thread.created_at;
     let id = added(store, &ImportedThread { configured: limits(HOUR), ..imported(&user("alice")) }).await;
     let got = by_id(store, id).await;
@@ -88,57 +92,57 @@ async fn what_is_not_said_of_a_thread_is_filled_in(database: &TestDatabase, stor
     assert_eq!(database.due_at("carol").await, None);
 }
 
-async fn a_thread_comes_once(database: &TestDatabase, store: &dyn Store) {
+async fn a_thread_comes_once(database: &TestDatabase, store: &Store) {
     let key = user("alice");
     let one = ImportedThread { id: Some(ThreadId::new()), ..imported(&key) };
     let id = added(store, &one).await;
     let before = by_id(store, id).await;
     let again = ImportedThread { metadata: metadata(&[("a", "b")]), ..one.clone() };
-    assert_eq!(store.import_thread(&again).await.unwrap(), Imported::Known(id));
+    assert_eq!(import_thread(store, &again).await, Imported::Known(id));
     assert_eq!(by_id(store, id).await, before);
 
     let other = ImportedThread { id: Some(ThreadId::new()), ..one.clone() };
-    assert_eq!(store.import_thread(&other).await.unwrap(), Imported::Taken(id));
+    assert_eq!(import_thread(store, &other).await, Imported::Taken(id));
     let stolen = ImportedThread { key: user("bob"), ..one.clone() };
-    assert_eq!(store.import_thread(&stolen).await.unwrap(), Imported::OtherKey);
+    assert_eq!(import_thread(store, &stolen).await, Imported::OtherKey);
     let tenant = TenantKey::try_from("other".to_owned()).unwrap();
     let stolen = ImportedThread { key: ConversationKey { tenant, ..user("bob") }, ..one };
-    assert_eq!(store.import_thread(&stolen).await.unwrap(), Imported::OtherKey);
+    assert_eq!(import_thread(store, &stolen).await, Imported::OtherKey);
     assert_eq!(database.number("SELECT count(*) FROM threads").await, 1);
 }
 
-async fn a_thread_without_an_id_is_known_by_its_key(database: &TestDatabase, store: &dyn Store) {
+async fn a_thread_without_an_id_is_known_by_its_key(database: &TestDatabase, store: &Store) {
     let key = user("alice");
     let bare = imported(&key);
     let named = |id| ImportedThread { upstream_thread_id: Some(upstream(id)), ..imported(&key) };
     let id = added(store, &named("thread_abc")).await;
-    assert_eq!(store.import_thread(&named("thread_abc")).await.unwrap(), Imported::Known(id));
-    assert_eq!(store.import_thread(&bare).await.unwrap(), Imported::Known(id));
-    assert_eq!(store.import_thread(&named("thread_other")).await.unwrap(), Imported::Taken(id));
+    assert_eq!(import_thread(store, &named("thread_abc")).await, Imported::Known(id));
+    assert_eq!(import_thread(store, &bare).await, Imported::Known(id));
+    assert_eq!(import_thread(store, &named("thread_other")).await, Imported::Taken(id));
     let elsewhere = ImportedThread { upstream: "spare".to_owned(), ..named("thread_abc") };
-    assert_eq!(store.import_thread(&elsewhere).await.unwrap(), Imported::Taken(id));
+    assert_eq!(import_thread(store, &elsewhere).await, Imported::Taken(id));
 
     // It is still the same when another thread took its place, or its upstream thread was deleted.
     database.archive_threads().await;
     exchange(store, &key).await;
-    assert_eq!(store.import_thread(&named("thread_abc")).await.unwrap(), Imported::Known(id));
+    assert_eq!(import_thread(store, &named("thread_abc")).await, Imported::Known(id));
     database
         .execute(
-            "UPDATE threads SET upstream_thread_id = NULL, removed = '{\"upstream_thread_id\": \"thread_abc\", \
+            "UPDATE threads SET upstream_thread_id = NULL, upstream_cleanup = '{\"upstream_thread_id\": \"thread_abc\", \
              \"outcome\": \"deleted\"}' WHERE lifecycle = 'archived'",
         )
         .await;
-    assert_eq!(store.import_thread(&named("thread_abc")).await.unwrap(), Imported::Known(id));
+    assert_eq!(import_thread(store, &named("thread_abc")).await, Imported::Known(id));
     assert_eq!(database.number("SELECT count(*) FROM threads").await, 2);
 
     let many: Vec<_> = (0..16).map(|_| imported(&user("bob"))).collect();
-    let results = futures_util::future::join_all(many.iter().map(|it| store.import_thread(it))).await;
-    let new = results.iter().filter(|it| matches!(it, Ok(Imported::Added(_)))).count();
-    let known = results.iter().filter(|it| matches!(it, Ok(Imported::Known(_)))).count();
+    let results = futures_util::future::join_all(many.iter().map(|it| import_thread(store, it))).await;
+    let new = results.iter().filter(|it| matches!(it, Imported::Added(_))).count();
+    let known = results.iter().filter(|it| matches!(it, Imported::Known(_))).count();
     assert_eq!((new, known), (1, 15));
 }
 
-async fn an_archived_thread_comes_beside_the_current_one(database: &TestDatabase, store: &dyn Store) {
+async fn an_archived_thread_comes_beside_the_current_one(database: &TestDatabase, store: &Store) {
     let key = user("alice");
     let current = exchange(store, &key).await.thread;
     let archived = |id, created_at: &str, archived_at: Option<&str>| ImportedThread {
@@ -160,14 +164,14 @@ async fn an_archived_thread_comes_beside_the_current_one(database: &TestDatabase
     let two = archived(None, "2025-01-01T00:00:00Z", None);
     let id = added(store, &two).await;
     assert!(by_id(store, id).await.archived_at.unwrap() > current.created_at);
-    assert_eq!(store.import_thread(&two).await.unwrap(), Imported::Known(id));
+    assert_eq!(import_thread(store, &two).await, Imported::Known(id));
     let three = archived(None, "2025-02-01T00:00:00Z", None);
     added(store, &three).await;
     assert_eq!(seen(store, &key).await.unwrap().0.id, current.id);
     check_invariants(database).await;
 }
 
-async fn ids_tell_how_old_threads_are(_: &TestDatabase, store: &dyn Store) {
+async fn ids_tell_how_old_threads_are(_: &TestDatabase, store: &Store) {
     let mut wanted = vec![];
     for (name, created_at) in
         [("c", "2026-03-01T00:00:00Z"), ("a", "2024-01-01T00:00:00Z"), ("b", "2025-01-01T00:00:00Z")]
@@ -186,15 +190,12 @@ async fn ids_tell_how_old_threads_are(_: &TestDatabase, store: &dyn Store) {
     assert_eq!(ids(&early).await, wanted[..2]);
 }
 
-async fn a_thread_that_came_is_used(database: &TestDatabase, store: &dyn Store) {
+async fn a_thread_that_came_is_used(database: &TestDatabase, store: &Store) {
     let key = user("alice");
     let id =
         added(store, &ImportedThread { upstream_thread_id: Some(upstream("thread_abc")), ..imported(&key) })
             .await;
-    store
-        .import_messages(id, &[message(Role::User, "before"), message(Role::Assistant, "yes")])
-        .await
-        .unwrap();
+    import_messages(store, id, &[message(Role::User, "before"), message(Role::Assistant, "yes")]).await;
     let finished = exchange(store, &key).await;
     assert_eq!(
         (finished.thread.id, &finished.thread.upstream_thread_id),
@@ -207,11 +208,11 @@ async fn a_thread_that_came_is_used(database: &TestDatabase, store: &dyn Store) 
     let old = ImportedThread { created_at: Some(time("2024-01-01T00:00:00Z")), ..imported(&user("bob")) };
     let old = added(store, &old).await;
     let fresh =
-        started(store.admit(&Admission { limits: limits(HOUR), ..admission(&user("bob")) }).await.unwrap());
+        started(store.admit(Admission { limits: limits(HOUR), ..admission(&user("bob")) }).await.unwrap());
     assert_eq!(fresh.thread.previous_thread, Some(old));
 }
 
-async fn messages_come_in_their_order(_: &TestDatabase, store: &dyn Store) {
+async fn messages_come_in_their_order(_: &TestDatabase, store: &Store) {
     let key = user("alice");
     let id =
         added(store, &ImportedThread { upstream_thread_id: Some(upstream("thread_abc")), ..imported(&key) })
@@ -226,7 +227,7 @@ async fn messages_come_in_their_order(_: &TestDatabase, store: &dyn Store) {
     let three = ImportedMessage { context: Some(Context::Missing), ..message(Role::User, "three") };
     let four = ImportedMessage { context: Some(Context::Unknown), ..message(Role::User, "four") };
     let all = [one.clone(), two, three, four];
-    assert_eq!(store.import_messages(id, &all).await.unwrap(), 4);
+    assert_eq!(import_messages(store, id, &all).await, 4);
     let page = store.messages(ThreadName::Newest(&key), false, &first_page()).await.unwrap().unwrap();
     let got = &page.data[0];
     assert_eq!((got.id, got.role, got.position), (one.id, Role::User, 1));
@@ -240,57 +241,205 @@ async fn messages_come_in_their_order(_: &TestDatabase, store: &dyn Store) {
     assert_eq!(after.last_active_at, before.last_active_at, "it is no activity");
 }
 
-async fn messages_come_once(database: &TestDatabase, store: &dyn Store) {
+async fn messages_come_once(database: &TestDatabase, store: &Store) {
     let id = added(store, &imported(&user("alice"))).await;
     let [one, two, three] = ["one", "two", "three"].map(|said| message(Role::User, said));
     let first = [one.clone(), two.clone(), one.clone()];
-    assert_eq!(store.import_messages(id, &first).await.unwrap(), 2);
-    assert_eq!(store.import_messages(id, &first).await.unwrap(), 0);
-    assert_eq!(store.import_messages(id, &[two, three.clone(), one.clone()]).await.unwrap(), 1);
+    assert_eq!(import_messages(store, id, &first).await, 2);
+    assert_eq!(import_messages(store, id, &first).await, 0);
+    assert_eq!(import_messages(store, id, &[two, three.clone(), one.clone()]).await, 1);
     assert_eq!(transcript(store, &user("alice")).await, ["user: one", "user: two", "user: three"]);
     // Not in another thread either, nor in one that is not there or is on its way out.
     let other = added(store, &imported(&user("bob"))).await;
-    assert_eq!(store.import_messages(other, &[one]).await.unwrap(), 0);
+    assert_eq!(import_messages(store, other, &[one]).await, 0);
     let four = [message(Role::User, "four")];
-    assert_eq!(store.import_messages(ThreadId::new(), &four).await.unwrap(), 0);
+    assert_eq!(import_messages(store, ThreadId::new(), &four).await, 0);
     database.execute("UPDATE threads SET lifecycle = 'deleting', deletion = 'erase'").await;
-    assert_eq!(store.import_messages(id, &four).await.unwrap(), 0);
+    assert_eq!(import_messages(store, id, &four).await, 0);
     check_invariants(database).await;
 }
 
-async fn messages_of_a_thread_without_a_copy_are_missing_there(database: &TestDatabase, store: &dyn Store) {
+async fn messages_of_a_thread_without_a_copy_are_missing_there(database: &TestDatabase, store: &Store) {
     let key = user("alice");
     let id = added(store, &imported(&key)).await;
-    store.import_messages(id, &[message(Role::User, "one"), message(Role::Assistant, "two")]).await.unwrap();
+    import_messages(store, id, &[message(Role::User, "one"), message(Role::Assistant, "two")]).await;
     assert_eq!(by_id(store, id).await.backlog, 2);
-    let turn = started(store.admit(&admission(&key)).await.unwrap());
+    let turn = started(store.admit(admission(&key)).await.unwrap());
     let backlog = store.backlog(turn.run.id, None, 1000).await.unwrap().data;
     assert_eq!(backlog.iter().map(|message| message.position).collect::<Vec<_>>(), [2, 1]);
     let end = RunEnd { synced: true, ..completed(Some("hi")) };
-    assert_eq!(closed(store.finish(&turn.lease, &end).await.unwrap()).thread.backlog, 0);
+    assert_eq!(closed(store.finish(&turn.lease, end.clone()).await.unwrap()).thread.backlog, 0);
     check_invariants(database).await;
 }
 
-async fn messages_come_behind_those_that_are_there(database: &TestDatabase, store: &dyn Store) {
+async fn messages_come_behind_those_that_are_there(database: &TestDatabase, store: &Store) {
     let key = user("alice");
     let thread = exchange(store, &key).await.thread;
     // A gap, as a rollback leaves it.
     database.execute("UPDATE threads SET last_position = 7").await;
-    store.import_messages(thread.id, &[message(Role::User, "later")]).await.unwrap();
+    import_messages(store, thread.id, &[message(Role::User, "later")]).await;
     let page = store.messages(ThreadName::Newest(&key), false, &first_page()).await.unwrap().unwrap();
     assert_eq!(page.data.iter().map(|message| message.position).collect::<Vec<_>>(), [1, 2, 8]);
     check_invariants(database).await;
 }
 
-async fn many_messages_come_at_once(database: &TestDatabase, store: &dyn Store) {
+async fn many_messages_come_at_once(database: &TestDatabase, store: &Store) {
     let key = user("alice");
     let id = added(store, &imported(&key)).await;
     let many: Vec<_> = (0..250).map(|n| message(Role::User, &n.to_string())).collect();
-    assert_eq!(store.import_messages(id, &many).await.unwrap(), 250);
-    assert_eq!(store.import_messages(id, &many).await.unwrap(), 0);
+    assert_eq!(import_messages(store, id, &many).await, 250);
+    assert_eq!(import_messages(store, id, &many).await, 0);
     let got = store.transcript(id, 0, 1000).await.unwrap();
     let places: Vec<_> = got.iter().map(|message| (message.id, message.position)).collect();
     let wanted: Vec<_> = many.iter().map(|message| message.id).zip(1..).collect();
     assert_eq!(places, wanted);
     check_invariants(database).await;
+}
+
+/// What became of each thread, with the number of the first that had the id in the place of the id.
+fn outcomes(results: &[Imported]) -> Vec<String> {
+    let mut ids: Vec<ThreadId> = Vec::new();
+    let mut number = |id: ThreadId| {
+        let known = ids.iter().position(|it| *it == id);
+        known.unwrap_or_else(|| {
+            ids.push(id);
+            ids.len() - 1
+        })
+    };
+    let outcome = |result: &Imported| match *result {
+        Imported::Added(id) => format!("added {}", number(id)),
+        Imported::Known(id) => format!("known {}", number(id)),
+        Imported::Taken(id) => format!("taken {}", number(id)),
+        Imported::OtherKey => "other key".to_owned(),
+    };
+    results.iter().map(outcome).collect()
+}
+
+async fn threads_that_come_together_come_as_if_one_after_another(database: &TestDatabase, store: &Store) {
+    let mut noise = 7_u64;
+    let mut pick = |most: u64| {
+        noise = noise.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        usize::try_from((noise >> 33) % most).unwrap()
+    };
+    let mut seen = std::collections::BTreeSet::new();
+    for round in 0..60 {
+        let choices: Vec<[usize; 6]> =
+            (0..16).map(|_| [pick(3), pick(8), pick(3), pick(2), pick(2), pick(4)]).collect();
+        let alone = pick(4);
+        let mut got = Vec::new();
+        for together in [false, true] {
+            // Of which one is found follows from when each was made.
+            let id =
+                |n: usize| format!("thr_018000000000700080000000{round:04x}{}{n:03x}", u8::from(together));
+            let thread =
+                |(n, [user_key, id_of, upstream_thread, before, archived, spare]): (usize, &[usize; 6])| {
+                    ImportedThread {
+                        id: (*id_of < 4).then(|| id(*id_of).parse().unwrap()),
+                        upstream: if *spare == 0 { "spare" } else { "main" }.to_owned(),
+                        upstream_thread_id: [None, Some("x"), Some("y")][*upstream_thread].map(upstream),
+                        lifecycle: if *archived == 0 { Lifecycle::Archived } else { Lifecycle::Current },
+                        created_at: Some(time(&format!("2024-01-{:02}T00:00:00Z", n + 2 - before))),
+                        ..imported(&user(&format!("{round}-{together}-{user_key}")))
+                    }
+                };
+            let threads: Vec<_> = choices.iter().enumerate().map(thread).collect();
+            // One of the ids is another tenant's.
+            let tenant = TenantKey::try_from("other".to_owned()).unwrap();
+            let elsewhere = ConversationKey { tenant, ..threads[0].key.clone() };
+            added(store, &ImportedThread { id: Some(id(3).parse().unwrap()), ..imported(&elsewhere) }).await;
+            let mut results = Vec::new();
+            let (first, rest) = threads.split_at(if together { alone } else { threads.len() });
+            for thread in first {
+                results.push(import_thread(store, thread).await);
+            }
+            results.extend(store.import_threads(&rest.iter().collect::<Vec<_>>()).await.unwrap());
+            seen.extend(outcomes(&results).iter().filter_map(|it| it.split(' ').next().map(str::to_owned)));
+            got.push(outcomes(&results));
+        }
+        assert_eq!(got[1], got[0], "{round}: {choices:?}");
+    }
+    assert_eq!(Vec::from_iter(seen), ["added", "known", "other", "taken"]);
+    check_invariants(database).await;
+}
+
+async fn threads_that_come_together_keep_their_order(_: &TestDatabase, store: &Store) {
+    let threads: Vec<_> = (0..100).rev().map(|n| imported(&user(&format!("u{n}")))).collect();
+    let results = store.import_threads(&threads.iter().collect::<Vec<_>>()).await.unwrap();
+    let added = results.into_iter().map(|result| match result {
+        Imported::Added(id) => id,
+        other => panic!("added was expected, not {other:?}"),
+    });
+    assert!(added.is_sorted());
+}
+
+async fn messages_of_many_threads_come_together(database: &TestDatabase, store: &Store) {
+    let [alice, bob, carol] = [user("alice"), user("bob"), user("carol")].map(|key| imported(&key));
+    let (a, b, c) = (added(store, &alice).await, added(store, &bob).await, added(store, &carol).await);
+    database
+        .execute("UPDATE threads SET lifecycle = 'deleting', deletion = 'erase' WHERE user_key = 'carol'")
+        .await;
+    let [one, two, three, four, five] =
+        ["one", "two", "three", "four", "five"].map(|said| message(Role::User, said));
+    let all = [
+        (c, vec![one.clone()]),
+        (a, vec![one.clone(), two.clone()]),
+        (b, vec![two.clone(), three.clone(), three.clone()]),
+        (ThreadId::new(), vec![four.clone()]),
+        (a, vec![three, four, one]),
+    ];
+    assert_eq!(store.import_messages(&all).await.unwrap(), 4);
+    assert_eq!(transcript(store, &user("alice")).await, ["user: one", "user: two", "user: four"]);
+    assert_eq!(transcript(store, &user("bob")).await, ["user: three"]);
+    assert_eq!(store.import_messages(&all).await.unwrap(), 0);
+    assert_eq!(store.import_messages(&[(b, vec![five]), (a, vec![two])]).await.unwrap(), 1);
+    assert_eq!(transcript(store, &user("bob")).await, ["user: three", "user: five"]);
+    assert_eq!((by_id(store, a).await.message_count, by_id(store, b).await.message_count), (3, 2));
+    check_invariants(database).await;
+
+    let page = store.transcripts(&[a, b], (a, 0), 4).await.unwrap();
+    let places = |page: &[Message]| page.iter().map(|it| (it.thread_id, it.position)).collect::<Vec<_>>();
+    let wanted = [(a, 1), (a, 2), (a, 3), (b, 1), (b, 2)];
+    assert_eq!((&*places(&page.data), page.has_more), (&wanted[..4], true));
+    let page = store.transcripts(&[a, b], (b, 1), 4).await.unwrap();
+    assert_eq!((&*places(&page.data), page.has_more), (&wanted[4..], false));
+}
+
+async fn imports_and_turns_do_not_wait_for_each_other_in_a_circle(database: &TestDatabase, store: &Store) {
+    for round in 0..5 {
+        let key = |n: usize| user(&format!("{round}-{n}"));
+        let threads: Vec<_> = (0..60).map(|n| imported(&key(n))).collect();
+        let forward: Vec<_> = threads.iter().collect();
+        let back: Vec<_> = threads.iter().rev().collect();
+        let turns = async {
+            for n in (0..60).step_by(7) {
+                store.admit(admission(&key(n))).await.unwrap();
+            }
+        };
+        let (one, two, ()) = tokio::join!(store.import_threads(&forward), store.import_threads(&back), turns);
+        let (one, mut two) = (one.unwrap(), two.unwrap());
+        two.reverse();
+        for (n, (one, two)) in one.into_iter().zip(two).enumerate() {
+            let (Imported::Added(a) | Imported::Known(a)) = one else { panic!("{n}: {one:?}") };
+            let (Imported::Added(b) | Imported::Known(b)) = two else { panic!("{n}: {two:?}") };
+            assert_eq!(a, b, "{n}");
+        }
+        // The same messages, too.
+        let transcripts: Vec<_> = one_message_each(store, &threads).await;
+        let back: Vec<_> = transcripts.iter().rev().cloned().collect();
+        let (one, two) = tokio::join!(store.import_messages(&transcripts), store.import_messages(&back));
+        assert_eq!(one.unwrap() + two.unwrap(), 60);
+    }
+    check_invariants(database).await;
+}
+
+async fn one_message_each(
+    store: &Store,
+    threads: &[ImportedThread],
+) -> Vec<(ThreadId, Vec<ImportedMessage>)> {
+    let mut transcripts = Vec::new();
+    for thread in threads {
+        let id = seen(store, &thread.key).await.unwrap().0.id;
+        transcripts.push((id, vec![message(Role::User, "hello")]));
+    }
+    transcripts
 }

@@ -102,12 +102,12 @@ fn ids(due: &[Due]) -> Vec<ThreadId> {
     due.iter().map(|due| due.thread.id).collect()
 }
 
-pub(super) async fn thread(store: &dyn Store, id: ThreadId) -> Option<Thread> {
+pub(super) async fn thread(store: &Store, id: ThreadId) -> Option<Thread> {
     let name = ThreadName::Id(&TenantKey::default(), id);
     store.report(name).await.unwrap().map(|report| report.thread)
 }
 
-async fn a_due_thread_is_claimed_by_one_at_a_time(database: &TestDatabase, store: &dyn Store) {
+async fn a_due_thread_is_claimed_by_one_at_a_time(database: &TestDatabase, store: &Store) {
     let made = exchange(store, &user("alice")).await.thread;
     assert_eq!(store.due(10).await.unwrap(), [], "it has no limits");
     due_now(database).await;
@@ -126,7 +126,7 @@ async fn a_due_thread_is_claimed_by_one_at_a_time(database: &TestDatabase, store
     check_invariants(database).await;
 }
 
-async fn who_waits_longest_comes_first(database: &TestDatabase, store: &dyn Store) {
+async fn who_waits_longest_comes_first(database: &TestDatabase, store: &Store) {
     let mut threads = vec![];
     for n in 0..5 {
         threads.push(exchange(store, &user(&n.to_string())).await.thread.id);
@@ -149,7 +149,7 @@ async fn who_waits_longest_comes_first(database: &TestDatabase, store: &dyn Stor
     assert!(others.len() == 4 && !others.contains(&first.thread.id), "{others:?}");
 }
 
-async fn a_schedule_does_not_undo_what_came_meanwhile(database: &TestDatabase, store: &dyn Store) {
+async fn a_schedule_does_not_undo_what_came_meanwhile(database: &TestDatabase, store: &Store) {
     let made = exchange(store, &user("alice")).await.thread.id;
     due_now(database).await;
     let looked = claim(store).await;
@@ -171,7 +171,7 @@ async fn a_schedule_does_not_undo_what_came_meanwhile(database: &TestDatabase, s
 }
 
 /// The one thread that has waited longest.
-async fn claim(store: &dyn Store) -> Due {
+async fn claim(store: &Store) -> Due {
     let mut due = store.claim_due(1, HOUR).await.unwrap();
     assert!(due.len() == 1 && due[0].claimed.is_some(), "{due:?}");
     due.remove(0)
@@ -181,7 +181,7 @@ async fn claim(store: &dyn Store) -> Due {
 const ENDS: [(Option<Duration>, Option<&str>); 3] =
     [(None, None), (Some(Duration::from_hours(24)), None), (Some(Duration::from_hours(24)), Some("broken"))];
 
-async fn life_that_is_set_during_a_look_is_not_overwritten(database: &TestDatabase, store: &dyn Store) {
+async fn life_that_is_set_during_a_look_is_not_overwritten(database: &TestDatabase, store: &Store) {
     for (n, (after, failure)) in ENDS.into_iter().enumerate() {
         for by_message in [false, true] {
             let key = user(&format!("u{n}-{by_message}"));
@@ -193,7 +193,7 @@ async fn life_that_is_set_during_a_look_is_not_overwritten(database: &TestDataba
             let minute = Ttl::FromNow(HOUR / 60);
             if by_message {
                 let admission = Admission { ttl: Some(minute), ..admission(&key) };
-                started(store.admit(&admission).await.unwrap());
+                started(store.admit(admission.clone()).await.unwrap());
             } else {
                 let life = Some(NewLife::Own(minute));
                 let update = ThreadUpdate { life, ..ThreadUpdate::default() };
@@ -208,7 +208,7 @@ async fn life_that_is_set_during_a_look_is_not_overwritten(database: &TestDataba
     }
 }
 
-async fn deletion_that_begins_during_a_look_keeps_its_hold(database: &TestDatabase, store: &dyn Store) {
+async fn deletion_that_begins_during_a_look_keeps_its_hold(database: &TestDatabase, store: &Store) {
     for (n, (after, failure)) in ENDS.into_iter().enumerate() {
         let key = user(&n.to_string());
         let made = exchange(store, &key).await.thread.id;
@@ -225,10 +225,7 @@ async fn deletion_that_begins_during_a_look_keeps_its_hold(database: &TestDataba
 }
 
 /// As the replica does that was asked for a deletion: it works on threads that are held for it.
-async fn look_that_nobody_claimed_makes_a_thread_due_only_earlier(
-    database: &TestDatabase,
-    store: &dyn Store,
-) {
+async fn look_that_nobody_claimed_makes_a_thread_due_only_earlier(database: &TestDatabase, store: &Store) {
     let made = exchange(store, &user("alice")).await.thread.id;
     due_now(database).await;
     claim(store).await;
@@ -242,7 +239,7 @@ async fn look_that_nobody_claimed_makes_a_thread_due_only_earlier(
     assert_eq!(store.due(1).await.unwrap()[0].attempts, 2, "it stays due");
 }
 
-async fn failures_are_counted_until_one_look_goes_well(database: &TestDatabase, store: &dyn Store) {
+async fn failures_are_counted_until_one_look_goes_well(database: &TestDatabase, store: &Store) {
     let made = exchange(store, &user("alice")).await.thread.id;
     for attempts in 0..3 {
         due_now(database).await;
@@ -261,7 +258,7 @@ fn limits(max_age: Option<Duration>, max_idle: Option<Duration>) -> Limits {
 }
 
 /// Threads of all kinds of limits: without any of their own, and with each and both.
-async fn threads_with_limits(database: &TestDatabase, store: &dyn Store) -> Vec<Thread> {
+async fn threads_with_limits(database: &TestDatabase, store: &Store) -> Vec<Thread> {
     let mut threads = vec![];
     for (n, own) in [(None, None), (Some(5), None), (None, Some(2)), (Some(3), Some(4)), (Some(1), Some(9))]
         .iter()
@@ -292,7 +289,7 @@ fn lifetimes() -> Lifetimes {
     Lifetimes { sessions: limits(Some(HOUR * 24), Some(HOUR)), others: limits(None, Some(HOUR * 48)) }
 }
 
-async fn a_review_makes_threads_due_when_they_expire(database: &TestDatabase, store: &dyn Store) {
+async fn a_review_makes_threads_due_when_they_expire(database: &TestDatabase, store: &Store) {
     let threads = threads_with_limits(database, store).await;
     let archived = exchange(store, &user("archived")).await.thread.id;
     database
@@ -335,7 +332,7 @@ async fn a_review_makes_threads_due_when_they_expire(database: &TestDatabase, st
     }
 }
 
-async fn what_has_not_expired_is_not_archived(database: &TestDatabase, store: &dyn Store) {
+async fn what_has_not_expired_is_not_archived(database: &TestDatabase, store: &Store) {
     let threads = threads_with_limits(database, store).await;
     let now: Timestamp = threads[0].last_active_at + HOUR + HOUR / 2;
     due_now(database).await;
@@ -364,11 +361,11 @@ async fn what_has_not_expired_is_not_archived(database: &TestDatabase, store: &d
     check_invariants(database).await;
 }
 
-async fn what_has_expired_is_archived_and_due(database: &TestDatabase, store: &dyn Store) {
+async fn what_has_expired_is_archived_and_due(database: &TestDatabase, store: &Store) {
     let key = session("alice", "s");
-    let first = started(store.admit(&admission(&key)).await.unwrap());
-    let (second, ..) = queued(store.admit(&admission(&key)).await.unwrap());
-    database.execute("UPDATE threads SET rolls = true").await;
+    let first = started(store.admit(admission(&key)).await.unwrap());
+    let (second, ..) = queued(store.admit(admission(&key)).await.unwrap());
+    database.execute("UPDATE threads SET rollover_pending = true").await;
     assert!(store.expire(first.thread.id, limits(None, Some(Duration::ZERO))).await.unwrap());
     let due = store.due(10).await.unwrap();
     assert_eq!(ids(&due), [first.thread.id]);
@@ -376,17 +373,17 @@ async fn what_has_expired_is_archived_and_due(database: &TestDatabase, store: &d
     assert_eq!((thread.lifecycle, thread.rolls), (Lifecycle::Archived, false));
     assert!(thread.archived_at.unwrap() <= *now && thread.archived_at.unwrap() >= thread.created_at);
     // Its runs go on.
-    closed(store.finish(&first.lease, &completed(None)).await.unwrap());
+    closed(store.finish(&first.lease, completed(None)).await.unwrap());
     claimed(store.claim(&second).await.unwrap());
-    closed(store.finish(&second, &completed(None)).await.unwrap());
+    closed(store.finish(&second, completed(None)).await.unwrap());
     assert_ne!(exchange(store, &key).await.thread.id, first.thread.id);
     assert!(!store.expire(ThreadId::new(), Limits::NONE).await.unwrap());
     check_invariants(database).await;
 }
 
-async fn an_archive_is_discarded_after_its_time(database: &TestDatabase, store: &dyn Store) {
+async fn an_archive_is_discarded_after_its_time(database: &TestDatabase, store: &Store) {
     let key = session("alice", "s");
-    let turn = started(store.admit(&admission(&key)).await.unwrap());
+    let turn = started(store.admit(admission(&key)).await.unwrap());
     let made = turn.thread.id;
     assert!(!store.discard(made, Duration::ZERO).await.unwrap(), "it is current");
     assert!(store.expire(made, limits(Some(Duration::ZERO), None)).await.unwrap());
@@ -415,12 +412,12 @@ fn all() -> Pruning {
     }
 }
 
-async fn nothing_young_or_unfinished_is_pruned(database: &TestDatabase, store: &dyn Store) {
+async fn nothing_young_or_unfinished_is_pruned(database: &TestDatabase, store: &Store) {
     let key = user("alice");
     let once = Admission { idempotency: Some(idempotency("k")), ..admission(&key) };
-    let turn = started(store.admit(&once).await.unwrap());
+    let turn = started(store.admit(once.clone()).await.unwrap());
     store.pause(&turn.lease, &pause(&["call_1"], 0)).await.unwrap();
-    queued(store.admit(&admission(&key)).await.unwrap());
+    queued(store.admit(admission(&key)).await.unwrap());
     older_runs(database, HOUR * 2).await;
     let made = exchange(store, &user("bob")).await;
     assert_eq!(store.prune(&all(), 100).await.unwrap(), Pruned::default());
@@ -436,14 +433,14 @@ async fn nothing_young_or_unfinished_is_pruned(database: &TestDatabase, store: &
     let spelled = if is_postgres(database) { "replace(r.id::text, '-', '')" } else { "lower(hex(r.id))" };
     database
         .execute(&format!(
-            "UPDATE threads SET leftover = (SELECT '{{\"run\": \"run_' || {spelled} || '\"}}' FROM runs r \
+            "UPDATE threads SET unsettled_run = (SELECT '{{\"run\": \"run_' || {spelled} || '\"}}' FROM runs r \
              WHERE r.thread_id = threads.id){} WHERE user_key = 'bob'",
             if is_postgres(database) { "::jsonb" } else { "" }
         ))
         .await;
     assert_eq!(store.prunable(&all(), 100).await.unwrap().runs, 0);
     assert_eq!(store.prune(&Pruning { events: None, ..all() }, 100).await.unwrap(), Pruned::default());
-    database.execute("UPDATE threads SET leftover = NULL").await;
+    database.execute("UPDATE threads SET unsettled_run = NULL").await;
     assert_eq!(
         store.prunable(&all(), 100).await.unwrap(),
         Pruned { runs: 1, events: 1, ..Pruned::default() }
@@ -453,12 +450,12 @@ async fn nothing_young_or_unfinished_is_pruned(database: &TestDatabase, store: &
     assert_eq!(page.len(), 2, "the messages stay");
 }
 
-async fn what_is_past_its_time_is_pruned_bit_by_bit(database: &TestDatabase, store: &dyn Store) {
+async fn what_is_past_its_time_is_pruned_bit_by_bit(database: &TestDatabase, store: &Store) {
     for n in 0..5 {
         let key = user(&n.to_string());
         let once = Admission { idempotency: Some(idempotency("k")), ..admission(&key) };
-        let turn = started(store.admit(&once).await.unwrap());
-        closed(store.finish(&turn.lease, &completed(Some("hi"))).await.unwrap());
+        let turn = started(store.admit(once.clone()).await.unwrap());
+        closed(store.finish(&turn.lease, completed(Some("hi"))).await.unwrap());
         let request = request(DeletionTarget::Key(user("nobody")), Deletion::Erase);
         assert_eq!(store.begin_deletion(&request, 10).await.unwrap(), 0);
     }
@@ -484,17 +481,17 @@ async fn what_is_past_its_time_is_pruned_bit_by_bit(database: &TestDatabase, sto
     exchange(store, &user("0")).await;
 }
 
-async fn stored_responses_of_pruned_runs_are_remembered(database: &TestDatabase, store: &dyn Store) {
+async fn stored_responses_of_pruned_runs_are_remembered(database: &TestDatabase, store: &Store) {
     let mut threads = vec![];
     for upstream in ["storing", "other"] {
         let key = user(upstream);
         let request = Admission { upstream: upstream.to_owned(), ..admission(&key) };
-        let turn = started(store.admit(&request).await.unwrap());
+        let turn = started(store.admit(request.clone()).await.unwrap());
         store.pause(&turn.lease, &pause(&["call_1"], 0)).await.unwrap();
         store.answer_tools(&key, turn.run.id, &answer(&["call_1"])).await.unwrap();
         let second = UpstreamRunId("resp_2".to_owned());
         let end = RunEnd { upstream_run_id: Some(second), ..completed(None) };
-        closed(store.finish(&turn.lease, &end).await.unwrap());
+        closed(store.finish(&turn.lease, end.clone()).await.unwrap());
         threads.push(turn.thread.id);
     }
     older_runs(database, HOUR * 2).await;
@@ -518,7 +515,7 @@ async fn two_replicas_share_what_is_due() {
     let database = TestDatabase::postgres().await;
     let replicas = [database.store().await, database.store().await];
     for n in 0..THREADS {
-        exchange(&*replicas[n % 2], &user(&n.to_string())).await;
+        exchange(&replicas[n % 2], &user(&n.to_string())).await;
     }
     database.execute("UPDATE threads SET due_at = created_at").await;
     let claim = |n: usize| {
@@ -549,7 +546,7 @@ async fn the_janitor_scans_nothing_that_grows() {
     let key = user("alice");
     let store = database.store().await;
     for _ in 0..3 {
-        exchange(&*store, &key).await;
+        exchange(&store, &key).await;
     }
     store.close().await;
     fill(&database).await;
@@ -557,20 +554,14 @@ async fn the_janitor_scans_nothing_that_grows() {
     database.execute("SELECT pg_stat_reset()").await;
 
     let store = database.store().await;
-    keep(&*store).await;
-    roll_over(&*store, &key).await;
+    keep(&store).await;
+    roll_over(&store, &key).await;
     store.close().await;
 
     super::backends::alone(&database).await;
     for (column, most) in [("seq_scan", 0), ("idx_tup_fetch", 1500)] {
         for table in [
-            "threads",
-            "runs",
-            "messages",
-            "run_events",
-            "idempotency_keys",
-            "remnants",
-            "deletions",
+            "threads", "runs", "messages", "run_events", "idempotency_keys", "upstream_orphans", "deletions",
             "deleted_threads",
         ] {
             let number =
@@ -592,7 +583,7 @@ async fn fill(database: &TestDatabase) {
             "INSERT INTO threads (id, tenant, user_key, scope_kind, scope_name, upstream, lifecycle, message_count, \
              last_position, run_count, created_at, last_active_at, archived_at, due_at) \
              SELECT {old}, 'default', 'u' || n % 50, 'session', 's' || n, 'main', \
-             CASE WHEN n % 3 = 0 THEN 'archived' ELSE 'current' END, 1, 1, 1, \
+             (CASE WHEN n % 3 = 0 THEN 'archived' ELSE 'current' END)::thread_lifecycle, 1, 1, 1, \
              now() - interval '2 days', now() - interval '2 days', now() - interval '2 days', \
              now() + (n - 10) * interval '1 second' FROM generate_series(1, 5000) n; \
              INSERT INTO runs (id, thread_id, seq, status, strategy, assistant, fence, timeout_ms, created_at, \
@@ -603,7 +594,7 @@ async fn fill(database: &TestDatabase) {
              INSERT INTO messages (id, thread_id, position, role, content, run_id, created_at) \
              SELECT gen_random_uuid(), id, p, 'user', '[]', id, now() FROM threads, generate_series(1, 3) p \
              WHERE user_key <> 'alice'; \
-             INSERT INTO run_events (run_id, n, event, created_at) SELECT id, 0, '[]', now() FROM runs \
+             INSERT INTO run_events (run_id, first_offset, end_offset, events) SELECT id, 0, 0, '[]' FROM runs \
              WHERE upstream_run_id = 'r'; \
              INSERT INTO idempotency_keys SELECT tenant, user_key, scope_kind, scope_name, 'k', r.id, \
              decode(repeat('00', 32), 'hex'), r.finished_at FROM runs r JOIN threads t ON t.id = r.thread_id \
@@ -611,10 +602,10 @@ async fn fill(database: &TestDatabase) {
              INSERT INTO deletions (id, tenant, user_key, archive, requested_at, finished_at) \
              SELECT {old}, 'default', 'u' || n, false, now(), \
              CASE WHEN n % 10 > 0 THEN now() - n * interval '1 second' END FROM generate_series(1, 5000) n; \
-             INSERT INTO deleted_threads (deletion_id, thread_id, upstream, messages, runs, archived, finished_at) \
-             SELECT id, id, 'main', 1, 1, false, now() FROM deletions; \
-             INSERT INTO remnants (id, thread_id, upstream, kind, upstream_id, created_at, due_at) \
-             SELECT id, id, 'main', 'run', 'r', now(), \
+             INSERT INTO deleted_threads (deletion_id, thread_id, upstream, messages, runs, finished_at) \
+             SELECT id, id, 'main', 1, 1, now() FROM deletions; \
+             INSERT INTO upstream_orphans (id, thread_id, upstream, kind, upstream_id, due_at) \
+             SELECT id, id, 'main', 'run', 'r', \
              CASE WHEN user_key <> 'u1' THEN now() + interval '1 second' * message_count END FROM threads; \
              ANALYZE"
         ))
@@ -622,7 +613,7 @@ async fn fill(database: &TestDatabase) {
 }
 
 /// What the janitor does.
-async fn keep(store: &dyn Store) {
+async fn keep(store: &Store) {
     let tenant = TenantKey::default();
     assert!(!store.due(20).await.unwrap().is_empty());
     let due = store.claim_due(10, HOUR).await.unwrap();
@@ -655,9 +646,9 @@ async fn keep(store: &dyn Store) {
 }
 
 /// What turns do that the janitor makes way for.
-async fn roll_over(store: &dyn Store, key: &ConversationKey) {
-    let turn = started(store.admit(&admission(key)).await.unwrap());
-    queued(store.admit(&admission(key)).await.unwrap());
+async fn roll_over(store: &Store, key: &ConversationKey) {
+    let turn = started(store.admit(admission(key)).await.unwrap());
+    queued(store.admit(admission(key)).await.unwrap());
     let rollover = threadkeeper::store::Rollover {
         thread: turn.thread.id,
         by: Some(turn.lease),
@@ -682,8 +673,8 @@ async fn roll_over(store: &dyn Store, key: &ConversationKey) {
     }
     store.resolve(intents[0], Made::Nothing).await.unwrap();
     let made = UpstreamThreadId("c".to_owned());
-    let binding = Binding { id: &made, intent: intents[1], seeded: true, carried_users: 1 };
-    assert_eq!(store.bind_upstream_thread(&turn.lease, &binding).await.unwrap(), Bound::Done);
+    let binding = Binding { id: made.clone(), intent: intents[1], seeded: true, carried_users: 1 };
+    assert_eq!(store.bind_upstream_thread(&turn.lease, binding.clone()).await.unwrap(), Bound::Done);
     store.baseline(turn.run.id).await.unwrap();
     store.schedule_remnant(intents[0], None, Some(HOUR)).await.unwrap();
 }

@@ -19,7 +19,7 @@ fn key(number: u8, tenant: &str) -> NewKey {
     }
 }
 
-async fn a_revoked_key_is_listed_and_not_good(_: &TestDatabase, store: &dyn Store) {
+async fn a_revoked_key_is_listed_and_not_good(_: &TestDatabase, store: &Store) {
     let keys = [key(1, "acme"), key(2, "other"), key(3, "acme")];
     for key in &keys {
         store.add_key(key).await.unwrap();
@@ -36,7 +36,7 @@ async fn a_revoked_key_is_listed_and_not_good(_: &TestDatabase, store: &dyn Stor
     assert_eq!(store.revoke_key("tk_").await.unwrap(), None);
 }
 
-async fn all_who_ask_at_once_get_one_key_of_fingerprints(database: &TestDatabase, store: &dyn Store) {
+async fn all_who_ask_at_once_get_one_key_of_fingerprints(database: &TestDatabase, store: &Store) {
     let asked = join_all((1..=16).map(|n| store.fingerprint_key([n; 32]))).await;
     let mut keys: Vec<_> = asked.into_iter().map(Result::unwrap).collect();
     keys.dedup();

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use futures_util::StreamExt;
 use futures_util::stream::BoxStream;
-use threadkeeper::store::{News, PostgresStore};
+use threadkeeper::store::{News, Store};
 
 use super::*;
 use crate::support::cluster::{Cluster, Stop};
@@ -67,7 +67,7 @@ async fn all_replicas_of_a_database_hear_what_one_tells() {
 async fn a_listener_that_was_cut_off_says_so() {
     let mut cluster = Cluster::start();
     let database = TestDatabase::on(&cluster).await;
-    let store = PostgresStore::connect(&database.config()).await.unwrap();
+    let store = Store::open(&database.config()).await.unwrap();
     let mut news = store.news();
     assert_eq!(next(&mut news).await, Some(News::Missed));
     for round in 0..3 {

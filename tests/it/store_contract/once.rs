@@ -16,6 +16,7 @@ on_every_backend!(
     a_key_is_the_conversation_s_own,
     a_key_outlives_its_thread,
     a_key_is_forgotten_in_time,
+    an_admission_forgets_a_key_in_time,
     a_key_of_what_was_not_recorded_is_forgotten,
     an_answer_has_a_key_too,
 );
@@ -26,90 +27,90 @@ fn once(key: &ConversationKey, idempotency_key: &str) -> Admission {
     Admission { idempotency: Some(idempotency(idempotency_key)), ..admission(key) }
 }
 
-async fn repeated(store: &dyn Store, key: &ConversationKey, idempotency_key: &str) -> Option<Repeated> {
+async fn repeated(store: &Store, key: &ConversationKey, idempotency_key: &str) -> Option<Repeated> {
     store.repeated(key, idempotency_key, DAY).await.unwrap()
 }
 
-async fn a_key_in_use_stores_nothing(database: &TestDatabase, store: &dyn Store) {
+async fn a_key_in_use_stores_nothing(database: &TestDatabase, store: &Store) {
     let key = user("alice");
-    let turn = started(store.admit(&once(&key, "k")).await.unwrap());
-    queued(store.admit(&once(&key, "other")).await.unwrap());
+    let turn = started(store.admit(once(&key, "k")).await.unwrap());
+    queued(store.admit(once(&key, "other")).await.unwrap());
     let before = seen(store, &key).await;
     for strategy in MultitaskStrategy::ALL {
         let again = Admission { strategy: *strategy, ..once(&key, "k") };
-        assert_eq!(store.admit(&again).await.unwrap(), Admitted::Repeated, "{strategy}");
+        assert_eq!(store.admit(again.clone()).await.unwrap(), Admitted::Repeated, "{strategy}");
         assert_eq!(store.run(&key, again.run_id).await.unwrap(), None, "{strategy}");
     }
     assert_eq!(seen(store, &key).await, before);
 
     // A free thread makes no difference, nor does a thread that would have to be made.
-    closed(store.finish(&turn.lease, &completed(None)).await.unwrap());
-    assert_eq!(store.admit(&once(&key, "k")).await.unwrap(), Admitted::Repeated);
+    closed(store.finish(&turn.lease, completed(None)).await.unwrap());
+    assert_eq!(store.admit(once(&key, "k")).await.unwrap(), Admitted::Repeated);
     database.archive_threads().await;
-    assert_eq!(store.admit(&once(&key, "k")).await.unwrap(), Admitted::Repeated);
+    assert_eq!(store.admit(once(&key, "k")).await.unwrap(), Admitted::Repeated);
     assert_eq!(seen(store, &key).await.unwrap().0.lifecycle, Lifecycle::Archived);
     assert_eq!(database.number("SELECT count(*) FROM runs").await, 2);
-    started(store.admit(&once(&key, "new")).await.unwrap());
+    started(store.admit(once(&key, "new")).await.unwrap());
     check_invariants(database).await;
 }
 
-async fn a_key_stands_for_its_run(_: &TestDatabase, store: &dyn Store) {
+async fn a_key_stands_for_its_run(_: &TestDatabase, store: &Store) {
     let key = topic("alice", "t");
     assert_eq!(repeated(store, &key, "k").await, None);
     let request_hash = std::array::from_fn(|n| u8::try_from(n * 8).unwrap());
     let used = Some(Idempotency { key: "k".to_owned(), request_hash });
-    let turn = started(store.admit(&Admission { idempotency: used, ..admission(&key) }).await.unwrap());
+    let turn = started(store.admit(Admission { idempotency: used, ..admission(&key) }).await.unwrap());
     let found = repeated(store, &key, "k").await.unwrap();
     assert_eq!(found, Repeated { request_hash, thread: turn.thread, run: turn.run });
-    let (waiting, ..) = queued(store.admit(&once(&key, "'; -- \u{1f980}")).await.unwrap());
+    let (waiting, ..) = queued(store.admit(once(&key, "'; -- \u{1f980}")).await.unwrap());
     assert_eq!(repeated(store, &key, "'; -- \u{1f980}").await.unwrap().run.id, waiting.run_id);
     // As it stands at the time of the question.
-    let finished = closed(store.finish(&turn.lease, &completed(Some("hi"))).await.unwrap());
+    let finished = closed(store.finish(&turn.lease, completed(Some("hi"))).await.unwrap());
     let found = repeated(store, &key, "k").await.unwrap();
     assert_eq!(found, Repeated { request_hash, thread: finished.thread, run: finished.run });
 }
 
-async fn a_merged_message_has_a_key_too(database: &TestDatabase, store: &dyn Store) {
+async fn a_merged_message_has_a_key_too(database: &TestDatabase, store: &Store) {
     let key = user("alice");
-    started(store.admit(&admission(&key)).await.unwrap());
-    let (waiting, ..) = queued(store.admit(&once(&key, "a")).await.unwrap());
+    started(store.admit(admission(&key)).await.unwrap());
+    let (waiting, ..) = queued(store.admit(once(&key, "a")).await.unwrap());
     let merge = |name| Admission { strategy: MultitaskStrategy::Merge, ..once(&key, name) };
-    assert!(matches!(store.admit(&merge("b")).await.unwrap(), Admitted::Merged { .. }));
-    assert_eq!(store.admit(&merge("b")).await.unwrap(), Admitted::Repeated);
-    assert_eq!(store.admit(&merge("a")).await.unwrap(), Admitted::Repeated);
+    assert!(matches!(store.admit(merge("b")).await.unwrap(), Admitted::Merged { .. }));
+    assert_eq!(store.admit(merge("b")).await.unwrap(), Admitted::Repeated);
+    assert_eq!(store.admit(merge("a")).await.unwrap(), Admitted::Repeated);
     for name in ["a", "b"] {
         assert_eq!(repeated(store, &key, name).await.unwrap().run.id, waiting.run_id);
     }
     let cancelled = RunEnd { status: RunStatus::Cancelled, ..completed(None) };
-    closed(store.finish(&waiting, &cancelled).await.unwrap());
+    closed(store.finish(&waiting, cancelled.clone()).await.unwrap());
     assert_eq!(transcript(store, &key).await.len(), 3, "each message once");
     check_invariants(database).await;
 }
 
-async fn a_refusal_uses_no_key(database: &TestDatabase, store: &dyn Store) {
+async fn a_refusal_uses_no_key(database: &TestDatabase, store: &Store) {
     let key = user("alice");
-    let turn = started(store.admit(&admission(&key)).await.unwrap());
+    let turn = started(store.admit(admission(&key)).await.unwrap());
     let reject = || Admission { strategy: MultitaskStrategy::Reject, ..once(&key, "k") };
-    assert_eq!(store.admit(&reject()).await.unwrap(), Admitted::Busy);
+    assert_eq!(store.admit(reject()).await.unwrap(), Admitted::Busy);
     let elsewhere = Admission { upstream: "spare".to_owned(), ..once(&key, "k") };
-    assert_eq!(store.admit(&elsewhere).await.unwrap(), Admitted::OtherUpstream("main".to_owned()));
+    assert_eq!(store.admit(elsewhere.clone()).await.unwrap(), Admitted::OtherUpstream("main".to_owned()));
     assert_eq!(repeated(store, &key, "k").await, None);
-    closed(store.finish(&turn.lease, &completed(None)).await.unwrap());
-    started(store.admit(&reject()).await.unwrap());
+    closed(store.finish(&turn.lease, completed(None)).await.unwrap());
+    started(store.admit(reject()).await.unwrap());
     check_invariants(database).await;
 }
 
-async fn a_key_in_use_is_told_before_a_refusal(_: &TestDatabase, store: &dyn Store) {
+async fn a_key_in_use_is_told_before_a_refusal(_: &TestDatabase, store: &Store) {
     let key = user("alice");
     let reject = || Admission { strategy: MultitaskStrategy::Reject, ..once(&key, "k") };
-    started(store.admit(&reject()).await.unwrap());
+    started(store.admit(reject()).await.unwrap());
     // Its own first attempt is what keeps the thread busy.
-    assert_eq!(store.admit(&reject()).await.unwrap(), Admitted::Repeated);
+    assert_eq!(store.admit(reject()).await.unwrap(), Admitted::Repeated);
     let elsewhere = Admission { upstream: "spare".to_owned(), ..reject() };
-    assert_eq!(store.admit(&elsewhere).await.unwrap(), Admitted::Repeated);
+    assert_eq!(store.admit(elsewhere.clone()).await.unwrap(), Admitted::Repeated);
 }
 
-async fn a_key_is_the_conversation_s_own(_: &TestDatabase, store: &dyn Store) {
+async fn a_key_is_the_conversation_s_own(_: &TestDatabase, store: &Store) {
     let tenant = TenantKey::try_from("other".to_owned()).unwrap();
     let keys = [
         user("alice"),
@@ -120,52 +121,65 @@ async fn a_key_is_the_conversation_s_own(_: &TestDatabase, store: &dyn Store) {
     ];
     for key in &keys {
         assert_eq!(repeated(store, key, "k").await, None, "{key:?}");
-        let turn = started(store.admit(&once(key, "k")).await.unwrap());
+        let turn = started(store.admit(once(key, "k")).await.unwrap());
         assert_eq!(repeated(store, key, "k").await.unwrap().run, turn.run, "{key:?}");
         assert_eq!(repeated(store, key, "K").await, None, "{key:?}");
     }
 }
 
-async fn a_key_outlives_its_thread(database: &TestDatabase, store: &dyn Store) {
+async fn a_key_outlives_its_thread(database: &TestDatabase, store: &Store) {
     let key = session("alice", "s1");
     let with_ttl = |name| Admission { limits: limits(Duration::from_mins(1)), ..once(&key, name) };
-    let old = started(store.admit(&with_ttl("a")).await.unwrap());
+    let old = started(store.admit(with_ttl("a")).await.unwrap());
     database.age_threads(Duration::from_mins(1)).await;
     // Nothing is put in the place of the expired thread for it.
-    assert_eq!(store.admit(&with_ttl("a")).await.unwrap(), Admitted::Repeated);
+    assert_eq!(store.admit(with_ttl("a")).await.unwrap(), Admitted::Repeated);
     assert_eq!(database.number("SELECT count(*) FROM threads").await, 1);
-    let fresh = started(store.admit(&with_ttl("b")).await.unwrap());
+    let fresh = started(store.admit(with_ttl("b")).await.unwrap());
     assert_ne!(fresh.thread.id, old.thread.id);
-    assert_eq!(store.admit(&with_ttl("a")).await.unwrap(), Admitted::Repeated);
+    assert_eq!(store.admit(with_ttl("a")).await.unwrap(), Admitted::Repeated);
     let found = repeated(store, &key, "a").await.unwrap();
     assert_eq!((found.thread.id, found.run), (old.thread.id, old.run));
     check_invariants(database).await;
 }
 
-async fn a_key_is_forgotten_in_time(database: &TestDatabase, store: &dyn Store) {
+async fn an_admission_forgets_a_key_in_time(database: &TestDatabase, store: &Store) {
     let key = user("alice");
-    let old = started(store.admit(&once(&key, "k")).await.unwrap());
-    queued(store.admit(&once(&key, "young")).await.unwrap());
+    let once = |ttl| Admission { idempotency_ttl: ttl, ..once(&key, "k") };
+    started(store.admit(once(DAY)).await.unwrap());
+    database.age_keys(DAY, "k").await;
+    assert_eq!(store.admit(once(DAY * 2)).await.unwrap(), Admitted::Repeated);
+    let (again, ..) = queued(store.admit(once(DAY)).await.unwrap());
+    assert_eq!(repeated(store, &key, "k").await.unwrap().run.id, again.run_id);
+    assert_eq!(store.admit(once(DAY)).await.unwrap(), Admitted::Repeated, "it is in use anew");
+
+    let error = Some(RunError { code: RunErrorCode::NotRecorded, message: "x".to_owned() });
+    let refused = RunEnd { status: RunStatus::Failed, error, ..completed(None) };
+    closed(store.finish(&RunLease { run_id: again.run_id, fence: 1 }, refused).await.unwrap());
+    let (last, ..) = queued(store.admit(once(DAY)).await.unwrap());
+    assert_eq!(repeated(store, &key, "k").await.unwrap().run.id, last.run_id);
+    check_invariants(database).await;
+}
+
+async fn a_key_is_forgotten_in_time(database: &TestDatabase, store: &Store) {
+    let key = user("alice");
+    let old = started(store.admit(once(&key, "k")).await.unwrap());
+    queued(store.admit(once(&key, "young")).await.unwrap());
     database.age_keys(DAY / 2, "k").await;
     assert_eq!(repeated(store, &key, "k").await.unwrap().run, old.run, "half of the time is left");
     database.age_keys(DAY / 2, "k").await;
-    assert_eq!(
-        store.admit(&once(&key, "k")).await.unwrap(),
-        Admitted::Repeated,
-        "nobody has forgotten it yet"
-    );
     for _ in 0..2 {
         assert_eq!(repeated(store, &key, "k").await, None);
     }
     assert!(repeated(store, &key, "young").await.is_some());
-    let (again, ..) = queued(store.admit(&once(&key, "k")).await.unwrap());
+    let (again, ..) = queued(store.admit(once(&key, "k")).await.unwrap());
     assert_eq!(repeated(store, &key, "k").await.unwrap().run.id, again.run_id);
     // How long it was remembered is the caller's to say.
     assert_eq!(store.repeated(&key, "young", Duration::ZERO).await.unwrap(), None);
     assert!(store.repeated(&key, "k", Duration::MAX).await.unwrap().is_some());
 }
 
-async fn a_key_of_what_was_not_recorded_is_forgotten(database: &TestDatabase, store: &dyn Store) {
+async fn a_key_of_what_was_not_recorded_is_forgotten(database: &TestDatabase, store: &Store) {
     let (key, other) = (user("alice"), user("bob"));
     let failed = |code| RunEnd {
         status: RunStatus::Failed,
@@ -173,13 +187,13 @@ async fn a_key_of_what_was_not_recorded_is_forgotten(database: &TestDatabase, st
         ..completed(None)
     };
     for code in RunErrorCode::ALL {
-        let turn = started(store.admit(&once(&key, code.as_str())).await.unwrap());
+        let turn = started(store.admit(once(&key, code.as_str())).await.unwrap());
         // Neither is a key of the same name in another conversation, nor another one in this.
-        let same = started(store.admit(&once(&other, code.as_str())).await.unwrap());
-        closed(store.finish(&same.lease, &completed(None)).await.unwrap());
+        let same = started(store.admit(once(&other, code.as_str())).await.unwrap());
+        closed(store.finish(&same.lease, completed(None)).await.unwrap());
         let found = repeated(store, &key, code.as_str()).await.expect("it has not failed yet");
         assert_eq!(found.run, turn.run, "{code}");
-        let finished = closed(store.finish(&turn.lease, &failed(*code)).await.unwrap());
+        let finished = closed(store.finish(&turn.lease, failed(*code)).await.unwrap());
         let found = repeated(store, &key, code.as_str()).await.map(|found| found.run);
         if *code != RunErrorCode::NotRecorded {
             assert_eq!(found, Some(finished.run), "{code}");
@@ -187,9 +201,9 @@ async fn a_key_of_what_was_not_recorded_is_forgotten(database: &TestDatabase, st
         }
         assert_eq!(found, None);
         assert_eq!(repeated(store, &other, code.as_str()).await.unwrap().run.id, same.run.id);
-        let again = started(store.admit(&once(&key, code.as_str())).await.unwrap());
+        let again = started(store.admit(once(&key, code.as_str())).await.unwrap());
         assert_eq!(repeated(store, &key, code.as_str()).await.unwrap().run, again.run);
-        closed(store.finish(&again.lease, &completed(None)).await.unwrap());
+        closed(store.finish(&again.lease, completed(None)).await.unwrap());
         assert!(repeated(store, &key, code.as_str()).await.is_some(), "the new use stays");
     }
     for code in RunErrorCode::ALL {
@@ -198,9 +212,9 @@ async fn a_key_of_what_was_not_recorded_is_forgotten(database: &TestDatabase, st
     check_invariants(database).await;
 }
 
-async fn an_answer_has_a_key_too(_: &TestDatabase, store: &dyn Store) {
+async fn an_answer_has_a_key_too(_: &TestDatabase, store: &Store) {
     let key = user("alice");
-    let turn = started(store.admit(&once(&key, "message")).await.unwrap());
+    let turn = started(store.admit(once(&key, "message")).await.unwrap());
     store.pause(&turn.lease, &pause(&["call_1"], 0)).await.unwrap();
     let once = |name| ToolAnswer { idempotency: Some(idempotency(name)), ..answer(&["call_1"]) };
     let other = ToolAnswer { expected: pause(&["call_2"], 0).required_action, ..once("answer") };
@@ -217,10 +231,7 @@ async fn an_answer_has_a_key_too(_: &TestDatabase, store: &dyn Store) {
     let found = repeated(store, &key, "answer").await.unwrap();
     assert_eq!((found.run.id, found.request_hash), (turn.run.id, [7; 32]));
     assert_eq!(
-        store
-            .admit(&Admission { idempotency: Some(idempotency("answer")), ..admission(&key) })
-            .await
-            .unwrap(),
+        store.admit(Admission { idempotency: Some(idempotency("answer")), ..admission(&key) }).await.unwrap(),
         Admitted::Repeated
     );
 }

@@ -4,13 +4,13 @@ use std::time::{Duration, Instant};
 
 use futures_util::future::join_all;
 use threadkeeper::config::StoreConfig;
-use threadkeeper::store::{PostgresStore, StoreError};
+use threadkeeper::store::StoreError;
 
 use super::*;
 use crate::support::cluster::{Cluster, Stop};
 
 /// Opens all connections of both pools.
-async fn fill(store: &dyn Store) {
+async fn fill(store: &Store) {
     let calls = (0..64).map(async |_| {
         store.backlog(RunId::new(), None, 10).await.unwrap();
         store.events(RunId::new(), 0).await.unwrap();
@@ -24,7 +24,7 @@ async fn an_outage_costs_no_call_after_it() {
     let mut cluster = Cluster::start();
     let database = TestDatabase::on(&cluster).await;
     let config = StoreConfig { acquire_timeout: Duration::from_secs(1), ..database.config() };
-    let store = PostgresStore::connect(&config).await.unwrap();
+    let store = Store::open(&config).await.unwrap();
     for how in [Stop::Fast, Stop::Immediate] {
         fill(&store).await;
         cluster.stop(how);
@@ -50,7 +50,7 @@ async fn an_outage_costs_no_call_after_it() {
 async fn a_restart_costs_one_call_at_most() {
     let mut cluster = Cluster::start();
     let database = TestDatabase::on(&cluster).await;
-    let store = PostgresStore::connect(&database.config()).await.unwrap();
+    let store = Store::open(&database.config()).await.unwrap();
     for how in [Stop::Fast, Stop::Immediate] {
         fill(&store).await;
         cluster.restart(how);
@@ -74,7 +74,7 @@ async fn commits_that_hang_are_given_up() {
     let database = TestDatabase::on(&cluster).await;
     let limit = Duration::from_secs(1);
     let config = StoreConfig { acquire_timeout: limit, max_connections: 4, ..database.config() };
-    let store = PostgresStore::connect(&config).await.unwrap();
+    let store = Store::open(&config).await.unwrap();
     let renew = || store.renew_replica(ReplicaId::new(), "127.0.0.1:1", Duration::from_mins(1));
     renew().await.unwrap();
     // Each commit waits for a standby that does not exist.

@@ -30,10 +30,10 @@ fn with(key: &ConversationKey, strategy: MultitaskStrategy, words: &str) -> Admi
     }
 }
 
-async fn an_interrupt_goes_before_all_that_wait(database: &TestDatabase, store: &dyn Store) {
+async fn an_interrupt_goes_before_all_that_wait(database: &TestDatabase, store: &Store) {
     use MultitaskStrategy::{Enqueue, Interrupt, Rollback};
     let key = user("alice");
-    let mut active = started(store.admit(&with(&key, Enqueue, "first")).await.unwrap()).lease;
+    let mut active = started(store.admit(with(&key, Enqueue, "first")).await.unwrap()).lease;
     let mut waiting = vec![];
     for (strategy, words, place) in [
         (Enqueue, "a", 1),
@@ -44,7 +44,7 @@ async fn an_interrupt_goes_before_all_that_wait(database: &TestDatabase, store: 
         (Interrupt, "f", 1),
         (Enqueue, "g", 7),
     ] {
-        let (lease, _, run, position) = queued(store.admit(&with(&key, strategy, words)).await.unwrap());
+        let (lease, _, run, position) = queued(store.admit(with(&key, strategy, words)).await.unwrap());
         assert_eq!((position, run.strategy), (place, strategy), "{words}");
         waiting.push((words, lease));
     }
@@ -52,7 +52,7 @@ async fn an_interrupt_goes_before_all_that_wait(database: &TestDatabase, store: 
         for (words, lease) in &waiting {
             assert_eq!(store.claim(lease).await.unwrap(), Claim::NotYet, "{words}");
         }
-        closed(store.finish(&active, &completed(None)).await.unwrap());
+        closed(store.finish(&active, completed(None)).await.unwrap());
         for (words, lease) in waiting.iter().filter(|(words, _)| *words != next) {
             assert_eq!(store.claim(lease).await.unwrap(), Claim::NotYet, "{words}");
         }
@@ -64,27 +64,27 @@ async fn an_interrupt_goes_before_all_that_wait(database: &TestDatabase, store: 
     check_invariants(database).await;
 }
 
-async fn an_interrupt_on_a_free_thread_starts(_: &TestDatabase, store: &dyn Store) {
+async fn an_interrupt_on_a_free_thread_starts(_: &TestDatabase, store: &Store) {
     let key = user("alice");
     for (strategy, seq) in [(MultitaskStrategy::Interrupt, 1), (MultitaskStrategy::Rollback, 2)] {
-        let turn = started(store.admit(&with(&key, strategy, "x")).await.unwrap());
+        let turn = started(store.admit(with(&key, strategy, "x")).await.unwrap());
         assert_eq!((turn.run.seq, turn.run.strategy), (seq, strategy));
-        closed(store.finish(&turn.lease, &completed(None)).await.unwrap());
+        closed(store.finish(&turn.lease, completed(None)).await.unwrap());
     }
 }
 
-async fn a_merged_message_joins_the_last_that_waits(database: &TestDatabase, store: &dyn Store) {
+async fn a_merged_message_joins_the_last_that_waits(database: &TestDatabase, store: &Store) {
     use MultitaskStrategy::{Enqueue, Interrupt, Merge};
     let key = user("alice");
-    let first = started(store.admit(&with(&key, Enqueue, "1")).await.unwrap());
-    queued(store.admit(&with(&key, Enqueue, "2")).await.unwrap());
-    let (last, _, before, _) = queued(store.admit(&with(&key, Enqueue, "3")).await.unwrap());
+    let first = started(store.admit(with(&key, Enqueue, "1")).await.unwrap());
+    queued(store.admit(with(&key, Enqueue, "2")).await.unwrap());
+    let (last, _, before, _) = queued(store.admit(with(&key, Enqueue, "3")).await.unwrap());
     // It came later, but does not stand last.
-    queued(store.admit(&with(&key, Interrupt, "0")).await.unwrap());
+    queued(store.admit(with(&key, Interrupt, "0")).await.unwrap());
 
     let joins = [with(&key, Merge, "4"), with(&key, Merge, "5")];
     for join in &joins {
-        match store.admit(join).await.unwrap() {
+        match store.admit(join.clone()).await.unwrap() {
             Admitted::Merged { thread, run } => {
                 assert_eq!(*run, before, "it stays what it was");
                 assert_eq!((thread.id, thread.run_count, thread.message_count), (first.thread.id, 4, 1));
@@ -95,7 +95,7 @@ async fn a_merged_message_joins_the_last_that_waits(database: &TestDatabase, sto
         assert_eq!(store.run(&key, join.run_id).await.unwrap(), None, "it is no run of its own");
     }
     let cancelled = RunEnd { status: RunStatus::Cancelled, ..completed(None) };
-    let finished = closed(store.finish(&last, &cancelled).await.unwrap());
+    let finished = closed(store.finish(&last, cancelled.clone()).await.unwrap());
     assert_eq!(finished.thread.message_count, 4);
     assert_eq!(transcript(store, &key).await, ["user: 1", "user: 3", "user: 4", "user: 5"]);
     let page = store.messages(ThreadName::Newest(&key), false, &first_page()).await.unwrap().unwrap();
@@ -112,17 +112,17 @@ fn withdrawal(admission: &Admission) -> Withdrawal {
     }
 }
 
-async fn withdrawal_leaves_the_messages_of_others_in_line(database: &TestDatabase, store: &dyn Store) {
+async fn withdrawal_leaves_the_messages_of_others_in_line(database: &TestDatabase, store: &Store) {
     use MultitaskStrategy::{Enqueue, Interrupt, Merge};
     let key = user("alice");
-    let active = started(store.admit(&with(&key, Enqueue, "1")).await.unwrap());
-    queued(store.admit(&with(&key, Interrupt, "0")).await.unwrap());
+    let active = started(store.admit(with(&key, Enqueue, "1")).await.unwrap());
+    queued(store.admit(with(&key, Interrupt, "0")).await.unwrap());
     let refused = Admission { idempotency: Some(idempotency("k2")), ..with(&key, Enqueue, "2") };
-    let (lease, ..) = queued(store.admit(&refused).await.unwrap());
+    let (lease, ..) = queued(store.admit(refused.clone()).await.unwrap());
     let joins = [("k3", "3"), ("k4", "4")]
         .map(|(name, words)| Admission { idempotency: Some(idempotency(name)), ..with(&key, Merge, words) });
     for join in &joins {
-        assert!(matches!(store.admit(join).await.unwrap(), Admitted::Merged { .. }));
+        assert!(matches!(store.admit(join.clone()).await.unwrap(), Admitted::Merged { .. }));
     }
     let stale = RunLease { fence: lease.fence - 1, ..lease };
     assert_eq!(store.withdraw(&stale, &withdrawal(&refused)).await.unwrap(), Withdrawn::Lost);
@@ -140,25 +140,25 @@ async fn withdrawal_leaves_the_messages_of_others_in_line(database: &TestDatabas
     for name in ["k3", "k4"] {
         assert_eq!(store.repeated(&key, name, remember).await.unwrap().unwrap().run.id, lease.run_id);
     }
-    closed(store.finish(&active.lease, &completed(Some("hi"))).await.unwrap());
+    closed(store.finish(&active.lease, completed(Some("hi"))).await.unwrap());
     let interrupt =
         store.unfinished(&key).await.unwrap().unwrap().into_iter().find(|run| run.id != lease.run_id);
     let interrupt = RunLease { run_id: interrupt.unwrap().id, fence: 1 };
     claimed(store.claim(&interrupt).await.unwrap());
-    closed(store.finish(&interrupt, &completed(None)).await.unwrap());
+    closed(store.finish(&interrupt, completed(None)).await.unwrap());
     let turn = claimed(store.claim(&lease).await.unwrap());
     assert_eq!(turn.input, joins.map(|join| join.message));
-    closed(store.finish(&lease, &completed(Some("hi"))).await.unwrap());
+    closed(store.finish(&lease, completed(Some("hi"))).await.unwrap());
     check_invariants(database).await;
 }
 
-async fn withdrawal_ends_a_run_that_nobody_joined(database: &TestDatabase, store: &dyn Store) {
+async fn withdrawal_ends_a_run_that_nobody_joined(database: &TestDatabase, store: &Store) {
     let key = user("alice");
     let unknown = RunLease { run_id: RunId::new(), fence: 1 };
     let (active, waiting) = (admission(&key), admission(&key));
     assert_eq!(store.withdraw(&unknown, &withdrawal(&active)).await.unwrap(), Withdrawn::Lost);
-    let active_lease = started(store.admit(&active).await.unwrap()).lease;
-    let (waiting_lease, ..) = queued(store.admit(&waiting).await.unwrap());
+    let active_lease = started(store.admit(active.clone()).await.unwrap()).lease;
+    let (waiting_lease, ..) = queued(store.admit(waiting.clone()).await.unwrap());
     for (lease, admission) in [(waiting_lease, &waiting), (active_lease, &active)] {
         for _ in 0..2 {
             assert_eq!(store.withdraw(&lease, &withdrawal(admission)).await.unwrap(), Withdrawn::Ended);
@@ -170,40 +170,40 @@ async fn withdrawal_ends_a_run_that_nobody_joined(database: &TestDatabase, store
     check_invariants(database).await;
 }
 
-async fn a_message_joins_only_its_like(database: &TestDatabase, store: &dyn Store) {
+async fn a_message_joins_only_its_like(database: &TestDatabase, store: &Store) {
     use MultitaskStrategy::Merge;
     let key = user("alice");
     let pairs = metadata(&[("a", "1"), ("b", "2")]);
-    started(store.admit(&admission(&key)).await.unwrap());
-    let plain = queued(store.admit(&with(&key, Merge, "x")).await.unwrap()).2;
+    started(store.admit(admission(&key)).await.unwrap());
+    let plain = queued(store.admit(with(&key, Merge, "x")).await.unwrap()).2;
     assert_eq!(plain.strategy, Merge);
     let other = Admission { assistant: "other".to_owned(), ..with(&key, Merge, "x") };
-    let other = queued(store.admit(&other).await.unwrap()).2;
+    let other = queued(store.admit(other.clone()).await.unwrap()).2;
     // The like of the run before the last.
-    let behind = queued(store.admit(&with(&key, Merge, "x")).await.unwrap()).2;
+    let behind = queued(store.admit(with(&key, Merge, "x")).await.unwrap()).2;
     assert!(plain.id != other.id && behind.seq == 4);
     let tagged = || Admission { metadata: pairs.clone(), ..with(&key, Merge, "x") };
-    let (_, _, with_metadata, position) = queued(store.admit(&tagged()).await.unwrap());
+    let (_, _, with_metadata, position) = queued(store.admit(tagged()).await.unwrap());
     assert_eq!(position, 4);
-    match store.admit(&tagged()).await.unwrap() {
+    match store.admit(tagged()).await.unwrap() {
         Admitted::Merged { run, .. } => assert_eq!(run.id, with_metadata.id),
         other => panic!("{other:?}"),
     }
     check_invariants(database).await;
 }
 
-async fn a_full_run_takes_no_more(database: &TestDatabase, store: &dyn Store) {
+async fn a_full_run_takes_no_more(database: &TestDatabase, store: &Store) {
     use MultitaskStrategy::Merge;
     let key = user("alice");
-    let first = started(store.admit(&admission(&key)).await.unwrap());
-    let (full, ..) = queued(store.admit(&with(&key, Merge, "0")).await.unwrap());
+    let first = started(store.admit(admission(&key)).await.unwrap());
+    let (full, ..) = queued(store.admit(with(&key, Merge, "0")).await.unwrap());
     for n in 1..MAX_MERGED {
-        let admitted = store.admit(&with(&key, Merge, &n.to_string())).await.unwrap();
+        let admitted = store.admit(with(&key, Merge, &n.to_string())).await.unwrap();
         assert!(matches!(admitted, Admitted::Merged { .. }), "{n}: {admitted:?}");
     }
-    let (_, _, next, position) = queued(store.admit(&with(&key, Merge, "next")).await.unwrap());
+    let (_, _, next, position) = queued(store.admit(with(&key, Merge, "next")).await.unwrap());
     assert_eq!((next.seq, position), (3, 2));
-    closed(store.finish(&first.lease, &completed(None)).await.unwrap());
+    closed(store.finish(&first.lease, completed(None)).await.unwrap());
     let turn = claimed(store.claim(&full).await.unwrap());
     let words: Vec<_> = (0..MAX_MERGED).map(|n| text(&n.to_string())).collect();
     assert_eq!(turn.input.iter().map(|it| it.content.clone()).collect::<Vec<_>>(), words);
@@ -211,31 +211,31 @@ async fn a_full_run_takes_no_more(database: &TestDatabase, store: &dyn Store) {
     check_invariants(database).await;
 }
 
-async fn a_message_that_finds_nobody_waits_by_itself(database: &TestDatabase, store: &dyn Store) {
+async fn a_message_that_finds_nobody_waits_by_itself(database: &TestDatabase, store: &Store) {
     use MultitaskStrategy::Merge;
     let key = session("alice", "s1");
     let merge = || Admission { limits: limits(Duration::from_mins(1)), ..with(&key, Merge, "x") };
-    let first = started(store.admit(&merge()).await.unwrap());
+    let first = started(store.admit(merge()).await.unwrap());
     assert_eq!(first.run.strategy, Merge);
     // Nobody waits, and what is at work is not joined.
-    let (second, _, _, position) = queued(store.admit(&merge()).await.unwrap());
+    let (second, _, _, position) = queued(store.admit(merge()).await.unwrap());
     assert_eq!(position, 1);
     let elsewhere = Admission { upstream: "spare".to_owned(), ..merge() };
-    assert_eq!(store.admit(&elsewhere).await.unwrap(), Admitted::OtherUpstream("main".to_owned()));
+    assert_eq!(store.admit(elsewhere.clone()).await.unwrap(), Admitted::OtherUpstream("main".to_owned()));
     // Who waits on a thread that has expired is not joined either.
     database.age_threads(Duration::from_mins(1)).await;
-    let fresh = started(store.admit(&merge()).await.unwrap());
+    let fresh = started(store.admit(merge()).await.unwrap());
     assert_eq!(fresh.thread.previous_thread, Some(first.thread.id));
-    closed(store.finish(&first.lease, &completed(None)).await.unwrap());
+    closed(store.finish(&first.lease, completed(None)).await.unwrap());
     assert_eq!(claimed(store.claim(&second).await.unwrap()).input.len(), 1);
     check_invariants(database).await;
 }
 
-async fn only_what_was_admitted_before_is_displaced(database: &TestDatabase, store: &dyn Store) {
+async fn only_what_was_admitted_before_is_displaced(database: &TestDatabase, store: &Store) {
     use MultitaskStrategy::{Enqueue, Interrupt};
     let key = user("alice");
-    let first = started(store.admit(&with(&key, Enqueue, "1")).await.unwrap());
-    let (second, ..) = queued(store.admit(&with(&key, Interrupt, "2")).await.unwrap());
+    let first = started(store.admit(with(&key, Enqueue, "1")).await.unwrap());
+    let (second, ..) = queued(store.admit(with(&key, Interrupt, "2")).await.unwrap());
     let stale = RunLease { fence: second.fence - 1, ..second };
     assert_eq!(store.displace(&stale, false).await.unwrap(), None);
     assert_eq!(store.displace(&first.lease, false).await.unwrap(), None, "it does not wait");
@@ -246,26 +246,26 @@ async fn only_what_was_admitted_before_is_displaced(database: &TestDatabase, sto
     }
     assert_eq!(store.claim(&second).await.unwrap(), Claim::NotYet, "it still holds the thread");
     // Another interrupt takes the place that was made.
-    let (third, ..) = queued(store.admit(&with(&key, Interrupt, "3")).await.unwrap());
+    let (third, ..) = queued(store.admit(with(&key, Interrupt, "3")).await.unwrap());
     let cancelled = RunEnd { status: RunStatus::Cancelled, ..completed(None) };
-    closed(store.finish(&first.lease, &cancelled).await.unwrap());
+    closed(store.finish(&first.lease, cancelled.clone()).await.unwrap());
     assert_eq!(store.displace(&second, false).await.unwrap(), None, "none is active");
     claimed(store.claim(&third).await.unwrap());
     assert_eq!(store.displace(&second, true).await.unwrap(), None, "it came later");
     let (run, _) = store.run(&key, third.run_id).await.unwrap().unwrap();
     assert_eq!((run.status, run.discarded), (RunStatus::InProgress, false));
     // One of another thread does not matter.
-    started(store.admit(&admission(&user("bob"))).await.unwrap());
-    closed(store.finish(&third, &completed(None)).await.unwrap());
+    started(store.admit(admission(&user("bob"))).await.unwrap());
+    closed(store.finish(&third, completed(None)).await.unwrap());
     assert_eq!(store.displace(&second, true).await.unwrap(), None);
     claimed(store.claim(&second).await.unwrap());
     check_invariants(database).await;
 }
 
-async fn a_mark_to_discard_stays(_: &TestDatabase, store: &dyn Store) {
+async fn a_mark_to_discard_stays(_: &TestDatabase, store: &Store) {
     let key = user("alice");
-    let first = started(store.admit(&admission(&key)).await.unwrap());
-    let (second, ..) = queued(store.admit(&with(&key, MultitaskStrategy::Rollback, "2")).await.unwrap());
+    let first = started(store.admit(admission(&key)).await.unwrap());
+    let (second, ..) = queued(store.admit(with(&key, MultitaskStrategy::Rollback, "2")).await.unwrap());
     store.request_cancel(&key, first.run.id).await.unwrap().unwrap();
     for (discard, discarded) in [(false, false), (true, true), (false, true)] {
         assert_eq!(store.displace(&second, discard).await.unwrap(), Some(first.run.id));
@@ -274,10 +274,10 @@ async fn a_mark_to_discard_stays(_: &TestDatabase, store: &dyn Store) {
     }
 }
 
-async fn a_cancel_reaches_active_runs_only(_: &TestDatabase, store: &dyn Store) {
+async fn a_cancel_reaches_active_runs_only(_: &TestDatabase, store: &Store) {
     let key = user("alice");
-    let first = started(store.admit(&admission(&key)).await.unwrap());
-    let (second, _, waiting, _) = queued(store.admit(&admission(&key)).await.unwrap());
+    let first = started(store.admit(admission(&key)).await.unwrap());
+    let (second, _, waiting, _) = queued(store.admit(admission(&key)).await.unwrap());
     assert_eq!(store.request_cancel(&key, RunId::new()).await.unwrap(), None);
     assert_eq!(store.request_cancel(&user("bob"), first.run.id).await.unwrap(), None);
     assert_eq!(store.run(&key, first.run.id).await.unwrap().unwrap().0, first.run);
@@ -289,16 +289,16 @@ async fn a_cancel_reaches_active_runs_only(_: &TestDatabase, store: &dyn Store) 
     }
     assert_eq!(store.run(&key, first.run.id).await.unwrap().unwrap().0, marked);
     assert_eq!(store.claim(&first.lease).await.unwrap(), Claim::Lost, "it does not start again");
-    let finished = closed(store.finish(&first.lease, &completed(Some("hi"))).await.unwrap());
+    let finished = closed(store.finish(&first.lease, completed(Some("hi"))).await.unwrap());
     assert_eq!(store.request_cancel(&key, first.run.id).await.unwrap(), Some(finished.run));
 }
 
-async fn a_waiting_run_can_be_taken_over(database: &TestDatabase, store: &dyn Store) {
+async fn a_waiting_run_can_be_taken_over(database: &TestDatabase, store: &Store) {
     let key = user("alice");
     let me = ReplicaId::new();
     store.renew_replica(me, "127.0.0.1:1", Duration::from_mins(1)).await.unwrap();
-    let first = started(store.admit(&Admission { replica: me, ..admission(&key) }).await.unwrap());
-    let (second, ..) = queued(store.admit(&admission(&key)).await.unwrap());
+    let first = started(store.admit(Admission { replica: me, ..admission(&key) }).await.unwrap());
+    let (second, ..) = queued(store.admit(admission(&key)).await.unwrap());
     assert_eq!(store.take_queued(me, first.run.id).await.unwrap(), None, "it does not wait");
     assert_eq!(store.take_queued(me, RunId::new()).await.unwrap(), None);
     let lease = store.take_queued(me, second.run_id).await.unwrap().unwrap();
@@ -306,8 +306,8 @@ async fn a_waiting_run_can_be_taken_over(database: &TestDatabase, store: &dyn St
     assert_eq!(store.adopt_orphans(ReplicaId::new(), &[], 10).await.unwrap(), [], "its owner lives now");
 
     let cancelled = RunEnd { status: RunStatus::Cancelled, ..completed(None) };
-    assert_eq!(store.finish(&second, &cancelled).await.unwrap(), Closing::Lost);
-    closed(store.finish(&lease, &cancelled).await.unwrap());
+    assert_eq!(store.finish(&second, cancelled.clone()).await.unwrap(), Closing::Lost);
+    closed(store.finish(&lease, cancelled.clone()).await.unwrap());
     assert_eq!(store.take_queued(me, second.run_id).await.unwrap(), None, "it has ended");
     check_invariants(database).await;
 }

@@ -1,7 +1,6 @@
 //! Random sequences of steps against a plain model of the queue.
 
 use std::collections::VecDeque;
-use std::hash::{BuildHasher, RandomState};
 use std::time::Duration;
 
 use rand::rngs::StdRng;
@@ -11,6 +10,7 @@ use threadkeeper::domain::{MultitaskStrategy, RunStatus};
 use threadkeeper::store::{Answered, MAX_MERGED, Paused};
 
 use super::*;
+use crate::support::chance::seed;
 
 on_every_backend!(any_sequence_of_steps_keeps_the_order);
 
@@ -48,13 +48,8 @@ impl Model {
 }
 
 /// 600 random steps on three keys. The seed of a failure is printed; set it in `THREADKEEPER_TEST_SEED` to repeat.
-async fn any_sequence_of_steps_keeps_the_order(database: &TestDatabase, store: &dyn Store) {
-    let seed = match std::env::var("THREADKEEPER_TEST_SEED") {
-        Ok(text) => text.parse().unwrap(),
-        Err(_) => RandomState::new().hash_one(0_u8),
-    };
-    println!("THREADKEEPER_TEST_SEED={seed}");
-    let mut rng = StdRng::seed_from_u64(seed);
+async fn any_sequence_of_steps_keeps_the_order(database: &TestDatabase, store: &Store) {
+    let mut rng = StdRng::seed_from_u64(seed());
 
     let keys = [user("a"), session("a", "s"), topic("a", "t")];
     let mut models: [Model; 3] = Default::default();
@@ -109,7 +104,7 @@ async fn any_sequence_of_steps_keeps_the_order(database: &TestDatabase, store: &
                 let said = *[Context::Withheld, Context::Missing].choose(&mut rng).unwrap();
                 let discard = rng.random_bool(0.3);
                 let end = RunEnd { status: RunStatus::Cancelled, said, discard, ..completed(None) };
-                let finished = closed(store.finish(&run.lease, &end).await.unwrap());
+                let finished = closed(store.finish(&run.lease, end.clone()).await.unwrap());
                 if !discard {
                     model.messages += run.inputs;
                     model.missing += if said == Context::Missing { run.inputs } else { 0 };
@@ -131,13 +126,7 @@ async fn any_sequence_of_steps_keeps_the_order(database: &TestDatabase, store: &
 
 const ALIVE: Duration = Duration::from_mins(10);
 
-async fn admit(
-    store: &dyn Store,
-    model: &mut Model,
-    request: &Admission,
-    assistant: &'static str,
-    step: usize,
-) {
+async fn admit(store: &Store, model: &mut Model, request: &Admission, assistant: &'static str, step: usize) {
     use MultitaskStrategy::{Interrupt, Reject, Rollback};
     let (strategy, is_busy) = (request.strategy, model.is_busy());
     let run = |lease, status| ModelRun {
@@ -149,7 +138,7 @@ async fn admit(
         discard: false,
         pauses: 0,
     };
-    match store.admit(request).await.unwrap() {
+    match store.admit(request.clone()).await.unwrap() {
         Admitted::Started(turn) => {
             assert!(!is_busy, "step {step}");
             model.active = Some(run(turn.lease, RunStatus::InProgress));
@@ -182,7 +171,7 @@ async fn admit(
 }
 
 /// Ends the active run, in one of many ways.
-async fn end(store: &dyn Store, model: &mut Model, rng: &mut StdRng, step: usize) {
+async fn end(store: &Store, model: &mut Model, rng: &mut StdRng, step: usize) {
     let Some(run) = model.active.take() else { return };
     let context = |rng: &mut StdRng| {
         *[Context::Present, Context::Present, Context::Missing, Context::Unknown].choose(rng).unwrap()
@@ -198,12 +187,12 @@ async fn end(store: &dyn Store, model: &mut Model, rng: &mut StdRng, step: usize
         reply.context = context(rng);
     }
     if run.discard {
-        assert_eq!(store.finish(&run.lease, &end).await.unwrap(), Closing::MustDiscard, "step {step}");
+        assert_eq!(store.finish(&run.lease, end.clone()).await.unwrap(), Closing::MustDiscard, "step {step}");
     }
     end.discard = run.discard || rng.random_bool(0.1);
     // What was missing before the run's own messages went along; what came later did not.
     let earlier = store.backlog(run.lease.run_id, None, 1000).await.unwrap().data.len();
-    let finished = closed(store.finish(&run.lease, &end).await.unwrap());
+    let finished = closed(store.finish(&run.lease, end.clone()).await.unwrap());
     if end.synced {
         model.missing -= i64::try_from(earlier).unwrap();
     }
@@ -221,7 +210,7 @@ async fn end(store: &dyn Store, model: &mut Model, rng: &mut StdRng, step: usize
 }
 
 /// Lets the active run wait for tool outputs, or answers it.
-async fn wait_or_answer(store: &dyn Store, key: &ConversationKey, model: &mut Model, step: usize) {
+async fn wait_or_answer(store: &Store, key: &ConversationKey, model: &mut Model, step: usize) {
     let Some(run) = &mut model.active else { return };
     let call = format!("call_{}", run.pauses);
     let (pause, answer) = (pause(&[&call], run.pauses * 4), answer(&[&call]));
@@ -246,13 +235,7 @@ async fn wait_or_answer(store: &dyn Store, key: &ConversationKey, model: &mut Mo
 }
 
 /// Another replica takes all runs over.
-async fn adopt(
-    store: &dyn Store,
-    models: &mut [Model; 3],
-    owner: ReplicaId,
-    adopter: ReplicaId,
-    step: usize,
-) {
+async fn adopt(store: &Store, models: &mut [Model; 3], owner: ReplicaId, adopter: ReplicaId, step: usize) {
     store.renew_replica(adopter, "127.0.0.1:2", ALIVE).await.unwrap();
     store.retire_replica(owner).await.unwrap();
     let mut orphans = store.adopt_orphans(adopter, &[], 1000).await.unwrap();

@@ -35,11 +35,11 @@ fn pause_after(EventBatch { first, mut events }: EventBatch) -> Pause {
     Pause { events: EventBatch { first, events }, ..calls }
 }
 
-async fn begin(store: &dyn Store, key: &ConversationKey) -> Turn {
-    started(store.admit(&admission(key)).await.unwrap())
+async fn begin(store: &Store, key: &ConversationKey) -> Turn {
+    started(store.admit(admission(key)).await.unwrap())
 }
 
-async fn what_was_shown_is_recorded(database: &TestDatabase, store: &dyn Store) {
+async fn what_was_shown_is_recorded(database: &TestDatabase, store: &Store) {
     let key = user("alice");
     let turn = begin(store, &key).await;
     let batches = [
@@ -66,21 +66,21 @@ async fn what_was_shown_is_recorded(database: &TestDatabase, store: &dyn Store) 
     assert_eq!(store.events(turn.run.id, 0).await.unwrap(), batches);
 
     // A run that waits has something to show as well.
-    let (waits, ..) = queued(store.admit(&admission(&key)).await.unwrap());
+    let (waits, ..) = queued(store.admit(admission(&key)).await.unwrap());
     let place = EventBatch { first: 0, events: vec![LoggedEvent::Queued { position: 1 }] };
     assert_eq!(store.record(&[progress(waits, place.clone())]).await.unwrap(), [waits.run_id]);
     assert_eq!(store.events(waits.run_id, 0).await.unwrap(), [place]);
     let end = RunEnd { events: texts(16, &["!"]), ..completed(Some("hi")) };
-    closed(store.finish(&turn.lease, &end).await.unwrap());
+    closed(store.finish(&turn.lease, end.clone()).await.unwrap());
     claimed(store.claim(&waits).await.unwrap());
     assert_eq!(store.events(turn.run.id, 12).await.unwrap(), [batches[3].clone(), texts(16, &["!"])]);
     check_invariants(database).await;
 }
 
-async fn only_those_who_have_the_lease_record(_: &TestDatabase, store: &dyn Store) {
+async fn only_those_who_have_the_lease_record(_: &TestDatabase, store: &Store) {
     let turn = begin(store, &user("a")).await;
     let ended = begin(store, &user("b")).await;
-    closed(store.finish(&ended.lease, &completed(None)).await.unwrap());
+    closed(store.finish(&ended.lease, completed(None)).await.unwrap());
     let before = store.events(ended.run.id, 0).await.unwrap();
     let adopted = store.adopt_orphans(ReplicaId::new(), &[], 1).await.unwrap();
     assert_eq!(adopted[0].run.id, turn.run.id);
@@ -101,7 +101,7 @@ async fn only_those_who_have_the_lease_record(_: &TestDatabase, store: &dyn Stor
     assert_eq!(store.events(turn.run.id, 0).await.unwrap(), [texts(2, &["b"])]);
 }
 
-async fn many_are_recorded_at_once(database: &TestDatabase, store: &dyn Store) {
+async fn many_are_recorded_at_once(database: &TestDatabase, store: &Store) {
     let mut all = vec![];
     for n in 0..50 {
         let turn = begin(store, &user(&n.to_string())).await;
@@ -129,7 +129,7 @@ async fn many_are_recorded_at_once(database: &TestDatabase, store: &dyn Store) {
 }
 
 /// The answer to a recording was lost, so it is repeated with more; or it is only slow, and comes after that one.
-async fn the_longer_of_two_recordings_wins(_: &TestDatabase, store: &dyn Store) {
+async fn the_longer_of_two_recordings_wins(_: &TestDatabase, store: &Store) {
     let turn = begin(store, &user("alice")).await;
     let (short, long) = (texts(2, &["a", "b"]), texts(2, &["a", "b", "c"]));
     for (events, wanted) in [(&short, &short), (&long, &long), (&short, &long)] {
@@ -139,7 +139,7 @@ async fn the_longer_of_two_recordings_wins(_: &TestDatabase, store: &dyn Store) 
     }
 }
 
-async fn a_pause_goes_beyond_what_was_recorded(database: &TestDatabase, store: &dyn Store) {
+async fn a_pause_goes_beyond_what_was_recorded(database: &TestDatabase, store: &Store) {
     let key = user("alice");
     let turn = begin(store, &key).await;
     let calls = pause_after(texts(2, &["a", "b"]));
@@ -162,10 +162,10 @@ async fn a_pause_goes_beyond_what_was_recorded(database: &TestDatabase, store: &
     check_invariants(database).await;
 }
 
-async fn a_recording_that_comes_after_the_pause_changes_nothing(_: &TestDatabase, store: &dyn Store) {
+async fn a_recording_that_comes_after_the_pause_changes_nothing(_: &TestDatabase, store: &Store) {
     let key = user("alice");
     let request = admission(&key);
-    let turn = started(store.admit(&request).await.unwrap());
+    let turn = started(store.admit(request.clone()).await.unwrap());
     let calls = pause_after(texts(2, &["a", "b"]));
     store.pause(&turn.lease, &calls).await.unwrap();
     let late = RunProgress {
@@ -185,7 +185,7 @@ async fn a_recording_that_comes_after_the_pause_changes_nothing(_: &TestDatabase
 }
 
 /// The pause was made before two recordings were known to be good, and is sent after them.
-async fn a_pause_that_is_repeated_after_more_was_recorded(_: &TestDatabase, store: &dyn Store) {
+async fn a_pause_that_is_repeated_after_more_was_recorded(_: &TestDatabase, store: &Store) {
     let turn = begin(store, &user("alice")).await;
     let calls = pause_after(texts(2, &["a", "b", "c"]));
     for recorded in [texts(2, &["a"]), texts(3, &["b", "c"])] {
@@ -201,14 +201,14 @@ async fn a_pause_that_is_repeated_after_more_was_recorded(_: &TestDatabase, stor
     }
 }
 
-async fn an_end_goes_beyond_what_was_recorded(database: &TestDatabase, store: &dyn Store) {
+async fn an_end_goes_beyond_what_was_recorded(database: &TestDatabase, store: &Store) {
     let all = texts(2, &["a", "b", "c"]);
     for (name, recorded) in [("a", texts(2, &["a"])), ("b", all.clone()), ("c", texts(2, &[]))] {
         let turn = begin(store, &user(name)).await;
         store.record(&[progress(turn.lease, recorded)]).await.unwrap();
         let end = RunEnd { events: all.clone(), ..completed(Some("abc")) };
         for _ in 0..2 {
-            closed(store.finish(&turn.lease, &end).await.unwrap());
+            closed(store.finish(&turn.lease, end.clone()).await.unwrap());
             assert_eq!(store.events(turn.run.id, 0).await.unwrap(), std::slice::from_ref(&all));
             // It was under way still.
             assert_eq!(store.record(&[progress(turn.lease, texts(2, &["a"]))]).await.unwrap(), []);
@@ -217,7 +217,7 @@ async fn an_end_goes_beyond_what_was_recorded(database: &TestDatabase, store: &d
     check_invariants(database).await;
 }
 
-async fn end_that_the_record_tells_leaves_no_log(database: &TestDatabase, store: &dyn Store) {
+async fn end_that_the_record_tells_leaves_no_log(database: &TestDatabase, store: &Store) {
     let rows = async || database.number("SELECT count(*) FROM run_events").await;
     let other = begin(store, &user("bob")).await;
     store.record(&[progress(other.lease, texts(2, &["a"]))]).await.unwrap();
@@ -237,10 +237,10 @@ async fn end_that_the_record_tells_leaves_no_log(database: &TestDatabase, store:
             ..completed(Some("Hello"))
         };
         let lost = RunLease { fence: turn.lease.fence + 1, ..turn.lease };
-        assert_eq!(store.finish(&lost, &end).await.unwrap(), Closing::Lost);
+        assert_eq!(store.finish(&lost, end.clone()).await.unwrap(), Closing::Lost);
         assert_eq!(rows().await, 1 + i64::try_from(recorded.len()).unwrap(), "the lease was lost");
         for _ in 0..2 {
-            closed(store.finish(&turn.lease, &end).await.unwrap());
+            closed(store.finish(&turn.lease, end.clone()).await.unwrap());
             assert_eq!(rows().await, 1, "{name}");
             assert_eq!(store.events(turn.run.id, 0).await.unwrap(), []);
         }
@@ -250,7 +250,7 @@ async fn end_that_the_record_tells_leaves_no_log(database: &TestDatabase, store:
     check_invariants(database).await;
 }
 
-async fn ids_of_rounds_are_kept(database: &TestDatabase, store: &dyn Store) {
+async fn ids_of_rounds_are_kept(database: &TestDatabase, store: &Store) {
     let key = user("alice");
     let turn = begin(store, &key).await;
     let records = |id: &str| RunProgress {
@@ -260,7 +260,7 @@ async fn ids_of_rounds_are_kept(database: &TestDatabase, store: &dyn Store) {
     let known = async || {
         let run = store.run(&key, turn.run.id).await.unwrap().unwrap().0;
         let earlier =
-            database.texts("SELECT COALESCE(CAST(earlier_upstream_runs AS text), '') FROM runs").await;
+            database.texts("SELECT COALESCE(CAST(earlier_upstream_run_ids AS text), '') FROM runs").await;
         (run.upstream_run_id.unwrap().0, earlier[0].replace(' ', ""))
     };
     for _ in 0..2 {
@@ -276,11 +276,11 @@ async fn ids_of_rounds_are_kept(database: &TestDatabase, store: &dyn Store) {
         assert_eq!(known().await, ("resp_2".to_owned(), "[\"resp_1\"]".to_owned()));
     }
     let end = RunEnd { upstream_run_id: Some(UpstreamRunId("resp_3".to_owned())), ..completed(None) };
-    closed(store.finish(&turn.lease, &end).await.unwrap());
+    closed(store.finish(&turn.lease, end.clone()).await.unwrap());
     assert_eq!(known().await, ("resp_3".to_owned(), "[\"resp_1\",\"resp_2\"]".to_owned()));
 }
 
-async fn an_id_that_comes_late_is_old_news(_: &TestDatabase, store: &dyn Store) {
+async fn an_id_that_comes_late_is_old_news(_: &TestDatabase, store: &Store) {
     let key = user("alice");
     let turn = begin(store, &key).await;
     for id in ["resp_1", "resp_2", "resp_1"] {

@@ -23,10 +23,10 @@ on_every_backend!(
 );
 
 /// A turn of a replica that lives.
-async fn turn(store: &dyn Store, key: &ConversationKey) -> Turn {
+async fn turn(store: &Store, key: &ConversationKey) -> Turn {
     let admission = admission(key);
     store.renew_replica(admission.replica, "127.0.0.1:1", HOUR).await.unwrap();
-    started(store.admit(&admission).await.unwrap())
+    started(store.admit(admission.clone()).await.unwrap())
 }
 
 fn upstream(id: &str) -> UpstreamThreadId {
@@ -34,11 +34,11 @@ fn upstream(id: &str) -> UpstreamThreadId {
 }
 
 /// The ids upstream of a thread's remnants.
-async fn left(store: &dyn Store, thread: ThreadId) -> Vec<Option<String>> {
+async fn left(store: &Store, thread: ThreadId) -> Vec<Option<String>> {
     store.remnants(thread, true, 100).await.unwrap().into_iter().map(|it| it.upstream_id).collect()
 }
 
-async fn an_intent_is_looked_at_when_nobody_heard_of_it(database: &TestDatabase, store: &dyn Store) {
+async fn an_intent_is_looked_at_when_nobody_heard_of_it(database: &TestDatabase, store: &Store) {
     let turn = turn(store, &user("alice")).await;
     let intent = RemnantId::new();
     for _ in 0..2 {
@@ -57,7 +57,7 @@ async fn an_intent_is_looked_at_when_nobody_heard_of_it(database: &TestDatabase,
     assert!(store.makes_upstream_thread(turn.thread.id).await.unwrap());
     assert_eq!(store.due_remnants(10).await.unwrap(), []);
     assert_eq!(store.claim_remnants(10, HOUR).await.unwrap(), []);
-    earlier(database, "remnants", &["due_at"], UNHEARD_OF).await;
+    earlier(database, "upstream_orphans", &["due_at"], UNHEARD_OF).await;
     assert_eq!(store.due_remnants(10).await.unwrap(), expected);
     assert!(!store.makes_upstream_thread(turn.thread.id).await.unwrap(), "the time for it is over");
     assert_eq!(store.claim_remnants(10, HOUR).await.unwrap(), expected);
@@ -65,7 +65,7 @@ async fn an_intent_is_looked_at_when_nobody_heard_of_it(database: &TestDatabase,
 }
 
 /// Its run was cut off and ended. Whoever erases the thread waits until the id is known.
-async fn upstream_thread_is_made_until_its_maker_is_done_or_dead(database: &TestDatabase, store: &dyn Store) {
+async fn upstream_thread_is_made_until_its_maker_is_done_or_dead(database: &TestDatabase, store: &Store) {
     let turn = turn(store, &user("alice")).await;
     let thread = turn.thread.id;
     let makes = async || store.makes_upstream_thread(thread).await.unwrap();
@@ -73,13 +73,13 @@ async fn upstream_thread_is_made_until_its_maker_is_done_or_dead(database: &Test
     for intent in intents {
         assert!(store.intend(&turn.lease, intent).await.unwrap());
     }
-    closed(store.finish(&turn.lease, &completed(None)).await.unwrap());
+    closed(store.finish(&turn.lease, completed(None)).await.unwrap());
     store.resolve(intents[0], Made::Unknown).await.unwrap();
     assert!(makes().await);
     assert_eq!(store.due_remnants(10).await.unwrap(), [], "what was on its way may take effect late");
     let made = upstream("t_1");
-    let binding = |intent| Binding { id: &made, intent, seeded: true, carried_users: 0 };
-    assert_eq!(store.bind_upstream_thread(&turn.lease, &binding(intents[1])).await.unwrap(), Bound::Lost);
+    let binding = |intent| Binding { id: made.clone(), intent, seeded: true, carried_users: 0 };
+    assert_eq!(store.bind_upstream_thread(&turn.lease, binding(intents[1])).await.unwrap(), Bound::Lost);
     assert!(makes().await);
     assert_eq!(store.due_remnants(10).await.unwrap()[0].upstream_id.as_deref(), Some("t_1"));
     earlier(database, "replicas", &["expires_at"], HOUR).await;
@@ -91,26 +91,26 @@ async fn upstream_thread_is_made_until_its_maker_is_done_or_dead(database: &Test
     gone_upstream(store, thread).await;
     assert!(store.conclude(thread, 10).await.unwrap());
     assert_eq!(
-        store.bind_upstream_thread(&turn.lease, &binding(intents[2])).await.unwrap(),
+        store.bind_upstream_thread(&turn.lease, binding(intents[2])).await.unwrap(),
         Bound::Unrecorded
     );
     check_invariants(database).await;
 }
 
-async fn only_who_holds_the_lease_may_intend(_: &TestDatabase, store: &dyn Store) {
+async fn only_who_holds_the_lease_may_intend(_: &TestDatabase, store: &Store) {
     let key = user("alice");
     let turn = turn(store, &key).await;
-    let (waiting, ..) = queued(store.admit(&admission(&key)).await.unwrap());
+    let (waiting, ..) = queued(store.admit(admission(&key)).await.unwrap());
     let other = RunLease { fence: turn.lease.fence + 1, ..turn.lease };
     let unknown = RunLease { run_id: RunId::new(), fence: 1 };
-    closed(store.finish(&turn.lease, &completed(None)).await.unwrap());
+    closed(store.finish(&turn.lease, completed(None)).await.unwrap());
     for lease in [turn.lease, other, unknown, waiting] {
         assert!(!store.intend(&lease, RemnantId::new()).await.unwrap());
     }
     assert_eq!(left(store, turn.thread.id).await, []);
 }
 
-async fn what_came_to_nothing_is_resolved(_: &TestDatabase, store: &dyn Store) {
+async fn what_came_to_nothing_is_resolved(_: &TestDatabase, store: &Store) {
     let turn = turn(store, &user("alice")).await;
     let (nothing, something) = (RemnantId::new(), RemnantId::new());
     for intent in [nothing, something] {
@@ -123,27 +123,27 @@ async fn what_came_to_nothing_is_resolved(_: &TestDatabase, store: &dyn Store) {
     assert_eq!(store.due_remnants(10).await.unwrap()[0].name, RemnantName::Row(something));
 }
 
-async fn what_is_bound_is_no_remnant(_: &TestDatabase, store: &dyn Store) {
+async fn what_is_bound_is_no_remnant(_: &TestDatabase, store: &Store) {
     let turn = turn(store, &user("alice")).await;
     let intent = RemnantId::new();
     assert!(store.intend(&turn.lease, intent).await.unwrap());
-    let binding = Binding { id: &upstream("t_1"), intent, seeded: false, carried_users: 0 };
+    let binding = Binding { id: upstream("t_1"), intent, seeded: false, carried_users: 0 };
     for _ in 0..2 {
-        assert_eq!(store.bind_upstream_thread(&turn.lease, &binding).await.unwrap(), Bound::Done);
+        assert_eq!(store.bind_upstream_thread(&turn.lease, binding.clone()).await.unwrap(), Bound::Done);
         assert_eq!(left(store, turn.thread.id).await, []);
     }
     let found = thread(store, turn.thread.id).await.unwrap();
     assert_eq!(found.upstream_thread_id, Some(upstream("t_1")));
 }
 
-async fn what_is_made_under_a_lost_lease_is_a_remnant(_: &TestDatabase, store: &dyn Store) {
+async fn what_is_made_under_a_lost_lease_is_a_remnant(_: &TestDatabase, store: &Store) {
     let turn = turn(store, &user("alice")).await;
     let intent = RemnantId::new();
     assert!(store.intend(&turn.lease, intent).await.unwrap());
     let lost = RunLease { fence: turn.lease.fence + 1, ..turn.lease };
     for seeded in [false, true] {
-        let binding = Binding { id: &upstream("t_1"), intent, seeded, carried_users: 1 };
-        assert_eq!(store.bind_upstream_thread(&lost, &binding).await.unwrap(), Bound::Lost);
+        let binding = Binding { id: upstream("t_1"), intent, seeded, carried_users: 1 };
+        assert_eq!(store.bind_upstream_thread(&lost, binding.clone()).await.unwrap(), Bound::Lost);
         assert_eq!(left(store, turn.thread.id).await, [Some("t_1".to_owned())]);
     }
     assert_eq!(store.due_remnants(10).await.unwrap()[0].name, RemnantName::Row(intent));
@@ -151,13 +151,13 @@ async fn what_is_made_under_a_lost_lease_is_a_remnant(_: &TestDatabase, store: &
     // What was bound before the lease was lost is in use.
     let intent = RemnantId::new();
     assert!(store.intend(&turn.lease, intent).await.unwrap());
-    let binding = Binding { id: &upstream("t_2"), intent, seeded: false, carried_users: 0 };
-    assert_eq!(store.bind_upstream_thread(&turn.lease, &binding).await.unwrap(), Bound::Done);
-    assert_eq!(store.bind_upstream_thread(&lost, &binding).await.unwrap(), Bound::Lost);
+    let binding = Binding { id: upstream("t_2"), intent, seeded: false, carried_users: 0 };
+    assert_eq!(store.bind_upstream_thread(&turn.lease, binding.clone()).await.unwrap(), Bound::Done);
+    assert_eq!(store.bind_upstream_thread(&lost, binding.clone()).await.unwrap(), Bound::Lost);
     assert_eq!(left(store, turn.thread.id).await, [Some("t_1".to_owned())]);
 }
 
-async fn a_thread_that_is_made_again_leaves_the_old_one(database: &TestDatabase, store: &dyn Store) {
+async fn a_thread_that_is_made_again_leaves_the_old_one(database: &TestDatabase, store: &Store) {
     let turn = turn(store, &user("alice")).await;
     for (id, seeded, expected) in [
         ("t_1", false, vec![]),
@@ -175,7 +175,7 @@ async fn a_thread_that_is_made_again_leaves_the_old_one(database: &TestDatabase,
     check_invariants(database).await;
 }
 
-async fn a_run_remembers_all_its_ids(_: &TestDatabase, store: &dyn Store) {
+async fn a_run_remembers_all_its_ids(_: &TestDatabase, store: &Store) {
     let key = user("alice");
     let turn = turn(store, &key).await;
     for (n, id) in (0..).zip(["resp_1", "resp_2", "resp_2", "resp_3"]) {
@@ -192,7 +192,7 @@ async fn a_run_remembers_all_its_ids(_: &TestDatabase, store: &dyn Store) {
         ..completed(None)
     };
     for _ in 0..2 {
-        closed(store.finish(&turn.lease, &end(Some("resp_4"))).await.unwrap());
+        closed(store.finish(&turn.lease, end(Some("resp_4"))).await.unwrap());
     }
     let ids = |ids: &[&str]| ids.iter().map(|id| Some((*id).to_owned())).collect::<Vec<_>>();
     assert_eq!(left(store, turn.thread.id).await, ids(&["resp_1", "resp_2", "resp_3", "resp_4"]));
@@ -209,12 +209,12 @@ async fn a_run_remembers_all_its_ids(_: &TestDatabase, store: &dyn Store) {
         let pause =
             Pause { upstream_run_id: Some(UpstreamRunId("run_1".to_owned())), ..pause(&["call_1"], 0) };
         store.pause(&turn.lease, &pause).await.unwrap();
-        closed(store.finish(&turn.lease, &end(last)).await.unwrap());
+        closed(store.finish(&turn.lease, end(last)).await.unwrap());
         assert_eq!(left(store, turn.thread.id).await, ids(&["run_1"]));
     }
 }
 
-async fn a_run_s_ids_come_together(_: &TestDatabase, store: &dyn Store) {
+async fn a_run_s_ids_come_together(_: &TestDatabase, store: &Store) {
     let key = user("alice");
     for n in 0..3 {
         let turn = turn(store, &key).await;
@@ -225,7 +225,7 @@ async fn a_run_s_ids_come_together(_: &TestDatabase, store: &dyn Store) {
             .unwrap();
         let mut end = RunEnd { upstream_run_id: Some(id(2)), ..completed(None) };
         end.events.first = 4;
-        closed(store.finish(&turn.lease, &end).await.unwrap());
+        closed(store.finish(&turn.lease, end.clone()).await.unwrap());
     }
     let made = seen(store, &key).await.unwrap().0.id;
     for (limit, found) in [(1, 2), (2, 2), (3, 2), (4, 4), (5, 4), (6, 6)] {
@@ -233,7 +233,7 @@ async fn a_run_s_ids_come_together(_: &TestDatabase, store: &dyn Store) {
     }
 }
 
-async fn remnants_are_claimed_by_one_at_a_time(database: &TestDatabase, store: &dyn Store) {
+async fn remnants_are_claimed_by_one_at_a_time(database: &TestDatabase, store: &Store) {
     let turn = turn(store, &user("alice")).await;
     let mut intents = vec![];
     for _ in 0..5 {
@@ -241,7 +241,7 @@ async fn remnants_are_claimed_by_one_at_a_time(database: &TestDatabase, store: &
         assert!(store.intend(&turn.lease, intent).await.unwrap());
         store.resolve(intent, Made::Unused(&upstream(&intent.to_string()))).await.unwrap();
         // Each waits longer than the next.
-        earlier(database, "remnants", &["due_at"], HOUR).await;
+        earlier(database, "upstream_orphans", &["due_at"], HOUR).await;
         intents.push(RemnantName::Row(intent));
     }
     let names = |found: Vec<Remnant>| found.into_iter().map(|it| it.name).collect::<Vec<_>>();
@@ -249,7 +249,7 @@ async fn remnants_are_claimed_by_one_at_a_time(database: &TestDatabase, store: &
     assert_eq!(names(store.claim_remnants(2, HOUR).await.unwrap()), intents[..2]);
     assert_eq!(names(store.claim_remnants(10, HOUR).await.unwrap()), intents[2..]);
     assert_eq!(store.claim_remnants(10, HOUR).await.unwrap(), []);
-    earlier(database, "remnants", &["due_at"], HOUR * 2).await;
+    earlier(database, "upstream_orphans", &["due_at"], HOUR * 2).await;
     let row = |name: &RemnantName| match name {
         RemnantName::Row(id) => *id,
         RemnantName::Run(_) => panic!("{name:?}"),
@@ -258,19 +258,19 @@ async fn remnants_are_claimed_by_one_at_a_time(database: &TestDatabase, store: &
     store.schedule_remnant(row(&intents[0]), Some(&id_of(&intents[0])), None).await.unwrap();
     store.schedule_remnant(row(&intents[1]), Some(&id_of(&intents[1])), Some(HOUR)).await.unwrap();
     assert_eq!(names(store.due_remnants(10).await.unwrap()), intents[2..]);
-    earlier(database, "remnants", &["due_at"], HOUR * 2).await;
+    earlier(database, "upstream_orphans", &["due_at"], HOUR * 2).await;
     let due = store.due_remnants(10).await.unwrap();
     let attempts = |name| due.iter().find(|it| it.name == intents[name]).map(|it| it.attempts);
     assert_eq!((attempts(0), attempts(1), attempts(2)), (None, Some(1), Some(0)));
 }
 
 /// The janitor looks for a thread of which only the intent is known, and the answer of its maker comes meanwhile.
-async fn remnant_that_gets_its_id_during_a_look_stays_due(database: &TestDatabase, store: &dyn Store) {
+async fn remnant_that_gets_its_id_during_a_look_stays_due(database: &TestDatabase, store: &Store) {
     let turn = turn(store, &user("alice")).await;
     for n in 0..3 {
         let intent = RemnantId::new();
         assert!(store.intend(&turn.lease, intent).await.unwrap());
-        earlier(database, "remnants", &["due_at"], HOUR).await;
+        earlier(database, "upstream_orphans", &["due_at"], HOUR).await;
         let claimed = store.claim_remnants(10, HOUR).await.unwrap();
         assert_eq!((claimed.len(), &claimed[0].upstream_id), (1, &None));
         store.resolve(intent, Made::Unused(&upstream(&format!("t_{n}")))).await.unwrap();
@@ -286,21 +286,26 @@ async fn remnant_that_gets_its_id_during_a_look_stays_due(database: &TestDatabas
     }
 }
 
-async fn what_is_carried_over_counts_where_nothing_is_anchored(_: &TestDatabase, store: &dyn Store) {
+async fn what_is_carried_over_counts_where_nothing_is_anchored(_: &TestDatabase, store: &Store) {
     let key = user("alice");
     let turn = turn(store, &key).await;
     let (id, other) = (upstream("t_1"), upstream("t_2"));
-    let seed = |id, carried_users| Binding { id, intent: RemnantId::new(), seeded: true, carried_users };
-    assert_eq!(store.bind_upstream_thread(&turn.lease, &seed(&id, 3)).await.unwrap(), Bound::Done);
+    let seed = |id: &UpstreamThreadId, carried_users| Binding {
+        id: id.clone(),
+        intent: RemnantId::new(),
+        seeded: true,
+        carried_users,
+    };
+    assert_eq!(store.bind_upstream_thread(&turn.lease, seed(&id, 3)).await.unwrap(), Bound::Done);
     assert_eq!(store.baseline(turn.run.id).await.unwrap(), Baseline { anchor: None, skip: 3 });
     // A binding that is not seeded leaves that alone.
     assert!(bind(store, &turn.lease, &id, false).await);
     let mut end = completed(Some("hi"));
     end.reply.as_mut().unwrap().upstream_message_id = Some("m_1".to_owned());
-    closed(store.finish(&turn.lease, &end).await.unwrap());
+    closed(store.finish(&turn.lease, end.clone()).await.unwrap());
     let next = self::turn(store, &key).await;
     let anchor = Some("m_1".to_owned());
     assert_eq!(store.baseline(next.run.id).await.unwrap(), Baseline { anchor, skip: 0 });
-    assert_eq!(store.bind_upstream_thread(&next.lease, &seed(&other, 2)).await.unwrap(), Bound::Done);
+    assert_eq!(store.bind_upstream_thread(&next.lease, seed(&other, 2)).await.unwrap(), Bound::Done);
     assert_eq!(store.baseline(next.run.id).await.unwrap(), Baseline { anchor: None, skip: 2 + 1 });
 }

@@ -25,24 +25,24 @@ on_every_backend!(
 const ALIVE: Duration = Duration::from_mins(1);
 
 /// Registers a replica and lets it start a run on the key.
-async fn busy(store: &dyn Store, key: &ConversationKey, replica: ReplicaId) -> Turn {
+async fn busy(store: &Store, key: &ConversationKey, replica: ReplicaId) -> Turn {
     store.renew_replica(replica, "127.0.0.1:1", ALIVE).await.unwrap();
-    started(store.admit(&Admission { replica, ..admission(key) }).await.unwrap())
+    started(store.admit(Admission { replica, ..admission(key) }).await.unwrap())
 }
 
 fn runs(orphans: &[Orphan]) -> Vec<RunId> {
     orphans.iter().map(|orphan| orphan.run.id).collect()
 }
 
-async fn only_the_dead_leave_orphans(_: &TestDatabase, store: &dyn Store) {
+async fn only_the_dead_leave_orphans(_: &TestDatabase, store: &Store) {
     let (alive, retired, lapsed, me) =
         (ReplicaId::new(), ReplicaId::new(), ReplicaId::new(), ReplicaId::new());
     busy(store, &user("a"), alive).await;
     let of_retired = busy(store, &user("b"), retired).await;
     let of_lapsed = busy(store, &user("c"), lapsed).await;
-    let of_unknown = started(store.admit(&admission(&user("d"))).await.unwrap());
+    let of_unknown = started(store.admit(admission(&user("d"))).await.unwrap());
     let done = busy(store, &user("e"), retired).await;
-    closed(store.finish(&done.lease, &completed(None)).await.unwrap());
+    closed(store.finish(&done.lease, completed(None)).await.unwrap());
     store.renew_replica(me, "127.0.0.1:2", ALIVE).await.unwrap();
     store.retire_replica(retired).await.unwrap();
     store.renew_replica(lapsed, "127.0.0.1:1", Duration::ZERO).await.unwrap();
@@ -57,14 +57,14 @@ async fn only_the_dead_leave_orphans(_: &TestDatabase, store: &dyn Store) {
     assert_eq!(store.adopt_orphans(me, &runs(&orphans), 100).await.unwrap(), [], "they have an owner again");
 }
 
-async fn orphans_come_in_order_and_in_parts(database: &TestDatabase, store: &dyn Store) {
+async fn orphans_come_in_order_and_in_parts(database: &TestDatabase, store: &Store) {
     let (dead, me) = (ReplicaId::new(), ReplicaId::new());
     let (first, second) = (user("a"), user("b"));
     let mut wanted = vec![busy(store, &first, dead).await.run.id];
     let other = busy(store, &second, dead).await.run.id;
     for _ in 0..4 {
         let (_, _, run, _) =
-            queued(store.admit(&Admission { replica: dead, ..admission(&first) }).await.unwrap());
+            queued(store.admit(Admission { replica: dead, ..admission(&first) }).await.unwrap());
         wanted.push(run.id);
     }
     wanted.push(other);
@@ -84,27 +84,27 @@ async fn orphans_come_in_order_and_in_parts(database: &TestDatabase, store: &dyn
         if orphan.run.status == RunStatus::Queued {
             claimed(store.claim(&orphan.lease).await.unwrap());
         }
-        closed(store.finish(&orphan.lease, &end).await.unwrap());
+        closed(store.finish(&orphan.lease, end.clone()).await.unwrap());
     }
     assert_eq!(transcript(store, &first).await.len(), 5);
     check_invariants(database).await;
 }
 
-async fn a_lapsed_session_can_be_renewed(_: &TestDatabase, store: &dyn Store) {
+async fn a_lapsed_session_can_be_renewed(_: &TestDatabase, store: &Store) {
     let (late, me) = (ReplicaId::new(), ReplicaId::new());
     let turn = busy(store, &user("a"), late).await;
     store.renew_replica(late, "127.0.0.1:1", Duration::ZERO).await.unwrap();
     // In time: nobody has adopted yet.
     store.renew_replica(late, "127.0.0.1:1", ALIVE).await.unwrap();
     assert_eq!(store.adopt_orphans(me, &[], 100).await.unwrap(), []);
-    closed(store.finish(&turn.lease, &completed(None)).await.unwrap());
+    closed(store.finish(&turn.lease, completed(None)).await.unwrap());
 }
 
-async fn a_stale_fence_cannot_write(database: &TestDatabase, store: &dyn Store) {
+async fn a_stale_fence_cannot_write(database: &TestDatabase, store: &Store) {
     let (dead, me) = (ReplicaId::new(), ReplicaId::new());
     let key = user("a");
     let turn = busy(store, &key, dead).await;
-    let (waiting, ..) = queued(store.admit(&Admission { replica: dead, ..admission(&key) }).await.unwrap());
+    let (waiting, ..) = queued(store.admit(Admission { replica: dead, ..admission(&key) }).await.unwrap());
     store.retire_replica(dead).await.unwrap();
     store.renew_replica(me, "127.0.0.1:2", ALIVE).await.unwrap();
     let orphans = store.adopt_orphans(me, &[], 100).await.unwrap();
@@ -113,24 +113,24 @@ async fn a_stale_fence_cannot_write(database: &TestDatabase, store: &dyn Store) 
     // The dead replica was only paused, and goes on.
     let id = UpstreamThreadId("conv_late".to_owned());
     assert!(!bind(store, &turn.lease, &id, false).await);
-    assert_eq!(store.finish(&turn.lease, &completed(Some("late"))).await.unwrap(), Closing::Lost);
-    assert_eq!(store.finish(&waiting, &completed(None)).await.unwrap(), Closing::Lost);
+    assert_eq!(store.finish(&turn.lease, completed(Some("late"))).await.unwrap(), Closing::Lost);
+    assert_eq!(store.finish(&waiting, completed(None)).await.unwrap(), Closing::Lost);
     assert_eq!(store.claim(&waiting).await.unwrap(), Claim::Lost);
     let after = (seen(store, &key).await, store.runs(&key, &first_page()).await.unwrap());
     assert_eq!(before, after);
 
-    closed(store.finish(&orphans[0].lease, &completed(Some("hi"))).await.unwrap());
-    assert_eq!(store.finish(&turn.lease, &completed(Some("hi"))).await.unwrap(), Closing::Lost);
+    closed(store.finish(&orphans[0].lease, completed(Some("hi"))).await.unwrap());
+    assert_eq!(store.finish(&turn.lease, completed(Some("hi"))).await.unwrap(), Closing::Lost);
     assert_eq!(store.claim(&waiting).await.unwrap(), Claim::Lost);
     claimed(store.claim(&orphans[1].lease).await.unwrap());
     assert_eq!(transcript(store, &key).await, ["user: hello", "assistant: hi", "user: hello"]);
     check_invariants(database).await;
 }
 
-async fn adopters_share_the_orphans(_: &TestDatabase, store: &dyn Store) {
+async fn adopters_share_the_orphans(_: &TestDatabase, store: &Store) {
     let mut wanted = vec![];
     for name in 0..20 {
-        wanted.push(started(store.admit(&admission(&user(&name.to_string()))).await.unwrap()).run.id);
+        wanted.push(started(store.admit(admission(&user(&name.to_string()))).await.unwrap()).run.id);
     }
     let adopters: Vec<_> = (0..4).map(|_| ReplicaId::new()).collect();
     for id in &adopters {
@@ -152,7 +152,7 @@ async fn adopters_share_the_orphans(_: &TestDatabase, store: &dyn Store) {
     assert_eq!(ids, wanted, "each has one adopter");
 }
 
-async fn strays_of_ones_own_are_found(database: &TestDatabase, store: &dyn Store) {
+async fn strays_of_ones_own_are_found(database: &TestDatabase, store: &Store) {
     let (dead, me) = (ReplicaId::new(), ReplicaId::new());
     let lost = busy(store, &user("a"), dead).await.run.id;
     store.retire_replica(dead).await.unwrap();
@@ -176,12 +176,12 @@ async fn strays_of_ones_own_are_found(database: &TestDatabase, store: &dyn Store
     assert_eq!(store.adopt_orphans(ReplicaId::new(), &[], 100).await.unwrap(), []);
 }
 
-async fn an_orphan_comes_with_what_it_was_at(database: &TestDatabase, store: &dyn Store) {
+async fn an_orphan_comes_with_what_it_was_at(database: &TestDatabase, store: &Store) {
     let (dead, me) = (ReplicaId::new(), ReplicaId::new());
     let (plain, waits, answered, late) = (user("a"), user("b"), user("c"), user("d"));
     let calls = pause(&["call_1"], 0);
     let first = busy(store, &plain, dead).await;
-    queued(store.admit(&Admission { replica: dead, ..admission(&plain) }).await.unwrap());
+    queued(store.admit(Admission { replica: dead, ..admission(&plain) }).await.unwrap());
     let turn = busy(store, &waits, dead).await;
     store.pause(&turn.lease, &calls).await.unwrap();
     let turn = busy(store, &answered, dead).await;
@@ -231,14 +231,14 @@ async fn an_orphan_comes_with_what_it_was_at(database: &TestDatabase, store: &dy
     check_invariants(database).await;
 }
 
-async fn what_others_took_over_is_lost(_: &TestDatabase, store: &dyn Store) {
+async fn what_others_took_over_is_lost(_: &TestDatabase, store: &Store) {
     let (me, other) = (ReplicaId::new(), ReplicaId::new());
     let mine = busy(store, &user("a"), me).await.run.id;
     let (waiting, ..) =
-        queued(store.admit(&Admission { replica: me, ..admission(&user("a")) }).await.unwrap());
+        queued(store.admit(Admission { replica: me, ..admission(&user("a")) }).await.unwrap());
     let ended = busy(store, &user("b"), me).await;
     let others = busy(store, &user("c"), other).await.run.id;
-    closed(store.finish(&ended.lease, &completed(None)).await.unwrap());
+    closed(store.finish(&ended.lease, completed(None)).await.unwrap());
     // One that is not recorded yet is not lost.
     let working = [mine, waiting.run_id, ended.run.id, RunId::new()];
     assert_eq!(store.lost(me, &working).await.unwrap(), []);
@@ -247,7 +247,7 @@ async fn what_others_took_over_is_lost(_: &TestDatabase, store: &dyn Store) {
 
     let taken = store.take_queued(other, waiting.run_id).await.unwrap().unwrap();
     assert_eq!(store.lost(me, &working).await.unwrap(), [waiting.run_id]);
-    closed(store.finish(&taken, &completed(None)).await.unwrap());
+    closed(store.finish(&taken, completed(None)).await.unwrap());
     assert_eq!(store.lost(me, &working).await.unwrap(), [waiting.run_id], "even if it has ended there");
     assert_eq!(store.lost(me, &[mine, ended.run.id]).await.unwrap(), [], "only of those that were named");
 
@@ -256,7 +256,7 @@ async fn what_others_took_over_is_lost(_: &TestDatabase, store: &dyn Store) {
     assert_eq!(store.lost(me, &[mine, ended.run.id]).await.unwrap(), [mine]);
 }
 
-async fn a_renewal_tells_of_peers_and_of_the_time(database: &TestDatabase, store: &dyn Store) {
+async fn a_renewal_tells_of_peers_and_of_the_time(database: &TestDatabase, store: &Store) {
     let (me, other) = (ReplicaId::new(), ReplicaId::new());
     for (ttl, has_peers) in [(None, false), (Some(ALIVE), true), (Some(Duration::ZERO), false)] {
         if let Some(ttl) = ttl {
@@ -271,14 +271,14 @@ async fn a_renewal_tells_of_peers_and_of_the_time(database: &TestDatabase, store
     }
 }
 
-async fn a_run_that_was_given_up_is_free_at_once(database: &TestDatabase, store: &dyn Store) {
+async fn a_run_that_was_given_up_is_free_at_once(database: &TestDatabase, store: &Store) {
     let (me, other) = (ReplicaId::new(), ReplicaId::new());
     let key = user("a");
     let turn = busy(store, &key, me).await;
-    let (waiting, ..) = queued(store.admit(&Admission { replica: me, ..admission(&key) }).await.unwrap());
+    let (waiting, ..) = queued(store.admit(Admission { replica: me, ..admission(&key) }).await.unwrap());
     let kept = busy(store, &user("b"), me).await;
     let ended = busy(store, &user("c"), me).await;
-    closed(store.finish(&ended.lease, &completed(None)).await.unwrap());
+    closed(store.finish(&ended.lease, completed(None)).await.unwrap());
     let others = busy(store, &user("d"), other).await;
 
     store.release(&[]).await.unwrap();
@@ -306,11 +306,11 @@ async fn a_run_that_was_given_up_is_free_at_once(database: &TestDatabase, store:
     store.release(&leases).await.unwrap();
     assert_eq!(store.adopt_orphans(me, &[kept.run.id], 10).await.unwrap(), []);
     assert_eq!(store.requests(other).await.unwrap().len(), 1);
-    closed(store.finish(&kept.lease, &completed(None)).await.unwrap());
+    closed(store.finish(&kept.lease, completed(None)).await.unwrap());
     check_invariants(database).await;
 }
 
-async fn what_was_merged_comes_in_order(_: &TestDatabase, store: &dyn Store) {
+async fn what_was_merged_comes_in_order(_: &TestDatabase, store: &Store) {
     let (dead, me) = (ReplicaId::new(), ReplicaId::new());
     let key = user("a");
     let first = busy(store, &key, dead).await;
@@ -320,11 +320,11 @@ async fn what_was_merged_comes_in_order(_: &TestDatabase, store: &dyn Store) {
         message: InputMessage { id: MessageId::new(), content: text(content) },
         ..admission(&key)
     };
-    let (lease, ..) = queued(store.admit(&message("one")).await.unwrap());
+    let (lease, ..) = queued(store.admit(message("one")).await.unwrap());
     for more in ["two", "three"] {
-        assert!(matches!(store.admit(&message(more)).await.unwrap(), Admitted::Merged { .. }));
+        assert!(matches!(store.admit(message(more)).await.unwrap(), Admitted::Merged { .. }));
     }
-    closed(store.finish(&first.lease, &completed(Some("hi"))).await.unwrap());
+    closed(store.finish(&first.lease, completed(Some("hi"))).await.unwrap());
     let turn = claimed(store.claim(&lease).await.unwrap());
     store.retire_replica(dead).await.unwrap();
     let orphans = store.adopt_orphans(me, &[], 10).await.unwrap();
@@ -333,7 +333,7 @@ async fn what_was_merged_comes_in_order(_: &TestDatabase, store: &dyn Store) {
     assert_eq!(said, [text("one"), text("two"), text("three")]);
 }
 
-async fn sessions_that_ended_long_ago_are_forgotten(database: &TestDatabase, store: &dyn Store) {
+async fn sessions_that_ended_long_ago_are_forgotten(database: &TestDatabase, store: &Store) {
     let (old, lapsed, alive) = (ReplicaId::new(), ReplicaId::new(), ReplicaId::new());
     store.renew_replica(old, "127.0.0.1:1", Duration::ZERO).await.unwrap();
     let long_ago = database.before("expires_at", Duration::from_hours(25));

@@ -54,12 +54,12 @@ fn enqueue(key: &ConversationKey, words: &str) -> Admission {
 }
 
 /// The texts of a thread's messages, with their positions.
-async fn texts(store: &dyn Store, thread: ThreadId) -> Vec<(i64, String)> {
+async fn texts(store: &Store, thread: ThreadId) -> Vec<(i64, String)> {
     lines(store.transcript(thread, 0, 1000).await.unwrap())
 }
 
 /// What a thread begins with, oldest first.
-async fn carried(store: &dyn Store, thread: ThreadId) -> Vec<Message> {
+async fn carried(store: &Store, thread: ThreadId) -> Vec<Message> {
     let mut newest_first = store.carried(thread, None, 100).await.unwrap().data;
     newest_first.reverse();
     newest_first
@@ -77,12 +77,12 @@ fn expect(lines: &[(i64, &str)]) -> Vec<(i64, String)> {
     lines.iter().map(|(position, text)| (*position, (*text).to_owned())).collect()
 }
 
-async fn a_run_takes_itself_and_its_messages_along(database: &TestDatabase, store: &dyn Store) {
+async fn a_run_takes_itself_and_its_messages_along(database: &TestDatabase, store: &Store) {
     let key = session("alice", "s");
     exchange(store, &key).await;
-    let turn = started(store.admit(&enqueue(&key, "go on")).await.unwrap());
+    let turn = started(store.admit(enqueue(&key, "go on")).await.unwrap());
     let old = turn.thread.clone();
-    let tags = "UPDATE threads SET rolls = true, attempts = 2, last_failure = 'x', metadata = '{\"a\": \"b\"}', \
+    let tags = "UPDATE threads SET rollover_pending = true, attempts = 2, last_failure = 'x', metadata = '{\"a\": \"b\"}', \
                 upstream_thread_id = 'c'";
     database.execute(tags).await;
     let leftover = Leftover {
@@ -96,7 +96,7 @@ async fn a_run_takes_itself_and_its_messages_along(database: &TestDatabase, stor
         remove: false,
     };
     let json = serde_json::to_string(&leftover).unwrap();
-    database.execute(&format!("UPDATE threads SET leftover = '{json}'")).await;
+    database.execute(&format!("UPDATE threads SET unsettled_run = '{json}'")).await;
     let rollover = rollover(old.id, Some(turn.lease));
     let (fresh, moved) = done(store.roll_over(&rollover).await.unwrap());
     let moved = moved.unwrap();
@@ -127,13 +127,13 @@ async fn a_run_takes_itself_and_its_messages_along(database: &TestDatabase, stor
     assert_eq!((due.len(), due[0].thread.id, due[0].attempts), (1, old.id, 0));
     check_invariants(database).await;
 
-    closed(store.finish(&turn.lease, &completed(Some("well"))).await.unwrap());
+    closed(store.finish(&turn.lease, completed(Some("well"))).await.unwrap());
     assert_eq!(texts(store, fresh.id).await, expect(&[(1, "go on"), (2, "well")]));
     assert_eq!(exchange(store, &key).await.thread.id, fresh.id);
     check_invariants(database).await;
 }
 
-async fn a_free_thread_is_rolled_over_at_once(database: &TestDatabase, store: &dyn Store) {
+async fn a_free_thread_is_rolled_over_at_once(database: &TestDatabase, store: &Store) {
     let key = user("alice");
     let old = exchange(store, &key).await.thread.id;
     let (fresh, turn) = done(store.roll_over(&rollover(old, None)).await.unwrap());
@@ -149,16 +149,16 @@ async fn a_free_thread_is_rolled_over_at_once(database: &TestDatabase, store: &d
     check_invariants(database).await;
 }
 
-async fn a_busy_thread_is_rolled_over_later(database: &TestDatabase, store: &dyn Store) {
+async fn a_busy_thread_is_rolled_over_later(database: &TestDatabase, store: &Store) {
     let key = user("alice");
-    let turn = started(store.admit(&admission(&key)).await.unwrap());
-    let (waiting, ..) = queued(store.admit(&enqueue(&key, "next")).await.unwrap());
+    let turn = started(store.admit(admission(&key)).await.unwrap());
+    let (waiting, ..) = queued(store.admit(enqueue(&key, "next")).await.unwrap());
     for _ in 0..2 {
         let rolled = store.roll_over(&rollover(turn.thread.id, None)).await.unwrap();
         let Rolled::Later(thread) = rolled else { panic!("{rolled:?}") };
         assert_eq!((thread.id, thread.rolls, thread.lifecycle), (turn.thread.id, true, Lifecycle::Current));
     }
-    closed(store.finish(&turn.lease, &completed(Some("hi"))).await.unwrap());
+    closed(store.finish(&turn.lease, completed(Some("hi"))).await.unwrap());
     let next = claimed(store.claim(&waiting).await.unwrap());
     assert!(next.thread.rolls, "the next turn sees it");
     let (fresh, moved) = done(store.roll_over(&rollover(next.thread.id, Some(next.lease))).await.unwrap());
@@ -166,14 +166,14 @@ async fn a_busy_thread_is_rolled_over_later(database: &TestDatabase, store: &dyn
     check_invariants(database).await;
 }
 
-async fn who_waits_keeps_the_place(database: &TestDatabase, store: &dyn Store) {
+async fn who_waits_keeps_the_place(database: &TestDatabase, store: &Store) {
     use MultitaskStrategy::{Enqueue, Interrupt, Merge, Rollback};
     let key = user("alice");
     exchange(store, &key).await;
-    let mut active = started(store.admit(&enqueue(&key, "first")).await.unwrap()).lease;
+    let mut active = started(store.admit(enqueue(&key, "first")).await.unwrap()).lease;
     let mut waiting = vec![];
     for (strategy, words) in [(Enqueue, "a"), (Interrupt, "b"), (Enqueue, "c"), (Rollback, "d")] {
-        waiting.push((words, queued(store.admit(&said(&key, words, strategy)).await.unwrap()).0));
+        waiting.push((words, queued(store.admit(said(&key, words, strategy)).await.unwrap()).0));
     }
     let mut current = seen(store, &key).await.unwrap().0.id;
     let (fresh, _) = done(store.roll_over(&rollover(current, Some(active))).await.unwrap());
@@ -185,12 +185,12 @@ async fn who_waits_keeps_the_place(database: &TestDatabase, store: &dyn Store) {
     current = fresh.id;
     // They are joined by others, which have their places as ever; and each turn rolls the thread over again.
     for (strategy, words) in [(Enqueue, "e"), (Interrupt, "f")] {
-        waiting.push((words, queued(store.admit(&said(&key, words, strategy)).await.unwrap()).0));
+        waiting.push((words, queued(store.admit(said(&key, words, strategy)).await.unwrap()).0));
     }
-    let merged = store.admit(&said(&key, "and", Merge)).await.unwrap();
+    let merged = store.admit(said(&key, "and", Merge)).await.unwrap();
     assert!(matches!(merged, Admitted::Merged { .. }), "{merged:?}");
     for next in ["f", "d", "b", "a", "c", "e"] {
-        closed(store.finish(&active, &completed(None)).await.unwrap());
+        closed(store.finish(&active, completed(None)).await.unwrap());
         for (words, lease) in waiting.iter().filter(|(words, _)| *words != next) {
             assert_eq!(store.claim(lease).await.unwrap(), Claim::NotYet, "{words}");
         }
@@ -205,7 +205,7 @@ async fn who_waits_keeps_the_place(database: &TestDatabase, store: &dyn Store) {
         current = fresh.id;
     }
     assert_eq!(texts(store, current).await, expect(&[(1, "e"), (2, "and")]));
-    closed(store.finish(&active, &completed(None)).await.unwrap());
+    closed(store.finish(&active, completed(None)).await.unwrap());
     check_counts(database).await;
 }
 
@@ -216,8 +216,8 @@ async fn check_counts(database: &TestDatabase) {
         "SELECT count(*) FROM threads t WHERE message_count <> (SELECT count(*) FROM messages m WHERE \
          m.thread_id = t.id) OR last_position < (SELECT COALESCE(max(position), 0) FROM messages m WHERE \
          m.thread_id = t.id)",
-        "SELECT count(*) FROM threads t WHERE backlog <> (SELECT count(*) FROM messages m WHERE m.thread_id = t.id \
-         AND m.context = 'missing')",
+        "SELECT count(*) FROM threads t WHERE unsynced_messages <> (SELECT count(*) FROM messages m WHERE m.thread_id = t.id \
+         AND m.upstream_sync = 'missing')",
         "SELECT count(*) FROM threads t WHERE lifecycle = 'current' AND run_count <> \
          (SELECT COALESCE(max(seq), 0) FROM runs r WHERE r.thread_id = t.id)",
         "SELECT count(*) FROM messages m JOIN runs r ON r.id = m.run_id WHERE r.thread_id <> m.thread_id",
@@ -226,16 +226,16 @@ async fn check_counts(database: &TestDatabase) {
     }
 }
 
-async fn holes_in_the_order_close(database: &TestDatabase, store: &dyn Store) {
+async fn holes_in_the_order_close(database: &TestDatabase, store: &Store) {
     let key = user("alice");
-    let active = started(store.admit(&admission(&key)).await.unwrap());
+    let active = started(store.admit(admission(&key)).await.unwrap());
     let mut waiting = vec![];
     for words in ["a", "b", "c", "d"] {
-        waiting.push(queued(store.admit(&enqueue(&key, words)).await.unwrap()).0);
+        waiting.push(queued(store.admit(enqueue(&key, words)).await.unwrap()).0);
     }
     let cancelled = RunEnd { status: RunStatus::Cancelled, said: Context::Missing, ..completed(None) };
     for gone in [0, 2] {
-        closed(store.finish(&waiting[gone], &cancelled).await.unwrap());
+        closed(store.finish(&waiting[gone], cancelled.clone()).await.unwrap());
     }
     let old = active.thread.id;
     let (fresh, _) = done(store.roll_over(&rollover(old, Some(active.lease))).await.unwrap());
@@ -246,21 +246,21 @@ async fn holes_in_the_order_close(database: &TestDatabase, store: &dyn Store) {
     let old = thread(store, old).await.unwrap();
     assert_eq!((old.run_count, old.message_count, old.backlog), (2, 2, 2));
     check_counts(database).await;
-    assert_eq!(queued(store.admit(&admission(&key)).await.unwrap()).2.seq, 4);
+    assert_eq!(queued(store.admit(admission(&key)).await.unwrap()).2.seq, 4);
 }
 
-async fn only_the_run_at_work_rolls_its_thread_over(database: &TestDatabase, store: &dyn Store) {
+async fn only_the_run_at_work_rolls_its_thread_over(database: &TestDatabase, store: &Store) {
     let key = user("alice");
-    let turn = started(store.admit(&admission(&key)).await.unwrap());
-    let (waiting, ..) = queued(store.admit(&admission(&key)).await.unwrap());
-    let other = started(store.admit(&admission(&user("bob"))).await.unwrap());
+    let turn = started(store.admit(admission(&key)).await.unwrap());
+    let (waiting, ..) = queued(store.admit(admission(&key)).await.unwrap());
+    let other = started(store.admit(admission(&user("bob"))).await.unwrap());
     let outdated = RunLease { fence: turn.lease.fence + 1, ..turn.lease };
     for lease in [waiting, other.lease, outdated] {
         assert_eq!(store.roll_over(&rollover(turn.thread.id, Some(lease))).await.unwrap(), Rolled::Lost);
     }
     store.pause(&turn.lease, &pause(&["call_1"], 0)).await.unwrap();
     assert_eq!(store.roll_over(&rollover(turn.thread.id, Some(turn.lease))).await.unwrap(), Rolled::Lost);
-    closed(store.finish(&turn.lease, &completed(None)).await.unwrap());
+    closed(store.finish(&turn.lease, completed(None)).await.unwrap());
     assert_eq!(store.roll_over(&rollover(turn.thread.id, Some(turn.lease))).await.unwrap(), Rolled::Lost);
     assert_eq!(database.number("SELECT count(*) FROM threads").await, 2);
     let erase = request(DeletionTarget::Key(key), Deletion::Erase);
@@ -268,13 +268,13 @@ async fn only_the_run_at_work_rolls_its_thread_over(database: &TestDatabase, sto
     assert_eq!(store.roll_over(&rollover(turn.thread.id, None)).await.unwrap(), Rolled::Lost);
 }
 
-async fn a_repeated_rollover_is_harmless(database: &TestDatabase, store: &dyn Store) {
+async fn a_repeated_rollover_is_harmless(database: &TestDatabase, store: &Store) {
     let key = user("alice");
-    let turn = started(store.admit(&admission(&key)).await.unwrap());
+    let turn = started(store.admit(admission(&key)).await.unwrap());
     let by_run = rollover(turn.thread.id, Some(turn.lease));
     let first = store.roll_over(&by_run).await.unwrap();
     assert_eq!(store.roll_over(&by_run).await.unwrap(), first);
-    closed(store.finish(&turn.lease, &completed(None)).await.unwrap());
+    closed(store.finish(&turn.lease, completed(None)).await.unwrap());
     assert_eq!(store.roll_over(&by_run).await.unwrap(), Rolled::Lost, "the run has ended");
     let by_caller = rollover(by_run.new_thread, None);
     let first = store.roll_over(&by_caller).await.unwrap();
@@ -283,7 +283,7 @@ async fn a_repeated_rollover_is_harmless(database: &TestDatabase, store: &dyn St
     check_invariants(database).await;
 }
 
-async fn what_is_left_of_limits_goes_along(database: &TestDatabase, store: &dyn Store) {
+async fn what_is_left_of_limits_goes_along(database: &TestDatabase, store: &Store) {
     let some = |age: Option<u32>, idle: Option<u32>| Limits {
         max_age: age.map(|hours| HOUR * hours),
         max_idle: idle.map(|hours| HOUR * hours),
@@ -333,16 +333,16 @@ async fn what_is_left_of_limits_goes_along(database: &TestDatabase, store: &dyn 
     }
 }
 
-async fn the_last_messages_are_carried_over(database: &TestDatabase, store: &dyn Store) {
+async fn the_last_messages_are_carried_over(database: &TestDatabase, store: &Store) {
     let key = user("alice");
     for (n, said) in
         [Context::Present, Context::Withheld, Context::Missing, Context::Present].iter().enumerate()
     {
-        let turn = started(store.admit(&enqueue(&key, &format!("say {n}"))).await.unwrap());
+        let turn = started(store.admit(enqueue(&key, &format!("say {n}"))).await.unwrap());
         let end = RunEnd { said: *said, ..completed(Some(&format!("reply {n}"))) };
-        closed(store.finish(&turn.lease, &end).await.unwrap());
+        closed(store.finish(&turn.lease, end.clone()).await.unwrap());
     }
-    let turn = started(store.admit(&enqueue(&key, "now")).await.unwrap());
+    let turn = started(store.admit(enqueue(&key, "now")).await.unwrap());
     let made = turn.thread.id;
     for (carry_over, expected) in [
         (0, &[][..]),
@@ -357,15 +357,15 @@ async fn the_last_messages_are_carried_over(database: &TestDatabase, store: &dyn
             assert_eq!(fresh.carried, i64::from(carry_over));
             assert_eq!(lines(carried(store, fresh.id).await), expect(expected));
             // Only what stands in the thread right before is carried.
-            closed(store.finish(&turn.lease, &completed(Some("then"))).await.unwrap());
+            closed(store.finish(&turn.lease, completed(Some("then"))).await.unwrap());
             let again = Rollover { carry_over: 100, ..self::rollover(fresh.id, None) };
             let (again, _) = done(store.roll_over(&again).await.unwrap());
             assert_eq!(again.carried, 2);
             assert_eq!(lines(carried(store, again.id).await), expect(&[(1, "now"), (2, "then")]));
         } else {
             let other = user(&carry_over.to_string());
-            let turn = started(store.admit(&enqueue(&other, "reply 3")).await.unwrap());
-            closed(store.finish(&turn.lease, &completed(None)).await.unwrap());
+            let turn = started(store.admit(enqueue(&other, "reply 3")).await.unwrap());
+            closed(store.finish(&turn.lease, completed(None)).await.unwrap());
             let (fresh, _) = done(
                 store.roll_over(&Rollover { thread: turn.thread.id, by: None, ..rollover }).await.unwrap(),
             );
@@ -378,12 +378,12 @@ async fn the_last_messages_are_carried_over(database: &TestDatabase, store: &dyn
     check_counts(database).await;
 }
 
-async fn carried_messages_are_read_backwards_in_pages(_: &TestDatabase, store: &dyn Store) {
+async fn carried_messages_are_read_backwards_in_pages(_: &TestDatabase, store: &Store) {
     let key = user("alice");
     for _ in 0..3 {
         exchange(store, &key).await;
     }
-    let turn = started(store.admit(&admission(&key)).await.unwrap());
+    let turn = started(store.admit(admission(&key)).await.unwrap());
     let place = Rollover { carry_over: 4, ..rollover(turn.thread.id, Some(turn.lease)) };
     let (fresh, _) = done(store.roll_over(&place).await.unwrap());
     let positions = async |before, limit| {
@@ -402,7 +402,7 @@ async fn carried_messages_are_read_backwards_in_pages(_: &TestDatabase, store: &
     }
 }
 
-async fn nothing_is_carried_from_what_is_erased(_: &TestDatabase, store: &dyn Store) {
+async fn nothing_is_carried_from_what_is_erased(_: &TestDatabase, store: &Store) {
     let key = user("alice");
     let old = exchange(store, &key).await.thread.id;
     let (fresh, _) = done(store.roll_over(&rollover(old, None)).await.unwrap());
@@ -415,39 +415,39 @@ async fn nothing_is_carried_from_what_is_erased(_: &TestDatabase, store: &dyn St
     exchange(store, &key).await;
 }
 
-async fn a_moved_run_lives_on(database: &TestDatabase, store: &dyn Store) {
+async fn a_moved_run_lives_on(database: &TestDatabase, store: &Store) {
     let key = user("alice");
-    let turn = started(store.admit(&admission(&key)).await.unwrap());
-    let (rollback, ..) = queued(store.admit(&said(&key, "no", MultitaskStrategy::Rollback)).await.unwrap());
+    let turn = started(store.admit(admission(&key)).await.unwrap());
+    let (rollback, ..) = queued(store.admit(said(&key, "no", MultitaskStrategy::Rollback)).await.unwrap());
     let (fresh, _) = done(store.roll_over(&rollover(turn.thread.id, Some(turn.lease))).await.unwrap());
     assert_eq!(started_again(store, &turn.lease).await.thread.id, fresh.id);
     assert!(bind(store, &turn.lease, &UpstreamThreadId("c".to_owned()), true).await);
     store.pause(&turn.lease, &pause(&["call_1"], 0)).await.unwrap();
     store.answer_tools(&key, turn.run.id, &answer(&["call_1"])).await.unwrap();
     assert_eq!(store.displace(&rollback, true).await.unwrap(), Some(turn.run.id));
-    assert_eq!(store.finish(&turn.lease, &completed(None)).await.unwrap(), Closing::MustDiscard);
+    assert_eq!(store.finish(&turn.lease, completed(None)).await.unwrap(), Closing::MustDiscard);
     let end = RunEnd { discard: true, status: RunStatus::Cancelled, ..completed(None) };
-    let ended = closed(store.finish(&turn.lease, &end).await.unwrap());
+    let ended = closed(store.finish(&turn.lease, end.clone()).await.unwrap());
     assert_eq!((ended.thread.id, ended.thread.message_count), (fresh.id, 0));
     let next = claimed(store.claim(&rollback).await.unwrap());
     assert_eq!((next.thread.id, next.thread.message_count), (fresh.id, 1));
     assert_eq!(store.run(&key, turn.run.id).await.unwrap().unwrap().0.thread_id, fresh.id);
-    closed(store.finish(&rollback, &completed(Some("hi"))).await.unwrap());
+    closed(store.finish(&rollback, completed(Some("hi"))).await.unwrap());
     check_counts(database).await;
 }
 
-async fn started_again(store: &dyn Store, lease: &RunLease) -> Turn {
+async fn started_again(store: &Store, lease: &RunLease) -> Turn {
     claimed(store.claim(lease).await.unwrap())
 }
 
-async fn an_idempotency_key_stays_with_its_run(_: &TestDatabase, store: &dyn Store) {
+async fn an_idempotency_key_stays_with_its_run(_: &TestDatabase, store: &Store) {
     let key = user("alice");
-    let turn = started(store.admit(&admission(&key)).await.unwrap());
+    let turn = started(store.admit(admission(&key)).await.unwrap());
     let once = Admission { idempotency: Some(idempotency("k")), ..admission(&key) };
-    let (waiting, ..) = queued(store.admit(&once).await.unwrap());
+    let (waiting, ..) = queued(store.admit(once.clone()).await.unwrap());
     let (fresh, _) = done(store.roll_over(&rollover(turn.thread.id, Some(turn.lease))).await.unwrap());
     let again = Admission { idempotency: Some(idempotency("k")), ..admission(&key) };
-    assert_eq!(store.admit(&again).await.unwrap(), Admitted::Repeated);
+    assert_eq!(store.admit(again.clone()).await.unwrap(), Admitted::Repeated);
     let repeated = store.repeated(&key, "k", HOUR).await.unwrap().unwrap();
     assert_eq!((repeated.run.id, repeated.thread.id), (waiting.run_id, fresh.id));
 }
@@ -463,12 +463,12 @@ fn foreign(after: i64, words: &str) -> Foreign {
     }
 }
 
-async fn what_others_wrote_stands_where_they_wrote_it(database: &TestDatabase, store: &dyn Store) {
+async fn what_others_wrote_stands_where_they_wrote_it(database: &TestDatabase, store: &Store) {
     let key = user("alice");
     for _ in 0..2 {
         exchange(store, &key).await;
     }
-    let turn = started(store.admit(&enqueue(&key, "now")).await.unwrap());
+    let turn = started(store.admit(enqueue(&key, "now")).await.unwrap());
     let made = turn.thread.id;
     let at = turn.thread.created_at;
     let messages = [
@@ -512,17 +512,17 @@ async fn what_others_wrote_stands_where_they_wrote_it(database: &TestDatabase, s
     assert_eq!(page, [first]);
     assert_eq!(page[0].created_at.timestamp_millis(), at.timestamp_millis());
     check_invariants(database).await;
-    closed(store.finish(&turn.lease, &completed(Some("well"))).await.unwrap());
+    closed(store.finish(&turn.lease, completed(Some("well"))).await.unwrap());
     assert_eq!(texts(store, made).await.last().unwrap(), &(13, "well".to_owned()));
     check_invariants(database).await;
 }
 
-async fn what_others_wrote_is_put_in_once(database: &TestDatabase, store: &dyn Store) {
+async fn what_others_wrote_is_put_in_once(database: &TestDatabase, store: &Store) {
     let key = user("alice");
-    let turn = started(store.admit(&admission(&key)).await.unwrap());
+    let turn = started(store.admit(admission(&key)).await.unwrap());
     let mut end = completed(Some("hi"));
     end.reply.as_mut().unwrap().upstream_message_id = Some("m_own".to_owned());
-    let made = closed(store.finish(&turn.lease, &end).await.unwrap()).thread.id;
+    let made = closed(store.finish(&turn.lease, end.clone()).await.unwrap()).thread.id;
     let unnamed = Foreign { upstream_message_id: None, ..foreign(2, "x") };
     let own = Foreign { upstream_message_id: Some("m_own".to_owned()), ..foreign(2, "hi") };
     let messages = [own, foreign(2, "a"), foreign(2, "a"), unnamed];
@@ -538,16 +538,16 @@ async fn what_others_wrote_is_put_in_once(database: &TestDatabase, store: &dyn S
     check_invariants(database).await;
 }
 
-async fn nothing_is_put_in_beside_a_run_at_work(_: &TestDatabase, store: &dyn Store) {
+async fn nothing_is_put_in_beside_a_run_at_work(_: &TestDatabase, store: &Store) {
     let key = user("alice");
-    let turn = started(store.admit(&admission(&key)).await.unwrap());
-    let (waiting, ..) = queued(store.admit(&admission(&key)).await.unwrap());
+    let turn = started(store.admit(admission(&key)).await.unwrap());
+    let (waiting, ..) = queued(store.admit(admission(&key)).await.unwrap());
     let made = turn.thread.id;
     let stale = RunLease { fence: turn.lease.fence - 1, ..turn.lease };
     for by in [None, Some(waiting), Some(stale)] {
         assert_eq!(store.insert_foreign(made, by, &[foreign(0, "a")]).await.unwrap(), 0);
     }
-    closed(store.finish(&turn.lease, &completed(None)).await.unwrap());
+    closed(store.finish(&turn.lease, completed(None)).await.unwrap());
     assert_eq!(
         store.insert_foreign(made, None, &[foreign(0, "a")]).await.unwrap(),
         1,
@@ -568,7 +568,7 @@ async fn rollovers_and_messages_at_once_lose_nothing() {
     let key = session("alice", "s1");
     let begun = std::sync::Mutex::new(Vec::new());
 
-    let work = |turn: Turn, store: Arc<dyn Store>, n: usize| {
+    let work = |turn: Turn, store: Arc<Store>, n: usize| {
         let begun = &begun;
         async move {
             begun.lock().unwrap().extend(turn.input.iter().map(|message| message.id));
@@ -581,7 +581,7 @@ async fn rollovers_and_messages_at_once_lose_nothing() {
                 input = moved.input;
             }
             assert_eq!(input, turn.input);
-            closed(store.finish(&turn.lease, &completed(Some("hi"))).await.unwrap());
+            closed(store.finish(&turn.lease, completed(Some("hi"))).await.unwrap());
         }
     };
     let send = |n: usize| {
@@ -591,7 +591,7 @@ async fn rollovers_and_messages_at_once_lose_nothing() {
             let strategy = [Enqueue, Merge, Enqueue, Interrupt, Merge][n % 5];
             let request =
                 Admission { idempotency: Some(idempotency(&n.to_string())), ..said(key, "x", strategy) };
-            match store.admit(&request).await.unwrap() {
+            match store.admit(request.clone()).await.unwrap() {
                 Admitted::Started(turn) => work(*turn, store, n).await,
                 Admitted::Merged { .. } => {}
                 Admitted::Queued { lease, .. } => loop {
@@ -609,7 +609,7 @@ async fn rollovers_and_messages_at_once_lose_nothing() {
         let (store, key) = (&replicas[n % 2], &key);
         async move {
             for _ in 0..20 {
-                if let Some((thread, _)) = seen(&**store, key).await {
+                if let Some((thread, _)) = seen(store, key).await {
                     store.roll_over(&rollover(thread.id, None)).await.unwrap();
                 }
                 tokio::task::yield_now().await;
@@ -642,10 +642,10 @@ async fn a_queue_keeps_its_order_while_it_moves() {
     let replicas = [database.store().await, database.store().await];
     for round in 0..8 {
         let key = user(&round.to_string());
-        let first = started(replicas[0].admit(&admission(&key)).await.unwrap());
+        let first = started(replicas[0].admit(admission(&key)).await.unwrap());
         let mut waiting = vec![];
         for n in 0..8 {
-            waiting.push(queued(replicas[n % 2].admit(&enqueue(&key, &n.to_string())).await.unwrap()).0);
+            waiting.push(queued(replicas[n % 2].admit(enqueue(&key, &n.to_string())).await.unwrap()).0);
         }
         let order = std::sync::Mutex::new(Vec::new());
         let claim = |n: usize| {
@@ -654,14 +654,14 @@ async fn a_queue_keeps_its_order_while_it_moves() {
                 if n == 5 {
                     let end =
                         RunEnd { status: RunStatus::Cancelled, said: Context::Withheld, ..completed(None) };
-                    closed(store.finish(&lease, &end).await.unwrap());
+                    closed(store.finish(&lease, end.clone()).await.unwrap());
                     return;
                 }
                 loop {
                     match store.claim(&lease).await.unwrap() {
                         Claim::Started(turn) => {
                             order.lock().unwrap().push(n);
-                            closed(store.finish(&turn.lease, &completed(Some("hi"))).await.unwrap());
+                            closed(store.finish(&turn.lease, completed(Some("hi"))).await.unwrap());
                             return;
                         }
                         Claim::NotYet => tokio::task::yield_now().await,
@@ -672,11 +672,11 @@ async fn a_queue_keeps_its_order_while_it_moves() {
         };
         let roll = async {
             for n in 0..12_usize {
-                if let Some((thread, _)) = seen(&*replicas[n % 2], &key).await {
+                if let Some((thread, _)) = seen(&replicas[n % 2], &key).await {
                     replicas[n % 2].roll_over(&rollover(thread.id, None)).await.unwrap();
                 }
                 if n == 2 {
-                    closed(replicas[0].finish(&first.lease, &completed(None)).await.unwrap());
+                    closed(replicas[0].finish(&first.lease, completed(None)).await.unwrap());
                 }
             }
         };
@@ -702,12 +702,12 @@ async fn what_waits_for_a_rollover_finds_the_fresh_thread() {
     let (store, other) = (database.store().await, database.store().await);
     for round in 0..4 {
         let key = user(&round.to_string());
-        let first = started(store.admit(&admission(&key)).await.unwrap());
-        let (second, ..) = queued(store.admit(&enqueue(&key, "2")).await.unwrap());
-        let (third, ..) = queued(store.admit(&enqueue(&key, "3")).await.unwrap());
+        let first = started(store.admit(admission(&key)).await.unwrap());
+        let (second, ..) = queued(store.admit(enqueue(&key, "2")).await.unwrap());
+        let (third, ..) = queued(store.admit(enqueue(&key, "3")).await.unwrap());
         let by = (round == 3).then_some(first.lease);
         if by.is_none() {
-            closed(store.finish(&first.lease, &completed(None)).await.unwrap());
+            closed(store.finish(&first.lease, completed(None)).await.unwrap());
         }
         let old = first.thread.id;
         // The rollover has the runs, and waits for the thread.
@@ -731,18 +731,18 @@ async fn what_waits_for_a_rollover_finds_the_fresh_thread() {
                 1 => {
                     let end =
                         RunEnd { status: RunStatus::Cancelled, said: Context::Missing, ..completed(None) };
-                    let (end, ()) = tokio::join!(other.finish(&third, &end), release);
+                    let (end, ()) = tokio::join!(other.finish(&third, end.clone()), release);
                     let ended = closed(end.unwrap());
                     assert_eq!((ended.thread.previous_thread, ended.thread.message_count), (Some(old), 1));
                     assert_eq!(ended.thread.backlog, 1);
                 }
                 2 => {
                     let merge = said(&key, "4", MultitaskStrategy::Merge);
-                    let (merged, ()) = tokio::join!(other.admit(&merge), release);
-                    let (_, thread, run, _) = queued(merged.unwrap());
-                    assert_eq!((thread.previous_thread, run.seq), (Some(old), 3));
-                    let merged = "SELECT count(*) FROM runs WHERE jsonb_array_length(input) > 1";
-                    assert_eq!(database.number(merged).await, 0, "it is not in two runs");
+                    let (merged, ()) = tokio::join!(other.admit(merge.clone()), release);
+                    let Admitted::Merged { thread, run } = merged.unwrap() else { panic!("not merged") };
+                    assert_eq!((thread.previous_thread, run.id), (Some(old), third.run_id));
+                    let merged = "SELECT count(*) FROM runs WHERE jsonb_array_length(queued_input) > 1";
+                    assert_eq!(database.number(merged).await, 1, "it is in one run");
                 }
                 _ => {
                     let (marked, ()) = tokio::join!(other.request_cancel(&key, first.run.id), release);

@@ -17,12 +17,7 @@ on_every_backend!(
 );
 
 /// Each key has the given number of threads, the last of them current, each with an exchange. Oldest first.
-async fn generations(
-    database: &TestDatabase,
-    store: &dyn Store,
-    key: &ConversationKey,
-    n: usize,
-) -> Vec<Thread> {
+async fn generations(database: &TestDatabase, store: &Store, key: &ConversationKey, n: usize) -> Vec<Thread> {
     let mut threads = vec![];
     for generation in 0..n {
         if generation > 0 {
@@ -37,14 +32,14 @@ async fn generations(
     threads
 }
 
-async fn a_report_tells_all_of_a_thread(database: &TestDatabase, store: &dyn Store) {
+async fn a_report_tells_all_of_a_thread(database: &TestDatabase, store: &Store) {
     let key = user("alice");
     assert_eq!(store.report(ThreadName::Newest(&key)).await.unwrap(), None);
     assert_eq!(store.report(ThreadName::Id(&key.tenant, ThreadId::new())).await.unwrap(), None);
     let threads = generations(database, store, &key, 2).await;
     generations(database, store, &user("bob"), 1).await;
-    let turn = started(store.admit(&admission(&key)).await.unwrap());
-    let (_, _, last, _) = queued(store.admit(&admission(&key)).await.unwrap());
+    let turn = started(store.admit(admission(&key)).await.unwrap());
+    let (_, _, last, _) = queued(store.admit(admission(&key)).await.unwrap());
 
     let newest = store.report(ThreadName::Newest(&key)).await.unwrap().unwrap();
     assert_eq!(newest.thread.id, threads[1].id);
@@ -64,7 +59,7 @@ async fn a_report_tells_all_of_a_thread(database: &TestDatabase, store: &dyn Sto
     assert_eq!(store.report(ThreadName::Newest(&key)).await.unwrap().unwrap().thread.id, threads[1].id);
     database
         .execute(
-            "UPDATE threads SET lifecycle = 'deleting', deletion = 'erase' WHERE previous_thread IS NOT NULL",
+            "UPDATE threads SET lifecycle = 'deleting', deletion = 'erase' WHERE previous_thread_id IS NOT NULL",
         )
         .await;
     assert_eq!(store.report(ThreadName::Newest(&key)).await.unwrap().unwrap().thread.id, threads[0].id);
@@ -72,7 +67,7 @@ async fn a_report_tells_all_of_a_thread(database: &TestDatabase, store: &dyn Sto
     assert_eq!(gone.thread.lifecycle, Lifecycle::Deleting);
 }
 
-async fn threads_have_pages(_: &TestDatabase, store: &dyn Store) {
+async fn threads_have_pages(_: &TestDatabase, store: &Store) {
     let mut ids = vec![];
     for name in ["a", "b", "c", "d", "e"] {
         ids.push(exchange(store, &user(name)).await.thread.id);
@@ -98,12 +93,12 @@ async fn threads_have_pages(_: &TestDatabase, store: &dyn Store) {
     }
 }
 
-async fn threads_are_found_by_what_they_are(database: &TestDatabase, store: &dyn Store) {
+async fn threads_are_found_by_what_they_are(database: &TestDatabase, store: &Store) {
     let alice = generations(database, store, &session("alice", "s1"), 2).await;
     let topic = exchange(store, &topic("alice", "s1")).await.thread;
     let spare = Admission { upstream: "spare".to_owned(), ..admission(&user("bob")) };
-    let bob = started(store.admit(&spare).await.unwrap());
-    let carol = started(store.admit(&admission(&user("carol"))).await.unwrap());
+    let bob = started(store.admit(spare.clone()).await.unwrap());
+    let carol = started(store.admit(admission(&user("carol"))).await.unwrap());
     store.pause(&carol.lease, &pause(&["call_1"], 0)).await.unwrap();
     let dave = exchange(store, &user("dave")).await.thread;
     database
@@ -166,7 +161,7 @@ async fn threads_are_found_by_what_they_are(database: &TestDatabase, store: &dyn
     assert_eq!(states, [idle, idle, idle, ThreadState::Active, ThreadState::RequiresAction, idle]);
 }
 
-async fn a_cursor_of_others_is_unknown(_: &TestDatabase, store: &dyn Store) {
+async fn a_cursor_of_others_is_unknown(_: &TestDatabase, store: &Store) {
     let mine = exchange(store, &user("alice")).await.thread;
     let other = TenantKey::try_from("other".to_owned()).unwrap();
     let others = exchange(store, &ConversationKey { tenant: other, ..user("alice") }).await.thread;
@@ -193,24 +188,36 @@ async fn a_cursor_of_others_is_unknown(_: &TestDatabase, store: &dyn Store) {
     }
 }
 
-async fn runs_are_read_in_order(_: &TestDatabase, store: &dyn Store) {
+async fn runs_are_read_in_order(_: &TestDatabase, store: &Store) {
     let key = user("alice");
     exchange(store, &key).await;
     let second = exchange(store, &key).await;
-    started(store.admit(&admission(&key)).await.unwrap());
-    queued(store.admit(&admission(&key)).await.unwrap());
+    started(store.admit(admission(&key)).await.unwrap());
+    queued(store.admit(admission(&key)).await.unwrap());
     let thread = second.thread.id;
     let seqs = |runs: Vec<Run>| runs.into_iter().map(|run| run.seq).collect::<Vec<_>>();
-    assert_eq!(seqs(store.runs_of(thread, 0, 3).await.unwrap()), [1, 2, 3]);
-    assert_eq!(store.runs_of(thread, 1, 1).await.unwrap(), [second.run]);
-    assert_eq!(seqs(store.runs_of(thread, 4, 3).await.unwrap()), [0; 0]);
+    assert_eq!(seqs(store.runs_of(&[thread], (thread, 0), 3).await.unwrap()), [1, 2, 3]);
+    assert_eq!(store.runs_of(&[thread], (thread, 1), 1).await.unwrap(), [second.run]);
+    assert_eq!(seqs(store.runs_of(&[thread], (thread, 4), 3).await.unwrap()), [0; 0]);
     assert_eq!(seqs(store.unfinished_of(thread).await.unwrap()), [3, 4]);
     assert_eq!(seqs(store.unfinished(&key).await.unwrap().unwrap()), [3, 4]);
-    assert_eq!(store.runs_of(ThreadId::new(), 0, 3).await.unwrap(), []);
+    let nothing = ThreadId::new();
+    assert_eq!(store.runs_of(&[nothing], (nothing, 0), 3).await.unwrap(), []);
+    let other = exchange(store, &user("bob")).await.run;
+    let all = [nothing, thread, other.thread_id];
+    let places = async |behind, limit| {
+        let runs = store.runs_of(&all, behind, limit).await.unwrap();
+        runs.into_iter().map(|run| (run.thread_id, run.seq)).collect::<Vec<_>>()
+    };
+    let wanted: Vec<_> = [(thread, 1), (thread, 2), (thread, 3), (thread, 4), (other.thread_id, 1)].into();
+    assert_eq!(places((all[1], 0), 10).await, wanted);
+    assert_eq!(places((all[1], 2), 2).await, wanted[2..4]);
+    assert_eq!(places((all[1], 4), 10).await, wanted[4..]);
+    assert_eq!(places((other.thread_id, 0), 10).await, wanted[4..]);
     assert_eq!(store.unfinished_of(ThreadId::new()).await.unwrap(), []);
 }
 
-async fn an_archived_thread_can_still_be_read(database: &TestDatabase, store: &dyn Store) {
+async fn an_archived_thread_can_still_be_read(database: &TestDatabase, store: &Store) {
     let key = user("alice");
     let threads = generations(database, store, &key, 2).await;
     database.archive_threads().await;
@@ -230,7 +237,7 @@ async fn an_archived_thread_can_still_be_read(database: &TestDatabase, store: &d
     }
 }
 
-async fn transcripts_of_all_threads_have_pages(database: &TestDatabase, store: &dyn Store) {
+async fn transcripts_of_all_threads_have_pages(database: &TestDatabase, store: &Store) {
     let key = user("alice");
     exchange(store, &session("alice", "s1")).await;
     let threads = generations(database, store, &key, 3).await;
@@ -274,7 +281,7 @@ async fn transcripts_of_all_threads_have_pages(database: &TestDatabase, store: &
     database
         .execute(
             "UPDATE threads SET lifecycle = 'deleting', deletion = 'erase' WHERE run_count = 1 \
-                  AND previous_thread IS NOT NULL",
+                  AND previous_thread_id IS NOT NULL",
         )
         .await;
     let got = store.messages(name, true, &first_page()).await.unwrap().unwrap();
@@ -283,7 +290,7 @@ async fn transcripts_of_all_threads_have_pages(database: &TestDatabase, store: &
     assert!(matches!(store.messages(name, true, &page).await, Err(StoreError::UnknownCursor)));
 }
 
-async fn a_cursor_is_one_of_the_key(database: &TestDatabase, store: &dyn Store) {
+async fn a_cursor_is_one_of_the_key(database: &TestDatabase, store: &Store) {
     let key = user("alice");
     let others = exchange(store, &session("alice", "s1")).await.message.unwrap().id;
     let after = |id| PageRequest { after: Some(id), ..first_page() };

@@ -33,10 +33,10 @@ fn resumed(answered: Answered) -> Waiting {
     }
 }
 
-async fn a_pause_holds_the_thread(database: &TestDatabase, store: &dyn Store) {
+async fn a_pause_holds_the_thread(database: &TestDatabase, store: &Store) {
     let key = user("alice");
-    let turn = started(store.admit(&admission(&key)).await.unwrap());
-    let (next, ..) = queued(store.admit(&admission(&key)).await.unwrap());
+    let turn = started(store.admit(admission(&key)).await.unwrap());
+    let (next, ..) = queued(store.admit(admission(&key)).await.unwrap());
     let wanted = pause(&["call_1", "call_2"], 0);
     let paused = waiting(store.pause(&turn.lease, &wanted).await.unwrap());
 
@@ -54,10 +54,10 @@ async fn a_pause_holds_the_thread(database: &TestDatabase, store: &dyn Store) {
     check_invariants(database).await;
 }
 
-async fn pausing_again_is_harmless(_: &TestDatabase, store: &dyn Store) {
+async fn pausing_again_is_harmless(_: &TestDatabase, store: &Store) {
     let key = user("alice");
     let request = admission(&key);
-    let turn = started(store.admit(&request).await.unwrap());
+    let turn = started(store.admit(request.clone()).await.unwrap());
     let first = pause(&["call_1"], 0);
     let paused = waiting(store.pause(&turn.lease, &first).await.unwrap());
     assert_eq!(waiting(store.pause(&turn.lease, &first).await.unwrap()), paused);
@@ -71,10 +71,10 @@ async fn pausing_again_is_harmless(_: &TestDatabase, store: &dyn Store) {
     assert_eq!(store.events(turn.run.id, 0).await.unwrap(), [first.events]);
 }
 
-async fn a_pause_is_for_runs_at_work(_: &TestDatabase, store: &dyn Store) {
+async fn a_pause_is_for_runs_at_work(_: &TestDatabase, store: &Store) {
     let key = user("alice");
-    let turn = started(store.admit(&admission(&key)).await.unwrap());
-    let (next, ..) = queued(store.admit(&admission(&key)).await.unwrap());
+    let turn = started(store.admit(admission(&key)).await.unwrap());
+    let (next, ..) = queued(store.admit(admission(&key)).await.unwrap());
     let calls = pause(&["call_1"], 0);
     let stale = RunLease { fence: turn.lease.fence - 1, ..turn.lease };
     assert_eq!(store.pause(&stale, &calls).await.unwrap(), Paused::Lost);
@@ -85,7 +85,7 @@ async fn a_pause_is_for_runs_at_work(_: &TestDatabase, store: &dyn Store) {
 
     store.request_cancel(&key, turn.run.id).await.unwrap().unwrap();
     assert_eq!(store.pause(&turn.lease, &calls).await.unwrap(), Paused::Cancelling);
-    closed(store.finish(&turn.lease, &completed(None)).await.unwrap());
+    closed(store.finish(&turn.lease, completed(None)).await.unwrap());
     assert_eq!(store.pause(&turn.lease, &calls).await.unwrap(), Paused::Lost, "it has ended");
 
     let turn = claimed(store.claim(&next).await.unwrap());
@@ -94,9 +94,9 @@ async fn a_pause_is_for_runs_at_work(_: &TestDatabase, store: &dyn Store) {
     assert_eq!(store.events(turn.run.id, 0).await.unwrap(), [], "nothing was recorded");
 }
 
-async fn an_answer_must_fit(_: &TestDatabase, store: &dyn Store) {
+async fn an_answer_must_fit(_: &TestDatabase, store: &Store) {
     let key = user("alice");
-    let turn = started(store.admit(&admission(&key)).await.unwrap());
+    let turn = started(store.admit(admission(&key)).await.unwrap());
     let fitting = answer(&["call_1", "call_2"]);
     let id = turn.run.id;
     assert_eq!(store.answer_tools(&key, id, &fitting).await.unwrap(), Answered::NotWaiting, "not yet");
@@ -111,10 +111,10 @@ async fn an_answer_must_fit(_: &TestDatabase, store: &dyn Store) {
     resumed(store.answer_tools(&key, id, &fitting).await.unwrap());
 }
 
-async fn an_answer_comes_too_late(database: &TestDatabase, store: &dyn Store) {
+async fn an_answer_comes_too_late(database: &TestDatabase, store: &Store) {
     let (key, other) = (user("alice"), user("bob"));
     let calls = pause(&["call_1"], 0);
-    let turn = started(store.admit(&admission(&key)).await.unwrap());
+    let turn = started(store.admit(admission(&key)).await.unwrap());
     waiting(store.pause(&turn.lease, &calls).await.unwrap());
     database.execute("UPDATE runs SET deadline_at = started_at").await;
     let late = store.answer_tools(&key, turn.run.id, &answer(&["call_1"])).await.unwrap();
@@ -124,17 +124,17 @@ async fn an_answer_comes_too_late(database: &TestDatabase, store: &dyn Store) {
         Some(calls.required_action.clone())
     );
 
-    let turn = started(store.admit(&admission(&other)).await.unwrap());
+    let turn = started(store.admit(admission(&other)).await.unwrap());
     waiting(store.pause(&turn.lease, &calls).await.unwrap());
     store.request_cancel(&other, turn.run.id).await.unwrap().unwrap();
     let late = store.answer_tools(&other, turn.run.id, &answer(&["call_1"])).await.unwrap();
     assert_eq!(late, Answered::NotWaiting, "somebody wants it to end");
 }
 
-async fn an_answer_is_taken_once(database: &TestDatabase, store: &dyn Store) {
+async fn an_answer_is_taken_once(database: &TestDatabase, store: &Store) {
     let key = user("alice");
-    let turn = started(store.admit(&admission(&key)).await.unwrap());
-    queued(store.admit(&admission(&key)).await.unwrap());
+    let turn = started(store.admit(admission(&key)).await.unwrap());
+    queued(store.admit(admission(&key)).await.unwrap());
     waiting(store.pause(&turn.lease, &pause(&["call_1"], 0)).await.unwrap());
     let answer = answer(&["call_1"]);
     let answers = (0..8).map(|_| store.answer_tools(&key, turn.run.id, &answer));
@@ -149,9 +149,9 @@ async fn an_answer_is_taken_once(database: &TestDatabase, store: &dyn Store) {
     check_invariants(database).await;
 }
 
-async fn a_call_with_nul_characters_can_be_answered(_: &TestDatabase, store: &dyn Store) {
+async fn a_call_with_nul_characters_can_be_answered(_: &TestDatabase, store: &Store) {
     let key = user("alice");
-    let turn = started(store.admit(&admission(&key)).await.unwrap());
+    let turn = started(store.admit(admission(&key)).await.unwrap());
     let mut odd = pause(&["call_1"], 0);
     odd.required_action.tool_calls[0].arguments.push_str("\0 \u{fffd} \\u0000 \\\"");
     let paused = waiting(store.pause(&turn.lease, &odd).await.unwrap());
@@ -162,10 +162,10 @@ async fn a_call_with_nul_characters_can_be_answered(_: &TestDatabase, store: &dy
     resumed(store.answer_tools(&key, turn.run.id, &answer).await.unwrap());
 }
 
-async fn a_run_may_wait_more_than_once(database: &TestDatabase, store: &dyn Store) {
+async fn a_run_may_wait_more_than_once(database: &TestDatabase, store: &Store) {
     let key = user("alice");
     let request = admission(&key);
-    let turn = started(store.admit(&request).await.unwrap());
+    let turn = started(store.admit(request.clone()).await.unwrap());
     let id = |call: &str| Some(UpstreamRunId(format!("resp_{call}")));
     // The id of the last one was not heard.
     for (call, first, upstream_run_id) in
@@ -183,19 +183,19 @@ async fn a_run_may_wait_more_than_once(database: &TestDatabase, store: &dyn Stor
         let resume = Request::Resume { run: turn.run.id, outputs: answer.outputs };
         assert_eq!(store.requests(request.replica).await.unwrap(), [resume]);
     }
-    let finished = closed(store.finish(&turn.lease, &completed(Some("done"))).await.unwrap());
+    let finished = closed(store.finish(&turn.lease, completed(Some("done"))).await.unwrap());
     assert_eq!(finished.run.upstream_run_id, id("call_2"));
     assert_eq!(store.requests(request.replica).await.unwrap(), []);
     check_invariants(database).await;
 }
 
-async fn requests_reach_their_owner_until_they_are_met(_: &TestDatabase, store: &dyn Store) {
+async fn requests_reach_their_owner_until_they_are_met(_: &TestDatabase, store: &Store) {
     let (me, other) = (ReplicaId::new(), ReplicaId::new());
     let (a, b, c) = (user("a"), user("b"), user("c"));
-    let mine = started(store.admit(&Admission { replica: me, ..admission(&a) }).await.unwrap());
-    let (waits, ..) = queued(store.admit(&Admission { replica: me, ..admission(&a) }).await.unwrap());
-    let tools = started(store.admit(&Admission { replica: me, ..admission(&b) }).await.unwrap());
-    let others = started(store.admit(&Admission { replica: other, ..admission(&c) }).await.unwrap());
+    let mine = started(store.admit(Admission { replica: me, ..admission(&a) }).await.unwrap());
+    let (waits, ..) = queued(store.admit(Admission { replica: me, ..admission(&a) }).await.unwrap());
+    let tools = started(store.admit(Admission { replica: me, ..admission(&b) }).await.unwrap());
+    let others = started(store.admit(Admission { replica: other, ..admission(&c) }).await.unwrap());
     assert_eq!(store.requests(me).await.unwrap(), []);
 
     store.request_cancel(&a, mine.run.id).await.unwrap().unwrap();
@@ -204,7 +204,7 @@ async fn requests_reach_their_owner_until_they_are_met(_: &TestDatabase, store: 
     store.displace(&waits, true).await.unwrap().unwrap();
     assert_eq!(store.requests(me).await.unwrap(), [cancel(mine.run.id, true)]);
     let discarded = RunEnd { status: RunStatus::Cancelled, discard: true, ..completed(None) };
-    closed(store.finish(&mine.lease, &discarded).await.unwrap());
+    closed(store.finish(&mine.lease, discarded.clone()).await.unwrap());
     assert_eq!(store.requests(me).await.unwrap(), []);
 
     waiting(store.pause(&tools.lease, &pause(&["call_1"], 0)).await.unwrap());
@@ -220,12 +220,12 @@ async fn requests_reach_their_owner_until_they_are_met(_: &TestDatabase, store: 
     assert_eq!(store.requests(other).await.unwrap(), [cancel(others.run.id, false)]);
 }
 
-async fn a_run_that_waits_may_end(database: &TestDatabase, store: &dyn Store) {
+async fn a_run_that_waits_may_end(database: &TestDatabase, store: &Store) {
     let key = user("alice");
-    let turn = started(store.admit(&admission(&key)).await.unwrap());
+    let turn = started(store.admit(admission(&key)).await.unwrap());
     waiting(store.pause(&turn.lease, &pause(&["call_1"], 0)).await.unwrap());
     let end = RunEnd { status: RunStatus::Expired, ..completed(Some("as far as it came")) };
-    let finished = closed(store.finish(&turn.lease, &end).await.unwrap());
+    let finished = closed(store.finish(&turn.lease, end.clone()).await.unwrap());
     assert_eq!((finished.run.status, &finished.run.required_action), (RunStatus::Expired, &None));
     assert_eq!(finished.run.upstream_run_id, pause(&[], 0).upstream_run_id, "it keeps what it had");
     assert_eq!(finished.activity.state, ThreadState::Idle);
@@ -234,9 +234,9 @@ async fn a_run_that_waits_may_end(database: &TestDatabase, store: &dyn Store) {
     check_invariants(database).await;
 }
 
-async fn a_log_comes_in_batches(_: &TestDatabase, store: &dyn Store) {
+async fn a_log_comes_in_batches(_: &TestDatabase, store: &Store) {
     let key = user("alice");
-    let turn = started(store.admit(&admission(&key)).await.unwrap());
+    let turn = started(store.admit(admission(&key)).await.unwrap());
     let delta = |text: &str| LoggedEvent::Delta(text.to_owned());
     assert_eq!(store.events(turn.run.id, 0).await.unwrap(), []);
     assert_eq!(store.events(RunId::new(), 0).await.unwrap(), []);
@@ -252,7 +252,7 @@ async fn a_log_comes_in_batches(_: &TestDatabase, store: &dyn Store) {
     };
     let end = RunEnd { events: rest("a\0b"), ..completed(Some("hi")) };
     for _ in 0..2 {
-        closed(store.finish(&turn.lease, &end).await.unwrap());
+        closed(store.finish(&turn.lease, end.clone()).await.unwrap());
     }
     // A character that cannot be stored has another of the same length in its place.
     let both = [first.events, rest("a\u{1a}b")];
@@ -262,8 +262,8 @@ async fn a_log_comes_in_batches(_: &TestDatabase, store: &dyn Store) {
     }
 
     // A run without events tells where the numbers of what the record says go on.
-    let turn = started(store.admit(&admission(&key)).await.unwrap());
+    let turn = started(store.admit(admission(&key)).await.unwrap());
     let end = RunEnd { events: EventBatch { first: 1, events: vec![] }, ..completed(None) };
-    closed(store.finish(&turn.lease, &end).await.unwrap());
+    closed(store.finish(&turn.lease, end.clone()).await.unwrap());
     assert_eq!(store.events(turn.run.id, 0).await.unwrap(), [end.events]);
 }

@@ -21,20 +21,20 @@ on_every_backend!(
     a_call_that_is_dropped_is_done_or_not_done,
 );
 
-async fn runs_start_in_order_of_admission(database: &TestDatabase, store: &dyn Store) {
+async fn runs_start_in_order_of_admission(database: &TestDatabase, store: &Store) {
     let key = user("alice");
     let say = |words: &str| Admission {
         message: InputMessage { id: MessageId::new(), content: text(words) },
         ..admission(&key)
     };
-    let first = started(store.admit(&say("1")).await.unwrap());
-    let (second, ..) = queued(store.admit(&say("2")).await.unwrap());
-    let (third, ..) = queued(store.admit(&say("3")).await.unwrap());
+    let first = started(store.admit(say("1")).await.unwrap());
+    let (second, ..) = queued(store.admit(say("2")).await.unwrap());
+    let (third, ..) = queued(store.admit(say("3")).await.unwrap());
 
     for waiting in [&second, &third] {
         assert_eq!(store.claim(waiting).await.unwrap(), Claim::NotYet);
     }
-    closed(store.finish(&first.lease, &completed(Some("one"))).await.unwrap());
+    closed(store.finish(&first.lease, completed(Some("one"))).await.unwrap());
     assert_eq!(store.claim(&third).await.unwrap(), Claim::NotYet, "the second waits before it");
 
     let turn = claimed(store.claim(&second).await.unwrap());
@@ -42,27 +42,27 @@ async fn runs_start_in_order_of_admission(database: &TestDatabase, store: &dyn S
     assert_eq!((turn.input.len(), turn.thread.message_count), (1, 3));
     assert_eq!(turn.run.deadline_at.unwrap() - turn.run.started_at.unwrap(), chrono::TimeDelta::seconds(60));
     assert_eq!(store.claim(&third).await.unwrap(), Claim::NotYet);
-    closed(store.finish(&second, &completed(Some("two"))).await.unwrap());
+    closed(store.finish(&second, completed(Some("two"))).await.unwrap());
     claimed(store.claim(&third).await.unwrap());
-    closed(store.finish(&third, &completed(Some("three"))).await.unwrap());
+    closed(store.finish(&third, completed(Some("three"))).await.unwrap());
 
     let wanted = ["user: 1", "assistant: one", "user: 2", "assistant: two", "user: 3", "assistant: three"];
     assert_eq!(transcript(store, &key).await, wanted);
     check_invariants(database).await;
 }
 
-async fn a_claim_is_for_waiting_runs_only(_: &TestDatabase, store: &dyn Store) {
+async fn a_claim_is_for_waiting_runs_only(_: &TestDatabase, store: &Store) {
     let key = user("alice");
-    let first = started(store.admit(&admission(&key)).await.unwrap());
+    let first = started(store.admit(admission(&key)).await.unwrap());
     assert_eq!(
         claimed(store.claim(&first.lease).await.unwrap()),
         first,
         "it has started, and that is the answer"
     );
-    let (second, ..) = queued(store.admit(&admission(&key)).await.unwrap());
+    let (second, ..) = queued(store.admit(admission(&key)).await.unwrap());
     let stale = RunLease { fence: second.fence - 1, ..second };
     assert_eq!(store.claim(&stale).await.unwrap(), Claim::Lost);
-    closed(store.finish(&first.lease, &completed(None)).await.unwrap());
+    closed(store.finish(&first.lease, completed(None)).await.unwrap());
     assert_eq!(store.claim(&first.lease).await.unwrap(), Claim::Lost, "it has ended");
     assert_eq!(store.claim(&stale).await.unwrap(), Claim::Lost);
     let turn = claimed(store.claim(&second).await.unwrap());
@@ -72,15 +72,15 @@ async fn a_claim_is_for_waiting_runs_only(_: &TestDatabase, store: &dyn Store) {
         "a claim whose answer was lost can be repeated"
     );
     assert_eq!(store.claim(&stale).await.unwrap(), Claim::Lost);
-    closed(store.finish(&second, &completed(None)).await.unwrap());
+    closed(store.finish(&second, completed(None)).await.unwrap());
     assert_eq!(store.claim(&second).await.unwrap(), Claim::Lost, "it has ended");
 }
 
-async fn many_claims_start_the_run_once(database: &TestDatabase, store: &dyn Store) {
+async fn many_claims_start_the_run_once(database: &TestDatabase, store: &Store) {
     let key = user("alice");
-    let first = started(store.admit(&admission(&key)).await.unwrap());
-    let (second, ..) = queued(store.admit(&admission(&key)).await.unwrap());
-    closed(store.finish(&first.lease, &completed(None)).await.unwrap());
+    let first = started(store.admit(admission(&key)).await.unwrap());
+    let (second, ..) = queued(store.admit(admission(&key)).await.unwrap());
+    closed(store.finish(&first.lease, completed(None)).await.unwrap());
     let claims = futures_util::future::join_all((0..8).map(|_| store.claim(&second))).await;
     let turns: Vec<_> = claims.into_iter().map(|claim| claimed(claim.unwrap())).collect();
     assert!(turns.iter().all(|turn| *turn == turns[0]), "{turns:#?}");
@@ -88,10 +88,10 @@ async fn many_claims_start_the_run_once(database: &TestDatabase, store: &dyn Sto
     check_invariants(database).await;
 }
 
-async fn the_end_of_a_run_tells_all(_: &TestDatabase, store: &dyn Store) {
+async fn the_end_of_a_run_tells_all(_: &TestDatabase, store: &Store) {
     let key = user("alice");
-    let turn = started(store.admit(&admission(&key)).await.unwrap());
-    queued(store.admit(&admission(&key)).await.unwrap());
+    let turn = started(store.admit(admission(&key)).await.unwrap());
+    queued(store.admit(admission(&key)).await.unwrap());
     let end = RunEnd {
         status: RunStatus::Incomplete,
         error: Some(RunError { code: RunErrorCode::UpstreamFailed, message: "too \"long\"".to_owned() }),
@@ -109,7 +109,7 @@ async fn the_end_of_a_run_tells_all(_: &TestDatabase, store: &dyn Store) {
         }),
         ..completed(None)
     };
-    let finished = closed(store.finish(&turn.lease, &end).await.unwrap());
+    let finished = closed(store.finish(&turn.lease, end.clone()).await.unwrap());
 
     let reply = end.reply.as_ref().unwrap();
     let message = finished.message.clone().unwrap();
@@ -131,11 +131,11 @@ async fn the_end_of_a_run_tells_all(_: &TestDatabase, store: &dyn Store) {
     assert_eq!(store.run(&key, turn.run.id).await.unwrap().unwrap(), (finished.run, finished.message));
 }
 
-async fn ending_twice_is_harmless(database: &TestDatabase, store: &dyn Store) {
+async fn ending_twice_is_harmless(database: &TestDatabase, store: &Store) {
     let key = user("alice");
-    let turn = started(store.admit(&admission(&key)).await.unwrap());
+    let turn = started(store.admit(admission(&key)).await.unwrap());
     let end = completed(Some("hi"));
-    let ends = futures_util::future::join_all((0..8).map(|_| store.finish(&turn.lease, &end))).await;
+    let ends = futures_util::future::join_all((0..8).map(|_| store.finish(&turn.lease, end.clone()))).await;
     let answers: Vec<Finished> = ends.into_iter().map(|end| closed(end.unwrap())).collect();
     assert!(answers.iter().all(|answer| *answer == answers[0]), "{answers:#?}");
     assert_eq!(answers[0].activity.state, ThreadState::Idle);
@@ -143,37 +143,37 @@ async fn ending_twice_is_harmless(database: &TestDatabase, store: &dyn Store) {
     check_invariants(database).await;
 }
 
-async fn another_end_changes_nothing(_: &TestDatabase, store: &dyn Store) {
+async fn another_end_changes_nothing(_: &TestDatabase, store: &Store) {
     let key = user("alice");
-    let turn = started(store.admit(&admission(&key)).await.unwrap());
+    let turn = started(store.admit(admission(&key)).await.unwrap());
     let stale = RunLease { fence: turn.lease.fence - 1, ..turn.lease };
-    assert_eq!(store.finish(&stale, &completed(Some("hi"))).await.unwrap(), Closing::Lost);
-    closed(store.finish(&turn.lease, &completed(Some("hi"))).await.unwrap());
+    assert_eq!(store.finish(&stale, completed(Some("hi"))).await.unwrap(), Closing::Lost);
+    closed(store.finish(&turn.lease, completed(Some("hi"))).await.unwrap());
     let failed = RunEnd { status: RunStatus::Failed, ..completed(Some("no")) };
-    assert_eq!(store.finish(&turn.lease, &failed).await.unwrap(), Closing::Lost);
-    assert_eq!(store.finish(&stale, &completed(Some("hi"))).await.unwrap(), Closing::Lost);
+    assert_eq!(store.finish(&turn.lease, failed.clone()).await.unwrap(), Closing::Lost);
+    assert_eq!(store.finish(&stale, completed(Some("hi"))).await.unwrap(), Closing::Lost);
     assert_eq!(transcript(store, &key).await, ["user: hello", "assistant: hi"]);
     assert_eq!(store.run(&key, turn.run.id).await.unwrap().unwrap().0.status, RunStatus::Completed);
 }
 
-async fn a_run_that_never_started_keeps_its_message(database: &TestDatabase, store: &dyn Store) {
+async fn a_run_that_never_started_keeps_its_message(database: &TestDatabase, store: &Store) {
     let key = user("alice");
-    let first = started(store.admit(&admission(&key)).await.unwrap());
+    let first = started(store.admit(admission(&key)).await.unwrap());
     let waiting = Admission {
         message: InputMessage { id: MessageId::new(), content: text("never mind") },
         ..admission(&key)
     };
-    let (second, ..) = queued(store.admit(&waiting).await.unwrap());
-    let (third, ..) = queued(store.admit(&admission(&key)).await.unwrap());
+    let (second, ..) = queued(store.admit(waiting.clone()).await.unwrap());
+    let (third, ..) = queued(store.admit(admission(&key)).await.unwrap());
     let cancelled = RunEnd { status: RunStatus::Cancelled, ..completed(None) };
-    let finished = closed(store.finish(&second, &cancelled).await.unwrap());
+    let finished = closed(store.finish(&second, cancelled.clone()).await.unwrap());
     assert_eq!((finished.run.status, finished.run.started_at), (RunStatus::Cancelled, None));
     assert_eq!((finished.activity.state, finished.activity.queue_depth), (ThreadState::Active, 1));
     assert_eq!((finished.message, finished.thread.message_count), (None, 2));
-    assert_eq!(closed(store.finish(&second, &cancelled).await.unwrap()).thread, finished.thread);
+    assert_eq!(closed(store.finish(&second, cancelled.clone()).await.unwrap()).thread, finished.thread);
     assert_eq!(store.claim(&second).await.unwrap(), Claim::Lost);
 
-    closed(store.finish(&first.lease, &completed(Some("hi"))).await.unwrap());
+    closed(store.finish(&first.lease, completed(Some("hi"))).await.unwrap());
     claimed(store.claim(&third).await.unwrap());
     let lines = transcript(store, &key).await;
     assert_eq!(lines, ["user: hello", "user: never mind", "assistant: hi", "user: hello"]);
@@ -182,20 +182,20 @@ async fn a_run_that_never_started_keeps_its_message(database: &TestDatabase, sto
     check_invariants(database).await;
 }
 
-async fn a_reply_with_nul_characters_ends_its_run(_: &TestDatabase, store: &dyn Store) {
+async fn a_reply_with_nul_characters_ends_its_run(_: &TestDatabase, store: &Store) {
     let key = user("alice");
-    let turn = started(store.admit(&admission(&key)).await.unwrap());
+    let turn = started(store.admit(admission(&key)).await.unwrap());
     let error = Some(RunError { code: RunErrorCode::UpstreamFailed, message: "a\0b".to_owned() });
     let end = RunEnd { status: RunStatus::Failed, error, ..completed(Some("x\0\\u0000\\\0")) };
-    let finished = closed(store.finish(&turn.lease, &end).await.unwrap());
+    let finished = closed(store.finish(&turn.lease, end.clone()).await.unwrap());
     assert_eq!(finished.message.unwrap().content, text("x\u{fffd}\\u0000\\\u{fffd}"));
     assert_eq!(finished.run.error.unwrap().message, "a\u{fffd}b");
 }
 
-async fn the_upstream_thread_is_remembered(_: &TestDatabase, store: &dyn Store) {
+async fn the_upstream_thread_is_remembered(_: &TestDatabase, store: &Store) {
     let key = user("alice");
-    let turn = started(store.admit(&admission(&key)).await.unwrap());
-    let (waiting, ..) = queued(store.admit(&admission(&key)).await.unwrap());
+    let turn = started(store.admit(admission(&key)).await.unwrap());
+    let (waiting, ..) = queued(store.admit(admission(&key)).await.unwrap());
     let id = UpstreamThreadId("conv_1".to_owned());
     let stale = RunLease { fence: turn.lease.fence - 1, ..turn.lease };
     assert!(!bind(store, &stale, &id, false).await);
@@ -205,7 +205,7 @@ async fn the_upstream_thread_is_remembered(_: &TestDatabase, store: &dyn Store) 
     assert!(bind(store, &turn.lease, &id, false).await, "again is harmless");
 
     // An end that says nothing of it leaves it alone.
-    let finished = closed(store.finish(&turn.lease, &completed(None)).await.unwrap());
+    let finished = closed(store.finish(&turn.lease, completed(None)).await.unwrap());
     assert_eq!(finished.thread.upstream_thread_id.as_ref(), Some(&id));
     let late = UpstreamThreadId("conv_2".to_owned());
     assert!(!bind(store, &turn.lease, &late, false).await, "it has ended");
@@ -213,32 +213,32 @@ async fn the_upstream_thread_is_remembered(_: &TestDatabase, store: &dyn Store) 
     assert_eq!(next.thread.upstream_thread_id, Some(id));
 }
 
-async fn an_unknown_run_is_lost(_: &TestDatabase, store: &dyn Store) {
+async fn an_unknown_run_is_lost(_: &TestDatabase, store: &Store) {
     let lease = RunLease { run_id: RunId::new(), fence: 1 };
     assert_eq!(store.claim(&lease).await.unwrap(), Claim::Lost);
-    assert_eq!(store.finish(&lease, &completed(None)).await.unwrap(), Closing::Lost);
+    assert_eq!(store.finish(&lease, completed(None)).await.unwrap(), Closing::Lost);
     assert!(!bind(store, &lease, &UpstreamThreadId("x".to_owned()), false).await);
 }
 
-async fn the_database_refuses_a_second_active_run(database: &TestDatabase, store: &dyn Store) {
+async fn the_database_refuses_a_second_active_run(database: &TestDatabase, store: &Store) {
     let key = user("alice");
-    let first = started(store.admit(&admission(&key)).await.unwrap());
-    queued(store.admit(&admission(&key)).await.unwrap());
+    let first = started(store.admit(admission(&key)).await.unwrap());
+    queued(store.admit(admission(&key)).await.unwrap());
     for status in ["in_progress", "requires_action", "cancelling"] {
         let start = format!(
-            "UPDATE runs SET status = '{status}', input = NULL, started_at = created_at, deadline_at = created_at \
+            "UPDATE runs SET status = '{status}', queued_input = NULL, started_at = created_at, deadline_at = created_at \
              WHERE seq = 2"
         );
         let error = database.try_execute(&start).await.unwrap_err();
         let kind = error.as_database_error().map(sqlx::error::DatabaseError::kind);
         assert!(matches!(kind, Some(sqlx::error::ErrorKind::UniqueViolation)), "{status}: {error}");
     }
-    closed(store.finish(&first.lease, &completed(None)).await.unwrap());
+    closed(store.finish(&first.lease, completed(None)).await.unwrap());
     check_invariants(database).await;
 }
 
 /// Drops calls after 0, 1, 2, … polls, wherever that finds them.
-async fn a_call_that_is_dropped_is_done_or_not_done(database: &TestDatabase, store: &dyn Store) {
+async fn a_call_that_is_dropped_is_done_or_not_done(database: &TestDatabase, store: &Store) {
     async fn drop_after<F: Future>(polls: usize, call: F) -> Option<F::Output> {
         let mut call = std::pin::pin!(call);
         for _ in 0..polls {
@@ -258,13 +258,13 @@ async fn a_call_that_is_dropped_is_done_or_not_done(database: &TestDatabase, sto
         let lease = RunLease { run_id: request.run_id, fence: 1 };
         let end = completed(Some("hi"));
         let store = database.store().await;
-        dropped += usize::from(drop_after(polls, store.admit(&request)).await.is_none());
-        dropped += usize::from(drop_after(polls, store.finish(&lease, &end)).await.is_none());
+        dropped += usize::from(drop_after(polls, store.admit(request.clone())).await.is_none());
+        dropped += usize::from(drop_after(polls, store.finish(&lease, end.clone())).await.is_none());
         // Closing waits for what is still under way.
         store.close().await;
 
         let store = database.store().await;
-        if let Closing::Finished(finished) = store.finish(&lease, &end).await.unwrap() {
+        if let Closing::Finished(finished) = store.finish(&lease, end.clone()).await.unwrap() {
             runs += 1;
             lines += 2;
             assert_eq!(finished.run.seq, runs, "after {polls} polls");

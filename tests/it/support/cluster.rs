@@ -2,7 +2,7 @@
 
 use std::fs::{self, DirBuilder, Permissions};
 use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command};
 
 use uuid::Uuid;
@@ -26,6 +26,7 @@ pub(crate) struct Cluster {
     folder: PathBuf,
     binaries: PathBuf,
     account: Account,
+    settings: &'static [&'static str],
     /// `None` while it is stopped.
     server: Option<Child>,
 }
@@ -36,7 +37,12 @@ impl Cluster {
     /// # Panics
     /// If there is no Postgres on this machine, or it does not start.
     pub(crate) fn start() -> Self {
-        let folder = scratch().join(format!("threadkeeper-cluster-{}", Uuid::now_v7().simple()));
+        Self::start_in(&scratch(), &SETTINGS)
+    }
+
+    /// The same, with its folder in another one and these settings.
+    pub(crate) fn start_in(place: &Path, settings: &'static [&'static str]) -> Self {
+        let folder = place.join(format!("threadkeeper-cluster-{}", Uuid::now_v7().simple()));
         let new = || {
             DirBuilder::new().mode(0o711).create(&folder)?;
             // The umask may have taken the right to pass, which the server's account needs.
@@ -47,7 +53,7 @@ impl Cluster {
         let binaries = binaries().unwrap_or_else(|text| panic!("{text}"));
         let account = Account::for_server().unwrap_or_else(|text| panic!("{text}"));
         make(&folder, &binaries, &account).expect("the cluster can be made");
-        let mut cluster = Self { folder, binaries, account, server: None };
+        let mut cluster = Self { folder, binaries, account, settings, server: None };
         cluster.start_again();
         cluster
     }
@@ -82,7 +88,7 @@ impl Cluster {
     /// Starts the server after a [`stop`](Self::stop) and waits until it takes connections.
     pub(crate) fn start_again(&mut self) {
         assert!(self.server.is_none(), "it is running");
-        let server = launch(&self.folder, &self.binaries, &self.account, &SETTINGS);
+        let server = launch(&self.folder, &self.binaries, &self.account, self.settings);
         self.server = Some(server.expect("the server starts"));
     }
 

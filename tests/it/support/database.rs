@@ -11,7 +11,7 @@ use sqlx::{AssertSqlSafe, ConnectOptions, Connection, Executor};
 use tempfile::TempDir;
 use threadkeeper::config::StoreConfig;
 use threadkeeper::domain::Timestamp;
-use threadkeeper::store::{PostgresStore, SqliteStore, Store};
+use threadkeeper::store::{Engine, Store, statements};
 use tokio::sync::OnceCell;
 use uuid::Uuid;
 
@@ -45,7 +45,7 @@ impl TestDatabase {
         let url = url.unwrap_or_else(|| shared::url().to_owned());
         let server: PgConnectOptions = url.parse().expect("DATABASE_URL is a Postgres URL");
         let server = server.log_statements(tracing::log::LevelFilter::Trace);
-        let template = template(&server).await;
+        let template = template(&server, &url).await;
         let name = format!("threadkeeper_test_{}", Uuid::now_v7().simple());
         let mut connection = connect(&server).await;
         // Copying files is the faster way where nothing is synced to a disk.
@@ -59,6 +59,24 @@ impl TestDatabase {
         Self { place: Place::Postgres { server: Some(Box::new(server)), name, url: of_test.into() } }
     }
 
+    /// With the migrations up to a version alone.
+    pub(crate) async fn postgres_at(migrator: &Migrator, version: i64) -> Self {
+        let database = Self::postgres().await;
+        database.execute("DROP SCHEMA public CASCADE; CREATE SCHEMA public").await;
+        up_to(migrator, version).run(&mut database.pg().await).await.expect("the migrations apply");
+        database
+    }
+
+    /// The same in a file.
+    pub(crate) async fn sqlite_at(migrator: &Migrator, version: i64) -> Self {
+        let folder = TempDir::new_in(shared::scratch()).expect("a temporary folder");
+        let database = Self { place: Place::Sqlite { folder } };
+        let options: SqliteConnectOptions = database.url().parse().expect("the URL that we made");
+        let mut file = options.create_if_missing(true).connect().await.expect("a new file opens");
+        up_to(migrator, version).run(&mut file).await.expect("the migrations apply");
+        database
+    }
+
     /// On a cluster of the test's own.
     pub(crate) async fn on(cluster: &Cluster) -> Self {
         let name = format!("threadkeeper_test_{}", Uuid::now_v7().simple());
@@ -67,7 +85,7 @@ impl TestDatabase {
         connect(&server).await.execute(make).await.expect("a database can be made");
         let url = cluster.url(&name);
         let database = Self { place: Place::Postgres { server: None, name, url } };
-        MIGRATOR.run(&mut database.pg().await).await.expect("the migrations apply");
+        migrate(&database.url()).await;
         database
     }
 
@@ -80,7 +98,7 @@ impl TestDatabase {
     pub(crate) async fn sqlite_in(folder: &Path) -> Self {
         let folder = TempDir::new_in(folder).expect("a temporary folder");
         let database = Self { place: Place::Sqlite { folder } };
-        let store = SqliteStore::open(&database.config()).await.expect("a new file opens");
+        let store = Store::open(&database.config()).await.expect("a new file opens");
         store.migrate().await.expect("the migrations apply");
         store.close().await;
         database
@@ -94,20 +112,19 @@ impl TestDatabase {
         }
     }
 
-    /// Default settings with this database's URL.
+    /// Default settings with this database's URL. Nobody is refused for want of time, as this machine may be busy.
     pub(crate) fn config(&self) -> StoreConfig {
-        StoreConfig { url: Some(self.url().into()), ..StoreConfig::default() }
+        let max_wait = Duration::from_secs(30);
+        StoreConfig { url: Some(self.url().into()), max_wait, ..StoreConfig::default() }
     }
 
     /// A store on this database. On Postgres each call is another replica's; on SQLite there can be one at a time.
-    pub(crate) async fn store(&self) -> Arc<dyn Store> {
+    pub(crate) async fn store(&self) -> Arc<Store> {
         match &self.place {
             Place::Postgres { .. } => {
-                Arc::new(PostgresStore::connect(&self.config()).await.expect("the test server answers"))
+                Arc::new(Store::open(&self.config()).await.expect("the test server answers"))
             }
-            Place::Sqlite { .. } => {
-                Arc::new(SqliteStore::open(&self.config()).await.expect("the file opens"))
-            }
+            Place::Sqlite { .. } => Arc::new(Store::open(&self.config()).await.expect("the file opens")),
         }
     }
 
@@ -172,11 +189,6 @@ impl TestDatabase {
     /// So long before a time.
     pub(crate) fn before(&self, time: &str, by: Duration) -> String {
         format!("{time} - {}", self.interval(by))
-    }
-
-    /// So long after a time.
-    pub(crate) fn after(&self, time: &str, by: Duration) -> String {
-        format!("{time} + {}", self.interval(by))
     }
 
     /// Lets all idempotency keys have been used so much earlier.
@@ -256,7 +268,7 @@ impl TestDatabase {
         let by = self.interval(by);
         self.execute(&format!(
             "UPDATE threads SET due_at = due_at - {by} WHERE due_at IS NOT NULL;
-            UPDATE remnants SET created_at = created_at - {by}, due_at = due_at - {by}"
+            UPDATE upstream_orphans SET due_at = due_at - {by}"
         ))
         .await;
     }
@@ -310,6 +322,23 @@ impl TestDatabase {
             Place::Sqlite { .. } => sqlx::query_scalar(sql).fetch_all(&mut self.lite().await).await,
         }
         .expect("the test's query works")
+    }
+
+    /// The statements of a script, each with the steps by which SQLite would carry it out.
+    pub(crate) async fn sqlite_plans<'a>(&self, script: &'a str) -> Vec<(&'a str, Vec<String>)> {
+        let connection = &mut self.lite().await;
+        let mut plans = Vec::new();
+        for statement in script.split(';') {
+            if statement.contains("CREATE TEMP TABLE") {
+                sqlx::raw_sql(AssertSqlSafe(statement)).execute(&mut *connection).await.expect("a table");
+                continue;
+            }
+            let explain = AssertSqlSafe(format!("EXPLAIN QUERY PLAN {statement}"));
+            let steps: Vec<(i64, i64, i64, String)> =
+                sqlx::query_as(explain).fetch_all(&mut *connection).await.expect("a plan");
+            plans.push((statement, steps.into_iter().map(|step| step.3).collect()));
+        }
+        plans
     }
 
     /// All that is stored: each value of each column of each table as bytes, and on SQLite the files too. With where it is.
@@ -415,6 +444,10 @@ impl Drop for TestDatabase {
     }
 }
 
+fn up_to(migrator: &Migrator, version: i64) -> Migrator {
+    Migrator::with_migrations(migrator.iter().filter(|it| it.version <= version).cloned().collect())
+}
+
 async fn connect(options: &PgConnectOptions) -> PgConnection {
     match PgConnection::connect_with(options).await {
         Ok(connection) => connection,
@@ -422,25 +455,37 @@ async fn connect(options: &PgConnectOptions) -> PgConnection {
     }
 }
 
+/// Makes tables and functions as the gateway does.
+async fn migrate(url: &str) {
+    let config = StoreConfig { url: Some(url.into()), ..StoreConfig::default() };
+    let store = Store::open(&config).await.expect("the database opens");
+    store.migrate().await.expect("the migrations apply");
+    store.close().await;
+}
+
 /// The name of a migrated database to copy, made once for each version of the migrations.
-async fn template(server: &PgConnectOptions) -> &'static str {
+async fn template(server: &PgConnectOptions, url: &str) -> &'static str {
     static NAME: OnceCell<String> = OnceCell::const_new();
     NAME.get_or_init(|| async {
         let mut hash = sha2::Sha256::default();
         for migration in MIGRATOR.iter() {
             sha2::Digest::update(&mut hash, &migration.checksum);
         }
+        // They name the functions.
+        for statement in statements(Engine::Postgres) {
+            sha2::Digest::update(&mut hash, &statement.sql);
+        }
         let digest = sha2::Digest::finalize(hash);
         let hex = Uuid::from_slice(&digest[..16]).expect("16 bytes").simple();
         let name = format!("threadkeeper_template_{hex}");
-        make_template(server, &name).await.expect("the migrations apply");
+        make_template(server, url, &name).await.expect("the migrations apply");
         name
     })
     .await
 }
 
 /// Builds under another name first, so that a killed test leaves no half-made template.
-async fn make_template(server: &PgConnectOptions, name: &str) -> Result<(), sqlx::Error> {
+async fn make_template(server: &PgConnectOptions, url: &str, name: &str) -> Result<(), sqlx::Error> {
     /// Chosen at random; all test processes agree on it.
     const LOCK: i64 = 0x7468_7264_6b70_7274;
     let mut connection = connect(server).await;
@@ -453,9 +498,9 @@ async fn make_template(server: &PgConnectOptions, name: &str) -> Result<(), sqlx
         let draft = format!("{name}_draft");
         connection.execute(AssertSqlSafe(format!("DROP DATABASE IF EXISTS {draft} WITH (FORCE)"))).await?;
         connection.execute(AssertSqlSafe(format!("CREATE DATABASE {draft}"))).await?;
-        let mut inside = connect(&server.clone().database(&draft)).await;
-        MIGRATOR.run(&mut inside).await?;
-        inside.close().await?;
+        let mut url = url::Url::parse(url).expect("a connection URL is a URL");
+        url.set_path(&draft);
+        migrate(url.as_str()).await;
         connection.execute(AssertSqlSafe(format!("ALTER DATABASE {draft} RENAME TO {name}"))).await?;
     }
     // The lock ends with the session.

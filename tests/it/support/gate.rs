@@ -18,8 +18,8 @@ pub(crate) enum Moment {
 enum Trap {
     /// The one with this number.
     Number(usize),
-    /// The first that begins like this.
-    Like(&'static str),
+    /// The first one of this statement.
+    Named(&'static str),
 }
 
 /// What taps pass their questions through. Clones are the same gate.
@@ -55,9 +55,9 @@ impl Gate {
         self.trap(Trap::Number(n), moment);
     }
 
-    /// The same at the next step that begins like this.
-    pub(crate) fn set_at(&self, what: &'static str, moment: Moment) {
-        self.trap(Trap::Like(what), moment);
+    /// The same at the next step that is this statement of the store.
+    pub(crate) fn set_at(&self, name: &'static str, moment: Moment) {
+        self.trap(Trap::Named(name), moment);
     }
 
     fn trap(&self, trap: Trap, moment: Moment) {
@@ -91,7 +91,7 @@ impl Gate {
                 let what = what();
                 let is_it = match trap {
                     Trap::Number(n) => state.steps.len() + 1 == n,
-                    Trap::Like(begin) => what.starts_with(begin),
+                    Trap::Named(name) => what == name,
                 };
                 state.steps.push(what);
                 if is_it {

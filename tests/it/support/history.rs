@@ -101,7 +101,7 @@ async fn tell(scene: &Scene, gateway: &Gateway, scope: &str, there: &[Line]) {
             for context in ["present", "missing", "unknown"] {
                 let sql = format!(
                     "SELECT count(*) FROM messages m JOIN threads t ON t.id = m.thread_id \
-                     WHERE t.user_key = '{user}' AND m.position = {} AND m.context = '{context}'",
+                     WHERE t.user_key = '{user}' AND m.position = {} AND m.upstream_sync = '{context}'",
                     message["position"]
                 );
                 println!("  {context}: {}", scene.database.number(&sql).await);

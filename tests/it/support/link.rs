@@ -92,9 +92,39 @@ impl Valve {
 
 /// Where a way leads to.
 #[derive(Clone, Debug)]
-enum Target {
+pub(super) enum Target {
     Tcp(String),
     Unix(PathBuf),
+}
+
+/// Either kind of connection.
+pub(super) trait Socket: AsyncRead + AsyncWrite + Send + Unpin {}
+
+impl<S: AsyncRead + AsyncWrite + Send + Unpin> Socket for S {}
+
+impl Target {
+    /// The server of this database.
+    pub(super) fn of_postgres(url: &str) -> Self {
+        let url = Url::parse(url).unwrap();
+        let port = url.port().unwrap_or(5432);
+        let socket =
+            url.query_pairs().find(|(name, _)| name == "host").map(|(_, folder)| folder.into_owned());
+        match socket {
+            Some(folder) => Self::Unix(PathBuf::from(folder).join(format!(".s.PGSQL.{port}"))),
+            None => Self::Tcp(format!("{}:{port}", url.host_str().unwrap_or("127.0.0.1"))),
+        }
+    }
+
+    pub(super) async fn connect(&self) -> std::io::Result<Box<dyn Socket>> {
+        Ok(match self {
+            Self::Tcp(address) => {
+                let server = TcpStream::connect(address).await?;
+                let _ = server.set_nodelay(true);
+                Box::new(server)
+            }
+            Self::Unix(path) => Box::new(UnixStream::connect(path).await?),
+        })
+    }
 }
 
 /// A way of one replica to a server, which can be disturbed.
@@ -108,14 +138,7 @@ pub(crate) struct Link {
 impl Link {
     /// Another way to the database of this URL.
     pub(crate) async fn to_postgres(url: &str) -> Self {
-        let target = Url::parse(url).unwrap();
-        let port = target.port().unwrap_or(5432);
-        let socket =
-            target.query_pairs().find(|(name, _)| name == "host").map(|(_, folder)| folder.into_owned());
-        let place = match socket {
-            Some(folder) => Target::Unix(PathBuf::from(folder).join(format!(".s.PGSQL.{port}"))),
-            None => Target::Tcp(format!("{}:{port}", target.host_str().unwrap_or("127.0.0.1"))),
-        };
+        let (target, place) = (Url::parse(url).unwrap(), Target::of_postgres(url));
         Self::open(target, place, Some("sslmode=disable")).await
     }
 
@@ -147,18 +170,8 @@ async fn accept(listener: TcpListener, target: Target, valve: Valve) {
         }
         let (target, valve) = (target.clone(), valve.clone());
         connections.spawn(async move {
-            match target {
-                Target::Tcp(address) => {
-                    if let Ok(server) = TcpStream::connect(address).await {
-                        let _ = server.set_nodelay(true);
-                        valve.join(client, server).await;
-                    }
-                }
-                Target::Unix(path) => {
-                    if let Ok(server) = UnixStream::connect(path).await {
-                        valve.join(client, server).await;
-                    }
-                }
+            if let Ok(server) = target.connect().await {
+                valve.join(client, server).await;
             }
         });
     }

@@ -1,5 +1,6 @@
 //! What the tests stand on.
 
+pub(crate) mod chance;
 pub(crate) mod clock;
 pub(crate) mod cluster;
 pub(crate) mod contract;
@@ -10,6 +11,7 @@ pub(crate) mod history;
 pub(crate) mod link;
 pub(crate) mod needles;
 pub(crate) mod openapi;
+pub(crate) mod pooler;
 mod postgres;
 pub(crate) mod scene;
 pub(crate) mod wire;

@@ -75,12 +75,6 @@ impl Scene {
         Gateway::start(&self.config(more)).await
     }
 
-    /// A gateway that turns messages away as soon as more come than it can record, as no other of the tests does.
-    pub(crate) async fn gateway_that_sheds(&self) -> Gateway {
-        let config = self.config("");
-        Gateway::start_with(&config, &[("THREADKEEPER_RUNS__SHED_LOAD", "true")]).await
-    }
-
     /// A gateway with further settings (TOML) of its upstream.
     pub(crate) async fn gateway_upstream(&self, upstream: &str) -> Gateway {
         self.gateway_both("", upstream).await
@@ -144,7 +138,7 @@ impl Scene {
         self.config_with(more, "")
     }
 
-    /// The same with further settings of its upstream.
+    /// The same with further settings of its upstream. A machine that is busy with other tests refuses nothing for that.
     pub(crate) fn config_with(&self, more: &str, upstream: &str) -> String {
         let (kind, assistant) = match self.protocol {
             Protocol::Assistants => ("assistants", "assistant_id = \"asst_test\""),
@@ -153,7 +147,7 @@ impl Scene {
         let conversations = self.protocol != Protocol::Chain || kind == "assistants";
         let conversations = if conversations { "" } else { "conversations = false" };
         format!(
-            "{more}\n[store]\nurl = {store:?}\n\
+            "{more}\n[store]\nurl = {store:?}\nmax_wait = \"30s\"\n\
              [upstreams.simulated]\nkind = \"{kind}\"\nbase_url = \"{url}\"\napi_key = \"sk-planted-key\"\n{conversations}\n{upstream}\n\
              [assistants.default]\nupstream = \"simulated\"\n{assistant}\ninstructions = \"Be kind.\"\n",
             store = self.database.url(),

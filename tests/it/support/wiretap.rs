@@ -111,7 +111,7 @@ async fn relay(
         // What belongs together arrives together.
         let mut group = Vec::new();
         loop {
-            let (kind, message) = next(&mut from_client).await?;
+            let (kind, message) = next_message(&mut from_client).await?;
             statements.read(kind, &message[5..]);
             group.extend(message);
             executes |= kind == b'E' || kind == b'Q';
@@ -135,7 +135,7 @@ async fn relay(
     let answers = async {
         let mut answers = Vec::new();
         loop {
-            let (kind, message) = next(&mut from_server).await?;
+            let (kind, message) = next_message(&mut from_server).await?;
             if is_withheld.load(Ordering::SeqCst) {
                 // It is complete when the server is ready for another question.
                 if kind == b'Z' {
@@ -157,7 +157,7 @@ async fn relay(
 }
 
 /// The next message, which has a type.
-async fn next(from: &mut (impl AsyncRead + Unpin)) -> std::io::Result<(u8, Vec<u8>)> {
+pub(super) async fn next_message(from: &mut (impl AsyncRead + Unpin)) -> std::io::Result<(u8, Vec<u8>)> {
     let kind = from.read_u8().await?;
     let length = from.read_i32().await?;
     let mut message = vec![kind];
@@ -167,12 +167,31 @@ async fn next(from: &mut (impl AsyncRead + Unpin)) -> std::io::Result<(u8, Vec<u
     Ok((kind, message))
 }
 
+/// A statement by its name, which the store writes in front of it, or else by its first words; and the first word, which is
+/// `CALL` for a function of the store.
+type Asked = (String, String);
+
+fn asked(bytes: &[u8]) -> Asked {
+    let text = String::from_utf8_lossy(bytes);
+    let named = text.strip_prefix("/* ").and_then(|rest| rest.split_once(" */"));
+    let said = named.map_or(&*text, |(_, said)| said);
+    let words: Vec<&str> = said.split_whitespace().take(12).collect();
+    let name = named.map_or_else(|| words.join(" "), |(name, _)| name.to_owned());
+    let verb = if said.contains(" FROM threadkeeper_") {
+        "CALL"
+    } else {
+        words.first().copied().unwrap_or_default()
+    };
+    (name, verb.to_owned())
+}
+
 /// What a connection's statements say.
 #[derive(Default)]
 struct Statements {
-    prepared: HashMap<Vec<u8>, String>,
-    /// The one that was asked for last.
+    prepared: HashMap<Vec<u8>, Asked>,
+    /// The name of the one that was asked for last, or how it begins if it has none; and its first word.
     last: String,
+    verb: String,
     in_transaction: bool,
 }
 
@@ -180,19 +199,15 @@ impl Statements {
     /// Reads the body of a question.
     fn read(&mut self, kind: u8, body: &[u8]) {
         let texts: Vec<&[u8]> = body.splitn(3, |byte| *byte == 0).collect();
-        let text = |bytes: &[u8]| {
-            let text = String::from_utf8_lossy(bytes);
-            text.split_whitespace().take(12).collect::<Vec<_>>().join(" ")
-        };
         match (kind, texts.as_slice()) {
-            (b'Q', [said, ..]) => self.last = text(said),
+            (b'Q', [said, ..]) => (self.last, self.verb) = asked(said),
             // Its name, and what it says.
             (b'P', [name, said, ..]) => {
-                self.prepared.insert(name.to_vec(), text(said));
+                self.prepared.insert(name.to_vec(), asked(said));
             }
             // The portal's name, and the statement's.
             (b'B', [_, name, ..]) => {
-                self.last = self.prepared.get(*name).cloned().unwrap_or_default();
+                (self.last, self.verb) = self.prepared.get(*name).cloned().unwrap_or_default();
             }
             _ => {}
         }
@@ -200,7 +215,7 @@ impl Statements {
 
     /// Whether the last one may change something for others, if it is carried out.
     fn may_change(&mut self) -> bool {
-        match self.last.split(' ').next().unwrap_or_default() {
+        match &*self.verb {
             "BEGIN" => self.in_transaction = true,
             "COMMIT" => {
                 self.in_transaction = false;

@@ -16,26 +16,8 @@ use crate::support::contract;
 const KEYS: [&str; 7] = ["alice", "bob", "carol", "é 日本", "a/b%c?d#e", "%2e", "auth0|5f7c"];
 /// In the place of a key or an id; not all of it is a path.
 const ODD_SEGMENTS: [&str; 20] = [
-    "",
-    ".",
-    "..",
-    "%",
-    "%z",
-    "%zz",
-    "%ff",
-    "%00",
-    "%0a",
-    "%2F",
-    "%2e%2e",
-    "%F0%9F",
-    "%C0%AF",
-    "+",
-    ";a=b",
-    "a:b",
-    "run_0",
-    "%ED%A0%80",
-    "%C2%85",
-    "a%7Fb",
+    "", ".", "..", "%", "%z", "%zz", "%ff", "%00", "%0a", "%2F", "%2e%2e", "%F0%9F", "%C0%AF", "+", ";a=b",
+    "a:b", "run_0", "%ED%A0%80", "%C2%85", "a%7Fb",
 ];
 const ODD_TARGETS: [&str; 8] =
     ["/", "//", "/v1", "/v1/users", "/v1/users/", "/v1//users/alice/thread", "*", "/openapi.json/../healthz"];
@@ -44,18 +26,8 @@ const ODD_METHODS: [&str; 7] = ["GET", "HEAD", "OPTIONS", "PUT", "TRACE", "get",
 const ODD_QUERIES: [&str; 9] =
     ["=", "&&", "a=b", "limit=1&limit=2", "%zz=%ff", "after=", "limit=%00", "order=%F0%9F", "x"];
 const ODD_VALUES: [&str; 12] = [
-    "",
-    "\0",
-    "a\0b",
-    "-1",
-    "0",
-    "99999999999999999999",
-    "1e3",
-    "+262142-12-31T23:59:59Z",
-    "-262143-01-01T00:00:00Z",
-    "-0001-01-01T00:00:00Z",
-    "2026-02-30T00:00:00Z",
-    "\u{202e}",
+    "", "\0", "a\0b", "-1", "0", "99999999999999999999", "1e3", "+262142-12-31T23:59:59Z",
+    "-262143-01-01T00:00:00Z", "-0001-01-01T00:00:00Z", "2026-02-30T00:00:00Z", "\u{202e}",
 ];
 const PREFERENCES: [&str; 11] = [
     "respond-async",

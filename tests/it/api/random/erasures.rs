@@ -13,7 +13,7 @@ use serde_json::json;
 use threadkeeper::simulator::SimulatorConfig;
 use tokio::time::sleep;
 
-use super::seed;
+use crate::support::chance::{seed, share_of};
 use crate::support::gateway::{Gateway, PATIENCE};
 use crate::support::scene::{Protocol, Scene, on_every_scene};
 
@@ -61,7 +61,11 @@ async fn erasures_leave_nothing_of_what_was_acknowledged(scene: Scene) {
     });
     let erased: Vec<String> = join_all(users).await.concat();
     scene.simulator.clear_faults();
-    assert!(erased.len() > USERS * ROUNDS / 2, "{} messages were erased: this shows little", erased.len());
+    assert!(
+        erased.len() > USERS * share_of(ROUNDS) / 2,
+        "{} messages were erased: this shows little",
+        erased.len()
+    );
 
     all_is_done(&scene).await;
     let mut everything = scene.database.everything().await;
@@ -97,7 +101,7 @@ async fn all_is_done(scene: &Scene) {
             "SELECT count(*) FROM deletions WHERE finished_at IS NULL",
             "SELECT count(*) FROM threads WHERE lifecycle = 'deleting'",
             "SELECT count(*) FROM threads WHERE lifecycle = 'archived' AND upstream_thread_id IS NOT NULL",
-            "SELECT count(*) FROM remnants",
+            "SELECT count(*) FROM upstream_orphans",
         ] {
             left.push(scene.database.number(sql).await);
         }
@@ -111,7 +115,7 @@ async fn all_is_done(scene: &Scene) {
 
 impl<'a> User<'a> {
     async fn live(mut self) -> Vec<String> {
-        for _ in 0..ROUNDS {
+        for _ in 0..share_of(ROUNDS) {
             self.talk().await;
             match self.rng.random_range(0..4) {
                 0 => {

@@ -1,14 +1,15 @@
 //! What is asked of a run at a replica that does not work on it. The sessions are renewed so rarely that only news from
 //! replica to replica explain that it is done promptly.
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use serde_json::json;
 
 use super::{Half, LONG, PROMPT, SCOPE, ask, begin, cancel, completed, heard, outputs};
 use crate::support::gateway::{Gateway, text, text_of};
 use crate::support::history::assert_same;
-use crate::support::scene::{Protocol, Scene, on_every_shared_scene};
+use crate::support::link::{Link, Weather};
+use crate::support::scene::{Backend, Protocol, Scene, on_every_shared_scene};
 
 on_every_shared_scene!(
     a_run_is_cancelled_from_elsewhere,
@@ -45,6 +46,29 @@ async fn a_run_is_cancelled_from_elsewhere(scene: Scene) {
     assert_eq!(completed(&rest), said, "what came so far stays");
     assert_eq!(rest.last().unwrap().data["run"], cancelled["run"]);
     goes_on(&scene, [&owner, &other]).await;
+}
+
+/// Who starts says so once. Another replica that does not hear it looks for others as soon as it can hear again.
+#[tokio::test(flavor = "multi_thread")]
+async fn replicas_meet_though_the_first_could_not_listen() {
+    let scene = Scene::new(Protocol::Responses, Backend::Postgres).await;
+    let link = Link::to_postgres(&scene.database.url()).await;
+    let direct = format!("[store]\ndirect_url = {:?}\n", link.url);
+    let first = Gateway::start(&scene.config(LONG).replace("[store]\n", &direct)).await;
+    let ends = "SELECT CAST(max(expires_at) AS text) FROM replicas WHERE id IN (SELECT min(id::text)::uuid FROM replicas)";
+    link.valve.set(Weather { refuses: true, ..Weather::default() });
+    link.valve.cut();
+    let owner = scene.gateway_with(LONG).await;
+    let half = Half::at(&scene, &owner, "a long story").await;
+    let session = scene.database.texts(ends).await;
+    let begun = Instant::now();
+    link.valve.set(Weather::default());
+    while scene.database.texts(ends).await == session && begun.elapsed() < PROMPT {
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    cancel(&first, &half.run).await.ok();
+    assert!(begun.elapsed() < PROMPT, "cancelled after {:?}", begun.elapsed());
+    assert_eq!(half.stream.rest().await.last().unwrap().name, "run.cancelled");
 }
 
 async fn a_run_in_line_is_cancelled_from_elsewhere(scene: Scene) {

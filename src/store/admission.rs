@@ -1,0 +1,405 @@
+//! Admission: a message becomes a run, in one statement where nothing unusual happens. And idempotency keys.
+//!
+//! Each way takes the thread's row before it uses an idempotency key, so that of two requests with the same key the second
+//! finds the first one's use, and neither waits for the other while it holds what that one needs.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use async_trait::async_trait;
+use serde::{Deserialize, Serialize};
+use serde_json::value::RawValue;
+use sqlx::FromRow;
+use uuid::Uuid;
+
+use super::connection::Failed;
+use super::lane::{Answer, Answers, Item, NotWritten, Write};
+use super::params::params;
+use super::pool::Connection;
+use super::redaction::Redaction;
+use super::rows::{
+    Found, RepeatedRow, RunRow, ThreadAndRun, ThreadRow, corrupt, hex, json, millis, ttl_millis,
+};
+use super::statement::Statement;
+use super::{Backend, RunLease, Store, StoreError, Turn, UNHEARD_OF};
+use crate::domain::{
+    ContentPart, ConversationKey, Limits, MessageId, Metadata, MultitaskStrategy, RemnantId, ReplicaId, Run,
+    RunId, RunStatus, TenantKey, Thread, ThreadId, Ttl,
+};
+
+static ADMIT: Statement = Statement::for_each_engine(
+    "admission.admit",
+    "SELECT * FROM {function admit}(:items, :alone)",
+    include_str!("sql/admit.sqlite.sql"),
+);
+
+/// The statement reads the table as it was before it deletes from it, hence the last condition.
+static FIND_REPEATED: Statement = Statement::for_each_engine(
+    "admission.find_repeated",
+    "WITH forgotten AS (
+        DELETE FROM idempotency_keys t
+        WHERE {of_key} AND t.key = :idempotency_key AND {forgotten t, :remember}
+        RETURNING t.run_id
+    ), used AS MATERIALIZED (
+        SELECT t.run_id, t.request_hash FROM idempotency_keys t
+        WHERE {of_key} AND t.key = :idempotency_key AND NOT EXISTS (SELECT FROM forgotten)
+    )
+    SELECT u.request_hash, {thread t}, {run r}
+    FROM used u
+    CROSS JOIN LATERAL (SELECT * FROM runs o WHERE o.id = u.run_id LIMIT 1) r
+    CROSS JOIN LATERAL (SELECT * FROM threads o WHERE o.id = r.thread_id LIMIT 1) t",
+    "DELETE FROM idempotency_keys AS t
+    WHERE {of_key} AND t.key = :idempotency_key AND {forgotten t, :remember};
+
+    SELECT k.request_hash, {thread t}, {run r}
+    FROM idempotency_keys k JOIN runs r ON r.id = k.run_id JOIN threads t ON t.id = r.thread_id
+    WHERE k.tenant = :tenant AND k.user_key = :user AND k.scope_kind = :scope_kind AND k.scope_name = :scope_name
+        AND k.key = :idempotency_key",
+);
+
+pub(super) static STATEMENTS: &[&Statement] = &[&ADMIT, &FIND_REPEATED];
+
+/// Times that the key's thread may change hands under an admission before it gives up.
+const MAX_ATTEMPTS: u32 = 10;
+
+impl Store {
+    /// Records a new run: resolves the key's current thread or creates it (an expired one is archived, and a fresh one that
+    /// names it takes its place), and admits the run, all in one step.
+    ///
+    /// The run starts at once if the thread has no unfinished run. Otherwise its strategy decides:
+    /// [`Enqueue`](MultitaskStrategy::Enqueue) queues it last; [`Interrupt`](MultitaskStrategy::Interrupt) and
+    /// [`Rollback`](MultitaskStrategy::Rollback) queue it before all that wait (what is active is for
+    /// [`displace`](Self::displace) to end); [`Merge`](MultitaskStrategy::Merge) adds the message to the last run in the
+    /// queue if that has the same assistant and metadata and room for another message, and queues it as `Enqueue` does if
+    /// not; [`Reject`](MultitaskStrategy::Reject) refuses it, and nothing is stored. A run that starts puts its message into
+    /// the transcript in the same step.
+    ///
+    /// An idempotency key that is in use is refused with [`Admitted::Repeated`], and nothing is stored. A use is forgotten as
+    /// [`repeated`](Self::repeated) says.
+    ///
+    /// It goes along with the admissions of others, if there are any, and waits for at most `store.max_wait` before it is sent.
+    /// Once it was sent, a lost answer is asked for again.
+    pub async fn admit(&self, admission: impl Into<Arc<Admission>>) -> Result<Admitted, NotWritten> {
+        self.admissions.write(admission.into()).await
+    }
+
+    /// What an idempotency key of the conversation stands for. A use that is older than `remember` is forgotten by this
+    /// call. So is one whose run failed with [`NotRecorded`](crate::domain::RunErrorCode::NotRecorded): its sender was
+    /// told that the message was not taken, and a retry starts anew.
+    pub async fn repeated(
+        &self,
+        key: &ConversationKey,
+        idempotency_key: &str,
+        remember: Duration,
+    ) -> Result<Option<Repeated>, StoreError> {
+        let mut c = self.backend.writer().await?;
+        let values =
+            params().key(key).set("idempotency_key", idempotency_key).set("remember", millis(remember));
+        let row: Option<RepeatedRow> = c.optional(&FIND_REPEATED, values).await?;
+        row.map(Repeated::try_from).transpose()
+    }
+}
+
+impl Item for Arc<Admission> {
+    type Answer = Admitted;
+
+    fn tenant(&self) -> Option<&TenantKey> {
+        Some(&self.key.tenant)
+    }
+
+    fn bytes(&self) -> usize {
+        self.message.content.iter().map(ContentPart::size).sum()
+    }
+
+    fn meets(&self, other: &Self) -> bool {
+        self.key == other.key
+    }
+
+    fn may_change(answer: &Admitted) -> bool {
+        matches!(answer, Admitted::Busy | Admitted::OtherUpstream(_) | Admitted::Repeated)
+    }
+}
+
+/// Writes admissions.
+pub(super) struct Admissions {
+    pub(super) backend: Arc<Backend>,
+    pub(super) redaction: Redaction,
+}
+
+#[async_trait]
+impl Write for Admissions {
+    type Item = Arc<Admission>;
+
+    async fn together(&self, items: &[Arc<Admission>]) -> Result<Answers<Arc<Admission>>, NotWritten> {
+        let mut c = self.backend.writer().await.map_err(NotWritten::Unsent)?;
+        Ok(self.admit_all(&mut c, items, false).await?)
+    }
+
+    async fn alone(&self, item: &Arc<Admission>) -> Answer<Arc<Admission>> {
+        let mut c = self.backend.writer().await.map_err(NotWritten::Unsent)?;
+        for _ in 0..MAX_ATTEMPTS {
+            match self.admit_all(&mut c, std::slice::from_ref(item), true).await {
+                // Who brings threads from elsewhere does not hold the key of the thread that it makes, nor who answers calls
+                // the thread. The next look finds what they made.
+                Err(Failure::Failed(failed))
+                    if failed.breaks("threads_current") || failed.breaks("idempotency_keys_pkey") => {}
+                Err(failure) => return Err(failure.into()),
+                Ok(mut answers) => return answers.pop().flatten().ok_or_else(|| corrupt("no answer").into()),
+            }
+        }
+        Err(NotWritten::Refused(StoreError::Unavailable("the key's thread kept changing".into())))
+    }
+}
+
+/// Why nothing was admitted.
+enum Failure {
+    Failed(Failed),
+    Other(StoreError),
+}
+
+impl From<StoreError> for Failure {
+    fn from(error: StoreError) -> Self {
+        Self::Other(error)
+    }
+}
+
+impl From<Failure> for NotWritten {
+    fn from(failure: Failure) -> Self {
+        match failure {
+            Failure::Failed(failed) => failed.into(),
+            Failure::Other(error) => error.into(),
+        }
+    }
+}
+
+impl Admissions {
+    async fn admit_all(
+        &self,
+        c: &mut Connection,
+        items: &[Arc<Admission>],
+        alone: bool,
+    ) -> Result<Answers<Arc<Admission>>, Failure> {
+        let encoded = items.iter().map(|item| self.encoded(item)).collect::<Result<Vec<_>, _>>()?;
+        let fields = encoded.iter().map(Admit::fields).collect::<Result<Vec<_>, _>>()?;
+        c.begin_script().await.map_err(Failure::Failed)?;
+        let rows: Vec<AdmittedRow> = c.batch(&ADMIT, &fields, alone).await.map_err(Failure::Failed)?;
+        c.commit_script().await.map_err(Failure::Failed)?;
+        let answer = |(row, item): (AdmittedRow, &Arc<Admission>)| match &*row.outcome {
+            "held" => Ok(None),
+            _ => item.admitted(row).map(Some),
+        };
+        Ok(rows.into_iter().zip(items).map(answer).collect::<Result<_, StoreError>>()?)
+    }
+
+    fn encoded<'a>(&self, admission: &'a Admission) -> Result<Admit<'a>, StoreError> {
+        Ok(Admit {
+            admission,
+            content: json(&self.redaction.parts(&admission.message.content))?,
+            message_name: admission.message.id.to_string(),
+        })
+    }
+}
+
+/// An admission on its way.
+struct Admit<'a> {
+    admission: &'a Admission,
+    /// What is stored of the message, as JSON, and its id as it is spelled there.
+    content: String,
+    message_name: String,
+}
+
+/// An admission as the database takes it: see admit.function.sql.
+#[derive(Serialize)]
+struct Fields<'a> {
+    tenant: &'a str,
+    user_key: &'a str,
+    scope_kind: &'a str,
+    scope_name: &'a str,
+    max_age: Option<i64>,
+    max_idle: Option<i64>,
+    from_now: Option<i64>,
+    from_last_activity: Option<i64>,
+    upstream: &'a str,
+    assistant: &'a str,
+    strategy: &'a str,
+    metadata: &'a Metadata,
+    thread: Uuid,
+    run: Uuid,
+    message: Uuid,
+    message_name: &'a str,
+    content: &'a RawValue,
+    timeout: i64,
+    replica: Uuid,
+    intent: Option<Uuid>,
+    unheard_of: i64,
+    idempotency_key: Option<&'a str>,
+    request_hash: Option<String>,
+    remember: i64,
+    max_messages: usize,
+    max_bytes: usize,
+}
+
+impl Admit<'_> {
+    fn fields(&self) -> Result<Fields<'_>, StoreError> {
+        let Admission { key, limits, ttl, upstream, assistant, strategy, metadata, idempotency, .. } =
+            self.admission;
+        let (from_now, from_last_activity) = ttl_millis(*ttl);
+        let content =
+            serde_json::from_str(&self.content).map_err(|error| StoreError::Statement(error.into()))?;
+        Ok(Fields {
+            tenant: key.tenant.as_str(),
+            user_key: key.user.as_str(),
+            scope_kind: key.scope.kind(),
+            scope_name: key.scope.name(),
+            max_age: limits.max_age.map(millis),
+            max_idle: limits.max_idle.map(millis),
+            from_now,
+            from_last_activity,
+            upstream,
+            assistant,
+            strategy: strategy.as_str(),
+            metadata,
+            thread: self.admission.new_thread.uuid(),
+            run: self.admission.run_id.uuid(),
+            message: self.admission.message.id.uuid(),
+            message_name: &self.message_name,
+            content,
+            timeout: millis(self.admission.timeout),
+            replica: self.admission.replica.uuid(),
+            intent: self.admission.intent.map(RemnantId::uuid),
+            unheard_of: millis(UNHEARD_OF),
+            idempotency_key: idempotency.as_ref().map(|used| &*used.key),
+            request_hash: idempotency.as_ref().map(|used| hex(&used.request_hash)),
+            remember: millis(self.admission.idempotency_ttl),
+            max_messages: MAX_MERGED,
+            max_bytes: MAX_MERGED_BYTES,
+        })
+    }
+}
+
+impl Admission {
+    /// What a row says that became of it.
+    fn admitted(&self, row: AdmittedRow) -> Result<Admitted, StoreError> {
+        let AdmittedRow { outcome, seen_upstream, queue_position, both: Found(both) } = row;
+        let both = match (&*outcome, both) {
+            ("busy", _) => return Ok(Admitted::Busy),
+            ("repeated", _) => return Ok(Admitted::Repeated),
+            ("other_upstream", _) => return Ok(Admitted::OtherUpstream(seen_upstream.unwrap_or_default())),
+            ("merged", Some(both)) => return merged_into(both.thread, both.run),
+            ("recorded", Some(both)) => both,
+            (other, _) => return Err(StoreError::Corrupt(format!("an admission that is `{other}`"))),
+        };
+        let lease = RunLease { run_id: self.run_id, fence: 1 };
+        let (thread, run) = (Thread::try_from(both.thread)?, Run::try_from(both.run)?);
+        match run.status {
+            RunStatus::InProgress => {
+                let InputMessage { id, content } = &self.message;
+                let input = vec![InputMessage { id: *id, content: content.clone() }];
+                let intent = self.intent.filter(|_| thread.id == self.new_thread);
+                Ok(Admitted::Started(Box::new(Turn { lease, thread, run, input, intent })))
+            }
+            RunStatus::Queued => {
+                let position = queue_position.ok_or_else(|| corrupt("a queued run without a position"))?;
+                Ok(Admitted::Queued { lease, thread: Box::new(thread), run: Box::new(run), position })
+            }
+            _ => Err(StoreError::Unavailable("the run has ended before its admission was heard of".into())),
+        }
+    }
+}
+
+fn merged_into(thread: ThreadRow, run: RunRow) -> Result<Admitted, StoreError> {
+    Ok(Admitted::Merged { thread: Box::new(thread.try_into()?), run: Box::new(run.try_into()?) })
+}
+
+/// What became of an admission: see admit.function.sql.
+#[derive(FromRow)]
+struct AdmittedRow {
+    outcome: String,
+    #[sqlx(default)]
+    seen_upstream: Option<String>,
+    queue_position: Option<i64>,
+    #[sqlx(flatten)]
+    both: Found<ThreadAndRun>,
+}
+
+/// A message that asks for a run.
+#[derive(Clone, Debug)]
+pub struct Admission {
+    pub key: ConversationKey,
+    /// Id of the thread, should one have to be made.
+    pub new_thread: ThreadId,
+    /// How long a thread of this scope may be used, unless it has limits of its own.
+    pub limits: Limits,
+    /// How long the caller wants it to live, from now on.
+    pub ttl: Option<Ttl>,
+    /// Name of the assistant's upstream. A thread lives on the upstream of its first run.
+    pub upstream: String,
+    pub run_id: RunId,
+    pub assistant: String,
+    pub strategy: MultitaskStrategy,
+    pub metadata: Metadata,
+    pub message: InputMessage,
+    /// How long the run may take once it has started.
+    pub timeout: Duration,
+    /// The replica that will work on it.
+    pub replica: ReplicaId,
+    /// An id for the row that says that the upstream thread of a fresh thread is about to be made. `None`: it needs none.
+    pub intent: Option<RemnantId>,
+    pub idempotency: Option<Idempotency>,
+    /// How long the use of an idempotency key counts.
+    pub idempotency_ttl: Duration,
+}
+
+/// What makes a repeated request known.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub struct Idempotency {
+    /// The caller's key, of the conversation's own.
+    pub key: String,
+    /// A hash of all that the request asks for.
+    pub request_hash: [u8; 32],
+}
+
+/// An earlier use of an idempotency key.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Repeated {
+    pub request_hash: [u8; 32],
+    pub thread: Thread,
+    pub run: Run,
+}
+
+/// A user's message on its way into a run.
+#[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
+pub struct InputMessage {
+    pub id: MessageId,
+    pub content: Vec<ContentPart>,
+}
+
+/// What became of an [`Admission`].
+#[derive(Clone, Debug, PartialEq)]
+pub enum Admitted {
+    Started(Box<Turn>),
+    Queued {
+        lease: RunLease,
+        thread: Box<Thread>,
+        run: Box<Run>,
+        /// 1 for the run that goes next.
+        position: i64,
+    },
+    /// The message is one of this waiting run's now.
+    Merged {
+        thread: Box<Thread>,
+        run: Box<Run>,
+    },
+    /// Refused by the strategy: the thread has unfinished runs.
+    Busy,
+    /// Refused: the thread lives on the named upstream, not on the assistant's.
+    OtherUpstream(String),
+    /// Refused: the idempotency key is in use.
+    Repeated,
+}
+
+/// The most messages that one waiting run takes in by [`MultitaskStrategy::Merge`].
+pub const MAX_MERGED: usize = 32;
+
+/// The most bytes of content that it takes in so, as JSON.
+pub const MAX_MERGED_BYTES: usize = 12 * 1024 * 1024;

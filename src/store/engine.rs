@@ -1,0 +1,65 @@
+//! The database engines, and which of them a URL means.
+
+use super::StoreError;
+
+/// A kind of database that the gateway can keep its data in.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum Engine {
+    Postgres,
+    Sqlite,
+}
+
+impl Engine {
+    /// Chooses by the URL's scheme: `postgres:`, `postgresql:` or `sqlite:`.
+    ///
+    /// # Errors
+    /// [`StoreError::Open`] for any other; it lists the accepted forms and shows of the URL no more than its
+    /// scheme, as the rest may hold a password.
+    pub fn of(url: &str) -> Result<Self, StoreError> {
+        let scheme = url.split_once(':').map(|(scheme, _)| scheme);
+        match scheme.map(str::to_ascii_lowercase).as_deref() {
+            Some("postgres" | "postgresql") => Ok(Self::Postgres),
+            Some("sqlite") => Ok(Self::Sqlite),
+            other => {
+                let found = match other {
+                    Some(scheme)
+                        if scheme.bytes().all(|b| b.is_ascii_alphanumeric() || b"+-.".contains(&b)) =>
+                    {
+                        format!("begins with `{scheme}:`")
+                    }
+                    _ => "has no scheme".to_owned(),
+                };
+                Err(StoreError::Open(format!(
+                    "store.url {found}; it must be `postgres://user@host:port/database` or `sqlite:path/to/file.db`"
+                )))
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_scheme_decides() {
+        for (url, kind) in [
+            ("postgres://u:p@host/db", Engine::Postgres),
+            ("postgresql://host/db", Engine::Postgres),
+            ("POSTGRES://host/db", Engine::Postgres),
+            ("sqlite:data/threadkeeper.db", Engine::Sqlite),
+            ("sqlite:///var/lib/threadkeeper.db", Engine::Sqlite),
+        ] {
+            assert_eq!(Engine::of(url).unwrap(), kind, "{url}");
+        }
+    }
+
+    #[test]
+    fn another_scheme_is_refused_without_showing_the_url() {
+        for url in ["mysql://u:secret@host/db", "host/secret", "u secret@host:5432/db", ""] {
+            let text = Engine::of(url).unwrap_err().to_string();
+            assert!(text.contains("sqlite:path") && text.contains("postgres://"), "{text}");
+            assert!(!text.contains("secret"), "{text}");
+        }
+    }
+}

@@ -1,0 +1,399 @@
+//! The end of a run.
+
+use std::sync::Arc;
+
+use async_trait::async_trait;
+use serde::Serialize;
+use serde_json::value::RawValue;
+use sqlx::types::Json;
+use sqlx::{ColumnIndex, Decode, FromRow, Row, Type};
+use uuid::Uuid;
+
+use super::lane::{Answer, Answers, Item, NotWritten, Write};
+use super::params::params;
+use super::pool::Connection;
+use super::redaction::Redaction;
+use super::rows::{FinishedRow, ThreadAndRun, corrupt, ended, json, log_json};
+use super::statement::Statement;
+use super::{Backend, InputMessage, RunLease, Store, StoreError};
+use crate::domain::{
+    ContentPart, Context, EventBatch, Leftover, Message, MessageId, Run, RunError, RunStatus, TenantKey,
+    Thread, ThreadActivity, UpstreamRunId, UpstreamThreadId, Usage,
+};
+
+static FINISH: Statement = Statement::for_each_engine(
+    "finish.finish",
+    "SELECT * FROM {function finish}(:items, :alone)",
+    include_str!("sql/finish.sqlite.sql"),
+);
+
+/// The run is locked, so that no message joins it between the look and the end.
+static LOCK_QUEUED: Statement = Statement::new(
+    "finish.lock_queued",
+    "SELECT r.queued_input FROM runs r WHERE r.id = :run AND r.fence = :fence AND r.queued_input IS NOT NULL {lock r}",
+);
+
+static LEAVE_TO_OTHERS: Statement = Statement::new(
+    "finish.leave_to_others",
+    "UPDATE runs SET queued_input = :others, strategy = 'merge' WHERE id = :run",
+);
+
+static FORGET_KEY: Statement = Statement::new(
+    "finish.forget_idempotency_key",
+    "DELETE FROM idempotency_keys WHERE run_id = :run AND key = :idempotency_key",
+);
+
+static FIND_SHARED: Statement = Statement::new(
+    "finish.find_shared",
+    "SELECT {thread t}, {run r}, (
+        SELECT count(*) FROM runs o
+        WHERE o.thread_id = r.thread_id AND o.status = 'queued' AND (o.priority, o.seq) < (r.priority, r.seq)
+    ) AS before
+    FROM runs r JOIN threads t ON t.id = r.thread_id WHERE r.id = :run",
+);
+
+pub(super) static STATEMENTS: &[&Statement] =
+    &[&FINISH, &LOCK_QUEUED, &LEAVE_TO_OTHERS, &FORGET_KEY, &FIND_SHARED];
+
+impl Store {
+    /// Ends a run: status, reply, counters, log, in one step. A run that never started has its messages moved into the
+    /// transcript too, so that nothing a user said is dropped. A run that is discarded has its messages removed instead.
+    ///
+    /// Goes along with the ends of others, if there are any. Repeating the call with the same lease and end is harmless and
+    /// answers the same.
+    pub async fn finish(&self, lease: &RunLease, end: impl Into<Arc<RunEnd>>) -> Result<Closing, StoreError> {
+        Ok(self.ends.write(Ending { lease: *lease, end: end.into() }).await?)
+    }
+
+    /// Takes a message back whose sender heard that it was not taken, although its run was recorded. A waiting run that
+    /// others have [joined](crate::domain::MultitaskStrategy::Merge) goes on without it, and the message's idempotency key
+    /// stands for nothing any more. Else the run ends as [`finish`](Self::finish) ends it. Harmless to repeat.
+    pub async fn withdraw(&self, lease: &RunLease, taken: &Withdrawal) -> Result<Withdrawn, StoreError> {
+        let mut c = self.backend.vital_writer().await?;
+        c.begin().await?;
+        let values = params().set("run", lease.run_id.uuid()).set("fence", lease.fence);
+        let waiting: Option<(Json<Vec<InputMessage>>,)> = c.optional(&LOCK_QUEUED, values).await?;
+        let mut others = waiting.map(|(Json(input),)| input).unwrap_or_default();
+        others.retain(|message| message.id != taken.message);
+        let withdrawn = if others.is_empty() {
+            match finish_in(&mut c, self.redaction, lease, &taken.end).await? {
+                Closing::Finished(_) => Withdrawn::Ended,
+                Closing::MustDiscard | Closing::Lost => Withdrawn::Lost,
+            }
+        } else {
+            leave_to(&mut c, lease, &others, taken).await?
+        };
+        c.commit().await?;
+        Ok(withdrawn)
+    }
+}
+
+/// A run that is to end.
+pub(super) struct Ending {
+    lease: RunLease,
+    end: Arc<RunEnd>,
+}
+
+impl Item for Ending {
+    type Answer = Closing;
+
+    fn tenant(&self) -> Option<&TenantKey> {
+        None
+    }
+
+    fn bytes(&self) -> usize {
+        let reply =
+            self.end.reply.as_ref().map_or(0, |reply| reply.content.iter().map(ContentPart::size).sum());
+        reply + usize::try_from(self.end.events.end() - self.end.events.first).unwrap_or(0)
+    }
+
+    fn meets(&self, other: &Self) -> bool {
+        self.lease.run_id == other.lease.run_id
+    }
+
+    fn may_change(_: &Closing) -> bool {
+        false
+    }
+}
+
+/// Writes ends.
+pub(super) struct Ends {
+    pub(super) backend: Arc<Backend>,
+    pub(super) redaction: Redaction,
+}
+
+#[async_trait]
+impl Write for Ends {
+    type Item = Ending;
+
+    async fn together(&self, items: &[Ending]) -> Result<Answers<Ending>, NotWritten> {
+        let mut c = self.backend.vital_writer().await.map_err(NotWritten::Unsent)?;
+        c.begin_script().await?;
+        let ends = items.iter().map(|it| (&it.lease, &*it.end));
+        let answers = finish_all(&mut c, self.redaction, ends, false).await?;
+        c.commit_script().await?;
+        Ok(answers)
+    }
+
+    async fn alone(&self, Ending { lease, end }: &Ending) -> Answer<Ending> {
+        let mut c = self.backend.vital_writer().await.map_err(NotWritten::Unsent)?;
+        c.begin_script().await?;
+        let closing = finish_in(&mut c, self.redaction, lease, end).await?;
+        c.commit_script().await?;
+        Ok(closing)
+    }
+}
+
+/// Ends one run, and waits for its rows.
+async fn finish_in(
+    c: &mut Connection,
+    redaction: Redaction,
+    lease: &RunLease,
+    end: &RunEnd,
+) -> Result<Closing, NotWritten> {
+    let mut answers = finish_all(c, redaction, std::iter::once((lease, end)), true).await?;
+    answers.pop().flatten().ok_or_else(|| corrupt("no answer").into())
+}
+
+async fn finish_all<'a>(
+    c: &mut Connection,
+    redaction: Redaction,
+    items: impl ExactSizeIterator<Item = (&'a RunLease, &'a RunEnd)> + Clone + Send,
+    alone: bool,
+) -> Result<Answers<Ending>, NotWritten> {
+    let fields =
+        items.clone().map(|(lease, end)| Fields::of(redaction, lease, end)).collect::<Result<Vec<_>, _>>()?;
+    let rows: Vec<EndedRow> = c.batch(&FINISH, &fields, alone).await?;
+    let answer = |(row, (_, end)): (EndedRow, (_, &RunEnd))| row.closing(end);
+    Ok(rows.into_iter().zip(items).map(answer).collect::<Result<_, StoreError>>()?)
+}
+
+/// An end as the database takes it: see finish.function.sql.
+#[derive(Serialize)]
+#[expect(clippy::struct_excessive_bools, reason = "each is a parameter of its own")]
+struct Fields<'a> {
+    run: Uuid,
+    fence: i64,
+    status: &'a str,
+    error: Option<Box<RawValue>>,
+    usage: Option<Box<RawValue>>,
+    upstream_run: Option<&'a str>,
+    upstream_thread: Option<&'a str>,
+    reply: Option<Uuid>,
+    reply_content: Option<Box<RawValue>>,
+    reply_upstream_id: Option<&'a str>,
+    reply_sync: Option<&'a str>,
+    said_sync: &'a str,
+    run_outcome: Option<&'a str>,
+    marks_said: bool,
+    synced: bool,
+    unsettled_run: Option<Box<RawValue>>,
+    discard: bool,
+    first_offset: i64,
+    events: Option<Box<RawValue>>,
+    end_offset: i64,
+    drops_log: bool,
+    unacknowledged: u32,
+}
+
+impl<'a> Fields<'a> {
+    fn of(redaction: Redaction, lease: &RunLease, end: &'a RunEnd) -> Result<Self, StoreError> {
+        let reply = end.reply.as_ref().filter(|_| !end.discard);
+        let events = redaction.events(&end.events);
+        let drops_log = end.drops_log && redaction.keeps_content();
+        Ok(Self {
+            run: lease.run_id.uuid(),
+            fence: lease.fence,
+            status: end.status.as_str(),
+            error: raw(end.error.as_ref())?,
+            usage: raw(end.usage.as_ref())?,
+            upstream_run: end.upstream_run_id.as_ref().map(UpstreamRunId::as_str),
+            upstream_thread: end.upstream_thread_id.as_ref().map(UpstreamThreadId::as_str),
+            reply: reply.map(|reply| reply.id.uuid()),
+            reply_content: raw(reply.map(|reply| redaction.parts(&reply.content)).as_ref())?,
+            reply_upstream_id: reply.and_then(|reply| reply.upstream_message_id.as_deref()),
+            reply_sync: reply.map(|reply| redaction.sync(reply.context).as_str()),
+            said_sync: redaction.sync(end.said).as_str(),
+            run_outcome: ended(end.status),
+            marks_said: end.marks_said(),
+            synced: end.synced,
+            unsettled_run: raw(end.leftover.as_ref().map(|left| redaction.unsettled_run(left)).as_ref())?,
+            discard: end.discard,
+            first_offset: events.first,
+            events: if drops_log { None } else { Some(raw_text(log_json(&events.events)?)?) },
+            end_offset: events.end(),
+            drops_log,
+            unacknowledged: end.unheard,
+        })
+    }
+}
+
+/// A value as JSON that the database can hold.
+fn raw<T: Serialize>(value: Option<&T>) -> Result<Option<Box<RawValue>>, StoreError> {
+    value.map(|value| raw_text(json(value)?)).transpose()
+}
+
+fn raw_text(text: String) -> Result<Box<RawValue>, StoreError> {
+    RawValue::from_string(text).map_err(|error| StoreError::Statement(error.into()))
+}
+
+/// What became of an end: see finish.function.sql. Only one that is finished has more than an outcome.
+struct EndedRow {
+    outcome: String,
+    finished: Option<FinishedRow>,
+}
+
+impl<'r, R> FromRow<'r, R> for EndedRow
+where
+    R: Row,
+    &'static str: ColumnIndex<R>,
+    String: Decode<'r, R::Database> + Type<R::Database>,
+    FinishedRow: FromRow<'r, R>,
+{
+    fn from_row(row: &'r R) -> sqlx::Result<Self> {
+        let outcome: String = row.try_get("outcome")?;
+        let finished = if outcome == "finished" { Some(FinishedRow::from_row(row)?) } else { None };
+        Ok(Self { outcome, finished })
+    }
+}
+
+impl EndedRow {
+    /// `None`: it is held. The reply is told as it was given, also where its content is not stored.
+    fn closing(self, end: &RunEnd) -> Result<Option<Closing>, StoreError> {
+        let row = match (&*self.outcome, self.finished) {
+            (_, Some(row)) => row,
+            ("held", None) => return Ok(None),
+            ("must_discard", None) => return Ok(Some(Closing::MustDiscard)),
+            ("lost", None) => return Ok(Some(Closing::Lost)),
+            (other, None) => return Err(StoreError::Corrupt(format!("an end that is `{other}`"))),
+        };
+        let mut finished = Finished::try_from(row)?;
+        if let (Some(message), Some(reply)) = (&mut finished.message, &end.reply)
+            && message.id == reply.id
+            && message.content.is_empty()
+        {
+            message.content.clone_from(&reply.content);
+        }
+        Ok(Some(Closing::Finished(Box::new(finished))))
+    }
+}
+
+/// A run and its place in the queue.
+#[derive(FromRow)]
+struct SharedRow {
+    #[sqlx(flatten)]
+    both: ThreadAndRun,
+    before: i64,
+}
+
+/// Leaves a waiting run, which the caller holds, to the messages of others. What it does to a busy thread was the wish of the
+/// one whose message is taken back.
+async fn leave_to(
+    c: &mut Connection,
+    lease: &RunLease,
+    others: &[InputMessage],
+    taken: &Withdrawal,
+) -> Result<Withdrawn, StoreError> {
+    let run = lease.run_id.uuid();
+    c.execute(&LEAVE_TO_OTHERS, params().set("run", run).json("others", Some(&others))?).await?;
+    let key = taken.idempotency_key.as_deref();
+    c.execute(&FORGET_KEY, params().set("run", run).set("idempotency_key", key)).await?;
+    let row: SharedRow = c.one(&FIND_SHARED, params().set("run", run)).await?;
+    Ok(Withdrawn::Shared {
+        thread: Box::new(row.both.thread.try_into()?),
+        run: Box::new(row.both.run.try_into()?),
+        position: row.before + 1,
+    })
+}
+
+/// How a run ended.
+#[derive(Clone, Debug, PartialEq)]
+pub struct RunEnd {
+    /// A final status.
+    pub status: RunStatus,
+    pub error: Option<RunError>,
+    pub usage: Option<Usage>,
+    pub upstream_run_id: Option<UpstreamRunId>,
+    /// Requests, besides those [sent again](Store::sends_again), that may have left something upstream under an id that
+    /// [nobody heard](Store::unheard_runs).
+    pub unheard: u32,
+    /// Where the thread stands upstream from now on, if this run moved it.
+    pub upstream_thread_id: Option<UpstreamThreadId>,
+    /// The reply, whole or, for a run that did not complete, as far as it came.
+    pub reply: Option<Reply>,
+    /// Where the run's user messages stand upstream.
+    pub said: Context,
+    /// All earlier messages that are not withheld are upstream now: the [backlog](Store::backlog) went along with the
+    /// run, or the run began a new chain. What was missing or unknown is present, and an older leftover is void.
+    pub synced: bool,
+    /// What is not known of the run's traces upstream. Otherwise the thread keeps what it has.
+    pub leftover: Option<Leftover>,
+    /// The run's messages are to be removed, and nothing of them is left upstream, or `leftover` says what.
+    pub discard: bool,
+    /// The rest of the run's log.
+    pub events: EventBatch,
+    /// The record tells all that the log says: that the run has started, and the text of its reply. So `events` has none, and
+    /// nothing is stored of the log; what was [recorded](Store::record) of it, up to `events.first`, is removed.
+    pub drops_log: bool,
+}
+
+impl RunEnd {
+    /// The run's user messages do not stand as they did when it began.
+    fn marks_said(&self) -> bool {
+        let as_begun = self.said == Context::Present && self.status == RunStatus::Completed;
+        !as_begun && !self.discard
+    }
+}
+
+/// An assistant's message.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Reply {
+    pub id: MessageId,
+    pub content: Vec<ContentPart>,
+    pub upstream_message_id: Option<String>,
+    pub context: Context,
+}
+
+/// What became of an attempt to end a run.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Closing {
+    Finished(Box<Finished>),
+    /// Nothing changed: the run was marked to be discarded, and the end does not say that its traces are gone.
+    MustDiscard,
+    /// Nothing changed: the lease was lost.
+    Lost,
+}
+
+/// A run that has ended, and its thread afterwards.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Finished {
+    pub thread: Thread,
+    pub activity: ThreadActivity,
+    pub run: Run,
+    pub message: Option<Message>,
+}
+
+/// A message that is to be taken back.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Withdrawal {
+    pub message: MessageId,
+    pub idempotency_key: Option<String>,
+    /// How its run ends if it holds no other message.
+    pub end: RunEnd,
+}
+
+/// What became of a [`Withdrawal`].
+#[derive(Clone, Debug, PartialEq)]
+pub enum Withdrawn {
+    /// The run has ended.
+    Ended,
+    /// The run waits on, with the messages of others.
+    Shared {
+        thread: Box<Thread>,
+        run: Box<Run>,
+        /// 1 for the run that goes next.
+        position: i64,
+    },
+    /// There is no such run (yet), or the lease was lost.
+    Lost,
+}

@@ -1,0 +1,326 @@
+//! What is, or may be, at an upstream besides the threads' own.
+
+use std::time::Duration;
+
+use sqlx::FromRow;
+use sqlx::types::Json;
+use uuid::Uuid;
+
+use super::params::params;
+use super::rows::{corrupt, millis};
+use super::statement::Statement;
+use super::{RunLease, Store, StoreError};
+use crate::domain::{RemnantId, RunId, ThreadId, UpstreamThreadId};
+
+static LIST_OF_THREAD: Statement = Statement::new(
+    "orphans.list_of_thread",
+    "SELECT {upstream_orphan o}
+    FROM upstream_orphans o
+    WHERE o.thread_id = :thread
+    ORDER BY o.id
+    LIMIT :limit",
+);
+
+static LIST_OF_RUNS: Statement = Statement::new(
+    "orphans.list_of_runs",
+    "SELECT r.id, t.upstream, r.upstream_run_id, r.earlier_upstream_run_ids
+    FROM threads t JOIN runs r ON r.thread_id = t.id
+    WHERE t.id = :thread AND (r.upstream_run_id IS NOT NULL OR r.earlier_upstream_run_ids IS NOT NULL)
+    ORDER BY r.seq
+    LIMIT :limit",
+);
+
+static COUNT_UNACKNOWLEDGED: Statement = Statement::new(
+    "orphans.count_unacknowledged",
+    "SELECT CAST(COALESCE(sum(r.unacknowledged_requests), 0) AS bigint)
+    FROM runs r
+    WHERE r.thread_id = :thread",
+);
+
+static INTEND: Statement = Statement::new(
+    "orphans.intend",
+    "WITH lease AS MATERIALIZED (
+        SELECT r.thread_id, r.owner FROM runs r WHERE {leased r} AND {at_work r} {lock_shared r}
+    )
+    INSERT INTO upstream_orphans (id, thread_id, upstream, kind, created_by, due_at)
+    SELECT :intent, t.id, t.upstream, 'thread', l.owner, {now} + {ms :unheard_of}
+    FROM lease l JOIN threads t ON t.id = l.thread_id
+    WHERE true
+    ON CONFLICT (id) DO UPDATE SET due_at = excluded.due_at",
+);
+
+static IS_MADE: Statement = Statement::new(
+    "orphans.is_made",
+    "SELECT EXISTS (
+        SELECT 1 FROM upstream_orphans o JOIN replicas p ON p.id = o.created_by
+        WHERE o.thread_id = :thread AND o.upstream_id IS NULL AND o.due_at > {now} AND p.expires_at > {now}
+    )",
+);
+
+static RESOLVE_NOTHING: Statement =
+    Statement::new("orphans.resolve_nothing", "DELETE FROM upstream_orphans WHERE id = :intent");
+
+static RESOLVE_UNUSED: Statement = Statement::new(
+    "orphans.resolve_unused",
+    "UPDATE upstream_orphans SET upstream_id = :upstream_id, due_at = {now} WHERE id = :intent",
+);
+
+// What was on its way may take effect late, so the time of the look stays.
+static RESOLVE_UNKNOWN: Statement = Statement::new(
+    "orphans.resolve_unknown",
+    "UPDATE upstream_orphans SET created_by = NULL WHERE id = :intent",
+);
+
+const DUE_ORPHANS: &str = "SELECT {upstream_orphan o}
+    FROM upstream_orphans o
+    WHERE o.due_at <= {now}
+    ORDER BY o.due_at
+    LIMIT :limit {0}";
+
+static LIST_DUE: Statement = Statement::variant("orphans.list_due", DUE_ORPHANS, &[""]);
+
+static LOCK_DUE: Statement = Statement::variant("orphans.lock_due", DUE_ORPHANS, &["{lock_if_free o}"]);
+
+static CLAIM_DUE: Statement = Statement::new(
+    "orphans.claim_due",
+    "UPDATE upstream_orphans SET created_by = NULL, due_at = {now} + {ms :lease} WHERE id {in :orphans}",
+);
+
+static FORGET: Statement = Statement::new(
+    "orphans.forget",
+    "DELETE FROM upstream_orphans WHERE id = :orphan AND upstream_id IS NOT DISTINCT FROM :knew",
+);
+
+static PUT_OFF: Statement = Statement::new(
+    "orphans.put_off",
+    "UPDATE upstream_orphans SET attempts = attempts + 1, due_at = {now} + {ms :after}
+    WHERE id = :orphan AND upstream_id IS NOT DISTINCT FROM :knew",
+);
+
+static KEEP: Statement = Statement::new(
+    "orphans.keep",
+    "UPDATE upstream_orphans SET due_at = NULL
+    WHERE id = :orphan AND upstream_id IS NOT DISTINCT FROM :knew",
+);
+
+pub(super) static STATEMENTS: &[&Statement] = &[
+    &LIST_OF_THREAD, &LIST_OF_RUNS, &COUNT_UNACKNOWLEDGED, &INTEND, &IS_MADE, &RESOLVE_NOTHING,
+    &RESOLVE_UNUSED, &RESOLVE_UNKNOWN, &LIST_DUE, &LOCK_DUE, &CLAIM_DUE, &FORGET, &PUT_OFF, &KEEP,
+];
+
+impl Store {
+    /// Up to `limit` things of a thread that are or may be upstream besides its upstream thread. `with_runs`:
+    /// the ids that its runs have there too.
+    ///
+    /// All ids of a run come together, since they are forgotten together: so there may be more than the limit
+    /// if a single run has more.
+    pub async fn remnants(
+        &self,
+        thread: ThreadId,
+        with_runs: bool,
+        limit: u32,
+    ) -> Result<Vec<Remnant>, StoreError> {
+        let mut c = self.backend.reader().await?;
+        let values = params().set("thread", thread.uuid()).set("limit", limit);
+        let rows: Vec<OrphanRow> = c.all(&LIST_OF_THREAD, values).await?;
+        let mut found = rows.into_iter().map(Remnant::try_from).collect::<Result<Vec<_>, _>>()?;
+        let limit = usize::try_from(limit).unwrap_or(usize::MAX);
+        if !with_runs || found.len() >= limit {
+            return Ok(found);
+        }
+        let room = i64::try_from(limit - found.len()).unwrap_or(i64::MAX);
+        let values = params().set("thread", thread.uuid()).set("limit", room);
+        let runs: Vec<IdsOfRunRow> = c.all(&LIST_OF_RUNS, values).await?;
+        for IdsOfRunRow { id: run, upstream, upstream_run_id, earlier_upstream_run_ids } in runs {
+            let of_run: Vec<_> = upstream_ids(upstream_run_id, earlier_upstream_run_ids)
+                .map(|id| Remnant {
+                    name: RemnantName::Run(RunId::from_uuid(run)),
+                    thread,
+                    upstream: upstream.clone(),
+                    kind: RemnantKind::Run,
+                    upstream_id: Some(id),
+                    attempts: 0,
+                })
+                .collect();
+            if !found.is_empty() && found.len() + of_run.len() > limit {
+                break;
+            }
+            found.extend(of_run);
+        }
+        Ok(found)
+    }
+
+    /// Records that an upstream thread is about to be made for the thread of a run. `false` if the lease was
+    /// lost. Harmless to repeat.
+    pub async fn intend(&self, lease: &RunLease, intent: RemnantId) -> Result<bool, StoreError> {
+        let mut c = self.backend.vital_writer().await?;
+        let values = params()
+            .set("run", lease.run_id.uuid())
+            .set("fence", lease.fence)
+            .set("intent", intent.uuid())
+            .set("unheard_of", millis(UNHEARD_OF));
+        Ok(c.execute(&INTEND, values).await? == 1)
+    }
+
+    /// Whether a replica that is alive makes an upstream thread for the thread, and will record its id: from
+    /// [`intend`](Self::intend) until that is bound or [resolved](Self::resolve), for [`UNHEARD_OF`] at most.
+    pub async fn makes_upstream_thread(&self, thread: ThreadId) -> Result<bool, StoreError> {
+        let mut c = self.backend.reader().await?;
+        let (makes,): (bool,) = c.one(&IS_MADE, params().set("thread", thread.uuid())).await?;
+        Ok(makes)
+    }
+
+    /// Records what an intent came to, other than an upstream thread that is
+    /// [bound](Store::bind_upstream_thread).
+    pub async fn resolve(&self, intent: RemnantId, made: Made<'_>) -> Result<(), StoreError> {
+        let mut c = self.backend.vital_writer().await?;
+        let (statement, id) = match made {
+            Made::Nothing => (&RESOLVE_NOTHING, None),
+            Made::Unused(id) => (&RESOLVE_UNUSED, Some(id)),
+            Made::Unknown => (&RESOLVE_UNKNOWN, None),
+        };
+        let id = id.map(UpstreamThreadId::as_str);
+        c.execute(statement, params().set("intent", intent.uuid()).set("upstream_id", id)).await?;
+        Ok(())
+    }
+
+    /// Remnants at which it is time to look: those that were given up, and intents that nobody heard of for a
+    /// while. They are due again only after `lease`, as in [`claim_due`](Self::claim_due).
+    pub async fn claim_remnants(&self, limit: u32, lease: Duration) -> Result<Vec<Remnant>, StoreError> {
+        let mut c = self.backend.writer().await?;
+        c.begin().await?;
+        let rows: Vec<OrphanRow> = c.all(&LOCK_DUE, params().set("limit", limit)).await?;
+        let orphans: Vec<Uuid> = rows.iter().map(|row| row.o_id).collect();
+        c.execute(&CLAIM_DUE, params().set("orphans", orphans).set("lease", millis(lease))).await?;
+        c.commit().await?;
+        rows.into_iter().map(Remnant::try_from).collect()
+    }
+
+    /// The same without changing anything.
+    pub async fn due_remnants(&self, limit: u32) -> Result<Vec<Remnant>, StoreError> {
+        let mut c = self.backend.reader().await?;
+        let rows: Vec<OrphanRow> = c.all(&LIST_DUE, params().set("limit", limit)).await?;
+        rows.into_iter().map(Remnant::try_from).collect()
+    }
+
+    /// Forgets a remnant (`after` is `None`), or sets when to look at it next, and counts the look. Nothing
+    /// changes if its [`upstream_id`](Remnant::upstream_id) is another one than the look `knew`: then
+    /// somebody has named it meanwhile.
+    pub async fn schedule_remnant(
+        &self,
+        id: RemnantId,
+        knew: Option<&str>,
+        after: Option<Duration>,
+    ) -> Result<(), StoreError> {
+        let mut c = self.backend.writer().await?;
+        let statement = if after.is_some() { &PUT_OFF } else { &FORGET };
+        let values = params().set("orphan", id.uuid()).set("knew", knew).set("after", after.map(millis));
+        c.execute(statement, values).await?;
+        Ok(())
+    }
+
+    /// Nothing can be done about a remnant for now: nobody knows its id upstream, the server does not delete
+    /// it, or that failed for too long. It goes with its thread, whose receipt tells of it.
+    ///
+    /// Nothing changes if its [`upstream_id`](Remnant::upstream_id) is another one than the look `knew`.
+    pub async fn keep_remnant(&self, id: RemnantId, knew: Option<&str>) -> Result<(), StoreError> {
+        let mut c = self.backend.writer().await?;
+        c.execute(&KEEP, params().set("orphan", id.uuid()).set("knew", knew)).await?;
+        Ok(())
+    }
+
+    /// How many requests for runs of a thread may have left something upstream under an id that nobody heard.
+    /// The process died, or the answer broke off, before it was told; the run [ended](super::RunEnd::unheard)
+    /// then, or was [sent again](Store::sends_again).
+    pub async fn unheard_runs(&self, thread: ThreadId) -> Result<u64, StoreError> {
+        let mut c = self.backend.reader().await?;
+        let (count,): (i64,) = c.one(&COUNT_UNACKNOWLEDGED, params().set("thread", thread.uuid())).await?;
+        Ok(count.try_into().unwrap_or(0))
+    }
+}
+
+#[derive(FromRow)]
+#[expect(clippy::struct_field_names, reason = "the names of the columns")]
+struct OrphanRow {
+    o_id: Uuid,
+    o_thread_id: Uuid,
+    o_upstream: String,
+    o_kind: String,
+    o_upstream_id: Option<String>,
+    o_attempts: i64,
+}
+
+impl TryFrom<OrphanRow> for Remnant {
+    type Error = StoreError;
+
+    fn try_from(row: OrphanRow) -> Result<Self, StoreError> {
+        Ok(Self {
+            name: RemnantName::Row(RemnantId::from_uuid(row.o_id)),
+            thread: ThreadId::from_uuid(row.o_thread_id),
+            upstream: row.o_upstream,
+            kind: match &*row.o_kind {
+                "thread" => RemnantKind::Thread,
+                "run" => RemnantKind::Run,
+                _ => return Err(corrupt("the kind of a remnant")),
+            },
+            upstream_id: row.o_upstream_id,
+            attempts: row.o_attempts,
+        })
+    }
+}
+
+#[derive(FromRow)]
+struct IdsOfRunRow {
+    id: Uuid,
+    upstream: String,
+    upstream_run_id: Option<String>,
+    earlier_upstream_run_ids: Option<Json<Vec<String>>>,
+}
+
+/// All ids that a run has upstream, the earliest first.
+pub(super) fn upstream_ids(
+    newest: Option<String>,
+    earlier: Option<Json<Vec<String>>>,
+) -> impl Iterator<Item = String> {
+    earlier.map(|json| json.0).unwrap_or_default().into_iter().chain(newest)
+}
+
+/// Something that is, or may be, at an upstream.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Remnant {
+    pub name: RemnantName,
+    pub thread: ThreadId,
+    pub upstream: String,
+    pub kind: RemnantKind,
+    /// `None`: it was to be made, and nobody knows whether it was.
+    pub upstream_id: Option<String>,
+    pub attempts: i64,
+}
+
+/// How long an intent is left to the process that makes the upstream thread. That process gives up before.
+pub const UNHEARD_OF: Duration = Duration::from_mins(10);
+
+/// What an [intent](Store::intend) came to.
+#[derive(Clone, Copy, Debug)]
+pub enum Made<'a> {
+    Nothing,
+    /// An upstream thread that nobody will use.
+    Unused(&'a UpstreamThreadId),
+    /// The answer was lost, so it may exist. Nobody will record its id.
+    Unknown,
+}
+
+/// Where a remnant is recorded.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub enum RemnantName {
+    Row(RemnantId),
+    /// An id that a run has upstream.
+    Run(RunId),
+}
+
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum RemnantKind {
+    Thread,
+    /// A run or response.
+    Run,
+}

@@ -1,0 +1,90 @@
+//! `store.transcript = "off"`: what is encoded in the place of what is said.
+//!
+//! A message keeps its row with an empty list of parts. Pieces of text, and the arguments and outputs of function calls,
+//! become empty texts. Ids, numbers and counts stay what they are.
+
+use std::borrow::Cow;
+
+use crate::domain::{
+    ContentPart, Context, EventBatch, Leftover, LoggedEvent, RequiredAction, ToolCall, ToolOutput,
+};
+
+/// Whether content is stored.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub(super) enum Redaction {
+    Keep,
+    Redact,
+}
+
+impl Redaction {
+    pub(super) fn keeps_content(self) -> bool {
+        self == Self::Keep
+    }
+
+    pub(super) fn parts(self, content: &[ContentPart]) -> &[ContentPart] {
+        if self.keeps_content() { content } else { &[] }
+    }
+
+    pub(super) fn action(self, action: &RequiredAction) -> Cow<'_, RequiredAction> {
+        self.encode(action, redacted_action)
+    }
+
+    pub(super) fn outputs(self, outputs: &[ToolOutput]) -> Cow<'_, [ToolOutput]> {
+        if self.keeps_content() {
+            return Cow::Borrowed(outputs);
+        }
+        let redacted = |ToolOutput { tool_call_id, output: _ }: &ToolOutput| ToolOutput {
+            tool_call_id: tool_call_id.clone(),
+            output: String::new(),
+        };
+        Cow::Owned(outputs.iter().map(redacted).collect())
+    }
+
+    /// Each event keeps its number.
+    pub(super) fn events(self, batch: &EventBatch) -> Cow<'_, EventBatch> {
+        self.encode(batch, |EventBatch { first, events }| {
+            let redacted = |event: &LoggedEvent| match event {
+                LoggedEvent::Queued { position } => LoggedEvent::Queued { position: *position },
+                LoggedEvent::Started => LoggedEvent::Started,
+                LoggedEvent::RequiresAction(action) => LoggedEvent::RequiresAction(redacted_action(action)),
+                LoggedEvent::Omitted { .. } | LoggedEvent::Delta(_) => {
+                    LoggedEvent::Omitted { units: event.units() }
+                }
+            };
+            EventBatch { first: *first, events: events.iter().map(redacted).collect() }
+        })
+    }
+
+    pub(super) fn unsettled_run(self, left: &Leftover) -> Cow<'_, Leftover> {
+        self.encode(left, |left| Leftover { open_calls: redacted_calls(&left.open_calls), ..left.clone() })
+    }
+
+    /// A message that is not stored cannot be sent again: where it would be missing, it is withheld for good.
+    pub(super) fn sync(self, context: Context) -> Context {
+        match context {
+            Context::Missing if !self.keeps_content() => Context::Withheld,
+            context => context,
+        }
+    }
+
+    fn encode<T: Clone>(self, value: &T, redacted: impl FnOnce(&T) -> T) -> Cow<'_, T> {
+        match self {
+            Self::Keep => Cow::Borrowed(value),
+            Self::Redact => Cow::Owned(redacted(value)),
+        }
+    }
+}
+
+/// A required action as it is stored where content is not.
+pub fn redacted_action(RequiredAction { tool_calls }: &RequiredAction) -> RequiredAction {
+    RequiredAction { tool_calls: redacted_calls(tool_calls) }
+}
+
+fn redacted_calls(calls: &[ToolCall]) -> Vec<ToolCall> {
+    let redacted = |ToolCall { id, name, arguments: _ }: &ToolCall| ToolCall {
+        id: id.clone(),
+        name: name.clone(),
+        arguments: String::new(),
+    };
+    calls.iter().map(redacted).collect()
+}

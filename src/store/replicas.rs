@@ -1,0 +1,284 @@
+//! Sessions of gateway processes, and what the dead ones leave behind.
+//!
+//! A SQLite file serves one process at a time: there the dead ones are that process's own earlier lives.
+
+use std::time::Duration;
+
+use serde_json::{Value, json as value};
+use sqlx::FromRow;
+use uuid::Uuid;
+
+use super::params::params;
+use super::pool::Connection;
+use super::rows::{At, MessageRow, OrphanRow, millis};
+use super::statement::Statement;
+use super::{InputMessage, RunLease, Store, StoreError};
+use crate::domain::{ContentPart, Message, ReplicaId, Run, RunId, RunStatus, Thread, Timestamp, ToolOutput};
+
+static RENEW: Statement = Statement::new(
+    "replicas.renew",
+    "INSERT INTO replicas (id, address, expires_at) VALUES (:replica, :address, {now} + {ms :ttl})
+    ON CONFLICT (id) DO UPDATE SET address = excluded.address, expires_at = excluded.expires_at
+    RETURNING EXISTS (SELECT 1 FROM replicas p WHERE p.id <> :replica AND p.expires_at > {now}) AS has_peers,
+        {clock} AS now",
+);
+
+static RETIRE: Statement = Statement::new("replicas.retire", "DELETE FROM replicas WHERE id = :replica");
+
+static FORGET: Statement = Statement::on_sqlite("replicas.forget", "DELETE FROM replicas");
+
+/// The fence stays: it rises when the run is adopted, and until then nobody writes but whoever gave the run
+/// up, if at all. Runs are locked by id, as by all that lock several.
+static RELEASE: Statement = Statement::new(
+    "replicas.release",
+    "WITH leases AS MATERIALIZED (
+        SELECT {uuid e.value ->> 'id'} AS id, CAST(e.value ->> 'fence' AS bigint) AS fence FROM {each :leases}
+    ), held AS MATERIALIZED (
+        SELECT r.id FROM leases l JOIN runs r ON r.id = l.id
+        WHERE r.id {in_found SELECT l.id FROM leases l} AND r.fence = l.fence AND r.finished_at IS NULL
+        ORDER BY r.id
+        {lock r}
+    )
+    UPDATE runs SET owner = NULL WHERE id {in_found SELECT h.id FROM held h}",
+);
+
+static FIND_LOST: Statement = Statement::new(
+    "replicas.find_lost",
+    "SELECT r.id FROM runs r WHERE r.id {in :working} AND r.owner IS DISTINCT FROM :replica",
+);
+
+/// What may be an orphan.
+///
+/// On Postgres `owners` steps from one owner of unfinished runs to the next, of which there are few. So the
+/// runs of those who live are not looked at, however many they are. Of its own the caller looks at all, for
+/// strays. Each part gives 16 times as many as are wanted: so many replicas can share them. It is in the
+/// order of a whole row, which no index has: else all runs that there ever were might be read in that order
+/// until one is found.
+///
+/// On SQLite these are the orphans, since nobody else takes any.
+static FIND_ORPHANS: Statement = Statement::for_each_engine(
+    "replicas.find_orphans",
+    "WITH RECURSIVE owners AS (
+        (
+            SELECT r.owner FROM runs r WHERE {unfinished_of_owner r} AND r.owner IS NOT NULL
+            ORDER BY r.owner LIMIT 1
+        )
+        UNION ALL
+        SELECT (
+            SELECT r.owner FROM runs r WHERE {unfinished_of_owner r} AND r.owner > o.owner
+            ORDER BY r.owner LIMIT 1
+        )
+        FROM owners o WHERE o.owner IS NOT NULL
+    )
+    (
+        SELECT f.id, f.fence, o.owner FROM owners o
+        CROSS JOIN LATERAL (
+            SELECT r.id, r.fence FROM runs r WHERE r.owner = o.owner AND {unfinished_of_owner r}
+            ORDER BY ROW(r.thread_id, r.seq) LIMIT :limit * 16
+        ) f
+        WHERE o.owner <> :replica
+            AND NOT EXISTS (SELECT 1 FROM replicas p WHERE p.id = o.owner AND p.expires_at > {now})
+    )
+    UNION ALL (
+        SELECT r.id, r.fence, r.owner FROM runs r WHERE r.owner IS NULL AND {unfinished_of_owner r}
+        ORDER BY ROW(r.thread_id, r.seq) LIMIT :limit * 16
+    )
+    UNION ALL (
+        SELECT r.id, r.fence, r.owner FROM runs r WHERE r.owner = :replica AND {unfinished_of_owner r}
+            AND (r.fence > 1 OR r.created_at < {now} - {ms 60000})
+            -- Not as a condition on the array itself, which older servers go through for each run.
+            AND r.id {not_in :working}
+        ORDER BY ROW(r.thread_id, r.seq) LIMIT :limit * 16
+    )",
+    "SELECT r.id, r.fence, r.owner FROM runs r INDEXED BY runs_by_owner
+    WHERE {unfinished_of_owner r}
+        AND CASE
+            WHEN r.owner = :replica
+            THEN r.id {not_in :working} AND (r.fence > 1 OR r.created_at < {now} - {ms 60000})
+            ELSE NOT EXISTS (SELECT 1 FROM replicas p WHERE p.id = r.owner AND p.expires_at > {now})
+        END
+    ORDER BY r.thread_id, r.seq
+    LIMIT :limit",
+);
+
+/// Of those that were found, takes what is an orphan still, and has not changed hands meanwhile. Replicas
+/// that do so at once share the work. Thread ids sort by age, and within a thread the runs must come in order
+/// of admission.
+static TAKE_ORPHANS: Statement = Statement::for_each_engine(
+    "replicas.take_orphans",
+    "WITH found AS MATERIALIZED (
+        SELECT {uuid e.value ->> 'id'} AS id, CAST(e.value ->> 'fence' AS bigint) AS fence FROM {each :found}
+    ), orphans AS MATERIALIZED (
+        SELECT r.id, r.owner FROM found f JOIN runs r ON r.id = f.id
+        WHERE r.id {in_found SELECT f.id FROM found f} AND r.fence = f.fence AND r.finished_at IS NULL
+            AND (
+                r.owner = :replica
+                OR NOT EXISTS (SELECT 1 FROM replicas p WHERE p.id = r.owner AND p.expires_at > {now})
+            )
+        ORDER BY r.thread_id, r.seq
+        LIMIT :limit
+        FOR NO KEY UPDATE OF r SKIP LOCKED
+    ), taken AS (
+        UPDATE runs r SET owner = :replica, fence = r.fence + 1 FROM orphans o
+        WHERE r.id {in_found SELECT x.id FROM orphans x} AND r.id = o.id
+        RETURNING r.*, o.owner AS previous_owner
+    )
+    SELECT r.previous_owner, r.partial_reply AS partial, r.tool_outputs, r.tool_outputs_sent AS outputs_sent,
+        {ms_until r.deadline_at} AS time_left, {thread t}, {run r}
+    FROM taken r JOIN threads t ON t.id = r.thread_id
+    ORDER BY r.thread_id, r.seq",
+    "UPDATE runs SET owner = :replica, fence = fence + 1
+    WHERE id IN (SELECT {uuid e.value ->> 'id'} FROM {each :found});
+
+    SELECT {uuid e.value ->> 'owner'} AS previous_owner, r.partial_reply AS partial, r.tool_outputs,
+        r.tool_outputs_sent AS outputs_sent, {ms_until r.deadline_at} AS time_left, {thread t}, {run r}
+    FROM {each :found} JOIN runs r ON r.id = {uuid e.value ->> 'id'} JOIN threads t ON t.id = r.thread_id
+    ORDER BY r.thread_id, r.seq",
+);
+
+static READ_INPUT: Statement = Statement::new(
+    "replicas.read_input",
+    "SELECT {message m} FROM messages m WHERE m.run_id {in :runs} AND m.role = 'user' ORDER BY m.position",
+);
+
+pub(super) static STATEMENTS: &[&Statement] =
+    &[&RENEW, &RETIRE, &FORGET, &RELEASE, &FIND_LOST, &FIND_ORPHANS, &TAKE_ORPHANS, &READ_INPUT];
+
+impl Store {
+    /// Says that this replica is alive for another `ttl`. The first call registers it.
+    pub async fn renew_replica(
+        &self,
+        id: ReplicaId,
+        address: &str,
+        ttl: Duration,
+    ) -> Result<Renewed, StoreError> {
+        let mut c = self.backend.session_writer().await?;
+        let session = params().set("replica", id.uuid()).set("address", address).set("ttl", millis(ttl));
+        Ok(c.one(&RENEW, session).await?)
+    }
+
+    /// Says that this replica is gone: what it still owns can be adopted at once.
+    pub async fn retire_replica(&self, id: ReplicaId) -> Result<(), StoreError> {
+        let mut c = self.backend.session_writer().await?;
+        c.execute(&RETIRE, params().set("replica", id.uuid())).await?;
+        Ok(())
+    }
+
+    /// Gives unfinished runs up: they can be adopted at once. Leases that were lost are passed over.
+    pub async fn release(&self, leases: &[RunLease]) -> Result<(), StoreError> {
+        let mut c = self.backend.vital_writer().await?;
+        let leases: Vec<Value> = leases
+            .iter()
+            .map(|lease| value!({ "id": lease.run_id.uuid().simple().to_string(), "fence": lease.fence }))
+            .collect();
+        c.execute(&RELEASE, params().json("leases", Some(&leases))?).await?;
+        Ok(())
+    }
+
+    /// Those of these runs that others have taken over from the replica.
+    pub async fn lost(&self, replica: ReplicaId, working: &[RunId]) -> Result<Vec<RunId>, StoreError> {
+        let mut c = self.backend.vital_reader().await?;
+        let working: Vec<Uuid> = working.iter().map(|run| run.uuid()).collect();
+        let values = params().set("replica", replica.uuid()).set("working", working);
+        let lost: Vec<(Uuid,)> = c.all(&FIND_LOST, values).await?;
+        Ok(lost.into_iter().map(|(run,)| RunId::from_uuid(run)).collect())
+    }
+
+    /// Takes over up to `limit` unfinished runs that nobody works on, oldest first, each with a higher fence.
+    /// They are those whose owner is not alive, and strays: the caller's own, but not among those it is
+    /// `working` on.
+    ///
+    /// A stray is what a lost answer leaves behind. One that was taken over before is one at once; a young
+    /// one of the first fence may be an admission under way, and is left alone for a minute.
+    ///
+    /// Mostly there are none, and then it changes nothing and locks nothing.
+    pub async fn adopt_orphans(
+        &self,
+        id: ReplicaId,
+        working: &[RunId],
+        limit: u32,
+    ) -> Result<Vec<Orphan>, StoreError> {
+        let mut c = self.backend.vital_writer().await?;
+        let working: Vec<Uuid> = working.iter().map(|run| run.uuid()).collect();
+        let search = params().set("replica", id.uuid()).set("working", working).set("limit", limit);
+        let found: Vec<(Uuid, i64, Option<Uuid>)> = c.all(&FIND_ORPHANS, search).await?;
+        if found.is_empty() {
+            return Ok(Vec::new());
+        }
+        let found: Vec<Value> = found
+            .into_iter()
+            .map(|(run, fence, owner)| {
+                let owner = owner.map(|owner| owner.simple().to_string());
+                value!({ "id": run.simple().to_string(), "fence": fence, "owner": owner })
+            })
+            .collect();
+        let take = params().set("replica", id.uuid()).json("found", Some(&found))?.set("limit", limit);
+        let rows: Vec<OrphanRow> = c.all(&TAKE_ORPHANS, take).await?;
+        let mut orphans = rows.into_iter().map(Orphan::try_from).collect::<Result<Vec<_>, _>>()?;
+        give_input(&mut c, &mut orphans).await?;
+        if !self.keeps_content() {
+            // One that waits for outputs needs nothing of before. One that is to be sent does, and so does
+            // one that may have to be sent again.
+            for orphan in &mut orphans {
+                orphan.content_lost = orphan.outputs.is_some()
+                    || matches!(orphan.run.status, RunStatus::Queued | RunStatus::InProgress);
+            }
+        }
+        Ok(orphans)
+    }
+}
+
+/// Gives orphans that had started their messages. Nobody changes these any more: the runs have new fences.
+async fn give_input(c: &mut Connection, orphans: &mut [Orphan]) -> Result<(), StoreError> {
+    let started = orphans.iter().filter(|orphan| orphan.run.status != RunStatus::Queued);
+    let started: Vec<Uuid> = started.map(|orphan| orphan.run.id.uuid()).collect();
+    if started.is_empty() {
+        return Ok(());
+    }
+    let said: Vec<MessageRow> = c.all(&READ_INPUT, params().set("runs", started)).await?;
+    for row in said {
+        let message = Message::try_from(row)?;
+        if let Some(orphan) = orphans.iter_mut().find(|orphan| Some(orphan.run.id) == message.run_id) {
+            orphan.input.push(InputMessage { id: message.id, content: message.content });
+        }
+    }
+    Ok(())
+}
+
+/// Ends all sessions: for a SQLite file that is just opened. Its lock proves that the processes are gone, so what they
+/// left can be adopted at once.
+pub(super) async fn forget_sessions(c: &mut Connection) -> Result<(), StoreError> {
+    Ok(c.execute(&FORGET, params()).await.map(drop)?)
+}
+
+/// A session that was [renewed](Store::renew_replica).
+#[derive(Clone, Copy, Debug, Eq, FromRow, PartialEq)]
+pub struct Renewed {
+    /// Other replicas are alive too.
+    pub has_peers: bool,
+    /// The time by the database's clock.
+    #[sqlx(try_from = "At")]
+    pub now: Timestamp,
+}
+
+/// An unfinished run that was taken over.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Orphan {
+    pub lease: RunLease,
+    pub previous_owner: Option<ReplicaId>,
+    pub thread: Thread,
+    /// Queued: never sent to the upstream. Otherwise: may have been.
+    pub run: Run,
+    /// Until the run's deadline, by the database's clock; zero if that has passed, or the run has not started.
+    pub time_left: Duration,
+    /// The messages of one that was at work, as they are in the transcript.
+    pub input: Vec<InputMessage>,
+    /// What a run that waited for tool outputs had said before.
+    pub content: Vec<ContentPart>,
+    /// Outputs that came for it since it waited.
+    pub outputs: Option<Vec<ToolOutput>>,
+    /// They may have been sent to the upstream.
+    pub outputs_sent: bool,
+    /// What it was to send is not known any more: it can only end.
+    pub content_lost: bool,
+}

@@ -1,0 +1,456 @@
+//! When to look at threads, expiry, and what is past its time.
+
+use std::ops::AddAssign;
+use std::time::Duration;
+
+use serde_json::json;
+use sqlx::FromRow;
+use sqlx::types::Json;
+use uuid::Uuid;
+
+use super::connection::Failed;
+use super::deletion::{cancel_active, lock_unfinished};
+use super::orphans::upstream_ids;
+use super::params::{Params, params};
+use super::pool::Connection;
+use super::rows::{At, ThreadRow, millis};
+use super::statement::Statement;
+use super::{Store, StoreError};
+use crate::domain::{Lifetimes, Limits, RemnantId, Thread, ThreadId, Timestamp};
+
+const DUE_THREADS: &str = "SELECT {thread t}, {now} AS now, t.attempts
+    FROM threads t
+    WHERE t.due_at <= {now}
+    ORDER BY t.due_at
+    LIMIT :limit {0}";
+
+static LIST_DUE: Statement = Statement::variant("retention.list_due", DUE_THREADS, &[""]);
+
+static LOCK_DUE: Statement = Statement::variant("retention.lock_due", DUE_THREADS, &["{lock_if_free t}"]);
+
+static CLAIM_DUE: Statement = Statement::new(
+    "retention.claim_due",
+    "UPDATE threads SET due_at = {now} + {ms :lease} WHERE id {in :threads} RETURNING due_at",
+);
+
+static SCHEDULE: Statement = Statement::new(
+    "retention.schedule",
+    "UPDATE threads SET
+        due_at = CASE
+            WHEN due_at = :claimed OR (:claimed IS NULL AND due_at > {now} + {ms :after})
+                THEN {now} + {ms :after}
+            ELSE due_at
+        END,
+        attempts = CASE WHEN {as text, :failure} IS NULL THEN 0 ELSE attempts + 1 END,
+        last_failure = :failure
+    WHERE id = :thread",
+);
+
+static LIST_FOR_REVIEW: Statement = Statement::new(
+    "retention.list_for_review",
+    "SELECT t.id FROM threads t WHERE t.id > :after ORDER BY t.id LIMIT :limit",
+);
+
+/// Of a page of threads, those that are due too late, or never although they expire.
+static BRING_FORWARD: Statement = Statement::variant(
+    "retention.bring_forward",
+    "UPDATE threads AS t SET due_at = {0}
+    WHERE t.id {in_found
+        SELECT t.id FROM threads t
+        WHERE t.id {in :page} AND t.lifecycle NOT IN ('archived', 'deleting')
+            AND (t.due_at > {0} OR (t.due_at IS NULL AND {0} IS NOT NULL))
+        ORDER BY t.id {lock t}
+    }",
+    &["{expiry CASE t.scope_kind WHEN 'session' THEN :session_age ELSE :other_age END, \
+       CASE t.scope_kind WHEN 'session' THEN :session_idle ELSE :other_idle END}"],
+);
+
+static ARCHIVE_EXPIRED: Statement = Statement::new(
+    "retention.archive_expired",
+    "UPDATE threads AS t
+    SET lifecycle = 'archived', archived_at = {now}, due_at = {now}, rollover_pending = false
+    WHERE t.id = :thread AND t.lifecycle NOT IN ('archived', 'deleting')
+        AND {expiry :max_age, :max_idle} <= {now}",
+);
+
+static SCHEDULE_EXPIRY: Statement = Statement::new(
+    "retention.schedule_expiry",
+    "UPDATE threads AS t SET due_at = {expiry :max_age, :max_idle}
+    WHERE t.id = :thread AND t.lifecycle NOT IN ('archived', 'deleting')",
+);
+
+static DISCARD: Statement = Statement::new(
+    "retention.discard",
+    "UPDATE threads
+    SET lifecycle = 'deleting', deletion = 'erase', due_at = {now}, attempts = 0, last_failure = NULL
+    WHERE id = :thread AND lifecycle = 'archived' AND archived_at + {ms :keep} <= {now}",
+);
+
+impl Store {
+    /// Threads at which it is time to look, those that wait longest first, with the database's time. Nothing
+    /// is changed.
+    pub async fn due(&self, limit: u32) -> Result<Vec<Due>, StoreError> {
+        let mut c = self.backend.reader().await?;
+        let rows: Vec<DueRow> = c.all(&LIST_DUE, params().set("limit", limit)).await?;
+        rows.into_iter().map(Due::try_from).collect()
+    }
+
+    /// The same, and they are due again only after `lease`. Until then nobody else gets them; if whoever got
+    /// them dies, somebody else does then. Those that another call is just taking are passed over.
+    pub async fn claim_due(&self, limit: u32, lease: Duration) -> Result<Vec<Due>, StoreError> {
+        let mut c = self.backend.writer().await?;
+        c.begin().await?;
+        let rows: Vec<DueRow> = c.all(&LOCK_DUE, params().set("limit", limit)).await?;
+        let mut due = rows.into_iter().map(Due::try_from).collect::<Result<Vec<_>, _>>()?;
+        let threads: Vec<Uuid> = due.iter().map(|due| due.thread.id.uuid()).collect();
+        let values = params().set("threads", threads).set("lease", millis(lease));
+        let mut claimed: Vec<(At,)> = c.all(&CLAIM_DUE, values).await?;
+        c.commit().await?;
+        // One statement, one time: the same for all of them.
+        let claimed = claimed.pop().map(|(at,)| at.0);
+        for due in &mut due {
+            due.claimed = claimed;
+        }
+        Ok(due)
+    }
+
+    /// Says how the look at a thread ended, and sets when it is due next; `after` is `None`: never.
+    /// `failure`: why the look failed, which is counted; else the count begins anew.
+    ///
+    /// `claimed` is what [`Due::claimed`] said. If the thread is due at another time by now, somebody else
+    /// has set that meanwhile (a caller, a message, a deletion), and it stays. A thread that nobody claimed
+    /// may only become due earlier.
+    pub async fn schedule(
+        &self,
+        thread: ThreadId,
+        claimed: Option<Timestamp>,
+        after: Option<Duration>,
+        failure: Option<&str>,
+    ) -> Result<(), StoreError> {
+        let mut c = self.backend.writer().await?;
+        let values = params()
+            .set("thread", thread.uuid())
+            .set("claimed", claimed)
+            .set("after", after.map(millis))
+            .set("failure", failure);
+        c.execute(&SCHEDULE, values).await?;
+        Ok(())
+    }
+
+    /// Looks through up to `limit` threads whose id comes after `after`. Each current one becomes due when it
+    /// expires by these lifetimes, which may be other ones than when it was made. One that is due earlier
+    /// stays so.
+    ///
+    /// Gives the last one's id; `None` if there are no more. Threads that are not current count towards the
+    /// limit.
+    pub async fn review(
+        &self,
+        after: Option<ThreadId>,
+        limit: u32,
+        lifetimes: &Lifetimes,
+    ) -> Result<Option<ThreadId>, StoreError> {
+        let mut c = self.backend.writer().await?;
+        let values = params().set("after", after.map_or(Uuid::nil(), ThreadId::uuid)).set("limit", limit);
+        let page: Vec<(Uuid,)> = c.all(&LIST_FOR_REVIEW, values).await?;
+        let page: Vec<Uuid> = page.into_iter().map(|(id,)| id).collect();
+        let Some(last) = page.last().copied() else { return Ok(None) };
+        let values = params()
+            .set("page", page)
+            .set("session_age", lifetimes.sessions.max_age.map(millis))
+            .set("session_idle", lifetimes.sessions.max_idle.map(millis))
+            .set("other_age", lifetimes.others.max_age.map(millis))
+            .set("other_idle", lifetimes.others.max_idle.map(millis));
+        c.execute(&BRING_FORWARD, values).await?;
+        Ok(Some(ThreadId::from_uuid(last)))
+    }
+
+    /// Archives a current thread if it has expired by its own limits or these, and makes it due at once.
+    /// `false` if not: then it is due when it does.
+    pub async fn expire(&self, thread: ThreadId, limits: Limits) -> Result<bool, StoreError> {
+        let mut c = self.backend.writer().await?;
+        let values = || {
+            params()
+                .set("thread", thread.uuid())
+                .set("max_age", limits.max_age.map(millis))
+                .set("max_idle", limits.max_idle.map(millis))
+        };
+        let is_archived = c.execute(&ARCHIVE_EXPIRED, values()).await? == 1;
+        if !is_archived {
+            c.execute(&SCHEDULE_EXPIRY, values()).await?;
+        }
+        Ok(is_archived)
+    }
+
+    /// Begins to erase an archived thread if it has been one for `keep`: its active runs are to be cancelled,
+    /// and it is due at once. `false` if not.
+    pub async fn discard(&self, thread: ThreadId, keep: Duration) -> Result<bool, StoreError> {
+        let mut c = self.backend.writer().await?;
+        c.begin().await?;
+        // No message goes to an archived thread, so the runs that are unfinished now are all that can be.
+        lock_unfinished(&mut c, vec![thread.uuid()]).await?;
+        let values = params().set("thread", thread.uuid()).set("keep", millis(keep));
+        let is_begun = c.execute(&DISCARD, values).await? == 1;
+        if is_begun {
+            cancel_active(&mut c, vec![thread.uuid()]).await?;
+        }
+        c.commit().await?;
+        Ok(is_begun)
+    }
+}
+
+#[derive(FromRow)]
+struct DueRow {
+    #[sqlx(flatten)]
+    thread: ThreadRow,
+    now: At,
+    attempts: i64,
+}
+
+impl TryFrom<DueRow> for Due {
+    type Error = StoreError;
+
+    fn try_from(row: DueRow) -> Result<Self, StoreError> {
+        Ok(Self { thread: row.thread.try_into()?, now: row.now.0, attempts: row.attempts, claimed: None })
+    }
+}
+
+// Runs that ended long ago may be orphans of such a session; nothing else refers to it.
+static DELETE_SESSIONS: Statement = Statement::new(
+    "retention.delete_sessions",
+    "DELETE FROM replicas WHERE expires_at < {now} - {ms 86400000}",
+);
+
+// What is past its time, oldest first, up to `:limit`; it is kept for `:keep`. What does not fit is looked up row by row, never
+// joined, so that the order of the key leads.
+
+const OLD_KEYS: &str = "FROM idempotency_keys k
+    WHERE k.created_at <= {now} - {ms :keep}
+    ORDER BY k.created_at
+    LIMIT :limit";
+
+const OLD_EVENTS: &str = "FROM run_events e
+    WHERE e.run_id < {id_after :keep}
+        AND (SELECT r.finished_at FROM runs r WHERE r.id = e.run_id) <= {now} - {ms :keep}
+    ORDER BY e.run_id
+    LIMIT :limit";
+
+const OLD_RUNS: &str = "FROM runs r
+    WHERE r.id < {id_after :keep} AND r.finished_at <= {now} - {ms :keep}
+        AND (SELECT t.unsettled_run ->> 'run' FROM threads t WHERE t.id = r.thread_id)
+            IS DISTINCT FROM 'run_' || {hex r.id}
+    ORDER BY r.id
+    LIMIT :limit";
+
+const OLD_RECEIPTS: &str = "FROM deletions d
+    WHERE d.finished_at <= {now} - {ms :keep}
+    ORDER BY d.finished_at
+    LIMIT :limit";
+
+const COUNT: &str = "SELECT count(*) FROM (SELECT 1 AS one {0}) x";
+
+// What deletes is planned each time: a plan that was made while a table was small reads all of it.
+
+static DELETE_OLD_KEYS: Statement = Statement::unprepared(
+    "retention.delete_old_keys",
+    "DELETE FROM idempotency_keys WHERE {rows k, {0}}",
+    &[OLD_KEYS],
+);
+
+static DELETE_OLD_EVENTS: Statement = Statement::unprepared(
+    "retention.delete_old_events",
+    "DELETE FROM run_events WHERE {rows e, {0}}",
+    &[OLD_EVENTS],
+);
+
+static DELETE_OLD_RECEIPTS: Statement = Statement::unprepared(
+    "retention.delete_old_receipts",
+    "DELETE FROM deletions WHERE {rows d, {0}}",
+    &[OLD_RECEIPTS],
+);
+
+static LOCK_OLD_RUNS: Statement = Statement::unprepared(
+    "retention.lock_old_runs",
+    "SELECT r.id, r.thread_id, (SELECT t.upstream FROM threads t WHERE t.id = r.thread_id) AS upstream,
+        r.upstream_run_id, r.earlier_upstream_run_ids
+    {0} {lock_if_free r}",
+    &[OLD_RUNS],
+);
+
+static ADD_ORPHANS: Statement = Statement::new(
+    "retention.add_orphans",
+    "INSERT INTO upstream_orphans (id, thread_id, upstream, kind, upstream_id)
+    SELECT {uuid e.value ->> 'id'}, {uuid e.value ->> 'thread'}, e.value ->> 'upstream', 'run',
+        e.value ->> 'upstream_id'
+    FROM {each :orphans}",
+);
+
+static DELETE_EVENTS_OF_RUNS: Statement =
+    Statement::new("retention.delete_events_of_runs", "DELETE FROM run_events WHERE run_id {in :runs}");
+
+static DELETE_KEYS_OF_RUNS: Statement =
+    Statement::new("retention.delete_keys_of_runs", "DELETE FROM idempotency_keys WHERE run_id {in :runs}");
+
+static DELETE_RUNS: Statement =
+    Statement::new("retention.delete_runs", "DELETE FROM runs WHERE id {in :runs}");
+
+static COUNT_OLD_KEYS: Statement = Statement::variant("retention.count_old_keys", COUNT, &[OLD_KEYS]);
+
+static COUNT_OLD_EVENTS: Statement = Statement::variant("retention.count_old_events", COUNT, &[OLD_EVENTS]);
+
+static COUNT_OLD_RUNS: Statement = Statement::variant("retention.count_old_runs", COUNT, &[OLD_RUNS]);
+
+static COUNT_OLD_RECEIPTS: Statement =
+    Statement::variant("retention.count_old_receipts", COUNT, &[OLD_RECEIPTS]);
+
+pub(super) static STATEMENTS: &[&Statement] = &[
+    &LIST_DUE, &LOCK_DUE, &CLAIM_DUE, &SCHEDULE, &LIST_FOR_REVIEW, &BRING_FORWARD, &ARCHIVE_EXPIRED,
+    &SCHEDULE_EXPIRY, &DISCARD, &DELETE_SESSIONS, &DELETE_OLD_KEYS, &DELETE_OLD_EVENTS, &DELETE_OLD_RECEIPTS,
+    &LOCK_OLD_RUNS, &ADD_ORPHANS, &DELETE_EVENTS_OF_RUNS, &DELETE_KEYS_OF_RUNS, &DELETE_RUNS,
+    &COUNT_OLD_KEYS, &COUNT_OLD_EVENTS, &COUNT_OLD_RUNS, &COUNT_OLD_RECEIPTS,
+];
+
+impl Store {
+    /// Removes what is past its time, up to `limit` of each kind, and sessions that ended a day ago.
+    pub async fn prune(&self, pruning: &Pruning, limit: u32) -> Result<Pruned, StoreError> {
+        let mut c = self.backend.writer().await?;
+        c.begin().await?;
+        c.execute(&DELETE_SESSIONS, params()).await?;
+        // What goes along with runs comes before them, so that it is counted.
+        let pruned = Pruned {
+            idempotency_keys: remove(&mut c, &DELETE_OLD_KEYS, pruning.idempotency_keys, limit).await?,
+            events: remove(&mut c, &DELETE_OLD_EVENTS, pruning.events, limit).await?,
+            runs: remove_runs(&mut c, pruning, limit).await?,
+            receipts: remove(&mut c, &DELETE_OLD_RECEIPTS, pruning.receipts, limit).await?,
+        };
+        c.commit().await?;
+        Ok(pruned)
+    }
+
+    /// How much [`prune`](Self::prune) would find, up to `limit` of each kind.
+    pub async fn prunable(&self, pruning: &Pruning, limit: u32) -> Result<Pruned, StoreError> {
+        let mut c = self.backend.reader().await?;
+        Ok(Pruned {
+            idempotency_keys: count(&mut c, &COUNT_OLD_KEYS, pruning.idempotency_keys, limit).await?,
+            events: count(&mut c, &COUNT_OLD_EVENTS, pruning.events, limit).await?,
+            runs: count(&mut c, &COUNT_OLD_RUNS, pruning.runs, limit).await?,
+            receipts: count(&mut c, &COUNT_OLD_RECEIPTS, pruning.receipts, limit).await?,
+        })
+    }
+}
+
+async fn remove(
+    c: &mut Connection,
+    statement: &'static Statement,
+    keep: Option<Duration>,
+    limit: u32,
+) -> Result<u64, Failed> {
+    let Some(keep) = keep else { return Ok(0) };
+    c.execute(statement, older_than(keep, limit)).await
+}
+
+async fn count(
+    c: &mut Connection,
+    statement: &'static Statement,
+    keep: Option<Duration>,
+    limit: u32,
+) -> Result<u64, Failed> {
+    let Some(keep) = keep else { return Ok(0) };
+    let (found,): (i64,) = c.one(statement, older_than(keep, limit)).await?;
+    Ok(found.unsigned_abs())
+}
+
+fn older_than<'a>(keep: Duration, limit: u32) -> Params<'a> {
+    params().set("keep", millis(keep)).set("limit", limit)
+}
+
+async fn remove_runs(c: &mut Connection, pruning: &Pruning, limit: u32) -> Result<u64, StoreError> {
+    let Some(keep) = pruning.runs else { return Ok(0) };
+    let old: Vec<OldRunRow> = c.all(&LOCK_OLD_RUNS, older_than(keep, limit)).await?;
+    let runs = old.iter().map(|run| run.id).collect();
+    let mut orphans = vec![];
+    for OldRunRow { thread_id, upstream, upstream_run_id, earlier_upstream_run_ids, .. } in old {
+        if pruning.storing.contains(&upstream) {
+            orphans.extend(upstream_ids(upstream_run_id, earlier_upstream_run_ids).map(|id| {
+                json!({
+                    "id": RemnantId::new().uuid().simple().to_string(),
+                    "thread": thread_id.simple().to_string(),
+                    "upstream": upstream,
+                    "upstream_id": id,
+                })
+            }));
+        }
+    }
+    if !orphans.is_empty() {
+        c.execute(&ADD_ORPHANS, params().json("orphans", Some(&orphans))?).await?;
+    }
+    delete_runs(c, runs).await
+}
+
+/// A run, its thread's upstream, and the ids that it has there.
+#[derive(FromRow)]
+struct OldRunRow {
+    id: Uuid,
+    thread_id: Uuid,
+    upstream: String,
+    upstream_run_id: Option<String>,
+    earlier_upstream_run_ids: Option<Json<Vec<String>>>,
+}
+
+/// Deletes runs, which the caller has locked, with what belongs to them. Their messages stay.
+pub(super) async fn delete_runs(c: &mut Connection, ids: Vec<Uuid>) -> Result<u64, StoreError> {
+    if ids.is_empty() {
+        return Ok(0);
+    }
+    c.execute(&DELETE_EVENTS_OF_RUNS, params().set("runs", ids.clone())).await?;
+    c.execute(&DELETE_KEYS_OF_RUNS, params().set("runs", ids.clone())).await?;
+    Ok(c.execute(&DELETE_RUNS, params().set("runs", ids)).await?)
+}
+
+/// A thread at which it is time to look.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Due {
+    pub thread: Thread,
+    /// The database's time of the look.
+    pub now: Timestamp,
+    /// Looks in a row that failed.
+    pub attempts: i64,
+    /// When it is due again, by the claim of whoever looks at it; `None`: nobody claimed it.
+    pub claimed: Option<Timestamp>,
+}
+
+/// What is past its time. `None`: it is kept for ever.
+#[derive(Clone, Debug, Default)]
+pub struct Pruning {
+    /// Runs that have ended. Their messages stay.
+    pub runs: Option<Duration>,
+    pub events: Option<Duration>,
+    pub idempotency_keys: Option<Duration>,
+    pub receipts: Option<Duration>,
+    /// Upstreams that store each run by itself: the ids that pruned runs have there become remnants.
+    pub storing: Vec<String>,
+}
+
+/// What was removed because it was past its time.
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+pub struct Pruned {
+    pub runs: u64,
+    pub events: u64,
+    pub idempotency_keys: u64,
+    pub receipts: u64,
+}
+
+impl Pruned {
+    /// The largest of the numbers.
+    pub fn most(&self) -> u64 {
+        self.runs.max(self.events).max(self.idempotency_keys).max(self.receipts)
+    }
+}
+
+impl AddAssign for Pruned {
+    fn add_assign(&mut self, more: Self) {
+        self.runs += more.runs;
+        self.events += more.events;
+        self.idempotency_keys += more.idempotency_keys;
+        self.receipts += more.receipts;
+    }
+}

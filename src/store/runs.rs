@@ -1,0 +1,189 @@
+//! Runs as callers look at them.
+
+use uuid::Uuid;
+
+use super::paging::{Span, cursor};
+use super::params::params;
+use super::pool::Connection;
+use super::rows::{MessageRow, RunRow, RunWithReply, ThreadAndRun};
+use super::statement::Statement;
+use super::{Claim, InputMessage, RunLease, Store, StoreError, Turn};
+use crate::domain::{ConversationKey, Message, Page, PageRequest, Run, RunId, RunStatus, ThreadId};
+
+/// The key's newest thread, and the number of the run that a cursor names; NULL if it is none of the
+/// thread's.
+static FIND_CURSOR: Statement = Statement::new(
+    "runs.find_cursor",
+    "SELECT t.id, (SELECT CASE WHEN r.thread_id = t.id THEN r.seq END FROM runs r WHERE r.id = :cursor)
+    FROM threads t
+    WHERE {newest_of_key}",
+);
+
+const LIST: &str = "
+    SELECT {run r} FROM runs r
+    WHERE r.thread_id = :thread AND r.seq > :above AND r.seq < :below
+    ORDER BY r.seq {0}
+    LIMIT :limit";
+
+static LIST_UPWARDS: Statement = Statement::variant("runs.list_upwards", LIST, &["ASC"]);
+static LIST_DOWNWARDS: Statement = Statement::variant("runs.list_downwards", LIST, &["DESC"]);
+
+/// The runs of some threads behind a run of one of them, which is the first that counts.
+static LIST_OF_THREADS: Statement = Statement::new(
+    "runs.list_of_threads",
+    "SELECT {run r} FROM threads t
+        {lateral runs r, FROM runs f
+            WHERE f.thread_id = t.id AND f.seq > CASE WHEN t.id = :thread THEN :seq ELSE 0 END
+            ORDER BY f.seq
+            LIMIT :limit}
+    WHERE t.id {in :threads} AND t.id >= :thread
+    ORDER BY t.id, r.seq
+    LIMIT :limit",
+);
+
+static LIST_UNFINISHED: Statement = Statement::new(
+    "runs.list_unfinished",
+    "SELECT {run r} FROM runs r WHERE r.id {in_found {unfinished = :thread}} ORDER BY r.seq",
+);
+
+static READ_WITH_REPLY: Statement = Statement::new(
+    "runs.read_with_reply",
+    "SELECT {run r}, {message m}
+    FROM runs r
+    JOIN threads t ON t.id = r.thread_id
+    LEFT JOIN messages m ON m.run_id = r.id AND m.role = 'assistant'
+    WHERE r.id = :run AND {of_key}",
+);
+
+static READ_LEASED: Statement = Statement::new(
+    "runs.read_leased",
+    "SELECT {thread t}, {run r}
+    FROM runs r
+    JOIN threads t ON t.id = r.thread_id
+    WHERE r.id = :run AND r.fence = :fence",
+);
+
+static LIST_SAID: Statement = Statement::new(
+    "runs.list_said",
+    "SELECT {message m} FROM messages m WHERE m.run_id = :run AND m.role = 'user' ORDER BY m.position",
+);
+
+pub(super) static STATEMENTS: &[&Statement] = &[
+    &FIND_CURSOR, &LIST_UPWARDS, &LIST_DOWNWARDS, &LIST_OF_THREADS, &LIST_UNFINISHED, &READ_WITH_REPLY,
+    &READ_LEASED, &LIST_SAID,
+];
+
+impl Store {
+    /// A page of the runs of the key's newest thread by order of admission; `None` if the key has no thread.
+    ///
+    /// # Errors
+    /// [`StoreError::UnknownCursor`] if `after` or `before` names no run of the thread.
+    pub async fn runs(
+        &self,
+        key: &ConversationKey,
+        page: &PageRequest<RunId>,
+    ) -> Result<Option<Page<Run>>, StoreError> {
+        let mut c = self.backend.reader().await?;
+        let Some((thread, seq)) = newest(&mut c, key, page.after.or(page.before)).await? else {
+            return Ok(None);
+        };
+        let span = Span::new(page, cursor(page, seq)?);
+        span.page(list(&mut c, thread, span).await?).map(Some)
+    }
+
+    /// The unfinished runs of the key's newest thread, in order of admission; `None` if the key has no
+    /// thread.
+    pub async fn unfinished(&self, key: &ConversationKey) -> Result<Option<Vec<Run>>, StoreError> {
+        let mut c = self.backend.reader().await?;
+        let Some((thread, _)) = newest(&mut c, key, None).await? else { return Ok(None) };
+        unfinished_of(&mut c, thread).await.map(Some)
+    }
+
+    /// A run of any of the key's threads, archived ones included, and its reply if it has one.
+    pub async fn run(
+        &self,
+        key: &ConversationKey,
+        id: RunId,
+    ) -> Result<Option<(Run, Option<Message>)>, StoreError> {
+        let mut c = self.backend.reader().await?;
+        let row: Option<RunWithReply> =
+            c.optional(&READ_WITH_REPLY, params().key(key).set("run", id.uuid())).await?;
+        row.map(RunWithReply::into_parts).transpose()
+    }
+
+    /// Up to `limit` runs of some threads: by thread, in the order of ids, each in the order of admission. `behind`: a
+    /// thread, and the number of the run of it behind which they begin; threads before it are passed over.
+    pub async fn runs_of(
+        &self,
+        threads: &[ThreadId],
+        behind: (ThreadId, i64),
+        limit: u32,
+    ) -> Result<Vec<Run>, StoreError> {
+        let mut c = self.backend.reader().await?;
+        let values = params()
+            .set("threads", threads.iter().map(|id| id.uuid()).collect::<Vec<_>>())
+            .set("thread", behind.0.uuid())
+            .set("seq", behind.1)
+            .set("limit", limit);
+        let rows: Vec<RunRow> = c.all(&LIST_OF_THREADS, values).await?;
+        rows.into_iter().map(Run::try_from).collect()
+    }
+
+    /// The unfinished runs of any thread, in order of admission.
+    pub async fn unfinished_of(&self, thread: ThreadId) -> Result<Vec<Run>, StoreError> {
+        unfinished_of(&mut self.backend.reader().await?, thread).await
+    }
+}
+
+/// The key's newest thread, and the number of the run that a cursor names.
+async fn newest(
+    c: &mut Connection,
+    key: &ConversationKey,
+    cursor: Option<RunId>,
+) -> Result<Option<(ThreadId, Option<i64>)>, StoreError> {
+    let values = params().key(key).set("cursor", cursor.map(RunId::uuid));
+    let found: Option<(Uuid, Option<i64>)> = c.optional(&FIND_CURSOR, values).await?;
+    Ok(found.map(|(thread, seq)| (ThreadId::from_uuid(thread), seq)))
+}
+
+/// The runs of a thread that a span wants.
+async fn list(c: &mut Connection, thread: ThreadId, span: Span) -> Result<Vec<RunRow>, StoreError> {
+    let statement = if span.upwards { &LIST_UPWARDS } else { &LIST_DOWNWARDS };
+    let values = params()
+        .set("thread", thread.uuid())
+        .set("above", span.above)
+        .set("below", span.below)
+        .set("limit", span.fetch);
+    Ok(c.all(statement, values).await?)
+}
+
+/// The unfinished runs of a thread, in order of admission.
+pub(super) async fn unfinished_of(c: &mut Connection, thread: ThreadId) -> Result<Vec<Run>, StoreError> {
+    let rows: Vec<RunRow> = c.all(&LIST_UNFINISHED, params().set("thread", thread.uuid())).await?;
+    rows.into_iter().map(Run::try_from).collect()
+}
+
+/// The answer to a repeated [`Store::claim`]: the run is in progress under the same lease. Otherwise it is
+/// not for the caller.
+pub(super) async fn started_before(c: &mut Connection, lease: &RunLease) -> Result<Claim, StoreError> {
+    let values = params().set("run", lease.run_id.uuid()).set("fence", lease.fence);
+    let Some(both) = c.optional::<ThreadAndRun>(&READ_LEASED, values).await? else { return Ok(Claim::Lost) };
+    let run = Run::try_from(both.run)?;
+    if run.status != RunStatus::InProgress {
+        return Ok(Claim::Lost);
+    }
+    let input = said(c, lease.run_id).await?;
+    Ok(Claim::Started(Box::new(Turn {
+        lease: *lease,
+        thread: both.thread.try_into()?,
+        run,
+        input,
+        intent: None,
+    })))
+}
+
+/// What the user said in a run that has started.
+pub(super) async fn said(c: &mut Connection, run: RunId) -> Result<Vec<InputMessage>, StoreError> {
+    let rows: Vec<MessageRow> = c.all(&LIST_SAID, params().set("run", run.uuid())).await?;
+    rows.into_iter().map(InputMessage::try_from).collect()
+}

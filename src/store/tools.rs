@@ -1,0 +1,331 @@
+//! Runs that wait for the outputs of function calls, and what others ask of runs at work.
+
+use sqlx::FromRow;
+use sqlx::types::Json;
+use uuid::Uuid;
+
+use super::engine::Engine;
+use super::params::params;
+use super::pool::Connection;
+use super::rows::{WaitingRow, corrupt, json, log_json, word};
+use super::statement::Statement;
+use super::{Idempotency, RunLease, Store, StoreError};
+use crate::domain::{
+    ContentPart, ConversationKey, EventBatch, ReplicaId, RequiredAction, Run, RunId, RunStatus, Thread,
+    ThreadActivity, ToolOutput, UpstreamRunId, Usage,
+};
+
+/// Gives the run as it is now, whether it was paused just now or not.
+///
+/// The batch of events tells whether the pause was recorded before: a repetition that comes after the answer
+/// must not let the run wait for it again. A shorter batch in its place is none of a pause, for that one ends
+/// with what the run asks for. It is a [recording](Store::record) whose answer did not come in time.
+static PAUSE: Statement = Statement::for_each_engine(
+    "tools.pause",
+    "WITH held AS MATERIALIZED (
+        SELECT r.* FROM runs r WHERE {leased r} AND {at_work r}
+        {lock r}
+    ), logged AS (
+        INSERT INTO run_events AS l (run_id, first_offset, events, end_offset)
+        SELECT h.id, :first, :events, :end FROM held h WHERE h.status = 'in_progress'
+        ON CONFLICT (run_id, first_offset) DO UPDATE
+            SET events = excluded.events, end_offset = excluded.end_offset
+            WHERE l.end_offset < excluded.end_offset
+        RETURNING l.run_id
+    ), paused AS (
+        UPDATE runs r SET status = 'requires_action', required_action = :action,
+            upstream_run_id = COALESCE(:upstream_run, r.upstream_run_id),
+            earlier_upstream_run_ids = CASE WHEN r.upstream_run_id <> :upstream_run
+                THEN COALESCE(r.earlier_upstream_run_ids, '[]') || to_jsonb(r.upstream_run_id)
+                ELSE r.earlier_upstream_run_ids END,
+            partial_reply = :content, usage = :usage, tool_outputs = NULL
+        FROM logged l
+        WHERE r.id = :run
+        RETURNING r.*
+    )
+    SELECT {thread t}, {run r}, {queue_depth}, {text r.status} AS active_status,
+        COALESCE(r.required_action = :action, false) AS is_same
+    FROM (SELECT p.* FROM paused p UNION ALL SELECT h.* FROM held h WHERE NOT EXISTS (SELECT FROM paused)) r
+    JOIN threads t ON t.id = (SELECT h.thread_id FROM held h)",
+    "INSERT INTO run_events AS l (run_id, first_offset, events, end_offset)
+    SELECT r.id, :first, :events, :end FROM runs r WHERE {leased r} AND {at_work r} AND r.status = 'in_progress'
+    ON CONFLICT (run_id, first_offset) DO UPDATE
+        SET events = excluded.events, end_offset = excluded.end_offset
+        WHERE l.end_offset < excluded.end_offset;
+
+    -- If something was logged.
+    UPDATE runs AS r SET status = 'requires_action', required_action = :action,
+        upstream_run_id = COALESCE(:upstream_run, r.upstream_run_id),
+        earlier_upstream_run_ids = iif(r.upstream_run_id <> :upstream_run,
+            json_insert(COALESCE(r.earlier_upstream_run_ids, '[]'), '$[#]', r.upstream_run_id),
+            r.earlier_upstream_run_ids),
+        partial_reply = :content, usage = :usage, tool_outputs = NULL
+    WHERE r.id = :run AND changes() = 1;
+
+    SELECT {thread t}, {run r}, {queue_depth}, {text r.status} AS active_status,
+        COALESCE(r.required_action = :action, false) AS is_same
+    FROM runs r JOIN threads t ON t.id = r.thread_id
+    WHERE {leased r} AND {at_work r}",
+);
+
+/// In SQLite the idempotency key is recorded by the same transaction, but by a statement of its own.
+static ANSWER: Statement = Statement::for_each_engine(
+    "tools.answer",
+    "WITH answered AS (
+        UPDATE runs r SET status = 'in_progress', required_action = NULL, tool_outputs = :outputs,
+            tool_outputs_sent = false
+        FROM threads t
+        WHERE r.id = :run AND r.required_action = :expected AND r.status <> 'cancelling'
+            AND r.deadline_at > {clock} AND t.id = r.thread_id AND {of_key}
+        RETURNING r.*
+    ), used AS (
+        INSERT INTO idempotency_keys (
+            tenant, user_key, scope_kind, scope_name, key, run_id, request_hash, created_at
+        )
+        SELECT :tenant, :user, {scope_kind}, :scope_name, :idempotency_key, r.id, :request_hash, {clock}
+        FROM answered r
+        WHERE {as text, :idempotency_key} IS NOT NULL
+    )
+    SELECT {thread t}, {run r}, {queue_depth}, {text r.status} AS active_status
+    FROM answered r JOIN threads t ON t.id = (SELECT a.thread_id FROM answered a)",
+    "UPDATE runs AS r SET status = 'in_progress', required_action = NULL, tool_outputs = :outputs,
+        tool_outputs_sent = false
+    WHERE r.id = :run AND r.required_action = :expected AND r.status <> 'cancelling'
+        AND r.deadline_at > {clock}
+        AND EXISTS (SELECT 1 FROM threads t WHERE t.id = r.thread_id AND {of_key})
+        AND NOT EXISTS (
+            SELECT 1 FROM idempotency_keys k
+            WHERE k.tenant = :tenant AND k.user_key = :user AND k.scope_kind = :scope_kind
+                AND k.scope_name = :scope_name AND k.key = :idempotency_key
+        );
+
+    SELECT {thread t}, {run r}, {queue_depth}, {text r.status} AS active_status
+    FROM runs r JOIN threads t ON t.id = r.thread_id
+    WHERE r.id = :run AND changes() = 1",
+);
+
+static IS_KEY_USED: Statement = Statement::new(
+    "tools.is_idempotency_key_used",
+    "SELECT EXISTS (
+        SELECT 1 FROM idempotency_keys t WHERE {of_key} AND t.key = :idempotency_key
+    ) AS used",
+);
+
+static RECORD_KEY: Statement = Statement::on_sqlite(
+    "tools.record_idempotency_key",
+    "INSERT INTO idempotency_keys (tenant, user_key, scope_kind, scope_name, key, run_id, request_hash, created_at)
+    VALUES (:tenant, :user, {scope_kind}, :scope_name, :idempotency_key, :run, :request_hash, {now})",
+);
+
+static SEND_OUTPUTS: Statement = Statement::new(
+    "tools.send_outputs",
+    "UPDATE runs AS r SET tool_outputs_sent = true WHERE {leased r} AND {at_work r}",
+);
+
+static LIST_REQUESTS: Statement = Statement::new(
+    "tools.list_requests",
+    "SELECT r.id, {text r.status} AS status, r.rollback_pending, r.tool_outputs FROM runs r
+    WHERE r.owner = :replica AND {unfinished_of_owner r}
+        AND (r.status = 'cancelling' OR (r.tool_outputs IS NOT NULL AND NOT r.tool_outputs_sent))",
+);
+
+pub(super) static STATEMENTS: &[&Statement] =
+    &[&PAUSE, &ANSWER, &IS_KEY_USED, &RECORD_KEY, &SEND_OUTPUTS, &LIST_REQUESTS];
+
+impl Store {
+    /// Lets a run in progress wait for tool outputs, and records what it said and showed so far.
+    ///
+    /// Harmless to repeat with the same pause, even if the outputs have come meanwhile: the run that is
+    /// answered is in progress then.
+    pub async fn pause(&self, lease: &RunLease, pause: &Pause) -> Result<Paused, StoreError> {
+        let Pause { required_action, upstream_run_id, content, usage, events } = pause;
+        let values = params()
+            .set("run", lease.run_id.uuid())
+            .set("fence", lease.fence)
+            .json_text("action", json(&self.redaction.action(required_action))?)
+            .set("upstream_run", upstream_run_id.as_ref().map(UpstreamRunId::as_str))
+            .json_text("content", json(&self.redaction.parts(content))?)
+            .json("usage", usage.as_ref())?
+            .set("first", events.first)
+            .json_text("events", log_json(&self.redaction.events(events).events)?)
+            .set("end", events.end());
+        let mut c = self.backend.vital_writer().await?;
+        c.begin_script().await?;
+        let row: Option<PausedRow> = c.optional(&PAUSE, values).await?;
+        c.commit_script().await?;
+        let Some(PausedRow { waiting, is_same }) = row else { return Ok(Paused::Lost) };
+        let waiting = Waiting::try_from(waiting)?;
+        Ok(match waiting.run.status {
+            RunStatus::Cancelling => Paused::Cancelling,
+            RunStatus::RequiresAction if !is_same => Paused::Lost,
+            _ => Paused::Waiting(Box::new(waiting)),
+        })
+    }
+
+    /// Hands outputs to a run that waits for exactly the given calls, which is in progress again. Its owner
+    /// finds the outputs with [`requests`](Self::requests), or is told by the caller.
+    pub async fn answer_tools(
+        &self,
+        key: &ConversationKey,
+        id: RunId,
+        answer: &ToolAnswer,
+    ) -> Result<Answered, StoreError> {
+        let idempotency = answer.idempotency.as_ref();
+        let values = params()
+            .key(key)
+            .set("run", id.uuid())
+            .json_text("expected", json(&self.redaction.action(&answer.expected))?)
+            .json_text("outputs", json(&self.redaction.outputs(&answer.outputs))?)
+            .set("idempotency_key", idempotency.map(|used| &used.key))
+            .set("request_hash", idempotency.map(|used| &used.request_hash[..]));
+        let mut c = self.backend.writer().await?;
+        c.begin_script().await?;
+        let answered: Option<WaitingRow> = match c.optional(&ANSWER, values).await {
+            Err(failed) if failed.breaks("idempotency_keys_pkey") => return Ok(Answered::Repeated),
+            answered => answered?,
+        };
+        if answered.is_some() && c.engine() == Engine::Sqlite {
+            record_idempotency_key(&mut c, key, idempotency, id).await?;
+        }
+        c.commit_script().await?;
+        match answered {
+            Some(row) => Ok(Answered::Resumed(Box::new(row.try_into()?))),
+            None if is_idempotency_key_used(&mut c, key, idempotency).await? => Ok(Answered::Repeated),
+            None => Ok(Answered::NotWaiting),
+        }
+    }
+
+    /// Records that the outputs of a run are about to be sent to the upstream: whoever takes the run over
+    /// from here on cannot know whether they were. `false` if the lease was lost.
+    pub async fn sends_outputs(&self, lease: &RunLease) -> Result<bool, StoreError> {
+        let mut c = self.backend.vital_writer().await?;
+        let values = params().set("run", lease.run_id.uuid()).set("fence", lease.fence);
+        Ok(c.execute(&SEND_OUTPUTS, values).await? == 1)
+    }
+
+    /// What others asked of active runs that the replica owns: those that are to be cancelled, and those that
+    /// have outputs which are not [being sent](Self::sends_outputs) yet. Where content is not stored, the
+    /// latter are left out: what is stored of outputs says nothing.
+    pub async fn requests(&self, replica: ReplicaId) -> Result<Vec<Request>, StoreError> {
+        let mut c = self.backend.vital_reader().await?;
+        let rows: Vec<RequestRow> = c.all(&LIST_REQUESTS, params().set("replica", replica.uuid())).await?;
+        let mut requests = rows.into_iter().map(Request::try_from).collect::<Result<Vec<_>, _>>()?;
+        requests.retain(|request| self.keeps_content() || !matches!(request, Request::Resume { .. }));
+        Ok(requests)
+    }
+}
+
+/// Whether an idempotency key is in use.
+async fn is_idempotency_key_used(
+    c: &mut Connection,
+    key: &ConversationKey,
+    idempotency: Option<&Idempotency>,
+) -> Result<bool, StoreError> {
+    let Some(idempotency) = idempotency else { return Ok(false) };
+    let values = params().key(key).set("idempotency_key", &idempotency.key);
+    let (used,): (bool,) = c.one(&IS_KEY_USED, values).await?;
+    Ok(used)
+}
+
+/// Lets an idempotency key stand for a run from now on.
+async fn record_idempotency_key(
+    c: &mut Connection,
+    key: &ConversationKey,
+    idempotency: Option<&Idempotency>,
+    run: RunId,
+) -> Result<(), StoreError> {
+    let Some(idempotency) = idempotency else { return Ok(()) };
+    let values = params()
+        .key(key)
+        .set("idempotency_key", &idempotency.key)
+        .set("run", run.uuid())
+        .set("request_hash", &idempotency.request_hash[..]);
+    c.execute(&RECORD_KEY, values).await?;
+    Ok(())
+}
+
+#[derive(FromRow)]
+struct PausedRow {
+    #[sqlx(flatten)]
+    waiting: WaitingRow,
+    /// The run waits for these very calls.
+    is_same: bool,
+}
+
+#[derive(FromRow)]
+struct RequestRow {
+    id: Uuid,
+    status: String,
+    rollback_pending: bool,
+    tool_outputs: Option<Json<Vec<ToolOutput>>>,
+}
+
+impl TryFrom<RequestRow> for Request {
+    type Error = StoreError;
+
+    fn try_from(row: RequestRow) -> Result<Self, StoreError> {
+        let run = RunId::from_uuid(row.id);
+        match (word(&row.status)?, row.tool_outputs) {
+            (RunStatus::Cancelling, _) => Ok(Self::Cancel { run, discard: row.rollback_pending }),
+            (RunStatus::InProgress, Some(Json(outputs))) => Ok(Self::Resume { run, outputs }),
+            _ => Err(corrupt("a request")),
+        }
+    }
+}
+
+/// A run that asks its caller for function calls.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Pause {
+    pub required_action: RequiredAction,
+    /// Unset if it was not heard: calls that were found in a thread can be answered without.
+    pub upstream_run_id: Option<UpstreamRunId>,
+    /// The reply as far as it came.
+    pub content: Vec<ContentPart>,
+    pub usage: Option<Usage>,
+    pub events: EventBatch,
+}
+
+/// What became of a [`Pause`].
+#[derive(Clone, Debug, PartialEq)]
+pub enum Paused {
+    Waiting(Box<Waiting>),
+    /// Somebody wants the run to end.
+    Cancelling,
+    /// The lease is lost or the run has ended.
+    Lost,
+}
+
+/// A run that waits for tool outputs, and its thread.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Waiting {
+    pub thread: Thread,
+    pub activity: ThreadActivity,
+    pub run: Run,
+}
+
+/// Outputs for a run that waits.
+#[derive(Clone, Debug, PartialEq)]
+pub struct ToolAnswer {
+    /// What the run must still wait for.
+    pub expected: RequiredAction,
+    pub outputs: Vec<ToolOutput>,
+    pub idempotency: Option<Idempotency>,
+}
+
+/// What became of a [`ToolAnswer`].
+#[derive(Clone, Debug, PartialEq)]
+pub enum Answered {
+    /// The run goes on.
+    Resumed(Box<Waiting>),
+    /// The run does not wait for these calls (any more), or its deadline has passed.
+    NotWaiting,
+    /// The idempotency key is in use.
+    Repeated,
+}
+
+/// What somebody asked of an active run.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Request {
+    Cancel { run: RunId, discard: bool },
+    Resume { run: RunId, outputs: Vec<ToolOutput> },
+}

@@ -1,0 +1,339 @@
+//! Admissions and ends of many callers, which go to Postgres together.
+
+use futures_util::future::join_all;
+use sqlx::{Connection, Executor};
+use threadkeeper::config::StoreConfig;
+use threadkeeper::store::{Made, RemnantName, StoreError};
+
+use super::backends::blocked;
+use super::*;
+use crate::support::link::{Link, Weather};
+
+/// As many as one batch takes, behind one that goes first.
+const BATCH: i64 = 33;
+
+fn users() -> Vec<Admission> {
+    (0..BATCH).map(|n| admission(&user(&n.to_string()))).collect()
+}
+
+/// One row that others hold keeps only those waiting who want it.
+#[tokio::test]
+async fn callers_of_other_threads_do_not_wait_for_a_locked_row() {
+    let database = TestDatabase::postgres().await;
+    let store = database.store().await;
+    let locked = exchange(&store, &user("locked")).await;
+    let ending = started(store.admit(admission(&user("ending"))).await.unwrap());
+    let mut holder = sqlx::PgConnection::connect(&database.url()).await.unwrap();
+    let hold = format!(
+        "BEGIN; SELECT FROM threads WHERE id IN ('{}', '{}') FOR UPDATE",
+        locked.thread.id.uuid(),
+        ending.thread.id.uuid()
+    );
+    holder.execute(sqlx::AssertSqlSafe(hold)).await.unwrap();
+
+    let waits = store.admit(admission(&user("locked")));
+    let ends = store.finish(&ending.lease, completed(Some("hi")));
+    let others = async {
+        // Each in the company of those who wait.
+        for round in 0..10 {
+            let all = users();
+            let turns = join_all(all.iter().map(|it| store.admit(it.clone()))).await;
+            let turns: Vec<Turn> = turns.into_iter().map(|it| started(it.unwrap())).collect();
+            let ends = turns.iter().map(|turn| store.finish(&turn.lease, completed(Some("hi"))));
+            for end in join_all(ends).await {
+                closed(end.unwrap());
+            }
+            if round == 0 {
+                blocked(&database, 2).await;
+            }
+        }
+        holder.execute("ROLLBACK").await.unwrap();
+    };
+    let (waited, ended, ()) = tokio::join!(waits, ends, others);
+    started(waited.unwrap());
+    closed(ended.unwrap());
+    check_invariants(&database).await;
+    store.close().await;
+}
+
+/// An upstream may name a run as no database can.
+#[tokio::test]
+async fn an_end_that_is_refused_fails_alone() {
+    let database = TestDatabase::postgres().await;
+    let store = database.store().await;
+    let turns = join_all(users().iter().map(|it| store.admit(it.clone()))).await;
+    let turns: Vec<Turn> = turns.into_iter().map(|it| started(it.unwrap())).collect();
+    let end = |n: usize| {
+        let id = if n == 7 { "a\0b".to_owned() } else { n.to_string() };
+        RunEnd { upstream_run_id: Some(UpstreamRunId(id)), ..completed(Some("hi")) }
+    };
+    let ends = turns.iter().enumerate().map(|(n, turn)| store.finish(&turn.lease, end(n)));
+    for (n, ended) in join_all(ends).await.into_iter().enumerate() {
+        match ended {
+            Ok(ended) => drop(closed(ended)),
+            Err(error) => assert_eq!((n, matches!(error, StoreError::Statement(_))), (7, true), "{error:?}"),
+        }
+    }
+    let unfinished = "SELECT count(*) FROM runs WHERE finished_at IS NULL";
+    assert_eq!(database.number(unfinished).await, 1);
+    closed(store.finish(&turns[7].lease, completed(None)).await.unwrap());
+    check_invariants(&database).await;
+    store.close().await;
+}
+
+/// The server has committed, and the answer is lost on its way.
+#[tokio::test]
+async fn a_batch_whose_answer_is_lost_is_answered_as_recorded() {
+    let database = TestDatabase::postgres().await;
+    let link = Link::to_postgres(&database.url()).await;
+    let config = StoreConfig { url: Some(link.url.clone().into()), ..database.config() };
+    let store = Store::open(&config).await.unwrap();
+    let loses = async |held: &mut sqlx::PgConnection| {
+        // Of the two batches that are on their way.
+        blocked(&database, 2).await;
+        link.valve.set(Weather { swallows: true, ..Weather::default() });
+        held.execute("ROLLBACK").await.unwrap();
+        let working = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() \
+                       AND application_name = 'threadkeeper' AND state <> 'idle'";
+        while database.number(working).await > 0 {
+            tokio::task::yield_now().await;
+        }
+        link.valve.cut();
+        link.valve.set(Weather::default());
+    };
+    let all: Vec<_> =
+        users().into_iter().map(|it| Admission { idempotency: Some(idempotency("k")), ..it }).collect();
+    let mut held = database.lock("threads").await;
+    let (admitted, ()) =
+        tokio::join!(join_all(all.iter().map(|it| store.admit(it.clone()))), loses(&mut held));
+    let turns: Vec<Turn> = admitted.into_iter().map(|it| started(it.unwrap())).collect();
+    for (turn, asked) in turns.iter().zip(&all) {
+        assert_eq!((turn.run.id, &turn.input[0]), (asked.run_id, &asked.message));
+    }
+    assert_eq!(database.number("SELECT count(*) FROM runs").await, BATCH);
+    assert_eq!(database.number("SELECT count(*) FROM messages").await, BATCH);
+
+    let mut held = database.lock("threads").await;
+    let binds = turns.iter().map(|turn| bind(&store, &turn.lease, turn.run.id, RemnantId::new()));
+    let (bound, ()) = tokio::join!(join_all(binds), loses(&mut held));
+    assert!(bound.iter().all(|bound| *bound == Bound::Done), "{bound:?}");
+
+    let mut held = database.lock("threads").await;
+    let ends = turns.iter().map(|turn| store.finish(&turn.lease, completed(Some("hi"))));
+    let (ended, ()) = tokio::join!(join_all(ends), loses(&mut held));
+    for ended in ended {
+        let ended = closed(ended.unwrap());
+        assert_eq!((ended.run.status, ended.thread.message_count), (RunStatus::Completed, 2));
+    }
+    assert_eq!(database.number("SELECT count(*) FROM messages").await, 2 * BATCH);
+    check_invariants(&database).await;
+    store.close().await;
+}
+
+#[tokio::test]
+async fn each_message_of_a_batch_has_an_answer_of_its_own() {
+    for database in [TestDatabase::postgres().await, TestDatabase::sqlite().await] {
+        let store = database.store().await;
+        let with = |name, strategy| Admission { strategy, ..admission(&user(name)) };
+        for name in ["busy", "interrupted", "joined", "elsewhere"] {
+            started(store.admit(admission(&user(name))).await.unwrap());
+        }
+        let (waiting, ..) = queued(store.admit(admission(&user("joined"))).await.unwrap());
+        let keyed = Admission { idempotency: Some(idempotency("k")), ..admission(&user("repeated")) };
+        started(store.admit(keyed.clone()).await.unwrap());
+        let old = exchange(&store, &user("expired")).await;
+
+        let all = [
+            admission(&user("new")),
+            with("busy", MultitaskStrategy::Reject),
+            with("interrupted", MultitaskStrategy::Interrupt),
+            with("joined", MultitaskStrategy::Merge),
+            Admission { upstream: "other".to_owned(), ..admission(&user("elsewhere")) },
+            Admission { run_id: RunId::new(), new_thread: ThreadId::new(), ..keyed },
+            Admission { limits: limits(Duration::ZERO), ..admission(&user("expired")) },
+        ];
+        let admitted = join_all(all.iter().map(|it| store.admit(it.clone()))).await;
+        let mut admitted = admitted.into_iter().map(Result::unwrap);
+        let mut next = || admitted.next().unwrap();
+        let new = started(next());
+        assert_eq!((new.thread.id, new.thread.previous_thread), (all[0].new_thread, None));
+        assert_eq!(next(), Admitted::Busy);
+        let (lease, _, _, position) = queued(next());
+        assert_eq!((lease.run_id, position), (all[2].run_id, 1));
+        let Admitted::Merged { run, .. } = next() else { panic!("not merged") };
+        assert_eq!(run.id, waiting.run_id);
+        assert_eq!(next(), Admitted::OtherUpstream("main".to_owned()));
+        assert_eq!(next(), Admitted::Repeated);
+        let fresh = started(next());
+        assert_eq!((fresh.thread.id, fresh.thread.previous_thread), (all[6].new_thread, Some(old.thread.id)));
+        check_invariants(&database).await;
+        store.close().await;
+    }
+}
+
+/// The thread of a message that was taken before may be held by others: its sender is told all the same.
+#[tokio::test]
+async fn a_repeated_message_waits_for_no_row() {
+    let database = TestDatabase::postgres().await;
+    let store = database.store().await;
+    let keyed = || Admission { idempotency: Some(idempotency("k")), ..admission(&user("alice")) };
+    started(store.admit(keyed()).await.unwrap());
+    let _held = database.lock("threads").await;
+    let repeated = tokio::time::timeout(Duration::from_secs(5), store.admit(keyed())).await;
+    assert_eq!(repeated.expect("it waits").unwrap(), Admitted::Repeated);
+}
+
+async fn bind(store: &Store, lease: &RunLease, name: RunId, intent: RemnantId) -> Bound {
+    let id = UpstreamThreadId(format!("conv_{name}"));
+    let binding = Binding { id, intent, seeded: false, carried_users: 0 };
+    store.bind_upstream_thread(lease, binding).await.unwrap()
+}
+
+#[tokio::test]
+async fn each_binding_of_a_batch_has_an_answer_of_its_own() {
+    for database in [TestDatabase::postgres().await, TestDatabase::sqlite().await] {
+        let store = database.store().await;
+        let with = |name| Admission { intent: Some(RemnantId::new()), ..admission(&user(name)) };
+        let mut turns = Vec::new();
+        for name in ["good", "lost", "gone"] {
+            turns.push(started(store.admit(with(name)).await.unwrap()));
+        }
+        let intents: Vec<_> = turns.iter().map(|turn| turn.intent.unwrap()).collect();
+        turns[1].lease.fence += 1;
+        turns[2].lease.fence += 1;
+        store.resolve(intents[2], Made::Nothing).await.unwrap();
+        let binds =
+            turns.iter().zip(&intents).map(|(it, intent)| bind(&store, &it.lease, it.run.id, *intent));
+        assert_eq!(join_all(binds).await, [Bound::Done, Bound::Lost, Bound::Unrecorded]);
+        for (n, left) in [0, 1, 0].into_iter().enumerate() {
+            let left_over = store.remnants(turns[n].thread.id, false, 10).await.unwrap();
+            assert_eq!(left_over.len(), left, "{n}: {left_over:?}");
+        }
+        let bound = "SELECT count(*) FROM threads WHERE upstream_thread_id IS NOT NULL";
+        assert_eq!(database.number(bound).await, 1);
+        store.close().await;
+    }
+}
+
+/// What waits can be withdrawn at the moment in which the run before it ends.
+#[tokio::test]
+async fn two_runs_of_one_thread_end_together() {
+    for database in [TestDatabase::postgres().await, TestDatabase::sqlite().await] {
+        let store = database.store().await;
+        let key = user("alice");
+        let active = started(store.admit(admission(&key)).await.unwrap());
+        let (waiting, ..) = queued(store.admit(admission(&key)).await.unwrap());
+        let withdrawn = RunEnd { status: RunStatus::Cancelled, said: Context::Missing, ..completed(None) };
+        let (one, other) = tokio::join!(
+            store.finish(&active.lease, completed(Some("hi"))),
+            store.finish(&waiting, withdrawn)
+        );
+        let counts = [one, other].map(|ended| closed(ended.unwrap()).thread.message_count);
+        assert_eq!(counts, [2, 3]);
+        check_invariants(&database).await;
+        store.close().await;
+    }
+}
+
+/// A message that joined a waiting run has no run of its own by which it could be told that it is recorded.
+#[tokio::test]
+async fn a_merge_whose_answer_is_lost_is_done_once() {
+    let database = TestDatabase::postgres().await;
+    let link = Link::to_postgres(&database.url()).await;
+    let config = StoreConfig { url: Some(link.url.clone().into()), ..database.config() };
+    let store = Store::open(&config).await.unwrap();
+    let key = user("alice");
+    started(store.admit(admission(&key)).await.unwrap());
+    let (waiting, ..) = queued(store.admit(admission(&key)).await.unwrap());
+    let mut held = sqlx::PgConnection::connect(&database.url()).await.unwrap();
+    held.execute("BEGIN; LOCK TABLE threads IN SHARE MODE").await.unwrap();
+    let loses = async {
+        blocked(&database, 1).await;
+        link.valve.set(Weather { swallows: true, ..Weather::default() });
+        held.execute("ROLLBACK").await.unwrap();
+        while database.number("SELECT count(*) FROM runs WHERE jsonb_array_length(queued_input) = 2").await
+            == 0
+        {
+            tokio::task::yield_now().await;
+        }
+        link.valve.cut();
+        link.valve.set(Weather::default());
+    };
+    let merge = Admission { strategy: MultitaskStrategy::Merge, ..admission(&key) };
+    let (merged, ()) = tokio::join!(store.admit(merge), loses);
+    let Admitted::Merged { run, .. } = merged.unwrap() else { panic!("not merged") };
+    assert_eq!(run.id, waiting.run_id);
+    assert_eq!(
+        database.number("SELECT count(*) FROM runs WHERE jsonb_array_length(queued_input) = 2").await,
+        1
+    );
+    check_invariants(&database).await;
+    store.close().await;
+}
+
+/// A first try that was given up comes in after the retry has done it.
+#[tokio::test]
+async fn a_merge_that_comes_in_twice_is_done_once() {
+    let database = TestDatabase::postgres().await;
+    let store = database.store().await;
+    let key = user("alice");
+    let active = started(store.admit(admission(&key)).await.unwrap());
+    let (waiting, ..) = queued(store.admit(admission(&key)).await.unwrap());
+    let merge = Admission { strategy: MultitaskStrategy::Merge, ..admission(&key) };
+    let again = async || {
+        let Admitted::Merged { run, .. } = store.admit(merge.clone()).await.unwrap() else {
+            panic!("not merged")
+        };
+        assert_eq!(run.id, waiting.run_id);
+    };
+    again().await;
+    again().await;
+    closed(store.finish(&active.lease, completed(Some("hi"))).await.unwrap());
+    let turn = claimed(store.claim(&waiting).await.unwrap());
+    assert_eq!(turn.input.len(), 2);
+    // It has started by then.
+    again().await;
+    closed(store.finish(&turn.lease, completed(Some("hi"))).await.unwrap());
+    check_invariants(&database).await;
+    store.close().await;
+}
+
+/// Others make the thread of a new key: whoever comes meanwhile waits alone, and finds it.
+#[tokio::test]
+async fn new_keys_are_made_once_by_many_replicas() {
+    let database = TestDatabase::postgres().await;
+    let replicas = join_all((0..3).map(|_| database.store())).await;
+    for round in 0..20 {
+        let key = user(&format!("new {round}"));
+        let all = replicas.iter().map(|store| store.admit(admission(&key)));
+        let admitted: Vec<_> = join_all(all).await.into_iter().map(Result::unwrap).collect();
+        let begun = admitted.iter().filter(|it| matches!(it, Admitted::Started(_))).count();
+        assert_eq!(begun, 1, "{admitted:?}");
+    }
+    assert_eq!(database.number("SELECT count(*) FROM threads").await, 20);
+    check_invariants(&database).await;
+    for store in replicas {
+        store.close().await;
+    }
+}
+
+/// The thread of a fresh conversation is recorded along with what is about to be made for it.
+#[tokio::test]
+async fn an_intent_is_recorded_for_a_fresh_thread_alone() {
+    for database in [TestDatabase::postgres().await, TestDatabase::sqlite().await] {
+        let store = database.store().await;
+        let key = user("alice");
+        let with = || Admission { intent: Some(RemnantId::new()), ..admission(&key) };
+        let first = with();
+        let turn = started(store.admit(first.clone()).await.unwrap());
+        assert_eq!(turn.intent, first.intent);
+        let intents = store.remnants(turn.thread.id, false, 10).await.unwrap();
+        assert_eq!(intents.len(), 1);
+        assert_eq!(intents[0].name, RemnantName::Row(first.intent.unwrap()));
+        closed(store.finish(&turn.lease, completed(Some("hi"))).await.unwrap());
+        let turn = started(store.admit(with()).await.unwrap());
+        assert_eq!(turn.intent, None);
+        assert_eq!(store.remnants(turn.thread.id, false, 10).await.unwrap().len(), 1);
+        store.close().await;
+    }
+}
