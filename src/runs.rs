@@ -349,6 +349,11 @@ impl Runs {
         Ok(())
     }
 
+    /// This process still has its threads to itself: one that was stopped for a while may not know yet that it has not.
+    fn may_send(&self) -> Result<(), failure::Failure> {
+        if self.parts.standing.has_lapsed() { Err(failure::Failure::LeaseLost) } else { Ok(()) }
+    }
+
     /// The breaker of this upstream lets requests through.
     fn is_reachable(&self, upstream: &str) -> Result<(), Error> {
         match self.parts.given.breakers.get(upstream).map(|breaker| breaker.check()) {

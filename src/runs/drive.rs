@@ -151,7 +151,7 @@ impl Drive<'_> {
                 input: &self.turn.input,
                 metadata: &self.turn.run.metadata,
             };
-            self.may_send()?;
+            self.runs.may_send()?;
             self.asks();
             let error = match self.upstream.start(request).await {
                 Ok(events) => match self.relay(events, false).await {
@@ -268,7 +268,7 @@ impl Drive<'_> {
                 outputs,
                 metadata: &self.turn.run.metadata,
             };
-            self.may_send()?;
+            self.runs.may_send()?;
             self.asks();
             let error = match self.upstream.answer_tools(request).await {
                 Ok(events) => return self.relay(events, false).await,
@@ -280,12 +280,6 @@ impl Drive<'_> {
                 Next::SendAgain => {}
             }
         }
-    }
-
-    /// Whether this process still has the thread to itself: one that was stopped for a while may not know yet that it has
-    /// not.
-    pub(super) fn may_send(&self) -> Result<(), Failure> {
-        if self.runs.parts.standing.has_lapsed() { Err(Failure::LeaseLost) } else { Ok(()) }
     }
 
     fn owner(&self) -> Ownership {
@@ -380,7 +374,7 @@ impl Drive<'_> {
         retries: &mut Retries,
     ) -> Result<(), Failure> {
         // Or it is the run of who has the thread by now.
-        self.may_send()?;
+        self.runs.may_send()?;
         tracing::warn!(
             blocking_run = blocking_run.as_ref().map(UpstreamRunId::as_str),
             "the upstream thread is held by another run"

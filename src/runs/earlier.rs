@@ -2,12 +2,13 @@
 
 use std::sync::Arc;
 
+use super::Runs;
 use super::drive::{Drive, insist, wait_out};
 use super::failure::Failure;
 use super::making::Making;
-use crate::domain::{ContentPart, Context, Message, Page, Role, RunId, Thread};
-use crate::store::{Store, StoreError, Withholding};
-use crate::upstream::{Ownership, Settled, UpstreamError};
+use crate::domain::{ContentPart, Context, Leftover, Message, Page, Role, RunId, Thread};
+use crate::store::{RunLease, Store, StoreError, Withholding};
+use crate::upstream::{Ownership, Settled, Upstream, UpstreamError};
 
 /// Messages read at a time.
 const PAGE: u32 = 500;
@@ -21,16 +22,15 @@ impl Drive<'_> {
     /// the transcript holds of it goes along with this turn. `false` if the thread is in no state to tell.
     pub(super) async fn settle_earlier(&self) -> Result<bool, Failure> {
         let Some(left) = &self.turn.thread.leftover else { return Ok(true) };
-        let was_there = match self.take_away_earlier().await {
-            Err(Failure::Upstream(UpstreamError::Protocol(_))) => return Ok(false),
-            was_there => was_there?,
-        };
+        let was_there =
+            match take_away(self.runs, &self.turn.lease, self.upstream, left, Removal::IfSaid).await {
+                Err(Failure::Upstream(UpstreamError::Protocol(_))) => return Ok(false),
+                was_there => was_there?,
+            };
         let reached_the_model = left.upstream_run.is_some() || was_there.said;
         let found = if reached_the_model { Context::Missing } else { Context::Withheld };
-        // A chain goes on from before that run, and there nothing went along with it.
-        let synced = left.synced && was_there.said && was_there.thread.is_none();
         let store = &self.runs.parts.given.store;
-        insist(|| store.settled(&self.turn.lease, left.run, found, synced)).await?;
+        insist(|| store.settled(&self.turn.lease, left.run, found)).await?;
         Ok(true)
     }
 
@@ -43,26 +43,6 @@ impl Drive<'_> {
         );
         self.progress.thread = None;
         Ok(history)
-    }
-
-    /// Ends and removes what an earlier run left at the upstream, if it may have left something. What was there.
-    async fn take_away_earlier(&self) -> Result<Settled, Failure> {
-        let Some(left) = &self.turn.thread.leftover else { return Ok(Settled::default()) };
-        self.may_send()?;
-        let settled = self.upstream.settle(left).await.map_err(Failure::Upstream)?;
-        if settled.said || left.remove {
-            // What stands there now may be another's.
-            self.may_send()?;
-            let removed = self.upstream.remove(left).await.map_err(|error| match error {
-                // It stays there, so what comes next goes to another thread.
-                UpstreamError::Refused { status: 404 | 405 | 501, .. } => {
-                    UpstreamError::Protocol("the upstream does not delete messages".to_owned())
-                }
-                error => error,
-            });
-            removed.map_err(Failure::Upstream)?;
-        }
-        Ok(settled)
     }
 
     /// What the upstream thread lacks of the transcript. What is too much to be told is withheld for good.
@@ -138,7 +118,7 @@ impl Drive<'_> {
         let Some(upstream) = given.upstreams.get(&self.turn.thread.upstream) else {
             return Err(Failure::NotConfigured);
         };
-        self.may_send()?;
+        self.runs.may_send()?;
         let making = Making {
             store: Arc::clone(&given.store),
             upstream: Arc::clone(upstream),
@@ -150,6 +130,48 @@ impl Drive<'_> {
         self.progress.thread = Some(making.carry_out(&given.tasks).await?);
         Ok(true)
     }
+}
+
+/// When what a run left is taken away.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub(super) enum Removal {
+    /// If the run is to be discarded.
+    IfDiscarded,
+    /// Also if any of it is there.
+    IfSaid,
+}
+
+/// Ends what a run left at the upstream, and takes it away. What was there.
+///
+/// What went along with the run stays, and once the run's own messages are gone nothing at the upstream tells that it is
+/// there. So that is recorded before they are removed.
+pub(super) async fn take_away(
+    runs: &Runs,
+    lease: &RunLease,
+    upstream: &dyn Upstream,
+    left: &Leftover,
+    removal: Removal,
+) -> Result<Settled, Failure> {
+    runs.may_send()?;
+    let settled = upstream.settle(left).await.map_err(Failure::Upstream)?;
+    if !left.remove && !(removal == Removal::IfSaid && settled.said) {
+        return Ok(settled);
+    }
+    // A chain goes on from before that run, and there nothing went along with it.
+    if left.synced && settled.said && settled.thread.is_none() {
+        insist(|| runs.store().took_along(lease, left.run)).await?;
+    }
+    // What stands there now may be another's.
+    runs.may_send()?;
+    let removed = upstream.remove(left).await.map_err(|error| match error {
+        // It stays there, so what comes next goes to another thread.
+        UpstreamError::Refused { status: 404 | 405 | 501, .. } => {
+            UpstreamError::Protocol("the upstream does not delete messages".to_owned())
+        }
+        error => error,
+    });
+    removed.map_err(Failure::Upstream)?;
+    Ok(settled)
 }
 
 /// Messages that an upstream thread lacks, oldest first. Whoever makes the thread shares them.

@@ -8,6 +8,7 @@ use futures_util::FutureExt;
 use tokio::time::sleep;
 
 use super::drive::leftover;
+use super::earlier::{Removal, take_away};
 use super::failure::{Failure, internal, stopped};
 use super::progress::{Progress, Reach};
 use super::relay::{drain, plain};
@@ -21,7 +22,7 @@ use crate::error::Chain;
 use crate::store::{
     Closing, Finished, News, Reply, RunEnd, RunLease, StoreError, Turn, Withdrawal, Withdrawn,
 };
-use crate::upstream::{Ended, EventStream, Settled, Upstream, UpstreamError};
+use crate::upstream::{Ended, EventStream, Settled};
 
 /// How long to try to end what a run left upstream once the process is told to stop.
 const LAST_SETTLE_TIMEOUT: Duration = Duration::from_secs(2);
@@ -217,37 +218,7 @@ async fn look(runs: &Runs, turn: &Turn, progress: &Progress, verdict: &Verdict) 
     }
     let parts = &runs.parts.given;
     let Some(upstream) = parts.upstreams.get(&turn.thread.upstream) else { return Traces::None };
-    let limit = within(runs);
-    let work = async {
-        let mut left = leftover(runs, turn, progress).await?;
-        left.remove = verdict.discard;
-        // A panic in here must not keep the run from ending.
-        let settled = AssertUnwindSafe(settle(&**upstream, &left)).catch_unwind().await;
-        Ok::<_, Failure>(match settled {
-            // To be looked at once more before the thread is used again.
-            Ok(Ok(settled)) if settled.unsure => Traces::Unknown(left),
-            Ok(Ok(settled)) => Traces::Seen { settled, removed: left.remove },
-            Ok(Err(error)) => {
-                tracing::warn!(error = %Chain(&error), "what the run left upstream could not be ended");
-                Traces::Unknown(left)
-            }
-            Err(_) => {
-                tracing::error!("ending what the run left upstream panicked");
-                Traces::Unknown(left)
-            }
-        })
-    };
-    let seen = tokio::select! {
-        seen = work => seen.ok(),
-        () = limit => {
-            tracing::warn!("what the run left upstream could not be ended in time");
-            None
-        }
-    };
-    if let Some(traces) = seen {
-        return traces;
-    }
-    // Nor was there time to find out where to look. Without that the run cannot be ended either, so this waits as long.
+    // Without this the run cannot be ended, so it waits as long as the store takes.
     let stopped = async {
         parts.stop.cancelled().await;
         sleep(LAST_SETTLE_TIMEOUT).await;
@@ -256,15 +227,30 @@ async fn look(runs: &Runs, turn: &Turn, progress: &Progress, verdict: &Verdict) 
         left = leftover(runs, turn, progress) => left.ok(),
         () = stopped => None,
     };
-    left.map_or(Traces::None, |left| Traces::Unknown(Leftover { remove: verdict.discard, ..left }))
-}
-
-async fn settle(upstream: &dyn Upstream, left: &Leftover) -> Result<Settled, UpstreamError> {
-    let settled = upstream.settle(left).await?;
-    if left.remove && settled.said {
-        upstream.remove(left).await?;
+    let Some(left) = left else { return Traces::None };
+    let left = Leftover { remove: verdict.discard, ..left };
+    // A panic in here must not keep the run from ending.
+    let look = take_away(runs, &turn.lease, &**upstream, &left, Removal::IfDiscarded);
+    let seen = tokio::select! {
+        seen = AssertUnwindSafe(look).catch_unwind() => seen,
+        () = within(runs) => {
+            tracing::warn!("what the run left upstream could not be ended in time");
+            return Traces::Unknown(left);
+        }
+    };
+    match seen {
+        // To be looked at once more before the thread is used again.
+        Ok(Ok(settled)) if settled.unsure => Traces::Unknown(left),
+        Ok(Ok(settled)) => Traces::Seen { settled, removed: left.remove },
+        Ok(Err(failure)) => {
+            tracing::warn!(error = failure.name(), "what the run left upstream could not be ended");
+            Traces::Unknown(left)
+        }
+        Err(_) => {
+            tracing::error!("ending what the run left upstream panicked");
+            Traces::Unknown(left)
+        }
     }
-    Ok(settled)
 }
 
 /// Resolves when the time to look after a run's traces is over.

@@ -37,8 +37,8 @@ static COUNT_WITHHELD: Statement = Statement::new(
 );
 
 /// What was missing before a run went along with it.
-static SETTLE_EARLIER: Statement = Statement::new(
-    "sync.settle_earlier_messages",
+static TAKE_ALONG: Statement = Statement::new(
+    "sync.take_earlier_messages_along",
     "UPDATE messages AS m SET upstream_sync = 'present'
     WHERE m.thread_id = :thread AND m.upstream_sync = 'missing'
         AND m.position < (SELECT {started_position e} FROM runs e WHERE e.id = :of)",
@@ -50,9 +50,14 @@ static SETTLE_OWN: Statement = Statement::new(
     WHERE m.run_id = :of AND m.thread_id = :thread AND m.upstream_sync = 'unknown'",
 );
 
+static COUNT_TAKEN_ALONG: Statement = Statement::new(
+    "sync.count_taken_along",
+    "UPDATE threads AS t SET unsynced_messages = t.unsynced_messages - :sent WHERE t.id = :thread",
+);
+
 static COUNT_SETTLED: Statement = Statement::new(
     "sync.count_settled",
-    "UPDATE threads AS t SET unsettled_run = NULL, unsynced_messages = t.unsynced_messages + :missing - :sent
+    "UPDATE threads AS t SET unsettled_run = NULL, unsynced_messages = t.unsynced_messages + :missing
     WHERE t.id = :thread",
 );
 
@@ -96,8 +101,9 @@ static COUNT_BEHIND_ANCHOR: Statement = Statement::new(
 );
 
 pub(super) static STATEMENTS: &[&Statement] = &[
-    &HOLD, &WITHHOLD_MISSING, &WITHHOLD_OTHERS, &COUNT_WITHHELD, &SETTLE_EARLIER, &SETTLE_OWN,
-    &COUNT_SETTLED, &SEND_AGAIN, &EARLIER, &BACKLOG, &FIND_PLACE, &FIND_ANCHOR, &COUNT_BEHIND_ANCHOR,
+    &HOLD, &WITHHOLD_MISSING, &WITHHOLD_OTHERS, &COUNT_WITHHELD, &TAKE_ALONG, &COUNT_TAKEN_ALONG,
+    &SETTLE_OWN, &COUNT_SETTLED, &SEND_AGAIN, &EARLIER, &BACKLOG, &FIND_PLACE, &FIND_ANCHOR,
+    &COUNT_BEHIND_ANCHOR,
 ];
 
 impl Store {
@@ -124,18 +130,26 @@ impl Store {
         Ok(true)
     }
 
+    /// Records that what was missing before the messages of a run, this one or an earlier one of its thread, went along with
+    /// it and is in the upstream thread. `false` if the lease was lost. Harmless to repeat.
+    pub async fn took_along(&self, lease: &RunLease, run: RunId) -> Result<bool, StoreError> {
+        let mut c = self.backend.vital_writer().await?;
+        c.begin().await?;
+        let Some((thread, _)) = hold(&mut c, lease).await? else {
+            c.roll_back().await?;
+            return Ok(false);
+        };
+        let these = params().set("thread", thread).set("of", run.uuid());
+        let sent = c.execute(&TAKE_ALONG, these).await?;
+        let counts = params().set("thread", thread).set("sent", number(sent));
+        c.execute(&COUNT_TAKEN_ALONG, counts).await?;
+        c.commit().await?;
+        Ok(true)
+    }
+
     /// Records where the messages of an earlier run of the thread stand, now that what it left upstream was
-    /// looked at: those of which it was not known. The thread has no unsettled run any more.
-    ///
-    /// `synced`: what was missing before them went along with that run, and is there. `false` if the lease
-    /// was lost.
-    pub async fn settled(
-        &self,
-        lease: &RunLease,
-        run: RunId,
-        found: Context,
-        synced: bool,
-    ) -> Result<bool, StoreError> {
+    /// looked at: those of which it was not known. The thread has no unsettled run any more. `false` if the lease was lost.
+    pub async fn settled(&self, lease: &RunLease, run: RunId, found: Context) -> Result<bool, StoreError> {
         let found = self.redaction.sync(found);
         let mut c = self.backend.vital_writer().await?;
         c.begin().await?;
@@ -143,11 +157,10 @@ impl Store {
             c.roll_back().await?;
             return Ok(false);
         };
-        let these = || params().set("thread", thread).set("of", run.uuid());
-        let sent = if synced { c.execute(&SETTLE_EARLIER, these()).await? } else { 0 };
-        let looked_at = c.execute(&SETTLE_OWN, these().set("found", found.as_str())).await?;
+        let own = params().set("thread", thread).set("of", run.uuid()).set("found", found.as_str());
+        let looked_at = c.execute(&SETTLE_OWN, own).await?;
         let missing = if found == Context::Missing { looked_at } else { 0 };
-        let counts = params().set("thread", thread).set("missing", number(missing)).set("sent", number(sent));
+        let counts = params().set("thread", thread).set("missing", number(missing));
         c.execute(&COUNT_SETTLED, counts).await?;
         c.commit().await?;
         Ok(true)

@@ -110,7 +110,7 @@ async fn the_rest_of_a_run_s_life_is_cheap_on_postgres_too() {
         meter.one("a claim of a run that goes first");
         store.backlog(rollback.run_id, None, 10).await.unwrap();
         meter.one("a backlog");
-        assert!(store.settled(&rollback, turn.run.id, Context::Present, false).await.unwrap());
+        assert!(store.settled(&rollback, turn.run.id, Context::Present).await.unwrap());
         meter.took(5, "settling, which follows a failure: a transaction of the same text for both engines");
         let id = UpstreamThreadId("c".to_owned());
         assert!(bind(&store, &rollback, &id, true).await);
@@ -268,7 +268,7 @@ async fn nothing_deadlocks_and_nothing_is_lost() {
             begun.fetch_add(turn.input.len(), Ordering::SeqCst);
             let id = UpstreamThreadId("c".to_owned());
             assert!(bind(&store, &turn.lease, &id, n.is_multiple_of(7)).await);
-            assert!(store.settled(&turn.lease, turn.run.id, Context::Present, false).await.unwrap());
+            assert!(store.settled(&turn.lease, turn.run.id, Context::Present).await.unwrap());
             if n.is_multiple_of(3)
                 && let Paused::Waiting(_) = store.pause(&turn.lease, &pause(&["call_1"], 0)).await.unwrap()
             {
@@ -389,7 +389,7 @@ async fn no_step_scans_what_grows() {
     claimed(store.claim(&next).await.unwrap());
     assert_eq!(store.backlog(next.run_id, None, 10).await.unwrap().data, []);
     store.baseline(next.run_id).await.unwrap();
-    assert!(store.settled(&next, turn.run.id, Context::Missing, false).await.unwrap());
+    assert!(store.settled(&next, turn.run.id, Context::Missing).await.unwrap());
     store.request_cancel(&key, next.run_id).await.unwrap().unwrap();
     store.events(next.run_id, 0).await.unwrap();
     let end =

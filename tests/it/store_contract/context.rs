@@ -250,10 +250,10 @@ async fn what_is_looked_at_is_settled(database: &TestDatabase, store: &Store) {
         let now = started(store.admit(say(&key, "now")).await.unwrap());
         let (waiting, ..) = queued(store.admit(say(&key, "waits")).await.unwrap());
         let stale = RunLease { fence: now.lease.fence - 1, ..now.lease };
-        assert!(!store.settled(&stale, earlier, found, false).await.unwrap());
-        assert!(!store.settled(&waiting, earlier, found, false).await.unwrap(), "it is not active");
+        assert!(!store.settled(&stale, earlier, found).await.unwrap());
+        assert!(!store.settled(&waiting, earlier, found).await.unwrap(), "it is not active");
         for _ in 0..2 {
-            assert!(store.settled(&now.lease, earlier, found, false).await.unwrap());
+            assert!(store.settled(&now.lease, earlier, found).await.unwrap());
         }
         let (thread, _) = seen(store, &key).await.unwrap();
         assert_eq!((thread.backlog, thread.leftover), (missing, None), "{found}");
@@ -265,9 +265,9 @@ async fn what_is_looked_at_is_settled(database: &TestDatabase, store: &Store) {
         assert!(data.iter().filter(of(other)).all(|it| it.context == Unknown));
         check_invariants(database).await;
 
-        assert!(store.settled(&now.lease, other, Present, false).await.unwrap());
+        assert!(store.settled(&now.lease, other, Present).await.unwrap());
         closed(store.finish(&now.lease, completed(None)).await.unwrap());
-        assert!(!store.settled(&now.lease, other, Missing, false).await.unwrap(), "it has ended");
+        assert!(!store.settled(&now.lease, other, Missing).await.unwrap(), "it has ended");
         claimed(store.claim(&waiting).await.unwrap());
         closed(store.finish(&waiting, completed(None)).await.unwrap());
     }
@@ -299,10 +299,12 @@ async fn what_went_along_with_a_run_is_settled_with_it(database: &TestDatabase, 
         assert_eq!(next.thread.backlog, 4);
         let before = contexts(store, &key).await;
         let stale = RunLease { fence: next.lease.fence - 1, ..next.lease };
-        assert!(!store.settled(&stale, now.run.id, found, true).await.unwrap());
+        assert!(!store.took_along(&stale, now.run.id).await.unwrap());
+        assert!(!store.settled(&stale, now.run.id, found).await.unwrap());
         assert_eq!(contexts(store, &key).await, before);
         for _ in 0..2 {
-            assert!(store.settled(&next.lease, now.run.id, found, true).await.unwrap());
+            assert!(store.took_along(&next.lease, now.run.id).await.unwrap());
+            assert!(store.settled(&next.lease, now.run.id, found).await.unwrap());
             let (thread, _) = seen(store, &key).await.unwrap();
             assert_eq!((thread.backlog, thread.leftover), (2 + own, None), "{found}");
             let wanted = [
@@ -322,7 +324,8 @@ async fn what_went_along_with_a_run_is_settled_with_it(database: &TestDatabase, 
             check_invariants(database).await;
         }
         // It alone is not known any more, and nothing was missing before it that is not sent.
-        assert!(store.settled(&next.lease, forgotten, Missing, true).await.unwrap());
+        assert!(store.took_along(&next.lease, forgotten).await.unwrap());
+        assert!(store.settled(&next.lease, forgotten, Missing).await.unwrap());
         let (thread, _) = seen(store, &key).await.unwrap();
         assert_eq!(thread.backlog, 3 + own);
         let (bob, _) = seen(store, &others.thread.key).await.unwrap();
@@ -346,7 +349,8 @@ async fn what_went_along_with_a_discarded_run_is_settled_too(database: &TestData
     turn(store, &key, "4", &failed(Missing)).await;
     let next = started(store.admit(say(&key, "5")).await.unwrap());
     for _ in 0..2 {
-        assert!(store.settled(&next.lease, now.run.id, Missing, true).await.unwrap());
+        assert!(store.took_along(&next.lease, now.run.id).await.unwrap());
+        assert!(store.settled(&next.lease, now.run.id, Missing).await.unwrap());
         let all = contexts(store, &key).await;
         let all: Vec<_> = all.iter().map(|(words, context, _)| (words.as_str(), *context)).collect();
         assert_eq!(all, [("1", Present), ("3", Missing), ("4", Missing), ("5", Present)]);

@@ -278,8 +278,9 @@ async fn turns(store: &Store, key: &ConversationKey, me: ReplicaId) {
     store.earlier(first.run_id, None, LIMIT).await.unwrap();
     let some = Withholding { before: Some(1), missing_only: false, carried: Some(1) };
     assert!(store.withhold_earlier(&first, &some).await.unwrap());
-    assert!(store.settled(&first, turn.run.id, Context::Missing, false).await.unwrap());
-    assert!(store.settled(&first, first.run_id, Context::Missing, true).await.unwrap());
+    assert!(store.settled(&first, turn.run.id, Context::Missing).await.unwrap());
+    assert!(store.took_along(&first, first.run_id).await.unwrap());
+    assert!(store.settled(&first, first.run_id, Context::Missing).await.unwrap());
     let end = RunEnd { synced: true, said: Context::Missing, ..completed(Some("hi")) };
     closed(store.finish(&first, end.clone()).await.unwrap());
     store.release(&[waiting]).await.unwrap();

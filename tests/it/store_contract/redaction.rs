@@ -107,7 +107,7 @@ async fn content_is_told_and_not_stored(database: &TestDatabase, store: &Store) 
     let finished = closed(store.finish(&waiting, cut.clone()).await.unwrap());
     assert_eq!(finished.thread.leftover.unwrap().open_calls[0].arguments, "");
     let third = started(store.admit(says(&key, MultitaskStrategy::Enqueue)).await.unwrap());
-    assert!(store.settled(&third.lease, waiting.run_id, Context::Missing, false).await.unwrap());
+    assert!(store.settled(&third.lease, waiting.run_id, Context::Missing).await.unwrap());
     let transcript = store.transcript(third.thread.id, 0, 10).await.unwrap();
     let contexts: Vec<_> = transcript.iter().map(|message| message.context).collect();
     assert_eq!(

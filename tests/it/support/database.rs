@@ -409,7 +409,7 @@ impl TestDatabase {
         columns.map(|(column, value)| format!("{column}: {}", String::from_utf8_lossy(&value))).collect()
     }
 
-    async fn pg(&self) -> PgConnection {
+    pub(crate) async fn pg(&self) -> PgConnection {
         let options: PgConnectOptions = self.url().parse().expect("the URL that we made");
         connect(&options.log_statements(tracing::log::LevelFilter::Trace)).await
     }

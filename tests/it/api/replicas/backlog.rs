@@ -1,13 +1,21 @@
 //! kill -9 of a replica whose run was told what its upstream thread lacked: its heir knows that too.
 
-use super::{Half, SCOPE, SHORT, ask, cancel, counted, outputs};
-use crate::support::gateway::Gateway;
+use std::time::{Duration, Instant};
+
+use reqwest::StatusCode;
+use sqlx::Executor;
+use threadkeeper::simulator::Fault;
+
+use super::{Half, SCOPE, SHORT, ask, begin, cancel, counted, outputs};
+use crate::support::gateway::{Gateway, PATIENCE};
 use crate::support::history::{assert_same, upstream};
-use crate::support::scene::{Scene, on_every_shared_scene};
+use crate::support::scene::{Protocol, Scene, on_every_shared_scene};
 
 on_every_shared_scene!(
     what_went_along_with_a_run_that_waits_is_not_said_again,
     what_went_along_with_a_run_that_was_lost_is_not_said_again,
+    what_went_along_with_a_run_whose_removal_was_not_confirmed_is_not_said_again,
+    what_went_along_with_a_run_that_was_removed_before_a_crash_is_not_said_again,
 );
 
 /// Two replicas, and a thread that lacks something upstream, if its protocol can lack anything: it goes along with the next message.
@@ -55,4 +63,54 @@ async fn what_went_along_with_a_run_that_was_lost_is_not_said_again(scene: Scene
     scene.simulator.release();
     follower.rest().await;
     nothing_is_said_again(&scene, &other).await;
+}
+
+/// The answer to the request that removes its last trace is lost, and further ones are refused. So the next run looks for it
+/// once more, and finds nothing.
+async fn what_went_along_with_a_run_whose_removal_was_not_confirmed_is_not_said_again(scene: Scene) {
+    let (owner, _other) = with_a_backlog(&scene).await;
+    ask(&owner, SCOPE).await;
+    // The function call is removed before the message that led to it; Assistants have no item for it.
+    let (operation, before) = match scene.protocol {
+        Protocol::Assistants => ("delete_message", 0),
+        Protocol::Responses | Protocol::Chain => ("delete_item", 1),
+    };
+    let add = |fault: &str, times| {
+        let fault = Fault { on: operation.to_owned(), fault: fault.to_owned(), times };
+        scene.simulator.add_fault(fault).unwrap();
+    };
+    add("latency=1ms", before);
+    add("drop=after", 1);
+    add("status=503 retry_after=0.01", 100);
+    let (stream, _) = begin(&owner, "rollback", "something else").await;
+    assert_eq!(stream.rest().await.last().unwrap().name, "run.completed");
+    scene.simulator.clear_faults();
+    nothing_is_said_again(&scene, &owner).await;
+}
+
+/// Its traces are gone, and its process dies before it can record that.
+async fn what_went_along_with_a_run_that_was_removed_before_a_crash_is_not_said_again(scene: Scene) {
+    let (owner, other) = with_a_backlog(&scene).await;
+    let asked = ask(&owner, SCOPE).await;
+    let run = asked["run"]["id"].as_str().unwrap().trim_start_matches("run_");
+    let mut holder = scene.database.pg().await;
+    let hold = format!("BEGIN; SELECT FROM messages WHERE run_id = '{run}' FOR UPDATE");
+    holder.execute(sqlx::AssertSqlSafe(hold)).await.unwrap();
+    let (_stream, _) = begin(&owner, "rollback", "something else").await;
+    until_removed(&scene, &owner, "weather?").await;
+    owner.kill();
+    drop(holder);
+    let ended = format!("SELECT count(*) FROM runs WHERE id = '{run}' AND finished_at IS NOT NULL");
+    counted(&scene, &ended, 1).await;
+    assert_eq!(other.get(&format!("{SCOPE}/thread")).await.status, StatusCode::OK);
+    nothing_is_said_again(&scene, &other).await;
+}
+
+/// Waits until the upstream thread does not hold a text. A chain never did.
+async fn until_removed(scene: &Scene, gateway: &Gateway, said: &str) {
+    let start = Instant::now();
+    while upstream(scene, gateway, SCOPE).await.iter().any(|(_, text)| text.contains(said)) {
+        assert!(start.elapsed() < PATIENCE, "`{said}` stays at the upstream");
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
 }
