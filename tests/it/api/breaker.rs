@@ -3,9 +3,9 @@
 use reqwest::{Method, StatusCode};
 
 use crate::support::gateway::Gateway;
-use crate::support::scene::{Protocol, Scene, on_every_scene};
+use crate::support::scene::{Protocol, Scene, on_each_protocol};
 
-on_every_scene!(a_request_counts_once_whatever_it_retries, what_is_no_outage_never_opens_it);
+on_each_protocol!(a_request_counts_once_whatever_it_retries, what_is_no_outage_never_opens_it);
 
 const SCOPE: &str = "/v1/users/alice";
 /// One failed request would open it.

@@ -8,9 +8,9 @@ use serde_json::{Value, json};
 use crate::support::gateway::{EventReader, Gateway, PATIENCE, text, text_of};
 use crate::support::history::assert_same;
 use crate::support::link::{Link, Weather};
-use crate::support::scene::{Backend, Protocol, Scene, on_every_scene};
+use crate::support::scene::{Backend, Protocol, Scene, on_each_protocol};
 
-on_every_scene!(
+on_each_protocol!(
     a_run_at_work_can_be_cancelled,
     a_run_that_waits_can_be_cancelled,
     a_thread_can_be_cleared,

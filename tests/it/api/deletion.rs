@@ -8,20 +8,20 @@ use threadkeeper::simulator::{Fault, SimulatorConfig};
 
 use crate::support::gateway::{Gateway, text};
 use crate::support::link::{Link, Weather};
-use crate::support::scene::{Backend, Protocol, Scene, on_every_scene};
+use crate::support::scene::{Backend, Protocol, Scene, on_each_protocol, on_each_store, on_every_scene};
 
-on_every_scene!(
+on_every_scene!(a_killed_deletion_goes_on);
+on_each_protocol!(
     a_deleted_conversation_is_gone_everywhere,
     a_deletion_ends_what_runs_and_what_waits,
     deleting_again_and_deleting_what_is_gone_upstream_are_no_errors,
     a_message_during_a_deletion_starts_afresh,
     a_deletion_that_the_upstream_refuses_goes_on_in_the_background,
     an_archive_stays_if_it_is_asked_for,
-    a_killed_deletion_goes_on,
-    a_deletion_whose_receipt_cannot_be_read_is_taken,
     deletion_finds_an_upstream_thread_that_is_being_made,
     deletion_finds_an_upstream_thread_that_is_being_made_again,
 );
+on_each_store!(a_deletion_whose_receipt_cannot_be_read_is_taken);
 
 const SCOPE: &str = "/v1/users/alice/topics/secret";
 const THREAD: &str = "/v1/users/alice/topics/secret/thread";

@@ -8,9 +8,9 @@ use threadkeeper::simulator::{Fault, Stats};
 
 use crate::support::gateway::{Answer, Event, EventReader, Gateway, PATIENCE, text, text_of};
 use crate::support::history::{all, assert_same, messages, upstream};
-use crate::support::scene::{Backend, Protocol, Scene, on_every_scene};
+use crate::support::scene::{Backend, Protocol, Scene, on_each_protocol};
 
-on_every_scene!(
+on_each_protocol!(
     plain_turns_are_answered_and_not_stored,
     what_waits_is_not_stored_either,
     function_calls_go_by_without_a_trace,

@@ -3,17 +3,17 @@
 use serde_json::{Value, json};
 
 use crate::support::gateway::Gateway;
-use crate::support::scene::{Backend, Protocol, Scene, on_every_scene};
+use crate::support::scene::{Backend, Protocol, Scene, on_each_protocol, on_each_store, on_every_scene};
 
-on_every_scene!(
-    all_of_a_users_threads_are_listed,
+on_every_scene!(a_user_is_erased_everywhere_and_the_receipt_says_so);
+on_each_protocol!(
     all_that_is_held_is_exported,
-    a_user_is_erased_everywhere_and_the_receipt_says_so,
     a_user_is_archived_or_only_counted_if_that_is_asked_for,
     an_erasure_ends_where_the_upstream_deletes_nothing,
     what_is_gone_in_other_words_is_already_gone,
     an_erasure_is_tried_for_its_time_and_then_given_up,
 );
+on_each_store!(all_of_a_users_threads_are_listed);
 
 const USER: &str = "/v1/users/auth0%7C5f7c";
 const BY_HAND: &str = "[janitor]\nevery = \"1h\"\ncalls_per_second = 10000\n";

@@ -7,16 +7,18 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 
 use crate::support::gateway::{Event, EventReader, Gateway, PATIENCE, joined, text_of};
-use crate::support::scene::{Backend, Scene, on_every_scene};
+use crate::support::scene::{Backend, Scene, on_each_protocol, on_each_store, on_every_scene};
 
-on_every_scene!(
+on_each_protocol!(
+    a_reader_joins_a_run_that_goes_on,
+    a_stream_shows_how_a_run_failed,
+    a_run_of_another_process_can_be_followed,
+);
+on_each_store!(
     a_stream_can_be_read_again_at_any_time,
     log_of_a_run_that_ended_well_is_not_stored,
     log_that_the_record_does_not_tell_is_kept,
-    a_reader_joins_a_run_that_goes_on,
-    a_stream_shows_how_a_run_failed,
     only_events_of_the_run_can_be_asked_for,
-    a_run_of_another_process_can_be_followed,
     a_record_that_cannot_be_read_is_no_end,
 );
 on_every_scene!(@ alone_on_sqlite Responses Sqlite [run_that_nobody_else_follows_is_recorded_seldom]);

@@ -5,17 +5,19 @@ use std::time::Duration;
 use serde_json::{Value, json};
 
 use crate::support::gateway::{Gateway, PATIENCE, text};
-use crate::support::scene::{Backend, Protocol, Scene, on_every_scene};
+use crate::support::scene::{Backend, Protocol, Scene, on_each_protocol, on_each_store};
 
-on_every_scene!(
-    a_session_lives_from_its_creation_or_from_its_last_message,
-    a_request_may_ask_for_another_life,
-    users_and_topics_expire_if_that_is_configured,
+on_each_protocol!(
     the_janitor_archives_clears_and_erases,
-    a_new_configuration_holds_for_old_threads,
     a_poisoned_thread_does_not_keep_the_others_waiting,
     fresh_thread_does_not_wait_for_the_run_of_the_expired_one,
     fresh_thread_does_not_wait_for_the_run_of_the_deleted_one,
+);
+on_each_store!(
+    a_session_lives_from_its_creation_or_from_its_last_message,
+    a_request_may_ask_for_another_life,
+    users_and_topics_expire_if_that_is_configured,
+    a_new_configuration_holds_for_old_threads,
 );
 
 const HOUR: Duration = Duration::from_hours(1);

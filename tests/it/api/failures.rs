@@ -5,9 +5,9 @@ use serde_json::{Value, json};
 use threadkeeper::simulator::Fault;
 
 use crate::support::gateway::{Gateway, PATIENCE, text, text_of};
-use crate::support::scene::{Protocol, Scene, on_every_scene};
+use crate::support::scene::{Protocol, Scene, on_each_protocol, on_each_store};
 
-on_every_scene!(
+on_each_protocol!(
     a_refusal_before_acceptance_is_told_with_its_reason,
     a_server_that_has_no_threads_is_told_with_the_setting_that_helps,
     what_was_provably_not_taken_is_sent_again,
@@ -23,9 +23,9 @@ on_every_scene!(
     a_foreign_lock_is_waited_out,
     a_foreign_lock_is_waited_for_no_longer_than_the_deadline,
     streams_in_every_dialect_are_understood,
-    a_reply_has_a_limit,
     a_lost_upstream_thread_is_made_again_from_the_transcript,
 );
+on_each_store!(a_reply_has_a_limit);
 
 const SCOPE: &str = "/v1/users/alice";
 

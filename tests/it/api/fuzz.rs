@@ -22,12 +22,12 @@ use serde_json::{Value, json};
 use crate::support::chance::seed;
 use crate::support::contract;
 use crate::support::gateway::{Event, Gateway};
-use crate::support::scene::{Scene, on_every_scene};
+use crate::support::scene::{Scene, on_each_protocol_by_chance};
 use pool::Pool;
 use raw::Response;
 use requests::{Generator, Operation, Request};
 
-on_every_scene!(
+on_each_protocol_by_chance!(
     whatever_is_sent_the_answer_is_one_of_those_described,
     whatever_is_sent_without_a_transcript_the_answer_is_one_of_those_described,
 );

@@ -9,13 +9,11 @@ use serde_json::{Value, json};
 
 use crate::support::gateway::{Answer, Event, EventReader, Gateway, text, text_of};
 use crate::support::history::assert_same;
-use crate::support::scene::{Backend, Scene, on_every_scene};
+use crate::support::scene::{Backend, Scene, on_each_protocol, on_each_store};
 
-on_every_scene!(
+on_each_protocol!(
     a_repeated_message_gets_the_run_of_the_first,
     a_repeat_joins_a_run_that_goes_on,
-    another_request_with_the_key_is_refused,
-    a_key_belongs_to_its_conversation,
     many_at_once_make_one_run,
     simultaneous_repeats_of_a_rejecting_message_get_its_run,
     a_merged_message_is_remembered_too,
@@ -23,6 +21,10 @@ on_every_scene!(
     a_failure_is_repeated_as_a_failure,
     a_repeat_is_told_where_its_run_is_now,
     calls_that_were_answered_are_no_answer,
+);
+on_each_store!(
+    another_request_with_the_key_is_refused,
+    a_key_belongs_to_its_conversation,
     a_refusal_is_not_remembered,
     a_key_is_forgotten_in_time,
     a_key_has_a_form,

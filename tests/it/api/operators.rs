@@ -6,15 +6,15 @@ use serde_json::{Value, json};
 use threadkeeper::simulator::SimulatorConfig;
 
 use crate::support::gateway::Gateway;
-use crate::support::scene::{Backend, Protocol, Scene, on_every_scene};
+use crate::support::scene::{Backend, Protocol, Scene, on_each_protocol, on_each_store};
 
-on_every_scene!(
-    threads_are_listed_by_what_they_are,
+on_each_protocol!(
     what_is_past_its_time_is_pruned,
     one_look_prunes_all_that_is_past_its_time,
     an_upstream_thread_of_which_nobody_heard_is_told_of,
     a_lost_race_leaves_no_thread_upstream,
 );
+on_each_store!(threads_are_listed_by_what_they_are);
 
 const BY_HAND: &str = "[janitor]\nevery = \"1h\"\ncalls_per_second = 10000\n";
 

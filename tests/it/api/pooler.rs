@@ -16,9 +16,9 @@ use crate::support::TestDatabase;
 use crate::support::gateway::{Answer, Event, EventReader, Gateway, PATIENCE, text, text_of};
 use crate::support::history::{all, assert_same, messages, transcript};
 use crate::support::pooler::Pooler;
-use crate::support::scene::{Backend, Protocol, Scene, on_every_shared_scene};
+use crate::support::scene::{Backend, Protocol, Scene, on_shared_scene};
 
-on_every_shared_scene!(
+on_shared_scene!(
     turns_of_many_users_are_answered,
     messages_to_a_busy_thread_do_what_they_choose,
     two_gateways_serve_a_conversation_in_order,

@@ -8,9 +8,9 @@ use threadkeeper::simulator::Recorded;
 
 use crate::support::gateway::Gateway;
 use crate::support::needles::{Needles, planted};
-use crate::support::scene::{Backend, Protocol, Scene, on_every_scene};
+use crate::support::scene::{Backend, Protocol, Scene, on_each_protocol};
 
-on_every_scene!(no_name_reaches_the_upstream_or_the_log_unless_it_is_to);
+on_each_protocol!(no_name_reaches_the_upstream_or_the_log_unless_it_is_to);
 
 const SETTINGS: &str = r#"
 [log]

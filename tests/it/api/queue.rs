@@ -8,14 +8,13 @@ use threadkeeper::domain::Timestamp;
 
 use crate::support::gateway::{Gateway, PATIENCE, text_of};
 use crate::support::history::{all, messages};
-use crate::support::scene::{Backend, Protocol, Scene, on_every_scene};
+use crate::support::scene::{Backend, Protocol, Scene, on_each_protocol, on_each_store};
 
-on_every_scene!(
+on_each_protocol!(
     two_hundred_messages_to_one_key_run_one_by_one_in_order_of_admission,
-    a_busy_thread_rejects_when_asked_to,
-    a_full_queue_refuses,
     two_hundred_messages_to_two_hundred_keys_run_side_by_side,
 );
+on_each_store!(a_busy_thread_rejects_when_asked_to, a_full_queue_refuses);
 
 async fn two_hundred_messages_to_one_key_run_one_by_one_in_order_of_admission(scene: Scene) {
     // Each is recorded after the one before it: a busy machine takes its time.

@@ -18,9 +18,9 @@ use threadkeeper::simulator::Fault;
 use crate::support::chance::{seed, share_of};
 use crate::support::gateway::{Answer, EventReader, Gateway, PATIENCE};
 use crate::support::history::assert_same;
-use crate::support::scene::{Scene, on_every_scene};
+use crate::support::scene::{Scene, on_each_protocol_by_chance};
 
-on_every_scene!(whatever_happens_the_promises_hold);
+on_each_protocol_by_chance!(whatever_happens_the_promises_hold);
 
 const OPERATIONS: usize = 1700;
 const WORKERS: usize = 16;

@@ -8,9 +8,9 @@ use threadkeeper::simulator::Fault;
 
 use crate::support::gateway::{Answer, Gateway, PATIENCE, text, text_of};
 use crate::support::history::{assert_same, messages, upstream};
-use crate::support::scene::{Protocol, Scene, on_every_scene};
+use crate::support::scene::{Protocol, Scene, on_each_protocol};
 
-on_every_scene!(
+on_each_protocol!(
     a_request_whose_answer_is_lost_is_looked_up_before_it_is_sent_again,
     an_answer_that_is_no_acceptance_is_safe_to_repeat,
     a_stream_that_breaks_is_followed_to_the_end_where_that_can_be,

@@ -5,13 +5,13 @@ use serde_json::{Value, json};
 
 use crate::support::gateway::{Gateway, text};
 use crate::support::history::all;
-use crate::support::scene::{Protocol, Scene, on_every_scene};
+use crate::support::scene::{Protocol, Scene, on_each_protocol, on_every_scene};
 
-on_every_scene!(
+on_every_scene!(nothing_is_lost_or_doubled_across_the_seam);
+on_each_protocol!(
     a_full_thread_is_rolled_over_before_its_next_turn,
     a_thread_is_rolled_over_when_somebody_asks,
     a_rollover_waits_for_the_run_that_is_active,
-    nothing_is_lost_or_doubled_across_the_seam,
     what_others_wrote_is_in_the_archive,
     a_lost_upstream_thread_is_made_again_with_what_was_carried_over,
     deadline_and_cancel_are_heard_before_a_rollover,

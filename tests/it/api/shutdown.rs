@@ -3,11 +3,11 @@
 use serde_json::json;
 
 use crate::support::gateway::{text, text_of};
-use crate::support::scene::{Backend, Protocol, Scene, on_every_scene};
+use crate::support::scene::{Backend, Protocol, Scene, on_each_protocol};
 
-on_every_scene!(
+on_each_protocol!(
     a_running_turn_ends_before_the_process_does,
-    what_is_past_the_grace_time_is_left_to_the_next_process
+    what_is_past_the_grace_time_is_left_to_the_next_process,
 );
 
 async fn a_running_turn_ends_before_the_process_does(scene: Scene) {

@@ -3,13 +3,10 @@
 use serde_json::{Value, json};
 
 use crate::support::gateway::Gateway;
-use crate::support::scene::{Protocol, Scene, on_every_scene};
+use crate::support::scene::{Protocol, Scene, on_each_protocol, on_each_store};
 
-on_every_scene!(
-    statistics_come_from_the_record_alone,
-    a_comparison_with_the_upstream_tells_every_difference,
-    metadata_and_life_can_be_changed,
-);
+on_each_protocol!(a_comparison_with_the_upstream_tells_every_difference);
+on_each_store!(statistics_come_from_the_record_alone, metadata_and_life_can_be_changed);
 
 const SCOPE: &str = "/v1/users/alice";
 const THREAD: &str = "/v1/users/alice/thread";

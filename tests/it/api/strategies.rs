@@ -4,12 +4,12 @@ use serde_json::{Value, json};
 
 use crate::support::gateway::{Answer, Event, EventReader, Gateway, PATIENCE, text, text_of};
 use crate::support::history::{assert_same, messages, transcript};
-use crate::support::scene::{Backend, Protocol, Scene, on_every_scene};
+use crate::support::scene::{Backend, Protocol, Scene, on_each_protocol, on_every_scene};
 
-on_every_scene!(
+on_every_scene!(a_rollback_leaves_nothing_of_what_it_replaces);
+on_each_protocol!(
     an_interrupt_cancels_what_is_active_and_goes_next,
     an_interrupt_ends_a_wait_for_tool_outputs,
-    a_rollback_leaves_nothing_of_what_it_replaces,
     a_rollback_where_messages_cannot_be_deleted_makes_the_thread_anew,
     a_rollback_takes_a_reasoning_item_along,
     a_merge_joins_the_run_that_waits_last,

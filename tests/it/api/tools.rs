@@ -6,9 +6,9 @@ use threadkeeper::simulator::Fault;
 
 use crate::support::gateway::{Answer, EventReader, Gateway, text, text_of};
 use crate::support::history::assert_same;
-use crate::support::scene::{Protocol, Scene, on_every_scene};
+use crate::support::scene::{Protocol, Scene, on_each_protocol};
 
-on_every_scene!(
+on_each_protocol!(
     a_run_waits_for_outputs_and_goes_on_with_them,
     a_run_may_ask_more_than_once,
     outputs_can_be_streamed_or_left_to_run,

@@ -6,20 +6,21 @@ use reqwest::Method;
 use serde_json::{Value, json};
 
 use crate::support::gateway::{Event, Gateway, text, text_of};
-use crate::support::scene::{Backend, Protocol, Scene, on_every_scene};
+use crate::support::scene::{Backend, Protocol, Scene, on_each_protocol, on_each_store, on_every_scene};
 use crate::support::wiretap::Wiretap;
 
-on_every_scene!(
-    the_three_kinds_of_keys_are_three_conversations,
-    a_conversation_remembers,
+on_every_scene!(a_conversation_remembers, a_known_thread_costs_one_upstream_call);
+on_each_protocol!(
     a_stream_tells_the_whole_story,
-    the_transcript_can_be_paged,
-    runs_can_be_listed_and_read,
     ownership_is_written_upstream,
     content_parts_reach_the_upstream,
-    a_known_thread_costs_one_upstream_call,
     an_expired_session_starts_afresh,
     a_client_that_leaves_does_not_stop_its_run,
+);
+on_each_store!(
+    the_three_kinds_of_keys_are_three_conversations,
+    the_transcript_can_be_paged,
+    runs_can_be_listed_and_read,
     a_caller_need_not_wait,
 );
 

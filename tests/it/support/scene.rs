@@ -6,6 +6,7 @@ use threadkeeper::simulator::{Simulator, SimulatorConfig, SimulatorHandle};
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
+use super::chance::seed;
 use super::database::TestDatabase;
 use super::gateway::Gateway;
 
@@ -16,6 +17,15 @@ pub(crate) enum Protocol {
     Responses,
     /// Responses at a server without conversations.
     Chain,
+}
+
+impl Protocol {
+    /// The one that the seed of this run of the tests chooses.
+    pub(crate) fn by_chance() -> Self {
+        let protocol = [Self::Assistants, Self::Responses, Self::Chain][(seed() % 3) as usize];
+        println!("with {protocol:?}");
+        protocol
+    }
 }
 
 /// Where the gateway keeps its record.
@@ -39,6 +49,13 @@ pub(crate) struct Scene {
 impl Scene {
     pub(crate) async fn new(protocol: Protocol, backend: Backend) -> Self {
         Self::with(protocol, backend, SimulatorConfig::default()).await
+    }
+
+    /// On the store that the seed of this run of the tests chooses for the protocol.
+    pub(crate) async fn by_chance(protocol: Protocol) -> Self {
+        let backend = if seed() >> (protocol as u32) & 1 == 0 { Backend::Sqlite } else { Backend::Postgres };
+        println!("on {backend:?}");
+        Self::new(protocol, backend).await
     }
 
     pub(crate) async fn with(protocol: Protocol, backend: Backend, config: SimulatorConfig) -> Self {
@@ -174,7 +191,7 @@ impl Drop for Scene {
     }
 }
 
-/// Makes a test of each function for each protocol and store: `case(Scene)`.
+/// Makes a test of each function, `case(Scene)`, for every protocol on every store: for what the two decide together.
 macro_rules! on_every_scene {
     ($($case:ident),+ $(,)?) => {
         on_every_scene!(@ assistants_sqlite Assistants Sqlite [$($case)+]);
@@ -198,12 +215,82 @@ macro_rules! on_every_scene {
 }
 pub(crate) use on_every_scene;
 
-/// The same for what takes several processes on one database: Postgres only.
+/// The same on one store for each protocol, and on each store once: for what the protocol decides.
+macro_rules! on_each_protocol {
+    ($($case:ident),+ $(,)?) => {
+        crate::support::scene::on_every_scene!(@ assistants Assistants Sqlite [$($case)+]);
+        crate::support::scene::on_every_scene!(@ responses Responses Postgres [$($case)+]);
+        crate::support::scene::on_every_scene!(@ chain Chain Sqlite [$($case)+]);
+    };
+}
+pub(crate) use on_each_protocol;
+
+/// The same with one protocol: for what the store decides, and nothing of the upstream.
+macro_rules! on_each_store {
+    ($($case:ident),+ $(,)?) => {
+        crate::support::scene::on_every_scene!(@ sqlite Responses Sqlite [$($case)+]);
+        crate::support::scene::on_every_scene!(@ postgres Responses Postgres [$($case)+]);
+    };
+}
+pub(crate) use on_each_store;
+
+/// The same for each protocol, on a store that the seed chooses: for what takes long, and is different in every run anyway.
+macro_rules! on_each_protocol_by_chance {
+    ($($case:ident),+ $(,)?) => {
+        $(
+            mod $case {
+                use crate::support::scene::{Protocol, Scene};
+
+                #[tokio::test(flavor = "multi_thread")]
+                async fn assistants() {
+                    super::$case(Scene::by_chance(Protocol::Assistants).await).await;
+                }
+
+                #[tokio::test(flavor = "multi_thread")]
+                async fn responses() {
+                    super::$case(Scene::by_chance(Protocol::Responses).await).await;
+                }
+
+                #[tokio::test(flavor = "multi_thread")]
+                async fn chain() {
+                    super::$case(Scene::by_chance(Protocol::Chain).await).await;
+                }
+            }
+        )+
+    };
+}
+pub(crate) use on_each_protocol_by_chance;
+
+/// The same for what takes several processes on one database, Postgres, and what the protocol decides.
 macro_rules! on_every_shared_scene {
     ($($case:ident),+ $(,)?) => {
-        crate::support::scene::on_every_scene!(@ assistants Assistants Postgres [$($case)+]);
-        crate::support::scene::on_every_scene!(@ responses Responses Postgres [$($case)+]);
-        crate::support::scene::on_every_scene!(@ chain Chain Postgres [$($case)+]);
+        crate::support::scene::on_every_scene!(@ shared_assistants Assistants Postgres [$($case)+]);
+        crate::support::scene::on_every_scene!(@ shared_responses Responses Postgres [$($case)+]);
+        crate::support::scene::on_every_scene!(@ shared_chain Chain Postgres [$($case)+]);
     };
 }
 pub(crate) use on_every_shared_scene;
+
+/// The same for what takes several processes, whatever the protocol.
+macro_rules! on_shared_scene {
+    ($($case:ident),+ $(,)?) => {
+        crate::support::scene::on_every_scene!(@ shared Responses Postgres [$($case)+]);
+    };
+}
+pub(crate) use on_shared_scene;
+
+/// The same with a protocol that the seed chooses: for what takes long, and is different in every run anyway.
+macro_rules! on_shared_scene_by_chance {
+    ($($case:ident),+ $(,)?) => {
+        mod shared_by_chance {
+            use crate::support::scene::{Backend, Protocol, Scene};
+            $(
+                #[tokio::test(flavor = "multi_thread")]
+                async fn $case() {
+                    super::$case(Scene::new(Protocol::by_chance(), Backend::Postgres).await).await;
+                }
+            )+
+        }
+    };
+}
+pub(crate) use on_shared_scene_by_chance;

@@ -15,9 +15,9 @@ use tokio::time::sleep;
 
 use crate::support::chance::{seed, share_of};
 use crate::support::gateway::{Gateway, PATIENCE};
-use crate::support::scene::{Protocol, Scene, on_every_scene};
+use crate::support::scene::{Protocol, Scene, on_each_protocol_by_chance};
 
-on_every_scene!(erasures_leave_nothing_of_what_was_acknowledged);
+on_each_protocol_by_chance!(erasures_leave_nothing_of_what_was_acknowledged);
 
 const USERS: usize = 6;
 const ROUNDS: usize = 12;

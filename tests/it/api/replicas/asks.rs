@@ -9,9 +9,9 @@ use super::{Half, LONG, PROMPT, SCOPE, ask, begin, cancel, completed, heard, out
 use crate::support::gateway::{Gateway, text, text_of};
 use crate::support::history::assert_same;
 use crate::support::link::{Link, Weather};
-use crate::support::scene::{Backend, Protocol, Scene, on_every_shared_scene};
+use crate::support::scene::{Backend, Protocol, Scene, on_shared_scene};
 
-on_every_shared_scene!(
+on_shared_scene!(
     a_run_is_cancelled_from_elsewhere,
     a_run_in_line_is_cancelled_from_elsewhere,
     outputs_are_handed_over,

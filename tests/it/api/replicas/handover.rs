@@ -11,11 +11,11 @@ use super::{
 };
 use crate::support::gateway::{Event, EventReader, Gateway, text, text_of};
 use crate::support::history::assert_same;
-use crate::support::scene::{Backend, Protocol, Scene, on_every_scene, on_every_shared_scene};
+use crate::support::scene::{Backend, Protocol, Scene, on_each_protocol, on_every_shared_scene};
 
 on_every_shared_scene!(what_is_left_is_handed_over_at_once);
 
-on_every_scene!(a_single_gateway_leaves_the_rest_to_its_successor, without_a_transcript_the_rest_ends);
+on_each_protocol!(a_single_gateway_leaves_the_rest_to_its_successor, without_a_transcript_the_rest_ends,);
 
 fn settings(grace: &str) -> String {
     format!("{LONG}[server]\nshutdown_grace = \"{grace}\"\n")

@@ -9,9 +9,9 @@ use super::{LONG, SCOPE, half_way, heard};
 use crate::support::TestDatabase;
 use crate::support::gateway::{EventReader, Gateway, PATIENCE, text_of};
 use crate::support::history::{all, assert_same};
-use crate::support::scene::{Backend, Protocol, Scene, on_every_shared_scene};
+use crate::support::scene::{Backend, Protocol, Scene, on_shared_scene};
 
-on_every_shared_scene!(runs_start_in_the_order_of_their_arrival);
+on_shared_scene!(runs_start_in_the_order_of_their_arrival);
 
 async fn runs_start_in_the_order_of_their_arrival(scene: Scene) {
     let gateways = join_all((0..3).map(|_| scene.gateway_with(LONG))).await;

@@ -8,10 +8,10 @@ use super::{Half, SCOPE, SHORT, TTL, begin, counted, heard};
 use crate::support::gate::{Gate, Moment};
 use crate::support::gateway::{Gateway, text, text_of};
 use crate::support::history::assert_same;
-use crate::support::scene::{Backend, Protocol, Scene, on_every_shared_scene};
+use crate::support::scene::{Backend, Protocol, Scene, on_shared_scene};
 use crate::support::wiretap::{HttpTap, Steps, Wiretap};
 
-on_every_shared_scene!(a_replica_lets_go_before_others_begin);
+on_shared_scene!(a_replica_lets_go_before_others_begin);
 
 /// Longest wait for a connection and for an answer of the database, as configured here and as it stands, and some more for a
 /// machine that does other things.

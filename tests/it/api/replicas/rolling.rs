@@ -11,9 +11,9 @@ use serde_json::{Value, json};
 use super::{heard, whole};
 use crate::support::gateway::{Event, EventReader, PATIENCE, text_of};
 use crate::support::history::{assert_same, messages};
-use crate::support::scene::{Protocol, Scene, on_every_shared_scene};
+use crate::support::scene::{Protocol, Scene, on_shared_scene_by_chance};
 
-on_every_shared_scene!(
+on_shared_scene_by_chance!(
     a_rolling_restart_loses_and_doubles_nothing,
     a_hasty_rolling_restart_loses_and_doubles_nothing
 );

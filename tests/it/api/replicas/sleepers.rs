@@ -3,9 +3,9 @@
 use super::{Half, SCOPE, SHORT, begin, completed, counted, heard};
 use crate::support::gateway::text_of;
 use crate::support::history::{assert_same, messages};
-use crate::support::scene::{Protocol, Scene, on_every_shared_scene};
+use crate::support::scene::{Protocol, Scene, on_shared_scene};
 
-on_every_shared_scene!(who_wakes_up_late_changes_nothing);
+on_shared_scene!(who_wakes_up_late_changes_nothing);
 
 async fn who_wakes_up_late_changes_nothing(scene: Scene) {
     // Foreground: what the sleeper was sent meanwhile lies in its socket, so it can read all of the reply when it wakes up.

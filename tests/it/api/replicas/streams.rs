@@ -8,9 +8,9 @@ use threadkeeper::store::News;
 
 use super::{Half, LONG, SCOPE, ask, assert_ascending, completed, counted, half_way, outputs, whole};
 use crate::support::gateway::{Answer, EventReader, Gateway, PATIENCE, text_of};
-use crate::support::scene::{Scene, on_every_shared_scene};
+use crate::support::scene::{Scene, on_shared_scene};
 
-on_every_shared_scene!(
+on_shared_scene!(
     text_is_live_on_every_replica,
     follower_on_another_replica_tells_the_owner_of_itself,
     a_reader_goes_on_anywhere,
