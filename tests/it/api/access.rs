@@ -167,7 +167,7 @@ async fn ask(gateway: &Gateway, route: &Route, ids: &Ids, key: &str) -> Answer {
 }
 
 #[test]
-fn every_route_has_a_row() {
+fn access_table_covers_every_route() {
     let there: BTreeSet<_> =
         routes().iter().map(|route| (route.method.to_string(), end(&route.path))).collect();
     let rows: BTreeSet<_> =
@@ -176,7 +176,7 @@ fn every_route_has_a_row() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn every_route_asks_who_is_there_and_whether_they_may() {
+async fn every_route_checks_authentication_and_scope() {
     let scene = Scene::new(Protocol::Responses, Backend::Sqlite).await;
     let gateway = scene.gateway_with(KEYS).await;
     let ids = Ids::unknown();
@@ -247,7 +247,7 @@ fn outcome(answer: &Answer) -> (StatusCode, Value, Value) {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn tenants_see_nothing_of_each_other() {
+async fn tenants_are_isolated_on_every_route() {
     for backend in [Backend::Sqlite, Backend::Postgres] {
         let scene = Scene::new(Protocol::Responses, backend).await;
         let gateway = scene.gateway_with(KEYS).await;
@@ -327,7 +327,7 @@ async fn status(gateway: &Gateway, key: &str) -> u16 {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn keys_are_made_and_revoked_while_replicas_run() {
+async fn api_key_changes_reach_running_replicas() {
     let scene = Scene::new(Protocol::Responses, Backend::Postgres).await;
     let config = scene.config("[auth]\nstored_keys = true\n");
     let (one, other) = tokio::join!(Gateway::start(&config), Gateway::start(&config));
@@ -367,7 +367,7 @@ async fn becomes(gateway: &Gateway, key: &str, wanted: u16) {
 
 /// One file for one process: keys are made before the gateway starts.
 #[tokio::test(flavor = "multi_thread")]
-async fn keys_of_a_file_are_made_before() {
+async fn sqlite_api_keys_managed_only_while_gateway_stopped() {
     let scene = Scene::new(Protocol::Responses, Backend::Sqlite).await;
     let config = scene.config("[auth]\nstored_keys = true\n");
     let (output, key) = keys(&config, &["create"]);
@@ -381,7 +381,7 @@ async fn keys_of_a_file_are_made_before() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn pages_of_known_origins_may_ask_from_a_browser() {
+async fn cors_allows_configured_origins_only() {
     let scene = Scene::new(Protocol::Responses, Backend::Sqlite).await;
     let settings =
         format!("{KEYS}[server]\ncors_origins = [\"https://chat.example\", \"capacitor://localhost\"]\n");
@@ -442,7 +442,7 @@ pub(super) fn token(secret: &str, claims: &Value) -> String {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_token_opens_its_own_user_alone() {
+async fn user_token_opens_only_its_own_user() {
     let scene = Scene::new(Protocol::Responses, Backend::Sqlite).await;
     let gateway = scene.gateway_with(&format!("{KEYS}{ISSUER}")).await;
     let good = |claims: Value| token(SECRET, &claims);
@@ -494,7 +494,7 @@ async fn a_token_opens_its_own_user_alone() {
 
 /// Neither by the ids of what they have in the path, nor by cursors of their lists.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_token_learns_nothing_of_other_users() {
+async fn user_token_reveals_nothing_of_other_users() {
     for backend in [Backend::Sqlite, Backend::Postgres] {
         let scene = Scene::new(Protocol::Responses, backend).await;
         let gateway = scene.gateway_with(ISSUER).await;
@@ -545,7 +545,7 @@ async fn a_token_learns_nothing_of_other_users() {
 
 /// Also where the path names no user: it is not the others of the tenant who pay for it.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_token_is_limited_like_its_user() {
+async fn user_token_is_rate_limited_on_userless_paths() {
     let scene = Scene::new(Protocol::Responses, Backend::Sqlite).await;
     let limits = "[limits]\nuser_requests = \"1/s burst 2\"\ntenant_requests = \"1000/s\"\n";
     let gateway = scene.gateway_with(&format!("{ISSUER}{limits}")).await;
@@ -561,7 +561,7 @@ async fn a_token_is_limited_like_its_user() {
 
 /// A deletion is its user's, and nobody else's, before it is done and afterwards, though the receipt names nobody then.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_receipt_is_for_its_user() {
+async fn deletion_receipt_hidden_from_other_users_and_tenants() {
     for backend in [Backend::Sqlite, Backend::Postgres] {
         let scene = Scene::new(Protocol::Responses, backend).await;
         let gateway = scene.gateway_with(&format!("{KEYS}{ISSUER}{OWN_KEY}")).await;

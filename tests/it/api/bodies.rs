@@ -63,7 +63,7 @@ const SETTINGS: &str = "[server]\nmax_body_bytes = 65536\n[limits]\nuser_message
      [auth.keys.reader]\nkey = \"a-key-of-a-reader-of-these-tests\"\nscope = \"read\"\n";
 
 #[tokio::test(flavor = "multi_thread")]
-async fn who_sends_all_before_it_reads_gets_to_read_the_refusal() {
+async fn refusal_readable_after_client_sends_whole_body() {
     let scene = Scene::new(Protocol::Responses, Backend::Sqlite).await;
     let gateway = scene.gateway_with(SETTINGS).await;
     let json = format!("host: h\r\ncontent-type: application/json\r\nauthorization: Bearer {KEY}");
@@ -113,7 +113,7 @@ fn assert_refused(what: &str, answer: &str, status: &str, name: &str) {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn of_a_body_without_end_a_bounded_rest_is_read() {
+async fn endless_body_is_drained_up_to_limit() {
     let scene = Scene::new(Protocol::Responses, Backend::Sqlite).await;
     let gateway = scene.gateway_with("[server]\nmax_body_bytes = 65536\n").await;
     let (reads, mut writes) = connect(&gateway).await.into_split();
@@ -145,7 +145,7 @@ async fn of_a_body_without_end_a_bounded_rest_is_read() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_body_that_would_be_refused_is_not_asked_for() {
+async fn expect_continue_withheld_when_request_is_refused() {
     let scene = Scene::new(Protocol::Responses, Backend::Sqlite).await;
     let gateway = scene.gateway_with(SETTINGS).await;
     let expecting = |user: &str, key: &str, length: usize| {
@@ -181,7 +181,7 @@ fn streamed(message: &Value, strategy: &str) -> Value {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn large_bodies_in_memory_are_bounded() {
+async fn memory_for_concurrent_large_bodies_is_bounded() {
     let scene = Scene::new(Protocol::Responses, Backend::Sqlite).await;
     // Four have room.
     let gateway =
@@ -234,7 +234,7 @@ async fn large_bodies_in_memory_are_bounded() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn messages_that_wait_on_a_thread_are_bounded_in_bytes() {
+async fn queue_is_bounded_in_bytes_per_thread() {
     let scene = Scene::new(Protocol::Responses, Backend::Sqlite).await;
     let settings = "[server]\nmax_body_bytes = 100000\n[runs]\nmax_queue_bytes = 100000\n";
     let gateway = scene.gateway_with(settings).await;
@@ -260,7 +260,7 @@ async fn messages_that_wait_on_a_thread_are_bounded_in_bytes() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_is_merged_into_one_run_is_bounded_in_bytes() {
+async fn merged_run_is_bounded_in_bytes() {
     for backend in [Backend::Sqlite, Backend::Postgres] {
         let scene = Scene::new(Protocol::Responses, backend).await;
         let gateway = scene.gateway().await;
@@ -289,7 +289,7 @@ async fn what_is_merged_into_one_run_is_bounded_in_bytes() {
 /// SQLite puts what is too large for its memory into files beside the database, which no erasure reaches, unless it is told
 /// not to.
 #[tokio::test]
-async fn a_large_message_is_in_no_file_but_the_database() {
+async fn large_message_leaves_no_sqlite_temp_file() {
     let scene = Scene::new(Protocol::Responses, Backend::Sqlite).await;
     let gateway = scene.gateway().await;
     let text = "abc".repeat(MIB);

@@ -5,7 +5,10 @@ use reqwest::{Method, StatusCode};
 use crate::support::gateway::Gateway;
 use crate::support::scene::{Protocol, Scene, on_each_protocol};
 
-on_each_protocol!(a_request_counts_once_whatever_it_retries, what_is_no_outage_never_opens_it);
+on_each_protocol!(
+    breaker_counts_request_once_despite_retries,
+    refusals_cancels_and_cut_streams_keep_breaker_closed
+);
 
 const SCOPE: &str = "/v1/users/alice";
 /// One failed request would open it.
@@ -19,7 +22,7 @@ async fn status_of(gateway: &Gateway, content: &str) -> StatusCode {
     gateway.post(&format!("{SCOPE}/messages"), &serde_json::json!({"content": content})).await.status
 }
 
-async fn a_request_counts_once_whatever_it_retries(scene: Scene) {
+async fn breaker_counts_request_once_despite_retries(scene: Scene) {
     let gateway = gateway(&scene).await;
     // Of tries, or of looks at what became of them.
     scene.fault("any", "status=503 retry_after=0", 6);
@@ -27,7 +30,7 @@ async fn a_request_counts_once_whatever_it_retries(scene: Scene) {
     assert_eq!(status_of(&gateway, "so is this one").await, StatusCode::OK);
 }
 
-async fn what_is_no_outage_never_opens_it(scene: Scene) {
+async fn refusals_cancels_and_cut_streams_keep_breaker_closed(scene: Scene) {
     let gateway = gateway(&scene).await;
     assert_eq!(status_of(&gateway, "hello").await, StatusCode::OK);
     for refusal in ["status=429 code=insufficient_quota", "status=401", "status=400", "status=501"] {

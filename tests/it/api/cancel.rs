@@ -11,13 +11,13 @@ use crate::support::link::{Link, Weather};
 use crate::support::scene::{Backend, Protocol, Scene, on_each_protocol};
 
 on_each_protocol!(
-    a_run_at_work_can_be_cancelled,
-    a_run_that_waits_can_be_cancelled,
-    a_thread_can_be_cleared,
-    a_cancel_that_comes_too_late_is_no_error,
-    a_caller_that_leaves_can_take_its_run_along,
-    whoever_follows_a_run_hears_that_it_was_cancelled,
-    any_process_can_cancel_a_run,
+    active_run_when_cancelled_keeps_partial_reply,
+    queued_run_when_cancelled_never_starts,
+    thread_cancel_ends_selected_runs,
+    cancel_of_finished_run_returns_its_result,
+    disconnect_cancels_run_when_requested,
+    every_reader_sees_cancellation_of_run,
+    any_replica_can_cancel_run,
 );
 
 const SCOPE: &str = "/v1/users/alice";
@@ -36,7 +36,7 @@ async fn works_again(gateway: &Gateway, scene: &Scene) {
     assert_eq!(scene.simulator.stats().active_runs, 0, "nothing goes on upstream");
 }
 
-async fn a_run_at_work_can_be_cancelled(scene: Scene) {
+async fn active_run_when_cancelled_keeps_partial_reply(scene: Scene) {
     let gateway = scene.gateway().await;
     gateway.say(SCOPE, "hello").await;
     let mut stream = gateway.stream(SCOPE, "a long story [[sim: silent_after=3]]").await;
@@ -58,7 +58,7 @@ async fn a_run_at_work_can_be_cancelled(scene: Scene) {
     works_again(&gateway, &scene).await;
 }
 
-async fn a_run_that_waits_can_be_cancelled(scene: Scene) {
+async fn queued_run_when_cancelled_never_starts(scene: Scene) {
     let gateway = scene.gateway().await;
     scene.simulator.hold();
     let mut first = gateway.stream(SCOPE, "first").await;
@@ -85,7 +85,7 @@ async fn a_run_that_waits_can_be_cancelled(scene: Scene) {
     assert_eq!(said.filter(|text| *text == "second").count(), 1, "what was said stays");
 }
 
-async fn a_thread_can_be_cleared(scene: Scene) {
+async fn thread_cancel_ends_selected_runs(scene: Scene) {
     let gateway = scene.gateway().await;
     let nobody = cancel(&gateway, "thread/cancel").await;
     assert_eq!(nobody.problem(), (404, "not-found"));
@@ -117,7 +117,7 @@ async fn a_thread_can_be_cleared(scene: Scene) {
     assert_eq!(cancel(&gateway, "thread/cancel?which=some").await.problem(), (400, "invalid-request"));
 }
 
-async fn a_cancel_that_comes_too_late_is_no_error(scene: Scene) {
+async fn cancel_of_finished_run_returns_its_result(scene: Scene) {
     let gateway = scene.gateway().await;
     let answer = gateway.say(SCOPE, "hello").await;
     let path = format!("runs/{}/cancel", answer["run"]["id"].as_str().unwrap());
@@ -127,7 +127,7 @@ async fn a_cancel_that_comes_too_late_is_no_error(scene: Scene) {
     assert_eq!(unknown.problem(), (404, "not-found"));
 }
 
-async fn a_caller_that_leaves_can_take_its_run_along(scene: Scene) {
+async fn disconnect_cancels_run_when_requested(scene: Scene) {
     let gateway = scene.gateway().await;
     gateway.say(SCOPE, "hello").await;
     scene.simulator.hold();
@@ -161,7 +161,7 @@ async fn a_caller_that_leaves_can_take_its_run_along(scene: Scene) {
     works_again(&gateway, &scene).await;
 }
 
-async fn whoever_follows_a_run_hears_that_it_was_cancelled(scene: Scene) {
+async fn every_reader_sees_cancellation_of_run(scene: Scene) {
     let gateway = scene.gateway().await;
     let mut own = gateway.stream(SCOPE, "a long story [[sim: silent_after=3]]").await;
     let started = own.next().await.unwrap();
@@ -183,7 +183,7 @@ async fn whoever_follows_a_run_hears_that_it_was_cancelled(scene: Scene) {
 }
 
 /// One at work, one in line and one that waits for outputs, each asked to end by a process that does not work on it.
-async fn any_process_can_cancel_a_run(scene: Scene) {
+async fn any_replica_can_cancel_run(scene: Scene) {
     if scene.backend == Backend::Sqlite {
         // A file has one process.
         return;
@@ -223,7 +223,7 @@ async fn any_process_can_cancel_a_run(scene: Scene) {
 /// A response in the background goes on though nobody reads it. So whoever cuts one off before its id was heard waits for
 /// that, and ends it.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_run_whose_id_is_on_its_way_is_cancelled_upstream() {
+async fn cancel_before_upstream_id_arrives_still_cancels_upstream() {
     for protocol in [Protocol::Responses, Protocol::Chain] {
         let scene = Scene::new(protocol, Backend::Sqlite).await;
         let link = Link::to_upstream(&scene.upstream_url).await;
@@ -245,7 +245,7 @@ async fn a_run_whose_id_is_on_its_way_is_cancelled_upstream() {
 
 /// Nobody heard its id, so it works on while the next message waits, and what it was told besides is there in the end.
 #[tokio::test(flavor = "multi_thread")]
-async fn what_went_along_with_a_run_that_works_on_is_not_said_again() {
+async fn unsynced_messages_not_resent_after_cancelled_run_continues_upstream() {
     let scene = Scene::new(Protocol::Responses, Backend::Sqlite).await;
     let link = Link::to_upstream(&scene.upstream_url).await;
     let upstream = "background = true\nlock_window = \"1s\"\n";

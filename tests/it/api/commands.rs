@@ -15,7 +15,7 @@ fn run(command: &mut Command) -> (Output, String) {
 }
 
 #[test]
-fn every_command_explains_itself() {
+fn every_command_prints_help() {
     for name in [
         "dev", "serve", "simulate", "migrate", "export", "import", "keys", "fingerprint", "check-config",
         "health",
@@ -26,7 +26,7 @@ fn every_command_explains_itself() {
 }
 
 #[test]
-fn serve_lists_every_problem_of_its_configuration_at_once() {
+fn configuration_problems_are_all_reported_at_once() {
     let folder = TempDir::new().unwrap();
     let file = folder.path().join("gateway.toml");
     let config = "[server]\nlisten = \"0.0.0.0:0\"\nmax_conections = 5\n[runs]\ntimeout = \"soon\"\n\
@@ -49,7 +49,7 @@ fn serve_lists_every_problem_of_its_configuration_at_once() {
 }
 
 #[test]
-fn serve_needs_an_upstream() {
+fn serve_without_upstream_fails() {
     let folder = TempDir::new().unwrap();
     let database = format!("sqlite:{}", folder.path().join("t.db").display());
     let (output, text) = run(Gateway::command(&["serve"]).env("DATABASE_URL", database));
@@ -58,7 +58,7 @@ fn serve_needs_an_upstream() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn migrate_brings_the_schema_and_serve_can_be_told_not_to() {
+async fn serve_without_automatic_migration_requires_migrate_command() {
     let scene = Scene::new(Protocol::Responses, Backend::Sqlite).await;
     let folder = TempDir::new().unwrap();
     let file = folder.path().join("gateway.toml");
@@ -92,7 +92,7 @@ fn probe(config: &str) -> (bool, String) {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_probe_tells_what_an_upstream_can_and_leaves_nothing() {
+async fn probe_reports_upstream_capabilities_and_cleans_up() {
     for (protocol, capabilities) in [
         (Protocol::Assistants, &["models", "threads", "deletion of threads"][..]),
         (
@@ -143,7 +143,7 @@ async fn a_probe_tells_what_an_upstream_can_and_leaves_nothing() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_probe_names_the_setting_for_a_server_without_conversations() {
+async fn probe_suggests_setting_when_conversations_unsupported() {
     let scene = Scene::new(Protocol::Chain, Backend::Sqlite).await;
     let config = scene.config("");
     let (is_usable, text) = probe(&config.replace("conversations = false", ""));
@@ -160,7 +160,7 @@ async fn a_probe_names_the_setting_for_a_server_without_conversations() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn dev_gives_a_first_reply_and_remembers_it_after_a_restart() {
+async fn dev_conversation_survives_restart() {
     let folder = TempDir::new().unwrap();
     let data = folder.path().join("data");
     let start = async || {
@@ -183,7 +183,7 @@ async fn dev_gives_a_first_reply_and_remembers_it_after_a_restart() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn health_tells_whether_the_gateway_lives() {
+async fn health_reports_whether_gateway_is_alive() {
     let scene = Scene::new(Protocol::Responses, Backend::Sqlite).await;
     let gateway = scene.gateway().await;
     let health = |listen: &str| {
@@ -202,7 +202,7 @@ async fn health_tells_whether_the_gateway_lives() {
 const KEY: (&str, &str) = ("THREADKEEPER_UPSTREAMS__OPENAI__API_KEY", "sk-1");
 
 #[tokio::test(flavor = "multi_thread")]
-async fn health_wants_nothing_but_the_address() {
+async fn health_needs_only_listen_address() {
     let scene = Scene::new(Protocol::Responses, Backend::Sqlite).await;
     let gateway = scene.gateway().await;
     let folder = TempDir::new().unwrap();
@@ -227,7 +227,7 @@ async fn health_wants_nothing_but_the_address() {
 
 /// What a command does not use may be wrong, as long as the rest was read: a half of the settings may mean something else.
 #[test]
-fn commands_want_the_settings_that_they_use() {
+fn commands_require_only_settings_they_use() {
     let folder = TempDir::new().unwrap();
     let database = format!("sqlite:{}", folder.path().join("t.db").display());
     let file = folder.path().join("gateway.toml");
@@ -254,7 +254,7 @@ fn commands_want_the_settings_that_they_use() {
 
 /// As `threadkeeper keys list | head` does.
 #[test]
-fn nobody_has_to_read_what_a_command_writes() {
+fn closed_stdout_does_not_fail_commands() {
     let folder = TempDir::new().unwrap();
     let database = format!("sqlite:{}", folder.path().join("t.db").display());
     let file = folder.path().join("gateway.toml");
@@ -286,7 +286,7 @@ fn nobody_has_to_read_what_a_command_writes() {
 }
 
 #[test]
-fn a_file_that_is_not_there_is_named_and_nothing_else() {
+fn missing_config_file_is_the_only_reported_problem() {
     let folder = TempDir::new().unwrap();
     let missing = folder.path().join("missing.toml");
     for command in [&["serve"][..], &["check-config"], &["migrate"], &["keys", "list"], &["import", "-"]] {
@@ -297,7 +297,7 @@ fn a_file_that_is_not_there_is_named_and_nothing_else() {
 }
 
 #[test]
-fn check_config_tells_what_is_doubtful_and_takes_it() {
+fn check_config_warns_about_doubtful_settings_and_succeeds() {
     let folder = TempDir::new().unwrap();
     let file = folder.path().join("gateway.toml");
     let config = "[store]\nurl = \"sqlite:t.db\"\n[upstreams.openai]\nkind = \"responses\"\n\
@@ -311,7 +311,7 @@ fn check_config_tells_what_is_doubtful_and_takes_it() {
 }
 
 #[test]
-fn arguments_that_are_wrong_are_told_with_what_to_write() {
+fn wrong_arguments_are_reported_with_valid_values() {
     let (_, text) = run(&mut Gateway::command(&["keys", "create", "--scope", "superuser"]));
     assert!(text.contains("read, chat, admin, operator"), "{text}");
     for command in ["serve", "dev", "simulate", "health"] {
@@ -326,7 +326,7 @@ fn arguments_that_are_wrong_are_told_with_what_to_write() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn dev_serves_others_when_it_is_told_to() {
+async fn dev_on_public_address_warns_of_open_access() {
     let folder = TempDir::new().unwrap();
     let mut dev = Gateway::command(&["dev", "--listen", "0.0.0.0:0", "--data"]);
     dev.arg(folder.path());
@@ -347,7 +347,7 @@ fn curl_lines(text: &str, address: &str) -> Vec<String> {
 
 /// What a newcomer types, as it is written: the README's lines, and those that `dev` prints.
 #[tokio::test(flavor = "multi_thread")]
-async fn the_documented_curl_lines_work() {
+async fn documented_curl_commands_work() {
     let (curl, _) = run(Command::new("curl").arg("--version"));
     assert!(curl.status.success(), "this test needs curl, as the README does");
     let folder = TempDir::new().unwrap();

@@ -7,14 +7,14 @@ use serde_json::json;
 use crate::support::gateway::{PATIENCE, text};
 use crate::support::scene::{Backend, Protocol, Scene, on_every_scene};
 
-on_every_scene!(a_killed_gateway_loses_no_message_in_silence);
+on_every_scene!(killed_gateway_loses_no_message_silently);
 
 /// A session's life that a test can wait for.
 const SHORT: Duration = Duration::from_millis(1500);
 /// For the work itself, on a busy machine.
 const SLACK: Duration = Duration::from_secs(5);
 
-async fn a_killed_gateway_loses_no_message_in_silence(scene: Scene) {
+async fn killed_gateway_loses_no_message_silently(scene: Scene) {
     // What the documentation promises: on Postgres the session's life and 2 s; a SQLite file has one process, so whoever
     // opens it knows at once that the old one is gone.
     let (ttl, bound) = match scene.backend {
@@ -64,7 +64,7 @@ async fn a_killed_gateway_loses_no_message_in_silence(scene: Scene) {
 
 /// More than are taken over at a time.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_killed_gateway_leaves_no_key_locked_however_many_there_were() {
+async fn killed_gateway_leaves_no_conversation_locked() {
     for backend in [Backend::Postgres, Backend::Sqlite] {
         let scene = Scene::new(Protocol::Responses, backend).await;
         // One look must do: the next one comes after 20 minutes.

@@ -9,7 +9,7 @@ const TURNS: i64 = 20;
 const MOST: i64 = 100;
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_turn_reads_no_more_beside_many_unfinished_runs() {
+async fn turn_cost_independent_of_unfinished_runs_elsewhere() {
     let scene = Scene::new(Protocol::Responses, Backend::Postgres).await;
     scene.gateway().await.say(SCOPE, "hello").await;
     // The server knows of a quiet time, and plans for it.

@@ -10,18 +10,18 @@ use crate::support::gateway::{Gateway, text};
 use crate::support::link::{Link, Weather};
 use crate::support::scene::{Backend, Protocol, Scene, on_each_protocol, on_each_store, on_every_scene};
 
-on_every_scene!(a_killed_deletion_goes_on);
+on_every_scene!(killed_deletion_resumes_after_restart);
 on_each_protocol!(
-    a_deleted_conversation_is_gone_everywhere,
-    a_deletion_ends_what_runs_and_what_waits,
-    deleting_again_and_deleting_what_is_gone_upstream_are_no_errors,
-    a_message_during_a_deletion_starts_afresh,
-    a_deletion_that_the_upstream_refuses_goes_on_in_the_background,
-    an_archive_stays_if_it_is_asked_for,
-    deletion_finds_an_upstream_thread_that_is_being_made,
-    deletion_finds_an_upstream_thread_that_is_being_made_again,
+    deleted_conversation_is_gone_locally_and_upstream,
+    deletion_cancels_active_and_queued_runs,
+    deletion_tolerates_repeats_and_missing_upstream_thread,
+    message_during_deletion_starts_fresh_thread,
+    deletion_refused_upstream_is_retried_in_background,
+    deletion_with_archive_keeps_transcript,
+    deletion_removes_upstream_thread_being_created,
+    deletion_removes_upstream_thread_being_recreated,
 );
-on_each_store!(a_deletion_whose_receipt_cannot_be_read_is_taken);
+on_each_store!(deletion_accepted_when_receipt_is_unreadable);
 
 const SCOPE: &str = "/v1/users/alice/topics/secret";
 const THREAD: &str = "/v1/users/alice/topics/secret/thread";
@@ -44,7 +44,7 @@ async fn converse(gateway: &Gateway) -> Value {
     gateway.say(SCOPE, "needle four").await
 }
 
-async fn a_deleted_conversation_is_gone_everywhere(scene: Scene) {
+async fn deleted_conversation_is_gone_locally_and_upstream(scene: Scene) {
     let gateway = scene.gateway_with(BY_HAND).await;
     let first = converse(&gateway).await;
     gateway.post(&format!("{THREAD}/rollover"), &json!({})).await.ok();
@@ -86,7 +86,7 @@ async fn a_deleted_conversation_is_gone_everywhere(scene: Scene) {
     assert_eq!(all["data"].as_array().unwrap().len(), 2);
 }
 
-async fn a_deletion_ends_what_runs_and_what_waits(scene: Scene) {
+async fn deletion_cancels_active_and_queued_runs(scene: Scene) {
     let gateway = scene.gateway_with(BY_HAND).await;
     gateway.say(SCOPE, "needle").await;
     scene.simulator.hold();
@@ -109,7 +109,7 @@ async fn a_deletion_ends_what_runs_and_what_waits(scene: Scene) {
     nothing_is_left(&scene).await;
 }
 
-async fn deleting_again_and_deleting_what_is_gone_upstream_are_no_errors(scene: Scene) {
+async fn deletion_tolerates_repeats_and_missing_upstream_thread(scene: Scene) {
     let gateway = scene.gateway_with(BY_HAND).await;
     assert_eq!(gateway.delete(THREAD).await.problem(), (404, "not-found"));
     converse(&gateway).await;
@@ -137,7 +137,7 @@ async fn deleting_again_and_deleting_what_is_gone_upstream_are_no_errors(scene: 
     nothing_is_left(&scene).await;
 }
 
-async fn a_message_during_a_deletion_starts_afresh(scene: Scene) {
+async fn message_during_deletion_starts_fresh_thread(scene: Scene) {
     let gateway = scene.gateway_with(BY_HAND).await;
     let old = converse(&gateway).await;
     scene.fault("any", "status=500", 1000);
@@ -156,7 +156,7 @@ async fn a_message_during_a_deletion_starts_afresh(scene: Scene) {
     assert_eq!(gateway.get(THREAD).await.ok()["id"], fresh["thread"]["id"]);
 }
 
-async fn a_deletion_whose_receipt_cannot_be_read_is_taken(scene: Scene) {
+async fn deletion_accepted_when_receipt_is_unreadable(scene: Scene) {
     let gateway = scene.gateway_with(BY_HAND).await;
     gateway.say(SCOPE, "needle").await;
     scene.database.execute("ALTER TABLE deleted_threads RENAME TO deleted_threads_away").await;
@@ -185,7 +185,7 @@ async fn finish(scene: &Scene, gateway: &Gateway, receipt: &str) -> Value {
     }
 }
 
-async fn a_deletion_that_the_upstream_refuses_goes_on_in_the_background(scene: Scene) {
+async fn deletion_refused_upstream_is_retried_in_background(scene: Scene) {
     let gateway = scene.gateway_with(BY_HAND).await;
     gateway.say(SCOPE, "needle").await;
     let on = match scene.protocol {
@@ -208,7 +208,7 @@ async fn a_deletion_that_the_upstream_refuses_goes_on_in_the_background(scene: S
     nothing_is_left(&scene).await;
 }
 
-async fn an_archive_stays_if_it_is_asked_for(scene: Scene) {
+async fn deletion_with_archive_keeps_transcript(scene: Scene) {
     let gateway = scene.gateway_with(BY_HAND).await;
     let old = converse(&gateway).await;
     let receipt = gateway.delete(&format!("{THREAD}?archive=true")).await.ok();
@@ -227,7 +227,7 @@ async fn an_archive_stays_if_it_is_asked_for(scene: Scene) {
     nothing_is_left(&scene).await;
 }
 
-async fn a_killed_deletion_goes_on(scene: Scene) {
+async fn killed_deletion_resumes_after_restart(scene: Scene) {
     let gateway = scene.gateway_with(BY_HAND).await;
     converse(&gateway).await;
     scene.fault("any", "silent", 1000);
@@ -242,7 +242,7 @@ async fn a_killed_deletion_goes_on(scene: Scene) {
 
 /// What the database was not there to take is recorded when it is back, not when the claim of the thread is over.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_failure_is_recorded_when_the_database_is_back() {
+async fn deletion_failure_recorded_once_database_returns() {
     let scene = Scene::new(Protocol::Responses, Backend::Postgres).await;
     let link = Link::to_postgres(&scene.database.url()).await;
     let upstream = Link::to_upstream(&scene.upstream_url).await;
@@ -267,7 +267,7 @@ async fn a_failure_is_recorded_when_the_database_is_back() {
 
 /// More than one, so that none of them is taken for one that is being made.
 #[tokio::test(flavor = "multi_thread")]
-async fn upstream_threads_of_which_nobody_heard_are_found_or_told() {
+async fn orphaned_upstream_threads_are_deleted_or_reported() {
     for list_threads in [true, false] {
         let config = SimulatorConfig { list_threads, ..SimulatorConfig::default() };
         let scene = Scene::with(Protocol::Responses, Backend::Sqlite, config).await;
@@ -313,7 +313,7 @@ async fn delete_while_it_is_made(scene: &Scene, gateway: &Gateway) {
     assert_eq!(scene.database.number("SELECT count(*) FROM upstream_orphans").await, 0);
 }
 
-async fn deletion_finds_an_upstream_thread_that_is_being_made(scene: Scene) {
+async fn deletion_removes_upstream_thread_being_created(scene: Scene) {
     if scene.protocol == Protocol::Chain {
         return;
     }
@@ -323,7 +323,7 @@ async fn deletion_finds_an_upstream_thread_that_is_being_made(scene: Scene) {
 }
 
 /// It begins with all that was said.
-async fn deletion_finds_an_upstream_thread_that_is_being_made_again(scene: Scene) {
+async fn deletion_removes_upstream_thread_being_recreated(scene: Scene) {
     if scene.protocol == Protocol::Chain {
         return;
     }

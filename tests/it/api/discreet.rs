@@ -12,18 +12,18 @@ use crate::support::scene::{Backend, Protocol, Scene, on_each_protocol};
 
 on_each_protocol!(
     plain_turns_are_answered_and_not_stored,
-    what_waits_is_not_stored_either,
-    function_calls_go_by_without_a_trace,
-    what_is_cut_short_is_told_and_not_stored,
-    a_repeated_request_hears_what_is_still_known,
-    what_died_with_a_process_is_not_replaced_by_nothing,
-    a_wait_for_outputs_outlives_its_process,
-    outputs_that_died_with_a_process_are_not_sent_empty,
-    outputs_are_taken_by_the_replica_of_their_run,
-    a_message_joins_no_run_of_another_replica,
-    a_lost_upstream_thread_begins_anew,
-    a_rollover_carries_nothing_over,
-    what_was_not_stored_is_no_gap_in_what_is_told_later,
+    queued_messages_are_not_stored,
+    function_calls_are_not_stored,
+    interrupted_replies_are_delivered_but_not_stored,
+    idempotent_retry_replays_only_live_content,
+    queued_messages_lost_in_crash_are_not_sent_empty,
+    wait_for_tool_outputs_survives_crash,
+    tool_outputs_lost_in_crash_are_not_sent_empty,
+    tool_outputs_accepted_only_by_owning_replica,
+    merge_never_joins_run_of_another_replica,
+    lost_upstream_thread_restarts_empty,
+    rollover_carries_nothing_over,
+    unstored_messages_are_skipped_when_thread_is_rebuilt,
 );
 
 const SCOPE: &str = "/v1/users/alice";
@@ -176,7 +176,7 @@ async fn plain_turns_are_answered_and_not_stored(scene: Scene) {
     assert_nothing_empty_was_sent(&scene, &gateway).await;
 }
 
-async fn what_waits_is_not_stored_either(scene: Scene) {
+async fn queued_messages_are_not_stored(scene: Scene) {
     let gateway = gateway(&scene).await;
     gateway.say(SCOPE, "needle zero").await;
     scene.simulator.hold();
@@ -201,7 +201,7 @@ async fn what_waits_is_not_stored_either(scene: Scene) {
     assert_nothing_empty_was_sent(&scene, &gateway).await;
 }
 
-async fn function_calls_go_by_without_a_trace(scene: Scene) {
+async fn function_calls_are_not_stored(scene: Scene) {
     let gateway = gateway(&scene).await;
     let asked = ask(&gateway, "needle weather? [[sim: tool=get_weather tool=get_time]]").await;
     assert!(arguments(&asked["run"]).contains("needle weather?"), "{asked:#}");
@@ -245,7 +245,7 @@ async fn function_calls_go_by_without_a_trace(scene: Scene) {
     assert_nothing_empty_was_sent(&scene, &gateway).await;
 }
 
-async fn what_is_cut_short_is_told_and_not_stored(scene: Scene) {
+async fn interrupted_replies_are_delivered_but_not_stored(scene: Scene) {
     let gateway = gateway(&scene).await;
     gateway.say(SCOPE, "needle zero").await;
     let (mut cancelled, run) = begin(&gateway, "enqueue", "needle one [[sim: silent_after=4]]").await;
@@ -293,7 +293,7 @@ async fn what_is_cut_short_is_told_and_not_stored(scene: Scene) {
     assert_nothing_empty_was_sent(&scene, &gateway).await;
 }
 
-async fn a_repeated_request_hears_what_is_still_known(scene: Scene) {
+async fn idempotent_retry_replays_only_live_content(scene: Scene) {
     let gateway = gateway(&scene).await;
     let request = || {
         let request = gateway.request(Method::POST, &format!("{SCOPE}/messages"));
@@ -326,7 +326,7 @@ async fn settles(scene: &Scene) {
     }
 }
 
-async fn what_died_with_a_process_is_not_replaced_by_nothing(scene: Scene) {
+async fn queued_messages_lost_in_crash_are_not_sent_empty(scene: Scene) {
     let first = gateway(&scene).await;
     first.say(SCOPE, "needle zero").await;
     scene.simulator.hold();
@@ -363,7 +363,7 @@ async fn what_died_with_a_process_is_not_replaced_by_nothing(scene: Scene) {
     assert_nothing_empty_was_sent(&scene, &second).await;
 }
 
-async fn a_wait_for_outputs_outlives_its_process(scene: Scene) {
+async fn wait_for_tool_outputs_survives_crash(scene: Scene) {
     let first = gateway(&scene).await;
     let asked = ask(&first, "needle weather? [[sim: tool=get_weather]]").await;
     first.kill();
@@ -387,7 +387,7 @@ async fn a_wait_for_outputs_outlives_its_process(scene: Scene) {
 }
 
 /// A run got its outputs when its process died: the upstream had taken them, or was to get them again.
-async fn outputs_that_died_with_a_process_are_not_sent_empty(scene: Scene) {
+async fn tool_outputs_lost_in_crash_are_not_sent_empty(scene: Scene) {
     let operation =
         if scene.protocol == Protocol::Assistants { "submit_tool_outputs" } else { "create_response" };
     for taken in [true, false] {
@@ -421,7 +421,7 @@ async fn outputs_that_died_with_a_process_are_not_sent_empty(scene: Scene) {
     }
 }
 
-async fn outputs_are_taken_by_the_replica_of_their_run(scene: Scene) {
+async fn tool_outputs_accepted_only_by_owning_replica(scene: Scene) {
     if scene.backend == Backend::Sqlite {
         // A file has one process.
         return;
@@ -443,7 +443,7 @@ async fn outputs_are_taken_by_the_replica_of_their_run(scene: Scene) {
     assert_nothing_empty_was_sent(&scene, &own).await;
 }
 
-async fn a_message_joins_no_run_of_another_replica(scene: Scene) {
+async fn merge_never_joins_run_of_another_replica(scene: Scene) {
     if scene.backend == Backend::Sqlite {
         return;
     }
@@ -464,7 +464,7 @@ async fn a_message_joins_no_run_of_another_replica(scene: Scene) {
     assert_nothing_empty_was_sent(&scene, &two).await;
 }
 
-async fn a_lost_upstream_thread_begins_anew(scene: Scene) {
+async fn lost_upstream_thread_restarts_empty(scene: Scene) {
     let gateway = gateway(&scene).await;
     for n in 1..=3 {
         gateway.say(SCOPE, &format!("needle {n}")).await;
@@ -490,7 +490,7 @@ async fn a_lost_upstream_thread_begins_anew(scene: Scene) {
     assert_nothing_empty_was_sent(&scene, &gateway).await;
 }
 
-async fn a_rollover_carries_nothing_over(scene: Scene) {
+async fn rollover_carries_nothing_over(scene: Scene) {
     let gateway = gateway_with(&scene, "[threads]\nmax_messages = 4\n").await;
     let first = gateway.say(SCOPE, "needle one").await;
     gateway.say(SCOPE, "needle two").await;
@@ -504,7 +504,7 @@ async fn a_rollover_carries_nothing_over(scene: Scene) {
 }
 
 /// The content is stored from now on.
-async fn what_was_not_stored_is_no_gap_in_what_is_told_later(scene: Scene) {
+async fn unstored_messages_are_skipped_when_thread_is_rebuilt(scene: Scene) {
     let mut gateway = gateway(&scene).await;
     gateway.say(SCOPE, "needle one").await;
     gateway.terminate();

@@ -5,15 +5,15 @@ use serde_json::{Value, json};
 use crate::support::gateway::Gateway;
 use crate::support::scene::{Backend, Protocol, Scene, on_each_protocol, on_each_store, on_every_scene};
 
-on_every_scene!(a_user_is_erased_everywhere_and_the_receipt_says_so);
+on_every_scene!(user_erasure_removes_everything_and_reports_it);
 on_each_protocol!(
-    all_that_is_held_is_exported,
-    a_user_is_archived_or_only_counted_if_that_is_asked_for,
-    an_erasure_ends_where_the_upstream_deletes_nothing,
-    what_is_gone_in_other_words_is_already_gone,
-    an_erasure_is_tried_for_its_time_and_then_given_up,
+    export_contains_all_data_of_user,
+    user_deletion_supports_archive_and_dry_run,
+    erasure_completes_when_upstream_cannot_delete,
+    differently_worded_not_found_counts_as_already_gone,
+    erasure_gives_up_after_configured_time,
 );
-on_each_store!(all_of_a_users_threads_are_listed);
+on_each_store!(thread_list_includes_all_threads_of_user);
 
 const USER: &str = "/v1/users/auth0%7C5f7c";
 const BY_HAND: &str = "[janitor]\nevery = \"1h\"\ncalls_per_second = 10000\n";
@@ -37,7 +37,7 @@ async fn populate(gateway: &Gateway) {
     gateway.say("/v1/users/other", "other needle").await;
 }
 
-async fn all_of_a_users_threads_are_listed(scene: Scene) {
+async fn thread_list_includes_all_threads_of_user(scene: Scene) {
     let gateway = scene.gateway_with(BY_HAND).await;
     assert_eq!(gateway.get(&format!("{USER}/threads")).await.ok()["data"], json!([]));
     populate(&gateway).await;
@@ -64,7 +64,7 @@ async fn all_of_a_users_threads_are_listed(scene: Scene) {
     assert!(newest["data"][0]["previous_thread"].is_string());
 }
 
-async fn all_that_is_held_is_exported(scene: Scene) {
+async fn export_contains_all_data_of_user(scene: Scene) {
     let gateway = scene.gateway_with(BY_HAND).await;
     populate(&gateway).await;
     let answer = gateway.get(&format!("{USER}/export")).await;
@@ -80,7 +80,7 @@ async fn all_that_is_held_is_exported(scene: Scene) {
     assert!(nobody.body.to_string().contains("end"), "a user of whom nothing is held: {:?}", nobody.body);
 }
 
-async fn a_user_is_erased_everywhere_and_the_receipt_says_so(scene: Scene) {
+async fn user_erasure_removes_everything_and_reports_it(scene: Scene) {
     let gateway = scene.gateway_with(BY_HAND).await;
     let nothing = gateway.delete("/v1/users/nobody").await.ok();
     assert_eq!((&nothing["status"], &nothing["threads_done"]), (&json!("completed"), &json!(0)));
@@ -128,7 +128,7 @@ async fn a_user_is_erased_everywhere_and_the_receipt_says_so(scene: Scene) {
     assert_eq!(gateway.get("/v1/users/other/thread").await.ok()["message_count"], 2);
 }
 
-async fn a_user_is_archived_or_only_counted_if_that_is_asked_for(scene: Scene) {
+async fn user_deletion_supports_archive_and_dry_run(scene: Scene) {
     let gateway = scene.gateway_with(BY_HAND).await;
     populate(&gateway).await;
     let counts = |archive: bool, threads: i64, each: i64| {
@@ -177,7 +177,7 @@ async fn a_user_is_archived_or_only_counted_if_that_is_asked_for(scene: Scene) {
     assert_eq!(scene.database.holding("needle session").await, Vec::<String>::new());
 }
 
-async fn an_erasure_ends_where_the_upstream_deletes_nothing(scene: Scene) {
+async fn erasure_completes_when_upstream_cannot_delete(scene: Scene) {
     let gateway = scene.gateway_with(BY_HAND).await;
     for (n, fault) in
         ["status=405 wording=detail", "status=501", "status=404 wording=detail", "status=404 wording=html"]
@@ -211,7 +211,7 @@ async fn an_erasure_ends_where_the_upstream_deletes_nothing(scene: Scene) {
     }
 }
 
-async fn what_is_gone_in_other_words_is_already_gone(scene: Scene) {
+async fn differently_worded_not_found_counts_as_already_gone(scene: Scene) {
     let gateway = scene.gateway_with(BY_HAND).await;
     for (n, wording) in ["named", "relayed"].into_iter().enumerate() {
         let user = format!("/v1/users/u{n}");
@@ -232,7 +232,7 @@ async fn what_is_gone_in_other_words_is_already_gone(scene: Scene) {
     }
 }
 
-async fn an_erasure_is_tried_for_its_time_and_then_given_up(scene: Scene) {
+async fn erasure_gives_up_after_configured_time(scene: Scene) {
     let gateway = scene.gateway_with(&format!("{BY_HAND}give_up_after = \"1d\"\n")).await;
     gateway.say(USER, "one").await;
     gateway.say(USER, "two").await;

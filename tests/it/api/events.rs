@@ -10,22 +10,22 @@ use crate::support::gateway::{Event, EventReader, Gateway, PATIENCE, joined, tex
 use crate::support::scene::{Backend, Scene, on_each_protocol, on_each_store, on_every_scene};
 
 on_each_protocol!(
-    a_reader_joins_a_run_that_goes_on,
-    a_stream_shows_how_a_run_failed,
-    a_run_of_another_process_can_be_followed,
+    reader_joins_run_in_progress,
+    replayed_stream_shows_run_failure,
+    run_on_another_replica_can_be_followed,
 );
 on_each_store!(
-    a_stream_can_be_read_again_at_any_time,
-    log_of_a_run_that_ended_well_is_not_stored,
-    log_that_the_record_does_not_tell_is_kept,
-    only_events_of_the_run_can_be_asked_for,
-    a_record_that_cannot_be_read_is_no_end,
+    stream_replays_from_any_event,
+    event_log_of_completed_run_is_not_stored,
+    event_log_kept_for_failed_incomplete_or_queued_runs,
+    foreign_or_malformed_last_event_id_is_refused,
+    unreadable_event_log_is_not_reported_as_end,
 );
-on_every_scene!(@ alone_on_sqlite Responses Sqlite [run_that_nobody_else_follows_is_recorded_seldom]);
-on_every_scene!(@ alone_on_postgres Chain Postgres [run_that_nobody_else_follows_is_recorded_seldom]);
+on_every_scene!(@ alone_on_sqlite Responses Sqlite [unfollowed_run_is_recorded_infrequently]);
+on_every_scene!(@ alone_on_postgres Chain Postgres [unfollowed_run_is_recorded_infrequently]);
 // Readers have nothing to do with the protocol, and this takes a while.
-on_every_scene!(@ many_on_sqlite Assistants Sqlite [slow_readers_stall_nobody_and_cost_little]);
-on_every_scene!(@ many_on_postgres Responses Postgres [slow_readers_stall_nobody_and_cost_little]);
+on_every_scene!(@ many_on_sqlite Assistants Sqlite [slow_readers_neither_stall_run_nor_grow_memory]);
+on_every_scene!(@ many_on_postgres Responses Postgres [slow_readers_neither_stall_run_nor_grow_memory]);
 
 const SCOPE: &str = "/v1/users/alice";
 
@@ -45,7 +45,7 @@ fn run_of(event: &Event) -> String {
     event.data["run_id"].as_str().unwrap().to_owned()
 }
 
-async fn a_stream_can_be_read_again_at_any_time(scene: Scene) {
+async fn stream_replays_from_any_event(scene: Scene) {
     let gateway = scene.gateway().await;
     let original = gateway.stream(SCOPE, "tell me [[sim: tokens=30]]").await.rest().await;
     let run = run_of(&original[0]);
@@ -74,7 +74,7 @@ async fn stored(scene: &Scene) -> i64 {
 }
 
 /// While a reply streams, others may have to go on with it; once it has ended, the record tells it.
-async fn log_of_a_run_that_ended_well_is_not_stored(scene: Scene) {
+async fn event_log_of_completed_run_is_not_stored(scene: Scene) {
     let gateway = scene.gateway().await;
     gateway.stream(SCOPE, "quick").await.rest().await;
     assert_eq!(stored(&scene).await, 0);
@@ -113,7 +113,7 @@ async fn log_of_a_run_that_ended_well_is_not_stored(scene: Scene) {
 }
 
 /// Four records in the first second and a half, then one a second, however slow the machine is.
-async fn run_that_nobody_else_follows_is_recorded_seldom(scene: Scene) {
+async fn unfollowed_run_is_recorded_infrequently(scene: Scene) {
     let gateway = scene.gateway().await;
     scene.simulator.hold();
     let begun = std::time::Instant::now();
@@ -128,7 +128,7 @@ async fn run_that_nobody_else_follows_is_recorded_seldom(scene: Scene) {
     stream.rest().await;
 }
 
-async fn log_that_the_record_does_not_tell_is_kept(scene: Scene) {
+async fn event_log_kept_for_failed_incomplete_or_queued_runs(scene: Scene) {
     let gateway = scene.gateway().await;
     for content in ["oh [[sim: fail]]", "oh [[sim: incomplete]]"] {
         let before = stored(&scene).await;
@@ -152,7 +152,7 @@ async fn log_that_the_record_does_not_tell_is_kept(scene: Scene) {
     assert_eq!(replay(&gateway, &run_of(&original[0]), None).await, original);
 }
 
-async fn a_reader_joins_a_run_that_goes_on(scene: Scene) {
+async fn reader_joins_run_in_progress(scene: Scene) {
     let gateway = scene.gateway().await;
     let mut original = gateway.stream(SCOPE, "tell me [[sim: tokens=40 rate=10ms]]").await;
     let mut seen = Vec::new();
@@ -171,7 +171,7 @@ async fn a_reader_joins_a_run_that_goes_on(scene: Scene) {
     assert_eq!(scene.simulator.stats().runs_started, 1);
 }
 
-async fn a_stream_shows_how_a_run_failed(scene: Scene) {
+async fn replayed_stream_shows_run_failure(scene: Scene) {
     let gateway = scene.gateway().await;
     for content in ["oh [[sim: fail]]", "oh [[sim: status=401]]", "oh [[sim: incomplete]]"] {
         let original = gateway.stream(SCOPE, content).await.rest().await;
@@ -179,7 +179,7 @@ async fn a_stream_shows_how_a_run_failed(scene: Scene) {
     }
 }
 
-async fn only_events_of_the_run_can_be_asked_for(scene: Scene) {
+async fn foreign_or_malformed_last_event_id_is_refused(scene: Scene) {
     let gateway = scene.gateway().await;
     let first = gateway.stream(SCOPE, "one").await.rest().await;
     let second = gateway.stream(SCOPE, "two").await.rest().await;
@@ -200,7 +200,7 @@ async fn only_events_of_the_run_can_be_asked_for(scene: Scene) {
     assert_eq!(elsewhere.problem(), (404, "not-found"));
 }
 
-async fn a_run_of_another_process_can_be_followed(scene: Scene) {
+async fn run_on_another_replica_can_be_followed(scene: Scene) {
     if scene.backend == Backend::Sqlite {
         return; // serves one process
     }
@@ -216,7 +216,7 @@ async fn a_run_of_another_process_can_be_followed(scene: Scene) {
     assert_eq!(joined(&seen), joined(&whole));
 }
 
-async fn a_record_that_cannot_be_read_is_no_end(scene: Scene) {
+async fn unreadable_event_log_is_not_reported_as_end(scene: Scene) {
     let gateway = scene.gateway().await;
     let original = gateway.stream(SCOPE, "tell me").await.rest().await;
     let run = run_of(&original[0]);
@@ -233,7 +233,7 @@ async fn a_record_that_cannot_be_read_is_no_end(scene: Scene) {
     assert_eq!(over.status(), StatusCode::NO_CONTENT);
 }
 
-async fn slow_readers_stall_nobody_and_cost_little(scene: Scene) {
+async fn slow_readers_neither_stall_run_nor_grow_memory(scene: Scene) {
     let gateway = scene.gateway().await;
     let mut readers = Vec::new();
     scene.simulator.hold();

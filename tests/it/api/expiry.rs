@@ -8,16 +8,16 @@ use crate::support::gateway::{Gateway, PATIENCE, text};
 use crate::support::scene::{Backend, Protocol, Scene, on_each_protocol, on_each_store};
 
 on_each_protocol!(
-    the_janitor_archives_clears_and_erases,
-    a_poisoned_thread_does_not_keep_the_others_waiting,
-    fresh_thread_does_not_wait_for_the_run_of_the_expired_one,
-    fresh_thread_does_not_wait_for_the_run_of_the_deleted_one,
+    janitor_archives_clears_and_erases,
+    undeletable_thread_does_not_block_janitor,
+    fresh_thread_ignores_run_of_expired_thread,
+    fresh_thread_ignores_run_of_deleted_thread,
 );
 on_each_store!(
-    a_session_lives_from_its_creation_or_from_its_last_message,
-    a_request_may_ask_for_another_life,
-    users_and_topics_expire_if_that_is_configured,
-    a_new_configuration_holds_for_old_threads,
+    session_ttl_counts_from_creation_or_last_message,
+    request_can_set_thread_ttl,
+    user_and_topic_threads_expire_when_configured,
+    changed_expiry_configuration_applies_to_existing_threads,
 );
 
 const HOUR: Duration = Duration::from_hours(1);
@@ -36,7 +36,7 @@ fn id(answer: &Value) -> &str {
     answer["thread"]["id"].as_str().unwrap()
 }
 
-async fn a_session_lives_from_its_creation_or_from_its_last_message(scene: Scene) {
+async fn session_ttl_counts_from_creation_or_last_message(scene: Scene) {
     let scope = "/v1/users/alice/sessions/tab";
     for (from, slides) in [("creation", false), ("last_activity", true)] {
         let settings = format!("{BY_HAND}[sessions]\nttl = \"1h\"\nttl_from = \"{from}\"\n");
@@ -66,7 +66,7 @@ async fn a_session_lives_from_its_creation_or_from_its_last_message(scene: Scene
     }
 }
 
-async fn a_request_may_ask_for_another_life(scene: Scene) {
+async fn request_can_set_thread_ttl(scene: Scene) {
     let gateway = scene.gateway_with(&format!("{BY_HAND}[threads]\nmax_ttl = \"2h\"\n")).await;
     let scope = "/v1/users/alice/topics/quick";
     let say = async |body: Value| gateway.post(&format!("{scope}/messages"), &body).await;
@@ -91,7 +91,7 @@ async fn a_request_may_ask_for_another_life(scene: Scene) {
     }
 }
 
-async fn users_and_topics_expire_if_that_is_configured(scene: Scene) {
+async fn user_and_topic_threads_expire_when_configured(scene: Scene) {
     let settings = format!("{BY_HAND}[threads]\nmax_age = \"10h\"\nmax_idle = \"1h\"\n");
     let gateway = scene.gateway_with(&settings).await;
     for scope in ["/v1/users/alice", "/v1/users/alice/topics/news"] {
@@ -109,7 +109,7 @@ async fn users_and_topics_expire_if_that_is_configured(scene: Scene) {
     }
 }
 
-async fn the_janitor_archives_clears_and_erases(scene: Scene) {
+async fn janitor_archives_clears_and_erases(scene: Scene) {
     let settings = format!("{BY_HAND}[archive]\nkeep = \"10h\"\n");
     let gateway = scene.gateway_with(&settings).await;
     let scope = "/v1/users/alice/sessions/tab";
@@ -155,7 +155,7 @@ async fn the_janitor_archives_clears_and_erases(scene: Scene) {
     assert_eq!(gateway.say(scope, "and again").await["thread"]["id"], next["thread"]["id"]);
 }
 
-async fn a_new_configuration_holds_for_old_threads(scene: Scene) {
+async fn changed_expiry_configuration_applies_to_existing_threads(scene: Scene) {
     let gateway = scene.gateway_with(BY_HAND).await;
     gateway.say("/v1/users/alice", "one").await;
     drop(gateway);
@@ -165,7 +165,7 @@ async fn a_new_configuration_holds_for_old_threads(scene: Scene) {
     gateway.until("/v1/users/alice/thread", |answer| answer.body["lifecycle"] == "archived").await;
 }
 
-async fn a_poisoned_thread_does_not_keep_the_others_waiting(scene: Scene) {
+async fn undeletable_thread_does_not_block_janitor(scene: Scene) {
     if scene.protocol == Protocol::Chain {
         return;
     }
@@ -207,7 +207,7 @@ async fn talk_on_a_fresh_thread(gateway: &Gateway, scope: &str, old: &str) {
     }
 }
 
-async fn fresh_thread_does_not_wait_for_the_run_of_the_expired_one(scene: Scene) {
+async fn fresh_thread_ignores_run_of_expired_thread(scene: Scene) {
     let gateway = scene.gateway_with(BY_HAND).await;
     let scope = "/v1/users/alice/sessions/tab";
     let mut old = gateway.stream(scope, "one [[sim: silent]]").await;
@@ -224,7 +224,7 @@ async fn fresh_thread_does_not_wait_for_the_run_of_the_expired_one(scene: Scene)
     assert_eq!(old.rest().await.pop().unwrap().name, "run.cancelled");
 }
 
-async fn fresh_thread_does_not_wait_for_the_run_of_the_deleted_one(scene: Scene) {
+async fn fresh_thread_ignores_run_of_deleted_thread(scene: Scene) {
     // Nothing is asked of a chain before its run ends.
     if scene.protocol == Protocol::Chain {
         return;
@@ -248,7 +248,7 @@ async fn fresh_thread_does_not_wait_for_the_run_of_the_deleted_one(scene: Scene)
 
 /// The janitor is stopped between its claim of a thread and its word on when to look again.
 #[tokio::test(flavor = "multi_thread")]
-async fn ttl_that_is_patched_while_the_janitor_works_on_the_thread_holds() {
+async fn ttl_patched_while_janitor_works_is_kept() {
     let scene = Scene::new(Protocol::Assistants, Backend::Postgres).await;
     let database = &scene.database;
     let gateway = scene.gateway_with(&format!("{BY_HAND}[threads]\nmax_idle = \"24h\"\n")).await;

@@ -8,24 +8,24 @@ use crate::support::gateway::{Gateway, PATIENCE, text, text_of};
 use crate::support::scene::{Protocol, Scene, on_each_protocol, on_each_store};
 
 on_each_protocol!(
-    a_refusal_before_acceptance_is_told_with_its_reason,
-    a_server_that_has_no_threads_is_told_with_the_setting_that_helps,
-    what_was_provably_not_taken_is_sent_again,
-    a_run_that_fails_upstream_is_told_so,
-    an_incomplete_reply_is_kept_and_marked,
-    a_refused_answer_is_a_refusal,
-    a_stream_that_breaks_ends_the_run_and_frees_the_thread,
-    a_silent_upstream_meets_the_deadline,
-    a_silent_upstream_is_waited_for_and_asked_once,
-    a_thread_that_is_long_in_the_making_is_made_once,
-    a_connection_that_breaks_is_tried_once_more_and_not_again,
-    an_error_that_a_stream_tells_is_an_answer,
-    a_foreign_lock_is_waited_out,
-    a_foreign_lock_is_waited_for_no_longer_than_the_deadline,
-    streams_in_every_dialect_are_understood,
-    a_lost_upstream_thread_is_made_again_from_the_transcript,
+    upstream_refusal_is_reported_with_reason,
+    missing_thread_support_upstream_is_reported_with_setting,
+    request_provably_not_accepted_is_retried,
+    run_failed_upstream_is_reported_as_failed,
+    incomplete_reply_is_kept_and_marked,
+    model_refusal_is_returned_as_refusal_content,
+    broken_stream_fails_run_and_frees_thread,
+    silent_upstream_expires_run_at_deadline,
+    slow_upstream_is_awaited_without_retry,
+    slow_upstream_thread_creation_is_not_retried,
+    broken_connection_is_retried_at_most_once,
+    error_event_in_stream_is_taken_as_answer,
+    foreign_upstream_lock_is_waited_out,
+    foreign_upstream_lock_wait_ends_at_deadline,
+    stream_dialects_are_all_parsed,
+    lost_upstream_thread_is_rebuilt_from_transcript,
 );
-on_each_store!(a_reply_has_a_limit);
+on_each_store!(oversized_reply_fails_run);
 
 const SCOPE: &str = "/v1/users/alice";
 
@@ -44,7 +44,7 @@ async fn works_again(gateway: &Gateway) {
     assert_eq!(answer["thread"]["state"], "idle");
 }
 
-async fn a_server_that_has_no_threads_is_told_with_the_setting_that_helps(scene: Scene) {
+async fn missing_thread_support_upstream_is_reported_with_setting(scene: Scene) {
     if scene.protocol == Protocol::Chain {
         return;
     }
@@ -66,7 +66,7 @@ async fn a_server_that_has_no_threads_is_told_with_the_setting_that_helps(scene:
     works_again(&gateway).await;
 }
 
-async fn a_refusal_before_acceptance_is_told_with_its_reason(scene: Scene) {
+async fn upstream_refusal_is_reported_with_reason(scene: Scene) {
     let gateway = scene.gateway_with("[runs]\nmax_retries = 0\n").await;
     say(&gateway, "hello").await.ok();
     for (directive, retry_after) in [
@@ -107,7 +107,7 @@ async fn a_refusal_before_acceptance_is_told_with_its_reason(scene: Scene) {
     assert_eq!(users, 8, "what a user said stays in the transcript, answered or not");
 }
 
-async fn what_was_provably_not_taken_is_sent_again(scene: Scene) {
+async fn request_provably_not_accepted_is_retried(scene: Scene) {
     let gateway = scene.gateway().await;
     let fault = |on: &str, fault: &str, times| {
         scene.simulator.add_fault(Fault { on: on.to_owned(), fault: fault.to_owned(), times }).unwrap();
@@ -138,7 +138,7 @@ async fn what_was_provably_not_taken_is_sent_again(scene: Scene) {
     works_again(&gateway).await;
 }
 
-async fn a_run_that_fails_upstream_is_told_so(scene: Scene) {
+async fn run_failed_upstream_is_reported_as_failed(scene: Scene) {
     let gateway = scene.gateway().await;
     for directive in ["fail", "mid_error", "mid_error=nested"] {
         let answer = say(&gateway, &format!("oh [[sim: {directive}]]")).await;
@@ -148,7 +148,7 @@ async fn a_run_that_fails_upstream_is_told_so(scene: Scene) {
     }
 }
 
-async fn an_incomplete_reply_is_kept_and_marked(scene: Scene) {
+async fn incomplete_reply_is_kept_and_marked(scene: Scene) {
     let gateway = scene.gateway().await;
     let answer = say(&gateway, "tell me all of it [[sim: incomplete]]").await.ok();
     assert_eq!(answer["run"]["status"], "incomplete");
@@ -158,14 +158,14 @@ async fn an_incomplete_reply_is_kept_and_marked(scene: Scene) {
     works_again(&gateway).await;
 }
 
-async fn a_refused_answer_is_a_refusal(scene: Scene) {
+async fn model_refusal_is_returned_as_refusal_content(scene: Scene) {
     let gateway = scene.gateway().await;
     let answer = say(&gateway, "how? [[sim: refusal]]").await.ok();
     assert_eq!(answer["message"]["content"][0]["type"], "refusal", "{answer:#}");
     works_again(&gateway).await;
 }
 
-async fn a_stream_that_breaks_ends_the_run_and_frees_the_thread(scene: Scene) {
+async fn broken_stream_fails_run_and_frees_thread(scene: Scene) {
     if scene.protocol == Protocol::Assistants {
         return; // there the run goes on, and is followed to its end
     }
@@ -194,7 +194,7 @@ fn sends(scene: &Scene) -> u64 {
     ["create_run", "create_response"].iter().filter_map(|name| requests.get(*name)).sum()
 }
 
-async fn a_silent_upstream_meets_the_deadline(scene: Scene) {
+async fn silent_upstream_expires_run_at_deadline(scene: Scene) {
     // Looks and lists are given up long before.
     let gateway = scene.gateway_upstream("call_timeout = \"100ms\"\n").await;
     for directive in ["silent", "silent_after=3", "late_head=1h latency=1h", "rate=50ms tokens=1000"] {
@@ -211,7 +211,7 @@ async fn a_silent_upstream_meets_the_deadline(scene: Scene) {
     }
 }
 
-async fn a_silent_upstream_is_waited_for_and_asked_once(scene: Scene) {
+async fn slow_upstream_is_awaited_without_retry(scene: Scene) {
     let mut ways = vec![""];
     if scene.protocol != Protocol::Assistants {
         ways.push("background = true\n");
@@ -239,7 +239,7 @@ async fn a_silent_upstream_is_waited_for_and_asked_once(scene: Scene) {
     }
 }
 
-async fn a_thread_that_is_long_in_the_making_is_made_once(scene: Scene) {
+async fn slow_upstream_thread_creation_is_not_retried(scene: Scene) {
     if scene.protocol == Protocol::Chain {
         return; // its first run makes it
     }
@@ -264,7 +264,7 @@ async fn a_thread_that_is_long_in_the_making_is_made_once(scene: Scene) {
     assert!(text(&gateway.say("/v1/users/bob", "and now?").await["message"]).contains("turn 1 of"));
 }
 
-async fn a_connection_that_breaks_is_tried_once_more_and_not_again(scene: Scene) {
+async fn broken_connection_is_retried_at_most_once(scene: Scene) {
     let gateway = scene.gateway_upstream("lock_window = \"200ms\"\n").await;
     say(&gateway, "hello").await.ok();
     // What a server in front of it gave up is no answer either.
@@ -287,7 +287,7 @@ async fn a_connection_that_breaks_is_tried_once_more_and_not_again(scene: Scene)
     }
 }
 
-async fn an_error_that_a_stream_tells_is_an_answer(scene: Scene) {
+async fn error_event_in_stream_is_taken_as_answer(scene: Scene) {
     // Whoever waited to see what became of the message would meet the deadline.
     let gateway = scene.gateway_upstream("lock_window = \"10m\"\n").await;
     say(&gateway, "hello").await.ok();
@@ -320,7 +320,7 @@ async fn an_error_that_a_stream_tells_is_an_answer(scene: Scene) {
     assert_eq!(sends(&scene) - before, 2);
 }
 
-async fn a_foreign_lock_is_waited_out(scene: Scene) {
+async fn foreign_upstream_lock_is_waited_out(scene: Scene) {
     if scene.protocol == Protocol::Chain {
         return; // a chain has no lock
     }
@@ -344,7 +344,7 @@ async fn a_foreign_lock_is_waited_out(scene: Scene) {
     );
 }
 
-async fn a_foreign_lock_is_waited_for_no_longer_than_the_deadline(scene: Scene) {
+async fn foreign_upstream_lock_wait_ends_at_deadline(scene: Scene) {
     if scene.protocol == Protocol::Chain {
         return; // a chain has no lock
     }
@@ -359,7 +359,7 @@ async fn a_foreign_lock_is_waited_for_no_longer_than_the_deadline(scene: Scene) 
     works_again(&gateway).await;
 }
 
-async fn streams_in_every_dialect_are_understood(scene: Scene) {
+async fn stream_dialects_are_all_parsed(scene: Scene) {
     let gateway = scene.gateway().await;
     let plain = say(&gateway, "wörld").await.ok();
     let mut dialects =
@@ -376,14 +376,14 @@ async fn streams_in_every_dialect_are_understood(scene: Scene) {
     assert_eq!(parts["message"]["content"].as_array().map(Vec::len), Some(2), "{parts:#}");
 }
 
-async fn a_reply_has_a_limit(scene: Scene) {
+async fn oversized_reply_fails_run(scene: Scene) {
     let gateway = scene.gateway_with("[runs]\nmax_reply_bytes = 2000\n").await;
     let answer = say(&gateway, "go on [[sim: tokens=500]]").await;
     assert_eq!((answer.status, &answer.body["code"]), (StatusCode::BAD_GATEWAY, &json!("reply_too_large")));
     works_again(&gateway).await;
 }
 
-async fn a_lost_upstream_thread_is_made_again_from_the_transcript(scene: Scene) {
+async fn lost_upstream_thread_is_rebuilt_from_transcript(scene: Scene) {
     let gateway = scene.gateway().await;
     let mut expected = Vec::new();
     for n in 1..=12 {

@@ -28,8 +28,8 @@ use raw::Response;
 use requests::{Generator, Operation, Request};
 
 on_each_protocol_by_chance!(
-    whatever_is_sent_the_answer_is_one_of_those_described,
-    whatever_is_sent_without_a_transcript_the_answer_is_one_of_those_described,
+    fuzzed_requests_get_documented_answers,
+    fuzzed_requests_without_transcript_get_documented_answers,
 );
 
 const WORKERS: usize = 12;
@@ -101,11 +101,11 @@ struct Seen {
     served: BTreeSet<String>,
 }
 
-async fn whatever_is_sent_the_answer_is_one_of_those_described(scene: Scene) {
+async fn fuzzed_requests_get_documented_answers(scene: Scene) {
     send_and_judge(scene.gateway_with(SETTINGS).await).await;
 }
 
-async fn whatever_is_sent_without_a_transcript_the_answer_is_one_of_those_described(scene: Scene) {
+async fn fuzzed_requests_without_transcript_get_documented_answers(scene: Scene) {
     let config = scene.config(SETTINGS).replace("[store]\n", "[store]\ntranscript = \"off\"\n");
     send_and_judge(Gateway::start(&config).await).await;
 }

@@ -50,7 +50,7 @@ async fn hang_up(scene: &Scene, gateway: &Gateway, request: &str, stuck: &str) {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn clients_that_hang_up_cost_no_connections() {
+async fn clients_hanging_up_leak_no_database_connections() {
     let scene = Scene::new(Protocol::Responses, Backend::Postgres).await;
     let gateway = Gateway::start_with(&scene.config(""), &SETTINGS).await;
     gateway.say(SCOPE, "hello").await;
@@ -70,7 +70,7 @@ async fn clients_that_hang_up_cost_no_connections() {
 /// A rollover waits for its thread, which a turn holds while it ends; who asks for one takes none of the connections that end
 /// runs.
 #[tokio::test(flavor = "multi_thread")]
-async fn rollovers_that_are_given_up_cost_no_connections() {
+async fn abandoned_rollovers_leak_no_database_connections() {
     let scene = Scene::new(Protocol::Responses, Backend::Postgres).await;
     let gateway = Gateway::start_with(&scene.config(""), &SETTINGS).await;
     gateway.say(SCOPE, "hello").await;

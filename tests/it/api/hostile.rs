@@ -28,38 +28,38 @@ macro_rules! on_every_way {
 }
 on_every_way! {
     assistants Assistants "" [
-        no_answer_to_a_run_harms
-        no_answer_to_the_making_of_a_thread_harms
-        no_answer_to_a_look_harms
-        no_list_without_end_harms
-        no_error_harms
-        a_redirect_is_not_followed
-        what_drips_for_ever_meets_the_deadline
+        hostile_run_answers_are_contained
+        hostile_thread_creation_answers_are_contained
+        hostile_lookup_answers_are_contained
+        endless_lists_are_contained
+        hostile_error_bodies_are_contained
+        redirect_is_not_followed
+        dripping_reply_expires_run_at_deadline
     ]
     responses Responses "" [
-        no_answer_to_a_run_harms
-        no_answer_to_the_making_of_a_thread_harms
-        no_answer_to_a_look_harms
-        no_list_without_end_harms
-        no_error_harms
-        a_redirect_is_not_followed
-        what_drips_for_ever_meets_the_deadline
+        hostile_run_answers_are_contained
+        hostile_thread_creation_answers_are_contained
+        hostile_lookup_answers_are_contained
+        endless_lists_are_contained
+        hostile_error_bodies_are_contained
+        redirect_is_not_followed
+        dripping_reply_expires_run_at_deadline
     ]
     // A response is looked for by its id here, and again and again.
     background Responses "background = true\n" [
-        no_answer_to_a_run_harms
-        no_answer_to_a_look_harms
-        no_error_harms
-        a_redirect_is_not_followed
-        what_drips_for_ever_meets_the_deadline
+        hostile_run_answers_are_contained
+        hostile_lookup_answers_are_contained
+        hostile_error_bodies_are_contained
+        redirect_is_not_followed
+        dripping_reply_expires_run_at_deadline
     ]
     // There is nothing to be made, and no list.
     chain Chain "" [
-        no_answer_to_a_run_harms
-        no_answer_to_a_look_harms
-        no_error_harms
-        a_redirect_is_not_followed
-        what_drips_for_ever_meets_the_deadline
+        hostile_run_answers_are_contained
+        hostile_lookup_answers_are_contained
+        hostile_error_bodies_are_contained
+        redirect_is_not_followed
+        dripping_reply_expires_run_at_deadline
     ]
 }
 
@@ -177,7 +177,7 @@ const UNREADABLE: (u16, &str, &str) = (502, "upstream-error", "upstream_error");
 const BROKEN: (u16, &str, &str) = (502, "upstream-error", "stream_broken");
 const LATE: (u16, &str, &str) = (504, "upstream-timeout", "deadline_exceeded");
 
-async fn no_answer_to_a_run_harms(way: Way) {
+async fn hostile_run_answers_are_contained(way: Way) {
     let gateway = way.gateway(UPSTREAM).await;
     let watch = Watch::over(&gateway, "alice").await;
     for (kind, timeout_ms, expected) in [
@@ -205,7 +205,7 @@ async fn no_answer_to_a_run_harms(way: Way) {
     nothing_came_through(&gateway);
 }
 
-async fn no_answer_to_the_making_of_a_thread_harms(way: Way) {
+async fn hostile_thread_creation_answers_are_contained(way: Way) {
     let gateway = way.gateway(SOON).await;
     let watch = Watch::over(&gateway, "alice").await;
     for kind in [
@@ -221,7 +221,7 @@ async fn no_answer_to_the_making_of_a_thread_harms(way: Way) {
 }
 
 /// A stream breaks, and whoever looks for what became of its run is answered so.
-async fn no_answer_to_a_look_harms(way: Way) {
+async fn hostile_lookup_answers_are_contained(way: Way) {
     let gateway = way.gateway(SOON).await;
     let watch = Watch::over(&gateway, "alice").await;
     for kind in ["endless_line", "deep_json", "dense_json", "nested_json", "html", "drip"] {
@@ -241,7 +241,7 @@ async fn no_answer_to_a_look_harms(way: Way) {
 }
 
 /// Lists whose pages are as full as can be, and always have another one behind them.
-async fn no_list_without_end_harms(way: Way) {
+async fn endless_lists_are_contained(way: Way) {
     let settings = SETTINGS.replace("\"2s\"", "\"20s\"");
     let gateway = way.scene.gateway_both(&settings, &format!("{UPSTREAM}{}", way.more)).await;
     // A page is kept while the next one is read; and of what is compared with a transcript twice as much.
@@ -261,7 +261,7 @@ async fn no_list_without_end_harms(way: Way) {
     nothing_came_through(&gateway);
 }
 
-async fn no_error_harms(way: Way) {
+async fn hostile_error_bodies_are_contained(way: Way) {
     let gateway = way.gateway(SOON).await;
     let watch = Watch::over(&gateway, "alice").await;
     for kind in
@@ -273,7 +273,7 @@ async fn no_error_harms(way: Way) {
     nothing_came_through(&gateway);
 }
 
-async fn a_redirect_is_not_followed(way: Way) {
+async fn redirect_is_not_followed(way: Way) {
     let target = TcpListener::bind("127.0.0.1:0").unwrap();
     target.set_nonblocking(true).unwrap();
     let location = format!("http://{}/v1", target.local_addr().unwrap());
@@ -290,7 +290,7 @@ async fn a_redirect_is_not_followed(way: Way) {
     assert_eq!(nobody, Some(std::io::ErrorKind::WouldBlock), "somebody came to where a redirect led");
 }
 
-async fn what_drips_for_ever_meets_the_deadline(way: Way) {
+async fn dripping_reply_expires_run_at_deadline(way: Way) {
     // Each byte ends a silence, so that the longest one that is allowed never comes.
     let gateway = way.gateway(SOON).await;
     gateway.say(&scope("alice"), "hello").await;

@@ -12,22 +12,22 @@ use crate::support::history::assert_same;
 use crate::support::scene::{Backend, Scene, on_each_protocol, on_each_store};
 
 on_each_protocol!(
-    a_repeated_message_gets_the_run_of_the_first,
-    a_repeat_joins_a_run_that_goes_on,
-    many_at_once_make_one_run,
-    simultaneous_repeats_of_a_rejecting_message_get_its_run,
-    a_merged_message_is_remembered_too,
-    repeated_outputs_are_taken_once,
-    a_failure_is_repeated_as_a_failure,
-    a_repeat_is_told_where_its_run_is_now,
-    calls_that_were_answered_are_no_answer,
+    idempotent_retry_returns_same_run,
+    idempotent_retry_joins_active_run,
+    concurrent_retries_start_one_run,
+    concurrent_retries_with_reject_strategy_share_one_run,
+    idempotent_retry_of_merged_message_adds_nothing,
+    retried_tool_outputs_are_taken_once,
+    idempotent_retry_of_failed_run_returns_failure,
+    idempotent_retry_reports_current_run_state,
+    idempotent_retry_waits_past_answered_tool_calls,
 );
 on_each_store!(
-    another_request_with_the_key_is_refused,
-    a_key_belongs_to_its_conversation,
-    a_refusal_is_not_remembered,
-    a_key_is_forgotten_in_time,
-    a_key_has_a_form,
+    idempotency_key_reused_for_different_request_is_refused,
+    idempotency_key_is_scoped_to_conversation,
+    refused_request_does_not_use_idempotency_key,
+    idempotency_key_expires_after_ttl,
+    malformed_idempotency_key_is_refused,
 );
 
 const SCOPE: &str = "/v1/users/alice";
@@ -45,7 +45,7 @@ fn is_replay(answer: &Answer) -> bool {
     answer.headers.get("idempotent-replayed").is_some_and(|value| value == "true")
 }
 
-async fn a_repeated_message_gets_the_run_of_the_first(scene: Scene) {
+async fn idempotent_retry_returns_same_run(scene: Scene) {
     let gateway = scene.gateway().await;
     let first = say(&gateway, "k1", "hello").await;
     assert!(!is_replay(&first));
@@ -80,7 +80,7 @@ async fn a_repeated_message_gets_the_run_of_the_first(scene: Scene) {
     assert_eq!(gateway.get(&format!("{SCOPE}/thread")).await.ok()["run_count"], 1);
 }
 
-async fn a_repeat_joins_a_run_that_goes_on(scene: Scene) {
+async fn idempotent_retry_joins_active_run(scene: Scene) {
     let gateway = scene.gateway().await;
     scene.simulator.hold();
     let (first, second, ()) =
@@ -93,7 +93,7 @@ async fn a_repeat_joins_a_run_that_goes_on(scene: Scene) {
     assert_eq!(scene.simulator.stats().runs_started, 1);
 }
 
-async fn another_request_with_the_key_is_refused(scene: Scene) {
+async fn idempotency_key_reused_for_different_request_is_refused(scene: Scene) {
     let gateway = scene.gateway().await;
     say(&gateway, "k1", "hello").await.ok();
     assert_eq!(say(&gateway, "k1", "something else").await.problem(), (422, "idempotency-mismatch"));
@@ -103,7 +103,7 @@ async fn another_request_with_the_key_is_refused(scene: Scene) {
     assert_eq!(scene.simulator.stats().runs_started, 1);
 }
 
-async fn a_key_belongs_to_its_conversation(scene: Scene) {
+async fn idempotency_key_is_scoped_to_conversation(scene: Scene) {
     let gateway = scene.gateway().await;
     let mut runs = BTreeSet::new();
     for scope in [SCOPE, "/v1/users/bob", "/v1/users/alice/sessions/s", "/v1/users/alice/topics/s"] {
@@ -121,7 +121,7 @@ async fn a_key_belongs_to_its_conversation(scene: Scene) {
     assert!(runs.contains(&again.ok()["run"]["id"].to_string()));
 }
 
-async fn many_at_once_make_one_run(scene: Scene) {
+async fn concurrent_retries_start_one_run(scene: Scene) {
     let mut gateways = vec![scene.gateway().await];
     if scene.backend == Backend::Postgres {
         gateways.push(scene.gateway().await);
@@ -136,7 +136,7 @@ async fn many_at_once_make_one_run(scene: Scene) {
     assert_eq!(runs["data"].as_array().map(Vec::len), Some(1));
 }
 
-async fn a_merged_message_is_remembered_too(scene: Scene) {
+async fn idempotent_retry_of_merged_message_adds_nothing(scene: Scene) {
     let gateway = scene.gateway().await;
     scene.simulator.hold();
     let mut active = gateway.stream(SCOPE, "first").await;
@@ -159,7 +159,7 @@ async fn a_merged_message_is_remembered_too(scene: Scene) {
     assert_eq!(thirds, 1);
 }
 
-async fn repeated_outputs_are_taken_once(scene: Scene) {
+async fn retried_tool_outputs_are_taken_once(scene: Scene) {
     let gateway = scene.gateway().await;
     let asked = gateway.say(SCOPE, "weather? [[sim: tool=get_weather]]").await;
     let path = format!("{SCOPE}/runs/{}/tool_outputs", asked["run"]["id"].as_str().unwrap());
@@ -180,7 +180,7 @@ async fn repeated_outputs_are_taken_once(scene: Scene) {
     assert_same(&scene, &gateway, SCOPE).await;
 }
 
-async fn a_failure_is_repeated_as_a_failure(scene: Scene) {
+async fn idempotent_retry_of_failed_run_returns_failure(scene: Scene) {
     let gateway = scene.gateway().await;
     let first = say(&gateway, "k1", "oh [[sim: fail]]").await;
     assert_eq!(first.problem(), (502, "upstream-error"));
@@ -216,7 +216,7 @@ async fn story(gateway: &Gateway, asked: &Value) -> Vec<Event> {
     gateway.events(SCOPE, asked["run"]["id"].as_str().unwrap(), None).await.rest().await
 }
 
-async fn a_repeat_is_told_where_its_run_is_now(scene: Scene) {
+async fn idempotent_retry_reports_current_run_state(scene: Scene) {
     let gateway = scene.gateway().await;
     let content = "weather? [[sim: tool=get_place]]";
     let asked = say(&gateway, "k1", content).await.ok();
@@ -261,7 +261,7 @@ async fn a_repeat_is_told_where_its_run_is_now(scene: Scene) {
 }
 
 /// Neither while the run that asked for them goes on.
-async fn calls_that_were_answered_are_no_answer(scene: Scene) {
+async fn idempotent_retry_waits_past_answered_tool_calls(scene: Scene) {
     let gateway = scene.gateway().await;
     let content = "weather? [[sim: tool=get_weather]]";
     let asked = say(&gateway, "k1", content).await.ok();
@@ -288,7 +288,7 @@ async fn calls_that_were_answered_are_no_answer(scene: Scene) {
     assert_eq!(events, story(&gateway, &asked).await);
 }
 
-async fn a_refusal_is_not_remembered(scene: Scene) {
+async fn refused_request_does_not_use_idempotency_key(scene: Scene) {
     let gateway = scene.gateway().await;
     scene.simulator.hold();
     let mut active = gateway.stream(SCOPE, "first").await;
@@ -303,7 +303,7 @@ async fn a_refusal_is_not_remembered(scene: Scene) {
     answer.ok();
 }
 
-async fn a_key_is_forgotten_in_time(scene: Scene) {
+async fn idempotency_key_expires_after_ttl(scene: Scene) {
     let gateway = scene.gateway_with("[runs]\nidempotency_ttl = \"1h\"\n").await;
     let first = say(&gateway, "k1", "hello").await.ok();
     scene.database.age_idempotency_keys(Duration::from_secs(3595)).await;
@@ -314,7 +314,7 @@ async fn a_key_is_forgotten_in_time(scene: Scene) {
     assert_ne!(second.ok()["run"]["id"], first["run"]["id"]);
 }
 
-async fn a_key_has_a_form(scene: Scene) {
+async fn malformed_idempotency_key_is_refused(scene: Scene) {
     let gateway = scene.gateway().await;
     for key in ["", "with blank", &"x".repeat(256)] {
         assert_eq!(say(&gateway, key, "hello").await.problem(), (400, "invalid-request"), "{key:?}");
@@ -326,7 +326,7 @@ async fn a_key_has_a_form(scene: Scene) {
     assert_eq!(scene.simulator.stats().requests, 0);
 }
 
-async fn simultaneous_repeats_of_a_rejecting_message_get_its_run(scene: Scene) {
+async fn concurrent_retries_with_reject_strategy_share_one_run(scene: Scene) {
     let gateway = scene.gateway().await;
     scene.simulator.hold();
     let body = json!({"content": "hello", "multitask_strategy": "reject"});

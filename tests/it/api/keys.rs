@@ -24,7 +24,7 @@ async fn get(gateway: &Gateway, path: &str, keys: &[(&str, &str)]) -> Answer {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn keys_in_headers_name_the_same_conversations() {
+async fn header_keys_name_same_conversations_as_path_keys() {
     let scene = Scene::new(Protocol::Responses, Backend::Sqlite).await;
     let gateway = scene.gateway().await;
     let (user, topic, session) = (("user", ENCODED), ("topic", "a%2C%20b"), ("session", "tab;1"));
@@ -82,7 +82,7 @@ async fn keys_in_headers_name_the_same_conversations() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn keys_that_stand_in_two_places_are_refused_before_anything_is_looked_up() {
+async fn conflicting_or_malformed_keys_are_refused() {
     let scene = Scene::new(Protocol::Responses, Backend::Sqlite).await;
     let gateway = scene.gateway().await;
     gateway.say("/v1/users/alice", "hello").await;
@@ -134,7 +134,7 @@ async fn raw(gateway: &Gateway, method: &str, path: &str) -> (u16, String) {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn steps_in_a_path_are_no_keys() {
+async fn dot_segments_are_refused_as_keys() {
     let scene = Scene::new(Protocol::Responses, Backend::Sqlite).await;
     let gateway = scene.gateway().await;
     gateway.say("/v1/users/alice", "hello").await;
@@ -162,7 +162,7 @@ async fn steps_in_a_path_are_no_keys() {
 
 /// One that is ignored may be what was to keep the request from doing harm.
 #[tokio::test(flavor = "multi_thread")]
-async fn every_route_refuses_a_query_that_it_does_not_know() {
+async fn authenticated_routes_refuse_unknown_query_parameters() {
     let scene = Scene::new(Protocol::Responses, Backend::Sqlite).await;
     let gateway = scene.gateway().await;
     gateway.say("/v1/users/alice", "hello").await;

@@ -63,31 +63,31 @@ macro_rules! kills {
 
 kills! {
     responses_postgres Responses Postgres [
-        a_conversation_is_deleted DeleteConversation,
-        a_thread_is_archived DeleteToArchive,
-        a_user_is_deleted DeleteUser,
-        a_thread_rolls_over RollOver,
-        a_thread_rolls_over_later RollOverLater,
-        a_full_thread_rolls_over RollOverByMessage,
+        killed_conversation_deletion_is_finished DeleteConversation,
+        killed_archiving_deletion_is_finished DeleteToArchive,
+        killed_user_deletion_is_finished DeleteUser,
+        killed_rollover_loses_no_message RollOver,
+        killed_deferred_rollover_loses_no_message RollOverLater,
+        killed_automatic_rollover_loses_no_message RollOverByMessage,
     ]
     assistants_postgres Assistants Postgres [
-        a_conversation_is_deleted DeleteConversation,
-        a_thread_is_archived DeleteToArchive,
-        a_thread_rolls_over_later RollOverLater,
-        a_full_thread_rolls_over RollOverByMessage,
+        killed_conversation_deletion_is_finished DeleteConversation,
+        killed_archiving_deletion_is_finished DeleteToArchive,
+        killed_deferred_rollover_loses_no_message RollOverLater,
+        killed_automatic_rollover_loses_no_message RollOverByMessage,
     ]
     responses_sqlite Responses Sqlite [
-        a_conversation_is_deleted DeleteConversation,
-        a_thread_is_archived DeleteToArchive,
-        a_full_thread_rolls_over RollOverByMessage,
+        killed_conversation_deletion_is_finished DeleteConversation,
+        killed_archiving_deletion_is_finished DeleteToArchive,
+        killed_automatic_rollover_loses_no_message RollOverByMessage,
     ]
     assistants_sqlite Assistants Sqlite [
-        a_conversation_is_deleted DeleteConversation,
-        a_full_thread_rolls_over RollOverByMessage,
+        killed_conversation_deletion_is_finished DeleteConversation,
+        killed_automatic_rollover_loses_no_message RollOverByMessage,
     ]
     chain_postgres Chain Postgres [
-        a_conversation_is_deleted DeleteConversation,
-        a_full_thread_rolls_over RollOverByMessage,
+        killed_conversation_deletion_is_finished DeleteConversation,
+        killed_automatic_rollover_loses_no_message RollOverByMessage,
     ]
 }
 

@@ -17,7 +17,7 @@ use crate::support::scene::{Backend, Protocol, Scene};
 const LIMITS: &str = "[limits]\nuser_requests = \"1/s burst 3\"\ntenant_requests = \"1000/s\"\n";
 
 #[tokio::test(flavor = "multi_thread")]
-async fn who_asks_too_often_is_told_when_to_come_back() {
+async fn request_rate_limit_answers_with_retry_after() {
     let scene = Scene::new(Protocol::Responses, Backend::Sqlite).await;
     let gateway = scene.gateway_with(LIMITS).await;
     let (path, begun) = ("/v1/users/alice/threads", Instant::now());
@@ -58,7 +58,7 @@ async fn say(gateway: &Gateway, user: &str, content: &str, key: Option<&str>) ->
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn messages_have_a_limit_of_their_own() {
+async fn message_rate_limit_is_separate_from_requests() {
     let scene = Scene::new(Protocol::Responses, Backend::Sqlite).await;
     let gateway = scene.gateway_with("[limits]\nuser_messages = \"3/h\"\nuser_requests = \"1000/s\"\n").await;
     let asked = say(&gateway, "alice", "weather? [[sim: tool=get_weather]]", Some("1")).await;
@@ -108,7 +108,7 @@ async fn messages_have_a_limit_of_their_own() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn who_reads_too_often_may_still_speak() {
+async fn exhausted_request_limit_still_allows_messages() {
     let scene = Scene::new(Protocol::Responses, Backend::Sqlite).await;
     let limits = "[limits]\nuser_messages = \"1/d burst 2\"\nuser_requests = \"2/d\"\n";
     let gateway = scene.gateway_with(limits).await;
@@ -130,7 +130,7 @@ async fn who_reads_too_often_may_still_speak() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn only_so_many_runs_are_taken() {
+async fn concurrent_runs_are_limited_globally_and_per_tenant() {
     let scene = Scene::new(Protocol::Responses, Backend::Sqlite).await;
     let keys = "[auth.keys.one]\nkey = \"the-key-of-the-first-tenant\"\nscope = \"chat\"\n\
                 [auth.keys.two]\nkey = \"the-key-of-the-second-tenant\"\ntenant = \"two\"\nscope = \"chat\"\n";
@@ -162,7 +162,7 @@ async fn only_so_many_runs_are_taken() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn only_so_many_read_along() {
+async fn concurrent_event_readers_are_limited() {
     let scene = Scene::new(Protocol::Responses, Backend::Sqlite).await;
     let gateway = scene.gateway_with("[server]\nmax_readers = 3\n").await;
     scene.simulator.hold();
@@ -190,7 +190,7 @@ async fn only_so_many_read_along() {
 
 /// Many more callers than there are connections, each of whom waits for the answer.
 #[tokio::test(flavor = "multi_thread")]
-async fn ordinary_load_is_served() {
+async fn callers_outnumbering_connections_are_all_served() {
     let scene = Scene::new(Protocol::Responses, Backend::Postgres).await;
     let gateway = scene.gateway().await;
     let gateway = &gateway;
@@ -204,7 +204,7 @@ async fn ordinary_load_is_served() {
 
 /// The database takes nothing. What was sent is not refused, and what waits behind it is, when it has waited for long enough.
 #[tokio::test(flavor = "multi_thread")]
-async fn messages_that_wait_for_too_long_to_be_sent_are_refused() {
+async fn messages_waiting_too_long_for_database_are_refused() {
     let scene = Scene::new(Protocol::Responses, Backend::Postgres).await;
     let gateway = Gateway::start_with(&scene.config(""), &[("THREADKEEPER_STORE__MAX_WAIT", "200ms")]).await;
     let say = |n: usize| {
@@ -238,7 +238,7 @@ async fn messages_that_wait_for_too_long_to_be_sent_are_refused() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_requests_may_hold_can_be_set() {
+async fn request_size_limits_are_configurable() {
     let scene = Scene::new(Protocol::Responses, Backend::Sqlite).await;
     let settings =
         "[server]\nmax_key_bytes = 8\nmax_content_parts = 2\nmax_metadata_pairs = 1\nmax_page = 5\n";

@@ -5,7 +5,7 @@ use serde_json::{Value, json};
 use crate::support::scene::{Backend, Protocol, Scene};
 
 #[tokio::test(flavor = "multi_thread")]
-async fn logs_are_json_with_the_ids_of_requests_and_runs() {
+async fn log_lines_are_json_with_request_and_run_ids() {
     let scene = Scene::new(Protocol::Assistants, Backend::Postgres).await;
     let gateway = scene.gateway_with("[log]\nfilter = \"threadkeeper=trace,info\"\n").await;
     let request = gateway.request(reqwest::Method::POST, "/v1/users/alice/sessions/s/messages");
@@ -34,7 +34,7 @@ async fn logs_are_json_with_the_ids_of_requests_and_runs() {
 
 /// Each line names the upstream, and what an operator has to look at.
 #[tokio::test(flavor = "multi_thread")]
-async fn why_an_upstream_fails_is_logged_with_its_name() {
+async fn upstream_failure_is_logged_once_with_upstream_name() {
     let scene = Scene::new(Protocol::Responses, Backend::Sqlite).await;
     let simulator = scene.upstream_url.strip_prefix("http://").unwrap();
     let nobody = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();

@@ -16,17 +16,17 @@ mod gone {
     use super::*;
 
     #[tokio::test(flavor = "multi_thread")]
-    async fn long_thread_of_assistants_is_made_anew_with_its_newest_messages() {
+    async fn long_assistants_thread_rebuilt_from_newest_messages() {
         long_thread_is_made_anew(Protocol::Assistants, Backend::Postgres, "thread_gone").await;
     }
 
     #[tokio::test(flavor = "multi_thread")]
-    async fn long_conversation_is_made_anew_with_its_newest_messages() {
+    async fn long_conversation_rebuilt_from_newest_messages() {
         long_thread_is_made_anew(Protocol::Responses, Backend::Sqlite, "conv_gone").await;
     }
 
     #[tokio::test(flavor = "multi_thread")]
-    async fn long_chain_is_made_anew_with_its_newest_messages() {
+    async fn long_chain_rebuilt_from_newest_messages() {
         long_thread_is_made_anew(Protocol::Chain, Backend::Postgres, "resp_gone").await;
     }
 }
@@ -42,7 +42,7 @@ const TOLD_BYTES: usize = 16 * 1024 * 1024;
 const MAX_GROWTH_KIB: u64 = 144 * 1024;
 
 #[tokio::test(flavor = "multi_thread")]
-async fn long_thread_without_an_upstream_thread_begins_with_its_newest_messages() {
+async fn long_thread_without_upstream_thread_starts_with_newest_messages() {
     let scene = Scene::new(Protocol::Assistants, Backend::Sqlite).await;
     let thread = ImportedThread { upstream: "simulated".to_owned(), ..imported(&user("alice")) };
     goes_on_with_its_newest_messages(scene, &thread).await;

@@ -75,24 +75,24 @@ async fn a_merge_is_taken_once(transcript: &str, moment: Moment) {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_merge_that_was_done_is_found() {
+async fn merge_with_lost_answer_is_not_repeated() {
     a_merge_is_taken_once("on", Moment::After).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_merge_that_was_not_done_is_done() {
+async fn merge_with_lost_request_is_retried() {
     a_merge_is_taken_once("on", Moment::Before).await;
 }
 
 /// What is said is known to this process alone, and goes along all the same.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_merge_that_was_done_says_what_is_not_stored() {
+async fn merge_with_lost_answer_keeps_unstored_content() {
     a_merge_is_taken_once("off", Moment::After).await;
 }
 
 /// The sender of a message hears of the run that it joined even if that has ended by then.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_merge_with_a_key_is_known_by_it() {
+async fn merge_with_lost_answer_found_by_idempotency_key() {
     let world = World::new("on").await;
     let gateway = &world.gateway;
     world.scene.simulator.hold();
@@ -121,7 +121,7 @@ async fn a_merge_with_a_key_is_known_by_it() {
 
 /// The database stays away for longer than the sender waits.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_merge_of_which_nobody_knows_is_told_as_such() {
+async fn merge_with_unknown_outcome_is_reported_as_such() {
     let world = World::new("off").await;
     let gateway = &world.gateway;
     world.scene.simulator.hold();
@@ -157,18 +157,18 @@ async fn outputs_reach_their_run(moment: Moment) {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn outputs_that_were_taken_reach_their_run() {
+async fn tool_outputs_with_lost_answer_reach_run() {
     outputs_reach_their_run(Moment::After).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn outputs_that_were_not_taken_are_taken() {
+async fn tool_outputs_with_lost_request_are_retried() {
     outputs_reach_their_run(Moment::Before).await;
 }
 
 /// Their sender does not wait so long, they do.
 #[tokio::test(flavor = "multi_thread")]
-async fn outputs_outlast_an_outage() {
+async fn tool_outputs_survive_database_outage() {
     let world = World::new("off").await;
     let gateway = &world.gateway;
     let asked = gateway.say(SCOPE, "weather? [[sim: tool=get_weather]]").await;
@@ -185,7 +185,7 @@ async fn outputs_outlast_an_outage() {
 
 /// A message joins a waiting run whose own sender is about to hear that it was not taken.
 #[tokio::test(flavor = "multi_thread")]
-async fn message_stays_in_a_run_whose_own_message_was_refused() {
+async fn merged_message_survives_refusal_of_first_message() {
     let world = World::new("on").await;
     let gateway = &world.gateway;
     // Its way to the database is not tapped.

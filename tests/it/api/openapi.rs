@@ -11,7 +11,7 @@ use crate::support::contract;
 use crate::support::scene::{Backend, Protocol, Scene};
 
 #[tokio::test(flavor = "multi_thread")]
-async fn it_is_open_to_anybody() {
+async fn openapi_document_needs_no_authentication() {
     let scene = Scene::new(Protocol::Responses, Backend::Sqlite).await;
     let gateway =
         scene.gateway_with("[auth.keys.one]\nkey = \"the-key-of-the-only-tenant\"\nscope = \"read\"\n").await;
@@ -21,7 +21,7 @@ async fn it_is_open_to_anybody() {
 }
 
 #[test]
-fn it_describes_every_route_and_nothing_else() {
+fn openapi_document_describes_exactly_served_routes() {
     let there: BTreeSet<_> =
         routes().iter().map(|route| (route.path.clone(), route.method.as_str().to_lowercase())).collect();
     let described: BTreeSet<_> =
@@ -30,7 +30,7 @@ fn it_describes_every_route_and_nothing_else() {
 }
 
 #[test]
-fn every_reference_leads_somewhere() {
+fn every_reference_resolves() {
     let document = openapi();
     let mut found = 0;
     walk(&document, &mut |value| {
@@ -45,7 +45,7 @@ fn every_reference_leads_somewhere() {
 
 /// As JSON Schema 2020-12, which OpenAPI 3.1 uses.
 #[test]
-fn every_schema_is_one() {
+fn every_schema_is_valid_json_schema() {
     let document = openapi();
     let mut schemas: Vec<Value> =
         document["components"]["schemas"].as_object().unwrap().values().cloned().collect();
@@ -64,7 +64,7 @@ fn every_schema_is_one() {
 }
 
 #[test]
-fn operations_are_whole() {
+fn operations_are_complete_and_consistent() {
     let document = openapi();
     assert_eq!(document["openapi"], "3.1.0");
     assert_eq!(document["info"]["version"], env!("CARGO_PKG_VERSION"));
@@ -104,7 +104,7 @@ fn operations_are_whole() {
 
 /// All other tests rely on that.
 #[test]
-fn an_answer_that_it_does_not_tell_of_is_noticed() {
+fn undocumented_answers_are_detected() {
     let only = |lines: &[(&'static str, &str)]| {
         lines
             .iter()

@@ -9,12 +9,12 @@ use crate::support::gateway::Gateway;
 use crate::support::scene::{Backend, Protocol, Scene, on_each_protocol, on_each_store};
 
 on_each_protocol!(
-    what_is_past_its_time_is_pruned,
-    one_look_prunes_all_that_is_past_its_time,
-    an_upstream_thread_of_which_nobody_heard_is_told_of,
-    a_lost_race_leaves_no_thread_upstream,
+    runs_and_events_past_retention_are_pruned,
+    single_cleanup_prunes_all_events_past_retention,
+    orphaned_upstream_thread_is_reported_or_deleted,
+    crash_during_thread_creation_leaves_no_orphan,
 );
-on_each_store!(threads_are_listed_by_what_they_are);
+on_each_store!(thread_list_filters_by_state_and_attributes);
 
 const BY_HAND: &str = "[janitor]\nevery = \"1h\"\ncalls_per_second = 10000\n";
 
@@ -27,7 +27,7 @@ async fn listed(gateway: &Gateway, query: &str) -> Vec<String> {
     list["data"].as_array().unwrap().iter().map(|it| it["key"]["user"].as_str().unwrap().to_owned()).collect()
 }
 
-async fn threads_are_listed_by_what_they_are(scene: Scene) {
+async fn thread_list_filters_by_state_and_attributes(scene: Scene) {
     let gateway = scene.gateway_with(BY_HAND).await;
     for user in ["a", "b", "c", "d"] {
         gateway.say(&format!("/v1/users/{user}"), "hello").await;
@@ -67,7 +67,7 @@ async fn threads_are_listed_by_what_they_are(scene: Scene) {
     stream.rest().await;
 }
 
-async fn what_is_past_its_time_is_pruned(scene: Scene) {
+async fn runs_and_events_past_retention_are_pruned(scene: Scene) {
     let settings = format!("{BY_HAND}[retention]\nruns = \"10h\"\nevents = \"1h\"\n");
     let gateway = scene.gateway_with(&settings).await;
     let scope = "/v1/users/alice";
@@ -99,7 +99,7 @@ async fn what_is_past_its_time_is_pruned(scene: Scene) {
 }
 
 /// As many rows of a log as many streams leave in a while.
-async fn one_look_prunes_all_that_is_past_its_time(scene: Scene) {
+async fn single_cleanup_prunes_all_events_past_retention(scene: Scene) {
     const ROWS: i64 = 120_000;
     if scene.protocol != Protocol::Responses {
         return;
@@ -137,7 +137,7 @@ async fn lose_an_answer(scene: &Scene, gateway: &Gateway) {
     scene.database.execute("UPDATE upstream_orphans SET due_at = (SELECT t.created_at FROM threads t WHERE t.id = thread_id)").await;
 }
 
-async fn an_upstream_thread_of_which_nobody_heard_is_told_of(scene: Scene) {
+async fn orphaned_upstream_thread_is_reported_or_deleted(scene: Scene) {
     if scene.protocol == Protocol::Chain {
         return;
     }
@@ -160,7 +160,7 @@ async fn an_upstream_thread_of_which_nobody_heard_is_told_of(scene: Scene) {
     assert_eq!(scene.database.number("SELECT count(*) FROM upstream_orphans").await, 0);
 }
 
-async fn a_lost_race_leaves_no_thread_upstream(scene: Scene) {
+async fn crash_during_thread_creation_leaves_no_orphan(scene: Scene) {
     if scene.protocol == Protocol::Chain || scene.backend == Backend::Sqlite {
         return;
     }
@@ -184,7 +184,7 @@ async fn a_lost_race_leaves_no_thread_upstream(scene: Scene) {
 
 /// What one database takes and another does not, and what no database takes.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_filter_that_no_database_knows_is_refused() {
+async fn filter_values_unsupported_by_databases_are_refused() {
     for backend in [Backend::Sqlite, Backend::Postgres] {
         let scene = Scene::new(Protocol::Responses, backend).await;
         let gateway = scene.gateway_with(BY_HAND).await;

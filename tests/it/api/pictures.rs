@@ -16,17 +16,17 @@ const PICTURE_BYTES: usize = 8 * 1024 * 1024;
 
 /// Each protocol and each store, but not all of both: that would take minutes.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_picture_in_a_thread_of_assistants() {
+async fn picture_in_assistants_thread_survives_rebuild_import_rollover() {
     goes_wherever_its_thread_goes(Protocol::Assistants, Backend::Postgres, Backend::Sqlite).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_picture_in_a_conversation() {
+async fn picture_in_conversation_survives_rebuild_import_rollover() {
     goes_wherever_its_thread_goes(Protocol::Responses, Backend::Sqlite, Backend::Postgres).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_picture_in_a_chain() {
+async fn picture_in_chain_survives_rebuild_import_rollover() {
     goes_wherever_its_thread_goes(Protocol::Chain, Backend::Postgres, Backend::Sqlite).await;
 }
 

@@ -20,8 +20,8 @@ use crate::support::scene::{Backend, Protocol, Scene, on_shared_scene};
 
 on_shared_scene!(
     turns_of_many_users_are_answered,
-    messages_to_a_busy_thread_do_what_they_choose,
-    two_gateways_serve_a_conversation_in_order,
+    busy_thread_honors_multitask_strategies,
+    two_gateways_serve_conversation_in_order,
 );
 
 const SCOPE: &str = "/v1/users/alice";
@@ -94,7 +94,7 @@ async fn turns_of_many_users_are_answered(scene: Scene) {
 /// These statements are planned each time, so they have no name, and no pooler brings them along to another
 /// connection.
 #[tokio::test(flavor = "multi_thread")]
-async fn lists_of_threads_are_complete() {
+async fn thread_lists_are_complete() {
     let scene = Scene::new(Protocol::Responses, Backend::Postgres).await;
     let pooler = Pooler::on(&scene.database.url()).await;
     let gateway = gateway(&scene, &pooler).await;
@@ -112,7 +112,7 @@ async fn lists_of_threads_are_complete() {
     assert_sound(&scene).await;
 }
 
-async fn messages_to_a_busy_thread_do_what_they_choose(scene: Scene) {
+async fn busy_thread_honors_multitask_strategies(scene: Scene) {
     let pooler = Pooler::on(&scene.database.url()).await;
     let gateway = gateway(&scene, &pooler).await;
     gateway.say(SCOPE, "hello").await;
@@ -141,7 +141,7 @@ async fn messages_to_a_busy_thread_do_what_they_choose(scene: Scene) {
     assert_sound(&scene).await;
 }
 
-async fn two_gateways_serve_a_conversation_in_order(scene: Scene) {
+async fn two_gateways_serve_conversation_in_order(scene: Scene) {
     const TURNS: usize = 12;
     let pooler = Pooler::on(&scene.database.url()).await;
     let gateways = [gateway(&scene, &pooler).await, gateway(&scene, &pooler).await];
@@ -185,7 +185,7 @@ async fn backend(connection: &mut PgConnection) -> i32 {
 
 /// A gateway that gets on with this pooler gets on with one that lends by the transaction.
 #[tokio::test]
-async fn pooler_keeps_nothing_of_a_session_but_named_statements() {
+async fn pooler_keeps_only_named_statements_across_transactions() {
     let database = TestDatabase::postgres().await;
     let pooler = Pooler::on(&database.url()).await;
     let mut one = client(&pooler).await;
@@ -236,7 +236,7 @@ async fn pooler_keeps_nothing_of_a_session_but_named_statements() {
 }
 
 #[tokio::test]
-async fn pooler_alone_is_refused_with_a_way_to_mend_it() {
+async fn pooler_without_direct_url_is_refused_with_hint() {
     let database = TestDatabase::postgres().await;
     let pooler = Pooler::on(&database.url()).await;
     let config = StoreConfig { url: Some(pooler.url.clone().into()), ..database.config() };

@@ -34,16 +34,16 @@ macro_rules! on_both {
 }
 
 on_both!(
-    what_was_taken_out_comes_back_as_it_was,
-    a_table_of_users_is_enough,
-    bad_lines_are_named_and_the_rest_is_taken,
-    a_file_that_is_not_whole_is_noticed,
-    long_lists_are_written_whole,
-    each_thread_is_followed_by_what_is_its_own,
-    messages_may_name_threads_that_do_not_stand_before_them,
-    refused_lines_of_a_long_file_are_told_by_number,
-    a_user_gets_what_is_theirs,
-    export_of_before_0_2_is_imported,
+    export_round_trips_through_import,
+    minimal_import_lines_are_accepted_and_idempotent,
+    bad_import_lines_are_reported_and_rest_imported,
+    truncated_import_file_is_detected,
+    paged_export_is_complete_despite_concurrent_deletion,
+    export_groups_runs_and_messages_by_thread,
+    imported_messages_may_name_any_known_thread,
+    refused_import_lines_are_reported_by_number,
+    user_export_contains_only_own_threads,
+    export_from_before_0_2_is_imported,
 );
 
 /// A database, and the configuration that leads to it.
@@ -143,7 +143,7 @@ const RICH: &str = r#"{"type":"thread","id":"thr_0190163d8694739aea0d1e59d2a9a00
 {"type":"end","threads":2,"runs":0,"messages":3}
 "#;
 
-async fn what_was_taken_out_comes_back_as_it_was(databases: impl AsyncFn() -> TestDatabase) {
+async fn export_round_trips_through_import(databases: impl AsyncFn() -> TestDatabase) {
     let (one, two) = (Place::new(databases().await), Place::new(databases().await));
     assert_eq!(
         one.import(RICH),
@@ -195,7 +195,7 @@ async fn what_was_taken_out_comes_back_as_it_was(databases: impl AsyncFn() -> Te
     assert_eq!(two.database.number(due).await, 1);
 }
 
-async fn a_table_of_users_is_enough(databases: impl AsyncFn() -> TestDatabase) {
+async fn minimal_import_lines_are_accepted_and_idempotent(databases: impl AsyncFn() -> TestDatabase) {
     let place = Place::new(databases().await);
     let thread = |user: &str, upstream: &str| json!({"type": "thread", "key": {"user": user}, "upstream_thread_id": upstream});
     let said = |role: &str, text: &str| json!({"type": "message", "role": role, "content": text});
@@ -239,7 +239,7 @@ async fn a_table_of_users_is_enough(databases: impl AsyncFn() -> TestDatabase) {
     assert_eq!(place.database.number(due).await, 3, "they expire as configured");
 }
 
-async fn bad_lines_are_named_and_the_rest_is_taken(databases: impl AsyncFn() -> TestDatabase) {
+async fn bad_import_lines_are_reported_and_rest_imported(databases: impl AsyncFn() -> TestDatabase) {
     let place = Place::new(databases().await);
     place.import("{\"type\":\"thread\",\"key\":{\"user\":\"alice\"},\"upstream_thread_id\":\"thread_a\"}\n");
     let id = "thr_01922c9c1e7a7d1c8a55d7d2a9a00200";
@@ -327,7 +327,7 @@ async fn bad_lines_are_named_and_the_rest_is_taken(databases: impl AsyncFn() -> 
     );
 }
 
-async fn a_file_that_is_not_whole_is_noticed(databases: impl AsyncFn() -> TestDatabase) {
+async fn truncated_import_file_is_detected(databases: impl AsyncFn() -> TestDatabase) {
     let place = Place::new(databases().await);
     let whole = RICH.trim_end();
     let cut = &whole[..whole.rfind('\n').unwrap()];
@@ -340,7 +340,7 @@ async fn a_file_that_is_not_whole_is_noticed(databases: impl AsyncFn() -> TestDa
     assert!(place.import(RICH).contains("0 threads and 0 messages added"));
 }
 
-async fn long_lists_are_written_whole(databases: impl AsyncFn() -> TestDatabase) {
+async fn paged_export_is_complete_despite_concurrent_deletion(databases: impl AsyncFn() -> TestDatabase) {
     let place = Place::new(databases().await);
     let mut table: Vec<Value> =
         (0..120).map(|n| json!({"type": "thread", "key": {"user": format!("u{n}")}})).collect();
@@ -371,7 +371,7 @@ async fn long_lists_are_written_whole(databases: impl AsyncFn() -> TestDatabase)
     assert!(got.last().unwrap().contains("\"threads\":120"), "{:?}", got.last());
 }
 
-async fn each_thread_is_followed_by_what_is_its_own(databases: impl AsyncFn() -> TestDatabase) {
+async fn export_groups_runs_and_messages_by_thread(databases: impl AsyncFn() -> TestDatabase) {
     let place = Place::new(databases().await);
     for user in ["alice", "bob", "alice"] {
         place.exchange(user).await;
@@ -410,7 +410,7 @@ async fn each_thread_is_followed_by_what_is_its_own(databases: impl AsyncFn() ->
     assert_eq!(all.last().unwrap(), &json!({"type": "end", "threads": 5, "runs": 7, "messages": 1214}));
 }
 
-async fn messages_may_name_threads_that_do_not_stand_before_them(databases: impl AsyncFn() -> TestDatabase) {
+async fn imported_messages_may_name_any_known_thread(databases: impl AsyncFn() -> TestDatabase) {
     let place = Place::new(databases().await);
     place.import(&lines(&[json!({"type": "thread", "key": {"user": "carol"}})]));
     let carol = parsed(&place.export())[0]["id"].clone();
@@ -470,7 +470,7 @@ async fn messages_may_name_threads_that_do_not_stand_before_them(databases: impl
     assert_eq!(texts(&carol), ["four", "six", "seven"]);
 }
 
-async fn refused_lines_of_a_long_file_are_told_by_number(databases: impl AsyncFn() -> TestDatabase) {
+async fn refused_import_lines_are_reported_by_number(databases: impl AsyncFn() -> TestDatabase) {
     let place = Place::new(databases().await);
     let line = |n: u32| match n {
         n if n % 700 == 0 => json!({"type": "message", "role": "system", "content": "x"}),
@@ -493,7 +493,7 @@ async fn refused_lines_of_a_long_file_are_told_by_number(databases: impl AsyncFn
     assert!(told.contains(&summary), "{summary}\n{told}");
 }
 
-async fn a_user_gets_what_is_theirs(databases: impl AsyncFn() -> TestDatabase) {
+async fn user_export_contains_only_own_threads(databases: impl AsyncFn() -> TestDatabase) {
     let place = Place::new(databases().await);
     place.import(RICH);
     place.exchange("bob").await;
@@ -514,7 +514,7 @@ async fn a_user_gets_what_is_theirs(databases: impl AsyncFn() -> TestDatabase) {
 }
 
 /// docs/upgrading.md: what a version before 0.2 has exported from its database.
-async fn export_of_before_0_2_is_imported(databases: impl AsyncFn() -> TestDatabase) {
+async fn export_from_before_0_2_is_imported(databases: impl AsyncFn() -> TestDatabase) {
     let place = Place::new(databases().await);
     let old = include_str!("../../fixtures/export/before-0.2.ndjson").replace("\"simulator\"", "\"main\"");
     for _ in 0..2 {
@@ -532,7 +532,7 @@ async fn export_of_before_0_2_is_imported(databases: impl AsyncFn() -> TestDatab
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_was_taken_out_of_one_kind_of_store_comes_back_in_the_other() {
+async fn sqlite_export_round_trips_through_postgres() {
     let (one, two) = (Place::new(TestDatabase::sqlite().await), Place::new(TestDatabase::postgres().await));
     one.import(RICH);
     let taken = one.export();
@@ -541,7 +541,7 @@ async fn what_was_taken_out_of_one_kind_of_store_comes_back_in_the_other() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_commands_say_why_they_cannot() {
+async fn failing_export_and_import_report_reason() {
     let place = Place::new(TestDatabase::sqlite().await);
     let file = place.folder.path().join("out.ndjson");
     std::fs::write(&file, "precious").unwrap();

@@ -10,7 +10,7 @@ use crate::support::gateway::Gateway;
 use crate::support::needles::{Needles, planted};
 use crate::support::scene::{Backend, Protocol, Scene, on_each_protocol};
 
-on_each_protocol!(no_name_reaches_the_upstream_or_the_log_unless_it_is_to);
+on_each_protocol!(names_are_never_logged_and_sent_only_when_configured);
 
 const SETTINGS: &str = r#"
 [log]
@@ -103,7 +103,7 @@ async fn start(scene: &Scene, upstream: &str) -> Gateway {
     Gateway::start(&format!("{}client_tools = true\n", scene.config_with(SETTINGS, upstream))).await
 }
 
-async fn no_name_reaches_the_upstream_or_the_log_unless_it_is_to(scene: Scene) {
+async fn names_are_never_logged_and_sent_only_when_configured(scene: Scene) {
     let names = Names::new();
     let mut gateway = start(&scene, UPSTREAM).await;
     let mut requests = Vec::new();
@@ -164,7 +164,7 @@ fn told(scene: &Scene, kind: &str) -> Vec<(String, String)> {
 
 /// The replicas of a database, and those that come after them, have the same fingerprints; those of another have others.
 #[tokio::test(flavor = "multi_thread")]
-async fn fingerprints_are_those_of_the_database() {
+async fn fingerprints_are_stable_per_database() {
     let mut seen = Vec::new();
     for protocol in [Protocol::Assistants, Protocol::Chain] {
         let scene = Scene::new(protocol, Backend::Postgres).await;

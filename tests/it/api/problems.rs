@@ -132,7 +132,7 @@ async fn wrong_paths_and_types_are_refused_with_a_typed_problem() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_body_that_does_not_arrive_is_given_up() {
+async fn body_not_arriving_times_out() {
     let scene = Scene::new(Protocol::Responses, Backend::Sqlite).await;
     let gateway = scene.gateway_with("[server]\nbody_read_timeout = \"100ms\"\n").await;
     let never = futures_util::stream::pending::<Result<bytes::Bytes, std::io::Error>>();
@@ -143,7 +143,7 @@ async fn a_body_that_does_not_arrive_is_given_up() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_request_keeps_its_id_if_it_is_a_usable_one() {
+async fn request_id_is_kept_when_valid() {
     let scene = Scene::new(Protocol::Responses, Backend::Sqlite).await;
     let gateway = scene.gateway().await;
     let with = async |id: &str| {

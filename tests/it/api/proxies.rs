@@ -21,7 +21,7 @@ async fn places(gateway: &Gateway, headers: &[(&str, &str)]) -> (String, String)
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn links_begin_with_the_prefix_that_a_proxy_takes_away() {
+async fn links_include_prefix_stripped_by_proxy() {
     let scene = Scene::new(Protocol::Responses, Backend::Sqlite).await;
     let url = "public_url = \"https://chat.example.com/chat-api/\"\n";
     let prefix = [("x-forwarded-prefix", "/other"), ("x-forwarded-host", "evil.example")];
@@ -46,7 +46,7 @@ async fn links_begin_with_the_prefix_that_a_proxy_takes_away() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_stream_that_is_to_be_read_on_elsewhere_names_the_prefix() {
+async fn reconnect_event_link_includes_proxy_prefix() {
     let scene = Scene::new(Protocol::Assistants, Backend::Postgres).await;
     let settings = "[server]\nshutdown_grace = \"0s\"\npublic_url = \"https://chat.example.com/chat-api\"\n";
     let (gateway, _other) = tokio::join!(scene.gateway_with(settings), scene.gateway_with(settings));
@@ -72,7 +72,7 @@ async fn line(gateway: &Gateway, id: &str, forwarded_for: &[&str]) -> String {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_log_tells_whose_request_it_was() {
+async fn log_names_client_behind_trusted_proxy() {
     let scene = Scene::new(Protocol::Responses, Backend::Sqlite).await;
     let gateway = scene.gateway().await;
     let untrusted = line(&gateway, "untrusted", &["203.0.113.9"]).await;

@@ -11,12 +11,12 @@ use crate::support::history::{all, messages};
 use crate::support::scene::{Backend, Protocol, Scene, on_each_protocol, on_each_store};
 
 on_each_protocol!(
-    two_hundred_messages_to_one_key_run_one_by_one_in_order_of_admission,
-    two_hundred_messages_to_two_hundred_keys_run_side_by_side,
+    concurrent_messages_to_one_thread_run_serially_in_order,
+    messages_to_different_threads_run_concurrently,
 );
-on_each_store!(a_busy_thread_rejects_when_asked_to, a_full_queue_refuses);
+on_each_store!(busy_thread_refuses_message_with_reject_strategy, full_queue_refuses_message);
 
-async fn two_hundred_messages_to_one_key_run_one_by_one_in_order_of_admission(scene: Scene) {
+async fn concurrent_messages_to_one_thread_run_serially_in_order(scene: Scene) {
     // Each is recorded after the one before it: a busy machine takes its time.
     let gateway =
         Gateway::start_with(&scene.config(""), &[("THREADKEEPER_STORE__ACQUIRE_TIMEOUT", "30s")]).await;
@@ -48,7 +48,7 @@ async fn two_hundred_messages_to_one_key_run_one_by_one_in_order_of_admission(sc
     }
 }
 
-async fn a_busy_thread_rejects_when_asked_to(scene: Scene) {
+async fn busy_thread_refuses_message_with_reject_strategy(scene: Scene) {
     let gateway = scene.gateway().await;
     let reject = json!({"content": "me too", "multitask_strategy": "reject"});
     scene.simulator.hold();
@@ -72,7 +72,7 @@ async fn a_busy_thread_rejects_when_asked_to(scene: Scene) {
     gateway.post("/v1/users/alice/messages", &reject).await.ok();
 }
 
-async fn a_full_queue_refuses(scene: Scene) {
+async fn full_queue_refuses_message(scene: Scene) {
     let gateway = scene.gateway_with("[runs]\nmax_queue = 2\n").await;
     scene.simulator.hold();
     let mut first = gateway.stream("/v1/users/alice", "0").await;
@@ -97,7 +97,7 @@ async fn a_full_queue_refuses(scene: Scene) {
     }
 }
 
-async fn two_hundred_messages_to_two_hundred_keys_run_side_by_side(scene: Scene) {
+async fn messages_to_different_threads_run_concurrently(scene: Scene) {
     let gateway = scene.gateway().await;
     scene.simulator.hold();
     let said = (0..200).map(|n| gateway.say(&format!("/v1/users/user-{n}"), "hi")).collect::<Vec<_>>();

@@ -20,7 +20,7 @@ use crate::support::gateway::{Answer, EventReader, Gateway, PATIENCE};
 use crate::support::history::assert_same;
 use crate::support::scene::{Scene, on_each_protocol_by_chance};
 
-on_each_protocol_by_chance!(whatever_happens_the_promises_hold);
+on_each_protocol_by_chance!(random_operations_keep_all_guarantees);
 
 const OPERATIONS: usize = 1700;
 const WORKERS: usize = 16;
@@ -63,7 +63,7 @@ fn scope(user: usize) -> String {
     format!("/v1/users/user-{user}")
 }
 
-async fn whatever_happens_the_promises_hold(scene: Scene) {
+async fn random_operations_keep_all_guarantees(scene: Scene) {
     let seed = seed();
     let mut gateway = scene.gateway_both(SETTINGS, UPSTREAM).await;
     // A warm-up, so that what is opened once is open.

@@ -11,18 +11,18 @@ use crate::support::history::{assert_same, messages, upstream};
 use crate::support::scene::{Protocol, Scene, on_each_protocol};
 
 on_each_protocol!(
-    a_request_whose_answer_is_lost_is_looked_up_before_it_is_sent_again,
-    an_answer_that_is_no_acceptance_is_safe_to_repeat,
-    a_stream_that_breaks_is_followed_to_the_end_where_that_can_be,
-    outputs_whose_answer_is_lost_are_not_lost,
-    a_dead_upstream_fails_fast_and_is_found_again,
-    a_foreign_run_is_handled_by_the_callers_strategy,
-    a_stream_that_was_taken_up_again_can_be_cancelled,
-    a_cancel_that_is_never_honoured_is_not_waited_for,
-    a_cancel_that_loses_the_race_is_no_error,
-    a_message_that_never_reached_the_model_is_never_sent_later,
-    what_a_run_left_is_looked_at_when_the_upstream_is_back,
-    a_conversation_that_others_broke_is_mended,
+    request_with_lost_answer_is_looked_up_before_retry,
+    refused_request_is_retried_without_duplicates,
+    broken_stream_is_followed_to_end_when_possible,
+    tool_outputs_with_lost_answer_recovered_when_possible,
+    dead_upstream_fails_fast_and_recovers,
+    foreign_run_is_handled_by_caller_strategy,
+    resumed_stream_can_be_cancelled,
+    cancel_ignored_upstream_is_not_waited_for,
+    cancel_losing_race_returns_completed_run,
+    message_refused_or_cancelled_is_never_sent_later,
+    cancelled_run_is_settled_once_upstream_returns,
+    conversation_with_foreign_broken_items_is_repaired,
 );
 
 const SCOPE: &str = "/v1/users/alice";
@@ -52,7 +52,7 @@ async fn heard(scene: &Scene, gateway: &Gateway, content: &str) -> usize {
     lines.iter().filter(|(role, text)| role == "user" && text == content).count()
 }
 
-async fn a_request_whose_answer_is_lost_is_looked_up_before_it_is_sent_again(scene: Scene) {
+async fn request_with_lost_answer_is_looked_up_before_retry(scene: Scene) {
     let gateway = scene.gateway_upstream(WINDOW).await;
     say(&gateway, "hello").await.ok();
     for (n, when) in ["drop=after", "drop=before"].into_iter().enumerate() {
@@ -72,7 +72,7 @@ async fn a_request_whose_answer_is_lost_is_looked_up_before_it_is_sent_again(sce
     assert_same(&scene, &gateway, SCOPE).await;
 }
 
-async fn an_answer_that_is_no_acceptance_is_safe_to_repeat(scene: Scene) {
+async fn refused_request_is_retried_without_duplicates(scene: Scene) {
     let gateway = scene.gateway().await;
     say(&gateway, "hello").await.ok();
     for refusal in
@@ -88,7 +88,7 @@ async fn an_answer_that_is_no_acceptance_is_safe_to_repeat(scene: Scene) {
     assert_same(&scene, &gateway, SCOPE).await;
 }
 
-async fn a_stream_that_breaks_is_followed_to_the_end_where_that_can_be(scene: Scene) {
+async fn broken_stream_is_followed_to_end_when_possible(scene: Scene) {
     let background = if scene.protocol == Protocol::Assistants { "" } else { "background = true\n" };
     let gateway = scene.gateway_upstream(&format!("{WINDOW}{background}")).await;
     say(&gateway, "hello").await.ok();
@@ -112,7 +112,7 @@ async fn a_stream_that_breaks_is_followed_to_the_end_where_that_can_be(scene: Sc
     }
 }
 
-async fn outputs_whose_answer_is_lost_are_not_lost(scene: Scene) {
+async fn tool_outputs_with_lost_answer_recovered_when_possible(scene: Scene) {
     let gateway = scene.gateway_upstream(WINDOW).await;
     for when in ["drop=before", "status=503 retry_after=0.01", "drop=after"] {
         let asked = say(&gateway, &format!("weather? {when} [[sim: tool=get_weather]]")).await.ok();
@@ -134,7 +134,7 @@ async fn outputs_whose_answer_is_lost_are_not_lost(scene: Scene) {
     }
 }
 
-async fn a_dead_upstream_fails_fast_and_is_found_again(scene: Scene) {
+async fn dead_upstream_fails_fast_and_recovers(scene: Scene) {
     const OPEN: Duration = Duration::from_secs(4);
     let settings = "breaker_min_requests = 2\nbreaker_open = \"4s\"\n";
     let gateway = scene.gateway_both("[runs]\nmax_retries = 0\n", settings).await;
@@ -170,7 +170,7 @@ async fn run_count(gateway: &Gateway) -> i64 {
     gateway.get(&format!("{SCOPE}/thread")).await.ok()["run_count"].as_i64().unwrap()
 }
 
-async fn a_foreign_run_is_handled_by_the_callers_strategy(scene: Scene) {
+async fn foreign_run_is_handled_by_caller_strategy(scene: Scene) {
     if scene.protocol == Protocol::Chain {
         return; // a chain has no lock
     }
@@ -210,7 +210,7 @@ async fn a_foreign_run_is_handled_by_the_callers_strategy(scene: Scene) {
     assert_same(&scene, &gateway, SCOPE).await;
 }
 
-async fn a_stream_that_was_taken_up_again_can_be_cancelled(scene: Scene) {
+async fn resumed_stream_can_be_cancelled(scene: Scene) {
     let background = if scene.protocol == Protocol::Assistants { "" } else { "background = true\n" };
     let gateway = scene.gateway_upstream(&format!("{WINDOW}{background}")).await;
     say(&gateway, "hello").await.ok();
@@ -233,7 +233,7 @@ async fn a_stream_that_was_taken_up_again_can_be_cancelled(scene: Scene) {
     assert_same(&scene, &gateway, SCOPE).await;
 }
 
-async fn a_cancel_that_is_never_honoured_is_not_waited_for(scene: Scene) {
+async fn cancel_ignored_upstream_is_not_waited_for(scene: Scene) {
     let background = if scene.protocol == Protocol::Assistants { "" } else { "background = true\n" };
     let gateway = scene.gateway_both("[runs]\nsettle_timeout = \"300ms\"\n", background).await;
     say(&gateway, "hello").await.ok();
@@ -252,7 +252,7 @@ async fn a_cancel_that_is_never_honoured_is_not_waited_for(scene: Scene) {
     }
 }
 
-async fn a_cancel_that_loses_the_race_is_no_error(scene: Scene) {
+async fn cancel_losing_race_returns_completed_run(scene: Scene) {
     let background = if scene.protocol == Protocol::Assistants { "" } else { "background = true\n" };
     let gateway = scene.gateway_upstream(background).await;
     say(&gateway, "hello").await.ok();
@@ -275,7 +275,7 @@ async fn a_cancel_that_loses_the_race_is_no_error(scene: Scene) {
     assert_same(&scene, &gateway, SCOPE).await;
 }
 
-async fn a_message_that_never_reached_the_model_is_never_sent_later(scene: Scene) {
+async fn message_refused_or_cancelled_is_never_sent_later(scene: Scene) {
     let gateway = scene.gateway_with("[runs]\nmax_retries = 0\n").await;
     say(&gateway, "hello").await.ok();
     for refusal in ["status=400", "status=401", "status=403", "status=404", "status=500", "status=429"] {
@@ -307,7 +307,7 @@ async fn a_message_that_never_reached_the_model_is_never_sent_later(scene: Scene
     assert_same(&scene, &gateway, SCOPE).await;
 }
 
-async fn what_a_run_left_is_looked_at_when_the_upstream_is_back(scene: Scene) {
+async fn cancelled_run_is_settled_once_upstream_returns(scene: Scene) {
     let gateway = scene
         .gateway_both("[runs]\nsettle_timeout = \"300ms\"\nmax_retries = 0\n", "breaker_min_requests = 0\n")
         .await;
@@ -331,7 +331,7 @@ async fn what_a_run_left_is_looked_at_when_the_upstream_is_back(scene: Scene) {
     assert_eq!(scene.simulator.stats().active_runs, 0);
 }
 
-async fn a_conversation_that_others_broke_is_mended(scene: Scene) {
+async fn conversation_with_foreign_broken_items_is_repaired(scene: Scene) {
     if scene.protocol != Protocol::Responses {
         return; // nobody else can write to a chain, and a thread has no such items
     }

@@ -30,7 +30,7 @@ fn assert_plain(text: &str) {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_role_that_owns_nothing_runs_the_gateway() {
+async fn gateway_runs_under_unprivileged_database_role() {
     let cluster = Cluster::start();
     let admin: PgConnectOptions = cluster.url("postgres").parse().unwrap();
     let mut admin = PgConnection::connect_with(&admin).await.unwrap();

@@ -7,14 +7,14 @@ use crate::support::gateway::{Gateway, text};
 use crate::support::history::all;
 use crate::support::scene::{Protocol, Scene, on_each_protocol, on_every_scene};
 
-on_every_scene!(nothing_is_lost_or_doubled_across_the_seam);
+on_every_scene!(rollover_under_load_neither_loses_nor_doubles_messages);
 on_each_protocol!(
-    a_full_thread_is_rolled_over_before_its_next_turn,
-    a_thread_is_rolled_over_when_somebody_asks,
-    a_rollover_waits_for_the_run_that_is_active,
-    what_others_wrote_is_in_the_archive,
-    a_lost_upstream_thread_is_made_again_with_what_was_carried_over,
-    deadline_and_cancel_are_heard_before_a_rollover,
+    full_thread_rolls_over_before_next_turn,
+    thread_rolls_over_on_request,
+    rollover_waits_for_active_run,
+    rollover_archives_foreign_upstream_messages,
+    lost_upstream_thread_is_rebuilt_with_carried_over_messages,
+    deadline_and_cancel_end_run_before_rollover,
 );
 
 const SCOPE: &str = "/v1/users/alice";
@@ -40,7 +40,7 @@ async fn transcript(gateway: &Gateway) -> Vec<Value> {
     all(gateway, &format!("{SCOPE}/messages?archived=true")).await
 }
 
-async fn a_full_thread_is_rolled_over_before_its_next_turn(scene: Scene) {
+async fn full_thread_rolls_over_before_next_turn(scene: Scene) {
     let settings = "[threads]\nmax_messages = 60\ncarry_over_messages = 50\n[janitor]\nevery = \"100ms\"\n";
     let gateway = scene.gateway_with(settings).await;
     let first = gateway.say(SCOPE, "message 0").await;
@@ -73,7 +73,7 @@ async fn a_full_thread_is_rolled_over_before_its_next_turn(scene: Scene) {
     assert!(text(&gateway.say(SCOPE, "message 31").await["message"]).contains("turn 27"));
 }
 
-async fn a_thread_is_rolled_over_when_somebody_asks(scene: Scene) {
+async fn thread_rolls_over_on_request(scene: Scene) {
     let gateway = scene.gateway_with("[threads]\ncarry_over_messages = 2\n").await;
     let rollover = format!("{SCOPE}/thread/rollover");
     assert_eq!(gateway.post(&rollover, &json!({})).await.problem(), (404, "not-found"));
@@ -100,7 +100,7 @@ async fn a_thread_is_rolled_over_when_somebody_asks(scene: Scene) {
     assert!(later.num_milliseconds().abs() <= 2, "{later}");
 }
 
-async fn a_rollover_waits_for_the_run_that_is_active(scene: Scene) {
+async fn rollover_waits_for_active_run(scene: Scene) {
     let gateway = scene.gateway().await;
     let old = gateway.say(SCOPE, "one").await;
     let asks = json!({"content": "[[sim: tool=get_weather]] what is it like?"});
@@ -122,7 +122,7 @@ async fn a_rollover_waits_for_the_run_that_is_active(scene: Scene) {
     assert_eq!(transcript(&gateway).await.len(), 6);
 }
 
-async fn nothing_is_lost_or_doubled_across_the_seam(scene: Scene) {
+async fn rollover_under_load_neither_loses_nor_doubles_messages(scene: Scene) {
     let settings = "[threads]\nmax_messages = 6\ncarry_over_messages = 4\n[janitor]\nevery = \"50ms\"\n\
                     calls_per_second = 10000\n";
     let gateway = scene.gateway_with(settings).await;
@@ -170,7 +170,7 @@ async fn nothing_is_lost_or_doubled_across_the_seam(scene: Scene) {
     }
 }
 
-async fn what_others_wrote_is_in_the_archive(scene: Scene) {
+async fn rollover_archives_foreign_upstream_messages(scene: Scene) {
     if scene.protocol == Protocol::Chain {
         return;
     }
@@ -198,7 +198,7 @@ async fn what_others_wrote_is_in_the_archive(scene: Scene) {
     );
 }
 
-async fn a_lost_upstream_thread_is_made_again_with_what_was_carried_over(scene: Scene) {
+async fn lost_upstream_thread_is_rebuilt_with_carried_over_messages(scene: Scene) {
     if scene.protocol == Protocol::Chain {
         return;
     }
@@ -220,7 +220,7 @@ async fn a_lost_upstream_thread_is_made_again_with_what_was_carried_over(scene: 
 }
 
 /// Before a rollover the upstream is asked what others wrote there, and takes its time.
-async fn deadline_and_cancel_are_heard_before_a_rollover(scene: Scene) {
+async fn deadline_and_cancel_end_run_before_rollover(scene: Scene) {
     let on = match scene.protocol {
         Protocol::Assistants => "list_messages",
         Protocol::Responses => "list_items",

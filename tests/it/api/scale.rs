@@ -34,12 +34,12 @@ const DAY_MS: i64 = 24 * HOUR_MS;
 const HOUR_MS: i64 = 3_600_000;
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_large_postgres_database_is_no_slower_in_the_end() {
+async fn large_postgres_database_needs_no_full_table_scans() {
     grows(Backend::Postgres).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_large_sqlite_database_is_no_slower_in_the_end() {
+async fn large_sqlite_database_is_read_and_cleaned_up() {
     grows(Backend::Sqlite).await;
 }
 

@@ -24,21 +24,21 @@ use parrot::Parrot;
 use world::World;
 
 #[tokio::test(flavor = "multi_thread")]
-async fn assistants_on_a_file() {
+async fn assistants_gateway_on_sqlite_writes_no_secrets() {
     let database = TestDatabase::sqlite().await;
     let scene = Scene::on(database, Protocol::Assistants, Backend::Sqlite, SimulatorConfig::default()).await;
     nothing_is_written(scene, "json", None).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn responses_on_a_file() {
+async fn responses_gateway_on_sqlite_writes_no_secrets() {
     let database = TestDatabase::sqlite().await;
     let scene = Scene::on(database, Protocol::Responses, Backend::Sqlite, SimulatorConfig::default()).await;
     nothing_is_written(scene, "pretty", None).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn assistants_on_a_server() {
+async fn assistants_gateway_on_postgres_writes_no_secrets() {
     let cluster = Cluster::start();
     let database = TestDatabase::on(&cluster).await;
     let scene =
@@ -47,7 +47,7 @@ async fn assistants_on_a_server() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn responses_on_a_server() {
+async fn responses_gateway_on_postgres_writes_no_secrets() {
     let cluster = Cluster::start();
     let database = TestDatabase::on(&cluster).await;
     let scene = Scene::on(database, Protocol::Responses, Backend::Postgres, SimulatorConfig::default()).await;

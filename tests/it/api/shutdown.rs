@@ -6,11 +6,11 @@ use crate::support::gateway::{text, text_of};
 use crate::support::scene::{Backend, Protocol, Scene, on_each_protocol};
 
 on_each_protocol!(
-    a_running_turn_ends_before_the_process_does,
-    what_is_past_the_grace_time_is_left_to_the_next_process,
+    running_and_queued_turns_finish_before_shutdown,
+    runs_past_grace_time_are_left_to_successor,
 );
 
-async fn a_running_turn_ends_before_the_process_does(scene: Scene) {
+async fn running_and_queued_turns_finish_before_shutdown(scene: Scene) {
     let mut gateway = scene.gateway().await;
     assert_eq!(gateway.get("/readyz").await.ok(), json!({"status": "ready"}));
     scene.simulator.hold();
@@ -36,7 +36,7 @@ async fn a_running_turn_ends_before_the_process_does(scene: Scene) {
     assert_eq!(scene.database.number("SELECT count(*) FROM replicas").await, 0, "its session is given up");
 }
 
-async fn what_is_past_the_grace_time_is_left_to_the_next_process(scene: Scene) {
+async fn runs_past_grace_time_are_left_to_successor(scene: Scene) {
     let mut gateway = scene.gateway_with("[server]\nshutdown_grace = \"100ms\"\n").await;
     scene.simulator.hold();
     let mut running = gateway.stream("/v1/users/alice", "last words").await;
@@ -73,7 +73,7 @@ async fn what_is_past_the_grace_time_is_left_to_the_next_process(scene: Scene) {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_second_signal_ends_the_grace_time() {
+async fn second_signal_ends_grace_time() {
     let scene = Scene::new(Protocol::Responses, Backend::Sqlite).await;
     let mut gateway = scene.gateway_with("[server]\nshutdown_grace = \"10m\"\n").await;
     scene.simulator.hold();

@@ -5,13 +5,13 @@ use serde_json::{Value, json};
 use crate::support::gateway::Gateway;
 use crate::support::scene::{Protocol, Scene, on_each_protocol, on_each_store};
 
-on_each_protocol!(a_comparison_with_the_upstream_tells_every_difference);
-on_each_store!(statistics_come_from_the_record_alone, metadata_and_life_can_be_changed);
+on_each_protocol!(upstream_verification_reports_every_difference);
+on_each_store!(statistics_need_no_upstream_requests, thread_metadata_and_ttl_can_be_patched);
 
 const SCOPE: &str = "/v1/users/alice";
 const THREAD: &str = "/v1/users/alice/thread";
 
-async fn statistics_come_from_the_record_alone(scene: Scene) {
+async fn statistics_need_no_upstream_requests(scene: Scene) {
     let gateway = scene.gateway().await;
     let first = gateway.say(SCOPE, "hello").await;
     gateway.post(&format!("{SCOPE}/messages"), &json!({"content": "[[sim: fail]]"})).await;
@@ -59,7 +59,7 @@ async fn verified(gateway: &Gateway) -> Value {
     gateway.get(&format!("{THREAD}?verify=upstream")).await.ok()["verified"].clone()
 }
 
-async fn a_comparison_with_the_upstream_tells_every_difference(scene: Scene) {
+async fn upstream_verification_reports_every_difference(scene: Scene) {
     let gateway = scene.gateway().await;
     let thread = gateway.say(SCOPE, "hello").await["thread"].clone();
     gateway.say(SCOPE, "and again [[sim: parts=3]]").await;
@@ -85,7 +85,7 @@ async fn a_comparison_with_the_upstream_tells_every_difference(scene: Scene) {
     assert_eq!(bad.problem(), (400, "invalid-request"));
 }
 
-async fn metadata_and_life_can_be_changed(scene: Scene) {
+async fn thread_metadata_and_ttl_can_be_patched(scene: Scene) {
     let gateway = scene.gateway_with("[threads]\nmax_ttl = \"1h\"\n").await;
     let patch = async |body: Value| gateway.patch(THREAD, &body).await;
     assert_eq!(patch(json!({"metadata": {"a": "b"}})).await.problem(), (404, "not-found"));

@@ -6,16 +6,16 @@ use crate::support::gateway::{Answer, Event, EventReader, Gateway, PATIENCE, tex
 use crate::support::history::{assert_same, messages, transcript};
 use crate::support::scene::{Backend, Protocol, Scene, on_each_protocol, on_every_scene};
 
-on_every_scene!(a_rollback_leaves_nothing_of_what_it_replaces);
+on_every_scene!(rollback_removes_messages_locally_and_upstream);
 on_each_protocol!(
-    an_interrupt_cancels_what_is_active_and_goes_next,
-    an_interrupt_ends_a_wait_for_tool_outputs,
-    a_rollback_where_messages_cannot_be_deleted_makes_the_thread_anew,
-    a_rollback_takes_a_reasoning_item_along,
-    a_merge_joins_the_run_that_waits_last,
-    a_merge_joins_only_what_it_fits,
-    every_strategy_starts_at_once_on_an_idle_thread,
-    a_later_interrupt_goes_before_an_earlier_one,
+    interrupt_cancels_active_run_and_goes_next,
+    interrupt_ends_wait_for_tool_outputs,
+    rollback_rebuilds_thread_when_messages_are_undeletable,
+    rollback_removes_reasoning_items,
+    merge_joins_last_queued_run,
+    merge_with_different_metadata_starts_own_run,
+    every_strategy_starts_immediately_on_idle_thread,
+    later_interrupt_goes_before_earlier_one,
 );
 
 const SCOPE: &str = "/v1/users/alice";
@@ -55,7 +55,7 @@ async fn said(gateway: &Gateway) -> Vec<(String, String, Value)> {
     messages(gateway, SCOPE).await.iter().map(line).collect()
 }
 
-async fn an_interrupt_cancels_what_is_active_and_goes_next(scene: Scene) {
+async fn interrupt_cancels_active_run_and_goes_next(scene: Scene) {
     let gateway = scene.gateway().await;
     gateway.say(SCOPE, "hello").await;
     let (mut active, _) = begin(&gateway, "enqueue", "a long story [[sim: silent_after=3]]").await;
@@ -89,7 +89,7 @@ async fn an_interrupt_cancels_what_is_active_and_goes_next(scene: Scene) {
     assert_same(&scene, &gateway, SCOPE).await;
 }
 
-async fn an_interrupt_ends_a_wait_for_tool_outputs(scene: Scene) {
+async fn interrupt_ends_wait_for_tool_outputs(scene: Scene) {
     let gateway = scene.gateway().await;
     let asks = gateway.say(SCOPE, "weather? [[sim: tool=get_weather]]").await;
     assert_eq!(asks["run"]["status"], "requires_action");
@@ -101,7 +101,7 @@ async fn an_interrupt_ends_a_wait_for_tool_outputs(scene: Scene) {
     assert_same(&scene, &gateway, SCOPE).await;
 }
 
-async fn a_rollback_leaves_nothing_of_what_it_replaces(scene: Scene) {
+async fn rollback_removes_messages_locally_and_upstream(scene: Scene) {
     let gateway = scene.gateway().await;
     let hello = gateway.say(SCOPE, "hello").await;
     let (mut active, started) = begin(&gateway, "enqueue", "a long story [[sim: silent_after=3]]").await;
@@ -133,7 +133,7 @@ async fn a_rollback_leaves_nothing_of_what_it_replaces(scene: Scene) {
     assert_eq!(gateway.get(&format!("{SCOPE}/thread")).await.ok()["message_count"], 6);
 }
 
-async fn a_rollback_where_messages_cannot_be_deleted_makes_the_thread_anew(scene: Scene) {
+async fn rollback_rebuilds_thread_when_messages_are_undeletable(scene: Scene) {
     let gateway = scene.gateway().await;
     gateway.say(SCOPE, "hello").await;
     for fault in ["status=405 wording=detail", "status=404 wording=detail"] {
@@ -152,7 +152,7 @@ async fn a_rollback_where_messages_cannot_be_deleted_makes_the_thread_anew(scene
     }
 }
 
-async fn a_rollback_takes_a_reasoning_item_along(scene: Scene) {
+async fn rollback_removes_reasoning_items(scene: Scene) {
     let gateway = scene.gateway().await;
     gateway.say(SCOPE, "hello").await;
     let reasoning = if scene.protocol == Protocol::Assistants { "" } else { "reasoning " };
@@ -168,7 +168,7 @@ async fn a_rollback_takes_a_reasoning_item_along(scene: Scene) {
     gateway.say(SCOPE, "and on").await;
 }
 
-async fn a_merge_joins_the_run_that_waits_last(scene: Scene) {
+async fn merge_joins_last_queued_run(scene: Scene) {
     let gateway = scene.gateway().await;
     gateway.say(SCOPE, "hello").await;
     scene.simulator.hold();
@@ -208,7 +208,7 @@ async fn a_merge_joins_the_run_that_waits_last(scene: Scene) {
 const MERGED: &str = "SELECT COALESCE(SUM(LENGTH(CAST(queued_input AS TEXT)) - LENGTH(REPLACE(CAST(queued_input AS TEXT), 'msg_', ''))), 0) / 4 \
      FROM runs WHERE status = 'queued'";
 
-async fn a_merge_joins_only_what_it_fits(scene: Scene) {
+async fn merge_with_different_metadata_starts_own_run(scene: Scene) {
     let gateway = scene.gateway().await;
     gateway.say(SCOPE, "hello").await;
     scene.simulator.hold();
@@ -228,7 +228,7 @@ async fn a_merge_joins_only_what_it_fits(scene: Scene) {
     assert_same(&scene, &gateway, SCOPE).await;
 }
 
-async fn every_strategy_starts_at_once_on_an_idle_thread(scene: Scene) {
+async fn every_strategy_starts_immediately_on_idle_thread(scene: Scene) {
     let gateway = scene.gateway().await;
     for strategy in ["enqueue", "reject", "interrupt", "rollback", "merge"] {
         let answer = post(&gateway, strategy, strategy).await.ok();
@@ -240,7 +240,7 @@ async fn every_strategy_starts_at_once_on_an_idle_thread(scene: Scene) {
     assert_same(&scene, &gateway, SCOPE).await;
 }
 
-async fn a_later_interrupt_goes_before_an_earlier_one(scene: Scene) {
+async fn later_interrupt_goes_before_earlier_one(scene: Scene) {
     // The cancel of the first takes its time, so that both come while it is still there; through two processes where
     // the store is shared.
     let gateway = scene.gateway_with("[replica]\nsession_ttl = \"1500ms\"\n").await;

@@ -9,18 +9,18 @@ use crate::support::history::assert_same;
 use crate::support::scene::{Protocol, Scene, on_each_protocol};
 
 on_each_protocol!(
-    a_run_waits_for_outputs_and_goes_on_with_them,
-    a_run_may_ask_more_than_once,
-    outputs_can_be_streamed_or_left_to_run,
-    outputs_that_do_not_fit_are_told_what_is_wrong,
-    outputs_are_taken_once,
-    a_wait_meets_the_runs_deadline_and_the_next_message_works,
-    a_wait_can_be_cancelled,
-    a_wait_outlives_its_process,
-    a_wait_outlives_an_orderly_stop,
-    outputs_outlive_their_process,
-    outputs_whose_answer_is_lost_after_a_takeover_are_looked_up,
-    a_message_that_waits_behind_a_tool_call_gets_its_turn,
+    run_waits_for_tool_outputs_and_continues,
+    run_may_request_tool_calls_repeatedly,
+    tool_outputs_support_streaming_and_async_replies,
+    mismatched_tool_outputs_are_refused_with_reason,
+    concurrent_tool_outputs_are_taken_once,
+    wait_for_tool_outputs_expires_at_deadline,
+    wait_for_tool_outputs_can_be_cancelled,
+    wait_for_tool_outputs_survives_crash,
+    wait_for_tool_outputs_survives_orderly_shutdown,
+    submitted_tool_outputs_survive_crash_when_recoverable,
+    tool_outputs_lost_after_takeover_are_looked_up,
+    message_queued_behind_tool_call_gets_its_turn,
 );
 
 const SCOPE: &str = "/v1/users/alice";
@@ -45,7 +45,7 @@ async fn give(gateway: &Gateway, asked: &Value, output: &str) -> Answer {
     gateway.post(&path(asked), &json!({"tool_outputs": outputs(asked, output)})).await
 }
 
-async fn a_run_waits_for_outputs_and_goes_on_with_them(scene: Scene) {
+async fn run_waits_for_tool_outputs_and_continues(scene: Scene) {
     let gateway = scene.gateway().await;
     gateway.say(SCOPE, "hello").await;
     let asked = ask(&gateway, "weather? [[sim: tool=get_weather tool=get_time]]").await;
@@ -70,7 +70,7 @@ async fn a_run_waits_for_outputs_and_goes_on_with_them(scene: Scene) {
     assert_eq!(scene.simulator.stats().lock_refusals, 0);
 }
 
-async fn a_run_may_ask_more_than_once(scene: Scene) {
+async fn run_may_request_tool_calls_repeatedly(scene: Scene) {
     let gateway = scene.gateway().await;
     let first = ask(&gateway, "weather? [[sim: tool=get_place]]").await;
     let second = give(&gateway, &first, "Paris [[sim: tool=get_weather]]").await.ok();
@@ -85,7 +85,7 @@ async fn a_run_may_ask_more_than_once(scene: Scene) {
     assert_same(&scene, &gateway, SCOPE).await;
 }
 
-async fn outputs_can_be_streamed_or_left_to_run(scene: Scene) {
+async fn tool_outputs_support_streaming_and_async_replies(scene: Scene) {
     let gateway = scene.gateway().await;
     let mut stream = gateway.stream(SCOPE, "weather? [[sim: tool=get_weather]]").await;
     let mut events = Vec::new();
@@ -123,7 +123,7 @@ async fn outputs_can_be_streamed_or_left_to_run(scene: Scene) {
     assert!(text(&read["message"]).contains("30 °C"));
 }
 
-async fn outputs_that_do_not_fit_are_told_what_is_wrong(scene: Scene) {
+async fn mismatched_tool_outputs_are_refused_with_reason(scene: Scene) {
     let gateway = scene.gateway().await;
     let asked = ask(&gateway, "weather? [[sim: tool=a tool=b]]").await;
     let calls = asked["run"]["required_action"]["tool_calls"].as_array().unwrap();
@@ -154,7 +154,7 @@ async fn outputs_that_do_not_fit_are_told_what_is_wrong(scene: Scene) {
     assert_eq!(late.problem(), (409, "run-not-waiting"));
 }
 
-async fn outputs_are_taken_once(scene: Scene) {
+async fn concurrent_tool_outputs_are_taken_once(scene: Scene) {
     let gateway = scene.gateway().await;
     let asked = ask(&gateway, "weather? [[sim: tool=get_weather]]").await;
     scene.simulator.hold();
@@ -184,7 +184,7 @@ fn answers(scene: &Scene) -> &'static str {
     if scene.protocol == Protocol::Assistants { "submit_tool_outputs" } else { "create_response" }
 }
 
-async fn a_wait_meets_the_runs_deadline_and_the_next_message_works(scene: Scene) {
+async fn wait_for_tool_outputs_expires_at_deadline(scene: Scene) {
     let gateway = scene.gateway().await;
     gateway.say(SCOPE, "hello").await;
     let body = json!({"content": "weather? [[sim: tool=get_weather]]", "timeout_ms": 400});
@@ -201,7 +201,7 @@ async fn a_wait_meets_the_runs_deadline_and_the_next_message_works(scene: Scene)
     assert_same(&scene, &gateway, SCOPE).await;
 }
 
-async fn a_wait_can_be_cancelled(scene: Scene) {
+async fn wait_for_tool_outputs_can_be_cancelled(scene: Scene) {
     let gateway = scene.gateway().await;
     let asked = ask(&gateway, "weather? [[sim: tool=get_weather]]").await;
     let run = path(&asked).trim_end_matches("/tool_outputs").to_owned();
@@ -216,7 +216,7 @@ async fn a_wait_can_be_cancelled(scene: Scene) {
 /// So that the next process need not wait long for the one before to count as dead.
 const SHORT: &str = "[replica]\nsession_ttl = \"900ms\"\n";
 
-async fn a_wait_outlives_its_process(scene: Scene) {
+async fn wait_for_tool_outputs_survives_crash(scene: Scene) {
     let gateway = scene.gateway_with(SHORT).await;
     let asked = ask(&gateway, "weather? [[sim: tool=get_weather]]").await;
     gateway.kill();
@@ -224,7 +224,7 @@ async fn a_wait_outlives_its_process(scene: Scene) {
     goes_on(&scene, &gateway, &asked).await;
 }
 
-async fn a_wait_outlives_an_orderly_stop(scene: Scene) {
+async fn wait_for_tool_outputs_survives_orderly_shutdown(scene: Scene) {
     let mut gateway = scene.gateway_with(SHORT).await;
     let asked = ask(&gateway, "weather? [[sim: tool=get_weather]]").await;
     gateway.terminate();
@@ -233,7 +233,7 @@ async fn a_wait_outlives_an_orderly_stop(scene: Scene) {
     goes_on(&scene, &gateway, &asked).await;
 }
 
-async fn outputs_outlive_their_process(scene: Scene) {
+async fn submitted_tool_outputs_survive_crash_when_recoverable(scene: Scene) {
     let upstream = "lock_window = \"300ms\"\n";
     let gateway = scene.gateway_both(SHORT, upstream).await;
     let asked = ask(&gateway, "weather? [[sim: tool=get_weather]]").await;
@@ -261,7 +261,7 @@ async fn outputs_outlive_their_process(scene: Scene) {
     assert_same(&scene, &gateway, SCOPE).await;
 }
 
-async fn outputs_whose_answer_is_lost_after_a_takeover_are_looked_up(scene: Scene) {
+async fn tool_outputs_lost_after_takeover_are_looked_up(scene: Scene) {
     let upstream = "lock_window = \"300ms\"\n";
     let gateway = scene.gateway_both(SHORT, upstream).await;
     let asked = ask(&gateway, "weather? [[sim: tool=get_weather]]").await;
@@ -299,7 +299,7 @@ async fn goes_on(scene: &Scene, gateway: &Gateway, asked: &Value) {
     assert_same(scene, gateway, SCOPE).await;
 }
 
-async fn a_message_that_waits_behind_a_tool_call_gets_its_turn(scene: Scene) {
+async fn message_queued_behind_tool_call_gets_its_turn(scene: Scene) {
     let gateway = scene.gateway().await;
     let asked = ask(&gateway, "weather? [[sim: tool=get_weather]]").await;
     let mut waiting = gateway.stream(SCOPE, "and me?").await;

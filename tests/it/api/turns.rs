@@ -9,22 +9,25 @@ use crate::support::gateway::{Event, Gateway, text, text_of};
 use crate::support::scene::{Backend, Protocol, Scene, on_each_protocol, on_each_store, on_every_scene};
 use crate::support::wiretap::Wiretap;
 
-on_every_scene!(a_conversation_remembers, a_known_thread_costs_one_upstream_call);
+on_every_scene!(
+    conversation_remembers_earlier_turns_across_restart,
+    message_on_known_thread_costs_one_upstream_call
+);
 on_each_protocol!(
-    a_stream_tells_the_whole_story,
-    ownership_is_written_upstream,
+    stream_events_describe_complete_run,
+    thread_ownership_is_sent_as_upstream_metadata,
     content_parts_reach_the_upstream,
-    an_expired_session_starts_afresh,
-    a_client_that_leaves_does_not_stop_its_run,
+    expired_session_starts_fresh_thread,
+    disconnecting_client_does_not_stop_run,
 );
 on_each_store!(
-    the_three_kinds_of_keys_are_three_conversations,
-    the_transcript_can_be_paged,
+    user_session_and_topic_keys_are_separate_conversations,
+    transcript_can_be_paged,
     runs_can_be_listed_and_read,
-    a_caller_need_not_wait,
+    respond_async_returns_before_run_ends,
 );
 
-async fn the_three_kinds_of_keys_are_three_conversations(scene: Scene) {
+async fn user_session_and_topic_keys_are_separate_conversations(scene: Scene) {
     let gateway = scene.gateway().await;
     let mut threads = Vec::new();
     for (scope, shown, expires) in [
@@ -54,7 +57,7 @@ async fn the_three_kinds_of_keys_are_three_conversations(scene: Scene) {
     assert_eq!(threads.len(), 3);
 }
 
-async fn a_conversation_remembers(scene: Scene) {
+async fn conversation_remembers_earlier_turns_across_restart(scene: Scene) {
     let gateway = scene.gateway().await;
     let first = gateway.say("/v1/users/alice", "one").await;
     let second = gateway.say("/v1/users/alice", "two").await;
@@ -68,7 +71,7 @@ async fn a_conversation_remembers(scene: Scene) {
     assert!(text(&third["message"]).contains("turn 3"), "a restart forgets nothing: {third:#}");
 }
 
-async fn a_stream_tells_the_whole_story(scene: Scene) {
+async fn stream_events_describe_complete_run(scene: Scene) {
     let gateway = scene.gateway().await;
     let events = gateway.stream("/v1/users/alice", "Hello [[sim: tokens=30]]").await.rest().await;
     let names: Vec<_> =
@@ -108,7 +111,7 @@ async fn a_stream_tells_the_whole_story(scene: Scene) {
     assert_eq!(rest.last().unwrap().name, "run.completed");
 }
 
-async fn the_transcript_can_be_paged(scene: Scene) {
+async fn transcript_can_be_paged(scene: Scene) {
     let gateway = scene.gateway().await;
     for n in 0..4 {
         gateway.say("/v1/users/alice", &format!("message {n}")).await;
@@ -157,7 +160,7 @@ async fn runs_can_be_listed_and_read(scene: Scene) {
     assert_eq!(other.problem(), (404, "not-found"), "a run is read under its own key only");
 }
 
-async fn ownership_is_written_upstream(scene: Scene) {
+async fn thread_ownership_is_sent_as_upstream_metadata(scene: Scene) {
     let gateway = scene.gateway_upstream("send_keys = true").await;
     let long = "é".repeat(128);
     // As many pairs of its own as a caller may add: with ours the upstream's limit is reached, not passed.
@@ -195,7 +198,7 @@ async fn content_parts_reach_the_upstream(scene: Scene) {
     assert!(sent.contains("Be kind."), "the instructions go along: {sent}");
 }
 
-async fn a_known_thread_costs_one_upstream_call(scene: Scene) {
+async fn message_on_known_thread_costs_one_upstream_call(scene: Scene) {
     let gateway = scene.gateway().await;
     gateway.say("/v1/users/alice", "first").await;
     let before = scene.simulator.stats().requests;
@@ -203,7 +206,7 @@ async fn a_known_thread_costs_one_upstream_call(scene: Scene) {
     assert_eq!(scene.simulator.stats().requests - before, 1);
 }
 
-async fn an_expired_session_starts_afresh(scene: Scene) {
+async fn expired_session_starts_fresh_thread(scene: Scene) {
     let gateway = scene.gateway().await;
     let scope = "/v1/users/alice/sessions/tab";
     let first = gateway.say(scope, "one").await;
@@ -216,7 +219,7 @@ async fn an_expired_session_starts_afresh(scene: Scene) {
     assert_eq!(run["message"], first["message"], "what the old one said can still be read");
 }
 
-async fn a_client_that_leaves_does_not_stop_its_run(scene: Scene) {
+async fn disconnecting_client_does_not_stop_run(scene: Scene) {
     let gateway = scene.gateway().await;
     scene.simulator.hold();
     let mut leaver = gateway.stream("/v1/users/alice", "bye").await;
@@ -228,7 +231,7 @@ async fn a_client_that_leaves_does_not_stop_its_run(scene: Scene) {
     assert!(text(&done["message"]).contains("bye"));
 }
 
-async fn a_caller_need_not_wait(scene: Scene) {
+async fn respond_async_returns_before_run_ends(scene: Scene) {
     let gateway = scene.gateway().await;
     let scope = "/v1/users/al%2Fice/topics/messages";
     let post = async |prefer: &str, text: &str| {
@@ -265,7 +268,7 @@ async fn a_caller_need_not_wait(scene: Scene) {
 
 /// Counted on the wire, so that nothing that the driver does on its own stays unseen.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_message_on_a_known_thread_costs_two_store_round_trips() {
+async fn message_on_known_thread_costs_two_store_round_trips() {
     let scene = Scene::new(Protocol::Responses, Backend::Postgres).await;
     let tap = Wiretap::on(&scene.database.url()).await;
     // A session that is renewed in the middle would be counted too.
@@ -285,7 +288,7 @@ async fn a_message_on_a_known_thread_costs_two_store_round_trips() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_idle_stream_is_kept_alive_with_comments() {
+async fn idle_stream_is_kept_alive_with_comments() {
     let scene = Scene::new(Protocol::Responses, Backend::Sqlite).await;
     let gateway = scene.gateway_with("[server]\nkeep_alive = \"20ms\"\n").await;
     let mut stream = gateway.stream("/v1/users/alice", "wait [[sim: latency=300ms]]").await;
@@ -298,7 +301,7 @@ async fn an_idle_stream_is_kept_alive_with_comments() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_assistant_can_be_chosen_and_a_conversation_stays_on_its_upstream() {
+async fn chosen_assistant_pins_conversation_to_its_upstream() {
     let scene = Scene::new(Protocol::Responses, Backend::Sqlite).await;
     let other = Scene::new(Protocol::Assistants, Backend::Sqlite).await;
     let more = format!(
@@ -326,7 +329,7 @@ async fn an_assistant_can_be_chosen_and_a_conversation_stays_on_its_upstream() {
 
 /// The exact shapes, so that a change of them is seen.
 #[tokio::test(flavor = "multi_thread")]
-async fn the_answer_has_the_documented_shape() {
+async fn answer_has_documented_shape() {
     let scene = Scene::new(Protocol::Responses, Backend::Sqlite).await;
     let gateway = scene.gateway().await;
     let mut answer = gateway.say("/v1/users/alice/topics/news", "Hello").await;

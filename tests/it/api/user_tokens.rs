@@ -50,7 +50,7 @@ async fn give(gateway: &Gateway, bearer: &str, asked: &Value, key: Option<&str>)
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_users_token_chooses_only_an_assistant_that_is_open_to_users() {
+async fn user_token_selects_only_user_selectable_assistants() {
     let scene = Scene::new(Protocol::Responses, Backend::Sqlite).await;
     let gateway = scene.gateway_with(&format!("{ASSISTANTS}{SUPPORT}{ISSUER}")).await;
     let with = |assistant: &str| json!({"content": "hello", "assistant": assistant});
@@ -74,7 +74,7 @@ async fn a_users_token_chooses_only_an_assistant_that_is_open_to_users() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_users_token_answers_calls_only_where_the_assistant_allows_it() {
+async fn user_token_answers_tool_calls_only_when_allowed() {
     let scene = Scene::new(Protocol::Responses, Backend::Sqlite).await;
     let gateway = scene.gateway_with(&format!("{ASSISTANTS}{SUPPORT}{ISSUER}")).await;
     let ask =
@@ -122,7 +122,7 @@ async fn a_users_token_answers_calls_only_where_the_assistant_allows_it() {
 
 /// RFC 6750, section 3.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_refused_caller_and_the_log_are_told_why() {
+async fn authentication_refusal_reason_reaches_caller_and_log() {
     let scene = Scene::new(Protocol::Responses, Backend::Sqlite).await;
     let gateway = scene.gateway_with(&format!("{ASSISTANTS}{ISSUER}")).await;
     let good = |claims: Value| token(SECRET, &claims);

@@ -17,7 +17,7 @@ use crate::support::chance::{seed, share_of};
 use crate::support::gateway::{Gateway, PATIENCE};
 use crate::support::scene::{Protocol, Scene, on_each_protocol_by_chance};
 
-on_each_protocol_by_chance!(erasures_leave_nothing_of_what_was_acknowledged);
+on_each_protocol_by_chance!(random_erasures_remove_every_acknowledged_message);
 
 const USERS: usize = 6;
 const ROUNDS: usize = 12;
@@ -40,7 +40,7 @@ struct User<'a> {
     erased: Vec<String>,
 }
 
-async fn erasures_leave_nothing_of_what_was_acknowledged(scene: Scene) {
+async fn random_erasures_remove_every_acknowledged_message(scene: Scene) {
     // What was made and never heard of again can be found where threads can be listed.
     let config = SimulatorConfig { list_threads: true, ..SimulatorConfig::default() };
     let scene = Scene::with(scene.protocol, scene.backend, config).await;

@@ -24,7 +24,7 @@ async fn both(gateway: &Gateway) {
 
 /// A commit that notifies waits for all others that do, on the whole server.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_single_replica_tells_nobody() {
+async fn single_replica_sends_no_notifications() {
     let scene = Scene::new(Protocol::Responses, Backend::Postgres).await;
     let gateway = scene.gateway_with(SHORT).await;
     let mut ear = PgListener::connect(&scene.database.url()).await.unwrap();

@@ -12,11 +12,11 @@ use crate::support::link::{Link, Weather};
 use crate::support::scene::{Backend, Protocol, Scene, on_shared_scene};
 
 on_shared_scene!(
-    a_run_is_cancelled_from_elsewhere,
-    a_run_in_line_is_cancelled_from_elsewhere,
-    outputs_are_handed_over,
-    an_interrupt_goes_first_from_elsewhere,
-    a_rollback_goes_first_from_elsewhere,
+    active_run_cancelled_promptly_from_other_replica,
+    queued_run_cancelled_promptly_from_other_replica,
+    tool_outputs_posted_at_other_replica_are_answered,
+    interrupt_from_other_replica_runs_next,
+    rollback_from_other_replica_replaces_active_run,
 );
 
 async fn two(scene: &Scene) -> (Gateway, Gateway) {
@@ -33,7 +33,7 @@ async fn goes_on(scene: &Scene, gateways: [&Gateway; 2]) {
     }
 }
 
-async fn a_run_is_cancelled_from_elsewhere(scene: Scene) {
+async fn active_run_cancelled_promptly_from_other_replica(scene: Scene) {
     let (owner, other) = two(&scene).await;
     let half = Half::at(&scene, &owner, "a long story").await;
     let begun = Instant::now();
@@ -50,7 +50,7 @@ async fn a_run_is_cancelled_from_elsewhere(scene: Scene) {
 
 /// Who starts says so once. Another replica that does not hear it looks for others as soon as it can hear again.
 #[tokio::test(flavor = "multi_thread")]
-async fn replicas_meet_though_the_first_could_not_listen() {
+async fn replicas_discover_each_other_after_missed_notification() {
     let scene = Scene::new(Protocol::Responses, Backend::Postgres).await;
     let link = Link::to_postgres(&scene.database.url()).await;
     let direct = format!("[store]\ndirect_url = {:?}\n", link.url);
@@ -71,7 +71,7 @@ async fn replicas_meet_though_the_first_could_not_listen() {
     assert_eq!(half.stream.rest().await.last().unwrap().name, "run.cancelled");
 }
 
-async fn a_run_in_line_is_cancelled_from_elsewhere(scene: Scene) {
+async fn queued_run_cancelled_promptly_from_other_replica(scene: Scene) {
     let (owner, other) = two(&scene).await;
     scene.simulator.hold();
     let (first, _) = begin(&owner, "enqueue", "first").await;
@@ -86,7 +86,7 @@ async fn a_run_in_line_is_cancelled_from_elsewhere(scene: Scene) {
     goes_on(&scene, [&owner, &other]).await;
 }
 
-async fn outputs_are_handed_over(scene: Scene) {
+async fn tool_outputs_posted_at_other_replica_are_answered(scene: Scene) {
     let (owner, other) = two(&scene).await;
     let asked = ask(&owner, SCOPE).await;
     let (path, body) = outputs(SCOPE, &asked);
@@ -98,7 +98,7 @@ async fn outputs_are_handed_over(scene: Scene) {
     goes_on(&scene, [&owner, &other]).await;
 }
 
-async fn an_interrupt_goes_first_from_elsewhere(scene: Scene) {
+async fn interrupt_from_other_replica_runs_next(scene: Scene) {
     let (owner, other) = two(&scene).await;
     let half = Half::at(&scene, &owner, "a long story").await;
     let (waiting, _) = begin(&owner, "enqueue", "me too").await;
@@ -119,7 +119,7 @@ async fn an_interrupt_goes_first_from_elsewhere(scene: Scene) {
     goes_on(&scene, [&owner, &other]).await;
 }
 
-async fn a_rollback_goes_first_from_elsewhere(scene: Scene) {
+async fn rollback_from_other_replica_replaces_active_run(scene: Scene) {
     let (owner, other) = two(&scene).await;
     owner.say(SCOPE, "hello").await;
     let half = Half::at(&scene, &owner, "a long story").await;

@@ -12,10 +12,10 @@ use crate::support::history::{assert_same, upstream};
 use crate::support::scene::{Protocol, Scene, on_every_shared_scene};
 
 on_every_shared_scene!(
-    what_went_along_with_a_run_that_waits_is_not_said_again,
-    what_went_along_with_a_run_that_was_lost_is_not_said_again,
-    what_went_along_with_a_run_whose_removal_was_not_confirmed_is_not_said_again,
-    what_went_along_with_a_run_that_was_removed_before_a_crash_is_not_said_again,
+    unsynced_messages_not_resent_after_takeover_of_tool_call,
+    unsynced_messages_not_resent_after_run_lost_in_crash,
+    unsynced_messages_not_resent_after_unconfirmed_rollback,
+    unsynced_messages_not_resent_after_rollback_and_crash,
 );
 
 /// Two replicas, and a thread that lacks something upstream, if its protocol can lack anything: it goes along with the next message.
@@ -42,7 +42,7 @@ async fn nothing_is_said_again(scene: &Scene, gateway: &Gateway) {
     }
 }
 
-async fn what_went_along_with_a_run_that_waits_is_not_said_again(scene: Scene) {
+async fn unsynced_messages_not_resent_after_takeover_of_tool_call(scene: Scene) {
     let (owner, other) = with_a_backlog(&scene).await;
     let asked = ask(&owner, SCOPE).await;
     owner.kill();
@@ -53,7 +53,7 @@ async fn what_went_along_with_a_run_that_waits_is_not_said_again(scene: Scene) {
     nothing_is_said_again(&scene, &other).await;
 }
 
-async fn what_went_along_with_a_run_that_was_lost_is_not_said_again(scene: Scene) {
+async fn unsynced_messages_not_resent_after_run_lost_in_crash(scene: Scene) {
     let (owner, other) = with_a_backlog(&scene).await;
     let half = Half::at(&scene, &owner, "tell me").await;
     let mut follower = other.events(SCOPE, &half.run, None).await;
@@ -67,7 +67,7 @@ async fn what_went_along_with_a_run_that_was_lost_is_not_said_again(scene: Scene
 
 /// The answer to the request that removes its last trace is lost, and further ones are refused. So the next run looks for it
 /// once more, and finds nothing.
-async fn what_went_along_with_a_run_whose_removal_was_not_confirmed_is_not_said_again(scene: Scene) {
+async fn unsynced_messages_not_resent_after_unconfirmed_rollback(scene: Scene) {
     let (owner, _other) = with_a_backlog(&scene).await;
     ask(&owner, SCOPE).await;
     // The function call is removed before the message that led to it; Assistants have no item for it.
@@ -89,7 +89,7 @@ async fn what_went_along_with_a_run_whose_removal_was_not_confirmed_is_not_said_
 }
 
 /// Its traces are gone, and its process dies before it can record that.
-async fn what_went_along_with_a_run_that_was_removed_before_a_crash_is_not_said_again(scene: Scene) {
+async fn unsynced_messages_not_resent_after_rollback_and_crash(scene: Scene) {
     let (owner, other) = with_a_backlog(&scene).await;
     let asked = ask(&owner, SCOPE).await;
     let run = asked["run"]["id"].as_str().unwrap().trim_start_matches("run_");

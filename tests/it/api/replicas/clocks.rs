@@ -47,7 +47,7 @@ fn time(of: &Value, name: &str) -> Timestamp {
 
 /// The clocks are really off, or the rest of this proves nothing.
 #[tokio::test(flavor = "multi_thread")]
-async fn the_clock_of_a_gateway_can_be_moved() {
+async fn gateway_clock_shift_takes_effect() {
     let scene = shared().await;
     let [right, ahead, behind] = three(&scene, LONG).await;
     let mut times = Vec::new();
@@ -64,7 +64,7 @@ async fn the_clock_of_a_gateway_can_be_moved() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn lists_are_in_the_order_of_what_happened() {
+async fn lists_are_chronological_despite_clock_skew() {
     let scene = shared().await;
     let gateways = three(&scene, LONG).await;
     let mut made = Vec::new();
@@ -91,7 +91,7 @@ async fn lists_are_in_the_order_of_what_happened() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn threads_expire_for_all_at_the_same_time() {
+async fn threads_expire_simultaneously_despite_clock_skew() {
     const MINUTE: Duration = Duration::from_mins(1);
     let scene = shared().await;
     let settings = format!("{LONG}[sessions]\nttl = \"30m\"\n[janitor]\nevery = \"1s\"\n");
@@ -117,7 +117,7 @@ async fn threads_expire_for_all_at_the_same_time() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn deadlines_are_as_long_as_they_are() {
+async fn deadlines_keep_their_length_despite_clock_skew() {
     let scene = shared().await;
     for gateway in three(&scene, LONG).await {
         let body = json!({"content": "hello [[sim: silent_after=2]]", "timeout_ms": 1500});
@@ -139,7 +139,7 @@ async fn deadlines_are_as_long_as_they_are() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn nothing_is_pruned_before_its_time_or_kept_beyond() {
+async fn retention_is_exact_despite_clock_skew() {
     let scene = shared().await;
     let settings =
         format!("{LONG}[retention]\nruns = \"30m\"\nevents = \"20m\"\n[janitor]\nevery = \"1s\"\n");

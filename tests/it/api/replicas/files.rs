@@ -8,7 +8,7 @@ use crate::support::gateway::{Gateway, PATIENCE};
 use crate::support::scene::{Backend, Protocol, Scene};
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_second_process_on_a_file_is_refused_and_told_why() {
+async fn second_process_on_sqlite_file_is_refused_with_reason() {
     let scene = Scene::new(Protocol::Responses, Backend::Sqlite).await;
     let gateway = scene.gateway().await;
     gateway.say("/v1/users/alice", "hello").await;

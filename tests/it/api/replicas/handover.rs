@@ -13,9 +13,12 @@ use crate::support::gateway::{Event, EventReader, Gateway, text, text_of};
 use crate::support::history::assert_same;
 use crate::support::scene::{Backend, Protocol, Scene, on_each_protocol, on_every_shared_scene};
 
-on_every_shared_scene!(what_is_left_is_handed_over_at_once);
+on_every_shared_scene!(unfinished_runs_are_handed_over_on_shutdown);
 
-on_each_protocol!(a_single_gateway_leaves_the_rest_to_its_successor, without_a_transcript_the_rest_ends,);
+on_each_protocol!(
+    unfinished_runs_of_single_gateway_resume_in_successor,
+    unfinished_runs_without_transcript_fail_on_shutdown,
+);
 
 fn settings(grace: &str) -> String {
     format!("{LONG}[server]\nshutdown_grace = \"{grace}\"\n")
@@ -38,7 +41,7 @@ async fn resume(gateway: &Gateway, (path, after): &(String, Option<String>)) -> 
     EventReader::new(gateway.open_events(path, after.as_deref()).await)
 }
 
-async fn what_is_left_is_handed_over_at_once(scene: Scene) {
+async fn unfinished_runs_are_handed_over_on_shutdown(scene: Scene) {
     let start = || scene.gateway_both(SETTINGS, upstream(&scene));
     let (mut owner, other) = tokio::join!(start(), start());
     let asked = ask(&owner, "/v1/users/bob").await;
@@ -109,7 +112,7 @@ async fn owner_exits(gateway: &mut Gateway) -> bool {
 
 /// What ends within the grace time ends as ever, while new messages are refused: somebody else takes them.
 #[tokio::test(flavor = "multi_thread")]
-async fn what_ends_in_time_is_not_handed_over() {
+async fn runs_ending_within_grace_are_not_handed_over() {
     let scene = Scene::new(Protocol::Responses, Backend::Postgres).await;
     let settings = settings("30s");
     let (mut owner, other) = tokio::join!(scene.gateway_with(&settings), scene.gateway_with(&settings));
@@ -141,7 +144,7 @@ async fn what_ends_in_time_is_not_handed_over() {
     assert_same(&scene, &other, SCOPE).await;
 }
 
-async fn a_single_gateway_leaves_the_rest_to_its_successor(scene: Scene) {
+async fn unfinished_runs_of_single_gateway_resume_in_successor(scene: Scene) {
     let mut gateway = scene.gateway_both(SETTINGS, upstream(&scene)).await;
     let mut half = Half::at(&scene, &gateway, "tell me").await;
     let (in_line, _) = begin(&gateway, "enqueue", "me too").await;
@@ -173,7 +176,7 @@ async fn a_single_gateway_leaves_the_rest_to_its_successor(scene: Scene) {
 }
 
 /// Nobody else could know what these runs were to say, so they end while it is known that they do.
-async fn without_a_transcript_the_rest_ends(scene: Scene) {
+async fn unfinished_runs_without_transcript_fail_on_shutdown(scene: Scene) {
     let config = scene.config_with(SETTINGS, upstream(&scene));
     let config = config.replace("[store]\n", "[store]\ntranscript = \"off\"\n");
     let mut gateway = Gateway::start(&config).await;

@@ -11,9 +11,9 @@ use crate::support::gateway::{EventReader, Gateway, PATIENCE, text_of};
 use crate::support::history::{all, assert_same};
 use crate::support::scene::{Backend, Protocol, Scene, on_shared_scene};
 
-on_shared_scene!(runs_start_in_the_order_of_their_arrival);
+on_shared_scene!(runs_across_replicas_start_in_arrival_order);
 
-async fn runs_start_in_the_order_of_their_arrival(scene: Scene) {
+async fn runs_across_replicas_start_in_arrival_order(scene: Scene) {
     let gateways = join_all((0..3).map(|_| scene.gateway_with(LONG))).await;
     scene.simulator.hold();
     let mut streams = Vec::new();
@@ -45,7 +45,7 @@ async fn runs_start_in_the_order_of_their_arrival(scene: Scene) {
 /// Runs wait at one replica for runs of another one until both look rarely. Asking once a second they would start half a
 /// second late, on the average.
 #[tokio::test(flavor = "multi_thread")]
-async fn who_waits_elsewhere_is_woken() {
+async fn waiting_run_on_other_replica_is_woken_promptly() {
     const USERS: usize = 16;
     let scene = Scene::new(Protocol::Responses, Backend::Postgres).await;
     let gateways = [scene.gateway_with(LONG).await, scene.gateway_with(LONG).await];
@@ -103,7 +103,7 @@ async fn deaf(scene: &Scene, elsewhere: &TestDatabase) -> Gateway {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_is_not_heard_is_found_all_the_same() {
+async fn missed_notifications_are_compensated_by_polling() {
     let scene = Scene::new(Protocol::Assistants, Backend::Postgres).await;
     let elsewhere = TestDatabase::postgres().await;
     let (one, other) = tokio::join!(deaf(&scene, &elsewhere), deaf(&scene, &elsewhere));

@@ -11,7 +11,7 @@ use crate::support::history::assert_same;
 use crate::support::scene::{Backend, Protocol, Scene, on_shared_scene};
 use crate::support::wiretap::{HttpTap, Steps, Wiretap};
 
-on_shared_scene!(a_replica_lets_go_before_others_begin);
+on_shared_scene!(cut_off_replica_stops_before_takeover);
 
 /// Longest wait for a connection and for an answer of the database, as configured here and as it stands, and some more for a
 /// machine that does other things.
@@ -22,7 +22,7 @@ fn cut_off(gate: &Gate) {
     gate.set(1, Moment::Before);
 }
 
-async fn a_replica_lets_go_before_others_begin(scene: Scene) {
+async fn cut_off_replica_stops_before_takeover(scene: Scene) {
     let (database, upstream) = (Gate::default(), Gate::default());
     let tap = Wiretap::gated(&scene.database.url(), &database, Steps::All).await;
     let http = HttpTap::gated(&scene.upstream_url, &upstream, Steps::All).await;
@@ -81,7 +81,7 @@ async fn a_replica_lets_go_before_others_begin(scene: Scene) {
 
 /// By the database's own clock, not only by what others do.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_replica_has_let_go_when_its_session_lapses() {
+async fn cut_off_replica_stops_before_session_lapses() {
     /// A tenth of it is what the process leaves of its session: enough for a look that comes late.
     const LIFE: Duration = Duration::from_secs(10);
     let scene = Scene::new(Protocol::Responses, Backend::Postgres).await;
@@ -98,7 +98,7 @@ async fn a_replica_has_let_go_when_its_session_lapses() {
 
 /// Nobody else is there: its runs go on once the database is back, whoever they belonged to.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_single_replica_goes_on_after_an_outage() {
+async fn single_replica_resumes_runs_after_database_outage() {
     let scene = Scene::new(Protocol::Assistants, Backend::Postgres).await;
     let gate = Gate::default();
     let tap = Wiretap::gated(&scene.database.url(), &gate, Steps::All).await;
@@ -121,7 +121,7 @@ async fn a_single_replica_goes_on_after_an_outage() {
 
 /// At whichever step of a start the database goes away, the process waits for it, as for one that is not up yet.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_start_outlives_the_loss_of_its_database() {
+async fn startup_waits_for_lost_database() {
     let scene = Scene::new(Protocol::Responses, Backend::Postgres).await;
     let gate = Gate::default();
     let tap = Wiretap::gated(&scene.database.url(), &gate, Steps::All).await;

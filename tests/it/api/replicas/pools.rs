@@ -20,7 +20,7 @@ async fn gateway(scene: &Scene, settings: &str) -> Gateway {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn few_connections_serve_many() {
+async fn few_connections_serve_many_requests() {
     let scene = Scene::new(Protocol::Responses, Backend::Postgres).await;
     let gateways = [gateway(&scene, LONG).await, gateway(&scene, LONG).await];
     let all =
@@ -35,7 +35,7 @@ async fn few_connections_serve_many() {
 
 /// The table of threads is locked by somebody for a while, so nothing that needs it ends, and all connections are in use.
 #[tokio::test(flavor = "multi_thread")]
-async fn requests_do_not_wait_for_ever_and_sessions_stay() {
+async fn exhausted_pool_refuses_requests_and_keeps_sessions() {
     let scene = Scene::new(Protocol::Responses, Backend::Postgres).await;
     let (one, other) = (gateway(&scene, super::SHORT).await, gateway(&scene, super::SHORT).await);
     scene.simulator.hold();

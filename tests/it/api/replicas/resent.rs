@@ -13,24 +13,24 @@ use crate::support::scene::{Protocol, Scene, on_every_shared_scene};
 use crate::support::wiretap::{HttpTap, Steps};
 
 on_every_shared_scene!(
-    what_was_never_sent_is_sent_once,
-    what_had_arrived_is_not_sent_again,
-    what_waited_for_its_upstream_thread_is_sent_once,
+    takeover_sends_unsent_message_once,
+    takeover_does_not_resend_delivered_message,
+    takeover_during_thread_creation_sends_message_once,
 );
 
 /// How long the upstream may need until it shows what it was sent.
 const UPSTREAM: &str = "lock_window = \"500ms\"\n";
 
-async fn what_was_never_sent_is_sent_once(scene: Scene) {
+async fn takeover_sends_unsent_message_once(scene: Scene) {
     killed(scene, true, Moment::Before).await;
 }
 
-async fn what_had_arrived_is_not_sent_again(scene: Scene) {
+async fn takeover_does_not_resend_delivered_message(scene: Scene) {
     killed(scene, true, Moment::After).await;
 }
 
 /// A first message is preceded by the making of its thread, which a chain does not need.
-async fn what_waited_for_its_upstream_thread_is_sent_once(scene: Scene) {
+async fn takeover_during_thread_creation_sends_message_once(scene: Scene) {
     killed(scene, false, Moment::Before).await;
 }
 
@@ -82,7 +82,7 @@ async fn killed(scene: Scene, has_thread: bool, moment: Moment) {
 
 /// Nobody is dead for less than a session's time: what is slow is left to its owner.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_replica_that_lives_keeps_its_runs() {
+async fn live_replica_keeps_its_runs() {
     use crate::support::scene::Backend;
     let scene = Scene::new(Protocol::Responses, Backend::Postgres).await;
     let (owner, other) = tokio::join!(scene.gateway_with(SHORT), scene.gateway_with(SHORT));

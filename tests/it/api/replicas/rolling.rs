@@ -14,19 +14,19 @@ use crate::support::history::{assert_same, messages};
 use crate::support::scene::{Protocol, Scene, on_shared_scene_by_chance};
 
 on_shared_scene_by_chance!(
-    a_rolling_restart_loses_and_doubles_nothing,
-    a_hasty_rolling_restart_loses_and_doubles_nothing
+    rolling_restart_neither_loses_nor_doubles_messages,
+    hasty_rolling_restart_neither_loses_nor_doubles_messages
 );
 
 const REPLICAS: usize = 3;
 const USERS: usize = 6;
 
-async fn a_rolling_restart_loses_and_doubles_nothing(scene: Scene) {
+async fn rolling_restart_neither_loses_nor_doubles_messages(scene: Scene) {
     roll(scene, "20s", "").await;
 }
 
 /// So little time that much of what runs is handed over, half-way. It can be where a reply outlives its client.
-async fn a_hasty_rolling_restart_loses_and_doubles_nothing(scene: Scene) {
+async fn hasty_rolling_restart_neither_loses_nor_doubles_messages(scene: Scene) {
     let upstream = if scene.protocol == Protocol::Assistants {
         ""
     } else {

@@ -5,9 +5,9 @@ use crate::support::gateway::text_of;
 use crate::support::history::{assert_same, messages};
 use crate::support::scene::{Protocol, Scene, on_shared_scene};
 
-on_shared_scene!(who_wakes_up_late_changes_nothing);
+on_shared_scene!(frozen_replica_waking_after_takeover_changes_nothing);
 
-async fn who_wakes_up_late_changes_nothing(scene: Scene) {
+async fn frozen_replica_waking_after_takeover_changes_nothing(scene: Scene) {
     // Foreground: what the sleeper was sent meanwhile lies in its socket, so it can read all of the reply when it wakes up.
     let upstream = "lock_window = \"500ms\"\n";
     let start = || scene.gateway_both(SHORT, upstream);

@@ -11,19 +11,19 @@ use crate::support::gateway::{Answer, EventReader, Gateway, PATIENCE, text_of};
 use crate::support::scene::{Scene, on_shared_scene};
 
 on_shared_scene!(
-    text_is_live_on_every_replica,
-    follower_on_another_replica_tells_the_owner_of_itself,
-    a_reader_goes_on_anywhere,
-    a_repeated_message_joins_its_run_elsewhere,
-    a_wait_for_outputs_is_live_elsewhere,
-    an_answer_to_outputs_begins_after_the_wait,
+    reply_streams_live_on_every_replica,
+    follower_on_other_replica_notifies_owner,
+    reader_resumes_on_any_replica,
+    idempotent_retry_joins_run_on_other_replica,
+    tool_outputs_posted_elsewhere_are_streamed_live,
+    reply_to_tool_outputs_excludes_earlier_events,
 );
 
 async fn two(scene: &Scene) -> (Gateway, Gateway) {
     tokio::join!(scene.gateway_with(LONG), scene.gateway_with(LONG))
 }
 
-async fn text_is_live_on_every_replica(scene: Scene) {
+async fn reply_streams_live_on_every_replica(scene: Scene) {
     let (owner, other) = two(&scene).await;
     owner.say(SCOPE, "hello").await;
     let half = Half::at(&scene, &owner, "tell me").await;
@@ -50,7 +50,7 @@ async fn text_is_live_on_every_replica(scene: Scene) {
     assert_ascending(&elsewhere);
 }
 
-async fn follower_on_another_replica_tells_the_owner_of_itself(scene: Scene) {
+async fn follower_on_other_replica_notifies_owner(scene: Scene) {
     let (owner, other) = two(&scene).await;
     let store = scene.database.store().await;
     let mut news = store.news();
@@ -66,7 +66,7 @@ async fn follower_on_another_replica_tells_the_owner_of_itself(scene: Scene) {
     store.close().await;
 }
 
-async fn a_reader_goes_on_anywhere(scene: Scene) {
+async fn reader_resumes_on_any_replica(scene: Scene) {
     let (owner, other) = two(&scene).await;
     let shown = owner.stream(SCOPE, "tell me [[sim: tokens=40 rate=10ms]]").await.rest().await;
     let run = super::run_of(&shown[0]);
@@ -99,7 +99,7 @@ async fn json_of(response: reqwest::Response) -> Answer {
     Answer { status, headers, body: response.json().await.unwrap() }
 }
 
-async fn a_repeated_message_joins_its_run_elsewhere(scene: Scene) {
+async fn idempotent_retry_joins_run_on_other_replica(scene: Scene) {
     let (owner, other) = two(&scene).await;
     scene.simulator.hold();
     let content = half_way("tell me");
@@ -139,7 +139,7 @@ async fn a_repeated_message_joins_its_run_elsewhere(scene: Scene) {
 }
 
 /// Outputs that are posted elsewhere are answered as they are by the owner, in all forms.
-async fn a_wait_for_outputs_is_live_elsewhere(scene: Scene) {
+async fn tool_outputs_posted_elsewhere_are_streamed_live(scene: Scene) {
     let (owner, other) = two(&scene).await;
     let asked = ask(&owner, SCOPE).await;
     let run = asked["run"]["id"].as_str().unwrap();
@@ -165,7 +165,7 @@ async fn a_wait_for_outputs_is_live_elsewhere(scene: Scene) {
 }
 
 /// Also where the log cannot be read just then, from which it is known where that is.
-async fn an_answer_to_outputs_begins_after_the_wait(scene: Scene) {
+async fn reply_to_tool_outputs_excludes_earlier_events(scene: Scene) {
     let (owner, other) = two(&scene).await;
     let asked = ask(&owner, SCOPE).await;
     let (path, mut body) = outputs(SCOPE, &asked);

@@ -51,11 +51,11 @@ macro_rules! kills {
 }
 
 kills! {
-    assistants Assistants "" [known_there Id Whole, unknown_there Nothing Whole]
-    responses Responses "" [known_there Id Lost, unknown_there Nothing Either]
-    responses_background Responses "background = true\n" [known_there Id Whole, unknown_there Nothing Either]
-    chain Chain "" [known_there Id Lost, unknown_there Nothing Lost]
-    chain_background Chain "background = true\n" [known_there Id Whole, unknown_there Nothing Lost]
+    assistants Assistants "" [kill_with_upstream_id_recorded_keeps_every_message Id Whole, kill_without_upstream_record_keeps_every_message Nothing Whole]
+    responses Responses "" [kill_with_upstream_id_recorded_keeps_every_message Id Lost, kill_without_upstream_record_keeps_every_message Nothing Either]
+    responses_background Responses "background = true\n" [kill_with_upstream_id_recorded_keeps_every_message Id Whole, kill_without_upstream_record_keeps_every_message Nothing Either]
+    chain Chain "" [kill_with_upstream_id_recorded_keeps_every_message Id Lost, kill_without_upstream_record_keeps_every_message Nothing Lost]
+    chain_background Chain "background = true\n" [kill_with_upstream_id_recorded_keeps_every_message Id Whole, kill_without_upstream_record_keeps_every_message Nothing Lost]
 }
 
 /// Lets nothing be recorded of what a run shows, as if its owner had died before it could be.
@@ -165,7 +165,7 @@ async fn is_whole(scene: &Scene, gateway: &Gateway, fate: Fate) {
 
 /// A run of a replica that died is followed where it goes on, also by who asks for it for the first time.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_run_can_change_hands_again_and_again() {
+async fn run_survives_repeated_takeovers() {
     use crate::support::scene::{Backend, Protocol};
     let scene = Scene::new(Protocol::Responses, Backend::Postgres).await;
     let upstream = "lock_window = \"20s\"\nbackground = true\n";
@@ -192,7 +192,7 @@ async fn a_run_can_change_hands_again_and_again() {
 /// A process that is stopped right behind its request holds the connection, so the upstream works on, where nobody can
 /// see it before it has ended. Whoever sends the message again meets the lock.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_message_that_was_at_work_all_along_is_not_said_twice() {
+async fn message_still_running_upstream_is_not_duplicated_by_takeover() {
     use crate::support::scene::{Backend, Protocol};
     let scene = Scene::new(Protocol::Responses, Backend::Postgres).await;
     let start = || scene.gateway_both(SHORT, "lock_window = \"500ms\"\n");
@@ -220,7 +220,7 @@ async fn a_message_that_was_at_work_all_along_is_not_said_twice() {
 
 /// Nothing of it was recorded, not even its start, and all that is left to do is to end it.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_run_that_was_to_stop_ends_with_what_its_reader_has_not_seen() {
+async fn takeover_of_cancelling_run_delivers_unseen_text() {
     use crate::support::scene::{Backend, Protocol};
     let scene = Scene::new(Protocol::Assistants, Backend::Postgres).await;
     let start = || scene.gateway_both(SHORT, "");
@@ -246,7 +246,7 @@ async fn a_run_that_was_to_stop_ends_with_what_its_reader_has_not_seen() {
 
 /// Of a response in the background whose id nobody recorded the conversation shows what it asks for.
 #[tokio::test(flavor = "multi_thread")]
-async fn calls_of_a_response_that_nobody_named_are_answered() {
+async fn takeover_finds_tool_calls_of_unrecorded_response() {
     use crate::support::scene::{Backend, Protocol};
     let scene = Scene::new(Protocol::Responses, Backend::Postgres).await;
     let start = || scene.gateway_both(SHORT, "lock_window = \"20s\"\nbackground = true\n");
