@@ -141,6 +141,11 @@ impl App {
         self.address
     }
 
+    /// The routes, to be served in another way than by [`run`](Self::run). Nothing works in the background then.
+    pub fn router(&self) -> Router {
+        self.router.clone()
+    }
+
     /// Serves until `signals` resolves, then stops in two steps: no new runs, while running ones have the grace
     /// time to end, and other replicas go on with those that wait; after it, or when `signals` resolves again, what
     /// still runs is given up for other replicas, or the next process, to go on with.

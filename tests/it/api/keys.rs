@@ -6,21 +6,21 @@ use serde_json::{Value, json};
 use threadkeeper::api::routes;
 
 use crate::support::gateway::{Answer, EventReader, Gateway, text};
+use crate::support::routes::Routes;
 use crate::support::scene::{Backend, Protocol, Scene};
 
 /// As somebody's directory may have it.
 const USER: &str = "org/42?x#é .";
 const ENCODED: &str = "org%2F42%3Fx%23%C3%A9%20.";
 
-fn by_headers(gateway: &Gateway, method: Method, path: &str, keys: &[(&str, &str)]) -> RequestBuilder {
-    let request = gateway.request(method, path);
+fn by_headers(request: RequestBuilder, keys: &[(&str, &str)]) -> RequestBuilder {
     keys.iter().fold(request, |request, (name, value)| {
         request.header(format!("threadkeeper-{name}"), HeaderValue::from_bytes(value.as_bytes()).unwrap())
     })
 }
 
 async fn get(gateway: &Gateway, path: &str, keys: &[(&str, &str)]) -> Answer {
-    gateway.send(by_headers(gateway, Method::GET, path, keys)).await
+    gateway.send(by_headers(gateway.request(Method::GET, path), keys)).await
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -33,7 +33,8 @@ async fn header_keys_name_same_conversations_as_path_keys() {
         (vec![user, topic], format!("/v1/users/{ENCODED}/topics/a%2C%20b"), "topic:a, b"),
         (vec![user, session], format!("/v1/users/{ENCODED}/sessions/tab%3B1"), "session:tab;1"),
     ] {
-        let post = |path: &str, body: Value| by_headers(&gateway, Method::POST, path, &keys).json(&body);
+        let post =
+            |path: &str, body: Value| by_headers(gateway.request(Method::POST, path), &keys).json(&body);
         let said = gateway.send(post("/v1/conversation/messages", json!({"content": "hello"}))).await.ok();
         assert_eq!(said["thread"]["key"], json!({"tenant": "default", "user": USER, "scope": shown}));
         let by_path = gateway.get(&format!("{scope}/messages?order=asc")).await.ok();
@@ -51,7 +52,7 @@ async fn header_keys_name_same_conversations_as_path_keys() {
         assert_eq!(place, format!("/v1/conversation/runs/{}", later.body["run"]["id"].as_str().unwrap()));
         scene.simulator.release();
         let events =
-            by_headers(&gateway, Method::GET, &format!("{place}/events"), &keys).send().await.unwrap();
+            by_headers(gateway.request(Method::GET, &format!("{place}/events")), &keys).send().await.unwrap();
         assert_eq!(EventReader::new(events).rest().await.pop().unwrap().name, "run.completed");
         assert_eq!(get(&gateway, place, &keys).await.ok()["run"]["status"], "completed");
 
@@ -65,7 +66,7 @@ async fn header_keys_name_same_conversations_as_path_keys() {
         assert_eq!(again.ok()["run"], first["run"]);
     }
     // A key of another conversation is another request's.
-    let other = by_headers(&gateway, Method::POST, "/v1/conversation/messages", &[("user", "other")]);
+    let other = by_headers(gateway.request(Method::POST, "/v1/conversation/messages"), &[("user", "other")]);
     let other = gateway.send(other.json(&json!({"content": "once"})).header("idempotency-key", "k")).await;
     assert!(!other.headers.contains_key("idempotent-replayed"));
     other.ok();
@@ -74,7 +75,7 @@ async fn header_keys_name_same_conversations_as_path_keys() {
     assert_eq!(threads["data"].as_array().unwrap().len(), 3);
     let export = get(&gateway, "/v1/user/export", &[user]).await;
     assert!(export.body.to_string().contains("hello"), "{export:?}");
-    let gone = gateway.send(by_headers(&gateway, Method::DELETE, "/v1/user", &[user])).await.ok();
+    let gone = gateway.send(by_headers(gateway.request(Method::DELETE, "/v1/user"), &[user])).await.ok();
     assert_eq!(gone["threads_done"], 3);
     assert_eq!(get(&gateway, "/v1/conversation/thread", &[user]).await.problem(), (404, "not-found"));
     get(&gateway, "/v1/conversation/thread", &[("user", "other")]).await.ok();
@@ -84,8 +85,8 @@ async fn header_keys_name_same_conversations_as_path_keys() {
 #[tokio::test(flavor = "multi_thread")]
 async fn conflicting_or_malformed_keys_are_refused() {
     let scene = Scene::new(Protocol::Responses, Backend::Sqlite).await;
-    let gateway = scene.gateway().await;
-    gateway.say("/v1/users/alice", "hello").await;
+    let gateway = Routes::new(&scene, "").await;
+    gateway.post("/v1/users/alice/messages", &json!({"content": "hello"})).await.ok();
     let (user, session, topic) = (("user", "alice"), ("session", "s"), ("topic", "t"));
     for (path, keys, hint) in [
         ("/v1/users/alice/thread", &[user][..], "threadkeeper-user"),
@@ -109,14 +110,14 @@ async fn conflicting_or_malformed_keys_are_refused() {
         ("/v1/user/threads", &[user, session], "threadkeeper-session"),
         ("/v1/user/threads", &[], "send the header `threadkeeper-user`"),
     ] {
-        let answer = get(&gateway, path, keys).await;
+        let answer = gateway.send(by_headers(gateway.request(Method::GET, path), keys)).await;
         assert_eq!(answer.problem(), (400, "invalid-request"), "{path} {keys:?}");
         let detail = answer.body["detail"].as_str().unwrap();
         assert!(detail.contains(hint), "{path} {keys:?}: {detail}");
     }
     for method in [Method::POST, Method::PATCH, Method::DELETE] {
         let path = if method == Method::POST { "/v1/users/alice/messages" } else { "/v1/users/alice/thread" };
-        let request = by_headers(&gateway, method, path, &[user]).json(&json!({"content": "no"}));
+        let request = by_headers(gateway.request(method, path), &[user]).json(&json!({"content": "no"}));
         assert_eq!(gateway.send(request).await.problem(), (400, "invalid-request"));
     }
     assert_eq!(gateway.get("/v1/users/alice/thread").await.ok()["message_count"], 2, "nothing happened");
@@ -164,8 +165,8 @@ async fn dot_segments_are_refused_as_keys() {
 #[tokio::test(flavor = "multi_thread")]
 async fn authenticated_routes_refuse_unknown_query_parameters() {
     let scene = Scene::new(Protocol::Responses, Backend::Sqlite).await;
-    let gateway = scene.gateway().await;
-    gateway.say("/v1/users/alice", "hello").await;
+    let gateway = Routes::new(&scene, "").await;
+    gateway.post("/v1/users/alice/messages", &json!({"content": "hello"})).await.ok();
     for route in routes() {
         let what = format!("{} {}", route.method, route.path);
         let path = route.path.replace("{user}", "alice").replace("{session}", "s").replace("{topic}", "t");
@@ -176,7 +177,7 @@ async fn authenticated_routes_refuse_unknown_query_parameters() {
             path.starts_with("/v1/conversation") || path.starts_with("/v1/user/") || path == "/v1/user";
         let keys: &[_] = if headers { &[("user", "alice")] } else { &[] };
         for query in ["no_such=true", "archiv=true", "x/sessions/s1/thread", "=", "limit=1&limit=1&x"] {
-            let request = by_headers(&gateway, route.method.clone(), &format!("{path}?{query}"), keys);
+            let request = by_headers(gateway.request(route.method.clone(), &format!("{path}?{query}")), keys);
             let answer = gateway.send(request.json(&json!({"content": "no"}))).await;
             if route.needs.is_none() {
                 // Whoever watches may add what keeps caches away.

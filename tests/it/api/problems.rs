@@ -3,12 +3,13 @@
 use reqwest::Method;
 use serde_json::{Value, json};
 
+use crate::support::routes::Routes;
 use crate::support::scene::{Backend, Protocol, Scene};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn bad_requests_are_refused_with_a_typed_problem() {
     let scene = Scene::new(Protocol::Responses, Backend::Sqlite).await;
-    let gateway = scene.gateway_with("[server]\nmax_body_bytes = 4096\n").await;
+    let gateway = Routes::new(&scene, "[server]\nmax_body_bytes = 4096\n").await;
     let messages = "/v1/users/alice/messages";
     let pairs: serde_json::Map<_, _> = (0..11).map(|n| (n.to_string(), json!("x"))).collect();
     for (body, status, name, hint) in [
@@ -94,7 +95,7 @@ async fn bad_requests_are_refused_with_a_typed_problem() {
 #[tokio::test(flavor = "multi_thread")]
 async fn wrong_paths_and_types_are_refused_with_a_typed_problem() {
     let scene = Scene::new(Protocol::Responses, Backend::Sqlite).await;
-    let gateway = scene.gateway().await;
+    let gateway = Routes::new(&scene, "").await;
     let messages = "/v1/users/alice/messages";
     let long = format!("/v1/users/{}/thread", "k".repeat(257));
     for (method, path, status, name) in [
@@ -145,7 +146,7 @@ async fn body_not_arriving_times_out() {
 #[tokio::test(flavor = "multi_thread")]
 async fn request_id_is_kept_when_valid() {
     let scene = Scene::new(Protocol::Responses, Backend::Sqlite).await;
-    let gateway = scene.gateway().await;
+    let gateway = Routes::new(&scene, "").await;
     let with = async |id: &str| {
         let answer = gateway.send(gateway.request(Method::GET, "/nowhere").header("x-request-id", id)).await;
         assert_eq!(answer.body["request_id"], answer.headers["x-request-id"].to_str().unwrap());

@@ -13,6 +13,7 @@ pub(crate) mod needles;
 pub(crate) mod openapi;
 pub(crate) mod pooler;
 mod postgres;
+pub(crate) mod routes;
 pub(crate) mod scene;
 pub(crate) mod wire;
 pub(crate) mod wiretap;
