@@ -40,6 +40,7 @@ mod roles;
 mod rollover;
 mod scale;
 mod secrets;
+mod shapes;
 mod shutdown;
 mod statistics;
 mod strategies;
