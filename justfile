@@ -12,7 +12,7 @@ test:
 
 # The same without what takes long: chaos, random operations, kills at every step, large databases, and much data.
 test-quick:
-    cargo test -- --skip chaos:: --skip api::random:: --skip api::killed:: --skip api::scale:: --skip api::fuzz:: \
+    cargo test -- --skip chaos:: --skip api::random:: --skip api::crash_points:: --skip api::scale:: --skip api::fuzz:: \
         --skip api::pages:: --skip api::pictures:: --skip api::long_threads:: --skip api::replicas::rolling::
 
 # One test by name, with its output.

@@ -1,25 +1,25 @@
 //! The HTTP surface: routes, and the middleware that every answer passes.
 
+mod authorize;
 mod body;
 mod canonical;
 mod cors;
 mod deletions;
 mod extract;
 mod forwarded;
-mod guard;
 mod health;
 mod keys;
 mod limits;
 mod messages;
-mod observe;
 mod openapi;
 mod operators;
 mod prefer;
 mod problem;
+mod request_log;
+mod run_response;
 mod runs;
 mod sse;
 mod threads;
-mod turn;
 mod users;
 mod views;
 
@@ -35,18 +35,18 @@ use axum::response::{IntoResponse, Response};
 use axum::routing::{MethodFilter, MethodRouter, get, on};
 use tower_http::catch_panic::CatchPanicLayer;
 
-use self::guard::Asks;
+use self::authorize::Asks;
 use self::keys::{CONVERSATION, Place, USERS};
 use self::limits::Counted;
 pub use self::limits::Limits;
-use self::observe::Observed;
 use self::openapi::Doc;
 pub use self::openapi::openapi;
+use self::request_log::Observed;
 use crate::auth::Auth;
 use crate::config::ServerConfig;
 use crate::domain::{Access, RunId};
 use crate::error::Error;
-use crate::life::Keeper;
+use crate::lifecycle::Janitor;
 use crate::locks::{Budget, Seats};
 use crate::runs::Runs;
 
@@ -54,7 +54,7 @@ use crate::runs::Runs;
 #[derive(Clone, Debug)]
 pub struct AppState {
     pub runs: Runs,
-    pub keeper: Keeper,
+    pub janitor: Janitor,
     pub auth: Arc<Auth>,
     pub limits: Arc<Limits>,
     /// For those who follow a run's events.
@@ -182,8 +182,8 @@ impl Routes {
     ) {
         // All methods that are used here are among those that the filter knows.
         let filter = MethodFilter::try_from(method.clone()).unwrap_or(MethodFilter::GET);
-        let asks = Asks { needs, counted, keys: Place::of(&path), query: guard::Query::of(doc) };
-        let guarded = on(filter, handler).route_layer(from_fn(guard::guard)).route_layer(Extension(asks));
+        let asks = Asks { needs, counted, keys: Place::of(&path), query: authorize::Query::of(doc) };
+        let guarded = on(filter, handler).route_layer(from_fn(authorize::guard)).route_layer(Extension(asks));
         self.put(Some(needs), method, path, guarded, doc);
     }
 
@@ -208,7 +208,7 @@ fn finished<S: Clone + Send + Sync + 'static>(router: Router<S>, observed: Obser
         .method_not_allowed_fallback(async || Error::MethodNotAllowed)
         .layer(CatchPanicLayer::custom(panicked));
     let router = if origins.is_empty() { router } else { router.layer(cors::layer(origins)) };
-    router.layer(from_fn_with_state(observed, observe::observe))
+    router.layer(from_fn_with_state(observed, request_log::observe))
 }
 
 /// The panic itself has been logged by the hook; its text may hold anything, so the caller does not see it.

@@ -20,17 +20,17 @@ use tokio_util::task::TaskTracker;
 use crate::api::{self, AppState, Limits};
 use crate::auth::{Auth, FreshKey};
 use crate::config::{Config, StoreConfig, UpstreamConfig, UpstreamKind};
-use crate::domain::{Access, ConversationKey, Fingerprints, Keeping, KeyNames, ReplicaId, TenantKey};
-use crate::life::{Keeper, KeeperParts};
+use crate::domain::{Access, ConversationKey, Fingerprints, KeyNames, ReplicaId, RetentionPolicy, TenantKey};
+use crate::export_import::{self, Refused, Summary, What};
+use crate::lifecycle::{Janitor, JanitorParts};
 use crate::locks::{Budget, Seats};
-use crate::records::{self, Refused, Summary, What};
 use crate::runs::{Breaker, Runs, RunsParts};
 use crate::server::{self, ServerStop};
 use crate::store::{Store, StoreError, StoredKey};
 use crate::upstream::{AssistantsUpstream, ResponsesUpstream, Upstream, UpstreamClient};
 
 /// Time for runs to record their end once they are told to stop, and for connections to close after that.
-const LAST_WORDS: Duration = Duration::from_secs(4);
+const SHUTDOWN_DEADLINE: Duration = Duration::from_secs(4);
 
 /// Between two tries of a step of the start.
 const PAUSE: Duration = Duration::from_millis(250);
@@ -42,7 +42,7 @@ pub struct App {
     address: SocketAddr,
     router: Router,
     runs: Runs,
-    keeper: Keeper,
+    janitor: Janitor,
     auth: Arc<Auth>,
     store: Arc<Store>,
     config: Config,
@@ -91,13 +91,13 @@ impl App {
         patiently(&config.store, || runs.renew(&place, ttl))
             .await
             .context("cannot register this replica in the store")?;
-        let keeper = Keeper::new(KeeperParts {
+        let janitor = Janitor::new(JanitorParts {
             store: Arc::clone(&store),
             upstreams,
             runs: runs.clone(),
             fingerprints: fingerprints.clone(),
             lifetimes: config.lifetimes(),
-            keeping: Keeping {
+            keeping: RetentionPolicy {
                 transcript: Some(config.archive.keep),
                 upstream: config.archive.keep_upstream,
             },
@@ -113,7 +113,7 @@ impl App {
         patiently(&config.store, || auth.refresh()).await.context("cannot read the API keys")?;
         let state = AppState {
             runs: runs.clone(),
-            keeper: keeper.clone(),
+            janitor: janitor.clone(),
             auth: Arc::clone(&auth),
             limits: Arc::new(Limits::new(&config.limits)),
             readers: Arc::new(Seats::new(usize::MAX, config.server.max_readers.get())),
@@ -126,7 +126,7 @@ impl App {
             address,
             router: api::router(state),
             runs,
-            keeper,
+            janitor,
             auth,
             store,
             config,
@@ -157,7 +157,7 @@ impl App {
         let server_stop = ServerStop::default();
         let mut session = parts
             .spawn(self.runs.clone().keep_session(self.address.to_string(), self.config.replica.session_ttl));
-        let mut janitor = parts.spawn(self.keeper.work());
+        let mut janitor = parts.spawn(self.janitor.work());
         parts.spawn(self.auth.keep_fresh(self.stop.clone()));
         let (listener, router, settings, stop) =
             (self.listener, self.router, self.config.server.clone(), server_stop.clone());
@@ -169,7 +169,7 @@ impl App {
             () = signals() => None,
             ended = &mut server => Some(format!("the server ended by itself: {ended:?}")),
             ended = &mut janitor => Some(format!("the janitor ended by itself: {ended:?}")),
-            ended = &mut session => Some(format!("the session's keeper ended by itself: {ended:?}")),
+            ended = &mut session => Some(format!("the session's janitor ended by itself: {ended:?}")),
         };
         let (runs, lines) = self.runs.load();
         let grace_ms = u64::try_from(self.config.server.shutdown_grace.as_millis())?;
@@ -182,7 +182,7 @@ impl App {
             () = sleep(self.config.server.shutdown_grace) => {}
         }
         // Whoever goes on with what is left shall know how far it came.
-        if timeout(LAST_WORDS / 4, self.runs.record_now()).await.is_err() {
+        if timeout(SHUTDOWN_DEADLINE / 4, self.runs.record_now()).await.is_err() {
             tracing::warn!("cannot record in time how far the runs came");
         }
         self.runs.let_go();
@@ -193,15 +193,15 @@ impl App {
                 () = self.runs.deliver() => {}
             }
         };
-        if timeout(LAST_WORDS, last_words).await.is_err() {
+        if timeout(SHUTDOWN_DEADLINE, last_words).await.is_err() {
             tracing::error!(runs = self.tasks.len(), "some runs could not record their end");
         }
         server_stop.soft.cancel();
-        if !server.is_finished() && timeout(LAST_WORDS / 2, &mut server).await.is_err() {
+        if !server.is_finished() && timeout(SHUTDOWN_DEADLINE / 2, &mut server).await.is_err() {
             tracing::warn!("some connections did not close in time");
             server_stop.hard.cancel();
         }
-        let closed = timeout(LAST_WORDS, async {
+        let closed = timeout(SHUTDOWN_DEADLINE, async {
             if !session.is_finished() {
                 drop(session.await);
             }
@@ -235,7 +235,7 @@ pub async fn export<W: Write>(
 ) -> anyhow::Result<u64> {
     let store = open_store(&StoreConfig { migrate_on_start: false, ..config.clone() }).await?;
     let mut out = open()?;
-    let mut lines = pin!(records::export(Arc::clone(&store), What::All(tenant)));
+    let mut lines = pin!(export_import::export(Arc::clone(&store), What::All(tenant)));
     let mut written = 0;
     while let Some(line) = lines.try_next().await? {
         out.write_all(line.as_bytes()).context("cannot write")?;
@@ -253,7 +253,7 @@ pub async fn import(
     refused: impl FnMut(Refused),
 ) -> anyhow::Result<Summary> {
     let store = open_store(&config.store).await?;
-    let summary = records::import(Arc::clone(&store), config, input, refused).await?;
+    let summary = export_import::import(Arc::clone(&store), config, input, refused).await?;
     store.close().await;
     Ok(summary)
 }

@@ -20,7 +20,9 @@ pub use id::{
     UpstreamThreadId, now, set_clock,
 };
 pub use key::{ConversationKey, InvalidKey, KeyText, Scope, SessionKey, TenantKey, TopicKey, UserKey};
-pub use life::{Chore, Deletion, Keeping, Left, Lifetimes, Limits, NewLife, Removed, Ttl, UpstreamOutcome};
+pub use life::{
+    Deletion, Left, LifecycleTask, Lifetimes, Limits, NewLife, Removed, RetentionPolicy, Ttl, UpstreamOutcome,
+};
 pub use metadata::{InvalidMetadata, Metadata};
 pub use records::{Lifecycle, Message, Page, PageRequest, Role, Run, Thread, ThreadActivity, ThreadState};
 pub use run::{

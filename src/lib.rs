@@ -16,7 +16,7 @@ pub mod server;
 
 pub mod telemetry;
 
-pub mod life;
+pub mod lifecycle;
 
 pub mod runs;
 
@@ -28,7 +28,7 @@ pub mod locks;
 
 pub mod upstream;
 
-pub mod records;
+pub mod export_import;
 
 pub mod store;
 

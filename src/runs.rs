@@ -47,8 +47,8 @@ use crate::domain::{
     Timestamp, Ttl, UserContent, UserKey,
 };
 use crate::error::{Error, TooOften};
+use crate::export_import;
 use crate::locks::{LockMap, NoSeat, QueueFull, Seats, Share};
-use crate::records;
 use crate::store::{
     Admission, Idempotency, InputMessage, Repeated, Store, StoreError, ThreadFilter, ThreadName,
     ThreadReport, ThreadUpdate,
@@ -387,7 +387,7 @@ impl Runs {
         tenant: TenantKey,
         user: UserKey,
     ) -> impl Stream<Item = Result<String, StoreError>> + Send + 'static {
-        records::export(Arc::clone(&self.parts.given.store), records::What::User(tenant, user))
+        export_import::export(Arc::clone(&self.parts.given.store), export_import::What::User(tenant, user))
     }
 
     /// From then on no new message goes to the thread.

@@ -8,16 +8,16 @@ use serde::Deserialize;
 use utoipa::IntoParams;
 
 use super::AppState;
+use super::authorize::Caller;
 use super::extract::{ApiId, ApiPage};
 use super::forwarded::Prefix;
-use super::guard::Caller;
 use super::openapi::Doc;
 use super::prefer::Prefer;
 use super::problem::NOT_FOUND;
 use super::views::{DeletableView, DeletionView};
 use crate::domain::{Deletion, DeletionId, ThreadId};
 use crate::error::Error;
-use crate::life::Target;
+use crate::lifecycle::Target;
 
 /// How to delete.
 #[derive(Debug, Deserialize, IntoParams)]
@@ -40,10 +40,10 @@ pub(super) async fn deleted(
 ) -> Result<Response, Error> {
     let end = if how.archive { Deletion::Archive } else { Deletion::Erase };
     if how.dry_run {
-        let found = state.keeper.deletable(target, end).await?;
+        let found = state.janitor.deletable(target, end).await?;
         return Ok(Json(DeletableView::new(found, how.archive)).into_response());
     }
-    let report = state.keeper.delete_all(target, end, Prefer::of(headers).patience()).await?;
+    let report = state.janitor.delete_all(target, end, Prefer::of(headers).patience()).await?;
     let status = if report.finished_at.is_some() { StatusCode::OK } else { StatusCode::ACCEPTED };
     let place = [(header::LOCATION, format!("{}/v1/deletions/{}", prefix.0, report.id))];
     Ok((status, place, Json(DeletionView::from(report))).into_response())
@@ -83,5 +83,5 @@ pub(super) async fn show(
     ApiId(id): ApiId<DeletionId>,
     ApiPage(page, _): ApiPage<ThreadId>,
 ) -> Result<Json<DeletionView>, Error> {
-    Ok(Json(state.keeper.report_to(&caller, id, page.after, page.limit).await?.into()))
+    Ok(Json(state.janitor.report_to(&caller, id, page.after, page.limit).await?.into()))
 }

@@ -10,7 +10,7 @@ use serde::de::{DeserializeOwned, IgnoredAny};
 use sha2::{Digest, Sha256};
 use utoipa::{IntoParams, ToSchema};
 
-use super::guard::Caller;
+use super::authorize::Caller;
 use super::keys::Named;
 use super::{AppState, body, canonical};
 use crate::config::ServerConfig;

@@ -10,11 +10,11 @@ use tokio_util::sync::CancellationToken;
 use utoipa::IntoParams;
 
 use super::AppState;
+use super::authorize::{Caller, OnlyRepeats};
 use super::extract::{ApiConversation, ApiJson, ApiPage};
-use super::guard::{Caller, OnlyRepeats};
 use super::openapi::Doc;
 use super::problem::{MAYBE_MERGED, NOT_FOUND, QUEUE_FULL, THREAD_BUSY, TOO_MANY_RUNS};
-use super::turn::{Asked, Form, answer, answer_doc};
+use super::run_response::{Asked, ResponseMode, answer, answer_doc};
 use super::views::{ListView, MessageView, OnDisconnect, PostMessage};
 use crate::domain::{
     ContentPart, InvalidContent, InvalidMetadata, MessageId, Metadata, MultitaskStrategy, UserContent,
@@ -61,7 +61,7 @@ pub(super) async fn create(
         share,
     };
     let submitted = state.runs.submit(key.clone(), message).await?;
-    let form = Form { stream: body.stream, asked: &asked, on_drop };
+    let form = ResponseMode { stream: body.stream, asked: &asked, on_drop };
     answer(&state, &key, submitted, 0, form).await
 }
 

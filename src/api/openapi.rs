@@ -16,14 +16,14 @@ use utoipa::{IntoParams, PartialSchema, ToSchema};
 use super::extract::PageQuery;
 use super::keys::{self, Place};
 use super::limits::{LIMIT, POLICY};
-use super::observe::REQUEST_ID;
 use super::prefer::{PREFER, PREFERENCE_APPLIED};
 use super::problem::{
     Document as Problem, FORBIDDEN, IDEMPOTENCY_MISMATCH, INTERNAL, INVALID_REQUEST, ISSUER_UNAVAILABLE,
     Kind, METHOD_NOT_ALLOWED, NOT_FOUND, OVERLOADED, PAYLOAD_TOO_LARGE, RATE_LIMITED, REQUEST_TIMEOUT,
     STORE_UNAVAILABLE, UNAUTHENTICATED, UNPROCESSABLE, UNSUPPORTED_MEDIA_TYPE,
 };
-use super::turn::REPLAYED;
+use super::request_log::REQUEST_ID;
+use super::run_response::REPLAYED;
 use super::views::ListView;
 use super::{Route, all};
 use crate::domain::{Access, DeletionId, KeyText, RunId, SessionKey, ThreadId, TopicKey, UserKey};

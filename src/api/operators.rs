@@ -9,8 +9,8 @@ use serde::Deserialize;
 use utoipa::IntoParams;
 
 use super::AppState;
+use super::authorize::Caller;
 use super::extract::{ApiId, ApiPage, ApiQuery};
-use super::guard::Caller;
 use super::openapi::Doc;
 use super::problem::{DRAINING, NOT_FOUND, UPSTREAM_ERROR, UPSTREAM_TIMEOUT};
 use super::threads::{Verify, show_named};
@@ -143,7 +143,7 @@ pub(super) async fn cleanup(
         return Err(Error::Malformed("`limit` must be between 1 and 1000".to_owned()));
     }
     if query.dry_run {
-        return Ok(Json(OutlookView::from(state.keeper.outlook(limit).await?)).into_response());
+        return Ok(Json(OutlookView::from(state.janitor.dry_run_of(limit).await?)).into_response());
     }
-    Ok(Json(TallyView::from(state.keeper.clean_up(limit).await?)).into_response())
+    Ok(Json(TallyView::from(state.janitor.clean_up(limit).await?)).into_response())
 }

@@ -7,13 +7,13 @@ use axum::{Extension, Json};
 use futures_util::StreamExt;
 use serde_json::json;
 
+use super::authorize::{Caller, OnlyRepeats};
 use super::extract::{ApiConversation, ApiJson, ApiPage, ApiRun, LastEventId};
 use super::forwarded::Prefix;
-use super::guard::{Caller, OnlyRepeats};
 use super::openapi::Doc;
 use super::problem::{NOT_FOUND, OTHER_REPLICA, RUN_NOT_WAITING, TOO_MANY_READERS};
+use super::run_response::{Asked, ResponseMode, answer, answer_doc, scope_of};
 use super::sse::EventView;
-use super::turn::{Asked, Form, answer, answer_doc, scope_of};
 use super::views::{ListView, PostOutputs, RunAndMessageView, RunView};
 use super::{AppState, sse};
 use crate::domain::RunId;
@@ -98,7 +98,7 @@ pub(super) async fn tool_outputs(
         only_repeats: only_repeats.map(|Extension(OnlyRepeats(why))| why),
     };
     let (submitted, from) = state.runs.answer_tools(&key, id, new).await?;
-    let form = Form { stream: body.stream, asked: &asked, on_drop: None };
+    let form = ResponseMode { stream: body.stream, asked: &asked, on_drop: None };
     answer(&state, &key, submitted, from, form).await
 }
 

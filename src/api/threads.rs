@@ -19,7 +19,7 @@ use super::problem::{NOT_FOUND, UPSTREAM_ERROR, UPSTREAM_TIMEOUT};
 use super::views::{ListView, PatchThread, ReportView, RunView, TtlMs, cancelled};
 use crate::domain::NewLife;
 use crate::error::Error;
-use crate::life::Target;
+use crate::lifecycle::Target;
 use crate::runs::Renewed;
 use crate::store::ThreadName;
 use crate::upstream::Pace;

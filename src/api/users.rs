@@ -15,8 +15,8 @@ use super::openapi::Doc;
 use super::views::{ListView, ThreadView, list_threads};
 use crate::domain::ThreadId;
 use crate::error::Error;
-use crate::life::Target;
-use crate::records::Line;
+use crate::export_import::Line;
+use crate::lifecycle::Target;
 use crate::store::ThreadFilter;
 
 pub(super) fn threads_doc() -> Doc {

@@ -248,7 +248,7 @@ impl From<Message> for MessageView {
 /// The answer to a message.
 #[derive(Debug, Serialize, ToSchema)]
 #[schema(as = Turn)]
-pub(super) struct TurnView {
+pub(super) struct RunResponse {
     pub(super) thread: ThreadView,
     pub(super) run: RunView,
     #[schema(required)]

@@ -153,7 +153,7 @@ impl Left {
 
 /// What the janitor does about a thread.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub enum Chore {
+pub enum LifecycleTask {
     /// It has expired: archive it.
     Expire { since: Timestamp },
     /// It is archived: delete its upstream copy, which is not needed any more.
@@ -168,16 +168,16 @@ pub enum Chore {
 
 /// For how long archived threads are kept, and where.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub struct Keeping {
+pub struct RetentionPolicy {
     /// `None`: for ever.
     pub transcript: Option<Duration>,
     /// The upstream copy is kept as long as the transcript.
     pub upstream: bool,
 }
 
-impl Chore {
+impl LifecycleTask {
     /// What is to be done about a thread at a time.
-    pub fn of(thread: &Thread, now: Timestamp, lifetimes: &Lifetimes, keeping: Keeping) -> Self {
+    pub fn of(thread: &Thread, now: Timestamp, lifetimes: &Lifetimes, keeping: RetentionPolicy) -> Self {
         match (thread.lifecycle, thread.deletion) {
             (Lifecycle::Deleting, deletion) => Self::Delete(deletion.unwrap_or(Deletion::Erase)),
             (Lifecycle::Current, _) => match lifetimes.expiry(thread) {

@@ -9,9 +9,9 @@
 mod balancer;
 mod check;
 mod client;
+mod fault_injector;
 mod fleet;
 mod message;
-mod monkey;
 mod seen;
 mod sending;
 mod takeover;
@@ -35,8 +35,8 @@ use crate::support::chance::seed;
 use crate::support::cluster::Cluster;
 use crate::support::gateway::PATIENCE;
 use crate::support::scene::{Backend, Protocol, Scene};
+use fault_injector::Temper;
 use fleet::Fleet;
-use monkey::Temper;
 use users::User;
 use world::{Teller, World};
 
@@ -82,7 +82,7 @@ impl Scale {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn whatever_fails_nothing_is_lost_and_nothing_is_said_twice() {
+async fn random_failures_neither_lose_nor_duplicate_messages() {
     let seed = seed();
     let scale = Scale::of_environment();
     // What was made and never heard of again can be found only where threads can be listed.
@@ -119,7 +119,7 @@ async fn whatever_fails_nothing_is_lost_and_nothing_is_said_twice() {
     }
 }
 
-/// The users talk, and the monkey does its deeds. Both have ended when this returns.
+/// The users talk, and the fault_injector does its actions. Both have ended when this returns.
 async fn talk(world: &Arc<World>, scale: &Scale) -> Vec<User> {
     let at_once = Arc::new(Semaphore::new(scale.at_once));
     let mut talking = JoinSet::new();
@@ -131,14 +131,14 @@ async fn talk(world: &Arc<World>, scale: &Scale) -> Vec<User> {
             user
         });
     }
-    let mut monkey = JoinSet::new();
+    let mut fault_injector = JoinSet::new();
     if std::env::var_os("THREADKEEPER_CHAOS_TAME").is_none() {
-        monkey.spawn(monkey::work(Arc::clone(world), scale.temper));
+        fault_injector.spawn(fault_injector::work(Arc::clone(world), scale.temper));
     }
     sleep(scale.time).await;
     world.over.cancel();
     let ended = async {
-        monkey.join_all().await;
+        fault_injector.join_all().await;
         talking.join_all().await
     };
     let mut users = timeout(LAST_ONES, ended).await.expect("everybody comes to an end");
@@ -176,7 +176,7 @@ async fn stop_all(world: &World) {
             world.fault(Teller::Nobody, format!("{process} has {open} open files"));
         }
         let stopped = world.fleet.stop(&mut replica).await;
-        monkey::check_stop(world, &process, &stopped);
+        fault_injector::check_stop(world, &process, &stopped);
         let (left, may_be_left) = left_over(&stopped.log);
         if left.runs > may_be_left || left.lines > 0 {
             world.fault(Teller::Nobody, format!("{process} has tasks or places in line left: {left:?}"));

@@ -3,6 +3,7 @@
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking, its helpers too")]
 
 mod api;
+mod architecture;
 mod chaos;
 mod runs;
 mod server;
@@ -10,5 +11,4 @@ mod simulator;
 mod specs;
 mod store_contract;
 mod support;
-mod tidy;
 mod upstream;

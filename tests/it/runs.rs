@@ -92,7 +92,7 @@ impl Process {
 }
 
 #[tokio::test]
-async fn a_panic_in_an_adapter_ends_the_run_and_frees_the_thread() {
+async fn adapter_panic_fails_run_and_frees_thread() {
     let database = TestDatabase::sqlite().await;
     let upstream = Scripted::new(false);
     upstream.settles(Settling::Panics);
@@ -124,7 +124,7 @@ async fn a_panic_in_an_adapter_ends_the_run_and_frees_the_thread() {
 
 /// A run that was cut off here and had completed upstream all the same is told as a whole.
 #[tokio::test]
-async fn readers_see_what_only_the_last_look_has_found() {
+async fn readers_see_reply_found_while_settling() {
     let database = TestDatabase::sqlite().await;
     let upstream = Scripted::new(false);
     let Process { runs, .. } = Process::alive(database.store().await, upstream).await;

@@ -123,7 +123,7 @@ async fn assert_closed_on_time(client: &mut TcpStream, since: Instant) {
 }
 
 #[tokio::test]
-async fn handlers_answer_and_see_the_peer() {
+async fn handlers_see_peer_address() {
     let server = TestServer::start(|_| ()).await;
     let mut client = server.get("/peer").await;
     let own = client.local_addr().unwrap().to_string();
@@ -133,7 +133,7 @@ async fn handlers_answer_and_see_the_peer() {
 }
 
 #[tokio::test]
-async fn clients_that_do_not_finish_a_head_are_closed() {
+async fn unfinished_head_times_out() {
     let server = TestServer::start(|_| ()).await;
     for said in ["", "P", "GET / HT", "GET / HTTP/1.1\r\nhost: te"] {
         let since = Instant::now();
@@ -144,7 +144,7 @@ async fn clients_that_do_not_finish_a_head_are_closed() {
 }
 
 #[tokio::test]
-async fn http2_is_not_spoken() {
+async fn http2_preface_is_refused() {
     let server = TestServer::start(|settings| settings.header_read_timeout = PATIENCE * 2).await;
     let mut client = server.connect().await;
     client.write_all(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n").await.unwrap();
@@ -152,7 +152,7 @@ async fn http2_is_not_spoken() {
 }
 
 #[tokio::test]
-async fn a_dripping_head_has_one_time_limit_for_all_of_it() {
+async fn dripping_head_has_one_total_time_limit() {
     let server = TestServer::start(|_| ()).await;
     let since = Instant::now();
     let (mut reader, mut writer) = server.connect().await.into_split();
@@ -180,7 +180,7 @@ async fn a_dripping_head_has_one_time_limit_for_all_of_it() {
 }
 
 #[tokio::test]
-async fn an_idle_kept_alive_connection_is_closed() {
+async fn idle_keep_alive_connection_is_closed() {
     let server = TestServer::start(|_| ()).await;
     let mut client = server.get("/").await;
     read_until(&mut client, "hello").await;
@@ -191,7 +191,7 @@ async fn an_idle_kept_alive_connection_is_closed() {
 }
 
 #[tokio::test]
-async fn an_answer_may_take_longer_than_a_head() {
+async fn response_may_outlast_header_timeout() {
     let server = TestServer::start(|_| ()).await;
     let mut client = server.get("/stream").await;
     read_until(&mut client, "first").await;
@@ -201,7 +201,7 @@ async fn an_answer_may_take_longer_than_a_head() {
 }
 
 #[tokio::test]
-async fn oversize_and_broken_heads_are_refused() {
+async fn oversized_and_malformed_heads_are_refused() {
     let patient = |settings: &mut ServerConfig| {
         settings.header_read_timeout = PATIENCE;
         settings.max_header_bytes = 8 * 1024;
@@ -240,7 +240,7 @@ async fn oversize_and_broken_heads_are_refused() {
 }
 
 #[tokio::test]
-async fn a_client_that_reads_nothing_is_closed() {
+async fn client_not_reading_response_is_closed() {
     let server = TestServer::start(|settings| {
         settings.write_timeout = HEADER_TIME;
         settings.max_connections = 1;
@@ -254,7 +254,7 @@ async fn a_client_that_reads_nothing_is_closed() {
 }
 
 #[tokio::test]
-async fn connections_beyond_the_limit_wait_for_a_place() {
+async fn connections_beyond_limit_wait() {
     let server = TestServer::start(|settings| {
         settings.max_connections = 2;
         settings.header_read_timeout = PATIENCE;
@@ -273,7 +273,7 @@ async fn connections_beyond_the_limit_wait_for_a_place() {
 }
 
 #[tokio::test]
-async fn a_soft_stop_lets_answers_end_and_closes_the_rest() {
+async fn soft_stop_finishes_responses_and_closes_idle_connections() {
     let mut server = TestServer::start(|settings| settings.header_read_timeout = PATIENCE * 2).await;
     let mut streaming = server.get("/stream").await;
     read_until(&mut streaming, "first").await;
@@ -303,7 +303,7 @@ async fn a_soft_stop_lets_answers_end_and_closes_the_rest() {
 }
 
 #[tokio::test]
-async fn a_hard_stop_cuts_answers() {
+async fn hard_stop_cuts_responses() {
     let mut server = TestServer::start(|_| ()).await;
     let mut streaming = server.get("/stream").await;
     read_until(&mut streaming, "first").await;
@@ -315,7 +315,7 @@ async fn a_hard_stop_cuts_answers() {
 }
 
 #[tokio::test]
-async fn a_hard_stop_alone_stops_too() {
+async fn hard_stop_works_without_soft_stop() {
     let mut server = TestServer::start(|_| ()).await;
     let mut streaming = server.get("/stream").await;
     read_until(&mut streaming, "first").await;

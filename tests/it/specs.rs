@@ -68,7 +68,7 @@ fn says(text: &str) -> Value {
 }
 
 #[tokio::test]
-async fn threads_messages_and_runs_answer_as_documented() {
+async fn thread_message_and_run_endpoints_match_specification() {
     let api = Checked::start(openapi::assistants()).await;
     let thread = id(&api.post("/threads", json!({"messages": [says("Hi")], "metadata": {"a": "b"}})).await);
     let at = format!("/threads/{thread}");
@@ -135,7 +135,7 @@ async fn threads_messages_and_runs_answer_as_documented() {
 }
 
 #[tokio::test]
-async fn run_events_are_as_documented() {
+async fn run_events_match_specification() {
     let api = Checked::start(openapi::assistants()).await;
     let thread = api.sim.thread().await;
     let runs = format!("/threads/{thread}/runs");
@@ -159,7 +159,7 @@ async fn run_events_are_as_documented() {
 }
 
 #[tokio::test]
-async fn the_events_of_cancelled_and_expired_runs_are_as_documented() {
+async fn events_of_cancelled_and_expired_runs_match_specification() {
     let document = openapi::assistants();
     let config =
         SimulatorConfig { run_expiry: std::time::Duration::from_millis(50), ..SimulatorConfig::default() };
@@ -186,7 +186,7 @@ async fn the_events_of_cancelled_and_expired_runs_are_as_documented() {
 }
 
 #[tokio::test]
-async fn conversations_and_responses_answer_as_documented() {
+async fn conversation_and_response_endpoints_match_specification() {
     let api = Checked::start(openapi::responses()).await;
     let conversation =
         api.post("/conversations", json!({"items": [says("Hi")], "metadata": {"a": "b"}})).await;
@@ -241,7 +241,7 @@ async fn conversations_and_responses_answer_as_documented() {
 }
 
 #[tokio::test]
-async fn response_events_are_as_documented() {
+async fn response_events_match_specification() {
     let api = Checked::start(openapi::responses()).await;
     for text in [
         "Hello",
@@ -262,7 +262,7 @@ async fn response_events_are_as_documented() {
 }
 
 #[test]
-fn the_checks_can_fail() {
+fn specification_checks_reject_violations() {
     let (assistants, responses) = (openapi::assistants(), openapi::responses());
     let refused = |result: Result<(), String>, why: &str| {
         let error = result.expect_err(why);

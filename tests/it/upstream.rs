@@ -151,7 +151,7 @@ const RESPONSES_TURN: &str = include_str!("upstream/responses.sse");
 const EXPECTED: [&str; 4] = ["accepted r_1", "text Hel", "text lö", "ended completed Hello!"];
 
 #[tokio::test]
-async fn a_turn_is_one_request_whatever_the_bytes_look_like() {
+async fn turn_is_one_request_in_any_sse_encoding() {
     for (upstream_of, transcript) in
         [(assistants as fn(&Scripted) -> Box<dyn Upstream>, ASSISTANTS_TURN), (responses, RESPONSES_TURN)]
     {
@@ -177,7 +177,7 @@ async fn a_turn_is_one_request_whatever_the_bytes_look_like() {
 }
 
 #[tokio::test]
-async fn connections_are_used_again_after_a_turn() {
+async fn connections_are_reused_after_turn() {
     let play = || sse(vec![Step::Bytes(RESPONSES_TURN.into())]);
     let server = Scripted::start((0..5).map(|_| play()).collect()).await;
     let upstream = responses(&server);
@@ -189,7 +189,7 @@ async fn connections_are_used_again_after_a_turn() {
 }
 
 #[tokio::test]
-async fn a_terminal_event_does_not_wait_for_the_end_of_the_body() {
+async fn terminal_event_ends_turn_before_body_ends() {
     let server = Scripted::start(vec![sse(vec![Step::Bytes(ASSISTANTS_TURN.into()), Step::Stall])]).await;
     let started = Instant::now();
     let events = turn(&*assistants(&server), Some(&thread())).await.unwrap();
@@ -237,7 +237,7 @@ async fn headers_query_and_key_are_sent_as_configured() {
 }
 
 #[tokio::test]
-async fn a_redirect_is_not_followed() {
+async fn redirect_is_not_followed() {
     let server = Scripted::start(vec![
         json_answer(307, &[("location", "/elsewhere")], ""),
         json_answer(200, &[], r#"{"id":"t_2"}"#),
@@ -252,7 +252,7 @@ async fn a_redirect_is_not_followed() {
 type Refusal<'a> = (u16, Vec<(&'a str, &'a str)>, String, &'a str);
 
 #[tokio::test]
-async fn refusals_become_errors_without_the_server_s_words() {
+async fn refusals_become_errors_without_upstream_text() {
     let wrapped = |message: &str, code: Value| {
         json!({"error": {"message": message, "type": "invalid_request_error", "param": null, "code": code}})
             .to_string()
@@ -294,7 +294,7 @@ async fn refusals_become_errors_without_the_server_s_words() {
 }
 
 #[tokio::test]
-async fn what_is_not_an_event_stream_is_not_read_as_one() {
+async fn response_without_event_stream_is_protocol_error() {
     for kind in [UpstreamKind::Assistants, UpstreamKind::Responses] {
         let server =
             Scripted::start(vec![json_answer(200, &[], r#"{"id":"run_1","status":"queued"}"#)]).await;
@@ -309,7 +309,7 @@ const LONG: Duration = Duration::from_millis(300);
 const SILENCE: Step = Step::Pause(LONG);
 
 #[tokio::test]
-async fn a_silent_server_is_waited_for_before_and_within_its_answer() {
+async fn silent_run_request_outlasts_call_timeout() {
     let (head, rest) = RESPONSES_TURN.split_at(RESPONSES_TURN.find("\n\n").unwrap() + 2);
     let turns = || {
         vec![
@@ -331,7 +331,7 @@ async fn a_silent_server_is_waited_for_before_and_within_its_answer() {
 }
 
 #[tokio::test]
-async fn a_thread_that_is_long_in_the_making_is_made_once() {
+async fn slow_thread_creation_is_sent_once() {
     for (kind, path) in
         [(UpstreamKind::Assistants, "POST /threads"), (UpstreamKind::Responses, "POST /conversations")]
     {
@@ -345,7 +345,7 @@ async fn a_thread_that_is_long_in_the_making_is_made_once() {
 }
 
 #[tokio::test]
-async fn a_silent_look_is_given_up_and_tells_of_no_outage() {
+async fn silent_recovery_lookup_times_out_without_outage() {
     let server = Scripted::start((0..6).map(|_| Play::Silence).collect()).await;
     let mut settings = config(UpstreamKind::Assistants, &server.url);
     settings.call_timeout = SHORT;
@@ -384,7 +384,7 @@ fn begun(kind: UpstreamKind) -> String {
 }
 
 #[tokio::test]
-async fn an_error_that_a_stream_tells_in_any_form_is_an_answer() {
+async fn stream_error_in_any_form_is_recognized() {
     for kind in [UpstreamKind::Assistants, UpstreamKind::Responses] {
         for (code, expected) in [
             (json!("content_filter"), "failed (content_filter)"),
@@ -417,7 +417,7 @@ async fn an_error_that_a_stream_tells_in_any_form_is_an_answer() {
 }
 
 #[tokio::test]
-async fn an_error_in_the_middle_of_a_reply_is_its_end_in_any_form() {
+async fn error_amid_reply_fails_run_in_any_form() {
     let error = json!({"message": "No.", "type": null, "param": null, "code": "content_filter"});
     let forms = [
         format!("data: {}\n\n", json!({"error": error})),
@@ -447,7 +447,7 @@ async fn an_error_in_the_middle_of_a_reply_is_its_end_in_any_form() {
 }
 
 #[tokio::test]
-async fn a_slow_reader_is_not_taken_for_a_silent_server() {
+async fn slow_reader_causes_no_timeout() {
     let server = Scripted::start(vec![sse(vec![
         Step::Bytes(RESPONSES_TURN.split_inclusive("\n\n").next().unwrap().into()),
         Step::Pause(Duration::from_millis(20)),
@@ -477,7 +477,7 @@ async fn a_slow_reader_is_not_taken_for_a_silent_server() {
 }
 
 #[tokio::test]
-async fn a_stream_that_is_cut_or_just_ends_is_broken() {
+async fn stream_without_terminal_event_is_broken() {
     for transcript in [ASSISTANTS_TURN, RESPONSES_TURN] {
         let kind =
             if transcript == ASSISTANTS_TURN { UpstreamKind::Assistants } else { UpstreamKind::Responses };
@@ -493,7 +493,7 @@ async fn a_stream_that_is_cut_or_just_ends_is_broken() {
 }
 
 #[tokio::test]
-async fn an_event_or_answer_that_is_too_large_is_refused() {
+async fn oversized_event_or_response_is_refused() {
     let huge = format!("data: {}\n\n", "x".repeat(100_000));
     let server = Scripted::start(vec![
         sse(vec![Step::Bytes(huge.into_bytes())]),
@@ -508,7 +508,7 @@ async fn an_event_or_answer_that_is_too_large_is_refused() {
 }
 
 #[tokio::test]
-async fn nobody_listening_is_told_from_a_broken_call() {
+async fn refused_connection_differs_from_broken_call() {
     let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     let url = format!("http://{}/", listener.local_addr().unwrap());
     drop(listener);
@@ -521,7 +521,7 @@ async fn nobody_listening_is_told_from_a_broken_call() {
 }
 
 #[tokio::test]
-async fn an_error_event_instead_of_a_run_is_the_error_of_the_call() {
+async fn error_event_before_acceptance_fails_the_call() {
     let event = |data: &Value| sse(vec![Step::Bytes(format!("event: error\ndata: {data}\n\n").into_bytes())]);
     let flat = json!({"type": "error", "code": "conversation_locked", "message": "m"});
     let nested = json!({"type": "error", "error": {"code": "rate_limit_exceeded", "message": "m"}});
@@ -534,7 +534,7 @@ async fn an_error_event_instead_of_a_run_is_the_error_of_the_call() {
 }
 
 #[tokio::test]
-async fn a_chain_goes_on_from_the_last_response_that_ended_well() {
+async fn chain_continues_from_last_completed_response() {
     let server = Scripted::start(vec![
         sse(vec![Step::Bytes(RESPONSES_TURN.into())]),
         sse(vec![Step::Bytes(RESPONSES_TURN.replace("\"completed\"", "\"failed\"").into())]),
@@ -560,7 +560,7 @@ async fn a_chain_goes_on_from_the_last_response_that_ended_well() {
 /// Without certificates an https upstream must say so, and a plain one must work. The certificates are found by way of
 /// the environment, so the test runs itself as a process that has none.
 #[test]
-fn a_machine_without_certificates_is_told_what_to_do() {
+fn missing_ca_certificates_are_reported_for_https_only() {
     const MARK: &str = "THREADKEEPER_TEST_WITHOUT_CERTIFICATES";
     if std::env::var_os(MARK).is_some() {
         UpstreamClient::new("plain", &config(UpstreamKind::Responses, "http://localhost/")).unwrap();
@@ -573,7 +573,7 @@ fn a_machine_without_certificates_is_told_what_to_do() {
     let file = empty.path().join("none.pem");
     std::fs::write(&file, "").unwrap();
     let output = std::process::Command::new(std::env::current_exe().unwrap())
-        .args(["--exact", "upstream::a_machine_without_certificates_is_told_what_to_do"])
+        .args(["--exact", "upstream::missing_ca_certificates_are_reported_for_https_only"])
         .env(MARK, "1")
         .env("SSL_CERT_FILE", &file)
         .env("SSL_CERT_DIR", empty.path())

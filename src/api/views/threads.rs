@@ -7,10 +7,11 @@ use utoipa::openapi::schema::{ObjectBuilder, Type};
 
 use super::{ListView, RunView};
 use crate::domain::{
-    Chore, Deletion, DeletionId, Lifecycle, MessageId, Metadata, Page, Removed, Role, Run, RunError, RunId,
-    RunStatus, Thread, ThreadActivity, ThreadId, ThreadState, Timestamp, UpstreamOutcome, UpstreamThreadId,
+    Deletion, DeletionId, Lifecycle, LifecycleTask, MessageId, Metadata, Page, Removed, Role, Run, RunError,
+    RunId, RunStatus, Thread, ThreadActivity, ThreadId, ThreadState, Timestamp, UpstreamOutcome,
+    UpstreamThreadId,
 };
-use crate::life::{Outlook, Plan, Tally};
+use crate::lifecycle::{DryRun, PassSummary, Plan};
 use crate::runs::{Runs, Verified};
 use crate::store::{Deletable, DeletedThread, DeletionReport, Pruned, Remnant, ThreadReport};
 
@@ -414,18 +415,18 @@ impl From<Pruned> for PrunedView {
     }
 }
 
-impl From<Tally> for TallyView {
-    fn from(tally: Tally) -> Self {
+impl From<PassSummary> for TallyView {
+    fn from(summary: PassSummary) -> Self {
         Self {
             dry_run: false,
-            expired: tally.expired,
-            upstream_cleared: tally.cleared,
-            discarded: tally.discarded,
-            deleted: tally.deleted,
-            remnants_deleted: tally.remnants,
-            failed: tally.failed,
-            pruned: tally.pruned.into(),
-            has_more: tally.has_more,
+            expired: summary.expired,
+            upstream_cleared: summary.cleared,
+            discarded: summary.discarded,
+            deleted: summary.deleted,
+            remnants_deleted: summary.remnants,
+            failed: summary.failed,
+            pruned: summary.pruned.into(),
+            has_more: summary.has_more,
         }
     }
 }
@@ -481,36 +482,38 @@ enum RemnantAction {
     FindAndDelete,
 }
 
-impl From<Outlook> for OutlookView {
-    fn from(outlook: Outlook) -> Self {
+impl From<DryRun> for OutlookView {
+    fn from(dry_run_of: DryRun) -> Self {
         Self {
             dry_run: true,
-            threads: outlook.plans.into_iter().map(PlanView::from).collect(),
-            remnants: outlook.remnants.into_iter().map(RemnantView::from).collect(),
-            would_prune: outlook.prunable.into(),
-            has_more: outlook.has_more,
+            threads: dry_run_of.plans.into_iter().map(PlanView::from).collect(),
+            remnants: dry_run_of.remnants.into_iter().map(RemnantView::from).collect(),
+            would_prune: dry_run_of.prunable.into(),
+            has_more: dry_run_of.has_more,
         }
     }
 }
 
 impl From<Plan> for PlanView {
-    fn from(Plan { thread, chore }: Plan) -> Self {
-        let (action, reason) = match chore {
-            Chore::Expire { since } => {
+    fn from(Plan { thread, task }: Plan) -> Self {
+        let (action, reason) = match task {
+            LifecycleTask::Expire { since } => {
                 (ThreadAction::Archive, format!("it expired at {}", since.to_rfc3339()))
             }
-            Chore::ClearUpstream => (
+            LifecycleTask::ClearUpstream => (
                 ThreadAction::DeleteUpstream,
                 "it is archived, and its upstream copy is not needed any more".to_owned(),
             ),
-            Chore::Discard { since } => {
+            LifecycleTask::Discard { since } => {
                 (ThreadAction::Erase, format!("its archive was to be kept until {}", since.to_rfc3339()))
             }
-            Chore::Delete(Deletion::Archive) => {
+            LifecycleTask::Delete(Deletion::Archive) => {
                 (ThreadAction::Archive, "somebody asked to delete it and to keep the transcript".to_owned())
             }
-            Chore::Delete(Deletion::Erase) => (ThreadAction::Erase, "its deletion is under way".to_owned()),
-            Chore::Nothing { .. } => (ThreadAction::None, "it is not time yet".to_owned()),
+            LifecycleTask::Delete(Deletion::Erase) => {
+                (ThreadAction::Erase, "its deletion is under way".to_owned())
+            }
+            LifecycleTask::Nothing { .. } => (ThreadAction::None, "it is not time yet".to_owned()),
         };
         Self { thread_id: thread.id, key: KeyView::of(&thread), lifecycle: thread.lifecycle, action, reason }
     }

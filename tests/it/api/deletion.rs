@@ -259,7 +259,7 @@ async fn deletion_failure_recorded_once_database_returns() {
     link.valve.set(Weather { refuses: true, ..Weather::default() });
     link.valve.cut();
     upstream.valve.cut();
-    let is_lost = |line: &str| line.contains("threadkeeper::life::janitor") && line.contains("cannot");
+    let is_lost = |line: &str| line.contains("threadkeeper::lifecycle::janitor") && line.contains("cannot");
     gateway.logged(is_lost).await;
     link.valve.set(Weather::default());
     gateway.until(&place, |it| it.body["threads"]["data"][0]["attempts"] == 1).await.ok();

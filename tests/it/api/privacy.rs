@@ -7,8 +7,8 @@ use serde_json::{Value, json};
 use threadkeeper::simulator::Recorded;
 
 use crate::support::gateway::Gateway;
-use crate::support::needles::{Needles, planted};
 use crate::support::scene::{Backend, Protocol, Scene, on_each_protocol};
+use crate::support::secret_scan::{Needles, planted};
 
 on_each_protocol!(names_are_never_logged_and_sent_only_when_configured);
 

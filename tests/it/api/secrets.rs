@@ -4,9 +4,9 @@
 //! binary goes through good days and bad ones, with all that it and its libraries can log. No piece of a secret may be in
 //! its logs, its answers, its files or its database, and no piece of a word in its logs.
 
-mod days;
-mod parrot;
-mod world;
+mod echo_upstream;
+mod fixture;
+mod scenarios;
 
 use reqwest::{Method, StatusCode};
 use serde_json::json;
@@ -17,11 +17,11 @@ use tokio::task::JoinSet;
 
 use crate::support::TestDatabase;
 use crate::support::cluster::{Cluster, Stop};
-use crate::support::needles::planted;
 use crate::support::scene::{Backend, Protocol, Scene};
-use days::{bad_upstreams, broken_lines, callers, conversations, deletions, mistakes, rough_requests};
-use parrot::Parrot;
-use world::World;
+use crate::support::secret_scan::planted;
+use echo_upstream::EchoUpstream;
+use fixture::World;
+use scenarios::{bad_upstreams, broken_lines, callers, conversations, deletions, mistakes, rough_requests};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn assistants_gateway_on_sqlite_writes_no_secrets() {
@@ -55,7 +55,7 @@ async fn responses_gateway_on_postgres_writes_no_secrets() {
 }
 
 async fn nothing_is_written(scene: Scene, format: &str, mut cluster: Option<Cluster>) {
-    let parrot = Parrot::start().await;
+    let parrot = EchoUpstream::start().await;
     let mut world = World::new(&scene, format, &parrot.url);
     mistakes(&world);
     let (good, revoked) = (world.make_key("chat"), world.make_key("read"));

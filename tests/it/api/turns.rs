@@ -6,8 +6,8 @@ use reqwest::Method;
 use serde_json::{Value, json};
 
 use crate::support::gateway::{Event, Gateway, text, text_of};
+use crate::support::recording_proxy::DatabaseTap;
 use crate::support::scene::{Backend, Protocol, Scene, on_each_protocol, on_each_store, on_every_scene};
-use crate::support::wiretap::Wiretap;
 
 on_every_scene!(
     conversation_remembers_earlier_turns_across_restart,
@@ -270,7 +270,7 @@ async fn respond_async_returns_before_run_ends(scene: Scene) {
 #[tokio::test(flavor = "multi_thread")]
 async fn message_on_known_thread_costs_two_store_round_trips() {
     let scene = Scene::new(Protocol::Responses, Backend::Postgres).await;
-    let tap = Wiretap::on(&scene.database.url()).await;
+    let tap = DatabaseTap::on(&scene.database.url()).await;
     // A session that is renewed in the middle would be counted too.
     let config = scene.config("[replica]\nsession_ttl = \"1h\"\n").replace(&scene.database.url(), &tap.url);
     let gateway = Gateway::start(&config).await;

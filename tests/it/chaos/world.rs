@@ -26,14 +26,14 @@ pub(super) struct World {
     troubles: Arc<Troubles>,
 }
 
-/// What the monkey is at.
+/// What the fault_injector is at.
 #[derive(Default)]
 struct Troubles {
     begun: AtomicUsize,
     ended: AtomicUsize,
 }
 
-/// A deed of the monkey, while it lasts.
+/// A action of the fault_injector, while it lasts.
 pub(super) struct Trouble(Arc<Troubles>);
 
 impl Drop for Trouble {
@@ -46,7 +46,7 @@ impl Drop for Trouble {
 struct Notes {
     counts: BTreeMap<String, usize>,
     most: BTreeMap<&'static str, Duration>,
-    /// By user, and of the monkey.
+    /// By user, and of the fault_injector.
     stories: BTreeMap<Teller, Vec<(Duration, String)>>,
     /// With the user that it concerns, if it concerns one.
     faults: Vec<(Teller, String)>,
@@ -78,13 +78,13 @@ impl World {
         }
     }
 
-    /// A deed begins.
+    /// A action begins.
     pub(super) fn trouble(&self) -> Trouble {
         self.troubles.begun.fetch_add(1, Ordering::SeqCst);
         Trouble(Arc::clone(&self.troubles))
     }
 
-    /// How many deeds have begun if there is but one at present.
+    /// How many actions have begun if there is but one at present.
     pub(super) fn only_trouble(&self) -> Option<usize> {
         let ended = self.troubles.ended.load(Ordering::SeqCst);
         let begun = self.troubles.begun.load(Ordering::SeqCst);

@@ -13,7 +13,7 @@ use super::*;
 use crate::store_contract::completed;
 use crate::support::gate::{Gate, Moment};
 use crate::support::gateway::PATIENCE;
-use crate::support::wiretap::{Steps, Wiretap};
+use crate::support::recording_proxy::{DatabaseTap, Steps};
 
 /// A test's stores: two processes' views of one database.
 struct Stores {
@@ -102,7 +102,7 @@ async fn queue(store: &Store, words: &str, strategy: MultitaskStrategy) -> RunLe
 }
 
 #[tokio::test]
-async fn a_run_that_waits_for_outputs_is_handed_over_by_a_process_that_drains() {
+async fn draining_process_hands_over_run_awaiting_tool_outputs() {
     on_both(async |stores: Stores| {
         let (process, upstream) = stores.process(false).await;
         let submitted = process.runs.submit(key(), message("ask")).await.unwrap();
@@ -126,9 +126,9 @@ async fn a_run_that_waits_for_outputs_is_handed_over_by_a_process_that_drains() 
         process.runs.retire().await;
 
         let heir = Process::alive(Arc::clone(&stores.other), upstream.clone()).await;
-        let keeper = heir.runs.clone();
+        let janitor = heir.runs.clone();
         let mut session = JoinSet::new();
-        session.spawn(async move { keeper.keep_session("127.0.0.1:2".to_owned(), ALIVE).await });
+        session.spawn(async move { janitor.keep_session("127.0.0.1:2".to_owned(), ALIVE).await });
         // Not before it is taken over: then there is somebody to go on at once.
         soon(async {
             while heir.runs.load().0 == 0 {
@@ -154,7 +154,7 @@ async fn a_run_that_waits_for_outputs_is_handed_over_by_a_process_that_drains() 
 }
 
 #[tokio::test]
-async fn a_mark_that_only_the_store_knows_removes_all_that_the_run_left() {
+async fn discard_mark_in_store_removes_run_upstream() {
     on_both(async |stores: Stores| {
         // However the run ends, or would go on.
         for (words, chain) in [("hold", false), ("hold", true)] {
@@ -191,7 +191,7 @@ async fn a_mark_that_only_the_store_knows_removes_all_that_the_run_left() {
 }
 
 #[tokio::test]
-async fn what_a_marked_run_left_is_remembered_where_it_cannot_be_removed() {
+async fn failed_removal_of_discarded_run_leaves_leftover() {
     on_both(async |stores: Stores| {
         let (process, upstream) = stores.process(false).await;
         upstream.settles(Settling::Fails);
@@ -209,7 +209,7 @@ async fn what_a_marked_run_left_is_remembered_where_it_cannot_be_removed() {
 }
 
 #[tokio::test]
-async fn a_mark_that_only_the_store_knows_keeps_a_run_from_waiting() {
+async fn discard_mark_in_store_prevents_pause() {
     on_both(async |stores: Stores| {
         let (process, upstream) = stores.process(false).await;
         let submitted = process.runs.submit(key(), message("ponder")).await.unwrap();
@@ -227,7 +227,7 @@ async fn a_mark_that_only_the_store_knows_keeps_a_run_from_waiting() {
 }
 
 #[tokio::test]
-async fn a_deadline_that_passes_while_an_earlier_run_is_settled_sends_nothing() {
+async fn deadline_passed_during_settling_sends_nothing() {
     on_both(async |stores: Stores| {
         let (process, upstream) = stores.process(false).await;
         upstream.settles(Settling::Fails);
@@ -261,7 +261,7 @@ async fn a_deadline_that_passes_while_an_earlier_run_is_settled_sends_nothing() 
 }
 
 #[tokio::test]
-async fn what_went_along_with_a_run_that_a_chain_gives_up_goes_along_again() {
+async fn backlog_of_abandoned_chain_run_is_resent() {
     on_both(async |stores: Stores| {
         let (process, upstream) = stores.process(true).await;
         upstream.settles(Settling::Absent);
@@ -282,7 +282,7 @@ async fn what_went_along_with_a_run_that_a_chain_gives_up_goes_along_again() {
 }
 
 #[tokio::test]
-async fn a_message_that_joins_a_run_while_it_is_cancelled_is_kept_and_answered() {
+async fn merge_into_run_being_cancelled_keeps_message() {
     on_both(async |stores: Stores| {
         let (process, upstream) = stores.process(false).await;
         let first = process.runs.submit(key(), message("hold")).await.unwrap();
@@ -327,10 +327,10 @@ async fn a_message_that_joins_a_run_while_it_is_cancelled_is_kept_and_answered()
 
 /// What an answer that did not come was about may have been done.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_message_whose_sender_heard_that_it_was_not_taken_does_not_run() {
+async fn message_reported_as_not_recorded_never_runs() {
     let database = TestDatabase::postgres().await;
     let gate = Gate::default();
-    let tap = Wiretap::gated(&database.url(), &gate, Steps::Changes).await;
+    let tap = DatabaseTap::gated(&database.url(), &gate, Steps::Changes).await;
     let config = StoreConfig { url: Some(tap.url.as_str().into()), ..database.config() };
     let upstream = Scripted::new(false);
     let process = Process::alive(Arc::new(Store::open(&config).await.unwrap()), upstream.clone()).await;
@@ -348,7 +348,7 @@ async fn a_message_whose_sender_heard_that_it_was_not_taken_does_not_run() {
 }
 
 #[tokio::test]
-async fn runs_that_others_took_over_are_given_up_and_left_alone_upstream() {
+async fn runs_lost_to_takeover_are_not_ended_upstream() {
     on_both(async |stores: Stores| {
         let (process, upstream) = stores.process(false).await;
         let waits = process.runs.submit(key(), message("ask")).await.unwrap();
@@ -363,9 +363,9 @@ async fn runs_that_others_took_over_are_given_up_and_left_alone_upstream() {
         assert_eq!(taken.len(), 3);
         upstream.calls();
 
-        let keeper = process.runs.clone();
+        let janitor = process.runs.clone();
         let mut session = JoinSet::new();
-        session.spawn(async move { keeper.keep_session("127.0.0.1:1".to_owned(), ALIVE).await });
+        session.spawn(async move { janitor.keep_session("127.0.0.1:1".to_owned(), ALIVE).await });
         until(async || process.tasks.is_empty()).await;
         assert_eq!(upstream.calls(), [""; 0], "whoever has them now goes on");
         assert_eq!(stored(&stores.one, &waits.run).await.status, RunStatus::RequiresAction);
@@ -383,7 +383,7 @@ async fn runs_that_others_took_over_are_given_up_and_left_alone_upstream() {
 
 /// The database refuses what a run showed, again and again; the run is to be removed with all that it said.
 #[tokio::test]
-async fn discarded_run_ends_although_the_database_refuses_its_log() {
+async fn discarded_run_ends_when_log_is_refused() {
     let database = TestDatabase::postgres().await;
     let (one, other) = (database.store().await, database.store().await);
     let upstream = Scripted::new(false);

@@ -34,7 +34,7 @@ async fn run_with(sim: &Sim, path: &str, status: &str) -> Value {
 }
 
 #[tokio::test]
-async fn a_plain_run_streams_in_the_documented_order() {
+async fn plain_run_streams_in_documented_order() {
     let sim = Sim::instant().await;
     let thread = sim.thread().await;
     let events = sim.events(&format!("/threads/{thread}/runs"), streamed("Hé 🙂")).await;
@@ -71,7 +71,7 @@ async fn a_plain_run_streams_in_the_documented_order() {
 }
 
 #[tokio::test]
-async fn a_function_call_waits_for_its_outputs_and_goes_on() {
+async fn function_call_run_continues_after_tool_outputs() {
     let sim = Sim::instant().await;
     let thread = sim.thread().await;
     let runs = format!("/threads/{thread}/runs");
@@ -138,7 +138,7 @@ async fn a_function_call_waits_for_its_outputs_and_goes_on() {
 }
 
 #[tokio::test]
-async fn the_active_run_is_named_by_both_conflicts() {
+async fn conflicts_name_active_run() {
     let sim = Sim::instant().await;
     let thread = sim.thread().await;
     sim.handle.hold();
@@ -161,7 +161,7 @@ async fn the_active_run_is_named_by_both_conflicts() {
 }
 
 #[tokio::test]
-async fn without_enforcement_the_figures_still_tell() {
+async fn unenforced_locks_still_count_overlaps() {
     let sim = Sim::start(SimulatorConfig { enforce_locks: false, ..SimulatorConfig::default() }).await;
     let thread = sim.thread().await;
     sim.handle.hold();
@@ -190,7 +190,7 @@ async fn without_enforcement_the_figures_still_tell() {
 }
 
 #[tokio::test]
-async fn a_cancelled_run_passes_through_cancelling() {
+async fn cancelled_run_passes_through_cancelling() {
     let config = SimulatorConfig { cancel_delay: Duration::from_millis(30), ..SimulatorConfig::default() };
     let sim = Sim::start(config).await;
     let thread = sim.thread().await;
@@ -238,7 +238,7 @@ async fn a_cancelled_run_passes_through_cancelling() {
 }
 
 #[tokio::test]
-async fn a_cancel_can_stay_without_effect() {
+async fn stuck_cancel_leaves_run_cancelling_until_expiry() {
     let config = SimulatorConfig { run_expiry: Duration::from_millis(200), ..SimulatorConfig::default() };
     let sim = Sim::start(config).await;
     for text in ["[[sim: tokens=100 rate=1m stuck_cancel]]", "[[sim: tools=1 stuck_cancel]]"] {
@@ -255,7 +255,7 @@ async fn a_cancel_can_stay_without_effect() {
 }
 
 #[tokio::test]
-async fn a_thread_is_deleted_once_and_takes_all_with_it() {
+async fn thread_deletion_removes_all_content() {
     let sim = Sim::instant().await;
     let thread = sim.thread().await;
     let path = format!("/threads/{thread}");
@@ -283,7 +283,7 @@ async fn a_thread_is_deleted_once_and_takes_all_with_it() {
 }
 
 #[tokio::test]
-async fn threads_are_listed_only_where_that_is_offered() {
+async fn thread_list_requires_setting() {
     let sim = Sim::instant().await;
     let (status, answer) = sim.send(Method::GET, "/threads", None).await;
     assert_eq!((status, answer["error"]["message"].as_str()), (404, Some("Invalid URL (GET /v1/threads)")));
@@ -304,7 +304,7 @@ async fn threads_are_listed_only_where_that_is_offered() {
 }
 
 #[tokio::test]
-async fn the_next_turn_knows_nothing_of_a_deleted_message() {
+async fn deleted_message_is_absent_from_next_turn() {
     let sim = Sim::instant().await;
     let thread = sim.thread().await;
     let runs = format!("/threads/{thread}/runs");
@@ -321,7 +321,7 @@ async fn the_next_turn_knows_nothing_of_a_deleted_message() {
 }
 
 #[tokio::test]
-async fn a_run_expires_whatever_it_waits_for() {
+async fn run_expires_in_every_waiting_state() {
     let config = SimulatorConfig { run_expiry: Duration::from_millis(40), ..SimulatorConfig::default() };
     let sim = Sim::start(config).await;
     for text in ["[[sim: silent]]", "[[sim: tools=1]]", "[[sim: tokens=100 rate=1m]]"] {
@@ -341,7 +341,7 @@ async fn a_run_expires_whatever_it_waits_for() {
 }
 
 #[tokio::test]
-async fn runs_end_as_asked() {
+async fn directives_set_run_outcome() {
     let sim = Sim::instant().await;
     let thread = sim.thread().await;
     let runs = format!("/threads/{thread}/runs");
@@ -368,7 +368,7 @@ async fn runs_end_as_asked() {
 }
 
 #[tokio::test]
-async fn a_run_outlives_its_connection() {
+async fn run_outlives_its_connection() {
     let sim = Sim::instant().await;
     let thread = sim.thread().await;
     sim.handle.hold();
@@ -382,7 +382,7 @@ async fn a_run_outlives_its_connection() {
 }
 
 #[tokio::test]
-async fn parts_of_an_assistants_message_are_one_text() {
+async fn assistant_message_parts_join_into_one_text() {
     let sim = Sim::instant().await;
     let thread = sim.thread().await;
     let parts = json!([{"type": "text", "text": "Part 1."}, {"type": "text", "text": "Part 2."}]);
@@ -394,7 +394,7 @@ async fn parts_of_an_assistants_message_are_one_text() {
 }
 
 #[tokio::test]
-async fn requests_are_read_strictly() {
+async fn invalid_requests_are_refused_with_parameter() {
     let sim = Sim::instant().await;
     let thread = sim.thread().await;
     let runs = format!("/threads/{thread}/runs");
@@ -459,7 +459,7 @@ async fn requests_are_read_strictly() {
 }
 
 #[tokio::test]
-async fn pages_follow_their_cursors() {
+async fn message_pages_follow_cursors() {
     let sim = Sim::instant().await;
     let thread = sim.thread().await;
     let path = format!("/threads/{thread}/messages");
@@ -490,7 +490,7 @@ async fn pages_follow_their_cursors() {
 }
 
 #[tokio::test]
-async fn a_foreign_run_holds_the_thread_until_it_is_stopped() {
+async fn foreign_run_holds_thread_until_stopped() {
     let sim = Sim::instant().await;
     let thread = sim.thread().await;
     let run = sim.handle.start_foreign_run(&thread).unwrap();

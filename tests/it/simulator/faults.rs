@@ -24,7 +24,7 @@ fn text(events: &[Event]) -> String {
 }
 
 #[tokio::test]
-async fn credentials_and_the_beta_header_are_needed() {
+async fn credentials_and_beta_header_are_required() {
     let sim = Sim::instant().await;
     let client = reqwest::Client::new();
     let url = format!("{}/threads", sim.base);
@@ -52,7 +52,7 @@ async fn credentials_and_the_beta_header_are_needed() {
 }
 
 #[tokio::test]
-async fn conversations_can_be_missing() {
+async fn conversations_endpoint_can_be_disabled() {
     let sim = Sim::start(SimulatorConfig { conversations: false, ..SimulatorConfig::default() }).await;
     let (status, answer) = sim.send(Method::POST, "/conversations", Some(&json!({}))).await;
     assert_eq!((status, answer), (404, json!({"detail": "Not Found"})));
@@ -60,7 +60,7 @@ async fn conversations_can_be_missing() {
 }
 
 #[tokio::test]
-async fn error_statuses_come_before_acceptance() {
+async fn status_directive_refuses_run_before_acceptance() {
     let sim = Sim::instant().await;
     let conversation = sim.conversation().await;
     for (directive, status, code) in [
@@ -82,7 +82,7 @@ async fn error_statuses_come_before_acceptance() {
 }
 
 #[tokio::test]
-async fn a_queued_fault_is_used_up() {
+async fn queued_fault_applies_given_times() {
     let sim = Sim::instant().await;
     let url = format!("{}/_simulator/faults", sim.root);
     let client = reqwest::Client::new();
@@ -105,7 +105,7 @@ async fn a_queued_fault_is_used_up() {
 }
 
 #[tokio::test]
-async fn a_connection_can_close_without_an_answer() {
+async fn drop_fault_closes_connection_without_response() {
     let sim = Sim::instant().await;
     let thread = sim.thread().await;
     let body = json!({"assistant_id": "asst_1", "additional_messages": [{"role": "user", "content": "Hi"}]});
@@ -122,7 +122,7 @@ async fn a_connection_can_close_without_an_answer() {
 }
 
 #[tokio::test]
-async fn a_cut_stream_breaks_off() {
+async fn cut_directive_breaks_stream() {
     let sim = Sim::instant().await;
     let conversation = sim.conversation().await;
     let mut body = response("One two three four [[sim: cut=3]]");
@@ -156,7 +156,7 @@ async fn a_cut_stream_breaks_off() {
 }
 
 #[tokio::test]
-async fn a_silent_turn_is_accepted_and_says_no_more() {
+async fn silent_directive_stalls_accepted_turn() {
     let sim = Sim::instant().await;
     let conversation = sim.conversation().await;
     for (directive, deltas) in [("silent", 0), ("silent_after=2", 2)] {
@@ -175,7 +175,7 @@ async fn a_silent_turn_is_accepted_and_says_no_more() {
 }
 
 #[tokio::test]
-async fn the_head_of_an_answer_can_be_held_back_while_the_turn_goes_on() {
+async fn late_head_delays_response_while_run_completes() {
     let sim = Sim::instant().await;
     let text = "One two three [[sim: late_head=1h]]";
     let message = json!([{"role": "user", "content": text}]);
@@ -193,7 +193,7 @@ async fn the_head_of_an_answer_can_be_held_back_while_the_turn_goes_on() {
 }
 
 #[tokio::test]
-async fn an_error_can_be_told_by_a_success_in_many_forms() {
+async fn bare_error_returns_error_with_status_200() {
     let sim = Sim::instant().await;
     for (form, kind, expected) in [
         ("object", "text/event-stream", "data: {\"error\":{"),
@@ -215,7 +215,7 @@ async fn an_error_can_be_told_by_a_success_in_many_forms() {
 }
 
 #[tokio::test]
-async fn a_turn_can_be_held_in_the_middle() {
+async fn hold_after_pauses_turn_midway() {
     let sim = Sim::instant().await;
     let text = "One two three [[sim: hold_after=2]]";
     let message = json!([{"role": "user", "content": text}]);
@@ -239,7 +239,7 @@ async fn a_turn_can_be_held_in_the_middle() {
 }
 
 #[tokio::test]
-async fn a_stream_can_end_early_or_with_an_error() {
+async fn stream_can_end_early_or_with_error() {
     let sim = Sim::instant().await;
     let events = sim.events("/responses", response("Hello [[sim: no_terminal]]")).await;
     assert_eq!(names(&events).last(), Some(&"response.output_item.done"));
@@ -270,7 +270,7 @@ async fn a_stream_can_end_early_or_with_an_error() {
 }
 
 #[tokio::test]
-async fn every_dialect_carries_the_same_text() {
+async fn every_sse_dialect_carries_same_text() {
     let sim = Sim::instant().await;
     let plain = text(&sim.events("/responses", response("Hé 🙂")).await);
     for dialect in ["crlf", "comments", "no_event_lines", "split", "unknown_events", "crlf comments split"] {
@@ -291,7 +291,7 @@ async fn every_dialect_carries_the_same_text() {
 }
 
 #[tokio::test]
-async fn time_is_taken_as_asked() {
+async fn latency_and_rate_directives_delay_response() {
     let sim = Sim::instant().await;
     let start = std::time::Instant::now();
     let events = sim.events("/responses", response("x [[sim: latency=60ms rate=10ms tokens=15]]")).await;
@@ -316,7 +316,7 @@ async fn requests_are_recorded_without_secrets() {
 }
 
 #[tokio::test]
-async fn the_handle_can_be_had_over_http() {
+async fn handle_operations_are_available_over_http() {
     let sim = Sim::instant().await;
     let thread = sim.thread().await;
     let client = reqwest::Client::new();
@@ -351,7 +351,7 @@ async fn the_handle_can_be_had_over_http() {
 }
 
 #[tokio::test]
-async fn a_reset_ends_what_runs() {
+async fn reset_ends_active_runs() {
     let sim = Sim::instant().await;
     sim.handle.hold();
     let thread = sim.thread().await;
@@ -367,7 +367,7 @@ async fn a_reset_ends_what_runs() {
 }
 
 #[tokio::test]
-async fn every_run_is_told_with_what_came_with_it_and_how_it_ended() {
+async fn run_views_record_input_and_outcome() {
     let sim = Sim::instant().await;
     let thread = sim.thread().await;
     let said = |text: &str| json!({"role": "user", "content": text});
@@ -422,7 +422,7 @@ async fn every_run_is_told_with_what_came_with_it_and_how_it_ended() {
 }
 
 #[tokio::test]
-async fn only_the_newest_runs_are_told() {
+async fn only_newest_run_views_are_kept() {
     let sim = Sim::start(SimulatorConfig { max_kept: 2, ..SimulatorConfig::default() }).await;
     let slow = sim.open("/responses", &response("0 [[sim: rate=10s]]")).await;
     for text in ["1", "2", "3"] {
@@ -447,7 +447,7 @@ async fn beginning(mut response: reqwest::Response, size: usize) -> Vec<u8> {
 }
 
 #[tokio::test]
-async fn hostile_answers_are_what_they_are_called() {
+async fn hostile_directive_produces_named_response() {
     let sim = Sim::instant().await;
     let endless = ["endless_line", "endless_events", "endless_reply", "huge_event", "gzip"];
     for kind in

@@ -28,7 +28,7 @@ fn text(response: &Value) -> &str {
 }
 
 #[tokio::test]
-async fn a_plain_response_streams_in_the_documented_order() {
+async fn plain_response_streams_in_documented_order() {
     let sim = Sim::instant().await;
     let conversation = sim.conversation().await;
     let mut stream = sim.open("/responses", &streamed(turn(&conversation, "Hello"))).await;
@@ -68,7 +68,7 @@ async fn a_plain_response_streams_in_the_documented_order() {
 }
 
 #[tokio::test]
-async fn a_chain_of_responses_remembers() {
+async fn response_chain_keeps_history() {
     let sim = Sim::instant().await;
     let first = sim.post("/responses", json!({"model": "m", "input": "One"})).await;
     let body = json!({"model": "m", "input": "Two", "previous_response_id": id(&first)});
@@ -93,7 +93,7 @@ async fn a_chain_of_responses_remembers() {
 }
 
 #[tokio::test]
-async fn a_busy_conversation_is_locked_without_a_name() {
+async fn busy_conversation_is_locked_without_naming_response() {
     let sim = Sim::instant().await;
     let conversation = sim.conversation().await;
     sim.handle.hold();
@@ -129,7 +129,7 @@ async fn a_busy_conversation_is_locked_without_a_name() {
 }
 
 #[tokio::test]
-async fn a_lock_can_outlive_its_response() {
+async fn conversation_lock_can_outlive_response() {
     let sim =
         Sim::start(SimulatorConfig { lock_linger: Duration::from_millis(300), ..SimulatorConfig::default() })
             .await;
@@ -149,7 +149,7 @@ async fn a_lock_can_outlive_its_response() {
 }
 
 #[tokio::test]
-async fn leaving_ends_a_response_that_is_not_in_the_background() {
+async fn disconnect_abandons_foreground_response() {
     let sim = Sim::instant().await;
     let conversation = sim.conversation().await;
     for stream in [true, false] {
@@ -176,7 +176,7 @@ async fn leaving_ends_a_response_that_is_not_in_the_background() {
 }
 
 #[tokio::test]
-async fn an_unfinished_turn_can_be_kept() {
+async fn append_unfinished_keeps_failed_turn() {
     let sim = Sim::start(SimulatorConfig { append_unfinished: true, ..SimulatorConfig::default() }).await;
     let conversation = sim.conversation().await;
     assert_eq!(sim.post("/responses", turn(&conversation, "Bad [[sim: fail]]")).await["status"], "failed");
@@ -184,7 +184,7 @@ async fn an_unfinished_turn_can_be_kept() {
 }
 
 #[tokio::test]
-async fn an_unanswered_function_call_poisons_the_conversation() {
+async fn unanswered_function_call_blocks_conversation() {
     let sim = Sim::instant().await;
     let conversation = sim.conversation().await;
     let body = streamed(turn(&conversation, "Weather? [[sim: tools=2 reasoning]]"));
@@ -227,7 +227,7 @@ async fn an_unanswered_function_call_poisons_the_conversation() {
 }
 
 #[tokio::test]
-async fn the_tail_of_a_conversation_can_be_repaired_by_deletion() {
+async fn item_deletion_repairs_conversation_tail() {
     let sim = Sim::instant().await;
     let conversation = sim.conversation().await;
     let response = sim.post("/responses", turn(&conversation, "Look [[sim: tools=1 reasoning]]")).await;
@@ -242,7 +242,7 @@ async fn the_tail_of_a_conversation_can_be_repaired_by_deletion() {
 }
 
 #[tokio::test]
-async fn stored_items_must_not_be_sent_again() {
+async fn resent_stored_item_is_refused() {
     let sim = Sim::instant().await;
     let conversation = sim.conversation().await;
     sim.post("/responses", turn(&conversation, "One")).await;
@@ -259,7 +259,7 @@ async fn stored_items_must_not_be_sent_again() {
 }
 
 #[tokio::test]
-async fn a_background_response_is_polled_resumed_and_outlives_its_connection() {
+async fn background_response_survives_disconnect_and_resumes() {
     let sim = Sim::instant().await;
     let conversation = sim.conversation().await;
     sim.handle.hold();
@@ -290,7 +290,7 @@ async fn a_background_response_is_polled_resumed_and_outlives_its_connection() {
 }
 
 #[tokio::test]
-async fn a_background_response_is_cancelled_with_nothing_to_show() {
+async fn cancelled_background_response_leaves_no_output() {
     let sim = Sim::instant().await;
     let conversation = sim.conversation().await;
     let body = streamed(background(turn(&conversation, "Stop [[sim: tokens=100 rate=1m]]")));
@@ -308,7 +308,7 @@ async fn a_background_response_is_cancelled_with_nothing_to_show() {
 }
 
 #[tokio::test]
-async fn only_background_responses_can_be_watched_and_cancelled() {
+async fn only_background_responses_can_be_resumed_or_cancelled() {
     let sim = Sim::instant().await;
     let done = sim.post("/responses", json!({"model": "m", "input": "x"})).await;
     let path = format!("/responses/{}", id(&done));
@@ -340,7 +340,7 @@ async fn only_background_responses_can_be_watched_and_cancelled() {
 }
 
 #[tokio::test]
-async fn responses_end_as_asked() {
+async fn directives_set_response_outcome() {
     let sim = Sim::instant().await;
     let conversation = sim.conversation().await;
     let events = sim.events("/responses", streamed(turn(&conversation, "A [[sim: fail]]"))).await;
@@ -368,7 +368,7 @@ async fn responses_end_as_asked() {
 }
 
 #[tokio::test]
-async fn a_deleted_conversation_leaves_its_items() {
+async fn conversation_deletion_leaks_its_items() {
     let sim = Sim::instant().await;
     let conversation = sim.conversation().await;
     sim.post("/responses", turn(&conversation, "Remember me")).await;
@@ -397,7 +397,7 @@ async fn a_deleted_conversation_leaves_its_items() {
 }
 
 #[tokio::test]
-async fn a_conversation_that_is_emptied_first_leaves_only_its_responses() {
+async fn emptied_conversation_leaves_only_stored_responses() {
     let sim = Sim::instant().await;
     let conversation = sim.conversation().await;
     let path = format!("/conversations/{conversation}");
@@ -431,7 +431,7 @@ async fn a_conversation_that_is_emptied_first_leaves_only_its_responses() {
 }
 
 #[tokio::test]
-async fn a_response_that_outlives_its_conversation_leaves_its_items() {
+async fn response_outliving_its_conversation_leaks_items() {
     let sim = Sim::instant().await;
     let conversation = sim.conversation().await;
     sim.handle.hold();
@@ -444,7 +444,7 @@ async fn a_response_that_outlives_its_conversation_leaves_its_items() {
 }
 
 #[tokio::test]
-async fn a_response_is_deleted_once_and_not_before_it_has_ended() {
+async fn response_deletion_requires_finished_response() {
     let sim = Sim::instant().await;
     sim.handle.hold();
     let running = id(&sim.post("/responses", background(json!({"model": "m", "input": "One"}))).await);
@@ -465,7 +465,7 @@ async fn a_response_is_deleted_once_and_not_before_it_has_ended() {
 }
 
 #[tokio::test]
-async fn conversations_are_listed_only_where_that_is_offered() {
+async fn conversation_list_requires_setting() {
     let sim = Sim::instant().await;
     let (status, answer) = sim.send(Method::GET, "/conversations", None).await;
     assert_eq!((status, answer["error"]["type"].as_str()), (405, Some("invalid_request_error")));
@@ -485,7 +485,7 @@ async fn conversations_are_listed_only_where_that_is_offered() {
 }
 
 #[tokio::test]
-async fn requests_are_read_strictly() {
+async fn invalid_requests_are_refused_with_parameter() {
     let sim = Sim::instant().await;
     let items = json!(vec![json!({"role": "user", "content": "x"}); 21]);
     for (path, body, code, param) in [
@@ -528,7 +528,7 @@ async fn requests_are_read_strictly() {
 }
 
 #[tokio::test]
-async fn a_damaged_conversation_can_be_accepted_and_refused_as_the_end() {
+async fn damaged_conversation_can_fail_after_acceptance() {
     let sim = Sim::instant().await;
     let conversation = sim.conversation().await;
     let response = sim.post("/responses", turn(&conversation, "Look [[sim: tools=1]]")).await;
@@ -543,7 +543,7 @@ async fn a_damaged_conversation_can_be_accepted_and_refused_as_the_end() {
 }
 
 #[tokio::test]
-async fn reasoning_that_led_to_nothing_damages_the_conversation() {
+async fn dangling_reasoning_damages_conversation() {
     let sim = Sim::instant().await;
     let conversation = sim.conversation().await;
     let response = sim.post("/responses", turn(&conversation, "Think [[sim: dangling_reasoning]]")).await;
@@ -555,7 +555,7 @@ async fn reasoning_that_led_to_nothing_damages_the_conversation() {
 }
 
 #[tokio::test]
-async fn a_cancel_can_stay_without_an_answer() {
+async fn stuck_cancel_of_response_stays_unanswered() {
     let sim = Sim::instant().await;
     let conversation = sim.conversation().await;
     sim.handle.hold();

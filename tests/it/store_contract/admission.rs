@@ -8,22 +8,22 @@ use threadkeeper::domain::{Lifecycle, MultitaskStrategy, RunStatus, TenantKey, T
 use super::*;
 
 on_every_backend!(
-    a_key_binds_once,
-    a_first_message_starts,
-    a_second_message_waits,
-    waiting_runs_have_places,
-    reject_on_a_busy_thread_stores_nothing,
-    reject_on_a_free_thread_starts,
-    a_thread_stays_on_its_upstream,
-    keys_do_not_meet,
-    an_expired_thread_gives_way_to_a_fresh_one,
-    an_expired_thread_gives_way_once,
-    an_expired_thread_may_be_replaced_on_another_upstream,
-    a_waiting_run_survives_the_expiry_of_its_thread,
-    what_was_said_comes_back_as_it_was,
+    concurrent_first_messages_create_one_thread,
+    first_message_starts_run_on_new_thread,
+    second_message_is_queued,
+    queued_runs_report_positions,
+    reject_on_busy_thread_stores_nothing,
+    concurrent_rejects_on_free_thread_start_one_run,
+    admission_for_other_upstream_is_refused,
+    similar_keys_get_separate_threads,
+    expired_thread_is_replaced_on_next_message,
+    concurrent_messages_replace_expired_thread_once,
+    expired_thread_can_be_replaced_on_other_upstream,
+    queued_run_survives_expiry_of_its_thread,
+    message_content_and_metadata_round_trip_unchanged,
 );
 
-async fn a_key_binds_once(database: &TestDatabase, store: &Store) {
+async fn concurrent_first_messages_create_one_thread(database: &TestDatabase, store: &Store) {
     let key = user("alice");
     let admissions: Vec<_> = (0..64).map(|_| admission(&key)).collect();
     let results = futures_util::future::join_all(admissions.iter().map(|it| store.admit(it.clone()))).await;
@@ -55,7 +55,7 @@ async fn a_key_binds_once(database: &TestDatabase, store: &Store) {
     check_invariants(database).await;
 }
 
-async fn a_first_message_starts(_: &TestDatabase, store: &Store) {
+async fn first_message_starts_run_on_new_thread(_: &TestDatabase, store: &Store) {
     let key = session("alice", "s1");
     let request = Admission {
         metadata: metadata(&[("trace", "7")]),
@@ -86,7 +86,7 @@ async fn a_first_message_starts(_: &TestDatabase, store: &Store) {
     assert_eq!(store.run(&key, turn.run.id).await.unwrap().unwrap(), (turn.run, None));
 }
 
-async fn a_second_message_waits(_: &TestDatabase, store: &Store) {
+async fn second_message_is_queued(_: &TestDatabase, store: &Store) {
     let key = user("alice");
     let first = started(store.admit(admission(&key)).await.unwrap());
     let (lease, thread, run, position) = queued(store.admit(admission(&key)).await.unwrap());
@@ -102,7 +102,7 @@ async fn a_second_message_waits(_: &TestDatabase, store: &Store) {
     assert_eq!((run.seq, position), (3, 2));
 }
 
-async fn waiting_runs_have_places(_: &TestDatabase, store: &Store) {
+async fn queued_runs_report_positions(_: &TestDatabase, store: &Store) {
     let key = user("alice");
     let mut leases = vec![started(store.admit(admission(&key)).await.unwrap()).lease];
     for place in 1..=3 {
@@ -119,7 +119,7 @@ async fn waiting_runs_have_places(_: &TestDatabase, store: &Store) {
     assert_eq!(position, 3);
 }
 
-async fn reject_on_a_busy_thread_stores_nothing(database: &TestDatabase, store: &Store) {
+async fn reject_on_busy_thread_stores_nothing(database: &TestDatabase, store: &Store) {
     let key = user("alice");
     let turn = started(store.admit(admission(&key)).await.unwrap());
     let (waiting, ..) = queued(store.admit(admission(&key)).await.unwrap());
@@ -139,7 +139,7 @@ async fn reject_on_a_busy_thread_stores_nothing(database: &TestDatabase, store: 
     check_invariants(database).await;
 }
 
-async fn reject_on_a_free_thread_starts(database: &TestDatabase, store: &Store) {
+async fn concurrent_rejects_on_free_thread_start_one_run(database: &TestDatabase, store: &Store) {
     let key = user("alice");
     let reject: Vec<_> =
         (0..16).map(|_| Admission { strategy: MultitaskStrategy::Reject, ..admission(&key) }).collect();
@@ -152,7 +152,7 @@ async fn reject_on_a_free_thread_starts(database: &TestDatabase, store: &Store) 
     check_invariants(database).await;
 }
 
-async fn a_thread_stays_on_its_upstream(database: &TestDatabase, store: &Store) {
+async fn admission_for_other_upstream_is_refused(database: &TestDatabase, store: &Store) {
     let key = user("alice");
     exchange(store, &key).await;
     let other = Admission { upstream: "spare".to_owned(), ..admission(&key) };
@@ -166,7 +166,7 @@ async fn a_thread_stays_on_its_upstream(database: &TestDatabase, store: &Store) 
     check_invariants(database).await;
 }
 
-async fn keys_do_not_meet(database: &TestDatabase, store: &Store) {
+async fn similar_keys_get_separate_threads(database: &TestDatabase, store: &Store) {
     let tenant = |name: &str| TenantKey::try_from(name.to_owned()).unwrap();
     let keys = [
         user("alice"),
@@ -204,7 +204,7 @@ async fn keys_do_not_meet(database: &TestDatabase, store: &Store) {
     check_invariants(database).await;
 }
 
-async fn an_expired_thread_gives_way_to_a_fresh_one(database: &TestDatabase, store: &Store) {
+async fn expired_thread_is_replaced_on_next_message(database: &TestDatabase, store: &Store) {
     let key = session("alice", "s1");
     let hour = Duration::from_hours(1);
     let with_ttl = || Admission { limits: limits(hour), ..admission(&key) };
@@ -234,7 +234,7 @@ async fn an_expired_thread_gives_way_to_a_fresh_one(database: &TestDatabase, sto
     check_invariants(database).await;
 }
 
-async fn an_expired_thread_gives_way_once(database: &TestDatabase, store: &Store) {
+async fn concurrent_messages_replace_expired_thread_once(database: &TestDatabase, store: &Store) {
     let key = session("alice", "s1");
     let with_ttl = || Admission { limits: limits(Duration::from_mins(1)), ..admission(&key) };
     let old = started(store.admit(with_ttl()).await.unwrap());
@@ -263,7 +263,7 @@ async fn an_expired_thread_gives_way_once(database: &TestDatabase, store: &Store
     check_invariants(database).await;
 }
 
-async fn an_expired_thread_may_be_replaced_on_another_upstream(database: &TestDatabase, store: &Store) {
+async fn expired_thread_can_be_replaced_on_other_upstream(database: &TestDatabase, store: &Store) {
     let key = session("alice", "s1");
     let request = Admission { limits: limits(Duration::from_mins(1)), ..admission(&key) };
     let old = started(store.admit(request.clone()).await.unwrap());
@@ -281,7 +281,7 @@ async fn an_expired_thread_may_be_replaced_on_another_upstream(database: &TestDa
     check_invariants(database).await;
 }
 
-async fn a_waiting_run_survives_the_expiry_of_its_thread(database: &TestDatabase, store: &Store) {
+async fn queued_run_survives_expiry_of_its_thread(database: &TestDatabase, store: &Store) {
     let key = session("alice", "s1");
     let with_ttl = || Admission { limits: limits(Duration::from_mins(1)), ..admission(&key) };
     let first = started(store.admit(with_ttl()).await.unwrap());
@@ -300,7 +300,7 @@ async fn a_waiting_run_survives_the_expiry_of_its_thread(database: &TestDatabase
     check_invariants(database).await;
 }
 
-async fn what_was_said_comes_back_as_it_was(_: &TestDatabase, store: &Store) {
+async fn message_content_and_metadata_round_trip_unchanged(_: &TestDatabase, store: &Store) {
     let json = serde_json::json!([
         {"type": "text", "text": "\u{1f980} \"quoted\" \\u0000 \u{202e} \t\r\n {}'; DROP TABLE runs; -- $1 ?1"},
         {"type": "image_url", "image_url": {"url": "https://example.org/a?b=c&d=%20", "detail": "low"}},

@@ -12,11 +12,11 @@ use threadkeeper::store::{ImportedMessage, Paused, StoreError, ThreadFilter, Thr
 
 use super::*;
 use crate::support::cluster::Cluster;
-use crate::support::wiretap::Wiretap;
+use crate::support::recording_proxy::DatabaseTap;
 
 /// Counts what each step costs on the wire, but for the first round, in which the statements are prepared.
 struct Meter {
-    tap: Wiretap,
+    tap: DatabaseTap,
     round: usize,
     before: usize,
 }
@@ -34,9 +34,9 @@ impl Meter {
 }
 
 #[tokio::test]
-async fn each_step_is_one_round_trip_on_postgres() {
+async fn turn_steps_take_one_round_trip_on_postgres() {
     let database = TestDatabase::postgres().await;
-    let tap = Wiretap::on(&database.url()).await;
+    let tap = DatabaseTap::on(&database.url()).await;
     let config = StoreConfig { url: Some(tap.url.clone().into()), ..database.config() };
     let store = Store::open(&config).await.unwrap();
     let end =
@@ -68,9 +68,9 @@ async fn each_step_is_one_round_trip_on_postgres() {
 }
 
 #[tokio::test]
-async fn the_rest_of_a_run_s_life_is_cheap_on_postgres_too() {
+async fn other_run_steps_have_bounded_round_trips_on_postgres() {
     let database = TestDatabase::postgres().await;
-    let tap = Wiretap::on(&database.url()).await;
+    let tap = DatabaseTap::on(&database.url()).await;
     let config = StoreConfig { url: Some(tap.url.clone().into()), ..database.config() };
     let store = Store::open(&config).await.unwrap();
     let mut meter = Meter { before: tap.round_trips(), tap, round: 0 };
@@ -128,7 +128,7 @@ async fn the_rest_of_a_run_s_life_is_cheap_on_postgres_too() {
 
 /// The same request comes to both replicas at once, several times.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_request_that_comes_twice_at_once_is_one_run() {
+async fn concurrent_idempotent_requests_create_one_run() {
     let database = TestDatabase::postgres().await;
     let replicas = [database.store().await, database.store().await];
     for (round, strategy) in MultitaskStrategy::ALL.iter().cycle().take(15).enumerate() {
@@ -166,7 +166,7 @@ async fn a_request_that_comes_twice_at_once_is_one_run() {
 
 /// A claim that began before a run came which goes first is refused if that one was faster.
 #[tokio::test]
-async fn a_claim_that_is_overtaken_comes_again() {
+async fn claim_overtaken_by_interrupt_is_deferred() {
     let database = TestDatabase::postgres().await;
     let store = database.store().await;
     let key = user("alice");
@@ -194,7 +194,7 @@ async fn a_claim_that_is_overtaken_comes_again() {
 /// Whoever waits for a turn asks again and again: what has nothing to change takes no lock, and so no number of a
 /// transaction, whose commit would be flushed.
 #[tokio::test]
-async fn a_claim_that_comes_to_nothing_writes_nothing_on_postgres() {
+async fn fruitless_claim_writes_nothing_on_postgres() {
     let cluster = Cluster::start();
     let database = TestDatabase::on(&cluster).await;
     let store = database.store().await;
@@ -218,7 +218,7 @@ async fn a_claim_that_comes_to_nothing_writes_nothing_on_postgres() {
 
 /// A message whose run begins while it is about to join it waits by itself.
 #[tokio::test]
-async fn a_run_that_begins_is_not_joined() {
+async fn merge_into_run_starting_meanwhile_is_queued() {
     let database = TestDatabase::postgres().await;
     let store = database.store().await;
     let key = user("alice");
@@ -255,7 +255,7 @@ pub(super) async fn blocked(database: &TestDatabase, wanted: i64) {
 
 /// All that two replicas can do to one conversation, at once: nothing deadlocks, and no message is lost.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn nothing_deadlocks_and_nothing_is_lost() {
+async fn concurrent_strategies_neither_deadlock_nor_lose_messages() {
     const MESSAGES: usize = 150;
     let database = TestDatabase::postgres().await;
     let replicas = [database.store().await, database.store().await];
@@ -333,7 +333,7 @@ async fn nothing_deadlocks_and_nothing_is_lost() {
 
 /// Beside a long history, no step reads more than a few rows, counted by the server.
 #[tokio::test]
-async fn no_step_scans_what_grows() {
+async fn run_steps_read_bounded_rows() {
     let database = TestDatabase::postgres().await;
     let key = user("alice");
     let store = database.store().await;
@@ -415,7 +415,7 @@ async fn no_step_scans_what_grows() {
 
 /// The column that the janitor looks for is indexed, and so are others; a message writes none of them.
 #[tokio::test]
-async fn a_message_touches_no_index_of_threads() {
+async fn message_updates_no_thread_index() {
     let database = TestDatabase::postgres().await;
     let key = session("alice", "s1");
     let store = database.store().await;
@@ -442,7 +442,7 @@ async fn a_message_touches_no_index_of_threads() {
 
 /// Beside many threads, no list reads more than a few rows, and none reads a whole table.
 #[tokio::test]
-async fn no_list_scans_what_grows() {
+async fn lists_read_bounded_rows() {
     let database = TestDatabase::postgres().await;
     let key = user("alice");
     let store = database.store().await;
@@ -545,7 +545,7 @@ pub(super) async fn alone(database: &TestDatabase) {
 
 /// Two replicas admit, claim and end runs of one key, as fast as they can.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn two_replicas_never_get_two_active_runs() {
+async fn two_replicas_never_hold_two_active_runs() {
     const EACH: usize = 100;
     let database = TestDatabase::postgres().await;
     let replicas = [database.store().await, database.store().await];
@@ -594,7 +594,7 @@ async fn two_replicas_never_get_two_active_runs() {
 
 /// A statement that waits for a thread's row decides on what it finds then, not on what was when it began.
 #[tokio::test]
-async fn an_old_snapshot_starts_no_run() {
+async fn stale_snapshot_never_starts_run() {
     let database = TestDatabase::postgres().await;
     let store = database.store().await;
     let key = user("alice");
@@ -627,7 +627,7 @@ async fn an_old_snapshot_starts_no_run() {
 
 /// Reads that occupy all of their connections do not keep a run from ending.
 #[tokio::test]
-async fn a_flood_of_admissions_does_not_keep_a_run_from_ending() {
+async fn run_finishes_during_flood_of_blocked_admissions() {
     let database = TestDatabase::postgres().await;
     let store = database.store().await;
     let key = user("alice");
@@ -651,7 +651,7 @@ async fn a_flood_of_admissions_does_not_keep_a_run_from_ending() {
 
 /// Admissions and ends have lanes of their own, so neither waits for the other's.
 #[tokio::test]
-async fn runs_end_while_admissions_wait_and_begin_while_ends_wait() {
+async fn admissions_and_finishes_use_separate_lanes() {
     let database = TestDatabase::postgres().await;
     let store = database.store().await;
     let mut turns = Vec::new();
@@ -678,7 +678,7 @@ async fn runs_end_while_admissions_wait_and_begin_while_ends_wait() {
 }
 
 #[tokio::test]
-async fn postgres_says_what_is_wrong_with_the_url() {
+async fn missing_postgres_database_is_named_in_error() {
     let database = TestDatabase::postgres().await;
     let mut url = url::Url::parse(&database.url()).unwrap();
     url.set_path("no_such_database");
@@ -689,7 +689,7 @@ async fn postgres_says_what_is_wrong_with_the_url() {
 }
 
 #[tokio::test]
-async fn migrating_twice_at_once_is_harmless() {
+async fn concurrent_migrations_succeed() {
     let database = TestDatabase::postgres().await;
     database.execute("DROP SCHEMA public CASCADE; CREATE SCHEMA public").await;
     let stores =
@@ -705,7 +705,7 @@ async fn migrating_twice_at_once_is_harmless() {
 }
 
 #[tokio::test]
-async fn a_sqlite_file_serves_one_store_at_a_time() {
+async fn sqlite_file_is_locked_to_one_store() {
     let database = TestDatabase::sqlite().await;
     let store = Store::open(&database.config()).await.unwrap();
     let text = match Store::open(&database.config()).await {
@@ -719,7 +719,7 @@ async fn a_sqlite_file_serves_one_store_at_a_time() {
 }
 
 #[tokio::test]
-async fn a_sqlite_file_keeps_what_was_written() {
+async fn sqlite_file_keeps_data_after_reopen() {
     let database = TestDatabase::sqlite().await;
     let key = user("alice");
     let store = database.store().await;
@@ -732,7 +732,7 @@ async fn a_sqlite_file_keeps_what_was_written() {
 }
 
 #[tokio::test]
-async fn what_a_dead_process_left_in_a_sqlite_file_is_free_at_once() {
+async fn orphans_in_reopened_sqlite_file_are_adoptable_immediately() {
     let database = TestDatabase::sqlite().await;
     let (dead, me) = (ReplicaId::new(), ReplicaId::new());
     let store = database.store().await;
@@ -749,7 +749,7 @@ async fn what_a_dead_process_left_in_a_sqlite_file_is_free_at_once() {
 /// A claim whose caller gave up on it commits while the end of the run waits for the row: what it put into the transcript
 /// must be marked like all that the run said.
 #[tokio::test]
-async fn an_end_sees_what_came_while_it_waited_on_postgres() {
+async fn finish_marks_messages_of_claim_committed_meanwhile_on_postgres() {
     let database = TestDatabase::postgres().await;
     let store = database.store().await;
     let key = user("alice");
@@ -810,7 +810,7 @@ async fn dropped_calls_leave_nothing_open(database: &TestDatabase, store: &Store
 
 /// What a dropped call was waiting for may end in an error. The transaction that it began is over then, too.
 #[tokio::test]
-async fn failures_of_dropped_calls_are_nobody_elses() {
+async fn failure_of_dropped_call_leaves_next_calls_unaffected() {
     let database = TestDatabase::postgres().await;
     let store = Store::open(&StoreConfig { max_connections: 2, ..database.config() }).await.unwrap();
     let key = user("alice");
@@ -842,7 +842,7 @@ async fn polled(future: impl Future, mut polls: u32) {
 }
 
 #[tokio::test]
-async fn dropped_calls_leave_nothing_open_on_sqlite() {
+async fn dropped_calls_leave_no_open_transaction_on_sqlite() {
     let database = TestDatabase::sqlite().await;
     let store = database.store().await;
     dropped_calls_leave_nothing_open(&database, &store).await;
@@ -850,7 +850,7 @@ async fn dropped_calls_leave_nothing_open_on_sqlite() {
 }
 
 #[tokio::test]
-async fn dropped_calls_leave_nothing_open_on_postgres() {
+async fn dropped_calls_leave_no_open_transaction_on_postgres() {
     let database = TestDatabase::postgres().await;
     // One of them for callers: each call gets the connection of the one before.
     let config = StoreConfig { max_connections: 2, ..database.config() };
@@ -860,7 +860,7 @@ async fn dropped_calls_leave_nothing_open_on_postgres() {
 }
 
 #[tokio::test]
-async fn a_store_closes_though_the_server_is_at_work_on_what_was_dropped() {
+async fn store_closes_while_server_executes_dropped_call() {
     let database = TestDatabase::postgres().await;
     let store = database.store().await;
     let _lock = database.lock("messages").await;

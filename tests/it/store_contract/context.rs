@@ -6,27 +6,27 @@ use threadkeeper::store::{PAGE_BYTES, Withholding};
 use super::*;
 
 on_every_backend!(
-    an_end_says_where_its_messages_stand,
-    a_run_that_completed_leaves_no_marks,
-    what_never_started_is_marked_too,
-    the_backlog_is_what_others_left_out,
-    what_went_along_is_present,
-    what_came_later_did_not_go_along,
-    what_came_after_a_discarded_run_did_not_go_along,
-    a_leftover_stays_until_it_is_void,
-    what_is_looked_at_is_settled,
-    what_went_along_with_a_run_is_settled_with_it,
-    what_went_along_with_a_discarded_run_is_settled_too,
-    a_rebuilt_thread_holds_all_that_came_before,
-    all_that_came_before_can_be_withheld,
-    messages_before_a_position_can_be_withheld,
-    messages_that_are_missing_can_be_withheld_alone,
-    earlier_messages_are_read_backwards_in_pages,
-    pages_of_long_earlier_messages_end_early,
-    a_baseline_begins_at_the_newest_known_message,
-    a_discarded_run_leaves_no_messages,
-    a_discarded_run_that_waited_moves_nothing,
-    a_marked_run_must_be_discarded,
+    finish_records_context_of_its_messages,
+    completed_run_leaves_no_outcome_on_messages,
+    messages_of_unstarted_run_get_context_too,
+    backlog_holds_missing_messages_of_earlier_runs,
+    synced_finish_marks_backlog_present,
+    synced_finish_leaves_later_messages_missing,
+    synced_discard_leaves_later_messages_missing,
+    leftover_stays_until_replaced_or_synced,
+    settling_run_resolves_its_unknown_messages,
+    backlog_sent_with_unsettled_run_is_settled_present,
+    backlog_sent_with_discarded_run_is_settled_present,
+    seeded_upstream_thread_contains_all_earlier_messages,
+    all_earlier_messages_can_be_withheld,
+    messages_before_position_can_be_withheld,
+    missing_messages_can_be_withheld_alone,
+    earlier_messages_page_backwards,
+    pages_of_long_earlier_messages_are_bounded_in_bytes,
+    baseline_anchors_at_newest_known_upstream_message,
+    discarded_run_leaves_no_messages,
+    discarding_queued_run_changes_no_counts,
+    run_marked_for_rollback_must_be_discarded,
 );
 
 fn say(key: &ConversationKey, words: &str) -> Admission {
@@ -78,7 +78,7 @@ async fn backlog(store: &Store, run: RunId) -> Vec<String> {
     store.backlog(run, None, 1000).await.unwrap().data.into_iter().rev().map(text).collect()
 }
 
-async fn an_end_says_where_its_messages_stand(database: &TestDatabase, store: &Store) {
+async fn finish_records_context_of_its_messages(database: &TestDatabase, store: &Store) {
     use Context::{Missing, Present, Unknown, Withheld};
     let key = user("alice");
     let mut missing = 0;
@@ -101,7 +101,7 @@ async fn an_end_says_where_its_messages_stand(database: &TestDatabase, store: &S
     check_invariants(database).await;
 }
 
-async fn a_run_that_completed_leaves_no_marks(database: &TestDatabase, store: &Store) {
+async fn completed_run_leaves_no_outcome_on_messages(database: &TestDatabase, store: &Store) {
     let key = user("alice");
     let finished = turn(store, &key, "1", &completed(Some("one"))).await;
     assert_eq!((finished.thread.backlog, &finished.thread.leftover), (0, &None));
@@ -115,7 +115,7 @@ async fn a_run_that_completed_leaves_no_marks(database: &TestDatabase, store: &S
     check_invariants(database).await;
 }
 
-async fn what_never_started_is_marked_too(database: &TestDatabase, store: &Store) {
+async fn messages_of_unstarted_run_get_context_too(database: &TestDatabase, store: &Store) {
     let key = user("alice");
     started(store.admit(say(&key, "1")).await.unwrap());
     let mut missing = 0;
@@ -134,7 +134,7 @@ async fn what_never_started_is_marked_too(database: &TestDatabase, store: &Store
     check_invariants(database).await;
 }
 
-async fn the_backlog_is_what_others_left_out(database: &TestDatabase, store: &Store) {
+async fn backlog_holds_missing_messages_of_earlier_runs(database: &TestDatabase, store: &Store) {
     use Context::{Missing, Present, Unknown, Withheld};
     let key = user("alice");
     turn(store, &key, "1", &failed(Missing)).await;
@@ -158,7 +158,7 @@ async fn the_backlog_is_what_others_left_out(database: &TestDatabase, store: &St
     check_invariants(database).await;
 }
 
-async fn what_went_along_is_present(database: &TestDatabase, store: &Store) {
+async fn synced_finish_marks_backlog_present(database: &TestDatabase, store: &Store) {
     use Context::{Missing, Present, Unknown, Withheld};
     let key = user("alice");
     turn(store, &key, "1", &failed(Missing)).await;
@@ -189,7 +189,7 @@ async fn what_went_along_is_present(database: &TestDatabase, store: &Store) {
     check_invariants(database).await;
 }
 
-async fn what_came_later_did_not_go_along(database: &TestDatabase, store: &Store) {
+async fn synced_finish_leaves_later_messages_missing(database: &TestDatabase, store: &Store) {
     let key = user("alice");
     turn(store, &key, "1", &failed(Context::Missing)).await;
     let now = started(store.admit(say(&key, "2")).await.unwrap());
@@ -209,7 +209,7 @@ async fn what_came_later_did_not_go_along(database: &TestDatabase, store: &Store
     check_invariants(database).await;
 }
 
-async fn what_came_after_a_discarded_run_did_not_go_along(database: &TestDatabase, store: &Store) {
+async fn synced_discard_leaves_later_messages_missing(database: &TestDatabase, store: &Store) {
     let key = user("alice");
     turn(store, &key, "1", &failed(Context::Missing)).await;
     let now = started(store.admit(say(&key, "2")).await.unwrap());
@@ -223,7 +223,7 @@ async fn what_came_after_a_discarded_run_did_not_go_along(database: &TestDatabas
     check_invariants(database).await;
 }
 
-async fn a_leftover_stays_until_it_is_void(_: &TestDatabase, store: &Store) {
+async fn leftover_stays_until_replaced_or_synced(_: &TestDatabase, store: &Store) {
     let key = user("alice");
     let left = |run| RunEnd { leftover: Some(leftover(run)), ..failed(Context::Unknown) };
     let (one, two) = (RunId::new(), RunId::new());
@@ -238,7 +238,7 @@ async fn a_leftover_stays_until_it_is_void(_: &TestDatabase, store: &Store) {
     assert_eq!(turn(store, &key, "5", &synced).await.thread.leftover, None);
 }
 
-async fn what_is_looked_at_is_settled(database: &TestDatabase, store: &Store) {
+async fn settling_run_resolves_its_unknown_messages(database: &TestDatabase, store: &Store) {
     use Context::{Missing, Present, Unknown, Withheld};
     let key = user("alice");
     for (found, missing) in [(Present, 0), (Missing, 1), (Withheld, 1)] {
@@ -274,7 +274,7 @@ async fn what_is_looked_at_is_settled(database: &TestDatabase, store: &Store) {
     check_invariants(database).await;
 }
 
-async fn what_went_along_with_a_run_is_settled_with_it(database: &TestDatabase, store: &Store) {
+async fn backlog_sent_with_unsettled_run_is_settled_present(database: &TestDatabase, store: &Store) {
     use Context::{Missing, Present, Unknown, Withheld};
     for (found, own) in [(Present, 0), (Missing, 2), (Withheld, 0)] {
         let key = user(found.as_str());
@@ -335,7 +335,7 @@ async fn what_went_along_with_a_run_is_settled_with_it(database: &TestDatabase, 
 }
 
 /// Of such a run no message is left that could say where it stood.
-async fn what_went_along_with_a_discarded_run_is_settled_too(database: &TestDatabase, store: &Store) {
+async fn backlog_sent_with_discarded_run_is_settled_present(database: &TestDatabase, store: &Store) {
     use Context::{Missing, Present};
     let key = user("alice");
     turn(store, &key, "1", &failed(Missing)).await;
@@ -360,7 +360,7 @@ async fn what_went_along_with_a_discarded_run_is_settled_too(database: &TestData
     assert_eq!(backlog(store, next.run.id).await, ["3", "4"]);
 }
 
-async fn a_rebuilt_thread_holds_all_that_came_before(database: &TestDatabase, store: &Store) {
+async fn seeded_upstream_thread_contains_all_earlier_messages(database: &TestDatabase, store: &Store) {
     use Context::{Missing, Present, Unknown, Withheld};
     let key = user("alice");
     let ids = |words: &str| RunEnd { reply: Some(reply(words, Some(words), Present)), ..completed(None) };
@@ -401,7 +401,7 @@ async fn a_rebuilt_thread_holds_all_that_came_before(database: &TestDatabase, st
     check_invariants(database).await;
 }
 
-async fn all_that_came_before_can_be_withheld(database: &TestDatabase, store: &Store) {
+async fn all_earlier_messages_can_be_withheld(database: &TestDatabase, store: &Store) {
     use Context::{Missing, Present, Unknown, Withheld};
     let key = user("alice");
     for said in [Present, Missing, Withheld, Unknown] {
@@ -434,7 +434,7 @@ async fn three_runs_and_one(store: &Store, key: &ConversationKey) -> Turn {
     started(store.admit(say(key, "now")).await.unwrap())
 }
 
-async fn messages_before_a_position_can_be_withheld(database: &TestDatabase, store: &Store) {
+async fn messages_before_position_can_be_withheld(database: &TestDatabase, store: &Store) {
     use Context::{Missing, Present, Withheld};
     let key = user("alice");
     let now = three_runs_and_one(store, &key).await;
@@ -456,7 +456,7 @@ async fn messages_before_a_position_can_be_withheld(database: &TestDatabase, sto
     check_invariants(database).await;
 }
 
-async fn messages_that_are_missing_can_be_withheld_alone(database: &TestDatabase, store: &Store) {
+async fn missing_messages_can_be_withheld_alone(database: &TestDatabase, store: &Store) {
     use Context::{Missing, Present, Withheld};
     let key = user("alice");
     let now = three_runs_and_one(store, &key).await;
@@ -470,7 +470,7 @@ async fn messages_that_are_missing_can_be_withheld_alone(database: &TestDatabase
     check_invariants(database).await;
 }
 
-async fn earlier_messages_are_read_backwards_in_pages(_: &TestDatabase, store: &Store) {
+async fn earlier_messages_page_backwards(_: &TestDatabase, store: &Store) {
     let key = user("alice");
     let now = three_runs_and_one(store, &key).await;
     queued(store.admit(say(&key, "later")).await.unwrap());
@@ -494,7 +494,7 @@ async fn earlier_messages_are_read_backwards_in_pages(_: &TestDatabase, store: &
     }
 }
 
-async fn pages_of_long_earlier_messages_end_early(_: &TestDatabase, store: &Store) {
+async fn pages_of_long_earlier_messages_are_bounded_in_bytes(_: &TestDatabase, store: &Store) {
     let key = user("alice");
     let long = "x".repeat(PAGE_BYTES / 4);
     for _ in 0..6 {
@@ -515,7 +515,7 @@ async fn pages_of_long_earlier_messages_end_early(_: &TestDatabase, store: &Stor
     assert_eq!(known, [6, 5, 4, 3, 2, 1]);
 }
 
-async fn a_baseline_begins_at_the_newest_known_message(_: &TestDatabase, store: &Store) {
+async fn baseline_anchors_at_newest_known_upstream_message(_: &TestDatabase, store: &Store) {
     use Context::{Missing, Present, Unknown, Withheld};
     let key = user("alice");
     let replied =
@@ -549,7 +549,7 @@ async fn a_baseline_begins_at_the_newest_known_message(_: &TestDatabase, store: 
     assert_eq!(store.baseline(cancelled.run_id).await.unwrap(), baseline(Some("m9"), 2));
 }
 
-async fn a_discarded_run_leaves_no_messages(database: &TestDatabase, store: &Store) {
+async fn discarded_run_leaves_no_messages(database: &TestDatabase, store: &Store) {
     let key = user("alice");
     turn(store, &key, "1", &completed(Some("one"))).await;
     let now = started(store.admit(say(&key, "2")).await.unwrap());
@@ -581,7 +581,7 @@ async fn a_discarded_run_leaves_no_messages(database: &TestDatabase, store: &Sto
     check_invariants(database).await;
 }
 
-async fn a_discarded_run_that_waited_moves_nothing(database: &TestDatabase, store: &Store) {
+async fn discarding_queued_run_changes_no_counts(database: &TestDatabase, store: &Store) {
     let key = user("alice");
     started(store.admit(say(&key, "1")).await.unwrap());
     let (waiting, ..) = queued(store.admit(say(&key, "2")).await.unwrap());
@@ -593,7 +593,7 @@ async fn a_discarded_run_that_waited_moves_nothing(database: &TestDatabase, stor
     check_invariants(database).await;
 }
 
-async fn a_marked_run_must_be_discarded(database: &TestDatabase, store: &Store) {
+async fn run_marked_for_rollback_must_be_discarded(database: &TestDatabase, store: &Store) {
     let key = user("alice");
     let now = started(store.admit(say(&key, "1")).await.unwrap());
     let (rollback, ..) = queued(store.admit(say(&key, "2")).await.unwrap());

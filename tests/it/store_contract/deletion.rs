@@ -10,26 +10,26 @@ use super::rollover::rollover;
 use super::*;
 
 on_every_backend!(
-    an_erased_thread_takes_no_message_any_more,
-    an_erasure_takes_all_that_the_target_ever_had,
-    many_threads_are_begun_with_bit_by_bit,
-    a_target_without_threads_is_done_at_once,
-    what_came_after_the_request_is_not_meant,
-    rollover_after_the_request_is_erased_too,
-    rollover_between_two_batches_is_archived_or_erased_too,
-    nothing_is_concluded_before_its_time,
-    an_erasure_is_concluded_in_small_steps,
-    an_archive_keeps_the_transcript,
-    an_archive_can_become_an_erasure,
-    a_discarded_thread_can_get_a_receipt,
-    a_request_waits_for_what_another_erases,
-    a_crash_in_the_beginning_leaves_nothing_behind,
-    what_is_removed_upstream_is_recorded,
-    answers_that_were_lost_are_counted,
-    a_receipt_comes_in_pages,
-    what_is_under_way_is_found,
-    a_receipt_is_forgotten_after_its_time,
-    what_would_be_deleted_is_counted,
+    thread_under_erasure_takes_no_new_messages,
+    erasure_covers_all_threads_of_target,
+    deletion_marks_threads_in_batches,
+    deletion_of_empty_target_finishes_at_once,
+    threads_created_after_deletion_request_are_spared,
+    rollover_after_erasure_request_is_erased_too,
+    rollover_between_deletion_batches_is_erased_too,
+    deletion_concludes_only_after_runs_and_upstream_cleanup,
+    erasure_concludes_in_bounded_steps,
+    archive_keeps_transcript,
+    archive_can_be_escalated_to_erasure,
+    discarded_thread_appears_in_later_deletion_receipt,
+    deletion_waits_for_threads_of_overlapping_request,
+    deletion_interrupted_between_batches_still_completes,
+    upstream_removals_are_recorded,
+    unheard_upstream_runs_are_counted,
+    deletion_receipt_is_paged,
+    deletion_under_way_is_found_by_target,
+    expired_deletion_receipt_is_pruned,
+    deletion_preview_counts_target_content,
 );
 
 pub(super) fn request(target: DeletionTarget, end: Deletion) -> DeletionRequest {
@@ -75,7 +75,7 @@ async fn archive(database: &TestDatabase, key: &ConversationKey) {
         .await;
 }
 
-async fn an_erased_thread_takes_no_message_any_more(database: &TestDatabase, store: &Store) {
+async fn thread_under_erasure_takes_no_new_messages(database: &TestDatabase, store: &Store) {
     let key = user("alice");
     let active = started(store.admit(admission(&key)).await.unwrap());
     let (waiting, ..) = queued(store.admit(admission(&key)).await.unwrap());
@@ -108,7 +108,7 @@ async fn an_erased_thread_takes_no_message_any_more(database: &TestDatabase, sto
     check_invariants(database).await;
 }
 
-async fn an_erasure_takes_all_that_the_target_ever_had(database: &TestDatabase, store: &Store) {
+async fn erasure_covers_all_threads_of_target(database: &TestDatabase, store: &Store) {
     let keys =
         [user("alice"), session("alice", "a"), session("alice", "b"), topic("alice", "a"), user("bob")];
     let mut of_key = vec![];
@@ -136,7 +136,7 @@ async fn an_erasure_takes_all_that_the_target_ever_had(database: &TestDatabase, 
     assert!(store.deletion(&other, all.id, None, 10).await.unwrap().is_none());
 }
 
-async fn many_threads_are_begun_with_bit_by_bit(_: &TestDatabase, store: &Store) {
+async fn deletion_marks_threads_in_batches(_: &TestDatabase, store: &Store) {
     for n in 0..5 {
         exchange(store, &session("alice", &n.to_string())).await;
     }
@@ -148,7 +148,7 @@ async fn many_threads_are_begun_with_bit_by_bit(_: &TestDatabase, store: &Store)
     assert_eq!((report.pending, report.finished_at), (5, None));
 }
 
-async fn a_target_without_threads_is_done_at_once(database: &TestDatabase, store: &Store) {
+async fn deletion_of_empty_target_finishes_at_once(database: &TestDatabase, store: &Store) {
     exchange(store, &user("bob")).await;
     for request in [
         erase(&user("alice")),
@@ -170,7 +170,7 @@ async fn a_target_without_threads_is_done_at_once(database: &TestDatabase, store
     assert_eq!(database.number(keys).await, 0);
 }
 
-async fn what_would_be_deleted_is_counted(database: &TestDatabase, store: &Store) {
+async fn deletion_preview_counts_target_content(database: &TestDatabase, store: &Store) {
     let (key, other) = (user("alice"), session("alice", "s"));
     exchange(store, &other).await;
     exchange(store, &user("bob")).await;
@@ -196,7 +196,7 @@ async fn what_would_be_deleted_is_counted(database: &TestDatabase, store: &Store
     assert_eq!(counted(&of_user, Deletion::Erase).await, [2, 5, 3, 1]);
 }
 
-async fn what_came_after_the_request_is_not_meant(database: &TestDatabase, store: &Store) {
+async fn threads_created_after_deletion_request_are_spared(database: &TestDatabase, store: &Store) {
     let key = user("alice");
     exchange(store, &key).await;
     let erase = erase(&key);
@@ -208,7 +208,7 @@ async fn what_came_after_the_request_is_not_meant(database: &TestDatabase, store
 }
 
 /// A rollover puts a fresh thread in the place of one that is meant. It holds a message that was acknowledged before.
-async fn rollover_after_the_request_is_erased_too(database: &TestDatabase, store: &Store) {
+async fn rollover_after_erasure_request_is_erased_too(database: &TestDatabase, store: &Store) {
     let key = user("alice");
     let old = exchange(store, &key).await.thread.id;
     let (active, waiting) = (admission(&key), admission(&key));
@@ -241,7 +241,7 @@ async fn rollover_after_the_request_is_erased_too(database: &TestDatabase, store
 }
 
 /// What a user has is taken bit by bit, and threads are rolled over in between.
-async fn rollover_between_two_batches_is_archived_or_erased_too(database: &TestDatabase, store: &Store) {
+async fn rollover_between_deletion_batches_is_erased_too(database: &TestDatabase, store: &Store) {
     let keys = [session("alice", "a"), session("alice", "b")];
     for key in &keys {
         exchange(store, key).await;
@@ -259,7 +259,7 @@ async fn rollover_between_two_batches_is_archived_or_erased_too(database: &TestD
     assert_eq!(database.number("SELECT count(*) FROM threads WHERE lifecycle <> 'deleting'").await, 0);
 }
 
-async fn nothing_is_concluded_before_its_time(_: &TestDatabase, store: &Store) {
+async fn deletion_concludes_only_after_runs_and_upstream_cleanup(_: &TestDatabase, store: &Store) {
     let key = user("alice");
     let turn = started(store.admit(admission(&key)).await.unwrap());
     let made = turn.thread.id;
@@ -277,7 +277,7 @@ async fn nothing_is_concluded_before_its_time(_: &TestDatabase, store: &Store) {
     assert!(store.conclude(made, 10).await.unwrap(), "an answer was lost");
 }
 
-async fn an_erasure_is_concluded_in_small_steps(database: &TestDatabase, store: &Store) {
+async fn erasure_concludes_in_bounded_steps(database: &TestDatabase, store: &Store) {
     let key = user("alice");
     let other = exchange(store, &user("bob")).await.thread.id;
     for n in 0..5 {
@@ -330,7 +330,7 @@ async fn an_erasure_is_concluded_in_small_steps(database: &TestDatabase, store: 
     check_invariants(database).await;
 }
 
-async fn an_archive_keeps_the_transcript(database: &TestDatabase, store: &Store) {
+async fn archive_keeps_transcript(database: &TestDatabase, store: &Store) {
     let key = user("alice");
     let old = exchange(store, &key).await.thread.id;
     archive(database, &key).await;
@@ -360,7 +360,7 @@ async fn an_archive_keeps_the_transcript(database: &TestDatabase, store: &Store)
     check_invariants(database).await;
 }
 
-async fn an_archive_can_become_an_erasure(database: &TestDatabase, store: &Store) {
+async fn archive_can_be_escalated_to_erasure(database: &TestDatabase, store: &Store) {
     let key = user("alice");
     let made = exchange(store, &key).await.thread.id;
     let archive = request(DeletionTarget::Key(key.clone()), Deletion::Archive);
@@ -382,7 +382,7 @@ async fn an_archive_can_become_an_erasure(database: &TestDatabase, store: &Store
     assert_eq!(database.number(keys).await, 0);
 }
 
-async fn a_discarded_thread_can_get_a_receipt(database: &TestDatabase, store: &Store) {
+async fn discarded_thread_appears_in_later_deletion_receipt(database: &TestDatabase, store: &Store) {
     let key = user("alice");
     let made = exchange(store, &key).await.thread.id;
     archive(database, &key).await;
@@ -403,7 +403,7 @@ async fn a_discarded_thread_can_get_a_receipt(database: &TestDatabase, store: &S
     assert_eq!(database.number("SELECT count(*) FROM deleted_threads").await, 1);
 }
 
-async fn a_request_waits_for_what_another_erases(_: &TestDatabase, store: &Store) {
+async fn deletion_waits_for_threads_of_overlapping_request(_: &TestDatabase, store: &Store) {
     let (one, two) = (session("alice", "1"), session("alice", "2"));
     let first = exchange(store, &one).await.thread.id;
     let second = exchange(store, &two).await.thread.id;
@@ -422,7 +422,7 @@ async fn a_request_waits_for_what_another_erases(_: &TestDatabase, store: &Store
     assert!(report(store, &erase).await.finished_at.is_some());
 }
 
-async fn a_crash_in_the_beginning_leaves_nothing_behind(_: &TestDatabase, store: &Store) {
+async fn deletion_interrupted_between_batches_still_completes(_: &TestDatabase, store: &Store) {
     let mut threads = vec![];
     for n in 0..5 {
         threads.push(exchange(store, &session("alice", &n.to_string())).await.thread.id);
@@ -444,7 +444,7 @@ async fn a_crash_in_the_beginning_leaves_nothing_behind(_: &TestDatabase, store:
     assert!(report.threads.data.iter().map(|line| line.id).eq(threads));
 }
 
-async fn what_is_removed_upstream_is_recorded(database: &TestDatabase, store: &Store) {
+async fn upstream_removals_are_recorded(database: &TestDatabase, store: &Store) {
     let key = user("alice");
     let turn = started(store.admit(admission(&key)).await.unwrap());
     let made = turn.thread.id;
@@ -483,7 +483,7 @@ async fn what_is_removed_upstream_is_recorded(database: &TestDatabase, store: &S
     store.removed(ThreadId::new(), &Removed::default(), &[]).await.unwrap();
 }
 
-async fn a_receipt_comes_in_pages(_: &TestDatabase, store: &Store) {
+async fn deletion_receipt_is_paged(_: &TestDatabase, store: &Store) {
     let mut threads = vec![];
     for n in 0..5 {
         threads.push(exchange(store, &session("alice", &n.to_string())).await.thread.id);
@@ -514,7 +514,7 @@ async fn a_receipt_comes_in_pages(_: &TestDatabase, store: &Store) {
     assert!(lines.iter().all(|line| (line.messages, line.runs) == (2, 1)));
 }
 
-async fn what_is_under_way_is_found(_: &TestDatabase, store: &Store) {
+async fn deletion_under_way_is_found_by_target(_: &TestDatabase, store: &Store) {
     let tenant = TenantKey::default();
     let (key, other) = (session("alice", "1"), session("alice", "2"));
     let made = exchange(store, &key).await.thread.id;
@@ -540,7 +540,7 @@ async fn what_is_under_way_is_found(_: &TestDatabase, store: &Store) {
     }
 }
 
-async fn a_receipt_is_forgotten_after_its_time(database: &TestDatabase, store: &Store) {
+async fn expired_deletion_receipt_is_pruned(database: &TestDatabase, store: &Store) {
     let key = user("alice");
     let made = exchange(store, &key).await.thread.id;
     let erase = erase(&key);
@@ -566,7 +566,7 @@ async fn a_receipt_is_forgotten_after_its_time(database: &TestDatabase, store: &
 
 /// Messages come and runs end while all that the user has is being deleted: nothing deadlocks, nothing stays.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn deletions_and_messages_at_once_leave_nothing_behind() {
+async fn concurrent_deletions_and_messages_leave_nothing_behind() {
     let database = TestDatabase::postgres().await;
     let replicas = [database.store().await, database.store().await];
     let keys = [session("alice", "1"), session("alice", "2"), session("alice", "3")];
@@ -628,7 +628,7 @@ async fn deletions_and_messages_at_once_leave_nothing_behind() {
     }
 }
 
-async fn answers_that_were_lost_are_counted(_: &TestDatabase, store: &Store) {
+async fn unheard_upstream_runs_are_counted(_: &TestDatabase, store: &Store) {
     let key = user("alice");
     let turn = started(store.admit(admission(&key)).await.unwrap());
     let thread = turn.thread.id;

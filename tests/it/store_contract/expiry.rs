@@ -6,19 +6,19 @@ use threadkeeper::store::ThreadUpdate;
 use super::*;
 
 on_every_backend!(
-    the_database_and_the_domain_agree_on_the_end,
-    a_fresh_thread_is_due_when_it_expires,
-    limits_of_its_own_replace_the_configured_ones,
-    idleness_counts_from_the_last_message,
-    a_caller_sets_how_long_a_thread_lives,
-    a_merged_message_sets_it_too,
-    a_refused_message_does_not,
-    no_message_joins_a_run_of_an_expired_thread,
-    an_expired_thread_is_archived_and_due,
-    a_fresh_thread_names_the_archived_one,
-    an_update_changes_what_it_says,
-    an_update_ends_or_frees_a_thread,
-    an_expired_thread_is_not_updated,
+    database_and_domain_agree_on_expiry,
+    new_thread_is_due_at_expiry,
+    own_limits_override_configured_limits,
+    idle_expiry_counts_from_last_message,
+    message_ttl_sets_thread_expiry,
+    merged_message_ttl_sets_thread_expiry,
+    refused_message_ttl_changes_nothing,
+    merge_never_joins_run_of_expired_thread,
+    expired_thread_is_archived_and_due,
+    new_thread_links_newest_archived_thread,
+    update_changes_only_given_fields,
+    update_sets_or_resets_thread_expiry,
+    expired_thread_is_not_updated,
 );
 
 const HOUR: Duration = Duration::from_hours(1);
@@ -51,7 +51,7 @@ fn close_to(one: Option<Timestamp>, other: Timestamp) {
 
 /// Moves the end of a thread over the present in steps of a millisecond, and looks who gets the next message: by the
 /// database's own times, never one that had expired, and never a fresh one too early.
-async fn the_database_and_the_domain_agree_on_the_end(database: &TestDatabase, store: &Store) {
+async fn database_and_domain_agree_on_expiry(database: &TestDatabase, store: &Store) {
     let ms = Duration::from_millis;
     let (mut kept, mut replaced) = (0, 0);
     // What the thread and the configuration say, in milliseconds.
@@ -103,7 +103,7 @@ async fn the_database_and_the_domain_agree_on_the_end(database: &TestDatabase, s
     check_invariants(database).await;
 }
 
-async fn a_fresh_thread_is_due_when_it_expires(database: &TestDatabase, store: &Store) {
+async fn new_thread_is_due_at_expiry(database: &TestDatabase, store: &Store) {
     let (both, later) = (
         Limits { max_age: Some(HOUR), max_idle: Some(MINUTE) },
         Limits { max_age: Some(MINUTE), max_idle: Some(HOUR) },
@@ -117,7 +117,7 @@ async fn a_fresh_thread_is_due_when_it_expires(database: &TestDatabase, store: &
     }
 }
 
-async fn limits_of_its_own_replace_the_configured_ones(database: &TestDatabase, store: &Store) {
+async fn own_limits_override_configured_limits(database: &TestDatabase, store: &Store) {
     let key = user("alice");
     let old = talk(store, within(limits(MINUTE), &key)).await;
     database.execute("UPDATE threads SET max_idle_ms = 7200000").await;
@@ -127,7 +127,7 @@ async fn limits_of_its_own_replace_the_configured_ones(database: &TestDatabase, 
     assert_ne!(talk(store, within(Limits::NONE, &key)).await.id, old.id);
 }
 
-async fn idleness_counts_from_the_last_message(database: &TestDatabase, store: &Store) {
+async fn idle_expiry_counts_from_last_message(database: &TestDatabase, store: &Store) {
     let key = user("alice");
     let old = talk(store, within(idle(HOUR), &key)).await;
     for _ in 0..3 {
@@ -139,7 +139,7 @@ async fn idleness_counts_from_the_last_message(database: &TestDatabase, store: &
     assert_eq!(fresh.previous_thread, Some(old.id));
 }
 
-async fn a_caller_sets_how_long_a_thread_lives(database: &TestDatabase, store: &Store) {
+async fn message_ttl_sets_thread_expiry(database: &TestDatabase, store: &Store) {
     let key = session("alice", "s1");
     let none = Lifetimes::default();
     let with = |ttl| Admission { ttl: Some(ttl), ..within(limits(MINUTE), &key) };
@@ -171,7 +171,7 @@ async fn a_caller_sets_how_long_a_thread_lives(database: &TestDatabase, store: &
     assert_eq!(none.expiry(&fresh), database.due_at("alice").await);
 }
 
-async fn a_merged_message_sets_it_too(database: &TestDatabase, store: &Store) {
+async fn merged_message_ttl_sets_thread_expiry(database: &TestDatabase, store: &Store) {
     let key = user("alice");
     started(store.admit(admission(&key)).await.unwrap());
     queued(store.admit(admission(&key)).await.unwrap());
@@ -185,7 +185,7 @@ async fn a_merged_message_sets_it_too(database: &TestDatabase, store: &Store) {
     close_to(database.due_at("alice").await, thread.last_active_at + HOUR);
 }
 
-async fn a_refused_message_does_not(_: &TestDatabase, store: &Store) {
+async fn refused_message_ttl_changes_nothing(_: &TestDatabase, store: &Store) {
     let key = user("alice");
     started(store.admit(admission(&key)).await.unwrap());
     let before = seen(store, &key).await;
@@ -197,7 +197,7 @@ async fn a_refused_message_does_not(_: &TestDatabase, store: &Store) {
     assert_eq!(seen(store, &key).await, before);
 }
 
-async fn no_message_joins_a_run_of_an_expired_thread(database: &TestDatabase, store: &Store) {
+async fn merge_never_joins_run_of_expired_thread(database: &TestDatabase, store: &Store) {
     let key = user("alice");
     let old = started(store.admit(admission(&key)).await.unwrap()).thread;
     queued(store.admit(admission(&key)).await.unwrap());
@@ -208,7 +208,7 @@ async fn no_message_joins_a_run_of_an_expired_thread(database: &TestDatabase, st
     check_invariants(database).await;
 }
 
-async fn an_expired_thread_is_archived_and_due(database: &TestDatabase, store: &Store) {
+async fn expired_thread_is_archived_and_due(database: &TestDatabase, store: &Store) {
     let key = user("alice");
     let old = talk(store, admission(&key)).await;
     database.age_threads(HOUR).await;
@@ -220,7 +220,7 @@ async fn an_expired_thread_is_archived_and_due(database: &TestDatabase, store: &
     assert_eq!(database.number(due).await, 1);
 }
 
-async fn a_fresh_thread_names_the_archived_one(database: &TestDatabase, store: &Store) {
+async fn new_thread_links_newest_archived_thread(database: &TestDatabase, store: &Store) {
     let key = user("alice");
     talk(store, admission(&key)).await;
     database.archive_threads().await;
@@ -243,7 +243,7 @@ async fn a_fresh_thread_names_the_archived_one(database: &TestDatabase, store: &
     check_invariants(database).await;
 }
 
-async fn an_update_changes_what_it_says(database: &TestDatabase, store: &Store) {
+async fn update_changes_only_given_fields(database: &TestDatabase, store: &Store) {
     let key = user("alice");
     let update = |metadata, life| ThreadUpdate { metadata, life, limits: limits(HOUR) };
     let pairs = metadata(&[("plan", "gold")]);
@@ -263,7 +263,7 @@ async fn an_update_changes_what_it_says(database: &TestDatabase, store: &Store) 
     assert_eq!(store.update_thread(&key, &cleared).await.unwrap().unwrap().metadata, Metadata::default());
 }
 
-async fn an_update_ends_or_frees_a_thread(database: &TestDatabase, store: &Store) {
+async fn update_sets_or_resets_thread_expiry(database: &TestDatabase, store: &Store) {
     let key = user("alice");
     let update = |life| ThreadUpdate { metadata: None, life: Some(life), limits: limits(HOUR) };
     talk(store, admission(&key)).await;
@@ -292,7 +292,7 @@ async fn an_update_ends_or_frees_a_thread(database: &TestDatabase, store: &Store
     assert_ne!(talk(store, admission(&key)).await.id, three.id);
 }
 
-async fn an_expired_thread_is_not_updated(database: &TestDatabase, store: &Store) {
+async fn expired_thread_is_not_updated(database: &TestDatabase, store: &Store) {
     let key = user("alice");
     talk(store, within(limits(HOUR), &key)).await;
     database.age_threads(HOUR).await;

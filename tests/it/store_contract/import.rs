@@ -6,22 +6,22 @@ use threadkeeper::store::{Imported, ImportedMessage};
 use super::*;
 
 on_every_backend!(
-    a_thread_comes_as_it_is_said,
-    what_is_not_said_of_a_thread_is_filled_in,
-    a_thread_comes_once,
-    a_thread_without_an_id_is_known_by_its_key,
-    an_archived_thread_comes_beside_the_current_one,
-    ids_tell_how_old_threads_are,
-    a_thread_that_came_is_used,
-    messages_come_in_their_order,
-    messages_come_once,
-    messages_of_a_thread_without_a_copy_are_missing_there,
-    messages_come_behind_those_that_are_there,
-    many_messages_come_at_once,
-    threads_that_come_together_come_as_if_one_after_another,
-    threads_that_come_together_keep_their_order,
-    messages_of_many_threads_come_together,
-    imports_and_turns_do_not_wait_for_each_other_in_a_circle,
+    imported_thread_keeps_given_fields,
+    imported_thread_gets_defaults_for_omitted_fields,
+    thread_import_by_id_is_idempotent,
+    thread_import_without_id_matches_by_key,
+    archived_thread_import_keeps_current_thread,
+    imported_thread_ids_order_by_creation_time,
+    imported_thread_continues_with_next_message,
+    imported_messages_keep_order_and_fields,
+    message_import_is_idempotent,
+    imported_messages_without_upstream_thread_form_backlog,
+    imported_messages_append_after_last_position,
+    many_messages_import_in_one_call,
+    batched_thread_import_equals_sequential_import,
+    batched_thread_import_keeps_order,
+    messages_of_many_threads_import_in_one_call,
+    concurrent_imports_and_admissions_never_deadlock,
 );
 
 const HOUR: Duration = Duration::from_hours(1);
@@ -56,7 +56,7 @@ fn time(text: &str) -> Timestamp {
     text.parse().unwrap()
 }
 
-async fn a_thread_comes_as_it_is_said(database: &TestDatabase, store: &Store) {
+async fn imported_thread_keeps_given_fields(database: &TestDatabase, store: &Store) {
     let key = session("alice", "s1");
     let said = ImportedThread {
         id: Some(ThreadId::new()),
@@ -82,7 +82,7 @@ async fn a_thread_comes_as_it_is_said(database: &TestDatabase, store: &Store) {
     check_invariants(database).await;
 }
 
-async fn what_is_not_said_of_a_thread_is_filled_in(database: &TestDatabase, store: &Store) {
+async fn imported_thread_gets_defaults_for_omitted_fields(database: &TestDatabase, store: &Store) {
     let now = exchange(store, &user("bob")).await.thread.created_at;
     let id = added(store, &ImportedThread { configured: limits(HOUR), ..imported(&user("alice")) }).await;
     let got = by_id(store, id).await;
@@ -92,7 +92,7 @@ async fn what_is_not_said_of_a_thread_is_filled_in(database: &TestDatabase, stor
     assert_eq!(database.due_at("carol").await, None);
 }
 
-async fn a_thread_comes_once(database: &TestDatabase, store: &Store) {
+async fn thread_import_by_id_is_idempotent(database: &TestDatabase, store: &Store) {
     let key = user("alice");
     let one = ImportedThread { id: Some(ThreadId::new()), ..imported(&key) };
     let id = added(store, &one).await;
@@ -111,7 +111,7 @@ async fn a_thread_comes_once(database: &TestDatabase, store: &Store) {
     assert_eq!(database.number("SELECT count(*) FROM threads").await, 1);
 }
 
-async fn a_thread_without_an_id_is_known_by_its_key(database: &TestDatabase, store: &Store) {
+async fn thread_import_without_id_matches_by_key(database: &TestDatabase, store: &Store) {
     let key = user("alice");
     let bare = imported(&key);
     let named = |id| ImportedThread { upstream_thread_id: Some(upstream(id)), ..imported(&key) };
@@ -142,7 +142,7 @@ async fn a_thread_without_an_id_is_known_by_its_key(database: &TestDatabase, sto
     assert_eq!((new, known), (1, 15));
 }
 
-async fn an_archived_thread_comes_beside_the_current_one(database: &TestDatabase, store: &Store) {
+async fn archived_thread_import_keeps_current_thread(database: &TestDatabase, store: &Store) {
     let key = user("alice");
     let current = exchange(store, &key).await.thread;
     let archived = |id, created_at: &str, archived_at: Option<&str>| ImportedThread {
@@ -171,7 +171,7 @@ async fn an_archived_thread_comes_beside_the_current_one(database: &TestDatabase
     check_invariants(database).await;
 }
 
-async fn ids_tell_how_old_threads_are(_: &TestDatabase, store: &Store) {
+async fn imported_thread_ids_order_by_creation_time(_: &TestDatabase, store: &Store) {
     let mut wanted = vec![];
     for (name, created_at) in
         [("c", "2026-03-01T00:00:00Z"), ("a", "2024-01-01T00:00:00Z"), ("b", "2025-01-01T00:00:00Z")]
@@ -190,7 +190,7 @@ async fn ids_tell_how_old_threads_are(_: &TestDatabase, store: &Store) {
     assert_eq!(ids(&early).await, wanted[..2]);
 }
 
-async fn a_thread_that_came_is_used(database: &TestDatabase, store: &Store) {
+async fn imported_thread_continues_with_next_message(database: &TestDatabase, store: &Store) {
     let key = user("alice");
     let id =
         added(store, &ImportedThread { upstream_thread_id: Some(upstream("thread_abc")), ..imported(&key) })
@@ -212,7 +212,7 @@ async fn a_thread_that_came_is_used(database: &TestDatabase, store: &Store) {
     assert_eq!(fresh.thread.previous_thread, Some(old));
 }
 
-async fn messages_come_in_their_order(_: &TestDatabase, store: &Store) {
+async fn imported_messages_keep_order_and_fields(_: &TestDatabase, store: &Store) {
     let key = user("alice");
     let id =
         added(store, &ImportedThread { upstream_thread_id: Some(upstream("thread_abc")), ..imported(&key) })
@@ -241,7 +241,7 @@ async fn messages_come_in_their_order(_: &TestDatabase, store: &Store) {
     assert_eq!(after.last_active_at, before.last_active_at, "it is no activity");
 }
 
-async fn messages_come_once(database: &TestDatabase, store: &Store) {
+async fn message_import_is_idempotent(database: &TestDatabase, store: &Store) {
     let id = added(store, &imported(&user("alice"))).await;
     let [one, two, three] = ["one", "two", "three"].map(|said| message(Role::User, said));
     let first = [one.clone(), two.clone(), one.clone()];
@@ -259,7 +259,7 @@ async fn messages_come_once(database: &TestDatabase, store: &Store) {
     check_invariants(database).await;
 }
 
-async fn messages_of_a_thread_without_a_copy_are_missing_there(database: &TestDatabase, store: &Store) {
+async fn imported_messages_without_upstream_thread_form_backlog(database: &TestDatabase, store: &Store) {
     let key = user("alice");
     let id = added(store, &imported(&key)).await;
     import_messages(store, id, &[message(Role::User, "one"), message(Role::Assistant, "two")]).await;
@@ -272,7 +272,7 @@ async fn messages_of_a_thread_without_a_copy_are_missing_there(database: &TestDa
     check_invariants(database).await;
 }
 
-async fn messages_come_behind_those_that_are_there(database: &TestDatabase, store: &Store) {
+async fn imported_messages_append_after_last_position(database: &TestDatabase, store: &Store) {
     let key = user("alice");
     let thread = exchange(store, &key).await.thread;
     // A gap, as a rollback leaves it.
@@ -283,7 +283,7 @@ async fn messages_come_behind_those_that_are_there(database: &TestDatabase, stor
     check_invariants(database).await;
 }
 
-async fn many_messages_come_at_once(database: &TestDatabase, store: &Store) {
+async fn many_messages_import_in_one_call(database: &TestDatabase, store: &Store) {
     let key = user("alice");
     let id = added(store, &imported(&key)).await;
     let many: Vec<_> = (0..250).map(|n| message(Role::User, &n.to_string())).collect();
@@ -315,7 +315,7 @@ fn outcomes(results: &[Imported]) -> Vec<String> {
     results.iter().map(outcome).collect()
 }
 
-async fn threads_that_come_together_come_as_if_one_after_another(database: &TestDatabase, store: &Store) {
+async fn batched_thread_import_equals_sequential_import(database: &TestDatabase, store: &Store) {
     let mut noise = 7_u64;
     let mut pick = |most: u64| {
         noise = noise.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
@@ -362,7 +362,7 @@ async fn threads_that_come_together_come_as_if_one_after_another(database: &Test
     check_invariants(database).await;
 }
 
-async fn threads_that_come_together_keep_their_order(_: &TestDatabase, store: &Store) {
+async fn batched_thread_import_keeps_order(_: &TestDatabase, store: &Store) {
     let threads: Vec<_> = (0..100).rev().map(|n| imported(&user(&format!("u{n}")))).collect();
     let results = store.import_threads(&threads.iter().collect::<Vec<_>>()).await.unwrap();
     let added = results.into_iter().map(|result| match result {
@@ -372,7 +372,7 @@ async fn threads_that_come_together_keep_their_order(_: &TestDatabase, store: &S
     assert!(added.is_sorted());
 }
 
-async fn messages_of_many_threads_come_together(database: &TestDatabase, store: &Store) {
+async fn messages_of_many_threads_import_in_one_call(database: &TestDatabase, store: &Store) {
     let [alice, bob, carol] = [user("alice"), user("bob"), user("carol")].map(|key| imported(&key));
     let (a, b, c) = (added(store, &alice).await, added(store, &bob).await, added(store, &carol).await);
     database
@@ -404,7 +404,7 @@ async fn messages_of_many_threads_come_together(database: &TestDatabase, store: 
     assert_eq!((&*places(&page.data), page.has_more), (&wanted[4..], false));
 }
 
-async fn imports_and_turns_do_not_wait_for_each_other_in_a_circle(database: &TestDatabase, store: &Store) {
+async fn concurrent_imports_and_admissions_never_deadlock(database: &TestDatabase, store: &Store) {
     for round in 0..5 {
         let key = |n: usize| user(&format!("{round}-{n}"));
         let threads: Vec<_> = (0..60).map(|n| imported(&key(n))).collect();

@@ -14,20 +14,20 @@ use super::deletion::request;
 use super::*;
 
 on_every_backend!(
-    a_due_thread_is_claimed_by_one_at_a_time,
-    who_waits_longest_comes_first,
-    a_schedule_does_not_undo_what_came_meanwhile,
-    life_that_is_set_during_a_look_is_not_overwritten,
-    deletion_that_begins_during_a_look_keeps_its_hold,
-    look_that_nobody_claimed_makes_a_thread_due_only_earlier,
-    failures_are_counted_until_one_look_goes_well,
-    a_review_makes_threads_due_when_they_expire,
-    what_has_not_expired_is_not_archived,
-    what_has_expired_is_archived_and_due,
-    an_archive_is_discarded_after_its_time,
-    nothing_young_or_unfinished_is_pruned,
-    what_is_past_its_time_is_pruned_bit_by_bit,
-    stored_responses_of_pruned_runs_are_remembered,
+    due_thread_is_claimed_by_one_janitor,
+    longest_due_threads_are_claimed_first,
+    stale_schedule_keeps_newer_due_time,
+    janitor_schedule_keeps_ttl_set_meanwhile,
+    deletion_begun_during_janitor_pass_keeps_its_hold,
+    unclaimed_schedule_only_moves_due_time_earlier,
+    janitor_failures_are_counted_until_success,
+    review_sets_due_time_to_expiry,
+    only_expired_threads_are_archived,
+    expired_thread_is_archived_and_its_runs_continue,
+    archived_thread_is_discarded_after_retention,
+    pruning_spares_recent_and_unfinished_runs,
+    expired_records_are_pruned_in_batches,
+    pruned_runs_leave_stored_responses_as_remnants,
 );
 
 pub(super) const HOUR: Duration = Duration::from_hours(1);
@@ -107,7 +107,7 @@ pub(super) async fn thread(store: &Store, id: ThreadId) -> Option<Thread> {
     store.report(name).await.unwrap().map(|report| report.thread)
 }
 
-async fn a_due_thread_is_claimed_by_one_at_a_time(database: &TestDatabase, store: &Store) {
+async fn due_thread_is_claimed_by_one_janitor(database: &TestDatabase, store: &Store) {
     let made = exchange(store, &user("alice")).await.thread;
     assert_eq!(store.due(10).await.unwrap(), [], "it has no limits");
     due_now(database).await;
@@ -126,7 +126,7 @@ async fn a_due_thread_is_claimed_by_one_at_a_time(database: &TestDatabase, store
     check_invariants(database).await;
 }
 
-async fn who_waits_longest_comes_first(database: &TestDatabase, store: &Store) {
+async fn longest_due_threads_are_claimed_first(database: &TestDatabase, store: &Store) {
     let mut threads = vec![];
     for n in 0..5 {
         threads.push(exchange(store, &user(&n.to_string())).await.thread.id);
@@ -149,7 +149,7 @@ async fn who_waits_longest_comes_first(database: &TestDatabase, store: &Store) {
     assert!(others.len() == 4 && !others.contains(&first.thread.id), "{others:?}");
 }
 
-async fn a_schedule_does_not_undo_what_came_meanwhile(database: &TestDatabase, store: &Store) {
+async fn stale_schedule_keeps_newer_due_time(database: &TestDatabase, store: &Store) {
     let made = exchange(store, &user("alice")).await.thread.id;
     due_now(database).await;
     let looked = claim(store).await;
@@ -181,7 +181,7 @@ async fn claim(store: &Store) -> Due {
 const ENDS: [(Option<Duration>, Option<&str>); 3] =
     [(None, None), (Some(Duration::from_hours(24)), None), (Some(Duration::from_hours(24)), Some("broken"))];
 
-async fn life_that_is_set_during_a_look_is_not_overwritten(database: &TestDatabase, store: &Store) {
+async fn janitor_schedule_keeps_ttl_set_meanwhile(database: &TestDatabase, store: &Store) {
     for (n, (after, failure)) in ENDS.into_iter().enumerate() {
         for by_message in [false, true] {
             let key = user(&format!("u{n}-{by_message}"));
@@ -208,7 +208,7 @@ async fn life_that_is_set_during_a_look_is_not_overwritten(database: &TestDataba
     }
 }
 
-async fn deletion_that_begins_during_a_look_keeps_its_hold(database: &TestDatabase, store: &Store) {
+async fn deletion_begun_during_janitor_pass_keeps_its_hold(database: &TestDatabase, store: &Store) {
     for (n, (after, failure)) in ENDS.into_iter().enumerate() {
         let key = user(&n.to_string());
         let made = exchange(store, &key).await.thread.id;
@@ -225,7 +225,7 @@ async fn deletion_that_begins_during_a_look_keeps_its_hold(database: &TestDataba
 }
 
 /// As the replica does that was asked for a deletion: it works on threads that are held for it.
-async fn look_that_nobody_claimed_makes_a_thread_due_only_earlier(database: &TestDatabase, store: &Store) {
+async fn unclaimed_schedule_only_moves_due_time_earlier(database: &TestDatabase, store: &Store) {
     let made = exchange(store, &user("alice")).await.thread.id;
     due_now(database).await;
     claim(store).await;
@@ -239,7 +239,7 @@ async fn look_that_nobody_claimed_makes_a_thread_due_only_earlier(database: &Tes
     assert_eq!(store.due(1).await.unwrap()[0].attempts, 2, "it stays due");
 }
 
-async fn failures_are_counted_until_one_look_goes_well(database: &TestDatabase, store: &Store) {
+async fn janitor_failures_are_counted_until_success(database: &TestDatabase, store: &Store) {
     let made = exchange(store, &user("alice")).await.thread.id;
     for attempts in 0..3 {
         due_now(database).await;
@@ -289,7 +289,7 @@ fn lifetimes() -> Lifetimes {
     Lifetimes { sessions: limits(Some(HOUR * 24), Some(HOUR)), others: limits(None, Some(HOUR * 48)) }
 }
 
-async fn a_review_makes_threads_due_when_they_expire(database: &TestDatabase, store: &Store) {
+async fn review_sets_due_time_to_expiry(database: &TestDatabase, store: &Store) {
     let threads = threads_with_limits(database, store).await;
     let archived = exchange(store, &user("archived")).await.thread.id;
     database
@@ -332,7 +332,7 @@ async fn a_review_makes_threads_due_when_they_expire(database: &TestDatabase, st
     }
 }
 
-async fn what_has_not_expired_is_not_archived(database: &TestDatabase, store: &Store) {
+async fn only_expired_threads_are_archived(database: &TestDatabase, store: &Store) {
     let threads = threads_with_limits(database, store).await;
     let now: Timestamp = threads[0].last_active_at + HOUR + HOUR / 2;
     due_now(database).await;
@@ -361,7 +361,7 @@ async fn what_has_not_expired_is_not_archived(database: &TestDatabase, store: &S
     check_invariants(database).await;
 }
 
-async fn what_has_expired_is_archived_and_due(database: &TestDatabase, store: &Store) {
+async fn expired_thread_is_archived_and_its_runs_continue(database: &TestDatabase, store: &Store) {
     let key = session("alice", "s");
     let first = started(store.admit(admission(&key)).await.unwrap());
     let (second, ..) = queued(store.admit(admission(&key)).await.unwrap());
@@ -381,7 +381,7 @@ async fn what_has_expired_is_archived_and_due(database: &TestDatabase, store: &S
     check_invariants(database).await;
 }
 
-async fn an_archive_is_discarded_after_its_time(database: &TestDatabase, store: &Store) {
+async fn archived_thread_is_discarded_after_retention(database: &TestDatabase, store: &Store) {
     let key = session("alice", "s");
     let turn = started(store.admit(admission(&key)).await.unwrap());
     let made = turn.thread.id;
@@ -412,7 +412,7 @@ fn all() -> Pruning {
     }
 }
 
-async fn nothing_young_or_unfinished_is_pruned(database: &TestDatabase, store: &Store) {
+async fn pruning_spares_recent_and_unfinished_runs(database: &TestDatabase, store: &Store) {
     let key = user("alice");
     let once = Admission { idempotency: Some(idempotency("k")), ..admission(&key) };
     let turn = started(store.admit(once.clone()).await.unwrap());
@@ -450,7 +450,7 @@ async fn nothing_young_or_unfinished_is_pruned(database: &TestDatabase, store: &
     assert_eq!(page.len(), 2, "the messages stay");
 }
 
-async fn what_is_past_its_time_is_pruned_bit_by_bit(database: &TestDatabase, store: &Store) {
+async fn expired_records_are_pruned_in_batches(database: &TestDatabase, store: &Store) {
     for n in 0..5 {
         let key = user(&n.to_string());
         let once = Admission { idempotency: Some(idempotency("k")), ..admission(&key) };
@@ -481,7 +481,7 @@ async fn what_is_past_its_time_is_pruned_bit_by_bit(database: &TestDatabase, sto
     exchange(store, &user("0")).await;
 }
 
-async fn stored_responses_of_pruned_runs_are_remembered(database: &TestDatabase, store: &Store) {
+async fn pruned_runs_leave_stored_responses_as_remnants(database: &TestDatabase, store: &Store) {
     let mut threads = vec![];
     for upstream in ["storing", "other"] {
         let key = user(upstream);
@@ -510,7 +510,7 @@ async fn stored_responses_of_pruned_runs_are_remembered(database: &TestDatabase,
 
 /// Many threads, claimed by two replicas at once: each by one of them.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn two_replicas_share_what_is_due() {
+async fn two_replicas_claim_disjoint_due_threads() {
     const THREADS: usize = 60;
     let database = TestDatabase::postgres().await;
     let replicas = [database.store().await, database.store().await];
@@ -541,7 +541,7 @@ async fn two_replicas_share_what_is_due() {
 
 /// Beside many threads with long histories, the janitor reads no table as a whole, counted by the server.
 #[tokio::test]
-async fn the_janitor_scans_nothing_that_grows() {
+async fn janitor_reads_bounded_rows() {
     let database = TestDatabase::postgres().await;
     let key = user("alice");
     let store = database.store().await;

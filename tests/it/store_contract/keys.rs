@@ -6,7 +6,7 @@ use threadkeeper::store::NewKey;
 
 use super::*;
 
-on_every_backend!(a_revoked_key_is_listed_and_not_good, all_who_ask_at_once_get_one_key_of_fingerprints,);
+on_every_backend!(revoked_key_stays_listed_but_invalid, concurrent_requests_share_one_fingerprint_key,);
 
 fn key(number: u8, tenant: &str) -> NewKey {
     NewKey {
@@ -19,7 +19,7 @@ fn key(number: u8, tenant: &str) -> NewKey {
     }
 }
 
-async fn a_revoked_key_is_listed_and_not_good(_: &TestDatabase, store: &Store) {
+async fn revoked_key_stays_listed_but_invalid(_: &TestDatabase, store: &Store) {
     let keys = [key(1, "acme"), key(2, "other"), key(3, "acme")];
     for key in &keys {
         store.add_key(key).await.unwrap();
@@ -36,7 +36,7 @@ async fn a_revoked_key_is_listed_and_not_good(_: &TestDatabase, store: &Store) {
     assert_eq!(store.revoke_key("tk_").await.unwrap(), None);
 }
 
-async fn all_who_ask_at_once_get_one_key_of_fingerprints(database: &TestDatabase, store: &Store) {
+async fn concurrent_requests_share_one_fingerprint_key(database: &TestDatabase, store: &Store) {
     let asked = join_all((1..=16).map(|n| store.fingerprint_key([n; 32]))).await;
     let mut keys: Vec<_> = asked.into_iter().map(Result::unwrap).collect();
     keys.dedup();

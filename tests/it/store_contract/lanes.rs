@@ -18,7 +18,7 @@ fn users() -> Vec<Admission> {
 
 /// One row that others hold keeps only those waiting who want it.
 #[tokio::test]
-async fn callers_of_other_threads_do_not_wait_for_a_locked_row() {
+async fn locked_thread_row_blocks_no_other_threads() {
     let database = TestDatabase::postgres().await;
     let store = database.store().await;
     let locked = exchange(&store, &user("locked")).await;
@@ -58,7 +58,7 @@ async fn callers_of_other_threads_do_not_wait_for_a_locked_row() {
 
 /// An upstream may name a run as no database can.
 #[tokio::test]
-async fn an_end_that_is_refused_fails_alone() {
+async fn refused_finish_fails_alone_in_its_batch() {
     let database = TestDatabase::postgres().await;
     let store = database.store().await;
     let turns = join_all(users().iter().map(|it| store.admit(it.clone()))).await;
@@ -83,7 +83,7 @@ async fn an_end_that_is_refused_fails_alone() {
 
 /// The server has committed, and the answer is lost on its way.
 #[tokio::test]
-async fn a_batch_whose_answer_is_lost_is_answered_as_recorded() {
+async fn batch_with_lost_response_returns_recorded_results() {
     let database = TestDatabase::postgres().await;
     let link = Link::to_postgres(&database.url()).await;
     let config = StoreConfig { url: Some(link.url.clone().into()), ..database.config() };
@@ -131,7 +131,7 @@ async fn a_batch_whose_answer_is_lost_is_answered_as_recorded() {
 }
 
 #[tokio::test]
-async fn each_message_of_a_batch_has_an_answer_of_its_own() {
+async fn batched_admissions_return_individual_results() {
     for database in [TestDatabase::postgres().await, TestDatabase::sqlite().await] {
         let store = database.store().await;
         let with = |name, strategy| Admission { strategy, ..admission(&user(name)) };
@@ -173,7 +173,7 @@ async fn each_message_of_a_batch_has_an_answer_of_its_own() {
 
 /// The thread of a message that was taken before may be held by others: its sender is told all the same.
 #[tokio::test]
-async fn a_repeated_message_waits_for_no_row() {
+async fn idempotent_retry_takes_no_row_lock() {
     let database = TestDatabase::postgres().await;
     let store = database.store().await;
     let keyed = || Admission { idempotency: Some(idempotency("k")), ..admission(&user("alice")) };
@@ -190,7 +190,7 @@ async fn bind(store: &Store, lease: &RunLease, name: RunId, intent: RemnantId) -
 }
 
 #[tokio::test]
-async fn each_binding_of_a_batch_has_an_answer_of_its_own() {
+async fn batched_bindings_return_individual_results() {
     for database in [TestDatabase::postgres().await, TestDatabase::sqlite().await] {
         let store = database.store().await;
         let with = |name| Admission { intent: Some(RemnantId::new()), ..admission(&user(name)) };
@@ -217,7 +217,7 @@ async fn each_binding_of_a_batch_has_an_answer_of_its_own() {
 
 /// What waits can be withdrawn at the moment in which the run before it ends.
 #[tokio::test]
-async fn two_runs_of_one_thread_end_together() {
+async fn two_runs_of_one_thread_finish_concurrently() {
     for database in [TestDatabase::postgres().await, TestDatabase::sqlite().await] {
         let store = database.store().await;
         let key = user("alice");
@@ -237,7 +237,7 @@ async fn two_runs_of_one_thread_end_together() {
 
 /// A message that joined a waiting run has no run of its own by which it could be told that it is recorded.
 #[tokio::test]
-async fn a_merge_whose_answer_is_lost_is_done_once() {
+async fn merge_with_lost_response_is_applied_once() {
     let database = TestDatabase::postgres().await;
     let link = Link::to_postgres(&database.url()).await;
     let config = StoreConfig { url: Some(link.url.clone().into()), ..database.config() };
@@ -273,7 +273,7 @@ async fn a_merge_whose_answer_is_lost_is_done_once() {
 
 /// A first try that was given up comes in after the retry has done it.
 #[tokio::test]
-async fn a_merge_that_comes_in_twice_is_done_once() {
+async fn repeated_merge_is_applied_once() {
     let database = TestDatabase::postgres().await;
     let store = database.store().await;
     let key = user("alice");
@@ -300,7 +300,7 @@ async fn a_merge_that_comes_in_twice_is_done_once() {
 
 /// Others make the thread of a new key: whoever comes meanwhile waits alone, and finds it.
 #[tokio::test]
-async fn new_keys_are_made_once_by_many_replicas() {
+async fn concurrent_replicas_create_one_thread_per_key() {
     let database = TestDatabase::postgres().await;
     let replicas = join_all((0..3).map(|_| database.store())).await;
     for round in 0..20 {
@@ -319,7 +319,7 @@ async fn new_keys_are_made_once_by_many_replicas() {
 
 /// The thread of a fresh conversation is recorded along with what is about to be made for it.
 #[tokio::test]
-async fn an_intent_is_recorded_for_a_fresh_thread_alone() {
+async fn admission_records_intent_only_for_new_thread() {
     for database in [TestDatabase::postgres().await, TestDatabase::sqlite().await] {
         let store = database.store().await;
         let key = user("alice");

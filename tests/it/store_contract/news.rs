@@ -23,7 +23,7 @@ fn some_news(runs: usize) -> Vec<News> {
 }
 
 #[tokio::test]
-async fn all_replicas_of_a_database_hear_what_one_tells() {
+async fn news_reaches_all_replicas_of_database() {
     let (database, other) = (TestDatabase::postgres().await, TestDatabase::postgres().await);
     let (here, there, elsewhere) = (database.store().await, database.store().await, other.store().await);
     let mut ears = [here.news(), there.news(), elsewhere.news()];
@@ -64,7 +64,7 @@ async fn all_replicas_of_a_database_hear_what_one_tells() {
 }
 
 #[tokio::test]
-async fn a_listener_that_was_cut_off_says_so() {
+async fn interrupted_listener_reports_missed_news() {
     let mut cluster = Cluster::start();
     let database = TestDatabase::on(&cluster).await;
     let store = Store::open(&database.config()).await.unwrap();
@@ -96,7 +96,7 @@ async fn a_listener_that_was_cut_off_says_so() {
 }
 
 #[tokio::test]
-async fn a_sqlite_file_has_nobody_to_tell() {
+async fn sqlite_store_delivers_no_news() {
     let database = TestDatabase::sqlite().await;
     let store = database.store().await;
     let mut news = store.news();

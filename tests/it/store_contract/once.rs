@@ -8,17 +8,17 @@ use threadkeeper::store::{Answered, Idempotency, Repeated};
 use super::*;
 
 on_every_backend!(
-    a_key_in_use_stores_nothing,
-    a_key_stands_for_its_run,
-    a_merged_message_has_a_key_too,
-    a_refusal_uses_no_key,
-    a_key_in_use_is_told_before_a_refusal,
-    a_key_is_the_conversation_s_own,
-    a_key_outlives_its_thread,
-    a_key_is_forgotten_in_time,
-    an_admission_forgets_a_key_in_time,
-    a_key_of_what_was_not_recorded_is_forgotten,
-    an_answer_has_a_key_too,
+    idempotent_retry_stores_nothing,
+    idempotency_key_resolves_to_its_run,
+    merged_message_has_own_idempotency_key,
+    refused_message_uses_no_idempotency_key,
+    idempotent_retry_is_recognized_before_refusal,
+    idempotency_key_is_scoped_to_conversation,
+    idempotency_key_outlives_its_thread,
+    idempotency_key_expires_after_ttl,
+    admission_reuses_expired_idempotency_key,
+    idempotency_key_of_unrecorded_run_is_released,
+    tool_outputs_have_own_idempotency_key,
 );
 
 const DAY: Duration = Duration::from_hours(24);
@@ -31,7 +31,7 @@ async fn repeated(store: &Store, key: &ConversationKey, idempotency_key: &str) -
     store.repeated(key, idempotency_key, DAY).await.unwrap()
 }
 
-async fn a_key_in_use_stores_nothing(database: &TestDatabase, store: &Store) {
+async fn idempotent_retry_stores_nothing(database: &TestDatabase, store: &Store) {
     let key = user("alice");
     let turn = started(store.admit(once(&key, "k")).await.unwrap());
     queued(store.admit(once(&key, "other")).await.unwrap());
@@ -54,7 +54,7 @@ async fn a_key_in_use_stores_nothing(database: &TestDatabase, store: &Store) {
     check_invariants(database).await;
 }
 
-async fn a_key_stands_for_its_run(_: &TestDatabase, store: &Store) {
+async fn idempotency_key_resolves_to_its_run(_: &TestDatabase, store: &Store) {
     let key = topic("alice", "t");
     assert_eq!(repeated(store, &key, "k").await, None);
     let request_hash = std::array::from_fn(|n| u8::try_from(n * 8).unwrap());
@@ -70,7 +70,7 @@ async fn a_key_stands_for_its_run(_: &TestDatabase, store: &Store) {
     assert_eq!(found, Repeated { request_hash, thread: finished.thread, run: finished.run });
 }
 
-async fn a_merged_message_has_a_key_too(database: &TestDatabase, store: &Store) {
+async fn merged_message_has_own_idempotency_key(database: &TestDatabase, store: &Store) {
     let key = user("alice");
     started(store.admit(admission(&key)).await.unwrap());
     let (waiting, ..) = queued(store.admit(once(&key, "a")).await.unwrap());
@@ -87,7 +87,7 @@ async fn a_merged_message_has_a_key_too(database: &TestDatabase, store: &Store) 
     check_invariants(database).await;
 }
 
-async fn a_refusal_uses_no_key(database: &TestDatabase, store: &Store) {
+async fn refused_message_uses_no_idempotency_key(database: &TestDatabase, store: &Store) {
     let key = user("alice");
     let turn = started(store.admit(admission(&key)).await.unwrap());
     let reject = || Admission { strategy: MultitaskStrategy::Reject, ..once(&key, "k") };
@@ -100,7 +100,7 @@ async fn a_refusal_uses_no_key(database: &TestDatabase, store: &Store) {
     check_invariants(database).await;
 }
 
-async fn a_key_in_use_is_told_before_a_refusal(_: &TestDatabase, store: &Store) {
+async fn idempotent_retry_is_recognized_before_refusal(_: &TestDatabase, store: &Store) {
     let key = user("alice");
     let reject = || Admission { strategy: MultitaskStrategy::Reject, ..once(&key, "k") };
     started(store.admit(reject()).await.unwrap());
@@ -110,7 +110,7 @@ async fn a_key_in_use_is_told_before_a_refusal(_: &TestDatabase, store: &Store) 
     assert_eq!(store.admit(elsewhere.clone()).await.unwrap(), Admitted::Repeated);
 }
 
-async fn a_key_is_the_conversation_s_own(_: &TestDatabase, store: &Store) {
+async fn idempotency_key_is_scoped_to_conversation(_: &TestDatabase, store: &Store) {
     let tenant = TenantKey::try_from("other".to_owned()).unwrap();
     let keys = [
         user("alice"),
@@ -127,7 +127,7 @@ async fn a_key_is_the_conversation_s_own(_: &TestDatabase, store: &Store) {
     }
 }
 
-async fn a_key_outlives_its_thread(database: &TestDatabase, store: &Store) {
+async fn idempotency_key_outlives_its_thread(database: &TestDatabase, store: &Store) {
     let key = session("alice", "s1");
     let with_ttl = |name| Admission { limits: limits(Duration::from_mins(1)), ..once(&key, name) };
     let old = started(store.admit(with_ttl("a")).await.unwrap());
@@ -143,7 +143,7 @@ async fn a_key_outlives_its_thread(database: &TestDatabase, store: &Store) {
     check_invariants(database).await;
 }
 
-async fn an_admission_forgets_a_key_in_time(database: &TestDatabase, store: &Store) {
+async fn admission_reuses_expired_idempotency_key(database: &TestDatabase, store: &Store) {
     let key = user("alice");
     let once = |ttl| Admission { idempotency_ttl: ttl, ..once(&key, "k") };
     started(store.admit(once(DAY)).await.unwrap());
@@ -161,7 +161,7 @@ async fn an_admission_forgets_a_key_in_time(database: &TestDatabase, store: &Sto
     check_invariants(database).await;
 }
 
-async fn a_key_is_forgotten_in_time(database: &TestDatabase, store: &Store) {
+async fn idempotency_key_expires_after_ttl(database: &TestDatabase, store: &Store) {
     let key = user("alice");
     let old = started(store.admit(once(&key, "k")).await.unwrap());
     queued(store.admit(once(&key, "young")).await.unwrap());
@@ -179,7 +179,7 @@ async fn a_key_is_forgotten_in_time(database: &TestDatabase, store: &Store) {
     assert!(store.repeated(&key, "k", Duration::MAX).await.unwrap().is_some());
 }
 
-async fn a_key_of_what_was_not_recorded_is_forgotten(database: &TestDatabase, store: &Store) {
+async fn idempotency_key_of_unrecorded_run_is_released(database: &TestDatabase, store: &Store) {
     let (key, other) = (user("alice"), user("bob"));
     let failed = |code| RunEnd {
         status: RunStatus::Failed,
@@ -212,7 +212,7 @@ async fn a_key_of_what_was_not_recorded_is_forgotten(database: &TestDatabase, st
     check_invariants(database).await;
 }
 
-async fn an_answer_has_a_key_too(_: &TestDatabase, store: &Store) {
+async fn tool_outputs_have_own_idempotency_key(_: &TestDatabase, store: &Store) {
     let key = user("alice");
     let turn = started(store.admit(once(&key, "message")).await.unwrap());
     store.pause(&turn.lease, &pause(&["call_1"], 0)).await.unwrap();

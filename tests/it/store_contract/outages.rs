@@ -20,7 +20,7 @@ async fn fill(store: &Store) {
 
 /// Whoever calls is told in time, and once the server is back each call works.
 #[tokio::test]
-async fn an_outage_costs_no_call_after_it() {
+async fn store_calls_succeed_right_after_outage() {
     let mut cluster = Cluster::start();
     let database = TestDatabase::on(&cluster).await;
     let config = StoreConfig { acquire_timeout: Duration::from_secs(1), ..database.config() };
@@ -47,7 +47,7 @@ async fn an_outage_costs_no_call_after_it() {
 
 /// A restart that nobody noticed costs the one call that finds out, not one for each connection.
 #[tokio::test]
-async fn a_restart_costs_one_call_at_most() {
+async fn unnoticed_database_restart_fails_at_most_one_call() {
     let mut cluster = Cluster::start();
     let database = TestDatabase::on(&cluster).await;
     let store = Store::open(&database.config()).await.unwrap();
@@ -69,7 +69,7 @@ async fn a_restart_costs_one_call_at_most() {
 /// A commit that does not come to its end costs its caller no more than the time for a call, and those who find no
 /// connection then, the time for that.
 #[tokio::test]
-async fn commits_that_hang_are_given_up() {
+async fn hanging_commit_times_out() {
     let cluster = Cluster::start();
     let database = TestDatabase::on(&cluster).await;
     let limit = Duration::from_secs(1);

@@ -57,7 +57,7 @@ const UPHOLDING: &[&str] =
     &["api_keys_pkey", "fingerprint_key_pkey", "schema_versions_pkey", "_sqlx_migrations_pkey"];
 
 #[tokio::test]
-async fn no_plan_reads_more_than_it_is_asked_for_whatever_the_statistics_say() {
+async fn query_plans_read_bounded_rows_under_any_statistics() {
     let cluster = Cluster::start();
     let mut faults = BTreeSet::new();
     for known in [
@@ -73,7 +73,7 @@ async fn no_plan_reads_more_than_it_is_asked_for_whatever_the_statistics_say() {
 
 /// As `threadkeeper sql` prints them: nothing but the text tells of which types the parameters are.
 #[tokio::test]
-async fn every_statement_can_be_pasted_into_a_client() {
+async fn every_printed_statement_prepares_without_declared_types() {
     let database = TestDatabase::postgres().await;
     let mut faults = Vec::new();
     for Sent { name, sql, .. } in statements(Engine::Postgres) {
@@ -561,7 +561,7 @@ const OF_ALL_UNFINISHED: &[&str] =
 
 /// SQLite plans without its parameters' values, and by statistics only if somebody asked for them.
 #[tokio::test]
-async fn sqlite_reads_no_growing_table_from_end_to_end() {
+async fn sqlite_plans_never_scan_growing_tables() {
     let database = TestDatabase::sqlite().await;
     let mut faults = BTreeSet::new();
     for filled in [false, true] {

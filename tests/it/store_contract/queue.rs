@@ -8,18 +8,18 @@ use threadkeeper::store::{MAX_MERGED, Withdrawal, Withdrawn};
 use super::*;
 
 on_every_backend!(
-    an_interrupt_goes_before_all_that_wait,
-    an_interrupt_on_a_free_thread_starts,
-    a_merged_message_joins_the_last_that_waits,
-    a_message_joins_only_its_like,
-    a_full_run_takes_no_more,
-    a_message_that_finds_nobody_waits_by_itself,
-    only_what_was_admitted_before_is_displaced,
-    a_mark_to_discard_stays,
-    a_cancel_reaches_active_runs_only,
-    a_waiting_run_can_be_taken_over,
-    withdrawal_leaves_the_messages_of_others_in_line,
-    withdrawal_ends_a_run_that_nobody_joined,
+    interrupt_and_rollback_go_before_queued_runs,
+    interrupt_on_free_thread_starts,
+    merge_joins_last_queued_run,
+    merge_joins_only_matching_run,
+    full_merged_run_takes_no_more_messages,
+    merge_without_queued_run_is_queued_alone,
+    interrupt_displaces_only_earlier_active_run,
+    discard_mark_of_displaced_run_stays,
+    cancel_marks_only_active_runs,
+    queued_run_can_be_taken_over,
+    withdrawal_keeps_merged_messages_queued,
+    withdrawal_ends_unmerged_run,
 );
 
 fn with(key: &ConversationKey, strategy: MultitaskStrategy, words: &str) -> Admission {
@@ -30,7 +30,7 @@ fn with(key: &ConversationKey, strategy: MultitaskStrategy, words: &str) -> Admi
     }
 }
 
-async fn an_interrupt_goes_before_all_that_wait(database: &TestDatabase, store: &Store) {
+async fn interrupt_and_rollback_go_before_queued_runs(database: &TestDatabase, store: &Store) {
     use MultitaskStrategy::{Enqueue, Interrupt, Rollback};
     let key = user("alice");
     let mut active = started(store.admit(with(&key, Enqueue, "first")).await.unwrap()).lease;
@@ -64,7 +64,7 @@ async fn an_interrupt_goes_before_all_that_wait(database: &TestDatabase, store: 
     check_invariants(database).await;
 }
 
-async fn an_interrupt_on_a_free_thread_starts(_: &TestDatabase, store: &Store) {
+async fn interrupt_on_free_thread_starts(_: &TestDatabase, store: &Store) {
     let key = user("alice");
     for (strategy, seq) in [(MultitaskStrategy::Interrupt, 1), (MultitaskStrategy::Rollback, 2)] {
         let turn = started(store.admit(with(&key, strategy, "x")).await.unwrap());
@@ -73,7 +73,7 @@ async fn an_interrupt_on_a_free_thread_starts(_: &TestDatabase, store: &Store) {
     }
 }
 
-async fn a_merged_message_joins_the_last_that_waits(database: &TestDatabase, store: &Store) {
+async fn merge_joins_last_queued_run(database: &TestDatabase, store: &Store) {
     use MultitaskStrategy::{Enqueue, Interrupt, Merge};
     let key = user("alice");
     let first = started(store.admit(with(&key, Enqueue, "1")).await.unwrap());
@@ -112,7 +112,7 @@ fn withdrawal(admission: &Admission) -> Withdrawal {
     }
 }
 
-async fn withdrawal_leaves_the_messages_of_others_in_line(database: &TestDatabase, store: &Store) {
+async fn withdrawal_keeps_merged_messages_queued(database: &TestDatabase, store: &Store) {
     use MultitaskStrategy::{Enqueue, Interrupt, Merge};
     let key = user("alice");
     let active = started(store.admit(with(&key, Enqueue, "1")).await.unwrap());
@@ -152,7 +152,7 @@ async fn withdrawal_leaves_the_messages_of_others_in_line(database: &TestDatabas
     check_invariants(database).await;
 }
 
-async fn withdrawal_ends_a_run_that_nobody_joined(database: &TestDatabase, store: &Store) {
+async fn withdrawal_ends_unmerged_run(database: &TestDatabase, store: &Store) {
     let key = user("alice");
     let unknown = RunLease { run_id: RunId::new(), fence: 1 };
     let (active, waiting) = (admission(&key), admission(&key));
@@ -170,7 +170,7 @@ async fn withdrawal_ends_a_run_that_nobody_joined(database: &TestDatabase, store
     check_invariants(database).await;
 }
 
-async fn a_message_joins_only_its_like(database: &TestDatabase, store: &Store) {
+async fn merge_joins_only_matching_run(database: &TestDatabase, store: &Store) {
     use MultitaskStrategy::Merge;
     let key = user("alice");
     let pairs = metadata(&[("a", "1"), ("b", "2")]);
@@ -192,7 +192,7 @@ async fn a_message_joins_only_its_like(database: &TestDatabase, store: &Store) {
     check_invariants(database).await;
 }
 
-async fn a_full_run_takes_no_more(database: &TestDatabase, store: &Store) {
+async fn full_merged_run_takes_no_more_messages(database: &TestDatabase, store: &Store) {
     use MultitaskStrategy::Merge;
     let key = user("alice");
     let first = started(store.admit(admission(&key)).await.unwrap());
@@ -211,7 +211,7 @@ async fn a_full_run_takes_no_more(database: &TestDatabase, store: &Store) {
     check_invariants(database).await;
 }
 
-async fn a_message_that_finds_nobody_waits_by_itself(database: &TestDatabase, store: &Store) {
+async fn merge_without_queued_run_is_queued_alone(database: &TestDatabase, store: &Store) {
     use MultitaskStrategy::Merge;
     let key = session("alice", "s1");
     let merge = || Admission { limits: limits(Duration::from_mins(1)), ..with(&key, Merge, "x") };
@@ -231,7 +231,7 @@ async fn a_message_that_finds_nobody_waits_by_itself(database: &TestDatabase, st
     check_invariants(database).await;
 }
 
-async fn only_what_was_admitted_before_is_displaced(database: &TestDatabase, store: &Store) {
+async fn interrupt_displaces_only_earlier_active_run(database: &TestDatabase, store: &Store) {
     use MultitaskStrategy::{Enqueue, Interrupt};
     let key = user("alice");
     let first = started(store.admit(with(&key, Enqueue, "1")).await.unwrap());
@@ -262,7 +262,7 @@ async fn only_what_was_admitted_before_is_displaced(database: &TestDatabase, sto
     check_invariants(database).await;
 }
 
-async fn a_mark_to_discard_stays(_: &TestDatabase, store: &Store) {
+async fn discard_mark_of_displaced_run_stays(_: &TestDatabase, store: &Store) {
     let key = user("alice");
     let first = started(store.admit(admission(&key)).await.unwrap());
     let (second, ..) = queued(store.admit(with(&key, MultitaskStrategy::Rollback, "2")).await.unwrap());
@@ -274,7 +274,7 @@ async fn a_mark_to_discard_stays(_: &TestDatabase, store: &Store) {
     }
 }
 
-async fn a_cancel_reaches_active_runs_only(_: &TestDatabase, store: &Store) {
+async fn cancel_marks_only_active_runs(_: &TestDatabase, store: &Store) {
     let key = user("alice");
     let first = started(store.admit(admission(&key)).await.unwrap());
     let (second, _, waiting, _) = queued(store.admit(admission(&key)).await.unwrap());
@@ -293,7 +293,7 @@ async fn a_cancel_reaches_active_runs_only(_: &TestDatabase, store: &Store) {
     assert_eq!(store.request_cancel(&key, first.run.id).await.unwrap(), Some(finished.run));
 }
 
-async fn a_waiting_run_can_be_taken_over(database: &TestDatabase, store: &Store) {
+async fn queued_run_can_be_taken_over(database: &TestDatabase, store: &Store) {
     let key = user("alice");
     let me = ReplicaId::new();
     store.renew_replica(me, "127.0.0.1:1", Duration::from_mins(1)).await.unwrap();

@@ -12,7 +12,7 @@ use threadkeeper::store::{Answered, MAX_MERGED, Paused};
 use super::*;
 use crate::support::chance::seed;
 
-on_every_backend!(any_sequence_of_steps_keeps_the_order);
+on_every_backend!(random_steps_match_queue_model);
 
 /// What the store should hold of one thread: the active run, and those that wait, in order.
 #[derive(Default)]
@@ -48,7 +48,7 @@ impl Model {
 }
 
 /// 600 random steps on three keys. The seed of a failure is printed; set it in `THREADKEEPER_TEST_SEED` to repeat.
-async fn any_sequence_of_steps_keeps_the_order(database: &TestDatabase, store: &Store) {
+async fn random_steps_match_queue_model(database: &TestDatabase, store: &Store) {
     let mut rng = StdRng::seed_from_u64(seed());
 
     let keys = [user("a"), session("a", "s"), topic("a", "t")];

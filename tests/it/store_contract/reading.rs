@@ -6,16 +6,16 @@ use threadkeeper::store::{ImportedMessage, PAGE_BYTES, StoreError};
 use super::*;
 
 on_every_backend!(
-    a_store_is_ready,
-    nothing_is_known_of_a_new_key,
-    transcripts_have_pages,
-    long_messages_end_a_page,
-    runs_have_pages,
-    a_cursor_of_another_list_is_unknown,
-    a_closed_store_says_so,
+    readiness_requires_current_schema,
+    unknown_key_reads_as_none,
+    transcript_is_paged,
+    transcript_pages_are_bounded_in_bytes,
+    run_list_is_paged,
+    cursor_of_other_list_is_unknown,
+    closed_store_reports_unavailable,
 );
 
-async fn a_store_is_ready(database: &TestDatabase, store: &Store) {
+async fn readiness_requires_current_schema(database: &TestDatabase, store: &Store) {
     store.ready().await.unwrap();
     let schema_error = |result| match result {
         Err(StoreError::Schema(text)) => text,
@@ -29,7 +29,7 @@ async fn a_store_is_ready(database: &TestDatabase, store: &Store) {
     assert!(schema_error(store.ready().await).contains("run `threadkeeper migrate`"));
 }
 
-async fn nothing_is_known_of_a_new_key(_: &TestDatabase, store: &Store) {
+async fn unknown_key_reads_as_none(_: &TestDatabase, store: &Store) {
     let key = user("nobody");
     assert_eq!(seen(store, &key).await, None);
     assert_eq!(store.messages(ThreadName::Newest(&key), false, &first_page()).await.unwrap(), None);
@@ -39,7 +39,7 @@ async fn nothing_is_known_of_a_new_key(_: &TestDatabase, store: &Store) {
     assert_eq!(store.messages(ThreadName::Newest(&key), false, &after).await.unwrap(), None);
 }
 
-async fn transcripts_have_pages(_: &TestDatabase, store: &Store) {
+async fn transcript_is_paged(_: &TestDatabase, store: &Store) {
     let key = user("alice");
     for _ in 0..3 {
         exchange(store, &key).await;
@@ -73,7 +73,7 @@ async fn transcripts_have_pages(_: &TestDatabase, store: &Store) {
     }
 }
 
-async fn long_messages_end_a_page(_: &TestDatabase, store: &Store) {
+async fn transcript_pages_are_bounded_in_bytes(_: &TestDatabase, store: &Store) {
     let key = user("alice");
     let thread = exchange(store, &key).await.thread.id;
     // Of a quarter of what a page holds, but for the sixth. A database may know how to make some of them short.
@@ -151,7 +151,7 @@ async fn long_messages_end_a_page(_: &TestDatabase, store: &Store) {
     }
 }
 
-async fn runs_have_pages(_: &TestDatabase, store: &Store) {
+async fn run_list_is_paged(_: &TestDatabase, store: &Store) {
     let key = user("alice");
     let mut ids = vec![];
     for _ in 0..4 {
@@ -177,7 +177,7 @@ async fn runs_have_pages(_: &TestDatabase, store: &Store) {
     }
 }
 
-async fn a_cursor_of_another_list_is_unknown(_: &TestDatabase, store: &Store) {
+async fn cursor_of_other_list_is_unknown(_: &TestDatabase, store: &Store) {
     let (mine, other) = (user("alice"), user("bob"));
     exchange(store, &mine).await;
     let others = exchange(store, &other).await;
@@ -195,7 +195,7 @@ async fn a_cursor_of_another_list_is_unknown(_: &TestDatabase, store: &Store) {
     }
 }
 
-async fn a_closed_store_says_so(_: &TestDatabase, store: &Store) {
+async fn closed_store_reports_unavailable(_: &TestDatabase, store: &Store) {
     store.close().await;
     assert!(matches!(store.ready().await, Err(StoreError::Unavailable(_))));
     assert!(matches!(

@@ -6,17 +6,17 @@ use threadkeeper::store::{Answered, Paused, Request, RunProgress};
 use super::*;
 
 on_every_backend!(
-    what_was_shown_is_recorded,
-    only_those_who_have_the_lease_record,
-    many_are_recorded_at_once,
-    the_longer_of_two_recordings_wins,
-    a_pause_goes_beyond_what_was_recorded,
-    a_recording_that_comes_after_the_pause_changes_nothing,
-    a_pause_that_is_repeated_after_more_was_recorded,
-    an_end_goes_beyond_what_was_recorded,
-    end_that_the_record_tells_leaves_no_log,
-    ids_of_rounds_are_kept,
-    an_id_that_comes_late_is_old_news,
+    shown_events_are_recorded_in_order,
+    recording_requires_current_lease,
+    progress_of_many_runs_records_in_one_call,
+    longer_of_two_recordings_wins,
+    pause_extends_recorded_events,
+    recording_after_pause_changes_nothing,
+    pause_overlapping_recorded_batches_leaves_no_gap,
+    finish_extends_recorded_events,
+    finish_dropping_log_removes_recorded_events,
+    upstream_run_ids_of_all_rounds_are_kept,
+    late_upstream_run_id_is_ignored,
 );
 
 /// Texts of one byte each from a number on.
@@ -39,7 +39,7 @@ async fn begin(store: &Store, key: &ConversationKey) -> Turn {
     started(store.admit(admission(key)).await.unwrap())
 }
 
-async fn what_was_shown_is_recorded(database: &TestDatabase, store: &Store) {
+async fn shown_events_are_recorded_in_order(database: &TestDatabase, store: &Store) {
     let key = user("alice");
     let turn = begin(store, &key).await;
     let batches = [
@@ -77,7 +77,7 @@ async fn what_was_shown_is_recorded(database: &TestDatabase, store: &Store) {
     check_invariants(database).await;
 }
 
-async fn only_those_who_have_the_lease_record(_: &TestDatabase, store: &Store) {
+async fn recording_requires_current_lease(_: &TestDatabase, store: &Store) {
     let turn = begin(store, &user("a")).await;
     let ended = begin(store, &user("b")).await;
     closed(store.finish(&ended.lease, completed(None)).await.unwrap());
@@ -101,7 +101,7 @@ async fn only_those_who_have_the_lease_record(_: &TestDatabase, store: &Store) {
     assert_eq!(store.events(turn.run.id, 0).await.unwrap(), [texts(2, &["b"])]);
 }
 
-async fn many_are_recorded_at_once(database: &TestDatabase, store: &Store) {
+async fn progress_of_many_runs_records_in_one_call(database: &TestDatabase, store: &Store) {
     let mut all = vec![];
     for n in 0..50 {
         let turn = begin(store, &user(&n.to_string())).await;
@@ -129,7 +129,7 @@ async fn many_are_recorded_at_once(database: &TestDatabase, store: &Store) {
 }
 
 /// The answer to a recording was lost, so it is repeated with more; or it is only slow, and comes after that one.
-async fn the_longer_of_two_recordings_wins(_: &TestDatabase, store: &Store) {
+async fn longer_of_two_recordings_wins(_: &TestDatabase, store: &Store) {
     let turn = begin(store, &user("alice")).await;
     let (short, long) = (texts(2, &["a", "b"]), texts(2, &["a", "b", "c"]));
     for (events, wanted) in [(&short, &short), (&long, &long), (&short, &long)] {
@@ -139,7 +139,7 @@ async fn the_longer_of_two_recordings_wins(_: &TestDatabase, store: &Store) {
     }
 }
 
-async fn a_pause_goes_beyond_what_was_recorded(database: &TestDatabase, store: &Store) {
+async fn pause_extends_recorded_events(database: &TestDatabase, store: &Store) {
     let key = user("alice");
     let turn = begin(store, &key).await;
     let calls = pause_after(texts(2, &["a", "b"]));
@@ -162,7 +162,7 @@ async fn a_pause_goes_beyond_what_was_recorded(database: &TestDatabase, store: &
     check_invariants(database).await;
 }
 
-async fn a_recording_that_comes_after_the_pause_changes_nothing(_: &TestDatabase, store: &Store) {
+async fn recording_after_pause_changes_nothing(_: &TestDatabase, store: &Store) {
     let key = user("alice");
     let request = admission(&key);
     let turn = started(store.admit(request.clone()).await.unwrap());
@@ -185,7 +185,7 @@ async fn a_recording_that_comes_after_the_pause_changes_nothing(_: &TestDatabase
 }
 
 /// The pause was made before two recordings were known to be good, and is sent after them.
-async fn a_pause_that_is_repeated_after_more_was_recorded(_: &TestDatabase, store: &Store) {
+async fn pause_overlapping_recorded_batches_leaves_no_gap(_: &TestDatabase, store: &Store) {
     let turn = begin(store, &user("alice")).await;
     let calls = pause_after(texts(2, &["a", "b", "c"]));
     for recorded in [texts(2, &["a"]), texts(3, &["b", "c"])] {
@@ -201,7 +201,7 @@ async fn a_pause_that_is_repeated_after_more_was_recorded(_: &TestDatabase, stor
     }
 }
 
-async fn an_end_goes_beyond_what_was_recorded(database: &TestDatabase, store: &Store) {
+async fn finish_extends_recorded_events(database: &TestDatabase, store: &Store) {
     let all = texts(2, &["a", "b", "c"]);
     for (name, recorded) in [("a", texts(2, &["a"])), ("b", all.clone()), ("c", texts(2, &[]))] {
         let turn = begin(store, &user(name)).await;
@@ -217,7 +217,7 @@ async fn an_end_goes_beyond_what_was_recorded(database: &TestDatabase, store: &S
     check_invariants(database).await;
 }
 
-async fn end_that_the_record_tells_leaves_no_log(database: &TestDatabase, store: &Store) {
+async fn finish_dropping_log_removes_recorded_events(database: &TestDatabase, store: &Store) {
     let rows = async || database.number("SELECT count(*) FROM run_events").await;
     let other = begin(store, &user("bob")).await;
     store.record(&[progress(other.lease, texts(2, &["a"]))]).await.unwrap();
@@ -250,7 +250,7 @@ async fn end_that_the_record_tells_leaves_no_log(database: &TestDatabase, store:
     check_invariants(database).await;
 }
 
-async fn ids_of_rounds_are_kept(database: &TestDatabase, store: &Store) {
+async fn upstream_run_ids_of_all_rounds_are_kept(database: &TestDatabase, store: &Store) {
     let key = user("alice");
     let turn = begin(store, &key).await;
     let records = |id: &str| RunProgress {
@@ -280,7 +280,7 @@ async fn ids_of_rounds_are_kept(database: &TestDatabase, store: &Store) {
     assert_eq!(known().await, ("resp_3".to_owned(), "[\"resp_1\",\"resp_2\"]".to_owned()));
 }
 
-async fn an_id_that_comes_late_is_old_news(_: &TestDatabase, store: &Store) {
+async fn late_upstream_run_id_is_ignored(_: &TestDatabase, store: &Store) {
     let key = user("alice");
     let turn = begin(store, &key).await;
     for id in ["resp_1", "resp_2", "resp_1"] {

@@ -12,10 +12,10 @@ use super::*;
 const SAID: &str = "planted";
 
 on_every_backend!(
-    content_is_told_and_not_stored,
-    content_from_elsewhere_is_not_stored,
-    run_that_is_taken_over_has_lost_its_content,
-    nothing_is_carried_over,
+    content_is_delivered_but_not_stored,
+    imported_and_foreign_content_is_not_stored,
+    takeover_of_redacted_run_loses_content,
+    redacted_rollover_carries_no_messages,
 );
 
 async fn redacting(database: &TestDatabase, store: &Store) -> Store {
@@ -49,7 +49,7 @@ fn asking() -> Pause {
     }
 }
 
-async fn content_is_told_and_not_stored(database: &TestDatabase, store: &Store) {
+async fn content_is_delivered_but_not_stored(database: &TestDatabase, store: &Store) {
     let (store, key) = (redacting(database, store).await, user("alice"));
     assert!(!store.keeps_content());
     let turn = started(store.admit(says(&key, MultitaskStrategy::Enqueue)).await.unwrap());
@@ -130,7 +130,7 @@ async fn turn_owner(database: &TestDatabase) -> ReplicaId {
     ReplicaId::from_uuid(owners[0].parse().unwrap())
 }
 
-async fn content_from_elsewhere_is_not_stored(database: &TestDatabase, store: &Store) {
+async fn imported_and_foreign_content_is_not_stored(database: &TestDatabase, store: &Store) {
     let (store, key) = (redacting(database, store).await, user("alice"));
     let thread = exchange(&store, &key).await.thread.id;
     let imported = |context| ImportedMessage {
@@ -160,7 +160,7 @@ async fn content_from_elsewhere_is_not_stored(database: &TestDatabase, store: &S
     assert_eq!(database.holding(SAID).await, Vec::<String>::new());
 }
 
-async fn run_that_is_taken_over_has_lost_its_content(database: &TestDatabase, store: &Store) {
+async fn takeover_of_redacted_run_loses_content(database: &TestDatabase, store: &Store) {
     let (store, key) = (redacting(database, store).await, user("alice"));
     let turn = started(store.admit(says(&key, MultitaskStrategy::Enqueue)).await.unwrap());
     queued(store.admit(says(&key, MultitaskStrategy::Enqueue)).await.unwrap());
@@ -178,7 +178,7 @@ async fn run_that_is_taken_over_has_lost_its_content(database: &TestDatabase, st
     store.close().await;
 }
 
-async fn nothing_is_carried_over(database: &TestDatabase, store: &Store) {
+async fn redacted_rollover_carries_no_messages(database: &TestDatabase, store: &Store) {
     let (store, key) = (redacting(database, store).await, user("alice"));
     let thread = exchange(&store, &key).await.thread.id;
     let rollover =

@@ -8,18 +8,18 @@ use super::keeping::{HOUR, earlier, thread};
 use super::*;
 
 on_every_backend!(
-    an_intent_is_looked_at_when_nobody_heard_of_it,
-    upstream_thread_is_made_until_its_maker_is_done_or_dead,
-    only_who_holds_the_lease_may_intend,
-    what_came_to_nothing_is_resolved,
-    what_is_bound_is_no_remnant,
-    what_is_made_under_a_lost_lease_is_a_remnant,
-    a_thread_that_is_made_again_leaves_the_old_one,
-    a_run_remembers_all_its_ids,
-    a_run_s_ids_come_together,
-    remnants_are_claimed_by_one_at_a_time,
-    remnant_that_gets_its_id_during_a_look_stays_due,
-    what_is_carried_over_counts_where_nothing_is_anchored,
+    unanswered_intent_becomes_due_after_timeout,
+    upstream_creation_stays_pending_until_answer_or_dead_replica,
+    intent_requires_active_lease,
+    resolved_intent_leaves_only_created_upstream_thread,
+    bound_upstream_thread_is_no_remnant,
+    binding_under_lost_lease_leaves_remnant,
+    recreated_upstream_thread_leaves_old_one_as_remnant,
+    run_keeps_all_its_upstream_ids,
+    upstream_ids_of_run_stay_on_one_page,
+    remnant_is_claimed_by_one_janitor,
+    remnant_resolved_during_janitor_pass_stays_due,
+    baseline_skips_carried_messages_without_anchor,
 );
 
 /// A turn of a replica that lives.
@@ -38,7 +38,7 @@ async fn left(store: &Store, thread: ThreadId) -> Vec<Option<String>> {
     store.remnants(thread, true, 100).await.unwrap().into_iter().map(|it| it.upstream_id).collect()
 }
 
-async fn an_intent_is_looked_at_when_nobody_heard_of_it(database: &TestDatabase, store: &Store) {
+async fn unanswered_intent_becomes_due_after_timeout(database: &TestDatabase, store: &Store) {
     let turn = turn(store, &user("alice")).await;
     let intent = RemnantId::new();
     for _ in 0..2 {
@@ -65,7 +65,10 @@ async fn an_intent_is_looked_at_when_nobody_heard_of_it(database: &TestDatabase,
 }
 
 /// Its run was cut off and ended. Whoever erases the thread waits until the id is known.
-async fn upstream_thread_is_made_until_its_maker_is_done_or_dead(database: &TestDatabase, store: &Store) {
+async fn upstream_creation_stays_pending_until_answer_or_dead_replica(
+    database: &TestDatabase,
+    store: &Store,
+) {
     let turn = turn(store, &user("alice")).await;
     let thread = turn.thread.id;
     let makes = async || store.makes_upstream_thread(thread).await.unwrap();
@@ -97,7 +100,7 @@ async fn upstream_thread_is_made_until_its_maker_is_done_or_dead(database: &Test
     check_invariants(database).await;
 }
 
-async fn only_who_holds_the_lease_may_intend(_: &TestDatabase, store: &Store) {
+async fn intent_requires_active_lease(_: &TestDatabase, store: &Store) {
     let key = user("alice");
     let turn = turn(store, &key).await;
     let (waiting, ..) = queued(store.admit(admission(&key)).await.unwrap());
@@ -110,7 +113,7 @@ async fn only_who_holds_the_lease_may_intend(_: &TestDatabase, store: &Store) {
     assert_eq!(left(store, turn.thread.id).await, []);
 }
 
-async fn what_came_to_nothing_is_resolved(_: &TestDatabase, store: &Store) {
+async fn resolved_intent_leaves_only_created_upstream_thread(_: &TestDatabase, store: &Store) {
     let turn = turn(store, &user("alice")).await;
     let (nothing, something) = (RemnantId::new(), RemnantId::new());
     for intent in [nothing, something] {
@@ -123,7 +126,7 @@ async fn what_came_to_nothing_is_resolved(_: &TestDatabase, store: &Store) {
     assert_eq!(store.due_remnants(10).await.unwrap()[0].name, RemnantName::Row(something));
 }
 
-async fn what_is_bound_is_no_remnant(_: &TestDatabase, store: &Store) {
+async fn bound_upstream_thread_is_no_remnant(_: &TestDatabase, store: &Store) {
     let turn = turn(store, &user("alice")).await;
     let intent = RemnantId::new();
     assert!(store.intend(&turn.lease, intent).await.unwrap());
@@ -136,7 +139,7 @@ async fn what_is_bound_is_no_remnant(_: &TestDatabase, store: &Store) {
     assert_eq!(found.upstream_thread_id, Some(upstream("t_1")));
 }
 
-async fn what_is_made_under_a_lost_lease_is_a_remnant(_: &TestDatabase, store: &Store) {
+async fn binding_under_lost_lease_leaves_remnant(_: &TestDatabase, store: &Store) {
     let turn = turn(store, &user("alice")).await;
     let intent = RemnantId::new();
     assert!(store.intend(&turn.lease, intent).await.unwrap());
@@ -157,7 +160,7 @@ async fn what_is_made_under_a_lost_lease_is_a_remnant(_: &TestDatabase, store: &
     assert_eq!(left(store, turn.thread.id).await, [Some("t_1".to_owned())]);
 }
 
-async fn a_thread_that_is_made_again_leaves_the_old_one(database: &TestDatabase, store: &Store) {
+async fn recreated_upstream_thread_leaves_old_one_as_remnant(database: &TestDatabase, store: &Store) {
     let turn = turn(store, &user("alice")).await;
     for (id, seeded, expected) in [
         ("t_1", false, vec![]),
@@ -175,7 +178,7 @@ async fn a_thread_that_is_made_again_leaves_the_old_one(database: &TestDatabase,
     check_invariants(database).await;
 }
 
-async fn a_run_remembers_all_its_ids(_: &TestDatabase, store: &Store) {
+async fn run_keeps_all_its_upstream_ids(_: &TestDatabase, store: &Store) {
     let key = user("alice");
     let turn = turn(store, &key).await;
     for (n, id) in (0..).zip(["resp_1", "resp_2", "resp_2", "resp_3"]) {
@@ -214,7 +217,7 @@ async fn a_run_remembers_all_its_ids(_: &TestDatabase, store: &Store) {
     }
 }
 
-async fn a_run_s_ids_come_together(_: &TestDatabase, store: &Store) {
+async fn upstream_ids_of_run_stay_on_one_page(_: &TestDatabase, store: &Store) {
     let key = user("alice");
     for n in 0..3 {
         let turn = turn(store, &key).await;
@@ -233,7 +236,7 @@ async fn a_run_s_ids_come_together(_: &TestDatabase, store: &Store) {
     }
 }
 
-async fn remnants_are_claimed_by_one_at_a_time(database: &TestDatabase, store: &Store) {
+async fn remnant_is_claimed_by_one_janitor(database: &TestDatabase, store: &Store) {
     let turn = turn(store, &user("alice")).await;
     let mut intents = vec![];
     for _ in 0..5 {
@@ -265,7 +268,7 @@ async fn remnants_are_claimed_by_one_at_a_time(database: &TestDatabase, store: &
 }
 
 /// The janitor looks for a thread of which only the intent is known, and the answer of its maker comes meanwhile.
-async fn remnant_that_gets_its_id_during_a_look_stays_due(database: &TestDatabase, store: &Store) {
+async fn remnant_resolved_during_janitor_pass_stays_due(database: &TestDatabase, store: &Store) {
     let turn = turn(store, &user("alice")).await;
     for n in 0..3 {
         let intent = RemnantId::new();
@@ -286,7 +289,7 @@ async fn remnant_that_gets_its_id_during_a_look_stays_due(database: &TestDatabas
     }
 }
 
-async fn what_is_carried_over_counts_where_nothing_is_anchored(_: &TestDatabase, store: &Store) {
+async fn baseline_skips_carried_messages_without_anchor(_: &TestDatabase, store: &Store) {
     let key = user("alice");
     let turn = turn(store, &key).await;
     let (id, other) = (upstream("t_1"), upstream("t_2"));

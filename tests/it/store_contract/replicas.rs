@@ -8,18 +8,18 @@ use threadkeeper::store::{Orphan, Pruning};
 use super::*;
 
 on_every_backend!(
-    only_the_dead_leave_orphans,
-    orphans_come_in_order_and_in_parts,
-    a_lapsed_session_can_be_renewed,
-    a_stale_fence_cannot_write,
-    adopters_share_the_orphans,
-    strays_of_ones_own_are_found,
-    an_orphan_comes_with_what_it_was_at,
-    what_others_took_over_is_lost,
-    a_renewal_tells_of_peers_and_of_the_time,
-    a_run_that_was_given_up_is_free_at_once,
-    what_was_merged_comes_in_order,
-    sessions_that_ended_long_ago_are_forgotten,
+    only_dead_replicas_leave_orphans,
+    orphans_are_adopted_in_order_and_batches,
+    lapsed_replica_session_can_be_renewed,
+    stale_fence_cannot_write,
+    concurrent_adopters_share_orphans,
+    replica_adopts_its_own_stray_runs,
+    orphan_carries_its_run_state,
+    run_taken_over_elsewhere_is_lost,
+    renewal_reports_peers_and_database_time,
+    released_run_is_adoptable_immediately,
+    adopted_merged_run_keeps_message_order,
+    long_expired_replica_sessions_are_pruned,
 );
 
 const ALIVE: Duration = Duration::from_mins(1);
@@ -34,7 +34,7 @@ fn runs(orphans: &[Orphan]) -> Vec<RunId> {
     orphans.iter().map(|orphan| orphan.run.id).collect()
 }
 
-async fn only_the_dead_leave_orphans(_: &TestDatabase, store: &Store) {
+async fn only_dead_replicas_leave_orphans(_: &TestDatabase, store: &Store) {
     let (alive, retired, lapsed, me) =
         (ReplicaId::new(), ReplicaId::new(), ReplicaId::new(), ReplicaId::new());
     busy(store, &user("a"), alive).await;
@@ -57,7 +57,7 @@ async fn only_the_dead_leave_orphans(_: &TestDatabase, store: &Store) {
     assert_eq!(store.adopt_orphans(me, &runs(&orphans), 100).await.unwrap(), [], "they have an owner again");
 }
 
-async fn orphans_come_in_order_and_in_parts(database: &TestDatabase, store: &Store) {
+async fn orphans_are_adopted_in_order_and_batches(database: &TestDatabase, store: &Store) {
     let (dead, me) = (ReplicaId::new(), ReplicaId::new());
     let (first, second) = (user("a"), user("b"));
     let mut wanted = vec![busy(store, &first, dead).await.run.id];
@@ -90,7 +90,7 @@ async fn orphans_come_in_order_and_in_parts(database: &TestDatabase, store: &Sto
     check_invariants(database).await;
 }
 
-async fn a_lapsed_session_can_be_renewed(_: &TestDatabase, store: &Store) {
+async fn lapsed_replica_session_can_be_renewed(_: &TestDatabase, store: &Store) {
     let (late, me) = (ReplicaId::new(), ReplicaId::new());
     let turn = busy(store, &user("a"), late).await;
     store.renew_replica(late, "127.0.0.1:1", Duration::ZERO).await.unwrap();
@@ -100,7 +100,7 @@ async fn a_lapsed_session_can_be_renewed(_: &TestDatabase, store: &Store) {
     closed(store.finish(&turn.lease, completed(None)).await.unwrap());
 }
 
-async fn a_stale_fence_cannot_write(database: &TestDatabase, store: &Store) {
+async fn stale_fence_cannot_write(database: &TestDatabase, store: &Store) {
     let (dead, me) = (ReplicaId::new(), ReplicaId::new());
     let key = user("a");
     let turn = busy(store, &key, dead).await;
@@ -127,7 +127,7 @@ async fn a_stale_fence_cannot_write(database: &TestDatabase, store: &Store) {
     check_invariants(database).await;
 }
 
-async fn adopters_share_the_orphans(_: &TestDatabase, store: &Store) {
+async fn concurrent_adopters_share_orphans(_: &TestDatabase, store: &Store) {
     let mut wanted = vec![];
     for name in 0..20 {
         wanted.push(started(store.admit(admission(&user(&name.to_string()))).await.unwrap()).run.id);
@@ -152,7 +152,7 @@ async fn adopters_share_the_orphans(_: &TestDatabase, store: &Store) {
     assert_eq!(ids, wanted, "each has one adopter");
 }
 
-async fn strays_of_ones_own_are_found(database: &TestDatabase, store: &Store) {
+async fn replica_adopts_its_own_stray_runs(database: &TestDatabase, store: &Store) {
     let (dead, me) = (ReplicaId::new(), ReplicaId::new());
     let lost = busy(store, &user("a"), dead).await.run.id;
     store.retire_replica(dead).await.unwrap();
@@ -176,7 +176,7 @@ async fn strays_of_ones_own_are_found(database: &TestDatabase, store: &Store) {
     assert_eq!(store.adopt_orphans(ReplicaId::new(), &[], 100).await.unwrap(), []);
 }
 
-async fn an_orphan_comes_with_what_it_was_at(database: &TestDatabase, store: &Store) {
+async fn orphan_carries_its_run_state(database: &TestDatabase, store: &Store) {
     let (dead, me) = (ReplicaId::new(), ReplicaId::new());
     let (plain, waits, answered, late) = (user("a"), user("b"), user("c"), user("d"));
     let calls = pause(&["call_1"], 0);
@@ -231,7 +231,7 @@ async fn an_orphan_comes_with_what_it_was_at(database: &TestDatabase, store: &St
     check_invariants(database).await;
 }
 
-async fn what_others_took_over_is_lost(_: &TestDatabase, store: &Store) {
+async fn run_taken_over_elsewhere_is_lost(_: &TestDatabase, store: &Store) {
     let (me, other) = (ReplicaId::new(), ReplicaId::new());
     let mine = busy(store, &user("a"), me).await.run.id;
     let (waiting, ..) =
@@ -256,7 +256,7 @@ async fn what_others_took_over_is_lost(_: &TestDatabase, store: &Store) {
     assert_eq!(store.lost(me, &[mine, ended.run.id]).await.unwrap(), [mine]);
 }
 
-async fn a_renewal_tells_of_peers_and_of_the_time(database: &TestDatabase, store: &Store) {
+async fn renewal_reports_peers_and_database_time(database: &TestDatabase, store: &Store) {
     let (me, other) = (ReplicaId::new(), ReplicaId::new());
     for (ttl, has_peers) in [(None, false), (Some(ALIVE), true), (Some(Duration::ZERO), false)] {
         if let Some(ttl) = ttl {
@@ -271,7 +271,7 @@ async fn a_renewal_tells_of_peers_and_of_the_time(database: &TestDatabase, store
     }
 }
 
-async fn a_run_that_was_given_up_is_free_at_once(database: &TestDatabase, store: &Store) {
+async fn released_run_is_adoptable_immediately(database: &TestDatabase, store: &Store) {
     let (me, other) = (ReplicaId::new(), ReplicaId::new());
     let key = user("a");
     let turn = busy(store, &key, me).await;
@@ -310,7 +310,7 @@ async fn a_run_that_was_given_up_is_free_at_once(database: &TestDatabase, store:
     check_invariants(database).await;
 }
 
-async fn what_was_merged_comes_in_order(_: &TestDatabase, store: &Store) {
+async fn adopted_merged_run_keeps_message_order(_: &TestDatabase, store: &Store) {
     let (dead, me) = (ReplicaId::new(), ReplicaId::new());
     let key = user("a");
     let first = busy(store, &key, dead).await;
@@ -333,7 +333,7 @@ async fn what_was_merged_comes_in_order(_: &TestDatabase, store: &Store) {
     assert_eq!(said, [text("one"), text("two"), text("three")]);
 }
 
-async fn sessions_that_ended_long_ago_are_forgotten(database: &TestDatabase, store: &Store) {
+async fn long_expired_replica_sessions_are_pruned(database: &TestDatabase, store: &Store) {
     let (old, lapsed, alive) = (ReplicaId::new(), ReplicaId::new(), ReplicaId::new());
     store.renew_replica(old, "127.0.0.1:1", Duration::ZERO).await.unwrap();
     let long_ago = database.before("expires_at", Duration::from_hours(25));

@@ -12,22 +12,22 @@ use super::keeping::{HOUR, earlier, id, thread, time};
 use super::*;
 
 on_every_backend!(
-    a_run_takes_itself_and_its_messages_along,
-    a_free_thread_is_rolled_over_at_once,
-    a_busy_thread_is_rolled_over_later,
-    who_waits_keeps_the_place,
-    holes_in_the_order_close,
-    only_the_run_at_work_rolls_its_thread_over,
-    a_repeated_rollover_is_harmless,
-    what_is_left_of_limits_goes_along,
-    the_last_messages_are_carried_over,
-    carried_messages_are_read_backwards_in_pages,
-    nothing_is_carried_from_what_is_erased,
-    a_moved_run_lives_on,
-    an_idempotency_key_stays_with_its_run,
-    what_others_wrote_stands_where_they_wrote_it,
-    what_others_wrote_is_put_in_once,
-    nothing_is_put_in_beside_a_run_at_work,
+    rollover_by_run_moves_run_and_its_messages,
+    free_thread_is_rolled_over_at_once,
+    busy_thread_is_rolled_over_at_next_turn,
+    rollover_keeps_queue_order,
+    rollover_renumbers_runs_without_gaps,
+    only_active_run_rolls_its_thread_over,
+    rollover_is_idempotent,
+    rollover_carries_remaining_limits,
+    rollover_carries_last_messages,
+    carried_messages_page_backwards,
+    erased_thread_carries_no_messages,
+    moved_run_continues_its_lifecycle,
+    idempotency_key_moves_with_its_run,
+    foreign_messages_are_inserted_at_their_positions,
+    foreign_messages_are_inserted_once,
+    foreign_messages_need_lease_of_active_run,
 );
 
 pub(super) fn rollover(thread: ThreadId, by: Option<RunLease>) -> Rollover {
@@ -77,7 +77,7 @@ fn expect(lines: &[(i64, &str)]) -> Vec<(i64, String)> {
     lines.iter().map(|(position, text)| (*position, (*text).to_owned())).collect()
 }
 
-async fn a_run_takes_itself_and_its_messages_along(database: &TestDatabase, store: &Store) {
+async fn rollover_by_run_moves_run_and_its_messages(database: &TestDatabase, store: &Store) {
     let key = session("alice", "s");
     exchange(store, &key).await;
     let turn = started(store.admit(enqueue(&key, "go on")).await.unwrap());
@@ -133,7 +133,7 @@ async fn a_run_takes_itself_and_its_messages_along(database: &TestDatabase, stor
     check_invariants(database).await;
 }
 
-async fn a_free_thread_is_rolled_over_at_once(database: &TestDatabase, store: &Store) {
+async fn free_thread_is_rolled_over_at_once(database: &TestDatabase, store: &Store) {
     let key = user("alice");
     let old = exchange(store, &key).await.thread.id;
     let (fresh, turn) = done(store.roll_over(&rollover(old, None)).await.unwrap());
@@ -149,7 +149,7 @@ async fn a_free_thread_is_rolled_over_at_once(database: &TestDatabase, store: &S
     check_invariants(database).await;
 }
 
-async fn a_busy_thread_is_rolled_over_later(database: &TestDatabase, store: &Store) {
+async fn busy_thread_is_rolled_over_at_next_turn(database: &TestDatabase, store: &Store) {
     let key = user("alice");
     let turn = started(store.admit(admission(&key)).await.unwrap());
     let (waiting, ..) = queued(store.admit(enqueue(&key, "next")).await.unwrap());
@@ -166,7 +166,7 @@ async fn a_busy_thread_is_rolled_over_later(database: &TestDatabase, store: &Sto
     check_invariants(database).await;
 }
 
-async fn who_waits_keeps_the_place(database: &TestDatabase, store: &Store) {
+async fn rollover_keeps_queue_order(database: &TestDatabase, store: &Store) {
     use MultitaskStrategy::{Enqueue, Interrupt, Merge, Rollback};
     let key = user("alice");
     exchange(store, &key).await;
@@ -226,7 +226,7 @@ async fn check_counts(database: &TestDatabase) {
     }
 }
 
-async fn holes_in_the_order_close(database: &TestDatabase, store: &Store) {
+async fn rollover_renumbers_runs_without_gaps(database: &TestDatabase, store: &Store) {
     let key = user("alice");
     let active = started(store.admit(admission(&key)).await.unwrap());
     let mut waiting = vec![];
@@ -249,7 +249,7 @@ async fn holes_in_the_order_close(database: &TestDatabase, store: &Store) {
     assert_eq!(queued(store.admit(admission(&key)).await.unwrap()).2.seq, 4);
 }
 
-async fn only_the_run_at_work_rolls_its_thread_over(database: &TestDatabase, store: &Store) {
+async fn only_active_run_rolls_its_thread_over(database: &TestDatabase, store: &Store) {
     let key = user("alice");
     let turn = started(store.admit(admission(&key)).await.unwrap());
     let (waiting, ..) = queued(store.admit(admission(&key)).await.unwrap());
@@ -268,7 +268,7 @@ async fn only_the_run_at_work_rolls_its_thread_over(database: &TestDatabase, sto
     assert_eq!(store.roll_over(&rollover(turn.thread.id, None)).await.unwrap(), Rolled::Lost);
 }
 
-async fn a_repeated_rollover_is_harmless(database: &TestDatabase, store: &Store) {
+async fn rollover_is_idempotent(database: &TestDatabase, store: &Store) {
     let key = user("alice");
     let turn = started(store.admit(admission(&key)).await.unwrap());
     let by_run = rollover(turn.thread.id, Some(turn.lease));
@@ -283,7 +283,7 @@ async fn a_repeated_rollover_is_harmless(database: &TestDatabase, store: &Store)
     check_invariants(database).await;
 }
 
-async fn what_is_left_of_limits_goes_along(database: &TestDatabase, store: &Store) {
+async fn rollover_carries_remaining_limits(database: &TestDatabase, store: &Store) {
     let some = |age: Option<u32>, idle: Option<u32>| Limits {
         max_age: age.map(|hours| HOUR * hours),
         max_idle: idle.map(|hours| HOUR * hours),
@@ -333,7 +333,7 @@ async fn what_is_left_of_limits_goes_along(database: &TestDatabase, store: &Stor
     }
 }
 
-async fn the_last_messages_are_carried_over(database: &TestDatabase, store: &Store) {
+async fn rollover_carries_last_messages(database: &TestDatabase, store: &Store) {
     let key = user("alice");
     for (n, said) in
         [Context::Present, Context::Withheld, Context::Missing, Context::Present].iter().enumerate()
@@ -378,7 +378,7 @@ async fn the_last_messages_are_carried_over(database: &TestDatabase, store: &Sto
     check_counts(database).await;
 }
 
-async fn carried_messages_are_read_backwards_in_pages(_: &TestDatabase, store: &Store) {
+async fn carried_messages_page_backwards(_: &TestDatabase, store: &Store) {
     let key = user("alice");
     for _ in 0..3 {
         exchange(store, &key).await;
@@ -402,7 +402,7 @@ async fn carried_messages_are_read_backwards_in_pages(_: &TestDatabase, store: &
     }
 }
 
-async fn nothing_is_carried_from_what_is_erased(_: &TestDatabase, store: &Store) {
+async fn erased_thread_carries_no_messages(_: &TestDatabase, store: &Store) {
     let key = user("alice");
     let old = exchange(store, &key).await.thread.id;
     let (fresh, _) = done(store.roll_over(&rollover(old, None)).await.unwrap());
@@ -415,7 +415,7 @@ async fn nothing_is_carried_from_what_is_erased(_: &TestDatabase, store: &Store)
     exchange(store, &key).await;
 }
 
-async fn a_moved_run_lives_on(database: &TestDatabase, store: &Store) {
+async fn moved_run_continues_its_lifecycle(database: &TestDatabase, store: &Store) {
     let key = user("alice");
     let turn = started(store.admit(admission(&key)).await.unwrap());
     let (rollback, ..) = queued(store.admit(said(&key, "no", MultitaskStrategy::Rollback)).await.unwrap());
@@ -440,7 +440,7 @@ async fn started_again(store: &Store, lease: &RunLease) -> Turn {
     claimed(store.claim(lease).await.unwrap())
 }
 
-async fn an_idempotency_key_stays_with_its_run(_: &TestDatabase, store: &Store) {
+async fn idempotency_key_moves_with_its_run(_: &TestDatabase, store: &Store) {
     let key = user("alice");
     let turn = started(store.admit(admission(&key)).await.unwrap());
     let once = Admission { idempotency: Some(idempotency("k")), ..admission(&key) };
@@ -463,7 +463,7 @@ fn foreign(after: i64, words: &str) -> Foreign {
     }
 }
 
-async fn what_others_wrote_stands_where_they_wrote_it(database: &TestDatabase, store: &Store) {
+async fn foreign_messages_are_inserted_at_their_positions(database: &TestDatabase, store: &Store) {
     let key = user("alice");
     for _ in 0..2 {
         exchange(store, &key).await;
@@ -517,7 +517,7 @@ async fn what_others_wrote_stands_where_they_wrote_it(database: &TestDatabase, s
     check_invariants(database).await;
 }
 
-async fn what_others_wrote_is_put_in_once(database: &TestDatabase, store: &Store) {
+async fn foreign_messages_are_inserted_once(database: &TestDatabase, store: &Store) {
     let key = user("alice");
     let turn = started(store.admit(admission(&key)).await.unwrap());
     let mut end = completed(Some("hi"));
@@ -538,7 +538,7 @@ async fn what_others_wrote_is_put_in_once(database: &TestDatabase, store: &Store
     check_invariants(database).await;
 }
 
-async fn nothing_is_put_in_beside_a_run_at_work(_: &TestDatabase, store: &Store) {
+async fn foreign_messages_need_lease_of_active_run(_: &TestDatabase, store: &Store) {
     let key = user("alice");
     let turn = started(store.admit(admission(&key)).await.unwrap());
     let (waiting, ..) = queued(store.admit(admission(&key)).await.unwrap());
@@ -560,7 +560,7 @@ async fn nothing_is_put_in_beside_a_run_at_work(_: &TestDatabase, store: &Store)
 /// Messages of all kinds come to two replicas while the thread is rolled over again and again, by its runs and by callers:
 /// no message is lost or doubled, and all have their turn in the order in which they came.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn rollovers_and_messages_at_once_lose_nothing() {
+async fn concurrent_rollovers_and_messages_lose_nothing() {
     use MultitaskStrategy::{Enqueue, Interrupt, Merge};
     const MESSAGES: usize = 120;
     let database = TestDatabase::postgres().await;
@@ -637,7 +637,7 @@ async fn rollovers_and_messages_at_once_lose_nothing() {
 
 /// A queue that is rolled over while its runs are claimed and ended by others keeps its order.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_queue_keeps_its_order_while_it_moves() {
+async fn queue_order_survives_concurrent_rollovers() {
     let database = TestDatabase::postgres().await;
     let replicas = [database.store().await, database.store().await];
     for round in 0..8 {
@@ -697,7 +697,7 @@ async fn a_queue_keeps_its_order_while_it_moves() {
 
 /// What begins while a thread is rolled over, and waits for one of its runs, does not take the run for what it was.
 #[tokio::test]
-async fn what_waits_for_a_rollover_finds_the_fresh_thread() {
+async fn calls_blocked_by_rollover_find_new_thread() {
     let database = TestDatabase::postgres().await;
     let (store, other) = (database.store().await, database.store().await);
     for round in 0..4 {

@@ -6,14 +6,14 @@ use threadkeeper::store::StoreError;
 use super::*;
 
 on_every_backend!(
-    a_report_tells_all_of_a_thread,
-    threads_have_pages,
-    threads_are_found_by_what_they_are,
-    a_cursor_of_others_is_unknown,
-    runs_are_read_in_order,
-    an_archived_thread_can_still_be_read,
-    transcripts_of_all_threads_have_pages,
-    a_cursor_is_one_of_the_key,
+    report_describes_thread_and_activity,
+    thread_list_is_paged,
+    thread_list_filters_match,
+    thread_cursor_of_other_user_or_tenant_is_unknown,
+    runs_are_read_in_order_across_threads,
+    archived_thread_stays_readable,
+    transcript_across_threads_is_paged,
+    message_cursor_must_belong_to_key,
 );
 
 /// Each key has the given number of threads, the last of them current, each with an exchange. Oldest first.
@@ -32,7 +32,7 @@ async fn generations(database: &TestDatabase, store: &Store, key: &ConversationK
     threads
 }
 
-async fn a_report_tells_all_of_a_thread(database: &TestDatabase, store: &Store) {
+async fn report_describes_thread_and_activity(database: &TestDatabase, store: &Store) {
     let key = user("alice");
     assert_eq!(store.report(ThreadName::Newest(&key)).await.unwrap(), None);
     assert_eq!(store.report(ThreadName::Id(&key.tenant, ThreadId::new())).await.unwrap(), None);
@@ -67,7 +67,7 @@ async fn a_report_tells_all_of_a_thread(database: &TestDatabase, store: &Store) 
     assert_eq!(gone.thread.lifecycle, Lifecycle::Deleting);
 }
 
-async fn threads_have_pages(_: &TestDatabase, store: &Store) {
+async fn thread_list_is_paged(_: &TestDatabase, store: &Store) {
     let mut ids = vec![];
     for name in ["a", "b", "c", "d", "e"] {
         ids.push(exchange(store, &user(name)).await.thread.id);
@@ -93,7 +93,7 @@ async fn threads_have_pages(_: &TestDatabase, store: &Store) {
     }
 }
 
-async fn threads_are_found_by_what_they_are(database: &TestDatabase, store: &Store) {
+async fn thread_list_filters_match(database: &TestDatabase, store: &Store) {
     let alice = generations(database, store, &session("alice", "s1"), 2).await;
     let topic = exchange(store, &topic("alice", "s1")).await.thread;
     let spare = Admission { upstream: "spare".to_owned(), ..admission(&user("bob")) };
@@ -161,7 +161,7 @@ async fn threads_are_found_by_what_they_are(database: &TestDatabase, store: &Sto
     assert_eq!(states, [idle, idle, idle, ThreadState::Active, ThreadState::RequiresAction, idle]);
 }
 
-async fn a_cursor_of_others_is_unknown(_: &TestDatabase, store: &Store) {
+async fn thread_cursor_of_other_user_or_tenant_is_unknown(_: &TestDatabase, store: &Store) {
     let mine = exchange(store, &user("alice")).await.thread;
     let other = TenantKey::try_from("other".to_owned()).unwrap();
     let others = exchange(store, &ConversationKey { tenant: other, ..user("alice") }).await.thread;
@@ -188,7 +188,7 @@ async fn a_cursor_of_others_is_unknown(_: &TestDatabase, store: &Store) {
     }
 }
 
-async fn runs_are_read_in_order(_: &TestDatabase, store: &Store) {
+async fn runs_are_read_in_order_across_threads(_: &TestDatabase, store: &Store) {
     let key = user("alice");
     exchange(store, &key).await;
     let second = exchange(store, &key).await;
@@ -217,7 +217,7 @@ async fn runs_are_read_in_order(_: &TestDatabase, store: &Store) {
     assert_eq!(store.unfinished_of(ThreadId::new()).await.unwrap(), []);
 }
 
-async fn an_archived_thread_can_still_be_read(database: &TestDatabase, store: &Store) {
+async fn archived_thread_stays_readable(database: &TestDatabase, store: &Store) {
     let key = user("alice");
     let threads = generations(database, store, &key, 2).await;
     database.archive_threads().await;
@@ -237,7 +237,7 @@ async fn an_archived_thread_can_still_be_read(database: &TestDatabase, store: &S
     }
 }
 
-async fn transcripts_of_all_threads_have_pages(database: &TestDatabase, store: &Store) {
+async fn transcript_across_threads_is_paged(database: &TestDatabase, store: &Store) {
     let key = user("alice");
     exchange(store, &session("alice", "s1")).await;
     let threads = generations(database, store, &key, 3).await;
@@ -290,7 +290,7 @@ async fn transcripts_of_all_threads_have_pages(database: &TestDatabase, store: &
     assert!(matches!(store.messages(name, true, &page).await, Err(StoreError::UnknownCursor)));
 }
 
-async fn a_cursor_is_one_of_the_key(database: &TestDatabase, store: &Store) {
+async fn message_cursor_must_belong_to_key(database: &TestDatabase, store: &Store) {
     let key = user("alice");
     let others = exchange(store, &session("alice", "s1")).await.message.unwrap().id;
     let after = |id| PageRequest { after: Some(id), ..first_page() };

@@ -6,17 +6,17 @@ use threadkeeper::store::{Answered, Paused, Request, Waiting};
 use super::*;
 
 on_every_backend!(
-    a_pause_holds_the_thread,
-    pausing_again_is_harmless,
-    a_pause_is_for_runs_at_work,
-    an_answer_must_fit,
-    an_answer_comes_too_late,
-    an_answer_is_taken_once,
-    a_call_with_nul_characters_can_be_answered,
-    a_run_may_wait_more_than_once,
-    requests_reach_their_owner_until_they_are_met,
-    a_run_that_waits_may_end,
-    a_log_comes_in_batches,
+    pause_keeps_thread_occupied,
+    pause_is_idempotent,
+    pause_requires_active_run,
+    tool_outputs_must_match_pending_calls,
+    tool_outputs_after_deadline_or_cancel_are_refused,
+    concurrent_tool_outputs_are_accepted_once,
+    tool_call_with_nul_characters_can_be_answered,
+    run_can_pause_repeatedly,
+    requests_reach_run_owner_until_fulfilled,
+    paused_run_can_finish,
+    event_log_is_read_in_batches,
 );
 
 fn waiting(paused: Paused) -> Waiting {
@@ -33,7 +33,7 @@ fn resumed(answered: Answered) -> Waiting {
     }
 }
 
-async fn a_pause_holds_the_thread(database: &TestDatabase, store: &Store) {
+async fn pause_keeps_thread_occupied(database: &TestDatabase, store: &Store) {
     let key = user("alice");
     let turn = started(store.admit(admission(&key)).await.unwrap());
     let (next, ..) = queued(store.admit(admission(&key)).await.unwrap());
@@ -54,7 +54,7 @@ async fn a_pause_holds_the_thread(database: &TestDatabase, store: &Store) {
     check_invariants(database).await;
 }
 
-async fn pausing_again_is_harmless(_: &TestDatabase, store: &Store) {
+async fn pause_is_idempotent(_: &TestDatabase, store: &Store) {
     let key = user("alice");
     let request = admission(&key);
     let turn = started(store.admit(request.clone()).await.unwrap());
@@ -71,7 +71,7 @@ async fn pausing_again_is_harmless(_: &TestDatabase, store: &Store) {
     assert_eq!(store.events(turn.run.id, 0).await.unwrap(), [first.events]);
 }
 
-async fn a_pause_is_for_runs_at_work(_: &TestDatabase, store: &Store) {
+async fn pause_requires_active_run(_: &TestDatabase, store: &Store) {
     let key = user("alice");
     let turn = started(store.admit(admission(&key)).await.unwrap());
     let (next, ..) = queued(store.admit(admission(&key)).await.unwrap());
@@ -94,7 +94,7 @@ async fn a_pause_is_for_runs_at_work(_: &TestDatabase, store: &Store) {
     assert_eq!(store.events(turn.run.id, 0).await.unwrap(), [], "nothing was recorded");
 }
 
-async fn an_answer_must_fit(_: &TestDatabase, store: &Store) {
+async fn tool_outputs_must_match_pending_calls(_: &TestDatabase, store: &Store) {
     let key = user("alice");
     let turn = started(store.admit(admission(&key)).await.unwrap());
     let fitting = answer(&["call_1", "call_2"]);
@@ -111,7 +111,7 @@ async fn an_answer_must_fit(_: &TestDatabase, store: &Store) {
     resumed(store.answer_tools(&key, id, &fitting).await.unwrap());
 }
 
-async fn an_answer_comes_too_late(database: &TestDatabase, store: &Store) {
+async fn tool_outputs_after_deadline_or_cancel_are_refused(database: &TestDatabase, store: &Store) {
     let (key, other) = (user("alice"), user("bob"));
     let calls = pause(&["call_1"], 0);
     let turn = started(store.admit(admission(&key)).await.unwrap());
@@ -131,7 +131,7 @@ async fn an_answer_comes_too_late(database: &TestDatabase, store: &Store) {
     assert_eq!(late, Answered::NotWaiting, "somebody wants it to end");
 }
 
-async fn an_answer_is_taken_once(database: &TestDatabase, store: &Store) {
+async fn concurrent_tool_outputs_are_accepted_once(database: &TestDatabase, store: &Store) {
     let key = user("alice");
     let turn = started(store.admit(admission(&key)).await.unwrap());
     queued(store.admit(admission(&key)).await.unwrap());
@@ -149,7 +149,7 @@ async fn an_answer_is_taken_once(database: &TestDatabase, store: &Store) {
     check_invariants(database).await;
 }
 
-async fn a_call_with_nul_characters_can_be_answered(_: &TestDatabase, store: &Store) {
+async fn tool_call_with_nul_characters_can_be_answered(_: &TestDatabase, store: &Store) {
     let key = user("alice");
     let turn = started(store.admit(admission(&key)).await.unwrap());
     let mut odd = pause(&["call_1"], 0);
@@ -162,7 +162,7 @@ async fn a_call_with_nul_characters_can_be_answered(_: &TestDatabase, store: &St
     resumed(store.answer_tools(&key, turn.run.id, &answer).await.unwrap());
 }
 
-async fn a_run_may_wait_more_than_once(database: &TestDatabase, store: &Store) {
+async fn run_can_pause_repeatedly(database: &TestDatabase, store: &Store) {
     let key = user("alice");
     let request = admission(&key);
     let turn = started(store.admit(request.clone()).await.unwrap());
@@ -189,7 +189,7 @@ async fn a_run_may_wait_more_than_once(database: &TestDatabase, store: &Store) {
     check_invariants(database).await;
 }
 
-async fn requests_reach_their_owner_until_they_are_met(_: &TestDatabase, store: &Store) {
+async fn requests_reach_run_owner_until_fulfilled(_: &TestDatabase, store: &Store) {
     let (me, other) = (ReplicaId::new(), ReplicaId::new());
     let (a, b, c) = (user("a"), user("b"), user("c"));
     let mine = started(store.admit(Admission { replica: me, ..admission(&a) }).await.unwrap());
@@ -220,7 +220,7 @@ async fn requests_reach_their_owner_until_they_are_met(_: &TestDatabase, store: 
     assert_eq!(store.requests(other).await.unwrap(), [cancel(others.run.id, false)]);
 }
 
-async fn a_run_that_waits_may_end(database: &TestDatabase, store: &Store) {
+async fn paused_run_can_finish(database: &TestDatabase, store: &Store) {
     let key = user("alice");
     let turn = started(store.admit(admission(&key)).await.unwrap());
     waiting(store.pause(&turn.lease, &pause(&["call_1"], 0)).await.unwrap());
@@ -234,7 +234,7 @@ async fn a_run_that_waits_may_end(database: &TestDatabase, store: &Store) {
     check_invariants(database).await;
 }
 
-async fn a_log_comes_in_batches(_: &TestDatabase, store: &Store) {
+async fn event_log_is_read_in_batches(_: &TestDatabase, store: &Store) {
     let key = user("alice");
     let turn = started(store.admit(admission(&key)).await.unwrap());
     let delta = |text: &str| LoggedEvent::Delta(text.to_owned());

@@ -8,17 +8,17 @@ use super::*;
 
 on_every_backend!(
     runs_start_in_order_of_admission,
-    a_claim_is_for_waiting_runs_only,
-    many_claims_start_the_run_once,
-    the_end_of_a_run_tells_all,
-    ending_twice_is_harmless,
-    another_end_changes_nothing,
-    a_run_that_never_started_keeps_its_message,
-    a_reply_with_nul_characters_ends_its_run,
-    the_upstream_thread_is_remembered,
-    an_unknown_run_is_lost,
-    the_database_refuses_a_second_active_run,
-    a_call_that_is_dropped_is_done_or_not_done,
+    claim_requires_current_lease_of_unfinished_run,
+    concurrent_claims_start_run_once,
+    finish_returns_all_recorded_fields,
+    finish_is_idempotent,
+    conflicting_finish_changes_nothing,
+    cancelled_queued_run_keeps_its_message,
+    reply_with_nul_characters_finishes_run,
+    upstream_thread_binding_persists,
+    unknown_run_is_lost,
+    database_refuses_second_active_run,
+    dropped_call_is_atomic,
 );
 
 async fn runs_start_in_order_of_admission(database: &TestDatabase, store: &Store) {
@@ -51,7 +51,7 @@ async fn runs_start_in_order_of_admission(database: &TestDatabase, store: &Store
     check_invariants(database).await;
 }
 
-async fn a_claim_is_for_waiting_runs_only(_: &TestDatabase, store: &Store) {
+async fn claim_requires_current_lease_of_unfinished_run(_: &TestDatabase, store: &Store) {
     let key = user("alice");
     let first = started(store.admit(admission(&key)).await.unwrap());
     assert_eq!(
@@ -76,7 +76,7 @@ async fn a_claim_is_for_waiting_runs_only(_: &TestDatabase, store: &Store) {
     assert_eq!(store.claim(&second).await.unwrap(), Claim::Lost, "it has ended");
 }
 
-async fn many_claims_start_the_run_once(database: &TestDatabase, store: &Store) {
+async fn concurrent_claims_start_run_once(database: &TestDatabase, store: &Store) {
     let key = user("alice");
     let first = started(store.admit(admission(&key)).await.unwrap());
     let (second, ..) = queued(store.admit(admission(&key)).await.unwrap());
@@ -88,7 +88,7 @@ async fn many_claims_start_the_run_once(database: &TestDatabase, store: &Store) 
     check_invariants(database).await;
 }
 
-async fn the_end_of_a_run_tells_all(_: &TestDatabase, store: &Store) {
+async fn finish_returns_all_recorded_fields(_: &TestDatabase, store: &Store) {
     let key = user("alice");
     let turn = started(store.admit(admission(&key)).await.unwrap());
     queued(store.admit(admission(&key)).await.unwrap());
@@ -131,7 +131,7 @@ async fn the_end_of_a_run_tells_all(_: &TestDatabase, store: &Store) {
     assert_eq!(store.run(&key, turn.run.id).await.unwrap().unwrap(), (finished.run, finished.message));
 }
 
-async fn ending_twice_is_harmless(database: &TestDatabase, store: &Store) {
+async fn finish_is_idempotent(database: &TestDatabase, store: &Store) {
     let key = user("alice");
     let turn = started(store.admit(admission(&key)).await.unwrap());
     let end = completed(Some("hi"));
@@ -143,7 +143,7 @@ async fn ending_twice_is_harmless(database: &TestDatabase, store: &Store) {
     check_invariants(database).await;
 }
 
-async fn another_end_changes_nothing(_: &TestDatabase, store: &Store) {
+async fn conflicting_finish_changes_nothing(_: &TestDatabase, store: &Store) {
     let key = user("alice");
     let turn = started(store.admit(admission(&key)).await.unwrap());
     let stale = RunLease { fence: turn.lease.fence - 1, ..turn.lease };
@@ -156,7 +156,7 @@ async fn another_end_changes_nothing(_: &TestDatabase, store: &Store) {
     assert_eq!(store.run(&key, turn.run.id).await.unwrap().unwrap().0.status, RunStatus::Completed);
 }
 
-async fn a_run_that_never_started_keeps_its_message(database: &TestDatabase, store: &Store) {
+async fn cancelled_queued_run_keeps_its_message(database: &TestDatabase, store: &Store) {
     let key = user("alice");
     let first = started(store.admit(admission(&key)).await.unwrap());
     let waiting = Admission {
@@ -182,7 +182,7 @@ async fn a_run_that_never_started_keeps_its_message(database: &TestDatabase, sto
     check_invariants(database).await;
 }
 
-async fn a_reply_with_nul_characters_ends_its_run(_: &TestDatabase, store: &Store) {
+async fn reply_with_nul_characters_finishes_run(_: &TestDatabase, store: &Store) {
     let key = user("alice");
     let turn = started(store.admit(admission(&key)).await.unwrap());
     let error = Some(RunError { code: RunErrorCode::UpstreamFailed, message: "a\0b".to_owned() });
@@ -192,7 +192,7 @@ async fn a_reply_with_nul_characters_ends_its_run(_: &TestDatabase, store: &Stor
     assert_eq!(finished.run.error.unwrap().message, "a\u{fffd}b");
 }
 
-async fn the_upstream_thread_is_remembered(_: &TestDatabase, store: &Store) {
+async fn upstream_thread_binding_persists(_: &TestDatabase, store: &Store) {
     let key = user("alice");
     let turn = started(store.admit(admission(&key)).await.unwrap());
     let (waiting, ..) = queued(store.admit(admission(&key)).await.unwrap());
@@ -213,14 +213,14 @@ async fn the_upstream_thread_is_remembered(_: &TestDatabase, store: &Store) {
     assert_eq!(next.thread.upstream_thread_id, Some(id));
 }
 
-async fn an_unknown_run_is_lost(_: &TestDatabase, store: &Store) {
+async fn unknown_run_is_lost(_: &TestDatabase, store: &Store) {
     let lease = RunLease { run_id: RunId::new(), fence: 1 };
     assert_eq!(store.claim(&lease).await.unwrap(), Claim::Lost);
     assert_eq!(store.finish(&lease, completed(None)).await.unwrap(), Closing::Lost);
     assert!(!bind(store, &lease, &UpstreamThreadId("x".to_owned()), false).await);
 }
 
-async fn the_database_refuses_a_second_active_run(database: &TestDatabase, store: &Store) {
+async fn database_refuses_second_active_run(database: &TestDatabase, store: &Store) {
     let key = user("alice");
     let first = started(store.admit(admission(&key)).await.unwrap());
     queued(store.admit(admission(&key)).await.unwrap());
@@ -238,7 +238,7 @@ async fn the_database_refuses_a_second_active_run(database: &TestDatabase, store
 }
 
 /// Drops calls after 0, 1, 2, … polls, wherever that finds them.
-async fn a_call_that_is_dropped_is_done_or_not_done(database: &TestDatabase, store: &Store) {
+async fn dropped_call_is_atomic(database: &TestDatabase, store: &Store) {
     async fn drop_after<F: Future>(polls: usize, call: F) -> Option<F::Output> {
         let mut call = std::pin::pin!(call);
         for _ in 0..polls {

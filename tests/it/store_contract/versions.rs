@@ -19,7 +19,7 @@ const FIXTURES: &[(i64, &str, &str)] = &[(
 )];
 
 #[test]
-fn each_version_has_a_fixture() {
+fn every_schema_version_has_fixture() {
     for migrator in [&POSTGRES, &SQLITE] {
         let versions: Vec<i64> = migrator.iter().map(|migration| migration.version).collect();
         assert_eq!(versions, FIXTURES.iter().map(|(version, ..)| *version).collect::<Vec<_>>());
@@ -27,7 +27,7 @@ fn each_version_has_a_fixture() {
 }
 
 #[tokio::test]
-async fn what_each_version_stored_is_read_on_postgres() {
+async fn postgres_data_of_every_schema_version_is_readable() {
     for (version, stored, _) in FIXTURES {
         let database = TestDatabase::postgres_at(&POSTGRES, *version).await;
         database.execute(stored).await;
@@ -36,7 +36,7 @@ async fn what_each_version_stored_is_read_on_postgres() {
 }
 
 #[tokio::test]
-async fn what_each_version_stored_is_read_on_sqlite() {
+async fn sqlite_data_of_every_schema_version_is_readable() {
     for (version, _, stored) in FIXTURES {
         let database = TestDatabase::sqlite_at(&SQLITE, *version).await;
         database.execute(stored).await;
@@ -46,7 +46,7 @@ async fn what_each_version_stored_is_read_on_sqlite() {
 
 /// Replicas of two versions work side by side, each with functions of its own.
 #[tokio::test]
-async fn missing_functions_are_told_and_added_beside_those_of_others() {
+async fn migrate_adds_missing_functions_beside_other_versions() {
     let database = TestDatabase::postgres().await;
     let store = database.store().await;
     let functions =
@@ -125,13 +125,10 @@ async fn is_read(database: &TestDatabase) {
     store.close().await;
 }
 
-on_every_backend!(
-    newer_schema_serves_the_binaries_that_it_names,
-    schema_of_before_the_first_version_is_not_touched
-);
+on_every_backend!(newer_schema_serves_compatible_binaries, unversioned_schema_is_refused_untouched);
 
 /// During a rolling upgrade the old replicas go on, and may start again, on the new schema.
-async fn newer_schema_serves_the_binaries_that_it_names(database: &TestDatabase, store: &Store) {
+async fn newer_schema_serves_compatible_binaries(database: &TestDatabase, store: &Store) {
     let newest = FIXTURES.len();
     let later = newest + 1;
     database
@@ -158,7 +155,7 @@ async fn newer_schema_serves_the_binaries_that_it_names(database: &TestDatabase,
     }
 }
 
-async fn schema_of_before_the_first_version_is_not_touched(database: &TestDatabase, store: &Store) {
+async fn unversioned_schema_is_refused_untouched(database: &TestDatabase, store: &Store) {
     exchange(store, &user("alice")).await;
     store.renew_replica(ReplicaId::new(), "127.0.0.1:1", Duration::from_hours(1)).await.unwrap();
     database.execute("DROP TABLE schema_versions").await;

@@ -9,13 +9,13 @@ pub(crate) mod gate;
 pub(crate) mod gateway;
 pub(crate) mod history;
 pub(crate) mod link;
-pub(crate) mod needles;
 pub(crate) mod openapi;
 pub(crate) mod pooler;
 mod postgres;
+pub(crate) mod recording_proxy;
 pub(crate) mod routes;
 pub(crate) mod scene;
+pub(crate) mod secret_scan;
 pub(crate) mod wire;
-pub(crate) mod wiretap;
 
 pub(crate) use database::TestDatabase;

@@ -19,7 +19,7 @@ use tokio::task::JoinSet;
 use url::Url;
 
 use super::link::{Socket, Target, next_client};
-use super::wiretap::next_message;
+use super::recording_proxy::next_message;
 
 /// How many connections to the server there are. Clients take turns on all of them, so two are enough for a
 /// client to change with each transaction.

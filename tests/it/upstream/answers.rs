@@ -40,7 +40,7 @@ async fn answer_of(
 }
 
 #[tokio::test]
-async fn a_run_goes_on_when_its_calls_are_answered() {
+async fn run_continues_after_tool_outputs() {
     for flavour in ALL {
         let scene = Scene::new(flavour).await;
         let asked = scene.say("weather? [[sim: tools=2 reasoning]]").await;
@@ -60,7 +60,7 @@ async fn a_run_goes_on_when_its_calls_are_answered() {
 
 /// What has to be asked before the outputs are sent has no answer: then nothing was sent.
 #[tokio::test]
-async fn outputs_that_were_not_sent_for_want_of_a_look_are_known_not_to_be_there() {
+async fn failed_lookup_before_tool_outputs_is_unambiguous() {
     let failed = || json_answer(503, &[("retry-after-ms", "1")], "");
     for plays in [(0..5).map(|_| Play::Silence).collect::<Vec<_>>(), (0..5).map(|_| failed()).collect()] {
         let server = Scripted::start(plays).await;
@@ -77,7 +77,7 @@ async fn outputs_that_were_not_sent_for_want_of_a_look_are_known_not_to_be_there
 }
 
 #[tokio::test]
-async fn calls_of_custom_tools_are_answered_in_their_own_form() {
+async fn custom_tool_calls_get_custom_tool_outputs() {
     let asking = json!({"id": "r_0", "status": "completed", "output": [
         {"type": "function_call", "call_id": "call_1", "name": "f", "arguments": "{}"},
         {"type": "custom_tool_call", "call_id": "call_2", "name": "h", "input": "x"},
@@ -101,7 +101,7 @@ async fn calls_of_custom_tools_are_answered_in_their_own_form() {
 }
 
 #[tokio::test]
-async fn a_run_that_takes_no_outputs_has_moved_on() {
+async fn refused_tool_outputs_are_ambiguous_after_run_moved_on() {
     let refused = |status: &str| {
         let message = format!("Runs in status \"{status}\" do not accept tool outputs.");
         let error = json!({"error": {"message": message, "type": "invalid_request_error", "param": null, "code": null}});
@@ -129,7 +129,7 @@ async fn a_run_that_takes_no_outputs_has_moved_on() {
 }
 
 #[tokio::test]
-async fn calls_that_only_the_conversation_knows_are_answered_without_the_response() {
+async fn tool_outputs_without_response_id_use_conversation_items() {
     let items = json!({"data": [
         {"type": "custom_tool_call", "id": "ct_2", "call_id": "call_2", "name": "h", "input": "x"},
         {"type": "function_call", "id": "fc_1", "call_id": "call_1", "name": "f", "arguments": "{}"},

@@ -54,7 +54,7 @@ fn response_that_asks(status: &str, after: &str) -> Play {
 }
 
 #[tokio::test]
-async fn a_stream_that_is_cut_anywhere_goes_on_and_no_text_comes_twice() {
+async fn cut_background_stream_resumes_without_duplicate_text() {
     for flavour in [Flavour::Background, Flavour::BackgroundChain] {
         for cut in 0..=6 {
             let scene = Scene::new(flavour).await;
@@ -75,7 +75,7 @@ async fn a_stream_that_is_cut_anywhere_goes_on_and_no_text_comes_twice() {
 }
 
 #[tokio::test]
-async fn a_slow_response_is_followed_over_many_breaks() {
+async fn slow_background_response_is_followed_across_many_breaks() {
     let config = SimulatorConfig { token_interval: Duration::from_millis(5), ..SimulatorConfig::default() };
     let scene = Scene::with(Flavour::Background, config, |_| ()).await;
     let cut = Fault { on: "get_response".into(), fault: "cut=2".into(), times: 12 };
@@ -89,7 +89,7 @@ async fn a_slow_response_is_followed_over_many_breaks() {
 }
 
 #[tokio::test]
-async fn a_repeat_is_not_taken_for_news() {
+async fn replayed_events_are_ignored_after_resume() {
     let whole = || sse(vec![Step::Bytes(RESPONSES_TURN.into())]);
     let server = Scripted::start(vec![cut_after(3), whole()]).await;
     assert_eq!(lines(&turn(&*background(&server), Some(&thread())).await.unwrap()), EXPECTED);
@@ -98,7 +98,7 @@ async fn a_repeat_is_not_taken_for_news() {
 }
 
 #[tokio::test]
-async fn a_server_that_cannot_stream_again_is_asked_for_the_response() {
+async fn unresumable_stream_falls_back_to_polling() {
     let refused = || {
         let error = json!({"message": "This response cannot be streamed.", "type": "x", "param": "stream", "code": null});
         json_answer(400, &[], &json!({"error": error}).to_string())
@@ -142,7 +142,7 @@ async fn taken_over(server: &Scripted) -> Vec<String> {
 }
 
 #[tokio::test]
-async fn a_response_of_another_process_is_told_from_its_beginning() {
+async fn recovered_background_response_streams_from_beginning() {
     let server = Scripted::start(vec![response("in_progress"), cut_after(3), rest(3)]).await;
     assert_eq!(taken_over(&server).await, EXPECTED);
     let expected = [
@@ -158,7 +158,7 @@ async fn a_response_of_another_process_is_told_from_its_beginning() {
 }
 
 #[tokio::test]
-async fn a_response_that_cannot_be_streamed_again_is_followed_by_asking_for_it() {
+async fn recovered_response_without_stream_is_polled() {
     let refused = || json_answer(400, &[], r#"{"error":{"message":"not created with stream=true"}}"#);
     let failed = || json_answer(500, &[("retry-after-ms", "1")], "");
     for plays in [
@@ -177,7 +177,7 @@ async fn a_response_that_cannot_be_streamed_again_is_followed_by_asking_for_it()
 }
 
 #[tokio::test]
-async fn tries_that_bring_nothing_new_are_bounded() {
+async fn fruitless_resume_attempts_are_bounded() {
     let bad = || json_answer(503, &[("retry-after-ms", "1")], "");
     let mut plays = vec![cut_after(3), bad(), bad(), bad(), bad(), rest(3)];
     plays.extend([cut_after(3), bad(), bad(), bad(), bad(), bad()]);
@@ -194,7 +194,7 @@ async fn tries_that_bring_nothing_new_are_bounded() {
 }
 
 #[tokio::test]
-async fn what_is_met_on_the_way_never_looks_like_a_refusal_of_the_run() {
+async fn refused_resume_is_reported_as_broken_stream() {
     let gone = json!({"error": {"message": "Response with id 'r_1' not found.", "type": "x", "param": null, "code": null}});
     for answer in [json_answer(401, &[], "{}"), json_answer(404, &[], &gone.to_string())] {
         let again = json_answer(404, &[], &gone.to_string());
@@ -205,7 +205,7 @@ async fn what_is_met_on_the_way_never_looks_like_a_refusal_of_the_run() {
 }
 
 #[tokio::test]
-async fn a_stream_that_was_opened_again_is_waited_for_and_so_is_a_poll_without_an_answer() {
+async fn silent_resume_and_unanswered_poll_are_waited_for() {
     let silent = || sse(vec![Step::Pause(Duration::from_secs(1)), Step::Bytes(rest_of(3))]);
     let server =
         Scripted::start(vec![cut_after(3), silent(), cut_after(3), late(Duration::from_secs(1), silent())])
@@ -229,7 +229,7 @@ async fn a_stream_that_was_opened_again_is_waited_for_and_so_is_a_poll_without_a
 }
 
 #[tokio::test]
-async fn a_stream_that_breaks_before_the_response_is_known_is_broken() {
+async fn stream_cut_before_acceptance_is_ambiguous() {
     let server = Scripted::start(vec![sse(vec![Step::Bytes(b": hi\n\n".to_vec()), Step::Cut])]).await;
     let error = turn(&*background(&server), Some(&thread())).await.unwrap_err();
     assert!(error.is_ambiguous(), "{error:?}");
@@ -237,7 +237,7 @@ async fn a_stream_that_breaks_before_the_response_is_known_is_broken() {
 }
 
 #[tokio::test]
-async fn a_response_that_is_cancelled_elsewhere_ends_its_stream() {
+async fn external_cancel_ends_background_stream() {
     let scene = Scene::new(Flavour::Background).await;
     let mut events = scene.start("stop [[sim: tokens=50 rate=10s]]").await.unwrap();
     let Some(Ok(UpstreamEvent::Accepted(id))) = events.next().await else { panic!("not accepted") };

@@ -18,7 +18,7 @@ async fn blocking(scene: &mut Scene) -> Option<UpstreamRunId> {
 }
 
 #[tokio::test]
-async fn one_of_our_own_runs_is_always_ended() {
+async fn own_blocking_run_is_cancelled() {
     let mut scene = Scene::new(Flavour::Assistants).await;
     scene.sim.handle.hold();
     let mut events = scene.start("forgotten").await.unwrap();
@@ -37,7 +37,7 @@ async fn one_of_our_own_runs_is_always_ended() {
 }
 
 #[tokio::test]
-async fn another_s_run_is_waited_for_unless_it_is_to_be_ended() {
+async fn foreign_blocking_run_is_awaited_or_cancelled() {
     let mut scene = Scene::new(Flavour::Assistants).await;
     let thread = scene.thread.clone().unwrap();
     scene.sim.handle.start_foreign_run(thread.as_str()).unwrap();
@@ -59,7 +59,7 @@ async fn another_s_run_is_waited_for_unless_it_is_to_be_ended() {
 }
 
 #[tokio::test]
-async fn what_is_not_known_is_waited_for_a_moment() {
+async fn unknown_blocker_is_awaited_briefly() {
     for flavour in ALL.into_iter().filter(|flavour| !flavour.is_chain()) {
         let scene = Scene::new(flavour).await;
         let requests = scene.sim.handle.stats().requests;

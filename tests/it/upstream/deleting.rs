@@ -72,7 +72,7 @@ fn numbered(count: usize) -> Vec<String> {
 const WITH_THREADS: [Flavour; 2] = [Flavour::Assistants, Flavour::Conversations];
 
 #[tokio::test]
-async fn a_thread_is_deleted_with_all_that_is_in_it() {
+async fn thread_deletion_removes_all_content() {
     for flavour in WITH_THREADS {
         let scene = Scene::new(flavour).await;
         scene.add(&numbered(248)).await;
@@ -92,7 +92,7 @@ async fn a_thread_is_deleted_with_all_that_is_in_it() {
 }
 
 #[tokio::test]
-async fn a_deletion_that_is_dropped_half_way_can_be_repeated() {
+async fn interrupted_deletion_can_be_repeated() {
     let scene = Scene::new(Flavour::Conversations).await;
     scene.add(&numbered(250)).await;
     let (thread, pace) = (scene.thread(), pace());
@@ -112,7 +112,7 @@ async fn a_deletion_that_is_dropped_half_way_can_be_repeated() {
 }
 
 #[tokio::test]
-async fn what_works_on_a_thread_is_ended_before_it_is_deleted() {
+async fn active_run_is_cancelled_before_thread_deletion() {
     let delay = Duration::from_millis(50);
     let simulator = SimulatorConfig { cancel_delay: delay, ..SimulatorConfig::default() };
     let scene = Scene::with(Flavour::Assistants, simulator, |_| ()).await;
@@ -128,7 +128,7 @@ async fn what_works_on_a_thread_is_ended_before_it_is_deleted() {
 }
 
 #[tokio::test]
-async fn a_run_that_comes_in_between_is_ended_too() {
+async fn run_started_during_deletion_is_cancelled() {
     let busy = json!({"error": {"message": "Thread t_1 already has an active run run_7.", "type": "x"}});
     let gone = || json_answer(404, &[], &not_found("No thread found with id 't_1'."));
     let run = |status: &str| json_answer(200, &[], &json!({"id": "run_7", "status": status}).to_string());
@@ -166,7 +166,7 @@ async fn a_run_that_comes_in_between_is_ended_too() {
 }
 
 #[tokio::test]
-async fn a_locked_conversation_is_waited_out() {
+async fn deletion_waits_for_locked_conversation() {
     let scene = Scene::new(Flavour::Conversations).await;
     scene.add(&numbered(3)).await;
     let thread = scene.thread();
@@ -181,7 +181,7 @@ async fn a_locked_conversation_is_waited_out() {
 }
 
 #[tokio::test]
-async fn what_never_was_is_already_gone() {
+async fn unknown_thread_or_run_is_already_gone() {
     for flavour in ALL {
         let scene = Scene::new(flavour).await;
         let unknown = match &scene.thread {
@@ -200,7 +200,7 @@ async fn what_never_was_is_already_gone() {
 }
 
 #[tokio::test]
-async fn stored_responses_are_deleted_whether_or_not_they_have_ended() {
+async fn stored_responses_are_deleted_finished_or_running() {
     for flavour in ALL.into_iter().filter(|flavour| *flavour != Flavour::Assistants) {
         let scene = Scene::new(flavour).await;
         let said = scene.say("needle").await.accepted;
@@ -221,7 +221,7 @@ async fn stored_responses_are_deleted_whether_or_not_they_have_ended() {
 }
 
 #[tokio::test]
-async fn a_chain_is_deleted_response_by_response() {
+async fn chain_is_deleted_response_by_response() {
     for flavour in [Flavour::Chain, Flavour::BackgroundChain] {
         let mut scene = Scene::new(flavour).await;
         let first = scene.say("needle").await;
@@ -237,7 +237,7 @@ async fn a_chain_is_deleted_response_by_response() {
 }
 
 #[tokio::test]
-async fn failures_that_pass_are_waited_out() {
+async fn deletion_retries_transient_failures() {
     for flavour in [Flavour::Assistants, Flavour::Conversations, Flavour::Chain] {
         let mut scene = Scene::new(flavour).await;
         scene.thread = scene.say("needle").await.ended.thread.or(scene.thread);
@@ -263,7 +263,7 @@ async fn failures_that_pass_are_waited_out() {
 }
 
 #[tokio::test]
-async fn error_in_a_success_deletes_nothing() {
+async fn error_in_success_response_is_no_deletion() {
     for (flavour, on) in [
         (Flavour::Assistants, "delete_thread"),
         (Flavour::Conversations, "delete_item"),
@@ -303,7 +303,7 @@ async fn always(status: u16, body: &str) -> Scripted {
 }
 
 #[tokio::test]
-async fn an_endpoint_that_is_not_there_is_no_thread_that_is_gone() {
+async fn missing_endpoint_is_not_reported_as_gone_thread() {
     for (status, body, is_refused) in [
         (404, r#"{"detail":"Not Found"}"#, false),
         (404, "<html><h1>404 Not Found</h1></html>", false),
@@ -342,7 +342,7 @@ async fn an_endpoint_that_is_not_there_is_no_thread_that_is_gone() {
 }
 
 #[tokio::test]
-async fn what_is_not_there_is_gone_in_whatever_words() {
+async fn not_found_in_any_wording_counts_as_gone() {
     for (status, body) in [
         (404, r#"{"detail":"No object t_1 was found: it was not found in the store"}"#),
         (
@@ -371,7 +371,7 @@ async fn what_is_not_there_is_gone_in_whatever_words() {
 
 /// A 404 in words that leave open what is not there: the response can still be read.
 #[tokio::test]
-async fn a_response_that_can_still_be_read_is_not_gone() {
+async fn readable_response_is_not_reported_gone() {
     let server =
         Scripted::start(vec![json_answer(404, &[], r#"{"detail":"Response r_1 not found"}"#), object()])
             .await;
@@ -381,7 +381,7 @@ async fn a_response_that_can_still_be_read_is_not_gone() {
 }
 
 #[tokio::test]
-async fn a_server_that_has_no_deletion_says_so() {
+async fn missing_delete_endpoint_is_not_supported() {
     for status in [405, 501] {
         let server = Scripted::start(vec![object(), list(&json!([])), json_answer(status, &[], "")]).await;
         assert_eq!(delete(&*assistants(&server), &thread()).await.unwrap(), (NotSupported, 0));
@@ -395,14 +395,14 @@ async fn a_server_that_has_no_deletion_says_so() {
 
 /// The look at the conversation is what the server lacks, not its deletion.
 #[tokio::test]
-async fn a_thread_that_cannot_be_looked_at_is_deleted_all_the_same() {
+async fn unreadable_thread_is_deleted_anyway() {
     let lacks = || json_answer(405, &[], r#"{"detail":"Method Not Allowed"}"#);
     let server = Scripted::start(vec![lacks(), list(&json!([])), json_answer(200, &[], "{}"), lacks()]).await;
     assert_eq!(delete(&*responses(&server), &thread()).await.unwrap(), (Deleted, 0));
 }
 
 #[tokio::test]
-async fn a_deletion_without_effect_is_no_deletion() {
+async fn ineffective_deletion_is_an_error() {
     let plays = [object(), list(&json!([])), object()].into_iter().chain((0..4).map(|_| object()));
     let server = Scripted::start(plays.collect()).await;
     let error = delete(&*assistants(&server), &thread()).await.unwrap_err();
@@ -420,7 +420,7 @@ async fn a_deletion_without_effect_is_no_deletion() {
 }
 
 #[tokio::test]
-async fn items_that_a_server_does_not_delete_are_counted() {
+async fn undeletable_items_are_counted() {
     let items = json!([{"id": "msg_1"}, {"id": "msg_2"}, {"type": "odd"}]);
     let gone = || json_answer(404, &[], &not_found("Conversation with id 't_1' not found."));
     for (status, tries, looks) in [(405, 1, 0), (501, 1, 0), (404, 2, 4)] {
@@ -436,7 +436,7 @@ async fn items_that_a_server_does_not_delete_are_counted() {
 }
 
 #[tokio::test]
-async fn a_server_without_a_list_of_items_loses_the_conversation_alone() {
+async fn conversation_without_item_list_is_deleted_alone() {
     for status in [404, 405, 501] {
         let server = Scripted::start(vec![
             object(),
@@ -459,7 +459,7 @@ async fn a_server_without_a_list_of_items_loses_the_conversation_alone() {
 }
 
 #[tokio::test]
-async fn items_that_come_or_go_meanwhile_are_seen() {
+async fn items_changed_during_deletion_are_handled() {
     let gone = || json_answer(404, &[], &not_found("Item with id 'msg_1' not found in conversation."));
     let server = Scripted::start(vec![
         object(),
@@ -480,7 +480,7 @@ async fn items_that_come_or_go_meanwhile_are_seen() {
 }
 
 #[tokio::test]
-async fn pages_that_are_too_long_to_read_are_asked_for_in_parts() {
+async fn oversized_pages_are_requested_in_smaller_parts() {
     let scene = Scene::with(Flavour::Conversations, SimulatorConfig::default(), |settings| {
         settings.max_event_bytes = 64 * 1024;
     })
@@ -516,7 +516,7 @@ fn text_of(entry: &HistoryEntry) -> &str {
 }
 
 #[tokio::test]
-async fn a_thread_is_read_from_its_beginning_over_several_pages() {
+async fn history_is_read_from_beginning_across_pages() {
     for flavour in WITH_THREADS {
         let scene = Scene::new(flavour).await;
         assert_eq!(whole_history(&scene).await, (Vec::new(), 1));
@@ -556,7 +556,7 @@ async fn a_thread_is_read_from_its_beginning_over_several_pages() {
 }
 
 #[tokio::test]
-async fn what_cannot_be_read_is_told_from_what_is_gone() {
+async fn unsupported_history_differs_from_refused_history() {
     for upstream_of in [assistants as fn(&Scripted) -> Box<dyn Upstream>, responses] {
         let plays = [404, 405, 501].map(|status| json_answer(status, &[], r#"{"detail":"no"}"#));
         let server = Scripted::start(plays.into()).await;
@@ -570,7 +570,7 @@ async fn what_cannot_be_read_is_told_from_what_is_gone() {
 }
 
 #[tokio::test]
-async fn lost_threads_are_found_by_their_tags_where_the_server_has_a_list() {
+async fn lost_threads_are_found_by_tag_in_list() {
     for flavour in WITH_THREADS {
         let simulator = SimulatorConfig { list_threads: true, ..SimulatorConfig::default() };
         let scene = Scene::with(flavour, simulator, |_| ()).await;
@@ -599,7 +599,7 @@ async fn lost_threads_are_found_by_their_tags_where_the_server_has_a_list() {
 }
 
 #[tokio::test]
-async fn without_a_list_nothing_can_be_told_of_lost_threads() {
+async fn lost_threads_are_unknown_without_list() {
     for flavour in ALL {
         let scene = Scene::new(flavour).await;
         let Ownership { thread, .. } = owner();
@@ -624,7 +624,7 @@ async fn without_a_list_nothing_can_be_told_of_lost_threads() {
 }
 
 #[tokio::test]
-async fn a_list_without_an_end_is_not_read_for_ever() {
+async fn endless_thread_list_is_read_up_to_limit() {
     let sought = ThreadId::new();
     let other = |id: &str| json!({"id": id, "metadata": {"threadkeeper_thread": "other"}});
     let ours = json!({"id": "t_9", "metadata": {"threadkeeper_thread": sought.to_string()}});
@@ -648,7 +648,7 @@ async fn a_list_without_an_end_is_not_read_for_ever() {
 }
 
 #[tokio::test]
-async fn every_call_waits_its_turn() {
+async fn deletion_calls_respect_pace() {
     let scene = Scene::new(Flavour::Conversations).await;
     scene.add(&numbered(4)).await;
     let before = scene.sim.handle.stats().requests;
@@ -663,7 +663,7 @@ async fn every_call_waits_its_turn() {
 }
 
 #[tokio::test]
-async fn items_of_a_conversation_that_others_deleted_stay_where_they_are() {
+async fn items_of_externally_deleted_conversation_stay() {
     let scene = Scene::new(Flavour::Conversations).await;
     scene.add(&numbered(2)).await;
     let path = format!("/conversations/{}", scene.thread());

@@ -41,7 +41,7 @@ fn ok() -> Play {
 
 /// The turn was refused, and what is to be mended cannot be seen: then nothing of it is there.
 #[tokio::test]
-async fn a_turn_that_was_refused_is_known_not_to_be_there_although_the_mending_fails() {
+async fn refused_turn_is_unambiguous_when_repair_fails() {
     let mut plays = vec![refused(OPEN)];
     plays.extend((0..5).map(|_| Play::Silence));
     let server = Scripted::start(plays).await;
@@ -53,7 +53,7 @@ async fn a_turn_that_was_refused_is_known_not_to_be_there_although_the_mending_f
 }
 
 #[tokio::test]
-async fn open_calls_get_an_output_together_with_the_next_message() {
+async fn open_calls_are_closed_with_next_message() {
     let custom =
         json!({"type": "custom_tool_call", "id": "ctc_2", "call_id": "call_2", "name": "h", "input": ""});
     let server = Scripted::start(vec![refused(OPEN), items(&json!([custom, call("call_1")])), good()]).await;
@@ -74,7 +74,7 @@ async fn open_calls_get_an_output_together_with_the_next_message() {
 }
 
 #[tokio::test]
-async fn the_repairs_are_tried_in_order_and_each_once() {
+async fn repairs_are_tried_in_order_once_each() {
     let reasoning = |id: &str| json!({"type": "reasoning", "id": id, "summary": []});
     let tail = json!([call("call_1"), reasoning("rs_2"), reasoning("rs_1")]);
     let list = || items(&tail);
@@ -117,7 +117,7 @@ async fn the_repairs_are_tried_in_order_and_each_once() {
 }
 
 #[tokio::test]
-async fn what_cannot_be_mended_counts_as_gone() {
+async fn unrepairable_thread_counts_as_gone() {
     let server = Scripted::start(vec![
         refused(OPEN),
         items(&json!([])),
@@ -138,7 +138,7 @@ async fn what_cannot_be_mended_counts_as_gone() {
 }
 
 #[tokio::test]
-async fn damaged_conversations_take_the_next_turn() {
+async fn damaged_conversation_takes_next_turn() {
     for flavour in [Flavour::Conversations, Flavour::Background] {
         for text in ["x [[sim: tools=2]]", "x [[sim: tools=23 reasoning]]", "x [[sim: dangling_reasoning]]"] {
             let scene = Scene::new(flavour).await;
@@ -154,7 +154,7 @@ async fn damaged_conversations_take_the_next_turn() {
 }
 
 #[tokio::test]
-async fn a_refusal_that_comes_as_the_end_of_an_accepted_response_is_mended_in_the_stream() {
+async fn damage_reported_after_acceptance_is_repaired_in_stream() {
     for append_unfinished in [false, true] {
         for flavour in [Flavour::Conversations, Flavour::Background] {
             let config = SimulatorConfig { append_unfinished, ..SimulatorConfig::default() };
@@ -186,7 +186,7 @@ async fn a_refusal_that_comes_as_the_end_of_an_accepted_response_is_mended_in_th
 }
 
 #[tokio::test]
-async fn a_response_that_always_ends_with_the_refusal_loses_its_conversation() {
+async fn repeated_damage_failure_reports_thread_gone() {
     let scene = Scene::new(Flavour::Conversations).await;
     let events: Vec<_> = scene.start("x [[sim: fail_text=open_call]]").await.unwrap().collect().await;
     assert!(matches!(events[0], Ok(threadkeeper::upstream::UpstreamEvent::Accepted(_))));

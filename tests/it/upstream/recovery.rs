@@ -58,7 +58,7 @@ async fn broken(events: EventStream) -> (UpstreamRunId, String) {
 }
 
 #[tokio::test]
-async fn a_run_that_has_ended_is_told_as_its_stream_would_have() {
+async fn recovery_of_finished_run_returns_its_outcome() {
     for flavour in ALL {
         for text in ["hello", "[[sim: tools=2]]", "a b c d [[sim: incomplete]]", "[[sim: fail]]"] {
             let scene = scene(flavour, SimulatorConfig::default()).await;
@@ -78,7 +78,7 @@ async fn a_run_that_has_ended_is_told_as_its_stream_would_have() {
 }
 
 #[tokio::test]
-async fn a_run_that_goes_on_is_followed_to_its_end() {
+async fn recovery_follows_running_run_to_its_end() {
     for flavour in [Flavour::Assistants, Flavour::Background, Flavour::BackgroundChain] {
         let scene = scene(flavour, SimulatorConfig::default()).await;
         scene.sim.handle.hold();
@@ -96,7 +96,7 @@ async fn a_run_that_goes_on_is_followed_to_its_end() {
 }
 
 #[tokio::test]
-async fn a_run_on_a_thread_is_found_without_its_id() {
+async fn run_is_recovered_by_tag_without_id() {
     let scene = scene(Flavour::Assistants, SimulatorConfig::default()).await;
     let error = scene.start("hello [[sim: drop=after]]").await.err().unwrap();
     assert!(error.is_ambiguous());
@@ -113,7 +113,7 @@ async fn a_run_on_a_thread_is_found_without_its_id() {
 }
 
 #[tokio::test]
-async fn a_message_without_its_run_must_not_be_sent_again() {
+async fn message_without_run_is_recovered_as_unknown() {
     let run = RunId::new();
     let none = || json_answer(200, &[], r#"{"data":[]}"#);
     let message =
@@ -124,7 +124,7 @@ async fn a_message_without_its_run_must_not_be_sent_again() {
 }
 
 #[tokio::test]
-async fn a_cut_stream_of_a_run_is_made_up_for() {
+async fn cut_run_stream_is_completed_by_recovery() {
     let config = SimulatorConfig { token_interval: Duration::from_millis(5), ..SimulatorConfig::default() };
     let scene = scene(Flavour::Assistants, config).await;
     let (id, text) = broken(scene.start("a b c d e f [[sim: cut=3]]").await.unwrap()).await;
@@ -136,7 +136,7 @@ async fn a_cut_stream_of_a_run_is_made_up_for() {
 }
 
 #[tokio::test]
-async fn a_response_whose_connection_is_gone_is_waited_for_and_then_given_up() {
+async fn disconnected_response_is_unknown_after_lock_window() {
     let config = SimulatorConfig { token_interval: Duration::from_millis(5), ..SimulatorConfig::default() };
     for flavour in [Flavour::Conversations, Flavour::Chain] {
         let scene = scene(flavour, config.clone()).await;
@@ -150,7 +150,7 @@ async fn a_response_whose_connection_is_gone_is_waited_for_and_then_given_up() {
 }
 
 #[tokio::test]
-async fn without_an_id_the_conversation_tells() {
+async fn response_without_id_is_recovered_from_conversation() {
     for flavour in [Flavour::Conversations, Flavour::Background] {
         let mut scene = scene(flavour, SimulatorConfig::default()).await;
         let first = scene.say("one").await;
@@ -185,7 +185,7 @@ async fn without_an_id_the_conversation_tells() {
 }
 
 #[tokio::test]
-async fn a_message_that_was_kept_without_a_reply_must_not_be_sent_again() {
+async fn kept_message_without_reply_is_unknown() {
     let config = SimulatorConfig { append_unfinished: true, ..SimulatorConfig::default() };
     let scene = scene(Flavour::Conversations, config).await;
     let error = scene.start("hello [[sim: drop=after latency=1m]]").await.err().unwrap();
@@ -193,7 +193,7 @@ async fn a_message_that_was_kept_without_a_reply_must_not_be_sent_again() {
 }
 
 #[tokio::test]
-async fn a_response_that_failed_for_damage_is_told_as_failed() {
+async fn response_failed_by_damage_is_recovered_as_failed() {
     let scene = scene(Flavour::Background, SimulatorConfig::default()).await;
     scene.sim.handle.hold();
     let mut events = scene.start("x [[sim: fail_text=open_call]]").await.unwrap();
@@ -206,7 +206,7 @@ async fn a_response_that_failed_for_damage_is_told_as_failed() {
 }
 
 #[tokio::test]
-async fn a_chain_can_only_be_asked_for_a_response_by_its_id() {
+async fn chain_recovery_needs_response_id() {
     for flavour in [Flavour::Chain, Flavour::BackgroundChain] {
         let scene = scene(flavour, SimulatorConfig::default()).await;
         assert_eq!(name(&recover(&scene, &scene.leftover(None), &FAILED).await), "absent");
@@ -218,7 +218,7 @@ async fn a_chain_can_only_be_asked_for_a_response_by_its_id() {
 }
 
 #[tokio::test]
-async fn a_background_response_without_an_id_is_seen_once_it_has_ended() {
+async fn background_response_without_id_is_recovered_once_finished() {
     let scene = scene(Flavour::Background, SimulatorConfig::default()).await;
     scene.sim.handle.hold();
     let error = scene.start("hello [[sim: drop=after]]").await.err().unwrap();
@@ -230,7 +230,7 @@ async fn a_background_response_without_an_id_is_seen_once_it_has_ended() {
 }
 
 #[tokio::test]
-async fn answers_that_never_arrived_are_told_from_those_that_did() {
+async fn recovery_distinguishes_delivered_from_undelivered_tool_outputs() {
     for flavour in ALL {
         let answering =
             if flavour == Flavour::Assistants { "submit_tool_outputs" } else { "create_response" };
@@ -268,7 +268,7 @@ async fn answers_that_never_arrived_are_told_from_those_that_did() {
 }
 
 #[tokio::test]
-async fn calls_of_an_earlier_round_are_no_reply_to_the_lost_one() {
+async fn earlier_round_calls_do_not_answer_lost_round() {
     let scene = scene(Flavour::Conversations, SimulatorConfig::default()).await;
     let asked = scene.say("x [[sim: tools=1]]").await;
     scene.plant("create_response", "cut=1 rate=1ms");
@@ -278,7 +278,7 @@ async fn calls_of_an_earlier_round_are_no_reply_to_the_lost_one() {
 }
 
 #[tokio::test]
-async fn what_cannot_be_found_out_now_is_an_error() {
+async fn recovery_fails_when_upstream_refuses_lookup() {
     for flavour in ALL {
         let scene = scene(flavour, SimulatorConfig::default()).await;
         let said = scene.say("x").await;

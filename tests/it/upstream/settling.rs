@@ -58,7 +58,7 @@ async fn settling_cancels_a_run_and_waits_for_its_end() {
 }
 
 #[tokio::test]
-async fn settling_tries_on_while_a_run_waits_for_tool_outputs() {
+async fn settling_retries_while_run_requires_action() {
     let status = |status: &str| {
         json_answer(200, &[("openai-poll-after-ms", "1")], &format!(r#"{{"id":"r_1","status":"{status}"}}"#))
     };
@@ -105,7 +105,7 @@ async fn settling_finds_a_run_by_our_tag() {
 }
 
 #[tokio::test]
-async fn settling_on_a_thread_that_is_gone_or_never_was_is_done() {
+async fn settling_on_missing_thread_is_done() {
     let gone = |noun: &str| {
         let message = format!("{noun} with id 't_1' not found.");
         let body = json!({"error": {"message": message, "type": "invalid_request_error", "param": null, "code": null}});
@@ -129,7 +129,7 @@ async fn settling_on_a_thread_that_is_gone_or_never_was_is_done() {
 }
 
 #[tokio::test]
-async fn settling_closes_the_calls_that_nobody_will_answer() {
+async fn settling_closes_unanswered_calls() {
     let call = |id: &str| json!({"type": "function_call", "id": format!("fc_{id}"), "call_id": id, "name": "f", "arguments": "{}"});
     let list = json!({"data": [
         call("call_3"),
@@ -184,7 +184,7 @@ fn held(scene: &Scene) -> Vec<String> {
 }
 
 #[tokio::test]
-async fn a_run_that_completed_before_the_cancel_came_is_told_as_completed() {
+async fn settling_completed_run_reports_completed() {
     for flavour in ALL {
         let scene = Scene::new(flavour).await;
         let said = scene.say("hello").await;
@@ -211,7 +211,7 @@ async fn a_run_that_completed_before_the_cancel_came_is_told_as_completed() {
 }
 
 #[tokio::test]
-async fn a_run_that_is_cancelled_leaves_what_the_protocol_keeps() {
+async fn settling_cancelled_run_reports_kept_text() {
     for flavour in ALL {
         let scene = Scene::new(flavour).await;
         let mut events = scene.start("stop [[sim: tokens=50 rate=10s]]").await.unwrap();
@@ -238,7 +238,7 @@ async fn a_run_that_is_cancelled_leaves_what_the_protocol_keeps() {
 }
 
 #[tokio::test]
-async fn calls_that_were_closed_are_not_told_as_waiting() {
+async fn closed_calls_are_not_reported_as_waiting() {
     for flavour in ALL {
         let scene = Scene::new(flavour).await;
         let said = scene.say("x [[sim: tools=2]]").await;
@@ -254,7 +254,7 @@ async fn calls_that_were_closed_are_not_told_as_waiting() {
 }
 
 #[tokio::test]
-async fn all_that_a_run_left_can_be_removed() {
+async fn removal_takes_all_items_of_run() {
     for flavour in [Flavour::Assistants, Flavour::Conversations, Flavour::Background] {
         let mut scene = Scene::new(flavour).await;
         let first = scene.say("one").await;
@@ -282,7 +282,7 @@ async fn all_that_a_run_left_can_be_removed() {
 }
 
 #[tokio::test]
-async fn a_run_whose_calls_are_open_is_removed_without_closing_them() {
+async fn run_with_open_calls_is_removed_without_closing() {
     for flavour in [Flavour::Conversations, Flavour::Background] {
         let scene = Scene::new(flavour).await;
         let asked = scene.say("one [[sim: tools=23 reasoning]]").await;
@@ -297,7 +297,7 @@ async fn a_run_whose_calls_are_open_is_removed_without_closing_them() {
 }
 
 #[tokio::test]
-async fn a_rebuilt_thread_keeps_its_history_when_a_run_is_removed() {
+async fn removal_keeps_seeded_history() {
     let mut scene = Scene::new(Flavour::Conversations).await;
     scene.history = vec![earlier(Role::User, "before"), earlier(Role::Assistant, "yes")];
     let said = scene.say("now").await;
@@ -310,7 +310,7 @@ async fn a_rebuilt_thread_keeps_its_history_when_a_run_is_removed() {
 }
 
 #[tokio::test]
-async fn removing_waits_for_a_locked_conversation_and_takes_what_is_gone_for_removed() {
+async fn removal_waits_for_lock_and_accepts_missing_items() {
     let item = |id: &str, role: &str| json!({"type": "message", "id": id, "role": role, "content": []});
     let list = json!({"data": [item("m_4", "assistant"), item("m_3", "user"), item("m_2", "assistant")], "has_more": true});
     let locked = json!({"error": {"message": "m", "code": "conversation_locked"}});
@@ -337,7 +337,7 @@ async fn removing_waits_for_a_locked_conversation_and_takes_what_is_gone_for_rem
 }
 
 #[tokio::test]
-async fn a_baseline_that_cannot_be_found_removes_nothing() {
+async fn unknown_baseline_removes_nothing() {
     let list =
         json!({"data": [{"type": "message", "id": "m_4", "role": "user", "content": []}], "has_more": false});
     let page = || json_answer(200, &[], &list.to_string());
@@ -350,7 +350,7 @@ async fn a_baseline_that_cannot_be_found_removes_nothing() {
 }
 
 #[tokio::test]
-async fn a_long_conversation_is_read_in_pages() {
+async fn long_conversation_is_read_in_pages() {
     let mut scene = Scene::new(Flavour::Conversations).await;
     let first = scene.say("one").await;
     scene.next_run(Baseline { anchor: first.ended.upstream_message_id, skip: 0 });
@@ -362,7 +362,7 @@ async fn a_long_conversation_is_read_in_pages() {
 }
 
 #[tokio::test]
-async fn a_server_that_cannot_list_leaves_us_with_what_the_response_says() {
+async fn settling_without_item_list_uses_response_content() {
     let done = json!({"id": "r_1", "status": "completed", "output": [
         {"type": "message", "id": "m_1", "role": "assistant", "content": [{"type": "output_text", "text": "Hi"}]},
     ]});
@@ -375,7 +375,7 @@ async fn a_server_that_cannot_list_leaves_us_with_what_the_response_says() {
 }
 
 #[tokio::test]
-async fn a_cancel_without_effect_is_waited_for() {
+async fn settling_waits_for_ineffective_cancel() {
     for flavour in [Flavour::Assistants, Flavour::Background] {
         let scene = Scene::new(flavour).await;
         scene.sim.handle.hold();

@@ -91,7 +91,7 @@ fn leftover(thread: &UpstreamThreadId, run: RunId, upstream_run: Option<Upstream
 }
 
 #[tokio::test]
-async fn turns_on_a_known_thread_are_one_request_each_and_break_no_rule() {
+async fn turns_on_known_thread_take_one_valid_request() {
     for kind in KINDS {
         let sim = Sim::instant().await;
         let upstream = adapter(&settings(kind, &sim));
@@ -115,7 +115,7 @@ async fn turns_on_a_known_thread_are_one_request_each_and_break_no_rule() {
 }
 
 #[tokio::test]
-async fn a_thread_and_its_runs_carry_our_tags() {
+async fn threads_and_runs_carry_ownership_tags() {
     for kind in KINDS {
         let sim = Sim::instant().await;
         let upstream = adapter(&settings(kind, &sim));
@@ -137,7 +137,7 @@ async fn a_thread_and_its_runs_carry_our_tags() {
 }
 
 #[tokio::test]
-async fn every_end_is_told() {
+async fn every_run_outcome_is_reported() {
     for kind in KINDS {
         let sim = Sim::instant().await;
         let upstream = adapter(&settings(kind, &sim));
@@ -161,7 +161,7 @@ async fn every_end_is_told() {
 }
 
 #[tokio::test]
-async fn input_of_every_form_is_accepted() {
+async fn every_input_form_is_accepted() {
     for kind in KINDS {
         let sim = Sim::instant().await;
         let upstream = adapter(&settings(kind, &sim));
@@ -211,7 +211,7 @@ async fn input_of_every_form_is_accepted() {
 }
 
 #[tokio::test]
-async fn refusals_and_breaks_are_told_apart() {
+async fn refusals_and_broken_streams_are_distinguished() {
     for kind in KINDS {
         let sim = Sim::instant().await;
         let upstream = adapter(&settings(kind, &sim));
@@ -263,7 +263,7 @@ fn accepted(events: &[Result<UpstreamEvent, UpstreamError>]) -> Option<UpstreamR
 }
 
 #[tokio::test]
-async fn a_wrong_key_is_refused() {
+async fn wrong_api_key_is_refused() {
     for kind in KINDS {
         let sim = Sim::start(SimulatorConfig {
             api_key: Some("right".to_owned().into()),
@@ -279,7 +279,7 @@ async fn a_wrong_key_is_refused() {
 }
 
 #[tokio::test]
-async fn someone_else_s_run_makes_the_thread_busy() {
+async fn foreign_run_makes_thread_busy() {
     for kind in KINDS {
         let sim = Sim::instant().await;
         let upstream = adapter(&settings(kind, &sim));
@@ -302,7 +302,7 @@ async fn someone_else_s_run_makes_the_thread_busy() {
 }
 
 #[tokio::test]
-async fn an_abandoned_run_is_settled_whether_or_not_its_id_is_known() {
+async fn abandoned_run_is_settled_with_or_without_id() {
     for kind in KINDS {
         for known in [true, false] {
             let delay = Duration::from_millis(30);
@@ -343,7 +343,7 @@ async fn an_abandoned_run_is_settled_whether_or_not_its_id_is_known() {
 }
 
 #[tokio::test]
-async fn function_calls_that_nobody_answers_are_settled() {
+async fn unanswered_function_calls_are_settled() {
     for kind in KINDS {
         for told in [true, false] {
             let sim = Sim::instant().await;
@@ -368,7 +368,7 @@ async fn function_calls_that_nobody_answers_are_settled() {
 }
 
 #[tokio::test]
-async fn a_conversation_with_open_calls_mends_itself_at_the_next_turn() {
+async fn open_calls_are_repaired_at_next_turn() {
     let sim = Sim::instant().await;
     let upstream = adapter(&settings(UpstreamKind::Responses, &sim));
     let thread = thread_on(&*upstream).await;
@@ -379,7 +379,7 @@ async fn a_conversation_with_open_calls_mends_itself_at_the_next_turn() {
 }
 
 #[tokio::test]
-async fn a_chain_knows_what_was_said_and_forgets_what_broke() {
+async fn chain_keeps_completed_and_drops_broken_turns() {
     let sim = Sim::start(SimulatorConfig { conversations: false, ..SimulatorConfig::default() }).await;
     let mut settings = settings(UpstreamKind::Responses, &sim);
     settings.conversations = false;

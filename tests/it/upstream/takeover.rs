@@ -37,7 +37,7 @@ fn looked(stats: &Stats, times: u64) -> bool {
 }
 
 #[tokio::test]
-async fn what_was_never_sent_is_absent_where_that_can_be_seen() {
+async fn unsent_run_is_absent_where_verifiable() {
     for flavour in ALL {
         let scene = scene(flavour, SHORT).await;
         let expected = match flavour {
@@ -55,7 +55,7 @@ async fn what_was_never_sent_is_absent_where_that_can_be_seen() {
 }
 
 #[tokio::test]
-async fn a_request_that_comes_in_late_is_found() {
+async fn late_arriving_request_is_found_after_takeover() {
     for flavour in [Flavour::Assistants, Flavour::Conversations, Flavour::Background] {
         let scene = scene(flavour, LONG).await;
         let late = async {
@@ -72,7 +72,7 @@ async fn a_request_that_comes_in_late_is_found() {
 }
 
 #[tokio::test]
-async fn a_run_whose_thread_is_gone_was_seen_if_it_has_an_id() {
+async fn run_of_deleted_thread_is_unknown_with_id() {
     for flavour in [Flavour::Assistants, Flavour::Conversations] {
         let scene = scene(flavour, SHORT).await;
         scene
@@ -87,7 +87,7 @@ async fn a_run_whose_thread_is_gone_was_seen_if_it_has_an_id() {
 }
 
 #[tokio::test]
-async fn a_background_response_is_told_from_its_beginning_while_it_goes_on() {
+async fn running_background_response_replays_from_beginning_after_takeover() {
     for flavour in [Flavour::Background, Flavour::BackgroundChain] {
         let scene = scene(flavour, SHORT).await;
         let mut events = scene.start("a b c d e [[sim: silent_after=4]]").await.unwrap();
@@ -112,7 +112,7 @@ async fn a_background_response_is_told_from_its_beginning_while_it_goes_on() {
 }
 
 #[tokio::test]
-async fn a_background_response_without_an_id_is_waited_for() {
+async fn takeover_awaits_background_response_without_id() {
     let scene = scene(Flavour::Background, LONG).await;
     scene.sim.handle.hold();
     scene.start("hello [[sim: drop=after]]").await.err().unwrap();
@@ -127,7 +127,7 @@ async fn a_background_response_without_an_id_is_waited_for() {
 }
 
 #[tokio::test]
-async fn a_response_whose_connection_is_held_by_who_does_not_read_it_is_waited_for() {
+async fn takeover_awaits_response_held_by_stalled_owner() {
     for flavour in [Flavour::Conversations, Flavour::Chain] {
         for knows_id in [true, false] {
             if flavour.is_chain() && !knows_id {
@@ -153,7 +153,7 @@ async fn a_response_whose_connection_is_held_by_who_does_not_read_it_is_waited_f
 }
 
 #[tokio::test]
-async fn a_response_that_stopped_with_its_connection_is_not_sent_again_once_it_was_known() {
+async fn abandoned_response_with_known_id_is_not_resent() {
     for flavour in [Flavour::Conversations, Flavour::Chain] {
         let scene = scene(flavour, SHORT).await;
         let (id, _) = shown(&mut scene.start("x [[sim: rate=10s]]").await.unwrap(), 1).await;
@@ -170,7 +170,7 @@ async fn a_response_that_stopped_with_its_connection_is_not_sent_again_once_it_w
 }
 
 #[tokio::test]
-async fn calls_that_nobody_has_seen_are_told_and_can_be_answered() {
+async fn unseen_tool_calls_are_recovered_and_answerable() {
     for flavour in ALL {
         for knows_id in [true, false] {
             let scene = scene(flavour, LONG).await;
@@ -192,7 +192,7 @@ async fn calls_that_nobody_has_seen_are_told_and_can_be_answered() {
 }
 
 #[tokio::test]
-async fn the_round_that_answers_calls_is_found_with_its_id_and_without() {
+async fn answering_round_is_found_with_or_without_id() {
     for flavour in ALL {
         let scene = scene(flavour, SHORT).await;
         let asked = scene.say("weather? [[sim: tools=1]]").await;
@@ -220,7 +220,7 @@ async fn the_round_that_answers_calls_is_found_with_its_id_and_without() {
 }
 
 #[tokio::test]
-async fn a_run_that_its_owner_started_after_all_is_followed_and_not_ended() {
+async fn run_started_late_by_owner_is_followed() {
     let scene = scene(Flavour::Assistants, SHORT).await;
     scene.sim.handle.hold();
     let late = scene.start("hello").await.unwrap();
@@ -242,7 +242,7 @@ async fn a_run_that_its_owner_started_after_all_is_followed_and_not_ended() {
 }
 
 #[tokio::test]
-async fn however_a_run_ended_while_nobody_listened_it_is_told_so() {
+async fn takeover_reports_outcome_of_finished_run() {
     for flavour in ALL {
         for (text, status) in [
             ("a b c d", RunStatus::Completed),

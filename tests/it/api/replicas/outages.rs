@@ -8,8 +8,8 @@ use super::{Half, SCOPE, SHORT, TTL, begin, counted, heard};
 use crate::support::gate::{Gate, Moment};
 use crate::support::gateway::{Gateway, text, text_of};
 use crate::support::history::assert_same;
+use crate::support::recording_proxy::{DatabaseTap, HttpTap, Steps};
 use crate::support::scene::{Backend, Protocol, Scene, on_shared_scene};
-use crate::support::wiretap::{HttpTap, Steps, Wiretap};
 
 on_shared_scene!(cut_off_replica_stops_before_takeover);
 
@@ -24,7 +24,7 @@ fn cut_off(gate: &Gate) {
 
 async fn cut_off_replica_stops_before_takeover(scene: Scene) {
     let (database, upstream) = (Gate::default(), Gate::default());
-    let tap = Wiretap::gated(&scene.database.url(), &database, Steps::All).await;
+    let tap = DatabaseTap::gated(&scene.database.url(), &database, Steps::All).await;
     let http = HttpTap::gated(&scene.upstream_url, &upstream, Steps::All).await;
     let config = scene.config_with(SHORT, "lock_window = \"500ms\"\n");
     let (one, other) =
@@ -86,7 +86,7 @@ async fn cut_off_replica_stops_before_session_lapses() {
     const LIFE: Duration = Duration::from_secs(10);
     let scene = Scene::new(Protocol::Responses, Backend::Postgres).await;
     let gate = Gate::default();
-    let tap = Wiretap::gated(&scene.database.url(), &gate, Steps::All).await;
+    let tap = DatabaseTap::gated(&scene.database.url(), &gate, Steps::All).await;
     let settings = format!("[replica]\nsession_ttl = \"{}s\"\n", LIFE.as_secs());
     let gateway = Gateway::start(&scene.config(&settings).replace(&scene.database.url(), &tap.url)).await;
     let _half = Half::at(&scene, &gateway, "tell me").await;
@@ -101,7 +101,7 @@ async fn cut_off_replica_stops_before_session_lapses() {
 async fn single_replica_resumes_runs_after_database_outage() {
     let scene = Scene::new(Protocol::Assistants, Backend::Postgres).await;
     let gate = Gate::default();
-    let tap = Wiretap::gated(&scene.database.url(), &gate, Steps::All).await;
+    let tap = DatabaseTap::gated(&scene.database.url(), &gate, Steps::All).await;
     let gateway = Gateway::start(&scene.config(SHORT).replace(&scene.database.url(), &tap.url)).await;
     let half = Half::at(&scene, &gateway, "tell me").await;
     let (in_line, _) = begin(&gateway, "enqueue", "me too").await;
@@ -124,7 +124,7 @@ async fn single_replica_resumes_runs_after_database_outage() {
 async fn startup_waits_for_lost_database() {
     let scene = Scene::new(Protocol::Responses, Backend::Postgres).await;
     let gate = Gate::default();
-    let tap = Wiretap::gated(&scene.database.url(), &gate, Steps::All).await;
+    let tap = DatabaseTap::gated(&scene.database.url(), &gate, Steps::All).await;
     let config = scene.config_with(SHORT, "").replace(&scene.database.url(), &tap.url);
     let mut steps = 0;
     loop {

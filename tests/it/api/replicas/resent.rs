@@ -9,8 +9,8 @@ use super::{SCOPE, SHORT, TTL, heard};
 use crate::support::gate::{Gate, Moment};
 use crate::support::gateway::{Gateway, text};
 use crate::support::history::assert_same;
+use crate::support::recording_proxy::{HttpTap, Steps};
 use crate::support::scene::{Protocol, Scene, on_every_shared_scene};
-use crate::support::wiretap::{HttpTap, Steps};
 
 on_every_shared_scene!(
     takeover_sends_unsent_message_once,

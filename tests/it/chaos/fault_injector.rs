@@ -18,14 +18,14 @@ use crate::support::link::{Valve, Weather};
 /// How bad it gets.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Temper {
-    /// The mean pause between two deeds.
+    /// The mean pause between two actions.
     pub(super) pause: Duration,
     /// The longest time without the database.
     pub(super) longest_outage: Duration,
 }
 
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
-enum Deed {
+enum Action {
     Kill,
     Stop,
     /// For longer than a session.
@@ -52,22 +52,22 @@ enum Deed {
     SlowDatabase,
 }
 
-const DEEDS: [(Deed, u32); 15] = [
-    (Deed::Kill, 12),
-    (Deed::Stop, 10),
-    (Deed::Freeze, 7),
-    (Deed::Hiccup, 4),
-    (Deed::CutClients, 8),
-    (Deed::DelayClients, 3),
-    (Deed::CutDatabase, 5),
-    (Deed::DelayDatabase, 4),
-    (Deed::LoseDatabase, 5),
-    (Deed::RefuseDatabase, 3),
-    (Deed::CutUpstream, 4),
-    (Deed::UpstreamFault, 6),
-    (Deed::Outage, 4),
-    (Deed::Restart, 4),
-    (Deed::SlowDatabase, 3),
+const DEEDS: [(Action, u32); 15] = [
+    (Action::Kill, 12),
+    (Action::Stop, 10),
+    (Action::Freeze, 7),
+    (Action::Hiccup, 4),
+    (Action::CutClients, 8),
+    (Action::DelayClients, 3),
+    (Action::CutDatabase, 5),
+    (Action::DelayDatabase, 4),
+    (Action::LoseDatabase, 5),
+    (Action::RefuseDatabase, 3),
+    (Action::CutUpstream, 4),
+    (Action::UpstreamFault, 6),
+    (Action::Outage, 4),
+    (Action::Restart, 4),
+    (Action::SlowDatabase, 3),
 ];
 
 const UPSTREAM_FAULTS: [(&str, &str); 6] = [
@@ -79,35 +79,35 @@ const UPSTREAM_FAULTS: [(&str, &str); 6] = [
     ("any", "latency=200ms"),
 ];
 
-/// Does its deeds until it is over, then puts everything right.
+/// Does its actions until it is over, then puts everything right.
 pub(super) async fn work(world: Arc<World>, temper: Temper) {
     let mut rng = StdRng::seed_from_u64(world.seed);
-    let mut deeds = JoinSet::new();
+    let mut actions = JoinSet::new();
     loop {
         let pause = temper.pause.mul_f64(rng.random_range(0.1..1.9));
         tokio::select! {
             () = sleep(pause) => {}
             () = world.over.cancelled() => break,
         }
-        while let Some(done) = deeds.try_join_next() {
+        while let Some(done) = actions.try_join_next() {
             done.unwrap();
         }
-        let deed = DEEDS.choose_weighted(&mut rng, |(_, weight)| *weight).unwrap().0;
+        let action = DEEDS.choose_weighted(&mut rng, |(_, weight)| *weight).unwrap().0;
         let (place, part) = (rng.random_range(0..world.fleet.len()), rng.random_range(0.0..1.0));
         let fault = *UPSTREAM_FAULTS.choose(&mut rng).unwrap();
-        match deed {
-            Deed::UpstreamFault => {
+        match action {
+            Action::UpstreamFault => {
                 let (on, fault) = fault;
                 log(&world, format!("upstream: {fault} for the next {on}"));
-                world.count("deeds: upstream faults");
+                world.count("actions: upstream faults");
                 let fault = Fault { on: on.to_owned(), fault: fault.to_owned(), times: 1 };
                 world.scene.simulator.add_fault(fault).unwrap();
             }
-            Deed::Outage | Deed::Restart => {
-                deeds.spawn(trouble_all(Arc::clone(&world), deed, part, temper));
+            Action::Outage | Action::Restart => {
+                actions.spawn(trouble_all(Arc::clone(&world), action, part, temper));
             }
-            Deed::SlowDatabase => {
-                deeds.spawn(slow_all(Arc::clone(&world), part));
+            Action::SlowDatabase => {
+                actions.spawn(slow_all(Arc::clone(&world), part));
             }
             _ => {
                 // One replica is left alone, or there would be nothing to see.
@@ -115,15 +115,15 @@ pub(super) async fn work(world: Arc<World>, temper: Temper) {
                     (0..world.fleet.len()).filter(|place| world.fleet.try_lock(*place).is_none()).count();
                 if busy + 1 < world.fleet.len() && world.fleet.try_lock(place).is_some() {
                     let world = Arc::clone(&world);
-                    deeds.spawn(async move {
+                    actions.spawn(async move {
                         let mut replica = world.fleet.lock(place).await;
-                        trouble_one(&world, &mut replica, deed, part).await;
+                        trouble_one(&world, &mut replica, action, part).await;
                     });
                 }
             }
         }
     }
-    while let Some(done) = deeds.join_next().await {
+    while let Some(done) = actions.join_next().await {
         done.unwrap();
     }
     world.scene.simulator.clear_faults();
@@ -139,16 +139,16 @@ fn part_of(least: Duration, most: Duration, part: f64) -> Duration {
     least + (most.saturating_sub(least)).mul_f64(part)
 }
 
-async fn trouble_one(world: &Arc<World>, replica: &mut Replica, deed: Deed, part: f64) {
+async fn trouble_one(world: &Arc<World>, replica: &mut Replica, action: Action, part: f64) {
     let _trouble = world.trouble();
     let process = replica.process();
-    let what = format!("{process}: {deed:?}");
+    let what = format!("{process}: {action:?}");
     log(world, what.clone());
-    world.count(&format!("deeds: {deed:?}"));
+    world.count(&format!("actions: {action:?}"));
     let clients = world.fleet.balancer.valve(replica.place).clone();
     let while_session = part_of(SESSION / 2, SESSION * 3, part);
-    match deed {
-        Deed::Kill => {
+    match action {
+        Action::Kill => {
             let watch = super::takeover::Watch::begin(world, replica.gateway().address()).await;
             world.fleet.kill(replica);
             let mut watching = JoinSet::new();
@@ -161,67 +161,67 @@ async fn trouble_one(world: &Arc<World>, replica: &mut Replica, deed: Deed, part
                 watched.unwrap();
             }
         }
-        Deed::Stop => {
+        Action::Stop => {
             let stopped = world.fleet.stop(replica).await;
             check_stop(world, &process, &stopped);
             sleep(part_of(Duration::ZERO, SESSION, part)).await;
             world.fleet.launch(replica).await;
         }
-        Deed::Freeze => {
+        Action::Freeze => {
             replica.gateway().freeze();
             sleep(part_of(SESSION * 5 / 4, SESSION * 3, part)).await;
             replica.gateway().thaw();
         }
-        Deed::Hiccup => {
+        Action::Hiccup => {
             replica.gateway().freeze();
             sleep(part_of(SESSION / 10, SESSION * 9 / 10, part)).await;
             replica.gateway().thaw();
         }
-        Deed::CutClients => clients.cut(),
-        Deed::DelayClients => {
+        Action::CutClients => clients.cut(),
+        Action::DelayClients => {
             let weather = Weather {
                 delay: part_of(Duration::from_millis(20), Duration::from_millis(200), part),
                 ..Weather::default()
             };
             during(&clients, weather, while_session).await;
         }
-        Deed::CutDatabase => replica.database.valve.cut(),
-        Deed::DelayDatabase => during(&replica.database.valve, slow(part), while_session).await,
-        Deed::LoseDatabase => {
+        Action::CutDatabase => replica.database.valve.cut(),
+        Action::DelayDatabase => during(&replica.database.valve, slow(part), while_session).await,
+        Action::LoseDatabase => {
             let weather = Weather { swallows: true, ..Weather::default() };
             during(&replica.database.valve, weather, while_session).await;
         }
-        Deed::RefuseDatabase => {
+        Action::RefuseDatabase => {
             let weather = Weather { refuses: true, ..Weather::default() };
             replica.database.valve.set(weather);
             replica.database.valve.cut();
             during(&replica.database.valve, weather, while_session).await;
         }
-        Deed::CutUpstream => replica.upstream.valve.cut(),
-        Deed::UpstreamFault | Deed::Outage | Deed::Restart | Deed::SlowDatabase => {}
+        Action::CutUpstream => replica.upstream.valve.cut(),
+        Action::UpstreamFault | Action::Outage | Action::Restart | Action::SlowDatabase => {}
     }
     log(world, format!("{what} is over"));
 }
 
 /// The server is away, or starts anew, or is slow.
-async fn trouble_all(world: Arc<World>, deed: Deed, part: f64, temper: Temper) {
+async fn trouble_all(world: Arc<World>, action: Action, part: f64, temper: Temper) {
     let Ok(mut server) = Arc::clone(&world.server).try_write_owned() else { return };
     let _trouble = world.trouble();
-    let time = match deed {
-        Deed::Restart => Duration::ZERO,
+    let time = match action {
+        Action::Restart => Duration::ZERO,
         _ => part_of(Duration::from_millis(300), temper.longest_outage, part),
     };
     // One that crashes is more interesting than one that says goodbye.
     let how = if part < 0.3 { Stop::Fast } else { Stop::Immediate };
-    log(&world, format!("the database: {deed:?}, {how:?}, {time:?}"));
-    world.count(&format!("deeds: {deed:?}"));
+    log(&world, format!("the database: {action:?}, {how:?}, {time:?}"));
+    world.count(&format!("actions: {action:?}"));
     let blocking = spawn_blocking(move || {
         server.stop(how);
         std::thread::sleep(time);
         server.start_again();
     });
     blocking.await.unwrap();
-    log(&world, format!("the database: {deed:?} is over"));
+    log(&world, format!("the database: {action:?} is over"));
 }
 
 /// The way to it is long for all replicas, or for those that are in no other trouble: these have theirs.
@@ -229,7 +229,7 @@ async fn slow_all(world: Arc<World>, part: f64) {
     let held: Vec<_> = (0..world.fleet.len()).filter_map(|place| world.fleet.try_lock(place)).collect();
     let _trouble = world.trouble();
     log(&world, format!("the database is slow for {} replicas", held.len()));
-    world.count("deeds: SlowDatabase");
+    world.count("actions: SlowDatabase");
     for replica in &held {
         replica.database.valve.set(slow(part));
     }

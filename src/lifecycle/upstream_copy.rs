@@ -8,8 +8,8 @@ use std::time::Duration;
 
 use tokio::time::{Instant, sleep, timeout_at};
 
-use super::Keeper;
-use super::janitor::Trouble;
+use super::Janitor;
+use super::janitor::JanitorError;
 use crate::domain::{
     Deletion, Lifecycle, Limits, Removed, Thread, ThreadId, UpstreamOutcome, UpstreamRunId, UpstreamThreadId,
     now,
@@ -28,15 +28,15 @@ const STEPS: Duration = Duration::from_mins(3);
 const MAKING_PATIENCE: Duration = Duration::from_secs(8);
 const MAKING_POLL: Duration = Duration::from_millis(100);
 
-impl Keeper {
+impl Janitor {
     /// Deletes all that a thread has at its upstream: stored runs, threads that were made for it and given up, last its
     /// own. What is done is recorded as it goes, so that whoever goes on does not begin anew. Its runs have ended.
     /// `attempts`: looks in a row that failed before this one.
     ///
     /// # Errors
-    /// [`Trouble::Underway`] while an upstream thread is being made for one of its runs that was cut off: its id is known
-    /// as soon as that is answered. [`Trouble::Upstream`] if a step failed and is to be tried again.
-    pub(super) async fn clear_upstream(&self, thread: &Thread, attempts: i64) -> Result<(), Trouble> {
+    /// [`JanitorError::Underway`] while an upstream thread is being made for one of its runs that was cut off: its id is known
+    /// as soon as that is answered. [`JanitorError::Upstream`] if a step failed and is to be tried again.
+    pub(super) async fn clear_upstream(&self, thread: &Thread, attempts: i64) -> Result<(), JanitorError> {
         self.wait_for_making(thread.id).await?;
         let mut removed = thread.removed.clone();
         if attempts == 0 {
@@ -83,7 +83,7 @@ impl Keeper {
                 Err(error) => {
                     // What was deleted of it until then is in the receipt, too.
                     self.store().removed(thread.id, &removed, &[]).await?;
-                    return Err(Trouble::Upstream { name: thread.upstream.clone(), error });
+                    return Err(JanitorError::Upstream { name: thread.upstream.clone(), error });
                 }
             },
         };
@@ -119,7 +119,7 @@ impl Keeper {
         upstream: &dyn Upstream,
         removed: &mut Removed,
         look: Look,
-    ) -> Result<(), Trouble> {
+    ) -> Result<(), JanitorError> {
         let with_runs = upstream.capabilities().stores_runs;
         let (mut failed, mut last, mut failures) = (Vec::new(), None, 0);
         loop {
@@ -137,14 +137,14 @@ impl Keeper {
                 }
                 match self.delete_remnant(upstream, remnant, removed, look).await {
                     Ok(()) => failures = 0,
-                    Err(Trouble::Upstream { .. }) if look.is_only_long(removed) => {
+                    Err(JanitorError::Upstream { .. }) if look.is_only_long(removed) => {
                         return self.goes_on(thread, removed.clone()).await;
                     }
-                    Err(Trouble::Upstream { error, .. }) if self.gives_up(thread, removed, &error) => {
+                    Err(JanitorError::Upstream { error, .. }) if self.gives_up(thread, removed, &error) => {
                         failures += 1;
                         leave(remnant, removed);
                     }
-                    Err(trouble @ Trouble::Upstream { .. }) => {
+                    Err(trouble @ JanitorError::Upstream { .. }) => {
                         failed.push(remnant.name.clone());
                         last = Some(trouble);
                         if failed.len() >= MAX_FAILURES {
@@ -177,10 +177,10 @@ impl Keeper {
     }
 
     /// Ends a look for which there was more to do than it had time for.
-    async fn goes_on(&self, thread: &Thread, mut removed: Removed) -> Result<(), Trouble> {
+    async fn goes_on(&self, thread: &Thread, mut removed: Removed) -> Result<(), JanitorError> {
         removed.tried_until = None;
         self.store().removed(thread.id, &removed, &[]).await?;
-        Err(Trouble::TimeIsUp)
+        Err(JanitorError::TimeIsUp)
     }
 
     /// Whether a step that failed is not tried any more. It is while a thread is kept as an archive, which tells nobody.
@@ -223,21 +223,21 @@ impl Keeper {
     }
 
     /// Waits until nobody makes an upstream thread for the thread any more, within a bound.
-    async fn wait_for_making(&self, thread: ThreadId) -> Result<(), Trouble> {
+    async fn wait_for_making(&self, thread: ThreadId) -> Result<(), JanitorError> {
         let until = Instant::now() + MAKING_PATIENCE;
         loop {
             if !self.store().makes_upstream_thread(thread).await? {
                 return Ok(());
             }
             if Instant::now() >= until {
-                return Err(Trouble::Underway);
+                return Err(JanitorError::Underway);
             }
             sleep(MAKING_POLL).await;
         }
     }
 
     /// Deletes one remnant of a thread that goes on. What was deleted, or cannot be found.
-    pub(super) async fn clear_remnant(&self, remnant: &Remnant) -> Result<Removed, Trouble> {
+    pub(super) async fn clear_remnant(&self, remnant: &Remnant) -> Result<Removed, JanitorError> {
         let Some(upstream) = self.parts.given.upstreams.get(&remnant.upstream) else {
             tracing::warn!(
                 thread.id = %remnant.thread,
@@ -273,9 +273,9 @@ impl Keeper {
         remnant: &Remnant,
         removed: &mut Removed,
         look: Look,
-    ) -> Result<(), Trouble> {
+    ) -> Result<(), JanitorError> {
         let pace = &self.parts.pace;
-        let failed = |error| Trouble::Upstream { name: remnant.upstream.clone(), error };
+        let failed = |error| JanitorError::Upstream { name: remnant.upstream.clone(), error };
         let unused = match (remnant.kind, &remnant.upstream_id) {
             (RemnantKind::Run, Some(id)) => {
                 let id = UpstreamRunId(id.clone());
@@ -315,12 +315,12 @@ impl Keeper {
         &self,
         intent: &Remnant,
         mut found: Vec<UpstreamThreadId>,
-    ) -> Result<Vec<UpstreamThreadId>, Trouble> {
+    ) -> Result<Vec<UpstreamThreadId>, JanitorError> {
         // Only a run makes threads; without one, another intent is as old as this one.
         let at_work = !self.store().unfinished_of(intent.thread).await?.is_empty();
         let others = self.store().remnants(intent.thread, false, BATCH).await?;
         if at_work && others.iter().any(|other| other.upstream_id.is_none() && other.name != intent.name) {
-            return Err(Trouble::Underway);
+            return Err(JanitorError::Underway);
         }
         let used = self.store().thread(intent.thread).await?.and_then(|thread| thread.upstream_thread_id);
         found.retain(|id| Some(id) != used.as_ref());

@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 use tokio::task::JoinSet;
 
 /// A server that says what it was told: in its headers, its errors and its events.
-pub(super) struct Parrot {
+pub(super) struct EchoUpstream {
     pub(super) url: String,
     _task: JoinSet<()>,
 }
@@ -19,7 +19,7 @@ pub(super) struct Parrot {
 /// How it says it.
 pub(super) const PARROT_SAYS: [&str; 6] = ["400", "401", "500", "307", "garbage", "events"];
 
-impl Parrot {
+impl EchoUpstream {
     pub(super) async fn start() -> Self {
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
         let url = format!("http://{}", listener.local_addr().unwrap());

@@ -12,8 +12,8 @@ use crate::support::chance::{is_thorough, seed};
 use crate::support::gate::{Gate, Moment};
 use crate::support::gateway::{Answer, Gateway, PATIENCE, text};
 use crate::support::history::{Line, transcript};
+use crate::support::recording_proxy::{DatabaseTap, HttpTap, Steps};
 use crate::support::scene::{Backend, Protocol, Scene};
-use crate::support::wiretap::{HttpTap, Steps, Wiretap};
 
 /// Side by side, each with a database and an upstream of its own, each with every so manieth step.
 const LANES: usize = 2;
@@ -135,7 +135,7 @@ struct World {
     operation: Operation,
     gate: Gate,
     config: String,
-    _tap: Option<Wiretap>,
+    _tap: Option<DatabaseTap>,
     _upstream: HttpTap,
 }
 
@@ -163,7 +163,7 @@ impl World {
         // A chain is a matter of the upstream; of SQLite nothing passes a wire.
         let tap = match (backend, protocol) {
             (Backend::Postgres, Protocol::Responses | Protocol::Assistants) => {
-                Some(Wiretap::gated(&scene.database.url(), &gate, steps).await)
+                Some(DatabaseTap::gated(&scene.database.url(), &gate, steps).await)
             }
             _ => None,
         };

@@ -6,8 +6,8 @@ use serde_json::{Value, json};
 use crate::support::gate::{Gate, Moment};
 use crate::support::gateway::{Answer, Gateway, text};
 use crate::support::history::{all, upstream};
+use crate::support::recording_proxy::{DatabaseTap, Steps};
 use crate::support::scene::{Backend, Protocol, Scene};
-use crate::support::wiretap::{Steps, Wiretap};
 
 const SCOPE: &str = "/v1/users/alice";
 /// Longer than any of these tests takes.
@@ -20,14 +20,14 @@ struct World {
     scene: Scene,
     gate: Gate,
     gateway: Gateway,
-    _tap: Wiretap,
+    _tap: DatabaseTap,
 }
 
 impl World {
     async fn new(transcript: &str) -> Self {
         let scene = Scene::new(Protocol::Responses, Backend::Postgres).await;
         let gate = Gate::default();
-        let tap = Wiretap::gated(&scene.database.url(), &gate, Steps::Changes).await;
+        let tap = DatabaseTap::gated(&scene.database.url(), &gate, Steps::Changes).await;
         let config = scene.config(SESSION).replace(&scene.database.url(), &tap.url);
         let store = format!("[store]\ntranscript = \"{transcript}\"\nacquire_timeout = \"1s\"\n");
         let gateway = Gateway::start(&config.replace("[store]\n", &store)).await;

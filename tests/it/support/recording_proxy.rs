@@ -27,13 +27,13 @@ pub(crate) enum Steps {
 }
 
 /// A tapped way to a database.
-pub(crate) struct Wiretap {
+pub(crate) struct DatabaseTap {
     pub(crate) url: String,
     trips: Arc<AtomicUsize>,
     _task: JoinSet<()>,
 }
 
-impl Wiretap {
+impl DatabaseTap {
     /// Opens another way to the database of this URL.
     pub(crate) async fn on(url: &str) -> Self {
         Self::gated(url, &Gate::default(), Steps::All).await

@@ -14,7 +14,7 @@ use super::extract::path_params;
 use super::keys::{Named, Place};
 use super::limits::Counted;
 use super::openapi::Doc;
-use super::turn::REPLAYED;
+use super::run_response::REPLAYED;
 use crate::domain::{Access, Principal};
 use crate::error::{Error, TooOften};
 

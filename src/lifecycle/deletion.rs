@@ -5,7 +5,7 @@ use std::time::Duration;
 use tokio::time::{sleep, timeout};
 use tracing::Instrument;
 
-use super::Keeper;
+use super::Janitor;
 use super::janitor::Counts;
 use crate::domain::{
     ConversationKey, Deletion, DeletionId, Page, Principal, TenantKey, ThreadId, UserKey, now,
@@ -42,7 +42,7 @@ impl Target {
     }
 }
 
-impl Keeper {
+impl Janitor {
     /// Deletes, here and upstream, and waits for the end within a bound; what is not done by then goes on in the
     /// background, whatever becomes of the caller or this process. Asked again meanwhile, it tells of the same deletion.
     ///
@@ -81,14 +81,14 @@ impl Keeper {
             };
             begun = self.store().begin_deletion(&request, AT_ONCE).await?;
             if begun > 0 {
-                let (keeper, of) = (self.clone(), tenant.clone());
-                self.parts.given.tasks.spawn(async move { keeper.see_to(&of, id).await }.in_current_span());
+                let (janitor, of) = (self.clone(), tenant.clone());
+                self.parts.given.tasks.spawn(async move { janitor.see_to(&of, id).await }.in_current_span());
             }
             // More than that is for the janitors of all replicas.
             request.hold = Duration::ZERO;
             if begun == u64::from(AT_ONCE) {
                 while self.store().begin_deletion(&request, BEGIN_BATCH).await? > 0 {}
-                self.parts.nudge.notify_one();
+                self.parts.wake.notify_one();
             }
         }
         if begun == 0 {
@@ -203,7 +203,7 @@ impl Keeper {
                     let due = Due { now: now.last_active_at, thread: now, attempts, claimed };
                     tokio::select! {
                         () = self.parts.given.draining.cancelled() => return,
-                        () = self.tend(due, &counts) => {}
+                        () = self.process(due, &counts) => {}
                     }
                 }
                 Ok(None) => {}

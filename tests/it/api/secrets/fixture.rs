@@ -9,10 +9,10 @@ use serde_json::{Value, json};
 use tempfile::TempDir;
 
 use crate::support::gateway::{Answer, Gateway};
-use crate::support::needles::{Needles, planted};
 use crate::support::scene::{Backend, Protocol, Scene};
+use crate::support::secret_scan::{Needles, planted};
 
-use super::parrot::PARROT_SAYS;
+use super::echo_upstream::PARROT_SAYS;
 use super::{PLAIN_SECRETS, SECRETS, WORDS, plain_secret, secret, word};
 
 /// Pieces of this length are looked for.

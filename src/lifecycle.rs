@@ -2,7 +2,7 @@
 
 mod deletion;
 mod janitor;
-mod upstream;
+mod upstream_copy;
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -14,28 +14,28 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::config::{JanitorConfig, RetentionConfig};
-use crate::domain::{Fingerprints, Keeping, Lifetimes};
+use crate::domain::{Fingerprints, Lifetimes, RetentionPolicy};
 use crate::runs::Runs;
 use crate::store::{Pruning, Store};
 use crate::upstream::{Pace, Upstream};
 
 pub use deletion::Target;
-pub use janitor::{Outlook, Plan, Tally};
+pub use janitor::{DryRun, PassSummary, Plan};
 
 /// Looks after the threads of all replicas, together with its peers. Clones share everything.
 #[derive(Clone)]
-pub struct Keeper {
+pub struct Janitor {
     parts: Arc<Parts>,
 }
 
-/// What a [`Keeper`] is made of.
-pub struct KeeperParts {
+/// What a [`Janitor`] is made of.
+pub struct JanitorParts {
     pub store: Arc<Store>,
     pub upstreams: BTreeMap<String, Arc<dyn Upstream>>,
     pub runs: Runs,
     pub fingerprints: Fingerprints,
     pub lifetimes: Lifetimes,
-    pub keeping: Keeping,
+    pub keeping: RetentionPolicy,
     pub retention: RetentionConfig,
     pub idempotency_ttl: Duration,
     pub janitor: JanitorConfig,
@@ -48,16 +48,16 @@ pub struct KeeperParts {
 }
 
 struct Parts {
-    given: KeeperParts,
+    given: JanitorParts,
     pace: Pace,
     pruning: Pruning,
     /// There is work that should not wait for the next look.
-    nudge: Notify,
+    wake: Notify,
 }
 
-impl Keeper {
+impl Janitor {
     /// Must be made inside a tokio runtime.
-    pub fn new(given: KeeperParts) -> Self {
+    pub fn new(given: JanitorParts) -> Self {
         let pace = Pace::new(given.janitor.calls_per_second);
         let storing = given.upstreams.iter().filter(|(_, upstream)| upstream.capabilities().stores_runs);
         let pruning = Pruning {
@@ -67,7 +67,7 @@ impl Keeper {
             receipts: Some(given.retention.receipts),
             storing: storing.map(|(name, _)| name.clone()).collect(),
         };
-        Self { parts: Arc::new(Parts { given, pace, pruning, nudge: Notify::new() }) }
+        Self { parts: Arc::new(Parts { given, pace, pruning, wake: Notify::new() }) }
     }
 
     fn store(&self) -> &Store {
@@ -75,14 +75,14 @@ impl Keeper {
     }
 }
 
-impl fmt::Debug for Keeper {
+impl fmt::Debug for Janitor {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Keeper").finish_non_exhaustive()
+        f.debug_struct("Janitor").finish_non_exhaustive()
     }
 }
 
-impl fmt::Debug for KeeperParts {
+impl fmt::Debug for JanitorParts {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("KeeperParts").field("janitor", &self.janitor).finish_non_exhaustive()
+        f.debug_struct("JanitorParts").field("janitor", &self.janitor).finish_non_exhaustive()
     }
 }

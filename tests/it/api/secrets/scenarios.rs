@@ -7,10 +7,10 @@ use serde_json::{Value, json};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
 use crate::support::gateway::Gateway;
-use crate::support::needles::planted;
+use crate::support::secret_scan::planted;
 
-use super::parrot::PARROT_SAYS;
-use super::world::{PIECE, World, signed};
+use super::echo_upstream::PARROT_SAYS;
+use super::fixture::{PIECE, World, signed};
 use super::{secret, word};
 
 /// Configurations and variables that are wrong, in or beside a secret.

@@ -10,8 +10,8 @@ use rand::RngExt;
 use tokio::time::{Instant, sleep, timeout};
 use tracing::Instrument;
 
-use super::Keeper;
-use crate::domain::{Chore, Deletion, Lifecycle, Limits, Thread, Timestamp};
+use super::Janitor;
+use crate::domain::{Deletion, Lifecycle, LifecycleTask, Limits, Thread, Timestamp};
 use crate::error::{Chain, Error};
 use crate::runs::Unverified;
 use crate::store::{Due, Pruned, Remnant, RemnantName, StoreError};
@@ -21,7 +21,7 @@ use crate::upstream::UpstreamError;
 const LEASE: Duration = Duration::from_mins(5);
 /// How long it works on it at a time; what takes longer waits like what failed, and goes on where it was. What cannot be
 /// begun with early enough for that is left until the lease is over: nobody comes upon work that still goes on.
-const SHIFT: Duration = Duration::from_mins(4);
+const ITEM_TIMEOUT: Duration = Duration::from_mins(4);
 /// How soon the database is asked again that was away as a look was to be recorded.
 const RECORD_AGAIN: Duration = Duration::from_secs(1);
 /// The first wait after a failure; it doubles with each one in a row.
@@ -34,14 +34,14 @@ const ERASE_BATCH: u32 = 1000;
 /// Threads looked through at a time after the start.
 const REVIEW_BATCH: u32 = 1000;
 /// The rest between two of these.
-const REVIEW_REST: Duration = Duration::from_millis(100);
+const REVIEW_PAUSE: Duration = Duration::from_millis(100);
 /// Longest time for pruning at a look, so that threads have their turn. What is left then is pruned at the next look,
 /// which follows at once.
 const PRUNE_TIME: Duration = Duration::from_secs(20);
 
 /// What a look did.
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
-pub struct Tally {
+pub struct PassSummary {
     /// Threads that had expired and are archived now.
     pub expired: u64,
     /// Archived threads whose upstream copy is deleted now.
@@ -61,7 +61,7 @@ pub struct Tally {
 
 /// What a look would do.
 #[derive(Clone, Debug)]
-pub struct Outlook {
+pub struct DryRun {
     pub plans: Vec<Plan>,
     pub remnants: Vec<Remnant>,
     pub prunable: Pruned,
@@ -72,12 +72,12 @@ pub struct Outlook {
 #[derive(Clone, Debug)]
 pub struct Plan {
     pub thread: Thread,
-    pub chore: Chore,
+    pub task: LifecycleTask,
 }
 
 /// Why the work on a thread stopped half-way. It is tried again.
 #[derive(Debug, thiserror::Error)]
-pub(super) enum Trouble {
+pub(super) enum JanitorError {
     #[error("the database failed")]
     Store(#[from] StoreError),
     #[error("the upstream `{name}` failed: {error}")]
@@ -98,7 +98,7 @@ pub(super) enum Trouble {
     Cancel(String),
 }
 
-impl Keeper {
+impl Janitor {
     /// Looks after threads until the process is to stop.
     pub async fn work(self) {
         let draining = self.parts.given.draining.clone();
@@ -106,15 +106,15 @@ impl Keeper {
         let work = async {
             self.review().await;
             loop {
-                match self.look(u32::MAX).await {
-                    Ok(tally) if tally.has_more => continue,
+                match self.run_pass(u32::MAX).await {
+                    Ok(summary) if summary.has_more => continue,
                     Ok(_) => {}
                     Err(error) => tracing::warn!(error = %Chain(&error), "the janitor cannot work now"),
                 }
                 let pause = self.parts.given.janitor.every.mul_f64(rand::rng().random_range(0.5..=1.5));
                 tokio::select! {
                     () = sleep(pause) => {}
-                    () = self.parts.nudge.notified() => {}
+                    () = self.parts.wake.notified() => {}
                 }
             }
         };
@@ -135,7 +135,7 @@ impl Keeper {
                     tracing::warn!(error = %Chain(&error), "the janitor cannot look through the threads now");
                 }
             }
-            sleep(REVIEW_REST).await;
+            sleep(REVIEW_PAUSE).await;
         }
     }
 
@@ -143,7 +143,7 @@ impl Keeper {
     ///
     /// # Errors
     /// The store failed. What was done until then is done.
-    pub async fn look(&self, most: u32) -> Result<Tally, StoreError> {
+    pub async fn run_pass(&self, most: u32) -> Result<PassSummary, StoreError> {
         let counts = Arc::new(Counts::default());
         let mut left = most;
         loop {
@@ -153,7 +153,7 @@ impl Keeper {
             }
             let due = self.store().claim_due(batch, LEASE).await?;
             let got = u32::try_from(due.len()).unwrap_or(u32::MAX);
-            self.tend_all(due, &counts).await;
+            self.process_all(due, &counts).await;
             left = left.saturating_sub(got);
             // What was archived just now is due again.
             if got == 0 {
@@ -162,11 +162,11 @@ impl Keeper {
         }
         self.look_for_remnants(&counts).await?;
         let (pruned, pruned_all) = self.prune().await?;
-        let tally = Tally { pruned, has_more: left == 0 || !pruned_all, ..counts.tally() };
-        if tally != Tally::default() {
-            tracing::info!(?tally, "the janitor looked after threads");
+        let summary = PassSummary { pruned, has_more: left == 0 || !pruned_all, ..counts.summary() };
+        if summary != PassSummary::default() {
+            tracing::info!(?summary, "the janitor looked after threads");
         }
-        Ok(tally)
+        Ok(summary)
     }
 
     /// Removes what is past its time, batch by batch, until nothing is left or the time for it is over. Whether nothing is
@@ -187,32 +187,33 @@ impl Keeper {
         Ok((pruned, false))
     }
 
-    /// A [`look`](Self::look) that somebody asked for. It goes on if they do not wait for it.
+    /// A [`look`](Self::run_pass) that somebody asked for. It goes on if they do not wait for it.
     ///
     /// # Errors
     /// The store failed, or the process stops.
-    pub async fn clean_up(&self, most: u32) -> Result<Tally, Error> {
-        let (keeper, draining) = (self.clone(), self.parts.given.draining.clone());
+    pub async fn clean_up(&self, most: u32) -> Result<PassSummary, Error> {
+        let (janitor, draining) = (self.clone(), self.parts.given.draining.clone());
         let work = async move {
             tokio::select! {
                 () = draining.cancelled() => Err(Error::Draining),
-                tally = keeper.look(most) => tally.map_err(Error::from),
+                summary = janitor.run_pass(most) => summary.map_err(Error::from),
             }
         };
         self.parts.given.tasks.spawn(work.in_current_span()).await.map_err(|_| Error::Internal(None))?
     }
 
-    /// What [`look`](Self::look) would do. Nothing is changed.
-    pub async fn outlook(&self, most: u32) -> Result<Outlook, StoreError> {
+    /// What [`look`](Self::run_pass) would do. Nothing is changed.
+    pub async fn dry_run_of(&self, most: u32) -> Result<DryRun, StoreError> {
         let given = &self.parts.given;
         let due = self.store().due(most).await?;
         let has_more = u32::try_from(due.len()).is_ok_and(|got| got == most);
         let plan = |due: Due| {
-            let chore = Chore::of(&due.thread, due.now, &given.lifetimes, given.keeping);
-            Plan { thread: due.thread, chore }
+            let task = LifecycleTask::of(&due.thread, due.now, &given.lifetimes, given.keeping);
+            Plan { thread: due.thread, task }
         };
-        let plans = due.into_iter().map(plan).filter(|plan| !matches!(plan.chore, Chore::Nothing { .. }));
-        Ok(Outlook {
+        let plans =
+            due.into_iter().map(plan).filter(|plan| !matches!(plan.task, LifecycleTask::Nothing { .. }));
+        Ok(DryRun {
             plans: plans.collect(),
             remnants: self.store().due_remnants(most).await?,
             prunable: self.store().prunable(&self.parts.pruning, PRUNE_BATCH).await?,
@@ -220,25 +221,25 @@ impl Keeper {
         })
     }
 
-    async fn tend_all(&self, due: Vec<Due>, counts: &Counts) {
+    async fn process_all(&self, due: Vec<Due>, counts: &Counts) {
         let at_once = self.parts.given.janitor.concurrency.get() as usize;
         let claimed = Instant::now();
         let tend = |due: Due| async move {
-            if claimed.elapsed() + SHIFT > LEASE {
+            if claimed.elapsed() + ITEM_TIMEOUT > LEASE {
                 return;
             }
             let span = tracing::info_span!("janitor", thread.id = %due.thread.id);
-            self.tend(due, counts).instrument(span).await;
+            self.process(due, counts).instrument(span).await;
         };
         stream::iter(due).for_each_concurrent(at_once, tend).await;
     }
 
     /// Does what there is to do about one thread, and says when to look again. A failure is its own: it waits longer
     /// each time, and others go first.
-    pub(super) async fn tend(&self, due: Due, counts: &Counts) {
+    pub(super) async fn process(&self, due: Due, counts: &Counts) {
         let id = due.thread.id;
         let Due { attempts, claimed, .. } = due;
-        let done = timeout(SHIFT, self.chore(due, counts)).await.unwrap_or(Err(Trouble::TimeIsUp));
+        let done = timeout(ITEM_TIMEOUT, self.task(due, counts)).await.unwrap_or(Err(JanitorError::TimeIsUp));
         let (after, trouble) = match done {
             Ok(Next::Look(after)) => (after, None),
             Ok(Next::Settled) => return,
@@ -251,19 +252,19 @@ impl Keeper {
         insist(|| self.store().schedule(id, claimed, after, trouble.as_deref())).await;
     }
 
-    async fn chore(&self, due: Due, counts: &Counts) -> Result<Next, Trouble> {
+    async fn task(&self, due: Due, counts: &Counts) -> Result<Next, JanitorError> {
         let Due { thread, now, attempts, .. } = due;
         let (id, keeping) = (thread.id, self.parts.given.keeping);
-        match Chore::of(&thread, now, &self.parts.given.lifetimes, keeping) {
-            Chore::Nothing { until } => Ok(Next::Look(until.map(|until| from(now, until)))),
-            Chore::Expire { .. } => {
+        match LifecycleTask::of(&thread, now, &self.parts.given.lifetimes, keeping) {
+            LifecycleTask::Nothing { until } => Ok(Next::Look(until.map(|until| from(now, until)))),
+            LifecycleTask::Expire { .. } => {
                 let limits = self.parts.given.lifetimes.of(&thread.key.scope);
                 if self.store().expire(id, limits).await? {
                     counts.expired.fetch_add(1, Ordering::Relaxed);
                 }
                 Ok(Next::Settled)
             }
-            Chore::ClearUpstream => {
+            LifecycleTask::ClearUpstream => {
                 let unfinished = self.store().unfinished_of(id).await?;
                 if !unfinished.is_empty() {
                     // They came before it was archived, and end in their own time.
@@ -290,7 +291,7 @@ impl Keeper {
                 let archived_at = thread.archived_at.unwrap_or(now);
                 Ok(Next::Look(limits.end(archived_at, archived_at).map(|until| from(now, until))))
             }
-            Chore::Discard { .. } => {
+            LifecycleTask::Discard { .. } => {
                 if let Some(keep) = keeping.transcript
                     && self.store().discard(id, keep).await?
                 {
@@ -298,7 +299,7 @@ impl Keeper {
                 }
                 Ok(Next::Settled)
             }
-            Chore::Delete(end) => {
+            LifecycleTask::Delete(end) => {
                 self.delete(&thread, end, attempts).await?;
                 counts.deleted.fetch_add(1, Ordering::Relaxed);
                 Ok(Next::Settled)
@@ -307,7 +308,7 @@ impl Keeper {
     }
 
     /// One deletion, from wherever it stands to its end, which may be somebody else's doing.
-    async fn delete(&self, thread: &Thread, end: Deletion, attempts: i64) -> Result<(), Trouble> {
+    async fn delete(&self, thread: &Thread, end: Deletion, attempts: i64) -> Result<(), JanitorError> {
         loop {
             self.end_runs(thread).await?;
             // As it is now: a run may have moved it upstream, or left something.
@@ -331,16 +332,16 @@ impl Keeper {
     }
 
     /// Ends what still runs on a thread, and waits for it, within a bound.
-    async fn end_runs(&self, thread: &Thread) -> Result<(), Trouble> {
+    async fn end_runs(&self, thread: &Thread) -> Result<(), JanitorError> {
         let unfinished = self.store().unfinished_of(thread.id).await?;
         if unfinished.is_empty() {
             return Ok(());
         }
         let ended = self.parts.given.runs.end_all(&thread.key, &unfinished).await;
-        ended.map_err(|error| Trouble::Cancel(error.to_string()))?;
+        ended.map_err(|error| JanitorError::Cancel(error.to_string()))?;
         match self.store().unfinished_of(thread.id).await?.len() {
             0 => Ok(()),
-            left => Err(Trouble::RunsGoOn(left)),
+            left => Err(JanitorError::RunsGoOn(left)),
         }
     }
 
@@ -354,12 +355,13 @@ impl Keeper {
             let claimed = Instant::now();
             let one = |remnant: Remnant| async move {
                 let RemnantName::Row(id) = remnant.name else { return };
-                if claimed.elapsed() + SHIFT > LEASE {
+                if claimed.elapsed() + ITEM_TIMEOUT > LEASE {
                     return;
                 }
                 let (attempts, knew) = (remnant.attempts, remnant.upstream_id.as_deref());
-                let done =
-                    timeout(SHIFT, self.clear_remnant(&remnant)).await.unwrap_or(Err(Trouble::TimeIsUp));
+                let done = timeout(ITEM_TIMEOUT, self.clear_remnant(&remnant))
+                    .await
+                    .unwrap_or(Err(JanitorError::TimeIsUp));
                 match done {
                     Ok(removed) => {
                         let deleted = removed.responses + removed.other_threads;
@@ -406,7 +408,7 @@ where
     while let Err(error) = record().await {
         let is_away = matches!(error, StoreError::Unavailable(_));
         tracing::warn!(error = %Chain(&error), "cannot record what came of a look");
-        if !is_away || begun.elapsed() + SHIFT > LEASE {
+        if !is_away || begun.elapsed() + ITEM_TIMEOUT > LEASE {
             return;
         }
         sleep(RECORD_AGAIN).await;
@@ -421,7 +423,7 @@ enum Next {
     Settled,
 }
 
-/// A [`Tally`] in the making.
+/// A [`PassSummary`] in the making.
 #[derive(Debug, Default)]
 pub(super) struct Counts {
     expired: AtomicU64,
@@ -433,9 +435,9 @@ pub(super) struct Counts {
 }
 
 impl Counts {
-    fn tally(&self) -> Tally {
+    fn summary(&self) -> PassSummary {
         let of = |count: &AtomicU64| count.load(Ordering::Relaxed);
-        Tally {
+        PassSummary {
             expired: of(&self.expired),
             cleared: of(&self.cleared),
             discarded: of(&self.discarded),

@@ -8,7 +8,7 @@ use futures_util::{StreamExt, TryStreamExt};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 use threadkeeper::domain::TenantKey;
-use threadkeeper::records::{What, export};
+use threadkeeper::export_import::{What, export};
 use threadkeeper::store::{Admission, Admitted};
 
 use crate::store_contract::{admission, completed, user};

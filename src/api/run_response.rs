@@ -16,7 +16,7 @@ use super::openapi::Doc;
 use super::prefer::{PREFERENCE_APPLIED, Prefer};
 use super::problem::{DRAINING, NOT_FOUND, REPLICA_LOST, TOO_MANY_READERS, UPSTREAM_ERROR, UPSTREAM_TIMEOUT};
 use super::sse::EventView;
-use super::views::{ThreadView, TurnView};
+use super::views::{RunResponse, ThreadView};
 use super::{AppState, sse};
 use crate::domain::{ConversationKey, RunStatus, ThreadActivity, ThreadState};
 use crate::error::Error;
@@ -44,7 +44,7 @@ impl<S: Send + Sync> FromRequestParts<S> for Asked {
 }
 
 /// The form that a caller wants.
-pub(super) struct Form<'a> {
+pub(super) struct ResponseMode<'a> {
     pub(super) stream: Option<bool>,
     pub(super) asked: &'a Asked,
     /// Cancels the run when it is dropped.
@@ -55,12 +55,12 @@ pub(super) struct Form<'a> {
 pub(super) fn answer_doc(doc: Doc) -> Doc {
     doc.prefer()
         .idempotent()
-        .gives::<TurnView>(StatusCode::OK, "The run has ended, or asks for function calls.")
+        .gives::<RunResponse>(StatusCode::OK, "The run has ended, or asks for function calls.")
         .streams::<EventView>(
             "text/event-stream",
             "With `stream`, or if `Accept` names it and prefers nothing else, a stream of events until then: each with its fields, `data` as JSON.",
         )
-        .gives::<TurnView>(
+        .gives::<RunResponse>(
             StatusCode::ACCEPTED,
             "The run goes on: the caller did not want to wait longer, or this replica stops.",
         )
@@ -75,7 +75,7 @@ pub(super) async fn answer(
     key: &ConversationKey,
     submitted: Submitted,
     from: i64,
-    form: Form<'_>,
+    form: ResponseMode<'_>,
 ) -> Result<Response, Error> {
     let replayed = submitted.replayed;
     let response = if form.stream.unwrap_or_else(|| accepts_events(&form.asked.headers)) {
@@ -97,7 +97,7 @@ fn streamed(
     state: &AppState,
     submitted: Submitted,
     from: i64,
-    Form { asked, on_drop, .. }: Form<'_>,
+    ResponseMode { asked, on_drop, .. }: ResponseMode<'_>,
 ) -> Result<Response, Error> {
     let Submitted { run, follow, replayed, .. } = submitted;
     let seat = match state.readers.take(&run.id) {
@@ -123,9 +123,9 @@ async fn as_json(
     key: &ConversationKey,
     submitted: Submitted,
     from: i64,
-    form: Form<'_>,
+    form: ResponseMode<'_>,
 ) -> Result<Response, Error> {
-    let Form { asked, on_drop, .. } = form;
+    let ResponseMode { asked, on_drop, .. } = form;
     let prefer = Prefer::of(&asked.headers);
     let waits = submitted.follow.answer(from);
     let answered = match prefer.patience() {
@@ -149,7 +149,7 @@ async fn as_json(
     let place = format!("{}/runs/{}", scope_of(&asked.prefix, &asked.uri), run.id);
     // The caller is told where to look: leaving now is no disconnect.
     drop(on_drop.map(DropGuard::disarm));
-    let view = TurnView {
+    let view = RunResponse {
         thread: ThreadView::new(&state.runs, thread, activity),
         run: run.into(),
         message: message.map(Into::into),
@@ -162,11 +162,11 @@ async fn as_json(
     Ok(response)
 }
 
-fn turn(runs: &Runs, answered: &Answer) -> Result<TurnView, Error> {
+fn turn(runs: &Runs, answered: &Answer) -> Result<RunResponse, Error> {
     let outcome = match answered {
         Answer::Ended(outcome) => outcome,
         Answer::RequiresAction(waiting) => {
-            return Ok(TurnView {
+            return Ok(RunResponse {
                 thread: ThreadView::new(runs, waiting.thread.clone(), waiting.activity),
                 run: waiting.run.clone().into(),
                 message: None,
@@ -178,7 +178,7 @@ fn turn(runs: &Runs, answered: &Answer) -> Result<TurnView, Error> {
         RunStatus::Failed | RunStatus::Expired => {
             Err(Error::RunFailed { run: Box::new(run.clone()), retry_after: *retry_after })
         }
-        _ => Ok(TurnView {
+        _ => Ok(RunResponse {
             thread: ThreadView::new(runs, thread.clone(), *activity),
             run: run.clone().into(),
             message: message.clone().map(Into::into),
