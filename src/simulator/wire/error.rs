@@ -7,7 +7,7 @@ use serde_json::json;
 
 /// An error answer.
 #[derive(Clone, Debug)]
-pub(super) struct ApiError {
+pub(in crate::simulator) struct ApiError {
     status: StatusCode,
     kind: &'static str,
     message: String,
@@ -18,22 +18,26 @@ pub(super) struct ApiError {
 
 impl ApiError {
     /// 400 without `param` and `code`.
-    pub(super) fn invalid(message: impl Into<String>) -> Self {
+    pub(in crate::simulator) fn invalid(message: impl Into<String>) -> Self {
         Self::new(StatusCode::BAD_REQUEST, "invalid_request_error", message.into())
     }
 
     /// 404 without `param` and `code`.
-    pub(super) fn not_found(message: impl Into<String>) -> Self {
+    pub(in crate::simulator) fn not_found(message: impl Into<String>) -> Self {
         Self::new(StatusCode::NOT_FOUND, "invalid_request_error", message.into())
     }
 
-    pub(super) fn unauthorized() -> Self {
+    pub(in crate::simulator) fn unauthorized() -> Self {
         Self::new(StatusCode::UNAUTHORIZED, "invalid_request_error", "Incorrect API key provided.".to_owned())
             .code("invalid_api_key")
     }
 
     /// The usual body of an error status.
-    pub(super) fn of_status(status: StatusCode, code: Option<&str>, retry_after: Option<&str>) -> Self {
+    pub(in crate::simulator) fn of_status(
+        status: StatusCode,
+        code: Option<&str>,
+        retry_after: Option<&str>,
+    ) -> Self {
         let error = match status {
             StatusCode::UNAUTHORIZED => Self::unauthorized(),
             StatusCode::TOO_MANY_REQUESTS => {
@@ -61,7 +65,7 @@ impl ApiError {
         }
     }
 
-    pub(super) fn too_large() -> Self {
+    pub(in crate::simulator) fn too_large() -> Self {
         Self::new(
             StatusCode::PAYLOAD_TOO_LARGE,
             "invalid_request_error",
@@ -70,16 +74,16 @@ impl ApiError {
     }
 
     /// The path exists, for other methods.
-    pub(super) fn wrong_method(method: &str, path: &[&str]) -> Self {
+    pub(in crate::simulator) fn wrong_method(method: &str, path: &[&str]) -> Self {
         let message = format!("Not allowed to {method} on /v1/{}.", path.join("/"));
         Self::new(StatusCode::METHOD_NOT_ALLOWED, "invalid_request_error", message)
     }
 
-    pub(super) fn param(self, param: impl Into<String>) -> Self {
+    pub(in crate::simulator) fn param(self, param: impl Into<String>) -> Self {
         Self { param: Some(param.into()), ..self }
     }
 
-    pub(super) fn code(self, code: impl Into<String>) -> Self {
+    pub(in crate::simulator) fn code(self, code: impl Into<String>) -> Self {
         Self { code: Some(code.into()), ..self }
     }
 
@@ -102,7 +106,7 @@ impl IntoResponse for ApiError {
 }
 
 /// A JSON answer with status 200.
-pub(super) fn json_body(body: &impl serde::Serialize) -> Response {
+pub(in crate::simulator) fn json_body(body: &impl serde::Serialize) -> Response {
     let text = serde_json::to_vec(body).expect("the simulator's objects are plain JSON");
     let mut response = Response::new(Body::from(text));
     response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));

@@ -1,9 +1,11 @@
-//! What the end of a run changes.
+//! Which run holds a thread: its end, its expiry, and the refusal of all else meanwhile.
 
 use serde_json::{Value, json};
+use tokio::time::Instant;
 
-use super::objects::RunStatus;
+use crate::simulator::state::assistants::RunStatus;
 use crate::simulator::state::{Server, World};
+use crate::simulator::wire::error::ApiError;
 
 /// Ends a run: its state, its thread's lock, the figures. Harmless to repeat.
 pub(super) fn end_run(server: &Server, world: &mut World, id: &str, status: RunStatus) {
@@ -43,6 +45,35 @@ pub(super) fn end_run(server: &Server, world: &mut World, id: &str, status: RunS
         world.counters.end(&run.thread_id, id, generating, status.name());
     }
     server.changed();
+}
+
+/// Expires what is overdue on a thread and has no generation to notice it.
+pub(super) fn expire_stale(server: &Server, world: &mut World, thread: &str) {
+    let Some(row) = world.threads.get(thread).filter(|row| !row.active.is_empty()) else { return };
+    let now = Instant::now();
+    let overdue =
+        |id: &&String| world.runs.get(id).is_some_and(|run| !run.work.generating && run.work.deadline <= now);
+    let overdue: Vec<String> = row.active.iter().filter(overdue).cloned().collect();
+    for run in overdue {
+        end_run(server, world, &run, RunStatus::Expired);
+    }
+}
+
+/// The conflict answers, whose text names the run.
+pub(super) fn refuse_if_active(
+    server: &Server,
+    world: &mut World,
+    thread: &str,
+    text: impl FnOnce(&str) -> String,
+) -> Result<(), ApiError> {
+    if !server.config.enforce_locks {
+        return Ok(());
+    }
+    let Some(run) = world.threads.get(thread).and_then(|thread| thread.active.first()) else { return Ok(()) };
+    let error = ApiError::invalid(text(run));
+    world.counters.stats.lock_refusals += 1;
+    server.changed();
+    Err(error)
 }
 
 pub(super) fn server_error() -> Value {

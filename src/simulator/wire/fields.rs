@@ -4,14 +4,14 @@ use std::collections::BTreeMap;
 
 use serde_json::{Map, Value};
 
-use super::error::ApiError;
+use crate::simulator::wire::error::ApiError;
 
 /// Free pairs of an object.
-pub(super) type Metadata = BTreeMap<String, String>;
+pub(in crate::simulator) type Metadata = BTreeMap<String, String>;
 
 /// The fields of one object of a request.
 #[derive(Debug)]
-pub(super) struct Fields {
+pub(in crate::simulator) struct Fields {
     map: Map<String, Value>,
     /// Where the object stands in the body: empty, or `input[2]`.
     at: String,
@@ -19,12 +19,12 @@ pub(super) struct Fields {
 
 impl Fields {
     /// The fields of the body itself. Refuses names that are not in `known`.
-    pub(super) fn of_body(map: Map<String, Value>, known: &[&str]) -> Result<Self, ApiError> {
+    pub(in crate::simulator) fn of_body(map: Map<String, Value>, known: &[&str]) -> Result<Self, ApiError> {
         Self { map, at: String::new() }.closed(known)
     }
 
     /// The fields of an object at `at` within the body.
-    pub(super) fn of_value(value: Value, at: String, known: &[&str]) -> Result<Self, ApiError> {
+    pub(in crate::simulator) fn of_value(value: Value, at: String, known: &[&str]) -> Result<Self, ApiError> {
         match value {
             Value::Object(map) => Self { map, at }.closed(known),
             other => Err(wrong_type(&at, "an object", &other)),
@@ -32,15 +32,15 @@ impl Fields {
     }
 
     /// The value of `name`; null counts as absent.
-    pub(super) fn any(&mut self, name: &str) -> Option<Value> {
+    pub(in crate::simulator) fn any(&mut self, name: &str) -> Option<Value> {
         self.map.remove(name).filter(|value| !value.is_null())
     }
 
-    pub(super) fn needed(&mut self, name: &str) -> Result<Value, ApiError> {
+    pub(in crate::simulator) fn needed(&mut self, name: &str) -> Result<Value, ApiError> {
         self.any(name).ok_or_else(|| self.missing(name))
     }
 
-    pub(super) fn text(&mut self, name: &str) -> Result<Option<String>, ApiError> {
+    pub(in crate::simulator) fn text(&mut self, name: &str) -> Result<Option<String>, ApiError> {
         match self.any(name) {
             None => Ok(None),
             Some(Value::String(text)) => Ok(Some(text)),
@@ -48,11 +48,11 @@ impl Fields {
         }
     }
 
-    pub(super) fn needed_text(&mut self, name: &str) -> Result<String, ApiError> {
+    pub(in crate::simulator) fn needed_text(&mut self, name: &str) -> Result<String, ApiError> {
         self.text(name)?.ok_or_else(|| self.missing(name))
     }
 
-    pub(super) fn flag(&mut self, name: &str) -> Result<Option<bool>, ApiError> {
+    pub(in crate::simulator) fn flag(&mut self, name: &str) -> Result<Option<bool>, ApiError> {
         match self.any(name) {
             None => Ok(None),
             Some(Value::Bool(flag)) => Ok(Some(flag)),
@@ -61,7 +61,7 @@ impl Fields {
     }
 
     /// An integer of at least `min`.
-    pub(super) fn integer(&mut self, name: &str, min: u64) -> Result<Option<u64>, ApiError> {
+    pub(in crate::simulator) fn integer(&mut self, name: &str, min: u64) -> Result<Option<u64>, ApiError> {
         let Some(value) = self.any(name) else { return Ok(None) };
         let path = self.path(name);
         let number = value.as_i64().ok_or_else(|| wrong_type(&path, "an integer", &value))?;
@@ -72,7 +72,7 @@ impl Fields {
     }
 
     /// A number from 0 to `max`.
-    pub(super) fn number(&mut self, name: &str, max: f64) -> Result<Option<f64>, ApiError> {
+    pub(in crate::simulator) fn number(&mut self, name: &str, max: f64) -> Result<Option<f64>, ApiError> {
         let Some(value) = self.any(name) else { return Ok(None) };
         let path = self.path(name);
         let number = value.as_f64().ok_or_else(|| wrong_type(&path, "a decimal", &value))?;
@@ -88,7 +88,11 @@ impl Fields {
     }
 
     /// An array of at most `max` elements.
-    pub(super) fn array(&mut self, name: &str, max: usize) -> Result<Option<Vec<Value>>, ApiError> {
+    pub(in crate::simulator) fn array(
+        &mut self,
+        name: &str,
+        max: usize,
+    ) -> Result<Option<Vec<Value>>, ApiError> {
         let Some(value) = self.any(name) else { return Ok(None) };
         let path = self.path(name);
         match value {
@@ -104,7 +108,7 @@ impl Fields {
     }
 
     /// Metadata within its limits: 16 pairs of text, keys up to 64 characters, values up to 512.
-    pub(super) fn metadata(&mut self) -> Result<Option<Metadata>, ApiError> {
+    pub(in crate::simulator) fn metadata(&mut self) -> Result<Option<Metadata>, ApiError> {
         let Some(value) = self.any("metadata") else { return Ok(None) };
         let path = self.path("metadata");
         let Value::Object(map) = value else { return Err(wrong_type(&path, "an object", &value)) };
@@ -127,7 +131,7 @@ impl Fields {
         Ok(Some(metadata))
     }
 
-    pub(super) fn path(&self, name: &str) -> String {
+    pub(in crate::simulator) fn path(&self, name: &str) -> String {
         if self.at.is_empty() { name.to_owned() } else { format!("{}.{name}", self.at) }
     }
 
@@ -143,7 +147,7 @@ impl Fields {
         }
     }
 
-    pub(super) fn missing(&self, name: &str) -> ApiError {
+    pub(in crate::simulator) fn missing(&self, name: &str) -> ApiError {
         let path = self.path(name);
         ApiError::invalid(format!("Missing required parameter: '{path}'."))
             .param(path)
@@ -152,7 +156,7 @@ impl Fields {
 }
 
 /// Refuses a text of more than `max` characters.
-pub(super) fn within(path: &str, text: &str, max: usize) -> Result<(), ApiError> {
+pub(in crate::simulator) fn within(path: &str, text: &str, max: usize) -> Result<(), ApiError> {
     if text.len() <= max || text.chars().count() <= max {
         return Ok(());
     }
@@ -165,7 +169,7 @@ pub(super) fn within(path: &str, text: &str, max: usize) -> Result<(), ApiError>
 }
 
 /// Refuses a value of the wrong type.
-pub(super) fn wrong_type(path: &str, wanted: &str, got: &Value) -> ApiError {
+pub(in crate::simulator) fn wrong_type(path: &str, wanted: &str, got: &Value) -> ApiError {
     let got = match got {
         Value::Null => "null",
         Value::Bool(_) => "a boolean",
@@ -180,13 +184,13 @@ pub(super) fn wrong_type(path: &str, wanted: &str, got: &Value) -> ApiError {
 }
 
 /// Refuses a value outside of a fixed set.
-pub(super) fn wrong_value(path: &str, got: &str, wanted: &str) -> ApiError {
+pub(in crate::simulator) fn wrong_value(path: &str, got: &str, wanted: &str) -> ApiError {
     ApiError::invalid(format!("Invalid value: '{got}'. Supported values are: {wanted}."))
         .param(path)
         .code("invalid_value")
 }
 
-pub(super) fn below_minimum(path: &str, min: u64, got: i64) -> ApiError {
+pub(in crate::simulator) fn below_minimum(path: &str, min: u64, got: i64) -> ApiError {
     ApiError::invalid(format!(
         "Invalid '{path}': integer below minimum value. Expected a value >= {min}, but got {got} instead."
     ))

@@ -6,16 +6,16 @@ macro_rules! operations {
     ($($name:ident = $text:literal),+ $(,)?) => {
         /// An operation of either protocol.
         #[derive(Clone, Copy, Debug, Eq, PartialEq)]
-        pub(super) enum Operation { $($name),+ }
+        pub(in crate::simulator) enum Operation { $($name),+ }
 
         impl Operation {
             /// As used in statistics and faults.
-            pub(super) const fn name(self) -> &'static str {
+            pub(in crate::simulator) const fn name(self) -> &'static str {
                 match self { $(Self::$name => $text),+ }
             }
 
             /// Whether there is an operation of that name.
-            pub(super) fn exists(name: &str) -> bool {
+            pub(in crate::simulator) fn exists(name: &str) -> bool {
                 [$($text),+].contains(&name)
             }
         }
@@ -61,7 +61,7 @@ operations! {
 
 impl Operation {
     /// The operation at a path below the base, if there is one.
-    pub(super) fn of(method: &Method, path: &[&str]) -> Option<Self> {
+    pub(in crate::simulator) fn of(method: &Method, path: &[&str]) -> Option<Self> {
         let (get, post, delete) = (method == Method::GET, method == Method::POST, method == Method::DELETE);
         let by_verb = |on_get: Self, on_post: Self, on_delete: Self| match () {
             () if get => Some(on_get),
@@ -107,7 +107,7 @@ impl Operation {
     }
 
     /// It makes a model work, so that all that a directive can ask for applies.
-    pub(super) const fn generates(self) -> bool {
+    pub(in crate::simulator) const fn generates(self) -> bool {
         self.starts() || matches!(self, Self::SubmitToolOutputs)
     }
 
@@ -118,7 +118,7 @@ impl Operation {
 
     /// Whether a fault on `name` is meant for it. Beside the operation's own name there are `any`, `start` (any
     /// operation that starts a run) and `create_thread` (of either protocol).
-    pub(super) fn answers_to(self, name: &str) -> bool {
+    pub(in crate::simulator) fn answers_to(self, name: &str) -> bool {
         match name {
             "any" => true,
             "start" => self.starts(),

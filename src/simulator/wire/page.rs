@@ -6,12 +6,12 @@ use axum::response::Response;
 use serde::Serialize;
 use serde_json::json;
 
-use super::error::{ApiError, json_body};
-use super::fields::{below_minimum, wrong_value};
+use crate::simulator::wire::error::{ApiError, json_body};
+use crate::simulator::wire::fields::{below_minimum, wrong_value};
 
 /// The cursor parameters of a list call.
 #[derive(Debug)]
-pub(super) struct Paging {
+pub(in crate::simulator) struct Paging {
     limit: usize,
     ascending: bool,
     after: Option<String>,
@@ -20,7 +20,10 @@ pub(super) struct Paging {
 
 impl Paging {
     /// Reads the query. `before` exists in the Assistants protocol only.
-    pub(super) fn of_query(query: &BTreeMap<String, String>, with_before: bool) -> Result<Self, ApiError> {
+    pub(in crate::simulator) fn of_query(
+        query: &BTreeMap<String, String>,
+        with_before: bool,
+    ) -> Result<Self, ApiError> {
         Ok(Self {
             limit: limit(query.get("limit").map(String::as_str))?,
             ascending: match query.get("order").map(String::as_str) {
@@ -34,12 +37,12 @@ impl Paging {
     }
 
     /// Everything, in the order given.
-    pub(super) const fn whole() -> Self {
+    pub(in crate::simulator) const fn whole() -> Self {
         Self { limit: usize::MAX, ascending: true, after: None, before: None }
     }
 
     /// The page of `rows`, which come oldest first.
-    pub(super) fn answer<'a, T: Serialize + 'a>(
+    pub(in crate::simulator) fn answer<'a, T: Serialize + 'a>(
         &self,
         rows: impl DoubleEndedIterator<Item = &'a T>,
         id: impl Fn(&T) -> &str,

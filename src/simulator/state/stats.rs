@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use tokio::time::Instant;
 
-use super::fields::Metadata;
+use crate::simulator::wire::fields::Metadata;
 
 /// Violations kept as text.
 const MAX_VIOLATIONS: usize = 1000;
@@ -95,10 +95,10 @@ pub struct Recorded {
 
 /// Counts while the simulator runs.
 #[derive(Debug)]
-pub(super) struct Counters {
-    pub(super) stats: Stats,
+pub(in crate::simulator) struct Counters {
+    pub(in crate::simulator) stats: Stats,
     lanes: HashMap<String, Lane>,
-    pub(super) recorded: VecDeque<Recorded>,
+    pub(in crate::simulator) recorded: VecDeque<Recorded>,
     runs: RunLog,
 }
 
@@ -123,26 +123,26 @@ struct Lane {
 
 /// A run or response as it is accepted.
 #[derive(Debug)]
-pub(super) struct Accepted<'a> {
-    pub(super) id: &'a str,
-    pub(super) metadata: &'a Metadata,
-    pub(super) user_texts: Vec<String>,
-    pub(super) answered_calls: Vec<String>,
+pub(in crate::simulator) struct Accepted<'a> {
+    pub(in crate::simulator) id: &'a str,
+    pub(in crate::simulator) metadata: &'a Metadata,
+    pub(in crate::simulator) user_texts: Vec<String>,
+    pub(in crate::simulator) answered_calls: Vec<String>,
 }
 
 impl Counters {
     /// `since`: when the simulator was started. The newest `keep` runs are remembered.
-    pub(super) fn new(since: Instant, keep: usize) -> Self {
+    pub(in crate::simulator) fn new(since: Instant, keep: usize) -> Self {
         let runs = RunLog { since, keep, runs: VecDeque::new(), forgotten: 0, open: HashMap::new() };
         Self { stats: Stats::default(), lanes: HashMap::new(), recorded: VecDeque::new(), runs }
     }
 
     /// The newest runs and responses, oldest first.
-    pub(super) fn runs(&self) -> Vec<RunView> {
+    pub(in crate::simulator) fn runs(&self) -> Vec<RunView> {
         self.runs.runs.iter().cloned().collect()
     }
 
-    pub(super) fn request(&mut self, operation: Option<&str>) {
+    pub(in crate::simulator) fn request(&mut self, operation: Option<&str>) {
         self.stats.requests += 1;
         let operation = operation.unwrap_or("unknown");
         if let Some(count) = self.stats.requests_by_operation.get_mut(operation) {
@@ -152,7 +152,7 @@ impl Counters {
         }
     }
 
-    pub(super) fn record(&mut self, request: Recorded, keep: usize) {
+    pub(in crate::simulator) fn record(&mut self, request: Recorded, keep: usize) {
         self.recorded.push_back(request);
         while self.recorded.len() > keep {
             self.recorded.pop_front();
@@ -160,7 +160,7 @@ impl Counters {
     }
 
     /// A run was accepted on `lane`.
-    pub(super) fn begin(&mut self, lane: &str, accepted: Accepted<'_>) {
+    pub(in crate::simulator) fn begin(&mut self, lane: &str, accepted: Accepted<'_>) {
         let run = accepted.id;
         let entry = self.lanes.entry(lane.to_owned()).or_default();
         let others = entry.active.join(", ");
@@ -180,21 +180,21 @@ impl Counters {
     }
 
     /// Calls of a run that waited for their outputs were answered.
-    pub(super) fn answered(&mut self, run: &str, calls: impl IntoIterator<Item = String>) {
+    pub(in crate::simulator) fn answered(&mut self, run: &str, calls: impl IntoIterator<Item = String>) {
         if let Some(view) = self.runs.open_run(run) {
             view.answered_calls.extend(calls);
         }
     }
 
     /// A run waits for tool outputs.
-    pub(super) fn pause(&mut self, lane: &str) {
+    pub(in crate::simulator) fn pause(&mut self, lane: &str) {
         if let Some(entry) = self.lanes.get_mut(lane) {
             entry.generating = entry.generating.saturating_sub(1);
         }
     }
 
     /// A run that waited goes on.
-    pub(super) fn resume(&mut self, lane: &str) {
+    pub(in crate::simulator) fn resume(&mut self, lane: &str) {
         if let Some(entry) = self.lanes.get_mut(lane) {
             entry.generating += 1;
             let most = &mut self.stats.max_generating_runs_per_thread;
@@ -203,7 +203,7 @@ impl Counters {
     }
 
     /// A run has ended. `generating`: it did not wait for tool outputs.
-    pub(super) fn end(&mut self, lane: &str, run: &str, generating: bool, status: &str) {
+    pub(in crate::simulator) fn end(&mut self, lane: &str, run: &str, generating: bool, status: &str) {
         if let Some(entry) = self.lanes.get_mut(lane) {
             entry.active.retain(|id| id != run);
             entry.generating -= usize::from(generating && entry.generating > 0);
@@ -216,7 +216,7 @@ impl Counters {
         self.runs.end(run, status);
     }
 
-    pub(super) fn violation(&mut self, text: String) {
+    pub(in crate::simulator) fn violation(&mut self, text: String) {
         if self.stats.violations.len() < MAX_VIOLATIONS {
             self.stats.violations.push(text);
         }
@@ -263,10 +263,10 @@ impl RunLog {
 }
 
 /// A message of a thread, or a message item of a conversation, as role and text.
-pub(super) type Line = (String, String);
+pub(in crate::simulator) type Line = (String, String);
 
 /// What is to be seen of a thread or conversation with these messages.
-pub(super) fn view(
+pub(in crate::simulator) fn view(
     id: &str,
     metadata: &Metadata,
     lines: Vec<Line>,

@@ -5,11 +5,11 @@ use serde_json::{Value, json};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
-use crate::simulator::fields::Metadata;
-use crate::simulator::plan::Plan;
-use crate::simulator::state::Row;
-use crate::simulator::stats::{Line, ThreadView, view};
-use crate::simulator::words;
+use crate::simulator::behaviour::plan::Plan;
+use crate::simulator::behaviour::words;
+use crate::simulator::state::stats::{Line, ThreadView, view};
+use crate::simulator::state::table::Row;
+use crate::simulator::wire::fields::Metadata;
 
 /// As documented for threads; the oldest messages of a longer one are dropped.
 const MAX_MESSAGES: usize = 100_000;
@@ -18,29 +18,29 @@ const MAX_RUNS: usize = 10_000;
 
 #[derive(Debug, Serialize)]
 pub(in crate::simulator) struct Thread {
-    pub(super) id: String,
-    pub(super) object: &'static str,
-    pub(super) created_at: i64,
-    pub(super) metadata: Metadata,
-    pub(super) tool_resources: Value,
+    pub(in crate::simulator) id: String,
+    pub(in crate::simulator) object: &'static str,
+    pub(in crate::simulator) created_at: i64,
+    pub(in crate::simulator) metadata: Metadata,
+    pub(in crate::simulator) tool_resources: Value,
     #[serde(skip)]
-    pub(super) messages: Vec<Message>,
+    pub(in crate::simulator) messages: Vec<Message>,
     /// Ids, oldest first.
     #[serde(skip)]
-    pub(super) runs: Vec<String>,
+    pub(in crate::simulator) runs: Vec<String>,
     /// Ids of the runs that have not ended.
     #[serde(skip)]
-    pub(super) active: Vec<String>,
+    pub(in crate::simulator) active: Vec<String>,
     /// User messages that were added and not deleted.
     #[serde(skip)]
-    pub(super) turns: usize,
+    pub(in crate::simulator) turns: usize,
     /// Words of all messages that were.
     #[serde(skip)]
-    pub(super) words: u64,
+    pub(in crate::simulator) words: u64,
 }
 
 impl Thread {
-    pub(super) fn new(
+    pub(in crate::simulator) fn new(
         id: String,
         created_at: i64,
         metadata: Metadata,
@@ -60,7 +60,7 @@ impl Thread {
         }
     }
 
-    pub(super) fn push(&mut self, message: Message) {
+    pub(in crate::simulator) fn push(&mut self, message: Message) {
         if message.role == "user" {
             self.turns += 1;
         }
@@ -72,13 +72,13 @@ impl Thread {
     }
 
     /// Takes a message out: from now on nothing is known of it.
-    pub(super) fn remove(&mut self, id: &str) {
+    pub(in crate::simulator) fn remove(&mut self, id: &str) {
         self.messages.retain(|message| message.id != id);
         self.turns = self.messages.iter().filter(|message| message.role == "user").count();
         self.words = self.messages.iter().map(|message| words::count(&message.text())).sum();
     }
 
-    pub(super) fn push_run(&mut self, run: &str) {
+    pub(in crate::simulator) fn push_run(&mut self, run: &str) {
         self.runs.push(run.to_owned());
         self.active.push(run.to_owned());
         if self.runs.len() > MAX_RUNS {
@@ -87,12 +87,12 @@ impl Thread {
     }
 
     /// The newest messages are looked at first.
-    pub(super) fn message_mut(&mut self, id: &str) -> Option<&mut Message> {
+    pub(in crate::simulator) fn message_mut(&mut self, id: &str) -> Option<&mut Message> {
         self.messages.iter_mut().rev().find(|message| message.id == id)
     }
 
     /// The text of the newest user message, empty if there is none.
-    pub(super) fn last_user_text(&self) -> String {
+    pub(in crate::simulator) fn last_user_text(&self) -> String {
         self.messages
             .iter()
             .rev()
@@ -118,26 +118,26 @@ impl Row for Thread {
 
 #[derive(Clone, Debug, Serialize)]
 pub(in crate::simulator) struct Message {
-    pub(super) id: String,
-    pub(super) object: &'static str,
-    pub(super) created_at: i64,
-    pub(super) thread_id: String,
-    pub(super) status: &'static str,
-    pub(super) incomplete_details: Option<Value>,
-    pub(super) completed_at: Option<i64>,
-    pub(super) incomplete_at: Option<i64>,
-    pub(super) role: String,
+    pub(in crate::simulator) id: String,
+    pub(in crate::simulator) object: &'static str,
+    pub(in crate::simulator) created_at: i64,
+    pub(in crate::simulator) thread_id: String,
+    pub(in crate::simulator) status: &'static str,
+    pub(in crate::simulator) incomplete_details: Option<Value>,
+    pub(in crate::simulator) completed_at: Option<i64>,
+    pub(in crate::simulator) incomplete_at: Option<i64>,
+    pub(in crate::simulator) role: String,
     /// Parts in the shape of answers.
-    pub(super) content: Vec<Value>,
-    pub(super) assistant_id: Option<String>,
-    pub(super) run_id: Option<String>,
-    pub(super) attachments: Option<Value>,
-    pub(super) metadata: Metadata,
+    pub(in crate::simulator) content: Vec<Value>,
+    pub(in crate::simulator) assistant_id: Option<String>,
+    pub(in crate::simulator) run_id: Option<String>,
+    pub(in crate::simulator) attachments: Option<Value>,
+    pub(in crate::simulator) metadata: Metadata,
 }
 
 impl Message {
     /// The text and refusal parts together.
-    pub(super) fn text(&self) -> String {
+    pub(in crate::simulator) fn text(&self) -> String {
         match self.texts().as_slice() {
             [text] => (*text).to_owned(),
             texts => texts.join(" ").trim().to_owned(),
@@ -173,7 +173,7 @@ pub(in crate::simulator) enum RunStatus {
 }
 
 impl RunStatus {
-    pub(super) const fn name(self) -> &'static str {
+    pub(in crate::simulator) const fn name(self) -> &'static str {
         match self {
             Self::Queued => "queued",
             Self::InProgress => "in_progress",
@@ -187,72 +187,72 @@ impl RunStatus {
         }
     }
 
-    pub(super) const fn is_final(self) -> bool {
+    pub(in crate::simulator) const fn is_final(self) -> bool {
         !matches!(self, Self::Queued | Self::InProgress | Self::RequiresAction | Self::Cancelling)
     }
 }
 
 #[derive(Debug, Serialize)]
 pub(in crate::simulator) struct Run {
-    pub(super) id: String,
-    pub(super) object: &'static str,
-    pub(super) created_at: i64,
-    pub(super) thread_id: String,
-    pub(super) assistant_id: String,
-    pub(super) status: RunStatus,
-    pub(super) required_action: Option<Value>,
-    pub(super) last_error: Option<Value>,
-    pub(super) expires_at: Option<i64>,
-    pub(super) started_at: Option<i64>,
-    pub(super) cancelled_at: Option<i64>,
-    pub(super) failed_at: Option<i64>,
-    pub(super) completed_at: Option<i64>,
-    pub(super) incomplete_details: Option<Value>,
-    pub(super) usage: Option<Value>,
-    pub(super) metadata: Metadata,
+    pub(in crate::simulator) id: String,
+    pub(in crate::simulator) object: &'static str,
+    pub(in crate::simulator) created_at: i64,
+    pub(in crate::simulator) thread_id: String,
+    pub(in crate::simulator) assistant_id: String,
+    pub(in crate::simulator) status: RunStatus,
+    pub(in crate::simulator) required_action: Option<Value>,
+    pub(in crate::simulator) last_error: Option<Value>,
+    pub(in crate::simulator) expires_at: Option<i64>,
+    pub(in crate::simulator) started_at: Option<i64>,
+    pub(in crate::simulator) cancelled_at: Option<i64>,
+    pub(in crate::simulator) failed_at: Option<i64>,
+    pub(in crate::simulator) completed_at: Option<i64>,
+    pub(in crate::simulator) incomplete_details: Option<Value>,
+    pub(in crate::simulator) usage: Option<Value>,
+    pub(in crate::simulator) metadata: Metadata,
     #[serde(flatten)]
-    pub(super) settings: Settings,
+    pub(in crate::simulator) settings: Settings,
     #[serde(skip)]
-    pub(super) work: Work,
+    pub(in crate::simulator) work: Work,
 }
 
 /// What the caller may set for one run.
 #[derive(Clone, Debug, Serialize)]
 pub(in crate::simulator) struct Settings {
-    pub(super) model: String,
-    pub(super) instructions: String,
-    pub(super) tools: Vec<Value>,
-    pub(super) temperature: f64,
-    pub(super) top_p: f64,
-    pub(super) max_prompt_tokens: Option<u64>,
-    pub(super) max_completion_tokens: Option<u64>,
-    pub(super) truncation_strategy: Value,
-    pub(super) tool_choice: Value,
-    pub(super) parallel_tool_calls: bool,
-    pub(super) response_format: Value,
+    pub(in crate::simulator) model: String,
+    pub(in crate::simulator) instructions: String,
+    pub(in crate::simulator) tools: Vec<Value>,
+    pub(in crate::simulator) temperature: f64,
+    pub(in crate::simulator) top_p: f64,
+    pub(in crate::simulator) max_prompt_tokens: Option<u64>,
+    pub(in crate::simulator) max_completion_tokens: Option<u64>,
+    pub(in crate::simulator) truncation_strategy: Value,
+    pub(in crate::simulator) tool_choice: Value,
+    pub(in crate::simulator) parallel_tool_calls: bool,
+    pub(in crate::simulator) response_format: Value,
 }
 
 /// The server's side of a run.
 #[derive(Debug)]
 pub(in crate::simulator) struct Work {
     /// When it expires.
-    pub(super) deadline: Instant,
+    pub(in crate::simulator) deadline: Instant,
     /// Tells its generation that it is being cancelled.
-    pub(super) cancel: CancellationToken,
+    pub(in crate::simulator) cancel: CancellationToken,
     /// Tells it that its world has ended.
-    pub(super) end: CancellationToken,
-    pub(super) plan: Plan,
+    pub(in crate::simulator) end: CancellationToken,
+    pub(in crate::simulator) plan: Plan,
     /// A generation works on it.
-    pub(super) generating: bool,
+    pub(in crate::simulator) generating: bool,
     /// Somebody else's, made by a knob.
-    pub(super) foreign: bool,
-    pub(super) steps: Vec<Step>,
+    pub(in crate::simulator) foreign: bool,
+    pub(in crate::simulator) steps: Vec<Step>,
     /// Ids of the function calls that wait for outputs.
-    pub(super) calls: Vec<String>,
+    pub(in crate::simulator) calls: Vec<String>,
     /// What the functions answered so far.
-    pub(super) outputs: Vec<String>,
+    pub(in crate::simulator) outputs: Vec<String>,
     /// Tokens made so far.
-    pub(super) tokens: u64,
+    pub(in crate::simulator) tokens: u64,
 }
 
 impl Row for Run {
@@ -264,20 +264,20 @@ impl Row for Run {
 #[derive(Clone, Debug, Serialize)]
 #[expect(clippy::struct_field_names, reason = "`step_details` is its name on the wire")]
 pub(in crate::simulator) struct Step {
-    pub(super) id: String,
-    pub(super) object: &'static str,
-    pub(super) created_at: i64,
-    pub(super) assistant_id: String,
-    pub(super) thread_id: String,
-    pub(super) run_id: String,
-    pub(super) r#type: &'static str,
-    pub(super) status: &'static str,
-    pub(super) step_details: Value,
-    pub(super) last_error: Option<Value>,
-    pub(super) expired_at: Option<i64>,
-    pub(super) cancelled_at: Option<i64>,
-    pub(super) failed_at: Option<i64>,
-    pub(super) completed_at: Option<i64>,
-    pub(super) metadata: Metadata,
-    pub(super) usage: Option<Value>,
+    pub(in crate::simulator) id: String,
+    pub(in crate::simulator) object: &'static str,
+    pub(in crate::simulator) created_at: i64,
+    pub(in crate::simulator) assistant_id: String,
+    pub(in crate::simulator) thread_id: String,
+    pub(in crate::simulator) run_id: String,
+    pub(in crate::simulator) r#type: &'static str,
+    pub(in crate::simulator) status: &'static str,
+    pub(in crate::simulator) step_details: Value,
+    pub(in crate::simulator) last_error: Option<Value>,
+    pub(in crate::simulator) expired_at: Option<i64>,
+    pub(in crate::simulator) cancelled_at: Option<i64>,
+    pub(in crate::simulator) failed_at: Option<i64>,
+    pub(in crate::simulator) completed_at: Option<i64>,
+    pub(in crate::simulator) metadata: Metadata,
+    pub(in crate::simulator) usage: Option<Value>,
 }

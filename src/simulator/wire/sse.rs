@@ -1,4 +1,4 @@
-//! Writing event streams: frames in the dialect that a turn asks for, to a connection or to a log.
+//! Writing event streams: frames in the format that a turn asks for, to a connection or to a log.
 
 use std::collections::VecDeque;
 use std::io;
@@ -12,19 +12,28 @@ use http::{HeaderValue, header};
 use serde::Serialize;
 use tokio::sync::{mpsc, watch};
 
-use super::plan::Dialect;
-
 /// Bytes held back while no pause is due, so that an instant reply is one write.
 const FLUSH_AT: usize = 16 * 1024;
 
 type Chunk = Result<Bytes, io::Error>;
 
+/// How events are written.
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+#[expect(clippy::struct_excessive_bools, reason = "each is a switch of its own")]
+pub(in crate::simulator) struct EventFormat {
+    pub(in crate::simulator) crlf: bool,
+    pub(in crate::simulator) no_event_lines: bool,
+    pub(in crate::simulator) split: bool,
+    pub(in crate::simulator) comments: bool,
+    pub(in crate::simulator) unknown_events: bool,
+}
+
 /// Where the events of a run go.
 #[derive(Debug)]
-pub(super) struct EventOut {
+pub(in crate::simulator) struct EventOut {
     target: Target,
     buffer: Vec<u8>,
-    dialect: Dialect,
+    format: EventFormat,
     muted: bool,
 }
 
@@ -37,12 +46,12 @@ enum Target {
 
 impl EventOut {
     /// Nobody listens.
-    pub(super) fn nobody() -> Self {
-        Self::new(Target::Nobody, Dialect::default())
+    pub(in crate::simulator) fn nobody() -> Self {
+        Self::new(Target::Nobody, EventFormat::default())
     }
 
     /// The events become the body of the returned response. Its connection is cut by [`cut`](Self::cut).
-    pub(super) fn connection(dialect: Dialect) -> (Self, Response) {
+    pub(in crate::simulator) fn connection(format: EventFormat) -> (Self, Response) {
         let (sender, receiver) = mpsc::unbounded_channel::<Chunk>();
         let body = Body::from_stream(stream::unfold(receiver, |mut receiver| async {
             let chunk = receiver.recv().await?;
@@ -51,20 +60,20 @@ impl EventOut {
             }
             Some((chunk, receiver))
         }));
-        (Self::new(Target::Connection(sender), dialect), event_stream(body))
+        (Self::new(Target::Connection(sender), format), event_stream(body))
     }
 
     /// The events are kept, for as many readers as come.
-    pub(super) fn log(log: Arc<EventLog>, dialect: Dialect) -> Self {
-        Self::new(Target::Log(log), dialect)
+    pub(in crate::simulator) fn log(log: Arc<EventLog>, format: EventFormat) -> Self {
+        Self::new(Target::Log(log), format)
     }
 
-    fn new(target: Target, dialect: Dialect) -> Self {
-        Self { target, buffer: Vec::new(), dialect, muted: false }
+    fn new(target: Target, format: EventFormat) -> Self {
+        Self { target, buffer: Vec::new(), format, muted: false }
     }
 
     /// Sends one event. It may stay in the buffer until [`flush`](Self::flush).
-    pub(super) fn emit(&mut self, event: &str, data: &impl Serialize) {
+    pub(in crate::simulator) fn emit(&mut self, event: &str, data: &impl Serialize) {
         if !self.is_listening() {
             return;
         }
@@ -73,15 +82,15 @@ impl EventOut {
     }
 
     /// Sends one event whose data is not JSON.
-    pub(super) fn emit_text(&mut self, event: &str, data: &str) {
+    pub(in crate::simulator) fn emit_text(&mut self, event: &str, data: &str) {
         if !self.is_listening() {
             return;
         }
-        let newline = if self.dialect.crlf { "\r\n" } else { "\n" };
-        if self.dialect.comments {
+        let newline = if self.format.crlf { "\r\n" } else { "\n" };
+        if self.format.comments {
             self.push(&[": keep-alive", newline, newline, ":", newline]);
         }
-        if !self.dialect.no_event_lines {
+        if !self.format.no_event_lines {
             self.push(&["event: ", event, newline]);
         }
         self.push(&["data: ", data, newline, newline]);
@@ -93,35 +102,35 @@ impl EventOut {
     }
 
     /// Sends data without an event line.
-    pub(super) fn emit_bare(&mut self, data: &impl Serialize) {
-        self.dialect.no_event_lines = true;
+    pub(in crate::simulator) fn emit_bare(&mut self, data: &impl Serialize) {
+        self.format.no_event_lines = true;
         self.emit("", data);
     }
 
     /// Somebody may read what is sent.
-    pub(super) fn is_listening(&self) -> bool {
+    pub(in crate::simulator) fn is_listening(&self) -> bool {
         !self.muted && !matches!(self.target, Target::Nobody)
     }
 
     /// The turn asks for events that no client knows.
-    pub(super) fn wants_unknown_events(&self) -> bool {
-        self.dialect.unknown_events
+    pub(in crate::simulator) fn wants_unknown_events(&self) -> bool {
+        self.format.unknown_events
     }
 
     /// Sends nothing from now on, not even what is buffered; the connection stays open.
-    pub(super) fn mute(&mut self) {
+    pub(in crate::simulator) fn mute(&mut self) {
         self.muted = true;
         self.buffer.clear();
     }
 
     /// Hands what is buffered to the connection.
-    pub(super) fn flush(&mut self) {
+    pub(in crate::simulator) fn flush(&mut self) {
         let Target::Connection(sender) = &self.target else { return };
         if self.buffer.is_empty() {
             return;
         }
         let bytes = Bytes::from(std::mem::take(&mut self.buffer));
-        if !self.dialect.split {
+        if !self.format.split {
             let _ = sender.send(Ok(bytes)); // the reader has left: `gone` tells
             return;
         }
@@ -131,7 +140,7 @@ impl EventOut {
     }
 
     /// Breaks the connection off without an end of the body. Nobody listens from then on, except to a log.
-    pub(super) fn cut(&mut self) {
+    pub(in crate::simulator) fn cut(&mut self) {
         self.flush();
         if let Target::Connection(sender) = &self.target {
             let _ = sender.send(Err(io::Error::other("the simulator was told to cut the connection")));
@@ -140,7 +149,7 @@ impl EventOut {
     }
 
     /// Ends the body properly.
-    pub(super) fn finish(&mut self) {
+    pub(in crate::simulator) fn finish(&mut self) {
         self.flush();
         if let Target::Log(log) = &self.target {
             log.finish();
@@ -149,12 +158,12 @@ impl EventOut {
     }
 
     /// The client has left. Never so without a connection.
-    pub(super) fn is_gone(&self) -> bool {
+    pub(in crate::simulator) fn is_gone(&self) -> bool {
         matches!(&self.target, Target::Connection(sender) if sender.is_closed())
     }
 
     /// Resolves when the client has left; never without a connection. May be dropped.
-    pub(super) async fn gone(&self) {
+    pub(in crate::simulator) async fn gone(&self) {
         match &self.target {
             Target::Connection(sender) => sender.closed().await,
             Target::Nobody | Target::Log(_) => std::future::pending().await,
@@ -164,25 +173,30 @@ impl EventOut {
 
 /// The events of one background response, numbered from 0, with any number of readers.
 #[derive(Debug)]
-pub(super) struct EventLog {
+pub(in crate::simulator) struct EventLog {
     frames: Mutex<VecDeque<Bytes>>,
     /// How many frames there are, and whether that is all.
     progress: watch::Sender<(usize, bool)>,
 }
 
 impl EventLog {
-    pub(super) fn new() -> Arc<Self> {
+    pub(in crate::simulator) fn new() -> Arc<Self> {
         Arc::new(Self { frames: Mutex::default(), progress: watch::Sender::new((0, false)) })
     }
 
     /// The events from number `from` on, then live ones until the last. After `cut` events the connection breaks.
-    pub(super) fn follow(self: &Arc<Self>, from: usize, cut: Option<usize>, split: bool) -> Response {
+    pub(in crate::simulator) fn follow(
+        self: &Arc<Self>,
+        from: usize,
+        cut: Option<usize>,
+        split: bool,
+    ) -> Response {
         let reader = Reader { log: Arc::clone(self), next: from, cut, split: split.then(VecDeque::new) };
         event_stream(Body::from_stream(stream::unfold(reader, Reader::next)))
     }
 
     /// All frames so far.
-    pub(super) fn text(&self) -> String {
+    pub(in crate::simulator) fn text(&self) -> String {
         let frames = self.frames.lock().unwrap_or_else(PoisonError::into_inner);
         frames.iter().map(|frame| String::from_utf8_lossy(frame)).collect()
     }
@@ -252,7 +266,7 @@ async fn let_out() {
     tokio::task::yield_now().await;
 }
 
-pub(super) fn event_stream(body: Body) -> Response {
+pub(in crate::simulator) fn event_stream(body: Body) -> Response {
     let mut response = Response::new(body);
     let headers = response.headers_mut();
     headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("text/event-stream; charset=utf-8"));

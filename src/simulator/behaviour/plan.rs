@@ -9,10 +9,10 @@ use humantime_serde::re::humantime::parse_duration;
 use rand::RngExt;
 use serde_json::{Value, json};
 
-use super::error::{ApiError, json_body};
-use super::hostile::{Hostile, Hostility};
-use super::router::Refused;
-use super::sse::event_stream;
+use crate::simulator::behaviour::hostile::{Hostile, Hostility};
+use crate::simulator::behaviour::refusal::Refused;
+use crate::simulator::wire::error::{ApiError, json_body};
+use crate::simulator::wire::sse::{EventFormat, event_stream};
 
 const OPEN: &str = "[[sim:";
 const CLOSE: &str = "]]";
@@ -21,61 +21,61 @@ const MAX_WORDS: usize = 1_000_000;
 /// The behaviour of one turn. The default is a plain reply.
 #[derive(Clone, Debug, Default, PartialEq)]
 #[expect(clippy::struct_excessive_bools, reason = "each is a switch of its own")]
-pub(super) struct Plan {
+pub(in crate::simulator) struct Plan {
     /// Names of the functions to ask for before the reply.
-    pub(super) tools: Vec<String>,
-    pub(super) outcome: Outcome,
+    pub(in crate::simulator) tools: Vec<String>,
+    pub(in crate::simulator) outcome: Outcome,
     /// Replaces the configured latency.
-    pub(super) latency: Option<Duration>,
+    pub(in crate::simulator) latency: Option<Duration>,
     /// Replaces the configured interval between tokens.
-    pub(super) interval: Option<Duration>,
+    pub(in crate::simulator) interval: Option<Duration>,
     /// Pads the reply to so many words.
-    pub(super) words: Option<usize>,
+    pub(in crate::simulator) words: Option<usize>,
     /// Of a hundred requests with these directives, so many are steered by them, at random.
-    pub(super) chance: Option<u8>,
+    pub(in crate::simulator) chance: Option<u8>,
     /// Answer with an error status instead of accepting.
-    pub(super) status: Option<StatusCode>,
-    pub(super) code: Option<String>,
+    pub(in crate::simulator) status: Option<StatusCode>,
+    pub(in crate::simulator) code: Option<String>,
     /// How such an error is worded; the protocol's own form by default.
-    pub(super) wording: Option<Wording>,
-    pub(super) retry_after: Option<String>,
+    pub(in crate::simulator) wording: Option<Wording>,
+    pub(in crate::simulator) retry_after: Option<String>,
     /// Answer in a way that is to harm the client, instead of accepting.
-    pub(super) hostile: Option<Hostile>,
+    pub(in crate::simulator) hostile: Option<Hostile>,
     /// Where a redirect leads.
-    pub(super) location: Option<String>,
+    pub(in crate::simulator) location: Option<String>,
     /// Hold the head of the answer back for so long, while the work goes on.
-    pub(super) late_head: Option<Duration>,
+    pub(in crate::simulator) late_head: Option<Duration>,
     /// Answer with an error in a success, instead of accepting.
-    pub(super) bare_error: Option<BareError>,
+    pub(in crate::simulator) bare_error: Option<BareError>,
     /// The type that such an error has.
-    pub(super) error_type: Option<String>,
+    pub(in crate::simulator) error_type: Option<String>,
     /// Close the connection without an answer.
-    pub(super) drop: Option<Drop>,
+    pub(in crate::simulator) drop: Option<Drop>,
     /// Close the connection after so many deltas.
-    pub(super) cut: Option<usize>,
+    pub(in crate::simulator) cut: Option<usize>,
     /// Fall silent after so many deltas; `Some(0)`: accept and send nothing at all.
-    pub(super) silent_after: Option<usize>,
+    pub(in crate::simulator) silent_after: Option<usize>,
     /// A hold takes effect after so many deltas, instead of before the first one.
-    pub(super) hold_after: Option<usize>,
+    pub(in crate::simulator) hold_after: Option<usize>,
     /// A cancel is accepted and never takes effect.
-    pub(super) stuck_cancel: bool,
+    pub(in crate::simulator) stuck_cancel: bool,
     /// The response ends failed, with nothing to show, and says this.
-    pub(super) complaint: Option<Complaint>,
-    pub(super) refusal: bool,
-    pub(super) reasoning: bool,
+    pub(in crate::simulator) complaint: Option<Complaint>,
+    pub(in crate::simulator) refusal: bool,
+    pub(in crate::simulator) reasoning: bool,
     /// Leaves a reasoning item without what it should lead to.
-    pub(super) dangling_reasoning: bool,
+    pub(in crate::simulator) dangling_reasoning: bool,
     /// Send an `error` event in the middle of the reply.
-    pub(super) mid_error: Option<ErrorShape>,
+    pub(in crate::simulator) mid_error: Option<ErrorShape>,
     /// End the stream without its last events.
-    pub(super) no_terminal: bool,
+    pub(in crate::simulator) no_terminal: bool,
     /// Number of messages less one.
-    pub(super) more_parts: usize,
-    pub(super) dialect: Dialect,
+    pub(in crate::simulator) more_parts: usize,
+    pub(in crate::simulator) format: EventFormat,
 }
 
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
-pub(super) enum Outcome {
+pub(in crate::simulator) enum Outcome {
     #[default]
     Complete,
     Fail,
@@ -84,14 +84,14 @@ pub(super) enum Outcome {
 
 /// What is wrong with a conversation.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub(super) enum Complaint {
+pub(in crate::simulator) enum Complaint {
     OpenCall,
     Reasoning,
 }
 
 /// When a connection is closed without an answer.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub(super) enum Drop {
+pub(in crate::simulator) enum Drop {
     /// Before the request takes effect.
     Before,
     /// After it took effect.
@@ -99,7 +99,7 @@ pub(super) enum Drop {
 }
 
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub(super) enum ErrorShape {
+pub(in crate::simulator) enum ErrorShape {
     Flat,
     Nested,
     /// Nested, without an event line and without the type of an event.
@@ -108,7 +108,7 @@ pub(super) enum ErrorShape {
 
 /// How a server, or what stands in front of it, tells an error after it has begun a stream.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub(super) enum BareError {
+pub(in crate::simulator) enum BareError {
     /// `data: {"error": {…}}`.
     Object,
     /// The same, and `data: [DONE]` after it.
@@ -142,7 +142,7 @@ impl BareError {
 
 /// How an error is worded by what does not speak the protocol.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub(super) enum Wording {
+pub(in crate::simulator) enum Wording {
     /// The page of a web server.
     Html,
     /// `{"detail": "Not Found"}`, as a framework answers for an endpoint that it does not have.
@@ -190,20 +190,9 @@ impl Wording {
     }
 }
 
-/// How events are written.
-#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
-#[expect(clippy::struct_excessive_bools, reason = "each is a switch of its own")]
-pub(super) struct Dialect {
-    pub(super) crlf: bool,
-    pub(super) no_event_lines: bool,
-    pub(super) split: bool,
-    pub(super) comments: bool,
-    pub(super) unknown_events: bool,
-}
-
 impl Plan {
     /// Takes the directives out of `text`: what they ask for, and the text without them.
-    pub(super) fn of_text(text: &str) -> Result<(Self, String), ApiError> {
+    pub(in crate::simulator) fn of_text(text: &str) -> Result<(Self, String), ApiError> {
         let mut plan = Self::default();
         let mut stripped = String::with_capacity(text.len());
         let mut rest = text;
@@ -221,7 +210,7 @@ impl Plan {
     }
 
     /// Adds the behaviour that `words` ask for: `tool=get_weather rate=20ms`.
-    pub(super) fn apply(&mut self, words: &str) -> Result<(), String> {
+    pub(in crate::simulator) fn apply(&mut self, words: &str) -> Result<(), String> {
         for word in words.split_whitespace() {
             let (name, value) =
                 word.split_once('=').map_or((word, None), |(name, value)| (name, Some(value)));
@@ -231,7 +220,7 @@ impl Plan {
     }
 
     /// What happens instead of accepting, if it is an error in the words of something else. `asked`: the end of the path.
-    pub(super) fn worded(&self, asked: &str) -> Result<(), Refused> {
+    pub(in crate::simulator) fn worded(&self, asked: &str) -> Result<(), Refused> {
         match (self.wording, self.status) {
             (Some(wording), Some(status)) => Err(Refused::Told(Box::new(wording.answer(status, asked)))),
             _ => Ok(()),
@@ -239,12 +228,12 @@ impl Plan {
     }
 
     /// Whether this request is one of those that are steered.
-    pub(super) fn is_hit(&self) -> bool {
+    pub(in crate::simulator) fn is_hit(&self) -> bool {
         self.chance.is_none_or(|chance| rand::rng().random_range(0..100) < chance)
     }
 
     /// What happens instead of accepting, if anything does.
-    pub(super) fn refused(&self) -> Result<(), Refused> {
+    pub(in crate::simulator) fn refused(&self) -> Result<(), Refused> {
         if let Some(kind) = self.hostile {
             let (status, location, pause) = (self.status, self.location.clone(), self.interval);
             return Err(Refused::Hostile(Hostility { kind, status, location, pause }));
@@ -260,7 +249,7 @@ impl Plan {
     }
 
     /// The error that a stream tells which has no status to tell it.
-    pub(super) fn error(&self) -> Value {
+    pub(in crate::simulator) fn error(&self) -> Value {
         let usual = if self.code.is_none() { Some("server_error") } else { None };
         let code = self.code.as_deref().unwrap_or("server_error");
         // Some write it as a number.
@@ -290,7 +279,7 @@ impl Plan {
     }
 
     /// Nothing is ever sent.
-    pub(super) fn is_silent(&self) -> bool {
+    pub(in crate::simulator) fn is_silent(&self) -> bool {
         self.silent_after == Some(0)
     }
 
@@ -365,11 +354,11 @@ impl Plan {
             }
             "no_terminal" => self.no_terminal = true,
             "parts" => self.more_parts = count()?.clamp(1, 16) - 1,
-            "crlf" => self.dialect.crlf = true,
-            "no_event_lines" => self.dialect.no_event_lines = true,
-            "split" => self.dialect.split = true,
-            "comments" => self.dialect.comments = true,
-            "unknown_events" => self.dialect.unknown_events = true,
+            "crlf" => self.format.crlf = true,
+            "no_event_lines" => self.format.no_event_lines = true,
+            "split" => self.format.split = true,
+            "comments" => self.format.comments = true,
+            "unknown_events" => self.format.unknown_events = true,
             _ => return Err("there is no such directive"),
         }
         Ok(())

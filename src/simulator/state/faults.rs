@@ -2,8 +2,8 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::operation::Operation;
-use super::plan::Plan;
+use crate::simulator::behaviour::plan::Plan;
+use crate::simulator::wire::operation::Operation;
 
 /// A fault for the next `times` requests of one kind.
 #[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize)]
@@ -20,11 +20,11 @@ pub struct Fault {
 
 /// The faults that wait, oldest first.
 #[derive(Debug, Default)]
-pub(super) struct Faults(Vec<Fault>);
+pub(in crate::simulator) struct Faults(Vec<Fault>);
 
 impl Faults {
     /// Adds a fault, or says what is wrong with it.
-    pub(super) fn add(&mut self, fault: Fault) -> Result<(), String> {
+    pub(in crate::simulator) fn add(&mut self, fault: Fault) -> Result<(), String> {
         Plan::default().apply(&fault.fault)?;
         if !(Operation::exists(&fault.on) || ["any", "start"].contains(&fault.on.as_str())) {
             return Err(format!("there is no operation '{}'", fault.on));
@@ -36,7 +36,7 @@ impl Faults {
     }
 
     /// Takes one use of the oldest fault that is meant for `operation`. `None` also if its `chance` spares this request.
-    pub(super) fn take(&mut self, operation: Operation) -> Option<String> {
+    pub(in crate::simulator) fn take(&mut self, operation: Operation) -> Option<String> {
         let at = self.0.iter().position(|fault| operation.answers_to(&fault.on))?;
         let fault = &mut self.0[at];
         fault.times -= 1;
@@ -45,11 +45,11 @@ impl Faults {
         plan.apply(&directives).ok().filter(|()| plan.is_hit()).map(|()| directives)
     }
 
-    pub(super) fn list(&self) -> &[Fault] {
+    pub(in crate::simulator) fn list(&self) -> &[Fault] {
         &self.0
     }
 
-    pub(super) fn clear(&mut self) {
+    pub(in crate::simulator) fn clear(&mut self) {
         self.0.clear();
     }
 }

@@ -13,7 +13,7 @@ use futures_util::stream::BoxStream;
 use futures_util::{StreamExt, stream};
 use http::{HeaderValue, StatusCode, header};
 
-use super::operation::Operation;
+use crate::simulator::wire::operation::Operation;
 
 /// Size of the pieces in which something without end is sent.
 const PIECE: usize = 16 * 1024;
@@ -39,7 +39,7 @@ const DRIP: Duration = Duration::from_millis(20);
 
 /// A kind of answer.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub(super) enum Hostile {
+pub(in crate::simulator) enum Hostile {
     EndlessLine,
     EndlessEvents,
     EndlessReply,
@@ -56,7 +56,7 @@ pub(super) enum Hostile {
 }
 
 impl Hostile {
-    pub(super) fn named(name: &str) -> Option<Self> {
+    pub(in crate::simulator) fn named(name: &str) -> Option<Self> {
         Some(match name {
             "endless_line" => Self::EndlessLine,
             "endless_events" => Self::EndlessEvents,
@@ -78,13 +78,13 @@ impl Hostile {
 
 /// An answer that is to be given.
 #[derive(Clone, Debug)]
-pub(super) struct Hostility {
-    pub(super) kind: Hostile,
+pub(in crate::simulator) struct Hostility {
+    pub(in crate::simulator) kind: Hostile,
     /// Instead of 200.
-    pub(super) status: Option<StatusCode>,
-    pub(super) location: Option<String>,
+    pub(in crate::simulator) status: Option<StatusCode>,
+    pub(in crate::simulator) location: Option<String>,
     /// Between two bytes that drip.
-    pub(super) pause: Option<Duration>,
+    pub(in crate::simulator) pause: Option<Duration>,
 }
 
 /// What the reader expects.
@@ -98,7 +98,7 @@ enum Form {
 type Pieces = BoxStream<'static, Bytes>;
 
 impl Hostility {
-    pub(super) fn answer(&self, operation: Operation) -> Response {
+    pub(in crate::simulator) fn answer(&self, operation: Operation) -> Response {
         let form = Form::of(operation);
         let body = self.pieces(form).map(Ok::<_, io::Error>);
         let mut response = Response::new(Body::from_stream(body));

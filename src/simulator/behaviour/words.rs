@@ -2,7 +2,7 @@
 
 /// What the assistant says. It repeats the user's text, tells the outputs of functions, and counts the user's
 /// messages, so that a reader can check what the simulator knew. Padded to at least `words` words.
-pub(super) fn reply(user: &str, turn: usize, outputs: &[String], words: usize) -> String {
+pub(in crate::simulator) fn reply(user: &str, turn: usize, outputs: &[String], words: usize) -> String {
     let mut text = format!("You said: {user}.");
     if !outputs.is_empty() {
         text.push_str(" The tools answered: ");
@@ -13,17 +13,17 @@ pub(super) fn reply(user: &str, turn: usize, outputs: &[String], words: usize) -
 }
 
 /// The text of a further message of the same reply.
-pub(super) fn further_part(number: usize, words: usize) -> String {
+pub(in crate::simulator) fn further_part(number: usize, words: usize) -> String {
     pad(format!("This is part {number} of the reply."), words)
 }
 
 /// One word with the blanks behind it each; together they are the text again.
-pub(super) fn tokens(text: &str) -> impl Iterator<Item = &str> {
+pub(in crate::simulator) fn tokens(text: &str) -> impl Iterator<Item = &str> {
     text.split_inclusive(' ')
 }
 
 /// Words of a text, as a measure of usage.
-pub(super) fn count(text: &str) -> u64 {
+pub(in crate::simulator) fn count(text: &str) -> u64 {
     text.split_whitespace().count().try_into().unwrap_or(u64::MAX)
 }
 
