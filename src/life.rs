@@ -17,7 +17,7 @@ use crate::config::{JanitorConfig, RetentionConfig};
 use crate::domain::{Fingerprints, Keeping, Lifetimes};
 use crate::runs::Runs;
 use crate::store::{Pruning, Store};
-use crate::upstream::{Pace, Upstream};
+use crate::upstream::{RateLimiter, Upstream};
 
 pub use deletion::Target;
 pub use janitor::{Outlook, Plan, Tally};
@@ -49,7 +49,7 @@ pub struct KeeperParts {
 
 struct Parts {
     given: KeeperParts,
-    pace: Pace,
+    pace: RateLimiter,
     pruning: Pruning,
     /// There is work that should not wait for the next look.
     nudge: Notify,
@@ -58,7 +58,7 @@ struct Parts {
 impl Keeper {
     /// Must be made inside a tokio runtime.
     pub fn new(given: KeeperParts) -> Self {
-        let pace = Pace::new(given.janitor.calls_per_second);
+        let pace = RateLimiter::new(given.janitor.calls_per_second);
         let storing = given.upstreams.iter().filter(|(_, upstream)| upstream.capabilities().stores_runs);
         let pruning = Pruning {
             runs: Some(given.retention.runs),

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use rand::RngExt;
 
-use super::UpstreamError;
+use crate::upstream::error::UpstreamError;
 
 /// The first wait between two tries, or two looks at something that is under way; it doubles.
 pub(super) const FIRST_WAIT: Duration = Duration::from_millis(250);
@@ -15,7 +15,7 @@ pub(super) const SHORTEST_WAIT: Duration = Duration::from_millis(20);
 const MAX_FAILURES: u32 = 5;
 
 /// Repeats `call` while it fails in a way that may pass. Five failures, or one that will not pass, are the end of it.
-pub(super) async fn patiently<T, F>(mut call: impl FnMut() -> F) -> Result<T, UpstreamError>
+pub(super) async fn with_retries<T, F>(mut call: impl FnMut() -> F) -> Result<T, UpstreamError>
 where
     F: Future<Output = Result<T, UpstreamError>>,
 {
@@ -31,34 +31,34 @@ where
             return Err(error);
         }
         tokio::time::sleep(asked_wait(&error).unwrap_or(wait)).await;
-        wait = longer(wait);
+        wait = next_backoff(wait);
     }
 }
 
 /// The same, and for as long as something else holds the thread.
-pub(super) async fn once_unlocked<T, F>(mut call: impl FnMut() -> F) -> Result<T, UpstreamError>
+pub(super) async fn retry_while_busy<T, F>(mut call: impl FnMut() -> F) -> Result<T, UpstreamError>
 where
     F: Future<Output = Result<T, UpstreamError>>,
 {
     let mut wait = FIRST_WAIT;
     loop {
-        match patiently(&mut call).await {
+        match with_retries(&mut call).await {
             Err(UpstreamError::Busy { .. }) => {}
             other => return other,
         }
         tokio::time::sleep(wait).await;
-        wait = longer(wait);
+        wait = next_backoff(wait);
     }
 }
 
 /// A wait between half a second and a whole one, so that those who wait for the same do not come at once.
-pub(super) async fn a_moment() {
+pub(super) async fn jittered_delay() {
     let part = rand::rng().random_range(0.5..=1.0);
     tokio::time::sleep(Duration::from_secs(1).mul_f64(part)).await;
 }
 
 /// The wait after `wait`.
-pub(super) fn longer(wait: Duration) -> Duration {
+pub(super) fn next_backoff(wait: Duration) -> Duration {
     (wait * 2).min(LONGEST_WAIT)
 }
 
@@ -112,7 +112,7 @@ mod tests {
             (UpstreamError::ThreadGone, 1),
         ] {
             let calls = Cell::new(0);
-            let outcome = patiently(|| {
+            let outcome = with_retries(|| {
                 calls.set(calls.get() + 1);
                 let error = error.clone();
                 async move { Err::<(), _>(error) }
@@ -132,7 +132,7 @@ mod tests {
             code: None,
         };
         let failures = Cell::new(vec![asked, UpstreamError::Connect, UpstreamError::Connect]);
-        patiently(|| {
+        with_retries(|| {
             let mut left = failures.take();
             let next = left.pop();
             failures.set(left);

@@ -7,22 +7,24 @@
 use futures_util::{StreamExt, stream};
 use serde_json::Value;
 
+use super::adapter::ResponsesUpstream;
 use super::items::NO_OUTPUT;
-use super::part::{broken_tail, kept};
-use super::turn::Turn;
+use super::run_items::{broken_tail, kept};
+use super::stream::StreamDecoder;
 use super::wire::{OpenCall, open_calls};
-use super::{ResponsesUpstream, is_not_offered};
 use crate::domain::UpstreamThreadId;
-use crate::upstream::classify::{Damage, Refusal};
-use crate::upstream::patience::a_moment;
+use crate::upstream::classify::{Damage, Rejection};
+use crate::upstream::error::UpstreamError;
+use crate::upstream::port::EventStream;
 use crate::upstream::relay::{RunEvents, relay, unsent};
-use crate::upstream::{EventStream, UpstreamError};
+use crate::upstream::retry::jittered_delay;
+use crate::upstream::retrying_client::is_not_offered;
 
 /// Pages in which the damage is looked for. It is near the end: nothing can have been said after it.
 const PAGES_TO_SEARCH: usize = 3;
 
 /// A turn on its way into its thread.
-pub(super) struct Attempt {
+pub(super) struct RepairingRequest {
     upstream: ResponsesUpstream,
     thread: Option<UpstreamThreadId>,
     body: Value,
@@ -40,7 +42,7 @@ enum Repair {
     Deletion,
 }
 
-impl Attempt {
+impl RepairingRequest {
     pub(super) fn new(
         upstream: &ResponsesUpstream,
         thread: Option<&UpstreamThreadId>,
@@ -72,14 +74,14 @@ impl Attempt {
     pub(super) async fn events(mut self) -> Result<EventStream, UpstreamError> {
         let events = self.send().await?;
         let going = stream::try_unfold(Some((self, events)), |going| async move {
-            let Some((mut attempt, mut events)) = going else { return Ok(None) };
+            let Some((mut request, mut events)) = going else { return Ok(None) };
             loop {
                 match events.next().await {
                     None => return Ok(None),
-                    Some(Ok(event)) => return Ok(Some((event, Some((attempt, events))))),
+                    Some(Ok(event)) => return Ok(Some((event, Some((request, events))))),
                     Some(Err(refusal)) => {
-                        attempt.mend(refusal, true).await?;
-                        events = attempt.send_once_unlocked().await?;
+                        request.repair(refusal, true).await?;
+                        events = request.send_once_unlocked().await?;
                     }
                 }
             }
@@ -91,12 +93,14 @@ impl Attempt {
         loop {
             let limit = self.upstream.client.max_bytes();
             let events = match self.upstream.open(&self.body).await {
-                Ok(events) => relay(events, Turn::to_be_mended(!self.upstream.conversations), limit).await,
+                Ok(events) => {
+                    relay(events, StreamDecoder::for_repair(!self.upstream.conversations), limit).await
+                }
                 Err(refusal) => Err(refusal),
             };
             match events {
                 Ok(events) => return Ok(events),
-                Err(refusal) => self.mend(refusal, false).await?,
+                Err(refusal) => self.repair(refusal, false).await?,
             }
         }
     }
@@ -105,7 +109,7 @@ impl Attempt {
     async fn send_once_unlocked(&mut self) -> Result<RunEvents, UpstreamError> {
         loop {
             match self.send().await {
-                Err(UpstreamError::Busy { .. }) => a_moment().await,
+                Err(UpstreamError::Busy { .. }) => jittered_delay().await,
                 other => return other,
             }
         }
@@ -113,7 +117,7 @@ impl Attempt {
 
     /// Makes the next try promising, or says why there is none. `accepted`: it was refused only after it had been
     /// accepted.
-    async fn mend(&mut self, refusal: Refusal, accepted: bool) -> Result<(), UpstreamError> {
+    async fn repair(&mut self, refusal: Rejection, accepted: bool) -> Result<(), UpstreamError> {
         let (Some(damage), Some(thread)) = (refusal.damage, &self.thread) else { return Err(refusal.error) };
         if !self.upstream.conversations || self.tried == Repair::Deletion {
             return Err(UpstreamError::ThreadGone);

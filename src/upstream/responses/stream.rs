@@ -1,52 +1,54 @@
 //! Reads the event stream of a response.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::VecDeque;
 
 use serde::Deserialize;
 use serde_json::value::RawValue;
 
 use super::wire::{Envelope, ResponseHead, ResponseObject};
-use crate::domain::{ContentPart, RunStatus, UpstreamRunId, UpstreamThreadId};
-use crate::upstream::classify::{ErrorDetail, Refusal};
-use crate::upstream::relay::{Dialect, PLACE_COST};
+use crate::domain::{RunStatus, UpstreamRunId, UpstreamThreadId};
+use crate::upstream::classify::{ErrorDetail, Rejection};
+use crate::upstream::error::UpstreamError;
+use crate::upstream::port::{Ended, UpstreamEvent};
+use crate::upstream::relay::Decoder;
 use crate::upstream::sse::SseEvent;
+use crate::upstream::streamed_parts::StreamedParts;
 use crate::upstream::wire::failure;
-use crate::upstream::{Ended, UpstreamError, UpstreamEvent};
 
 /// What is known of a response while its events arrive.
 #[derive(Debug)]
-pub(super) struct Turn {
+pub(super) struct StreamDecoder {
     /// The response becomes the thread's new place if it ends well.
     chain: bool,
     /// A response that fails because the conversation is damaged is a refusal: whoever reads can mend that.
-    mends: bool,
+    repairs: bool,
     response: Option<String>,
     /// Put together from deltas, by output and content index, in case the response does not hold it in the end.
-    streamed: BTreeMap<(u64, u64), ContentPart>,
+    streamed: StreamedParts<(u64, u64)>,
     /// The size of that.
     held: usize,
 }
 
-impl Turn {
+impl StreamDecoder {
     pub(super) fn new(chain: bool) -> Self {
-        Self { chain, mends: false, response: None, streamed: BTreeMap::new(), held: 0 }
+        Self { chain, repairs: false, response: None, streamed: StreamedParts::default(), held: 0 }
     }
 
     /// For a reader who can mend a damaged conversation.
-    pub(super) fn to_be_mended(chain: bool) -> Self {
-        Self { mends: true, ..Self::new(chain) }
+    pub(super) fn for_repair(chain: bool) -> Self {
+        Self { repairs: true, ..Self::new(chain) }
     }
 
     /// Nothing has come of it, and its reader can see to it that something does.
     fn is_refused_late(&self) -> bool {
-        self.mends && self.streamed.is_empty()
+        self.repairs && self.streamed.is_empty()
     }
 }
 
-impl Dialect for Turn {
+impl Decoder for StreamDecoder {
     /// The JSON says what an event is; the event line, which not every server sends, is asked only where it does not. What
     /// neither of them names may be an error of whatever stands in front of the server.
-    fn read(&mut self, event: SseEvent, out: &mut VecDeque<UpstreamEvent>) -> Result<(), Refusal> {
+    fn read(&mut self, event: SseEvent, out: &mut VecDeque<UpstreamEvent>) -> Result<(), Rejection> {
         if event.data == "[DONE]" {
             return Ok(());
         }
@@ -93,13 +95,13 @@ impl Dialect for Turn {
     }
 }
 
-impl Turn {
+impl StreamDecoder {
     fn response(
         &mut self,
         kind: &str,
         raw: &RawValue,
         out: &mut VecDeque<UpstreamEvent>,
-    ) -> Result<(), Refusal> {
+    ) -> Result<(), Rejection> {
         let head: ResponseHead = parse(raw)?;
         if self.response.is_none() {
             self.response = Some(head.id.clone());
@@ -123,7 +125,7 @@ impl Turn {
             {
                 let error =
                     UpstreamError::Refused { status: 400, code: response.failure_code(), missing: false };
-                return Err(Refusal { error, damage: Some(damage) });
+                return Err(Rejection { error, damage: Some(damage) });
             }
             let ended = self.end(status, head.id, response);
             out.push_back(UpstreamEvent::Ended(Box::new(ended)));
@@ -139,7 +141,7 @@ impl Turn {
         let closed = output.open_calls.is_empty();
         // A cancelled response comes back empty, and some servers leave the output out altogether.
         let content = if output.content.is_empty() && (closed || !ended_well) {
-            std::mem::take(&mut self.streamed).into_values().collect()
+            std::mem::take(&mut self.streamed).into_vec()
         } else {
             output.content
         };
@@ -160,7 +162,7 @@ impl Turn {
     }
 
     /// An error that takes the place of a terminal event.
-    fn error(&mut self, detail: ErrorDetail, out: &mut VecDeque<UpstreamEvent>) -> Result<(), Refusal> {
+    fn error(&mut self, detail: ErrorDetail, out: &mut VecDeque<UpstreamEvent>) -> Result<(), Rejection> {
         let code = if self.response.is_none() || (self.is_refused_late() && detail.damage().is_some()) {
             match detail.of_refused_stream() {
                 Ok(refusal) => return Err(refusal),
@@ -172,7 +174,7 @@ impl Turn {
         out.push_back(UpstreamEvent::Ended(Box::new(Ended {
             status: RunStatus::Failed,
             error: failure(RunStatus::Failed, code),
-            content: std::mem::take(&mut self.streamed).into_values().collect(),
+            content: std::mem::take(&mut self.streamed).into_vec(),
             upstream_message_id: None,
             usage: None,
             tool_calls: Vec::new(),
@@ -182,17 +184,7 @@ impl Turn {
     }
 
     fn grow(&mut self, place: (u64, u64), more: &str, is_refusal: bool) {
-        self.held += more.len() + if self.streamed.contains_key(&place) { 0 } else { PLACE_COST };
-        let part = self.streamed.entry(place).or_insert_with(|| {
-            if is_refusal {
-                ContentPart::Refusal { refusal: String::new() }
-            } else {
-                ContentPart::Text { text: String::new() }
-            }
-        });
-        if let ContentPart::Text { text } | ContentPart::Refusal { refusal: text } = part {
-            text.push_str(more);
-        }
+        self.held += self.streamed.grow(place, more, is_refusal);
     }
 }
 
@@ -221,7 +213,7 @@ mod tests {
     use serde_json::{Value, json};
 
     use super::*;
-    use crate::domain::Usage;
+    use crate::domain::{ContentPart, Usage};
     use crate::upstream::classify::Damage;
     use crate::upstream::mutation::{damaged, ends_once, mutated, read_to_the_end, told};
 
@@ -233,9 +225,9 @@ mod tests {
         chain: bool,
         events: impl IntoIterator<Item = SseEvent>,
     ) -> Result<Vec<UpstreamEvent>, UpstreamError> {
-        let (mut turn, mut out) = (Turn::new(chain), VecDeque::new());
+        let (mut decoder, mut out) = (StreamDecoder::new(chain), VecDeque::new());
         for event in events {
-            turn.read(event, &mut out).map_err(UpstreamError::from)?;
+            decoder.read(event, &mut out).map_err(UpstreamError::from)?;
         }
         Ok(out.into())
     }
@@ -370,18 +362,18 @@ mod tests {
             json!({"code": "server_error", "message": "No tool output found for function call call_1."});
         let late = json!({"type": "error", "error": failed["response"]["error"]});
         let started = response("response.created", "in_progress", &json!([]));
-        let damage = |mut turn: Turn, events: &[&Value]| {
+        let damage = |mut decoder: StreamDecoder, events: &[&Value]| {
             let mut out = VecDeque::new();
-            let read = events.iter().try_for_each(|data| turn.read(event(data), &mut out));
+            let read = events.iter().try_for_each(|data| decoder.read(event(data), &mut out));
             read.err().and_then(|refusal| refusal.damage)
         };
         for end in [&failed, &late] {
-            assert_eq!(damage(Turn::to_be_mended(false), &[&started, end]), Some(Damage::OpenCall));
-            assert_eq!(damage(Turn::to_be_mended(false), &[&started, &delta("half"), end]), None);
-            assert_eq!(damage(Turn::new(false), &[&started, end]), None);
+            assert_eq!(damage(StreamDecoder::for_repair(false), &[&started, end]), Some(Damage::OpenCall));
+            assert_eq!(damage(StreamDecoder::for_repair(false), &[&started, &delta("half"), end]), None);
+            assert_eq!(damage(StreamDecoder::new(false), &[&started, end]), None);
         }
         failed["response"]["output"] = json!([message("Hello")]);
-        assert_eq!(damage(Turn::to_be_mended(false), &[&failed]), None);
+        assert_eq!(damage(StreamDecoder::for_repair(false), &[&failed]), None);
     }
 
     #[test]
@@ -481,13 +473,13 @@ mod tests {
         fn events_that_are_nearly_real_are_read_within_bounds(
             events in proptest::collection::vec((0..NAMES.len(), mutated(plain().into_iter().chain(odd()).collect())), 0..16),
         ) {
-            let (mut turn, mut out, mut sent) = (Turn::to_be_mended(true), VecDeque::new(), 0);
+            let (mut decoder, mut out, mut sent) = (StreamDecoder::for_repair(true), VecDeque::new(), 0);
             for (name, data) in events {
                 let event = SseEvent { name: Some(NAMES[name].to_owned()), data: data.to_string() };
                 sent += event.data.len();
-                let read = turn.read(event, &mut out);
-                let kept: usize = turn.streamed.values().map(ContentPart::size).sum();
-                prop_assert!(kept <= turn.held(), "{kept} of {}", turn.held());
+                let read = decoder.read(event, &mut out);
+                let kept: usize = decoder.streamed.iter().map(ContentPart::size).sum();
+                prop_assert!(kept <= decoder.held(), "{kept} of {}", decoder.held());
                 if read.is_err() || matches!(out.back(), Some(UpstreamEvent::Ended(_))) {
                     break;
                 }
@@ -498,7 +490,7 @@ mod tests {
 
         #[test]
         fn a_damaged_stream_has_an_end(pieces in damaged(transcript().into_bytes())) {
-            ends_once(&read_to_the_end(pieces, Turn::to_be_mended(true), 4096))?;
+            ends_once(&read_to_the_end(pieces, StreamDecoder::for_repair(true), 4096))?;
         }
     }
 }

@@ -1,6 +1,6 @@
 //! Limits on what JSON takes in memory: of its values one may take fifty times the two bytes that it takes in an answer.
 
-use super::UpstreamError;
+use crate::upstream::error::UpstreamError;
 
 /// Values that one answer or event may have. In memory they take some 64 MiB.
 const MAX_VALUES: usize = 500_000;
@@ -44,12 +44,12 @@ impl Size {
 
 /// What is kept of several answers, such as the pages of a list: together no more than may be in one.
 #[derive(Debug)]
-pub(super) struct Kept {
+pub(super) struct SizeBudget {
     so_far: Size,
     max_bytes: usize,
 }
 
-impl Kept {
+impl SizeBudget {
     /// `max_bytes`: as many as one answer may have.
     pub(super) fn new(max_bytes: usize) -> Self {
         Self { so_far: Size::default(), max_bytes }
@@ -93,13 +93,13 @@ mod tests {
     #[test]
     fn answers_have_together_what_one_may_have() {
         let size = |json: &str| Size::of(json.as_bytes());
-        let mut kept = Kept::new(20);
+        let mut kept = SizeBudget::new(20);
         kept.add(size("[1,2,3]")).unwrap();
         kept.add(size("[1,2,3,4,5]")).unwrap();
         assert!(matches!(kept.add(size("[]")), Ok(())));
         assert!(matches!(kept.add(size("1")), Err(UpstreamError::Protocol(_))));
         let half = "0,".repeat(MAX_VALUES / 2);
-        let mut kept = Kept::new(usize::MAX);
+        let mut kept = SizeBudget::new(usize::MAX);
         kept.add(size(&half)).unwrap();
         kept.add(size(&half)).unwrap();
         assert!(matches!(kept.add(size("0,")), Err(UpstreamError::Protocol(_))));

@@ -1,4 +1,4 @@
-//! Calls without a body that are harmless to repeat, at a pace where nobody waits for them.
+//! Calls without a body that are harmless to repeat; behind a rate limiter where nobody waits for them.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -7,10 +7,13 @@ use serde::de::DeserializeOwned;
 use serde_json::Value;
 use tokio::time::sleep;
 
-use super::client::{Answer, UpstreamClient};
-use super::patience::{FIRST_WAIT, longer, once_unlocked, patiently};
-use super::wire::List;
-use super::{Disposal, Pace, UpstreamError};
+use crate::upstream::client::{Answer, UpstreamClient};
+use crate::upstream::error::UpstreamError;
+use crate::upstream::memory_limit::SizeBudget;
+use crate::upstream::port::Disposal;
+use crate::upstream::rate_limiter::RateLimiter;
+use crate::upstream::retry::{FIRST_WAIT, next_backoff, retry_while_busy, with_retries};
+use crate::upstream::wire::List;
 
 /// Lengths of a page, the longest that a server must give first. What is too much to read at once is asked for in
 /// smaller parts.
@@ -20,21 +23,21 @@ const LOOKS: u32 = 4;
 
 /// The way to make them. Each try waits for its turn, and is repeated while it fails in a way that may pass.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Calls<'a> {
+pub(super) struct RetryingClient<'a> {
     pub(super) client: &'a UpstreamClient,
     /// `None`: at once.
-    pub(super) pace: Option<&'a Pace>,
+    pub(super) limiter: Option<&'a RateLimiter>,
 }
 
-impl Calls<'_> {
+impl RetryingClient<'_> {
     pub(super) async fn make<T: DeserializeOwned>(
         self,
         method: Method,
         path: &[&str],
         query: &[(&str, &str)],
     ) -> Result<Answer<T>, UpstreamError> {
-        patiently(|| async {
-            self.turn().await;
+        with_retries(|| async {
+            self.acquire().await;
             self.client.json(method.clone(), path, query).await
         })
         .await
@@ -75,16 +78,44 @@ impl Calls<'_> {
         self.make(Method::GET, path, &query).await.map(|answer| answer.value)
     }
 
+    /// A page of a list, charged to a budget: all pages of a list together may be no longer than one answer.
+    pub(super) async fn page_within<T: DeserializeOwned>(
+        self,
+        path: &[&str],
+        query: &[(&str, &str)],
+        after: Option<&str>,
+        budget: &mut SizeBudget,
+    ) -> Result<List<T>, UpstreamError> {
+        let [longest, ..] = PAGES;
+        let cursor = after.map(|id| ("after", id));
+        let query: Vec<_> =
+            [("limit", longest)].into_iter().chain(query.iter().copied()).chain(cursor).collect();
+        let answer = self.make::<List<T>>(Method::GET, path, &query).await?;
+        budget.add(answer.size)?;
+        Ok(answer.value)
+    }
+
+    /// A look before a deletion. `None`: nothing is there any more. `true`: the server has this call, so that a later 404
+    /// speaks of the object and not of the endpoint.
+    pub(super) async fn is_known(self, path: &[&str]) -> Result<Option<bool>, UpstreamError> {
+        match self.get(path).await {
+            Ok(_) => Ok(Some(true)),
+            Err(error) if is_gone(&error) => Ok(None),
+            Err(error) if is_not_offered(&error) => Ok(Some(false)),
+            Err(error) => Err(error),
+        }
+    }
+
     pub(super) async fn delete(self, path: &[&str]) -> Result<(), UpstreamError> {
         let deletion = Deletion::default();
-        let deleted = patiently(|| deletion.attempt(self, path)).await;
+        let deleted = with_retries(|| deletion.attempt(self, path)).await;
         deletion.outcome(deleted)
     }
 
     /// The same, as soon as nothing holds the thread.
     pub(super) async fn delete_once_unlocked(self, path: &[&str]) -> Result<(), UpstreamError> {
         let deletion = Deletion::default();
-        let deleted = once_unlocked(|| deletion.attempt(self, path)).await;
+        let deleted = retry_while_busy(|| deletion.attempt(self, path)).await;
         deletion.outcome(deleted)
     }
 
@@ -106,7 +137,7 @@ impl Calls<'_> {
         for look in 0..LOOKS {
             if look > 0 {
                 sleep(wait).await;
-                wait = longer(wait);
+                wait = next_backoff(wait);
             }
             match self.get(path).await {
                 Ok(_) => {}
@@ -146,9 +177,9 @@ impl Calls<'_> {
         }
     }
 
-    async fn turn(self) {
-        if let Some(pace) = self.pace {
-            pace.turn().await;
+    async fn acquire(self) {
+        if let Some(limiter) = self.limiter {
+            limiter.acquire().await;
         }
     }
 }
@@ -161,9 +192,9 @@ struct Deletion {
 }
 
 impl Deletion {
-    async fn attempt(&self, calls: Calls<'_>, path: &[&str]) -> Result<(), UpstreamError> {
-        calls.turn().await;
-        let done = calls.client.done(Method::DELETE, path).await;
+    async fn attempt(&self, client: RetryingClient<'_>, path: &[&str]) -> Result<(), UpstreamError> {
+        client.acquire().await;
+        let done = client.client.done(Method::DELETE, path).await;
         if done.as_ref().is_err_and(UpstreamError::is_ambiguous) {
             self.unsure.store(true, Ordering::Relaxed);
         }

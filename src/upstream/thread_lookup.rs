@@ -3,11 +3,11 @@
 use serde::Deserialize;
 use serde_json::{Map, Value};
 
-use super::UpstreamError;
-use super::calls::{Calls, is_not_offered};
-use super::tags::THREAD_TAG;
-use super::wire::lenient;
 use crate::domain::{ThreadId, UpstreamThreadId};
+use crate::upstream::error::UpstreamError;
+use crate::upstream::retrying_client::{RetryingClient, is_not_offered};
+use crate::upstream::tags::THREAD_TAG;
+use crate::upstream::wire::lenient;
 
 /// Pages that are looked through, the newest threads first.
 const MAX_PAGES: usize = 50;
@@ -26,7 +26,7 @@ struct Listed {
 /// Those in the list at `path` that were made for `of`. `None` if there is no such list, or if none was met in as much
 /// of it as is looked through.
 pub(super) async fn find(
-    calls: Calls<'_>,
+    calls: RetryingClient<'_>,
     path: &str,
     of: ThreadId,
 ) -> Result<Option<Vec<UpstreamThreadId>>, UpstreamError> {

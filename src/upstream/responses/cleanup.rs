@@ -7,12 +7,15 @@ use http::Method;
 use serde_json::Value;
 use tokio::time::sleep;
 
-use super::part::{id_of, is_said, own_part};
+use super::adapter::ResponsesUpstream;
+use super::run_items::{id_of, is_said, own_part};
 use super::wire::{OpenCall, Output, ResponseObject, answered_calls, open_calls};
-use super::{ResponsesUpstream, is_missing, is_not_offered};
 use crate::domain::{Leftover, RunStatus, ToolCall, UpstreamRunId, UpstreamThreadId};
-use crate::upstream::patience::{FIRST_WAIT, longer};
-use crate::upstream::{Pace, Settled, UpstreamError};
+use crate::upstream::error::UpstreamError;
+use crate::upstream::port::Settled;
+use crate::upstream::rate_limiter::RateLimiter;
+use crate::upstream::retry::{FIRST_WAIT, next_backoff};
+use crate::upstream::retrying_client::{is_missing, is_not_offered};
 
 /// Pages that are read back to a run's baseline.
 pub(super) const MAX_PAGES: usize = 10;
@@ -111,10 +114,10 @@ impl ResponsesUpstream {
     pub(super) async fn cancel(
         &self,
         id: &UpstreamRunId,
-        pace: Option<&Pace>,
+        limiter: Option<&RateLimiter>,
     ) -> Result<Option<Last>, UpstreamError> {
         let path = ["responses", id.as_str(), "cancel"];
-        match self.calls(pace).make::<Value>(Method::POST, &path, &[]).await {
+        match self.retrying(limiter).make::<Value>(Method::POST, &path, &[]).await {
             Ok(cancelled) => {
                 if let Some(last) = last(&cancelled.value) {
                     return Ok(Some(last));
@@ -127,12 +130,12 @@ impl ResponsesUpstream {
         }
         let mut wait = FIRST_WAIT;
         loop {
-            let Some(response) = self.response(id, pace).await? else { return Ok(None) };
+            let Some(response) = self.response(id, limiter).await? else { return Ok(None) };
             if let Some(last) = last(&response) {
                 return Ok(Some(last));
             }
             sleep(wait).await;
-            wait = longer(wait);
+            wait = next_backoff(wait);
         }
     }
 }

@@ -8,9 +8,9 @@ use tokio::time::{Interval, MissedTickBehavior, interval};
 
 /// Lets one call through at a time, so many a second at most. Shared by all that work in the background.
 #[derive(Debug)]
-pub struct Pace(Option<Mutex<Interval>>);
+pub struct RateLimiter(Option<Mutex<Interval>>);
 
-impl Pace {
+impl RateLimiter {
     /// For work that somebody waits for.
     pub const UNBOUND: Self = Self(None);
 
@@ -22,7 +22,7 @@ impl Pace {
     }
 
     /// Resolves when it is the caller's turn.
-    pub async fn turn(&self) {
+    pub async fn acquire(&self) {
         if let Some(ticks) = &self.0 {
             ticks.lock().await.tick().await;
         }

@@ -1,21 +1,23 @@
 //! Reads the event stream of a run.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::VecDeque;
 
 use serde::de::DeserializeOwned;
 use serde_json::{Map, Value};
 
 use super::wire::{MessageDelta, MessageObject, RunObject};
 use crate::domain::{ContentPart, RunStatus, ToolCall, UpstreamRunId, Usage};
-use crate::upstream::classify::{ErrorDetail, Refusal};
-use crate::upstream::relay::{Dialect, PLACE_COST};
+use crate::upstream::classify::{ErrorDetail, Rejection};
+use crate::upstream::error::UpstreamError;
+use crate::upstream::port::{Ended, UpstreamEvent};
+use crate::upstream::relay::{Decoder, PLACE_COST};
 use crate::upstream::sse::SseEvent;
+use crate::upstream::streamed_parts::StreamedParts;
 use crate::upstream::wire::failure;
-use crate::upstream::{Ended, UpstreamError, UpstreamEvent};
 
 /// What is known of a run while its events arrive.
 #[derive(Debug, Default)]
-pub(super) struct Turn {
+pub(super) struct StreamDecoder {
     accepted: bool,
     /// In the order in which they began.
     messages: Vec<Message>,
@@ -32,7 +34,7 @@ struct Message {
 #[derive(Debug)]
 enum Parts {
     /// Put together from deltas, by index.
-    Growing(BTreeMap<u64, ContentPart>),
+    Growing(StreamedParts<u64>),
     /// As the upstream has stored them.
     Whole(Vec<ContentPart>),
 }
@@ -47,8 +49,8 @@ enum Kind {
     Other,
 }
 
-impl Dialect for Turn {
-    fn read(&mut self, event: SseEvent, out: &mut VecDeque<UpstreamEvent>) -> Result<(), Refusal> {
+impl Decoder for StreamDecoder {
+    fn read(&mut self, event: SseEvent, out: &mut VecDeque<UpstreamEvent>) -> Result<(), Rejection> {
         match kind(&event)? {
             Kind::Run(named) => self.run(named, parse(&event.data)?, out),
             Kind::MessageDelta => self.delta(parse(&event.data)?, out),
@@ -76,7 +78,7 @@ impl Dialect for Turn {
     }
 }
 
-impl Turn {
+impl StreamDecoder {
     fn run(&mut self, named: Option<RunStatus>, run: RunObject, out: &mut VecDeque<UpstreamEvent>) {
         if !self.accepted {
             self.accepted = true;
@@ -116,8 +118,8 @@ impl Turn {
         for mut piece in delta.delta.content.unwrap_or_default() {
             let text = piece.text();
             let grown = match (&mut self.entry(&delta.id).parts, &text, piece.refusal) {
-                (Parts::Growing(parts), Some(text), _) => grow(parts, piece.index, text, false),
-                (Parts::Growing(parts), None, Some(refusal)) => grow(parts, piece.index, &refusal, true),
+                (Parts::Growing(parts), Some(text), _) => parts.grow(piece.index, text, false),
+                (Parts::Growing(parts), None, Some(refusal)) => parts.grow(piece.index, &refusal, true),
                 _ => 0,
             };
             self.held += grown;
@@ -142,7 +144,8 @@ impl Turn {
     fn entry(&mut self, id: &str) -> &mut Message {
         let at = self.messages.iter().rposition(|message| message.id == id).unwrap_or_else(|| {
             self.held += PLACE_COST + id.len();
-            self.messages.push(Message { id: id.to_owned(), parts: Parts::Growing(BTreeMap::new()) });
+            self.messages
+                .push(Message { id: id.to_owned(), parts: Parts::Growing(StreamedParts::default()) });
             self.messages.len() - 1
         });
         &mut self.messages[at]
@@ -153,33 +156,17 @@ impl Parts {
     fn size(&self) -> usize {
         let size = |part: &ContentPart| part.size() + PLACE_COST;
         match self {
-            Self::Growing(parts) => parts.values().map(size).sum(),
+            Self::Growing(parts) => parts.iter().map(size).sum(),
             Self::Whole(parts) => parts.iter().map(size).sum(),
         }
     }
 
     fn into_vec(self) -> Vec<ContentPart> {
         match self {
-            Self::Growing(parts) => parts.into_values().collect(),
+            Self::Growing(parts) => parts.into_vec(),
             Self::Whole(parts) => parts,
         }
     }
-}
-
-/// By how much the parts grew is the result.
-fn grow(parts: &mut BTreeMap<u64, ContentPart>, index: u64, more: &str, is_refusal: bool) -> usize {
-    let place = if parts.contains_key(&index) { 0 } else { PLACE_COST };
-    let part = parts.entry(index).or_insert_with(|| {
-        if is_refusal {
-            ContentPart::Refusal { refusal: String::new() }
-        } else {
-            ContentPart::Text { text: String::new() }
-        }
-    });
-    if let ContentPart::Text { text } | ContentPart::Refusal { refusal: text } = part {
-        text.push_str(more);
-    }
-    place + more.len()
 }
 
 /// By name; where a server leaves out the event line, by the object's own marks.
@@ -238,9 +225,9 @@ mod tests {
     }
 
     fn read(events: impl IntoIterator<Item = SseEvent>) -> Result<Vec<UpstreamEvent>, UpstreamError> {
-        let (mut turn, mut out) = (Turn::default(), VecDeque::new());
+        let (mut decoder, mut out) = (StreamDecoder::default(), VecDeque::new());
         for event in events {
-            turn.read(event, &mut out).map_err(UpstreamError::from)?;
+            decoder.read(event, &mut out).map_err(UpstreamError::from)?;
         }
         Ok(out.into())
     }
@@ -474,13 +461,13 @@ mod tests {
         fn events_that_are_nearly_real_are_read_within_bounds(
             events in proptest::collection::vec((0..NAMES.len(), mutated(plain().into_iter().map(|(_, data)| data).chain(odd()).collect())), 0..16),
         ) {
-            let (mut turn, mut out, mut sent) = (Turn::default(), VecDeque::new(), 0);
+            let (mut decoder, mut out, mut sent) = (StreamDecoder::default(), VecDeque::new(), 0);
             for (name, data) in events {
                 let event = SseEvent { name: Some(NAMES[name].to_owned()), data: data.to_string() };
                 sent += event.data.len();
-                let read = turn.read(event, &mut out);
-                let kept: usize = turn.messages.iter().map(|message| message.parts.size()).sum();
-                prop_assert!(kept <= turn.held(), "{kept} of {}", turn.held());
+                let read = decoder.read(event, &mut out);
+                let kept: usize = decoder.messages.iter().map(|message| message.parts.size()).sum();
+                prop_assert!(kept <= decoder.held(), "{kept} of {}", decoder.held());
                 if read.is_err() || matches!(out.back(), Some(UpstreamEvent::Ended(_))) {
                     break;
                 }
@@ -491,7 +478,7 @@ mod tests {
 
         #[test]
         fn a_damaged_stream_has_an_end(pieces in damaged(transcript().into_bytes())) {
-            ends_once(&read_to_the_end(pieces, Turn::default(), 4096))?;
+            ends_once(&read_to_the_end(pieces, StreamDecoder::default(), 4096))?;
         }
     }
 }

@@ -7,14 +7,14 @@ use http::Method;
 use serde_json::{Value, json};
 use tokio::time::sleep;
 
-use super::is_missing;
-use super::turn::tells_error;
+use super::stream::tells_error;
 use super::wire::{Envelope, ResponseHead};
 use crate::domain::{RunStatus, UpstreamRunId};
-use crate::upstream::UpstreamError;
 use crate::upstream::client::{SseStream, UpstreamClient};
-use crate::upstream::patience::{FIRST_WAIT, asked_wait, longer, may_pass};
+use crate::upstream::error::UpstreamError;
 use crate::upstream::relay::out_of_sight;
+use crate::upstream::retry::{FIRST_WAIT, asked_wait, may_pass, next_backoff};
+use crate::upstream::retrying_client::is_missing;
 use crate::upstream::sse::SseEvent;
 
 /// Tries in a row that bring nothing new.
@@ -24,15 +24,20 @@ const MAX_TRIES: u32 = 5;
 /// it is asked for again from the last event on; a server that cannot do that is asked for the response itself until
 /// that has ended. No event comes twice.
 pub(super) fn resuming(client: UpstreamClient, events: SseStream) -> SseStream {
-    Source { events: Some(events), ..Source::new(client) }.into_stream()
+    ResumableStream { events: Some(events), ..ResumableStream::new(client) }.into_stream()
 }
 
 /// A response that was read as `response` just now: that it is there, then all its events from the first one on, or, if it
 /// is over or the server does not give them again, its end alone.
 pub(super) fn retelling(client: UpstreamClient, id: UpstreamRunId, response: &Value) -> SseStream {
     let (first, is_over) = as_event(response);
-    let source = Source { response: Some(id), again: Again::All, over: is_over, ..Source::new(client) };
-    stream::iter([Ok(first)]).chain(source.into_stream()).boxed()
+    let resumed = ResumableStream {
+        response: Some(id),
+        again: Again::All,
+        over: is_over,
+        ..ResumableStream::new(client)
+    };
+    stream::iter([Ok(first)]).chain(resumed.into_stream()).boxed()
 }
 
 /// What can be had of a stream that is not open (any more).
@@ -46,7 +51,7 @@ enum Again {
     Nothing,
 }
 
-struct Source {
+struct ResumableStream {
     client: UpstreamClient,
     events: Option<SseStream>,
     response: Option<UpstreamRunId>,
@@ -63,7 +68,7 @@ struct Source {
     over: bool,
 }
 
-impl Source {
+impl ResumableStream {
     fn new(client: UpstreamClient) -> Self {
         Self {
             client,
@@ -80,7 +85,7 @@ impl Source {
     }
 
     fn into_stream(self) -> SseStream {
-        stream::unfold(self, |mut source| async move { source.next().await.map(|event| (event, source)) })
+        stream::unfold(self, |mut resumed| async move { resumed.next().await.map(|event| (event, resumed)) })
             .boxed()
     }
 
@@ -156,7 +161,7 @@ impl Source {
             }
             if self.failures > 1 {
                 sleep(asked_wait(&error).unwrap_or(self.wait)).await;
-                self.wait = longer(self.wait);
+                self.wait = next_backoff(self.wait);
             }
             let streams = match self.again {
                 Again::Rest => self.last.is_some(),
@@ -208,7 +213,7 @@ impl Source {
             }
             self.failures = 0;
             sleep(answer.poll_after.unwrap_or(self.wait)).await;
-            self.wait = longer(self.wait);
+            self.wait = next_backoff(self.wait);
         }
     }
 }

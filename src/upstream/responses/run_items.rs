@@ -4,8 +4,8 @@ use serde_json::Value;
 
 use super::wire::{Output, answered_calls, is_call, open_calls};
 use crate::domain::{Leftover, RunStatus};
-use crate::upstream::Ended;
 use crate::upstream::classify::Damage;
+use crate::upstream::port::Ended;
 use crate::upstream::wire::failure;
 
 pub(super) fn id_of(item: &Value) -> Option<&str> {
@@ -135,7 +135,7 @@ mod tests {
     use super::*;
     use crate::domain::{Baseline, ContentPart, RunId, ToolCall};
     use crate::upstream::mutation::mutated;
-    use crate::upstream::responses::source::as_event;
+    use crate::upstream::responses::stream_resume::as_event;
 
     fn message(id: &str, role: &str, words: &str) -> Value {
         json!({"type": "message", "id": id, "role": role, "status": "completed",
