@@ -105,6 +105,8 @@ fn paths(code: &str) -> Vec<Vec<&str>> {
     let mut rest = code;
     while let Some(at) = rest.find("::") {
         let begin = rest[..at].rfind(|c| !is_word(c)).map_or(0, |before| before + 1);
+        // `pub(in crate::simulator)` says who may name an item, and names nothing.
+        let is_visibility = rest[..begin].ends_with("pub(in ");
         let (mut prefix, mut text) = (vec![&rest[begin..at]], &rest[at + 2..]);
         loop {
             let end = text.find(|c| !is_word(c)).unwrap_or(text.len());
@@ -128,7 +130,7 @@ fn paths(code: &str) -> Vec<Vec<&str>> {
                 all.extend(inner.into_iter().map(|path| [prefix.clone(), path].concat()));
             }
             text = after;
-        } else {
+        } else if !is_visibility {
             all.push(prefix);
         }
         rest = text;
@@ -158,7 +160,7 @@ fn split_at_commas(text: &str) -> Vec<&str> {
 
 #[test]
 fn paths_are_read_from_code() {
-    let code = "use crate::a::{b, c::{D, self}};\nlet x = super::y::z(1);\nfor b in d {}";
+    let code = "use crate::a::{b, c::{D, self}};\npub(in crate::a) fn x() { super::y::z(1) }";
     let expected = vec![
         vec!["crate", "a", "b"],
         vec!["crate", "a", "c", "D"],
