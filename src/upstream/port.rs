@@ -19,20 +19,19 @@ use crate::upstream::retry::jittered_delay;
 ///
 /// What a new adapter writes:
 ///
-/// 1. `wire.rs`: the shapes of the answers that it reads. [`wire`](super::wire) has lists, usage and failures.
-/// 2. `request.rs`: the bodies of requests, from [`body_of`](super::tags::body_of) and the tags beside it.
-/// 3. `stream.rs`: a [`Decoder`](super::relay::Decoder), which says what each event of a stream means.
-///    [`StreamedParts`](super::streamed_parts::StreamedParts) puts the reply together.
+/// 1. `wire.rs`: the shapes of the answers that it reads. `upstream/wire.rs` has lists, usage and failures.
+/// 2. `request.rs`: the bodies of requests, from `body_of` and the tags beside it in `upstream/tags.rs`.
+/// 3. `stream.rs`: a `Decoder` (`upstream/relay.rs`), which says what each event of a stream means. `StreamedParts`
+///    puts the reply together.
 /// 4. Of this trait the three methods without a body: `capabilities`, `start` and `answer_tools`.
 /// 5. For [`Capabilities::has_threads`] also `create_thread`, `settle`, `remove` and `delete_thread`; for
 ///    [`Capabilities::stores_runs`] also `delete_run`. A capability whose method is missing fails as a protocol error.
-/// 6. Where the server can tell more: `recover`, `clear`, `history`
-///    ([`history_page`](super::history::history_page)) and `find_threads` ([`find`](super::thread_lookup::find)).
-/// 7. A kind in the configuration with its reserved parameters, a branch in `app.rs`, and one in `probe.rs`.
+/// 6. Where the server can tell more: `recover`, `clear`, `history` (with `history_page`), `find_threads` (with `find`).
+/// 7. A kind in the configuration (`config/check.rs` has its reserved parameters and what an assistant needs,
+///    `config/tools.rs` the forms of its tools), and a branch in `app.rs` and in `probe.rs`.
 ///
-/// Connections, time limits, retries, limits on sizes, and the meaning of refusals are those of
-/// [`UpstreamClient`](super::client::UpstreamClient), [`RetryingClient`](super::retrying_client::RetryingClient) and
-/// [`relay`](super::relay::relay).
+/// `UpstreamClient`, `RetryingClient` and `relay` bring the connections, the time limits, the retries, the limits on
+/// sizes, and the meaning of refusals.
 #[async_trait]
 pub trait Upstream: Send + Sync + std::fmt::Debug {
     /// What the server can do.
