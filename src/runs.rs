@@ -1,29 +1,13 @@
 //! The use cases: submit a message, answer its function calls, follow or cancel its run, read what became of it. HTTP
 //! is above, store and upstreams below.
 
-mod breaker;
-mod cancel;
-mod drive;
-mod earlier;
-mod end;
-mod failure;
-mod feed;
-mod follow;
-mod making;
-mod news;
-mod progress;
+mod execution;
+mod log;
+mod notifications;
 mod reconcile;
-mod recorder;
-mod relay;
-mod retries;
-mod rollover;
-mod session;
-mod standing;
-mod takeover;
-mod tools;
-mod turn;
-mod unstored;
-mod work;
+mod registry;
+mod replica;
+mod service;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
@@ -55,16 +39,17 @@ use crate::store::{
 };
 use crate::upstream::Upstream;
 
-pub use breaker::Breaker;
-pub use cancel::Which;
-pub use feed::{Outcome, RunEvent};
-pub use follow::{Answer, DELETED, Follow};
-use news::Desk;
+pub use execution::breaker::Breaker;
+use execution::failure::Failure;
+use execution::queue::{Held, conduct};
+pub use execution::rollover::Renewed;
+pub use log::writer::{Outcome, RunEvent};
+use notifications::Desk;
 pub use reconcile::{Differences, Unverified, Verified};
-pub use rollover::Renewed;
-use standing::Standing;
-pub use tools::NewOutputs;
-use turn::Held;
+use registry::Standing;
+pub use service::cancel::Which;
+pub use service::subscription::{Answer, DELETED, Follow};
+pub use service::tool_outputs::NewOutputs;
 
 /// Threads and runs of this replica. Clones share everything.
 #[derive(Clone)]
@@ -212,7 +197,7 @@ impl Runs {
         let working = self.parts.standing.begins(admission.run_id, new.cancel);
         parts
             .tasks
-            .spawn(turn::conduct(self.clone(), working, held, Arc::new(admission), answer).in_current_span());
+            .spawn(conduct(self.clone(), working, held, Arc::new(admission), answer).in_current_span());
         match answered.await.unwrap_or(Err(Error::Internal(None))) {
             // Nothing of it was recorded, so its key stands for an earlier one or for nothing.
             Err(refused @ (Error::Overloaded | Error::StoreUnavailable(None))) => {
@@ -350,8 +335,8 @@ impl Runs {
     }
 
     /// This process still has its threads to itself: one that was stopped for a while may not know yet that it has not.
-    fn may_send(&self) -> Result<(), failure::Failure> {
-        if self.parts.standing.has_lapsed() { Err(failure::Failure::LeaseLost) } else { Ok(()) }
+    fn may_send(&self) -> Result<(), Failure> {
+        if self.parts.standing.has_lapsed() { Err(Failure::LeaseLost) } else { Ok(()) }
     }
 
     /// The breaker of this upstream lets requests through.

@@ -8,9 +8,9 @@ use similar::{Algorithm, DiffOp, capture_diff_slices_deadline};
 use tokio::task::spawn_blocking;
 use tokio::time::timeout;
 
-use super::Runs;
 use crate::domain::{ContentPart, Context, Message, MessageId, Role, Thread, ThreadId, UpstreamThreadId};
 use crate::error::Error;
+use crate::runs::Runs;
 use crate::store::{Foreign, RunLease, Store, StoreError};
 use crate::upstream::{HistoryEntry, Pace, Upstream, UpstreamError};
 
@@ -169,7 +169,7 @@ impl Runs {
 const MAX_HISTORY: usize = 32 * 1024 * 1024;
 const MAX_HISTORY_PAGES: usize = 2000;
 /// Comparisons at a time: each may hold that much of both sides.
-pub(super) const AT_A_TIME: usize = 4;
+pub(in crate::runs) const AT_A_TIME: usize = 4;
 /// Longest time for finding out what differs, which grows with how much does.
 const DIFF_TIME: Duration = Duration::from_secs(2);
 /// What an entry, or a part of one, takes besides its texts.

@@ -8,11 +8,11 @@ use tokio::time::{sleep, timeout};
 use tokio_util::task::TaskTracker;
 use tracing::Instrument;
 
-use super::drive::wait_out;
-use super::failure::Failure;
-use super::jittered;
 use crate::domain::{Message, RemnantId, UpstreamThreadId};
 use crate::error::Chain;
+use crate::runs::execution::failure::Failure;
+use crate::runs::execution::round::wait_out;
+use crate::runs::jittered;
 use crate::store::{Binding, Bound, Made, RunLease, Store, UNHEARD_OF};
 use crate::upstream::{Items, Ownership, Pace, Upstream, UpstreamError};
 
@@ -25,22 +25,22 @@ const FIRST_DELETE_PAUSE: Duration = Duration::from_secs(1);
 const RESOLVE_TRIES: u32 = 4;
 
 /// An upstream thread that is to be made.
-pub(super) struct Making {
-    pub(super) store: Arc<Store>,
-    pub(super) upstream: Arc<dyn Upstream>,
-    pub(super) lease: RunLease,
-    pub(super) owner: Ownership,
+pub(in crate::runs) struct Making {
+    pub(in crate::runs) store: Arc<Store>,
+    pub(in crate::runs) upstream: Arc<dyn Upstream>,
+    pub(in crate::runs) lease: RunLease,
+    pub(in crate::runs) owner: Ownership,
     /// Under this id it is recorded already that it is about to be made.
-    pub(super) intent: Option<RemnantId>,
+    pub(in crate::runs) intent: Option<RemnantId>,
     /// The messages that it is to hold, and how many of the user's among them come from the thread before.
-    pub(super) seed: Option<(Arc<Vec<Message>>, u32)>,
+    pub(in crate::runs) seed: Option<(Arc<Vec<Message>>, u32)>,
 }
 
 impl Making {
     /// Makes it and records it. Dropping this future does not stop that.
     ///
     /// That it is about to be made is recorded first: one of which nobody hears again is looked for.
-    pub(super) async fn carry_out(self, tasks: &TaskTracker) -> Result<UpstreamThreadId, Failure> {
+    pub(in crate::runs) async fn carry_out(self, tasks: &TaskTracker) -> Result<UpstreamThreadId, Failure> {
         let made = tasks.spawn(async move { self.make().await }.in_current_span()).await;
         made.unwrap_or(Err(Failure::Panic))
     }
@@ -124,7 +124,7 @@ impl Making {
 }
 
 /// Records what an intent came to. What cannot be recorded is left to the janitor, as an intent that nobody heard of.
-pub(super) async fn resolve(store: &Store, intent: RemnantId, made: Made<'_>) {
+pub(in crate::runs) async fn resolve(store: &Store, intent: RemnantId, made: Made<'_>) {
     for _ in 0..RESOLVE_TRIES {
         let Err(error) = store.resolve(intent, made).await else { return };
         if wait_out(error).await.is_err() {

@@ -6,9 +6,9 @@ use std::time::Duration;
 
 use tokio::time::{MissedTickBehavior, interval, timeout};
 
-use super::Runs;
-use super::feed::{Feed, OFTEN, Unrecorded};
 use crate::error::Chain;
+use crate::runs::Runs;
+use crate::runs::log::writer::{Feed, OFTEN, Unrecorded};
 use crate::store::{News, RunProgress};
 
 /// Longest time for one write.
@@ -18,7 +18,7 @@ const BATCH: usize = 256;
 
 impl Runs {
     /// Records, time and again, what the runs of this process have shown. Never ends; may be dropped.
-    pub(super) async fn record(&self) {
+    pub(in crate::runs) async fn record(&self) {
         let mut ticks = interval(OFTEN);
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {

@@ -10,8 +10,8 @@ use futures_util::StreamExt;
 use tokio::sync::{Notify, watch};
 use tokio::time::{Instant, sleep, timeout};
 
-use super::{Runs, jittered};
 use crate::error::Chain;
+use crate::runs::{Runs, jittered};
 use crate::store::{News, RunLease, Store, StoreError};
 
 /// Longest time for one delivery.
@@ -34,12 +34,12 @@ struct Reader {
 
 /// Where news come in and go out.
 #[derive(Debug, Default)]
-pub(super) struct Desk {
+pub(in crate::runs) struct Desk {
     readers: Readers,
     /// Somebody asked something of a run of this process.
-    pub(super) asked: Notify,
+    pub(in crate::runs) asked: Notify,
     /// News may have been missed, also that there are other replicas.
-    pub(super) missed: Notify,
+    pub(in crate::runs) missed: Notify,
     outbox: Mutex<Outbox>,
     posted: Notify,
     /// Other replicas are alive, as far as is known.
@@ -57,7 +57,7 @@ struct Outbox {
 
 impl Desk {
     /// Hears from now on about one thing.
-    pub(super) fn subscribe(&self, about: News) -> Subscription {
+    pub(in crate::runs) fn subscribe(&self, about: News) -> Subscription {
         let mut readers = lock(&self.readers);
         let reader = readers
             .entry(about)
@@ -68,14 +68,14 @@ impl Desk {
     }
 
     /// Tells this process and the other replicas.
-    pub(super) fn tell(&self, news: News) {
+    pub(in crate::runs) fn tell(&self, news: News) {
         self.hear(news);
         lock(&self.outbox).news.insert(news);
         self.posted.notify_one();
     }
 
     /// Gives a run up, so that whoever is first goes on with it. Its task must have stopped working on it.
-    pub(super) fn release(&self, lease: RunLease) {
+    pub(in crate::runs) fn release(&self, lease: RunLease) {
         lock(&self.outbox).released.push(lease);
         self.posted.notify_one();
     }
@@ -94,7 +94,7 @@ impl Desk {
     }
 
     /// Resolves once other replicas are known to be alive.
-    pub(super) async fn has_peers(&self) {
+    pub(in crate::runs) async fn has_peers(&self) {
         let mut known = self.has_peers.subscribe();
         // The sender lives as long as this does.
         let _ = known.wait_for(|has_peers| *has_peers).await;
@@ -102,7 +102,7 @@ impl Desk {
 
     /// What the renewal of the session says of other replicas. They are told something as soon as there are any, since they
     /// may not know of this one before they renew their own.
-    pub(super) fn set_peers(&self, has_peers: bool) {
+    pub(in crate::runs) fn set_peers(&self, has_peers: bool) {
         let before = self.has_peers.send_replace(has_peers);
         if has_peers && !before {
             self.tell(News::Orphans);
@@ -143,7 +143,7 @@ impl Drop for Taken<'_> {
 
 /// The news about one thing. None is missed between two calls of [`changed`](Self::changed), but several may be one.
 #[derive(Debug)]
-pub(super) struct Subscription {
+pub(in crate::runs) struct Subscription {
     about: News,
     receiver: watch::Receiver<()>,
     readers: Readers,
@@ -151,7 +151,7 @@ pub(super) struct Subscription {
 
 impl Subscription {
     /// Something was told since the last call, or since the subscription.
-    pub(super) async fn changed(&mut self) {
+    pub(in crate::runs) async fn changed(&mut self) {
         if self.receiver.changed().await.is_err() {
             std::future::pending::<()>().await;
         }
@@ -171,7 +171,7 @@ impl Drop for Subscription {
 
 impl Runs {
     /// Hears what other replicas tell, until the store is closed.
-    pub(super) async fn listen(&self) {
+    pub(in crate::runs) async fn listen(&self) {
         let mut news = self.store().news();
         while let Some(news) = news.next().await {
             if news != News::Missed {
@@ -206,7 +206,7 @@ impl Runs {
 
     /// Delivers what there is. While no other replica is known to be alive nobody is told: one that has just begun says so, and
     /// looks for itself until that is heard.
-    pub(super) async fn deliver_once(&self) -> Result<(), ()> {
+    pub(in crate::runs) async fn deliver_once(&self) -> Result<(), ()> {
         let has_peers = *self.parts.desk.has_peers.borrow();
         let mut taken = self.parts.desk.take();
         let sent = timeout(DELIVERY_TIMEOUT, send(self.store(), &mut taken.outbox, has_peers)).await;

@@ -6,9 +6,9 @@
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use super::Runs;
-use super::standing::Standing;
 use crate::domain::{ConversationKey, MessageId, MultitaskStrategy, RequiredAction, Run, RunId, RunStatus};
+use crate::runs::Runs;
+use crate::runs::registry::Standing;
 use crate::store::{
     Admission, Admitted, Answered, Claim, InputMessage, NotWritten, Pause, Paused, Rolled, Rollover,
     RunLease, StoreError, ThreadReport, ToolAnswer, Turn, Withdrawal, Withdrawn, redacted_action,
@@ -16,7 +16,7 @@ use crate::store::{
 
 /// What is held of an unfinished run.
 #[derive(Clone, Default)]
-pub(super) struct Unstored(Arc<Mutex<Content>>);
+pub(in crate::runs) struct Unstored(Arc<Mutex<Content>>);
 
 #[derive(Default)]
 struct Content {
@@ -73,7 +73,7 @@ impl Standing {
     }
 
     /// Gives a run the arguments of the calls that it waits for, if they are known here.
-    pub(super) fn give_arguments(&self, run: &mut Run) {
+    pub(in crate::runs) fn give_arguments(&self, run: &mut Run) {
         let Some(action) = &mut run.required_action else { return };
         let Some(unstored) = self.unstored(run.id) else { return };
         let content = unstored.lock();
@@ -85,7 +85,7 @@ impl Standing {
 
 /// What the store does for a run, with what only this process holds.
 impl Runs {
-    pub(super) async fn admit(&self, admission: &Arc<Admission>) -> Result<Admitted, NotWritten> {
+    pub(in crate::runs) async fn admit(&self, admission: &Arc<Admission>) -> Result<Admitted, NotWritten> {
         if self.store().keeps_content() {
             return self.store().admit(Arc::clone(admission)).await;
         }
@@ -135,7 +135,7 @@ impl Runs {
         })
     }
 
-    pub(super) async fn claim(&self, lease: &RunLease) -> Result<Claim, StoreError> {
+    pub(in crate::runs) async fn claim(&self, lease: &RunLease) -> Result<Claim, StoreError> {
         let mut claim = self.store().claim(lease).await?;
         if let Claim::Started(turn) = &mut claim {
             self.complete(turn);
@@ -143,7 +143,10 @@ impl Runs {
         Ok(claim)
     }
 
-    pub(super) async fn roll_over_in_store(&self, rollover: &Rollover) -> Result<Rolled, StoreError> {
+    pub(in crate::runs) async fn roll_over_in_store(
+        &self,
+        rollover: &Rollover,
+    ) -> Result<Rolled, StoreError> {
         let mut rolled = self.store().roll_over(rollover).await?;
         if let Rolled::Done { turn: Some(turn), .. } = &mut rolled {
             self.complete(turn);
@@ -157,7 +160,7 @@ impl Runs {
         }
     }
 
-    pub(super) async fn pause(&self, lease: &RunLease, pause: &Pause) -> Result<Paused, StoreError> {
+    pub(in crate::runs) async fn pause(&self, lease: &RunLease, pause: &Pause) -> Result<Paused, StoreError> {
         if !self.store().keeps_content()
             && let Some(unstored) = self.parts.standing.unstored(lease.run_id)
         {
@@ -171,7 +174,7 @@ impl Runs {
     }
 
     /// The caller hands the outputs over: the store could not give them again.
-    pub(super) async fn answer_in_store(
+    pub(in crate::runs) async fn answer_in_store(
         &self,
         key: &ConversationKey,
         id: RunId,
@@ -189,7 +192,7 @@ impl Runs {
         self.store().answer_tools(key, id, answer).await
     }
 
-    pub(super) async fn withdraw_in_store(
+    pub(in crate::runs) async fn withdraw_in_store(
         &self,
         lease: &RunLease,
         taken: &Withdrawal,
@@ -204,7 +207,7 @@ impl Runs {
     }
 
     /// Gives the last run of a thread the arguments of its calls.
-    pub(super) fn with_arguments(&self, mut report: ThreadReport) -> ThreadReport {
+    pub(in crate::runs) fn with_arguments(&self, mut report: ThreadReport) -> ThreadReport {
         if let Some(run) = &mut report.last_run {
             self.parts.standing.give_arguments(run);
         }

@@ -8,7 +8,7 @@ use crate::upstream::UpstreamError;
 const BREAKER_OPEN: &str = "most requests to the upstream fail, so none is sent to it for a while";
 
 /// Why a turn did not reach its end at the upstream.
-pub(super) enum Failure {
+pub(in crate::runs) enum Failure {
     Upstream(UpstreamError),
     /// Most requests to the upstream failed lately, so this one was not made.
     BreakerOpen {
@@ -33,7 +33,7 @@ pub(super) enum Failure {
 }
 
 impl Failure {
-    pub(super) fn name(&self) -> String {
+    pub(in crate::runs) fn name(&self) -> String {
         match self {
             Self::Upstream(error) => error.to_string(),
             Self::BreakerOpen { .. } => BREAKER_OPEN.to_owned(),
@@ -52,7 +52,7 @@ impl Failure {
     }
 
     /// Something else than the upstream ended the run, so that one may have reached its end there all the same.
-    pub(super) fn cuts_off(&self) -> bool {
+    pub(in crate::runs) fn cuts_off(&self) -> bool {
         match self {
             Self::Upstream(error) => error.is_ambiguous(),
             Self::Deadline
@@ -70,7 +70,7 @@ impl Failure {
         }
     }
 
-    pub(super) fn retry_after(&self) -> Option<Duration> {
+    pub(in crate::runs) fn retry_after(&self) -> Option<Duration> {
         match self {
             Self::Upstream(
                 UpstreamError::RateLimited { retry_after, quota: false, .. }
@@ -82,7 +82,7 @@ impl Failure {
     }
 
     /// How the run ends by it. `busy`: it was waiting for the upstream thread to be free.
-    pub(super) fn end(self, busy: bool) -> (RunStatus, Option<RunError>) {
+    pub(in crate::runs) fn end(self, busy: bool) -> (RunStatus, Option<RunError>) {
         let failed = |code, message: String| (RunStatus::Failed, Some(RunError { code, message }));
         match self {
             Self::Upstream(error) => {
@@ -133,14 +133,14 @@ impl Failure {
     }
 }
 
-pub(super) fn internal() -> RunError {
+pub(in crate::runs) fn internal() -> RunError {
     RunError {
         code: RunErrorCode::Internal,
         message: "the gateway failed in the middle of the run".to_owned(),
     }
 }
 
-pub(super) fn stopped() -> RunError {
+pub(in crate::runs) fn stopped() -> RunError {
     RunError {
         code: RunErrorCode::GatewayStopped,
         message: "the gateway was stopped before the run ended".to_owned(),

@@ -1,17 +1,17 @@
 //! What is known of a turn while it goes on.
 
-use super::relay::plain;
-use super::takeover::Before;
 use crate::domain::{
     ContentPart, Message, RemnantId, Role, Thread, ToolCall, ToolOutput, UpstreamRunId, UpstreamThreadId,
     Usage,
 };
+use crate::runs::execution::relay::plain;
+use crate::runs::replica::takeover::Before;
 use crate::store::Turn;
 use crate::upstream::Ended;
 
 /// How far a turn has come.
 #[derive(Clone, Copy, Debug, Default, Eq, Ord, PartialEq, PartialOrd)]
-pub(super) enum Reach {
+pub(in crate::runs) enum Reach {
     /// Nothing of it is at the upstream.
     #[default]
     Here,
@@ -24,40 +24,40 @@ pub(super) enum Reach {
 /// What is known of a turn while it goes on; it survives when the turn is cut off.
 #[derive(Clone, Debug, Default)]
 #[expect(clippy::struct_excessive_bools, reason = "each is a fact of its own")]
-pub(super) struct Progress {
-    pub(super) thread: Option<UpstreamThreadId>,
+pub(in crate::runs) struct Progress {
+    pub(in crate::runs) thread: Option<UpstreamThreadId>,
     /// The newest id: each round of a chain of responses has its own.
-    pub(super) upstream_run: Option<UpstreamRunId>,
-    pub(super) reach: Reach,
+    pub(in crate::runs) upstream_run: Option<UpstreamRunId>,
+    pub(in crate::runs) reach: Reach,
     /// Under this id it is recorded that an upstream thread is about to be made, and nobody makes it yet.
-    pub(super) intent: Option<RemnantId>,
+    pub(in crate::runs) intent: Option<RemnantId>,
     /// Requests that may be there under ids that were not heard.
-    pub(super) unheard: u32,
+    pub(in crate::runs) unheard: u32,
     /// Function calls that are not known to be answered.
-    pub(super) open_calls: Vec<ToolCall>,
+    pub(in crate::runs) open_calls: Vec<ToolCall>,
     /// What the rounds before this one said.
-    pub(super) content: Vec<ContentPart>,
+    pub(in crate::runs) content: Vec<ContentPart>,
     /// How much of it was said before the last round that said something.
-    pub(super) rounds_before: usize,
+    pub(in crate::runs) rounds_before: usize,
     /// What this one has said so far.
-    pub(super) text: String,
-    pub(super) usage: Option<Usage>,
+    pub(in crate::runs) text: String,
+    pub(in crate::runs) usage: Option<Usage>,
     /// Earlier messages went along that the thread lacked.
-    pub(super) synced: bool,
+    pub(in crate::runs) synced: bool,
     /// How many of these were the user's.
-    pub(super) history_users: u32,
-    pub(super) inputs: u32,
-    pub(super) cost: usize,
+    pub(in crate::runs) history_users: u32,
+    pub(in crate::runs) inputs: u32,
+    pub(in crate::runs) cost: usize,
     /// The upstream says that something else holds the thread.
-    pub(super) busy: bool,
+    pub(in crate::runs) busy: bool,
     /// What the next round is to send may be there already.
-    pub(super) is_uncertain: bool,
+    pub(in crate::runs) is_uncertain: bool,
     /// Something was sent again although an earlier request for it had been sent and had no answer.
-    pub(super) sent_again: bool,
+    pub(in crate::runs) sent_again: bool,
 }
 
 impl Progress {
-    pub(super) fn new(turn: &Turn) -> Self {
+    pub(in crate::runs) fn new(turn: &Turn) -> Self {
         Self {
             thread: turn.thread.upstream_thread_id.clone(),
             upstream_run: turn.run.upstream_run_id.clone(),
@@ -69,7 +69,7 @@ impl Progress {
 
     /// The run was at work in another process, and what is known of that is what it recorded. `content`: what its earlier
     /// rounds had said.
-    pub(super) fn taken_over(&mut self, thread: &Thread, content: Vec<ContentPart>, before: Before) {
+    pub(in crate::runs) fn taken_over(&mut self, thread: &Thread, content: Vec<ContentPart>, before: Before) {
         self.reach = match &self.upstream_run {
             Some(_) => Reach::Accepted,
             // That is settled before anything is sent.
@@ -85,14 +85,14 @@ impl Progress {
     }
 
     /// What the thread lacks goes along with the run.
-    pub(super) fn went_along(&mut self, history: &[Message]) {
+    pub(in crate::runs) fn went_along(&mut self, history: &[Message]) {
         let users = history.iter().filter(|message| message.role == Role::User).count();
         self.history_users = u32::try_from(users).unwrap_or(u32::MAX);
         self.synced = !history.is_empty();
     }
 
     /// These outputs are the next to be sent. `is_uncertain`: they may be there already.
-    pub(super) fn answers(&mut self, outputs: &[ToolOutput], is_uncertain: bool) {
+    pub(in crate::runs) fn answers(&mut self, outputs: &[ToolOutput], is_uncertain: bool) {
         let call = |output: &ToolOutput| ToolCall {
             id: output.tool_call_id.clone(),
             name: String::new(),
@@ -104,7 +104,7 @@ impl Progress {
     }
 
     /// The upstream has the run under this id.
-    pub(super) fn accepted(&mut self, id: UpstreamRunId) {
+    pub(in crate::runs) fn accepted(&mut self, id: UpstreamRunId) {
         if self.upstream_run.as_ref() != Some(&id) {
             self.heard();
         }
@@ -114,24 +114,24 @@ impl Progress {
     }
 
     /// It is known what became of the last request.
-    pub(super) const fn heard(&mut self) {
+    pub(in crate::runs) const fn heard(&mut self) {
         self.unheard = self.unheard.saturating_sub(1);
     }
 
     /// The round ended with function calls.
-    pub(super) fn asked(&mut self, ended: Ended) {
+    pub(in crate::runs) fn asked(&mut self, ended: Ended) {
         self.open_calls = ended.tool_calls;
         self.said(ended.content, ended.usage);
     }
 
     /// The text that readers have seen of all rounds.
-    pub(super) fn shown(&self) -> String {
+    pub(in crate::runs) fn shown(&self) -> String {
         let before: String = self.content.iter().filter_map(plain).collect();
         before + &self.text
     }
 
     /// Takes in what a round said and cost.
-    pub(super) fn said(&mut self, content: Vec<ContentPart>, usage: Option<Usage>) {
+    pub(in crate::runs) fn said(&mut self, content: Vec<ContentPart>, usage: Option<Usage>) {
         self.text.clear();
         self.rounds_before = self.content.len();
         self.content.extend(content);

@@ -7,18 +7,18 @@ use std::time::Duration;
 use futures_util::FutureExt;
 use tokio::time::sleep;
 
-use super::drive::leftover;
-use super::earlier::{Removal, take_away};
-use super::failure::{Failure, internal, stopped};
-use super::progress::{Progress, Reach};
-use super::relay::{drain, plain};
-use super::standing::{Refused, Working};
-use super::{Outcome, RunEvent, Runs, jittered};
 use crate::domain::{
     ContentPart, Context, EventBatch, Leftover, MessageId, MultitaskStrategy, Run, RunError, RunErrorCode,
     RunStatus, Step, Thread, ThreadActivity, ThreadState, UpstreamThreadId,
 };
 use crate::error::Chain;
+use crate::runs::execution::failure::{Failure, internal, stopped};
+use crate::runs::execution::prepare::{Removal, take_away};
+use crate::runs::execution::progress::{Progress, Reach};
+use crate::runs::execution::relay::{drain, plain};
+use crate::runs::execution::round::leftover;
+use crate::runs::registry::{Refused, Working};
+use crate::runs::{Outcome, RunEvent, Runs, jittered};
 use crate::store::{
     Closing, Finished, News, Reply, RunEnd, RunLease, StoreError, Turn, Withdrawal, Withdrawn,
 };
@@ -34,7 +34,7 @@ const LONGEST_PAUSE: Duration = Duration::from_secs(2);
 
 /// Ends a turn that came to an end upstream, or failed on the way there: first what it left upstream, then, with the
 /// knowledge of what is there, the run. `None` if that is left to whoever goes on with the run.
-pub(super) async fn bound_turn(
+pub(in crate::runs) async fn bound_turn(
     runs: &Runs,
     working: &Working,
     turn: &Turn,
@@ -97,7 +97,7 @@ pub(super) async fn bound_turn(
 }
 
 /// Ends a run that never started. `None` if that is left to others.
-pub(super) async fn bound_waiting(
+pub(in crate::runs) async fn bound_waiting(
     runs: &Runs,
     working: &Working,
     lease: &RunLease,
@@ -410,7 +410,7 @@ async fn finish_in_store(runs: &Runs, lease: &RunLease, end: RunEnd) -> Closed {
 
 /// Takes the message of a run back of which it is not known whether it was recorded: its sender heard that it was not, and
 /// may say the same again. Asks for as long as the database is away; what it refuses stays as it is.
-pub(super) async fn withdraw(runs: &Runs, lease: &RunLease, refused: &Refused) -> Withdrawn {
+pub(in crate::runs) async fn withdraw(runs: &Runs, lease: &RunLease, refused: &Refused) -> Withdrawn {
     let parts = &runs.parts.given;
     let (status, error) = Failure::NotRecorded.end(false);
     let taken = Withdrawal {
@@ -450,7 +450,7 @@ fn unwritten(runs: &Runs, thread: &Thread, run: &Run) -> Option<Outcome> {
 
 /// Tells all who follow the run how it ended, and those who wait for its thread that it has. `None`: it has not ended
 /// here, and is given up for whoever goes on with it.
-pub(super) fn announce(runs: &Runs, working: &Working, outcome: Option<Outcome>) {
+pub(in crate::runs) fn announce(runs: &Runs, working: &Working, outcome: Option<Outcome>) {
     let desk = &runs.parts.desk;
     let Some(outcome) = outcome else { return desk.release(working.lease) };
     let (thread, run) = (outcome.thread.id, outcome.run.id);
@@ -468,7 +468,7 @@ pub(super) fn announce(runs: &Runs, working: &Working, outcome: Option<Outcome>)
 }
 
 /// The end of a run of which nothing went upstream.
-pub(super) fn bare_end(status: RunStatus, error: Option<RunError>) -> RunEnd {
+pub(in crate::runs) fn bare_end(status: RunStatus, error: Option<RunError>) -> RunEnd {
     RunEnd {
         status,
         error,

@@ -2,11 +2,11 @@
 
 use futures_util::StreamExt;
 
-use super::RunEvent;
-use super::drive::Drive;
-use super::failure::Failure;
 use crate::domain::ContentPart;
 use crate::error::Chain;
+use crate::runs::RunEvent;
+use crate::runs::execution::failure::Failure;
+use crate::runs::execution::round::Drive;
 use crate::upstream::{Ended, EventStream, Recovered, UpstreamError, UpstreamEvent};
 
 /// What each streamed piece of a reply counts at least towards the limit on replies, bytes: the log of a run keeps
@@ -18,7 +18,7 @@ const MAX_BREAKS: u32 = 5;
 impl Drive<'_> {
     /// Relays the stream to its end. One that breaks is followed up as long as the upstream has the run. `followed_up`:
     /// it tells the round from its beginning again.
-    pub(super) async fn relay(
+    pub(in crate::runs) async fn relay(
         &mut self,
         mut events: EventStream,
         mut followed_up: bool,
@@ -122,14 +122,14 @@ impl Retelling {
 }
 
 /// Reads what is left of an answer, so that its connection can be used again. The stream itself bounds that.
-pub(super) async fn drain(rest: Option<EventStream>) {
+pub(in crate::runs) async fn drain(rest: Option<EventStream>) {
     if let Some(rest) = rest {
         rest.for_each(|_| std::future::ready(())).await;
     }
 }
 
 /// The text of a part that is text.
-pub(super) fn plain(part: &ContentPart) -> Option<&str> {
+pub(in crate::runs) fn plain(part: &ContentPart) -> Option<&str> {
     match part {
         ContentPart::Text { text } => Some(text),
         _ => None,

@@ -5,10 +5,10 @@ use std::time::Duration;
 use tokio::time::{Instant, sleep, timeout};
 use tracing::Instrument;
 
-use super::{Runs, Submitted, jittered};
 use crate::domain::{ConversationKey, MessageId, RequiredAction, Run, RunId, RunStatus, Thread, ToolOutput};
 use crate::error::{Chain, Error, TooOften};
 use crate::runs::Follow;
+use crate::runs::{Runs, Submitted, jittered};
 use crate::store::{Answered, Idempotency, News, StoreError, ThreadName, ToolAnswer};
 
 /// How soon to ask again what became of outputs whose answer was lost.

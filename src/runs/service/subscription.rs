@@ -9,16 +9,16 @@ use futures_util::StreamExt;
 use futures_util::stream::{self, BoxStream};
 use tokio::time::{Instant, sleep};
 
-use super::feed::{Feed, Outcome, RunEvent};
-use super::news::Subscription;
-use super::relay::plain;
-use super::takeover::StoredLog;
-use super::{NO_THREAD, Runs, jittered};
 use crate::domain::{
     ConversationKey, EventBatch, LoggedEvent, Message, RequiredAction, Run, RunId, RunStatus, Thread,
     ToolOutput,
 };
 use crate::error::{Chain, Error};
+use crate::runs::execution::relay::plain;
+use crate::runs::log::writer::{Feed, Outcome, RunEvent};
+use crate::runs::notifications::Subscription;
+use crate::runs::replica::takeover::StoredLog;
+use crate::runs::{NO_THREAD, Runs, jittered};
 use crate::store::{News, Store, StoreError, ThreadName, ThreadReport, Waiting};
 
 /// How soon the store is asked again for news of a run that another process works on. It doubles up to the longest, for
@@ -52,12 +52,12 @@ pub enum Answer {
 
 impl Follow {
     /// A run that a task of this process works on.
-    pub(super) fn live(runs: &Runs, thread: &Thread, run: RunId, feed: Feed) -> Self {
+    pub(in crate::runs) fn live(runs: &Runs, thread: &Thread, run: RunId, feed: Feed) -> Self {
         Self { runs: runs.clone(), thread: thread.clone(), run, live: Some(feed) }
     }
 
     /// Any run.
-    pub(super) fn of(runs: &Runs, thread: &Thread, run: RunId) -> Self {
+    pub(in crate::runs) fn of(runs: &Runs, thread: &Thread, run: RunId) -> Self {
         let live = runs.parts.standing.handle(run).map(|handle| handle.feed);
         Self { runs: runs.clone(), thread: thread.clone(), run, live }
     }
@@ -151,7 +151,7 @@ impl Follow {
 
     /// The number after the event by which the run asked last for the calls that these outputs answer. `None`: nothing of
     /// what it shows asks for them.
-    pub(super) async fn after(&self, outputs: &[ToolOutput]) -> Result<Option<i64>, StoreError> {
+    pub(in crate::runs) async fn after(&self, outputs: &[ToolOutput]) -> Result<Option<i64>, StoreError> {
         let is_meant = |action: &RequiredAction| action.is_answered_by(outputs);
         if let Some(asked) = self.live.as_ref().and_then(|feed| feed.asked(is_meant)) {
             return Ok(Some(asked + 1));
@@ -344,7 +344,7 @@ impl Reader {
 }
 
 /// What is stored of the log of a run.
-pub(super) async fn stored_log(store: &Store, run: RunId) -> Result<StoredLog, StoreError> {
+pub(in crate::runs) async fn stored_log(store: &Store, run: RunId) -> Result<StoredLog, StoreError> {
     let batches = store.events(run, 0).await?;
     let mut log =
         StoredLog { end: batches.iter().map(EventBatch::end).max().unwrap_or(0), ..StoredLog::default() };
@@ -424,7 +424,7 @@ mod tests {
         ReplicaId, RunStatus, Scope, TenantKey, ThreadId, ToolCall, ToolOutput, UpstreamRunId, UserKey,
     };
     use crate::runs::RunsParts;
-    use crate::runs::end::bare_end;
+    use crate::runs::execution::finish::bare_end;
     use crate::store::{
         Admission, Admitted, InputMessage, Pause, Paused, Reply, RunEnd, RunLease, Store, ToolAnswer, Turn,
     };

@@ -6,11 +6,11 @@ use futures_util::future::join_all;
 use tokio::time::{sleep, timeout};
 use tracing::Instrument;
 
-use super::end::bare_end;
-use super::standing::others_from;
-use super::{NO_THREAD, Runs, jittered};
 use crate::domain::{ConversationKey, EventBatch, Message, Run, RunId, RunStatus, Step, ThreadId};
 use crate::error::Error;
+use crate::runs::execution::finish::bare_end;
+use crate::runs::registry::others_from;
+use crate::runs::{NO_THREAD, Runs, jittered};
 use crate::store::{News, RunEnd, StoreError};
 
 /// How much longer than the settling a cancel waits for the end of its run.

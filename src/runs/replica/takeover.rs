@@ -5,13 +5,14 @@ use std::time::Duration;
 use tokio::time::{sleep, timeout};
 use tracing::Instrument;
 
-use super::earlier::went_along;
-use super::feed::STARTED;
-use super::follow::stored_log;
-use super::standing::{Refused, Working};
-use super::{RunEvent, Runs, end, jittered, span_of, turn, work};
 use crate::domain::{Message, RunStatus};
 use crate::error::Chain;
+use crate::runs::execution::prepare::went_along;
+use crate::runs::execution::{finish, queue, task};
+use crate::runs::log::writer::STARTED;
+use crate::runs::registry::{Refused, Working};
+use crate::runs::service::subscription::stored_log;
+use crate::runs::{RunEvent, Runs, jittered, span_of};
 use crate::store::{News, Orphan, Store, StoreError};
 
 /// Orphans taken at a time.
@@ -23,19 +24,19 @@ const LONGEST_PAUSE: Duration = Duration::from_secs(1);
 
 /// What is stored of a run that is taken over, besides itself.
 #[derive(Clone, Debug, Default)]
-pub(super) struct Before {
-    pub(super) log: StoredLog,
+pub(in crate::runs) struct Before {
+    pub(in crate::runs) log: StoredLog,
     /// What its thread lacked before. If the run was sent, this went along.
-    pub(super) backlog: Vec<Message>,
+    pub(in crate::runs) backlog: Vec<Message>,
 }
 
 /// What is stored of the log of a run.
 #[derive(Clone, Debug, Default)]
-pub(super) struct StoredLog {
+pub(in crate::runs) struct StoredLog {
     /// The number after it.
-    pub(super) end: i64,
+    pub(in crate::runs) end: i64,
     /// What the round that the run is in has said.
-    pub(super) text: String,
+    pub(in crate::runs) text: String,
 }
 
 impl Before {
@@ -51,7 +52,7 @@ impl Before {
 
 impl Runs {
     /// Looks for runs that nobody works on, when it hears of some and a few times in a session's time.
-    pub(super) async fn take_over(&self, ttl: Duration) {
+    pub(in crate::runs) async fn take_over(&self, ttl: Duration) {
         let pause = (ttl / LOOKS_PER_SESSION).clamp(SHORTEST_PAUSE, LONGEST_PAUSE);
         let mut told = self.parts.desk.subscribe(News::Orphans);
         loop {
@@ -103,7 +104,7 @@ impl Runs {
             parts.tasks.spawn(task.instrument(span));
         }
         if !never_start.is_empty() {
-            parts.tasks.spawn(turn::give_up(self.clone(), never_start));
+            parts.tasks.spawn(queue::give_up(self.clone(), never_start));
         }
         may_be_more
     }
@@ -113,25 +114,25 @@ impl Runs {
 async fn go_on(runs: Runs, working: Working, orphan: Orphan, before: Before, was_refused: Option<Refused>) {
     if let Some(refused) = was_refused {
         // Its sender heard that it was not taken, so it must not run.
-        let withdrawn = end::withdraw(&runs, &orphan.lease, &refused).await;
-        return turn::go_on_for_others(runs, working, orphan.lease, withdrawn).await;
+        let withdrawn = finish::withdraw(&runs, &orphan.lease, &refused).await;
+        return queue::go_on_for_others(runs, working, orphan.lease, withdrawn).await;
     }
     if orphan.run.status != RunStatus::Queued && before.log.end <= STARTED {
         // The one before had no time to record that. Its text is numbered from there, whoever tells it.
         working.feed.push(RunEvent::Started);
     }
     match orphan.run.status {
-        RunStatus::Queued => turn::resume_queued(runs, working, orphan).await,
-        RunStatus::RequiresAction => work::resume_waiting(runs, working, orphan, before).await,
+        RunStatus::Queued => queue::resume_queued(runs, working, orphan).await,
+        RunStatus::RequiresAction => task::resume_waiting(runs, working, orphan, before).await,
         RunStatus::InProgress
             if !orphan.content_lost && (orphan.outputs.is_some() || !orphan.input.is_empty()) =>
         {
             if orphan.outputs.is_some() {
-                work::resume_waiting(runs, working, orphan, before).await;
+                task::resume_waiting(runs, working, orphan, before).await;
             } else {
-                work::resume_at_work(runs, working, orphan, before).await;
+                task::resume_at_work(runs, working, orphan, before).await;
             }
         }
-        _ => work::bury(runs, working, orphan, before).await,
+        _ => task::bury(runs, working, orphan, before).await,
     }
 }

@@ -4,28 +4,28 @@ use std::time::Duration;
 
 use tokio::time::{Instant, sleep};
 
-use super::failure::Failure;
-use super::{Runs, jittered};
 use crate::error::Chain;
+use crate::runs::execution::failure::Failure;
+use crate::runs::{Runs, jittered};
 use crate::upstream::UpstreamError;
 
 /// Pauses before a request is sent again, where the upstream names none.
-pub(super) const FIRST_BACK_OFF: Duration = Duration::from_millis(500);
+pub(in crate::runs) const FIRST_BACK_OFF: Duration = Duration::from_millis(500);
 const LONGEST_BACK_OFF: Duration = Duration::from_secs(8);
 /// An upstream that wants a longer pause is not waited for: the caller hears of it.
 const LONGEST_RETRY_AFTER: Duration = Duration::from_mins(1);
 
 /// The tries that one request has left. Only what was provably not taken is: a user's message must not reach the upstream
 /// twice.
-pub(super) struct Retries {
+pub(in crate::runs) struct Retries {
     left: u32,
     made: u32,
     /// Since when something else holds the thread.
-    pub(super) busy_since: Option<Instant>,
+    pub(in crate::runs) busy_since: Option<Instant>,
 }
 
 impl Retries {
-    pub(super) fn new(runs: &Runs) -> Self {
+    pub(in crate::runs) fn new(runs: &Runs) -> Self {
         Self { left: runs.parts.given.runs.max_retries, made: 0, busy_since: None }
     }
 
@@ -33,7 +33,7 @@ impl Retries {
     ///
     /// # Errors
     /// The error itself, if the request shall not be sent again.
-    pub(super) async fn wait_after(&mut self, error: UpstreamError) -> Result<(), Failure> {
+    pub(in crate::runs) async fn wait_after(&mut self, error: UpstreamError) -> Result<(), Failure> {
         let Some(wait) = self.pause(&error) else { return Err(Failure::Upstream(error)) };
         let wait_ms = u64::try_from(wait.as_millis()).unwrap_or(u64::MAX);
         tracing::warn!(error = %Chain(&error), wait_ms, "the upstream did not take the request; trying again");

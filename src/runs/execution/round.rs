@@ -5,16 +5,16 @@ use std::time::Duration;
 use tokio::sync::watch;
 use tokio::time::{Instant, sleep};
 
-use super::breaker::Permit;
-use super::earlier::History;
-use super::failure::Failure;
-use super::feed::FeedWriter;
-use super::progress::{Progress, Reach};
-use super::retries::{FIRST_BACK_OFF, Retries};
-use super::{Runs, jittered};
 use crate::config::AssistantConfig;
 use crate::domain::{KeyNames, Leftover, MultitaskStrategy, ToolOutput, UpstreamRunId};
 use crate::error::Chain;
+use crate::runs::execution::breaker::Permit;
+use crate::runs::execution::failure::Failure;
+use crate::runs::execution::prepare::History;
+use crate::runs::execution::progress::{Progress, Reach};
+use crate::runs::execution::retry::{FIRST_BACK_OFF, Retries};
+use crate::runs::log::writer::FeedWriter;
+use crate::runs::{Runs, jittered};
 use crate::store::{StoreError, Turn};
 use crate::upstream::{
     AnswerTools, Ended, EventStream, Ownership, Recovered, StartRun, Upstream, UpstreamError,
@@ -25,7 +25,7 @@ const MAX_LOOKS: u32 = 3;
 
 /// What a round sends.
 #[derive(Clone, Copy)]
-pub(super) enum Round<'a> {
+pub(in crate::runs) enum Round<'a> {
     Message,
     Outputs(&'a [ToolOutput]),
     /// The message, unless another process has sent it: what became of that is to be found out first.
@@ -33,17 +33,17 @@ pub(super) enum Round<'a> {
 }
 
 /// One round at the upstream.
-pub(super) struct Drive<'a> {
-    pub(super) runs: &'a Runs,
-    pub(super) upstream: &'a dyn Upstream,
-    pub(super) assistant: &'a AssistantConfig,
-    pub(super) turn: &'a Turn,
-    pub(super) feed: &'a FeedWriter,
-    pub(super) progress: &'a mut Progress,
+pub(in crate::runs) struct Drive<'a> {
+    pub(in crate::runs) runs: &'a Runs,
+    pub(in crate::runs) upstream: &'a dyn Upstream,
+    pub(in crate::runs) assistant: &'a AssistantConfig,
+    pub(in crate::runs) turn: &'a Turn,
+    pub(in crate::runs) feed: &'a FeedWriter,
+    pub(in crate::runs) progress: &'a mut Progress,
     /// Whether a request is out of which it is not heard yet under which id it runs.
-    pub(super) asking: &'a watch::Sender<bool>,
+    pub(in crate::runs) asking: &'a watch::Sender<bool>,
     /// What the breaker is to be told: how the request fared, whatever it took.
-    pub(super) permit: Option<Permit>,
+    pub(in crate::runs) permit: Option<Permit>,
 }
 
 /// What a failure leads to.
@@ -56,8 +56,8 @@ enum Next {
 
 impl Drive<'_> {
     /// Sends what the round is about and relays the reply until the upstream says how the round ended. May be dropped at
-    /// any await: what is known by then is in the progress. The stream comes back to be [drained](super::relay::drain).
-    pub(super) async fn round(mut self, round: Round<'_>) -> Result<(Ended, EventStream), Failure> {
+    /// any await: what is known by then is in the progress. The stream comes back to be [drained](crate::runs::execution::relay::drain).
+    pub(in crate::runs) async fn round(mut self, round: Round<'_>) -> Result<(Ended, EventStream), Failure> {
         let before = self.progress.usage;
         let id_before = self.progress.upstream_run.clone();
         let result = match round {
@@ -86,7 +86,7 @@ impl Drive<'_> {
     }
 
     /// The upstream has taken the request. What becomes of the reply says nothing of others.
-    pub(super) fn is_answered(&mut self) {
+    pub(in crate::runs) fn is_answered(&mut self) {
         if let Some(permit) = &mut self.permit {
             permit.answered();
         }
@@ -400,7 +400,10 @@ impl Drive<'_> {
     }
 
     /// Finds out what became of a request. `None` if the upstream does not say.
-    pub(super) async fn recover(&mut self, error: &UpstreamError) -> Result<Option<Recovered>, Failure> {
+    pub(in crate::runs) async fn recover(
+        &mut self,
+        error: &UpstreamError,
+    ) -> Result<Option<Recovered>, Failure> {
         let sent = leftover(self.runs, self.turn, self.progress).await?;
         for look in 0..MAX_LOOKS {
             if look > 0 {
@@ -418,7 +421,11 @@ impl Drive<'_> {
 }
 
 /// What a turn may have left at the upstream, with what is needed to find it there.
-pub(super) async fn leftover(runs: &Runs, turn: &Turn, progress: &Progress) -> Result<Leftover, Failure> {
+pub(in crate::runs) async fn leftover(
+    runs: &Runs,
+    turn: &Turn,
+    progress: &Progress,
+) -> Result<Leftover, Failure> {
     let mut baseline = loop {
         match runs.parts.given.store.baseline(turn.run.id).await {
             Ok(baseline) => break baseline,
@@ -439,7 +446,7 @@ pub(super) async fn leftover(runs: &Runs, turn: &Turn, progress: &Progress) -> R
 }
 
 /// Notes something of a run that this process has, however long the database is away.
-pub(super) async fn insist<F>(note: impl Fn() -> F) -> Result<(), Failure>
+pub(in crate::runs) async fn insist<F>(note: impl Fn() -> F) -> Result<(), Failure>
 where
     F: Future<Output = Result<bool, StoreError>>,
 {
@@ -453,7 +460,7 @@ where
 }
 
 /// Pauses before another try, if there is a point in one. The caller bounds the tries.
-pub(super) async fn wait_out(error: StoreError) -> Result<(), Failure> {
+pub(in crate::runs) async fn wait_out(error: StoreError) -> Result<(), Failure> {
     tracing::error!(error = %Chain(&error), "the store failed in the middle of a turn");
     if !matches!(error, StoreError::Unavailable(_)) {
         return Err(Failure::Store);

@@ -4,9 +4,9 @@ use std::time::Duration;
 
 use tokio::time::{sleep, timeout};
 
-use super::{NO_THREAD, Runs, jittered};
 use crate::domain::{ConversationKey, Thread, ThreadId};
 use crate::error::{Chain, Error};
+use crate::runs::{NO_THREAD, Runs, jittered};
 use crate::store::{Claim, Rolled, Rollover, RunLease, StoreError, ThreadName, Turn};
 use crate::upstream::Pace;
 
@@ -41,7 +41,7 @@ impl Runs {
     ///
     /// Nothing of the turn is upstream yet, and no other run is active, so nothing is cut in two. What fails here is
     /// tried again before the next turn. May be dropped at any await.
-    pub(super) async fn rolled(&self, turn: Turn) -> Turn {
+    pub(in crate::runs) async fn rolled(&self, turn: Turn) -> Turn {
         let before = turn.thread.id;
         let turn = self.rolled_if_full(turn).await;
         // Those who wait have moved along.

@@ -47,21 +47,21 @@ pub struct Outcome {
 }
 
 /// Number of [`RunEvent::Started`].
-pub(super) const STARTED: i64 = 1;
+pub(in crate::runs) const STARTED: i64 = 1;
 
 /// How often a run is recorded at first, and while somebody follows it on another replica.
-pub(super) const OFTEN: Duration = Duration::from_millis(100);
+pub(in crate::runs) const OFTEN: Duration = Duration::from_millis(100);
 /// How often it is recorded at last: the pause doubles with each record.
 const SELDOM: Duration = Duration::from_secs(1);
 /// How long a reader on another replica counts who has told of itself. It does so more often.
 const FOLLOWED: Duration = Duration::from_secs(3);
 
 /// What is not stored of a run: its id at the upstream, and events.
-pub(super) type Unrecorded = (Option<UpstreamRunId>, EventBatch);
+pub(in crate::runs) type Unrecorded = (Option<UpstreamRunId>, EventBatch);
 
 /// The writing end of a run's log. Dropped without an [`Ended`](RunEvent::Ended), it leaves the log broken off.
 #[derive(Debug)]
-pub(super) struct FeedWriter {
+pub(in crate::runs) struct FeedWriter {
     log: Arc<Mutex<Log>>,
     length: watch::Sender<usize>,
 }
@@ -145,13 +145,13 @@ impl Log {
 
 impl FeedWriter {
     /// The log of a run that is new.
-    pub(super) fn new() -> Self {
+    pub(in crate::runs) fn new() -> Self {
         Self::resumed(0, 0)
     }
 
     /// The log of a run that was taken over. `stored`: the number after all that is stored of it. `others_from`: what is
     /// not text gets this number or a higher one.
-    pub(super) fn resumed(stored: i64, others_from: i64) -> Self {
+    pub(in crate::runs) fn resumed(stored: i64, others_from: i64) -> Self {
         let log = Log {
             first: stored,
             events: Vec::new(),
@@ -168,27 +168,27 @@ impl FeedWriter {
     }
 
     /// Appends an event and wakes the readers.
-    pub(super) fn push(&self, event: RunEvent) {
+    pub(in crate::runs) fn push(&self, event: RunEvent) {
         let mut log = lock(&self.log);
         log.push(event);
         self.length.send_replace(log.events.len());
     }
 
     /// The upstream has told its id of the run.
-    pub(super) fn accepted(&self, id: &UpstreamRunId) {
+    pub(in crate::runs) fn accepted(&self, id: &UpstreamRunId) {
         let mut log = lock(&self.log);
         log.upstream_run = Some(id.clone());
         log.waiting_since.get_or_insert_with(Instant::now);
     }
 
     /// The events that are not stored yet, and `last` if there is one, which is about to be pushed.
-    pub(super) fn unstored(&self, last: Option<RunEvent>) -> EventBatch {
+    pub(in crate::runs) fn unstored(&self, last: Option<RunEvent>) -> EventBatch {
         lock(&self.log).unstored(last)
     }
 
     /// The events that are not stored yet, where nothing comes after them but the end: what the record tells of it is
     /// numbered on from there.
-    pub(super) fn rest(&self) -> EventBatch {
+    pub(in crate::runs) fn rest(&self) -> EventBatch {
         let log = lock(&self.log);
         let mut rest = log.unstored(None);
         let end = rest.end();
@@ -200,7 +200,7 @@ impl FeedWriter {
 
     /// Whether the record tells all of the log of a run whose reply has this text: that the run has started at once, in this
     /// process, and the text. Then nothing is left to store, from what is stored on.
-    pub(super) fn retold(&self, text: &str) -> Option<EventBatch> {
+    pub(in crate::runs) fn retold(&self, text: &str) -> Option<EventBatch> {
         let log = lock(&self.log);
         let mut events = log.events.iter().map(|(_, event)| event);
         if log.first > 0 || log.others_from > 0 || !matches!(events.next(), Some(RunEvent::Started)) {
@@ -214,26 +214,26 @@ impl FeedWriter {
     }
 
     /// All events up to now are stored.
-    pub(super) fn all_stored(&self) {
+    pub(in crate::runs) fn all_stored(&self) {
         let mut log = lock(&self.log);
         let end = log.next;
         log.stored_to(end);
     }
 
     /// Others may have read along.
-    pub(super) fn is_public(&self) -> bool {
+    pub(in crate::runs) fn is_public(&self) -> bool {
         lock(&self.log).is_public
     }
 
     /// A reading end.
-    pub(super) fn feed(&self) -> Feed {
+    pub(in crate::runs) fn feed(&self) -> Feed {
         Feed { log: Arc::clone(&self.log), length: self.length.subscribe() }
     }
 }
 
 impl RunEvent {
     /// The log that the record tells of a run whose reply has this text: see [`FeedWriter::retold`].
-    pub(super) fn retell(text: &str) -> EventBatch {
+    pub(in crate::runs) fn retell(text: &str) -> EventBatch {
         let delta =
             Some(text).filter(|text| !text.is_empty()).map(|text| LoggedEvent::Delta(text.to_owned()));
         EventBatch { first: STARTED, events: [LoggedEvent::Started].into_iter().chain(delta).collect() }
@@ -251,7 +251,7 @@ impl RunEvent {
     }
 
     /// What a stored event tells a reader; `None` for what is left out.
-    pub(super) fn of(event: LoggedEvent) -> Option<Self> {
+    pub(in crate::runs) fn of(event: LoggedEvent) -> Option<Self> {
         match event {
             LoggedEvent::Queued { position } => Some(Self::Queued { position }),
             LoggedEvent::Started => Some(Self::Started),
@@ -262,7 +262,7 @@ impl RunEvent {
     }
 
     /// The event as it is for a reader who has seen everything before number `from`. `number`: its own.
-    pub(super) fn cut(self, number: i64, from: i64) -> Self {
+    pub(in crate::runs) fn cut(self, number: i64, from: i64) -> Self {
         let Self::Delta(text) = &self else { return self };
         let begins = number + 1 - length(text);
         match usize::try_from(from - begins) {
@@ -277,20 +277,20 @@ impl RunEvent {
 
 /// The reading end of a run's log.
 #[derive(Clone, Debug)]
-pub(super) struct Feed {
+pub(in crate::runs) struct Feed {
     log: Arc<Mutex<Log>>,
     length: watch::Receiver<usize>,
 }
 
 impl Feed {
     /// Number of the first event that this log can give.
-    pub(super) fn first(&self) -> i64 {
+    pub(in crate::runs) fn first(&self) -> i64 {
         lock(&self.log).first
     }
 
     /// The events from number `from` on, each with its number, up to and including the last one of the run. Ends
     /// without that one if the log breaks off. May be dropped at any point.
-    pub(super) fn follow(&self, from: i64) -> impl Stream<Item = (i64, RunEvent)> + Send + use<> {
+    pub(in crate::runs) fn follow(&self, from: i64) -> impl Stream<Item = (i64, RunEvent)> + Send + use<> {
         let start = lock(&self.log).place(from);
         stream::unfold((self.clone(), start), move |(mut feed, mut next)| async move {
             if next > 0 && matches!(feed.get(next - 1), Some((_, RunEvent::Ended(_)))) {
@@ -313,7 +313,7 @@ impl Feed {
     }
 
     /// Waits for the end of the run. `None` if the log breaks off: the run's task is gone without having told it.
-    pub(super) async fn ended(mut self) -> Option<Arc<Outcome>> {
+    pub(in crate::runs) async fn ended(mut self) -> Option<Arc<Outcome>> {
         loop {
             let known = *self.length.borrow_and_update();
             if let Some((_, RunEvent::Ended(outcome))) = known.checked_sub(1).and_then(|last| self.get(last))
@@ -326,7 +326,7 @@ impl Feed {
 
     /// Waits for the next event from number `from` on that may answer a caller: the run has ended, or has asked for tool
     /// outputs and nothing has come of it yet. With its number; `None` if the log breaks off before.
-    pub(super) async fn answer(mut self, from: i64) -> Option<(i64, RunEvent)> {
+    pub(in crate::runs) async fn answer(mut self, from: i64) -> Option<(i64, RunEvent)> {
         loop {
             self.length.borrow_and_update();
             // What it says after it has asked shows that the calls were answered.
@@ -342,13 +342,13 @@ impl Feed {
     }
 
     /// The number of the event by which the run asked last for calls of which this is true.
-    pub(super) fn asked(&self, is_meant: impl Fn(&RequiredAction) -> bool) -> Option<i64> {
+    pub(in crate::runs) fn asked(&self, is_meant: impl Fn(&RequiredAction) -> bool) -> Option<i64> {
         let asks = |event: &RunEvent| matches!(event, RunEvent::RequiresAction(it) if is_meant(it));
         lock(&self.log).events.iter().rev().find(|(_, event)| asks(event)).map(|(number, _)| *number)
     }
 
     /// What is not stored, if there is anything.
-    pub(super) fn unrecorded(&self) -> Option<Unrecorded> {
+    pub(in crate::runs) fn unrecorded(&self) -> Option<Unrecorded> {
         let log = lock(&self.log);
         log.waiting_since?;
         Some((log.upstream_run.clone(), log.unstored(None)))
@@ -356,7 +356,7 @@ impl Feed {
 
     /// The same, if it has waited for long enough. Whoever may take the run over needs its id at the upstream soon, and who
     /// reads along on another replica its text; a long text by itself is told again by the upstream.
-    pub(super) fn overdue(&self) -> Option<Unrecorded> {
+    pub(in crate::runs) fn overdue(&self) -> Option<Unrecorded> {
         {
             let log = lock(&self.log);
             let now = Instant::now();
@@ -368,12 +368,12 @@ impl Feed {
     }
 
     /// Somebody on another replica reads along.
-    pub(super) fn followed(&self) {
+    pub(in crate::runs) fn followed(&self) {
         lock(&self.log).followed_until = Some(Instant::now() + FOLLOWED);
     }
 
     /// It is stored.
-    pub(super) fn recorded(&self, upstream_run: Option<&UpstreamRunId>, events: &EventBatch) {
+    pub(in crate::runs) fn recorded(&self, upstream_run: Option<&UpstreamRunId>, events: &EventBatch) {
         let mut log = lock(&self.log);
         if log.upstream_run.as_ref() == upstream_run {
             log.upstream_run = None;

@@ -2,11 +2,11 @@
 
 use std::sync::Arc;
 
-use super::Runs;
-use super::drive::{Drive, insist, wait_out};
-use super::failure::Failure;
-use super::making::Making;
 use crate::domain::{ContentPart, Context, Leftover, Message, Page, Role, RunId, Thread};
+use crate::runs::Runs;
+use crate::runs::execution::create_thread::Making;
+use crate::runs::execution::failure::Failure;
+use crate::runs::execution::round::{Drive, insist, wait_out};
 use crate::store::{RunLease, Store, StoreError, Withholding};
 use crate::upstream::{Ownership, Settled, Upstream, UpstreamError};
 
@@ -20,7 +20,7 @@ const MAX_BYTES: usize = 16 * 1024 * 1024;
 impl Drive<'_> {
     /// What an earlier run may have left is looked at before anything is sent: its remains are taken away, and what
     /// the transcript holds of it goes along with this turn. `false` if the thread is in no state to tell.
-    pub(super) async fn settle_earlier(&self) -> Result<bool, Failure> {
+    pub(in crate::runs) async fn settle_earlier(&self) -> Result<bool, Failure> {
         let Some(left) = &self.turn.thread.leftover else { return Ok(true) };
         let was_there =
             match take_away(self.runs, &self.turn.lease, self.upstream, left, Removal::IfSaid).await {
@@ -35,7 +35,7 @@ impl Drive<'_> {
     }
 
     /// Gives the upstream thread up. What a new one has to be told.
-    pub(super) async fn start_anew(&mut self) -> Result<History, Failure> {
+    pub(in crate::runs) async fn start_anew(&mut self) -> Result<History, Failure> {
         let history = self.history_before().await?;
         tracing::warn!(
             messages = history.messages.len(),
@@ -46,7 +46,7 @@ impl Drive<'_> {
     }
 
     /// What the upstream thread lacks of the transcript. What is too much to be told is withheld for good.
-    pub(super) async fn backlog(&self) -> Result<History, Failure> {
+    pub(in crate::runs) async fn backlog(&self) -> Result<History, Failure> {
         let (store, run) = (&self.runs.parts.given.store, self.turn.run.id);
         let mut room = Room::default();
         let backlog = newest(&mut room, |before| patiently(move || store.backlog(run, before, PAGE))).await?;
@@ -59,7 +59,7 @@ impl Drive<'_> {
 
     /// What a new upstream thread begins with: what is carried over from the thread before, and the transcript up to
     /// this run, as far as the model may know it. What is too much to be told is withheld for good.
-    pub(super) async fn history_before(&self) -> Result<History, Failure> {
+    pub(in crate::runs) async fn history_before(&self) -> Result<History, Failure> {
         let (store, run) = (&self.runs.parts.given.store, self.turn.run.id);
         let Thread { id, carried, .. } = self.turn.thread;
         let mut room = Room::default();
@@ -105,7 +105,7 @@ impl Drive<'_> {
 
     /// Makes the upstream thread and records it before it is used. Whether there is one that holds the seed: where
     /// threads are chains of responses the first run makes it.
-    pub(super) async fn create_thread(
+    pub(in crate::runs) async fn create_thread(
         &mut self,
         owner: &Ownership,
         seed: Option<&History>,
@@ -134,7 +134,7 @@ impl Drive<'_> {
 
 /// When what a run left is taken away.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub(super) enum Removal {
+pub(in crate::runs) enum Removal {
     /// If the run is to be discarded.
     IfDiscarded,
     /// Also if any of it is there.
@@ -145,7 +145,7 @@ pub(super) enum Removal {
 ///
 /// What went along with the run stays, and once the run's own messages are gone nothing at the upstream tells that it is
 /// there. So that is recorded before they are removed.
-pub(super) async fn take_away(
+pub(in crate::runs) async fn take_away(
     runs: &Runs,
     lease: &RunLease,
     upstream: &dyn Upstream,
@@ -176,14 +176,14 @@ pub(super) async fn take_away(
 
 /// Messages that an upstream thread lacks, oldest first. Whoever makes the thread shares them.
 #[derive(Default)]
-pub(super) struct History {
-    pub(super) messages: Arc<Vec<Message>>,
+pub(in crate::runs) struct History {
+    pub(in crate::runs) messages: Arc<Vec<Message>>,
     /// How many of the user's among them come from the thread before.
-    pub(super) carried_users: u32,
+    pub(in crate::runs) carried_users: u32,
 }
 
 /// How much more an upstream thread may be told.
-pub(super) struct Room {
+pub(in crate::runs) struct Room {
     messages: usize,
     bytes: usize,
     /// A message did not fit: no older one goes along either, since a story with gaps is another one.
@@ -209,7 +209,10 @@ impl Room {
 
 /// The newest messages for which there is room, oldest first. They are read backwards in pages, each before the position
 /// at which the last one ended.
-pub(super) async fn newest<E, F>(room: &mut Room, read: impl Fn(Option<i64>) -> F) -> Result<Vec<Message>, E>
+pub(in crate::runs) async fn newest<E, F>(
+    room: &mut Room,
+    read: impl Fn(Option<i64>) -> F,
+) -> Result<Vec<Message>, E>
 where
     F: Future<Output = Result<Page<Message>, E>>,
 {
@@ -225,7 +228,7 @@ where
 }
 
 /// What the upstream thread of a run lacks, as far as it was told with the run.
-pub(super) async fn went_along(store: &Store, run: RunId) -> Result<Vec<Message>, StoreError> {
+pub(in crate::runs) async fn went_along(store: &Store, run: RunId) -> Result<Vec<Message>, StoreError> {
     let backlog = newest(&mut Room::default(), |before| store.backlog(run, before, PAGE)).await?;
     Ok(with_content(backlog))
 }

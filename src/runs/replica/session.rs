@@ -4,9 +4,9 @@ use std::time::Duration;
 
 use tokio::time::{Instant, MissedTickBehavior, interval, sleep, sleep_until, timeout};
 
-use super::Runs;
 use crate::domain::set_clock;
 use crate::error::Chain;
+use crate::runs::Runs;
 use crate::store::{News, Request, StoreError};
 
 /// Longest time for the last word to the store.

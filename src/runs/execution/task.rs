@@ -10,18 +10,18 @@ use tokio::sync::watch;
 use tokio::time::{Instant, sleep, sleep_until};
 use tracing::Instrument;
 
-use super::drive::{Drive, Round};
-use super::end::{announce, bound_turn};
-use super::failure::Failure;
-use super::making::resolve;
-use super::progress::Progress;
-use super::relay::drain;
-use super::standing::Working;
-use super::takeover::Before;
-use super::{Outcome, RunEvent, Runs, jittered};
 use crate::config::AssistantConfig;
 use crate::domain::{RequiredAction, Run, RunStatus, ToolOutput};
 use crate::error::Chain;
+use crate::runs::execution::create_thread::resolve;
+use crate::runs::execution::failure::Failure;
+use crate::runs::execution::finish::{announce, bound_turn};
+use crate::runs::execution::progress::Progress;
+use crate::runs::execution::relay::drain;
+use crate::runs::execution::round::{Drive, Round};
+use crate::runs::registry::Working;
+use crate::runs::replica::takeover::Before;
+use crate::runs::{Outcome, RunEvent, Runs, jittered};
 use crate::store::{Made, News, Orphan, Pause, Paused, RunLease, StoreError, Turn};
 use crate::upstream::{Ended, EventStream, Upstream};
 
@@ -43,7 +43,7 @@ enum Begin {
 }
 
 /// Does the turn and commits its end, whatever happens on the way. `None` if the run goes on in another process.
-pub(super) async fn work(runs: &Runs, working: &mut Working, turn: Turn) -> Option<Outcome> {
+pub(in crate::runs) async fn work(runs: &Runs, working: &mut Working, turn: Turn) -> Option<Outcome> {
     let deadline = Instant::now() + time_left(&turn.run);
     let rolled = tokio::select! {
         biased;
@@ -60,7 +60,12 @@ pub(super) async fn work(runs: &Runs, working: &mut Working, turn: Turn) -> Opti
 }
 
 /// Goes on with a run that waited for tool outputs, or had just got them, when its process ended.
-pub(super) async fn resume_waiting(runs: Runs, mut working: Working, orphan: Orphan, before: Before) {
+pub(in crate::runs) async fn resume_waiting(
+    runs: Runs,
+    mut working: Working,
+    orphan: Orphan,
+    before: Before,
+) {
     let Orphan { lease, thread, run, time_left, content, outputs, outputs_sent, .. } = orphan;
     let begin = match (outputs, run.required_action.clone()) {
         (Some(outputs), _) => Begin::Outputs(outputs),
@@ -81,7 +86,12 @@ pub(super) async fn resume_waiting(runs: Runs, mut working: Working, orphan: Orp
 
 /// Goes on with a run that was at work when its process let go of it: follows it where the upstream has it, sends its
 /// message where that was never seen, and ends it if neither can be.
-pub(super) async fn resume_at_work(runs: Runs, mut working: Working, orphan: Orphan, before: Before) {
+pub(in crate::runs) async fn resume_at_work(
+    runs: Runs,
+    mut working: Working,
+    orphan: Orphan,
+    before: Before,
+) {
     let Orphan { lease, thread, run, time_left, input, content, .. } = orphan;
     let turn = Turn { lease, thread, run, input, intent: None };
     let mut progress = Progress::new(&turn);
@@ -93,7 +103,7 @@ pub(super) async fn resume_at_work(runs: Runs, mut working: Working, orphan: Orp
 
 /// Ends a run on which nobody works any more: first whatever still goes on upstream, then the run. If the upstream can
 /// tell how it ended there, it ends so here.
-pub(super) async fn bury(runs: Runs, working: Working, orphan: Orphan, before: Before) {
+pub(in crate::runs) async fn bury(runs: Runs, working: Working, orphan: Orphan, before: Before) {
     let Orphan { lease, thread, run, content, .. } = orphan;
     let failure = if run.status == RunStatus::Cancelling { Failure::Cancelled } else { Failure::ReplicaLost };
     let turn = Turn { lease, thread, run, input: Vec::new(), intent: None };

@@ -1,5 +1,7 @@
 //! What this process knows of its own standing: the runs that it works on, and how long its session is good.
 
+pub(in crate::runs) mod unstored;
+
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -9,9 +11,9 @@ use tokio::sync::watch;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
-use super::feed::{Feed, FeedWriter};
-use super::unstored::Unstored;
 use crate::domain::{MessageId, RunId, ToolOutput};
+use crate::runs::log::writer::{Feed, FeedWriter};
+use crate::runs::registry::unstored::Unstored;
 use crate::store::{Admission, RunLease};
 
 /// What other events than text are numbered from in a run that changes hands, as a power of two for each change: beyond
@@ -22,26 +24,26 @@ const REFUSED_FOR: Duration = Duration::from_mins(10);
 
 /// What this process knows of its own standing.
 #[derive(Debug)]
-pub(super) struct Standing {
+pub(in crate::runs) struct Standing {
     /// Runs that a task of this process works on, from before they are recorded until their end is.
     working: Arc<Mutex<HashMap<RunId, Handle>>>,
     /// Admissions of which it is not known whether they were recorded, and whose senders heard that they were not. Kept
     /// for [`REFUSED_FOR`]: no admission arrives later.
     refused: Mutex<HashMap<RunId, (Refused, Instant)>>,
     /// Held while runs change hands: what this process has just taken is not to be taken again as a stray.
-    pub(super) taking: tokio::sync::Mutex<()>,
+    pub(in crate::runs) taking: tokio::sync::Mutex<()>,
     session: Mutex<Session>,
 }
 
 /// A message whose sender heard that it was not taken.
 #[derive(Clone, Debug)]
-pub(super) struct Refused {
-    pub(super) message: MessageId,
-    pub(super) idempotency_key: Option<String>,
+pub(in crate::runs) struct Refused {
+    pub(in crate::runs) message: MessageId,
+    pub(in crate::runs) idempotency_key: Option<String>,
 }
 
 impl Refused {
-    pub(super) fn of(admission: &Admission) -> Self {
+    pub(in crate::runs) fn of(admission: &Admission) -> Self {
         let idempotency_key = admission.idempotency.as_ref().map(|used| used.key.clone());
         Self { message: admission.message.id, idempotency_key }
     }
@@ -57,74 +59,74 @@ struct Session {
 
 /// What others in this process can do about a run that it works on.
 #[derive(Clone, Debug)]
-pub(super) struct Handle {
+pub(in crate::runs) struct Handle {
     /// Tells this task's entry from a later one of the same run.
     serial: u64,
-    pub(super) lease: RunLease,
-    pub(super) cancel: Cancel,
-    pub(super) feed: Feed,
+    pub(in crate::runs) lease: RunLease,
+    pub(in crate::runs) cancel: Cancel,
+    pub(in crate::runs) feed: Feed,
     /// What the store does not keep of it.
-    pub(super) unstored: Unstored,
+    pub(in crate::runs) unstored: Unstored,
     outputs: Arc<watch::Sender<Vec<ToolOutput>>>,
     lost: CancellationToken,
 }
 
 impl Handle {
     /// Hands the run outputs of its function calls. Those that it does not wait for (any more) are passed over.
-    pub(super) fn answer(&self, outputs: Vec<ToolOutput>) {
+    pub(in crate::runs) fn answer(&self, outputs: Vec<ToolOutput>) {
         self.outputs.send_replace(outputs);
     }
 
     /// Has the task let go of the run: it stops at once and writes nothing more of it, unless it is writing its end.
-    pub(super) fn let_go(&self) {
+    pub(in crate::runs) fn let_go(&self) {
         self.lost.cancel();
     }
 }
 
 /// Somebody wants a run to end.
 #[derive(Clone, Debug)]
-pub(super) struct Cancel {
+pub(in crate::runs) struct Cancel {
     token: CancellationToken,
     discard: Arc<AtomicBool>,
 }
 
 impl Cancel {
-    pub(super) fn new(token: CancellationToken) -> Self {
+    pub(in crate::runs) fn new(token: CancellationToken) -> Self {
         Self { token, discard: Arc::default() }
     }
 
     /// `discard`: and its messages to be removed.
-    pub(super) fn request(&self, discard: bool) {
+    pub(in crate::runs) fn request(&self, discard: bool) {
         self.discard.fetch_or(discard, Ordering::SeqCst);
         self.token.cancel();
     }
 
-    pub(super) async fn requested(&self) {
+    pub(in crate::runs) async fn requested(&self) {
         self.token.cancelled().await;
     }
 
-    pub(super) fn discards(&self) -> bool {
+    pub(in crate::runs) fn discards(&self) -> bool {
         self.discard.load(Ordering::SeqCst)
     }
 }
 
 /// Says, while it lives, that this process works on a run.
 #[derive(Debug)]
-pub(super) struct Working {
-    pub(super) lease: RunLease,
+pub(in crate::runs) struct Working {
+    pub(in crate::runs) lease: RunLease,
     serial: u64,
-    pub(super) cancel: Cancel,
-    pub(super) feed: FeedWriter,
+    pub(in crate::runs) cancel: Cancel,
+    pub(in crate::runs) feed: FeedWriter,
     /// What was [handed](Handle::answer) last.
-    pub(super) outputs: watch::Receiver<Vec<ToolOutput>>,
+    pub(in crate::runs) outputs: watch::Receiver<Vec<ToolOutput>>,
     /// Cancelled when the task has to [let go](Handle::let_go) of the run: others have taken it over, may do so from now
     /// on, or shall.
-    pub(super) lost: CancellationToken,
+    pub(in crate::runs) lost: CancellationToken,
     all: Arc<Mutex<HashMap<RunId, Handle>>>,
 }
 
 impl Standing {
-    pub(super) fn new() -> Self {
+    pub(in crate::runs) fn new() -> Self {
         let now = Instant::now();
         Self {
             working: Arc::default(),
@@ -135,19 +137,19 @@ impl Standing {
     }
 
     /// Says that a task works on a new run.
-    pub(super) fn begins(&self, run: RunId, cancel: CancellationToken) -> Working {
+    pub(in crate::runs) fn begins(&self, run: RunId, cancel: CancellationToken) -> Working {
         self.works_on(RunLease { run_id: run, fence: 1 }, FeedWriter::new(), Unstored::default(), cancel)
     }
 
     /// Says that a task works on a run that was taken over. `stored`: the number after all that is stored of its log.
-    pub(super) fn goes_on(&self, lease: RunLease, stored: i64) -> Working {
+    pub(in crate::runs) fn goes_on(&self, lease: RunLease, stored: i64) -> Working {
         let feed = FeedWriter::resumed(stored, others_from(&lease));
         self.works_on(lease, feed, Unstored::default(), CancellationToken::new())
     }
 
     /// Says that a task goes on with a run without the one whose message made it: what cancels that one's request does not
     /// concern the others. Those who follow the run go on to do so.
-    pub(super) fn goes_on_for_others(&self, mut working: Working) -> Working {
+    pub(in crate::runs) fn goes_on_for_others(&self, mut working: Working) -> Working {
         let feed = std::mem::replace(&mut working.feed, FeedWriter::new());
         let unstored = self.handle(working.lease.run_id).map(|handle| handle.unstored).unwrap_or_default();
         let anew = self.works_on(working.lease, feed, unstored, CancellationToken::new());
@@ -182,69 +184,69 @@ impl Standing {
     }
 
     /// The runs that tasks of this process work on.
-    pub(super) fn runs(&self) -> Vec<RunId> {
+    pub(in crate::runs) fn runs(&self) -> Vec<RunId> {
         lock(&self.working).keys().copied().collect()
     }
 
-    pub(super) fn handles(&self) -> Vec<Handle> {
+    pub(in crate::runs) fn handles(&self) -> Vec<Handle> {
         lock(&self.working).values().cloned().collect()
     }
 
-    pub(super) fn handle(&self, run: RunId) -> Option<Handle> {
+    pub(in crate::runs) fn handle(&self, run: RunId) -> Option<Handle> {
         lock(&self.working).get(&run).cloned()
     }
 
     /// Has all tasks [let go](Handle::let_go) of their runs.
-    pub(super) fn let_go(&self) {
+    pub(in crate::runs) fn let_go(&self) {
         for handle in lock(&self.working).values() {
             handle.let_go();
         }
     }
 
     /// The sender of the message of this run heard that it was not taken.
-    pub(super) fn refuse(&self, run: RunId, refused: Refused) {
+    pub(in crate::runs) fn refuse(&self, run: RunId, refused: Refused) {
         let (mut all, now) = (lock(&self.refused), Instant::now());
         all.retain(|_, (_, since)| now - *since < REFUSED_FOR);
         all.insert(run, (refused, now));
     }
 
     /// It is not settled yet what became of the message that this run was made for.
-    pub(super) fn is_refused(&self, run: RunId) -> bool {
+    pub(in crate::runs) fn is_refused(&self, run: RunId) -> bool {
         lock(&self.refused).contains_key(&run)
     }
 
     /// It is settled what became of it. What had been refused, if it had.
-    pub(super) fn was_refused(&self, run: RunId) -> Option<Refused> {
+    pub(in crate::runs) fn was_refused(&self, run: RunId) -> Option<Refused> {
         lock(&self.refused).remove(&run).map(|(refused, _)| refused)
     }
 
     /// The session is good until then.
-    pub(super) fn renewed(&self, good_until: Instant) {
+    pub(in crate::runs) fn renewed(&self, good_until: Instant) {
         lock(&self.session).good_until = good_until;
     }
 
-    pub(super) fn good_until(&self) -> Instant {
+    pub(in crate::runs) fn good_until(&self) -> Instant {
         lock(&self.session).good_until
     }
 
     /// Others may take this process for dead.
-    pub(super) fn has_lapsed(&self) -> bool {
+    pub(in crate::runs) fn has_lapsed(&self) -> bool {
         Instant::now() >= self.good_until()
     }
 
     /// Until then nobody is taken for dead.
-    pub(super) fn trust_from(&self, then: Instant) {
+    pub(in crate::runs) fn trust_from(&self, then: Instant) {
         lock(&self.session).trusts_from = then;
     }
 
     /// Whoever has no session is dead.
-    pub(super) fn trusts_sessions(&self) -> bool {
+    pub(in crate::runs) fn trusts_sessions(&self) -> bool {
         Instant::now() >= lock(&self.session).trusts_from
     }
 }
 
 /// From which number on a run tells what is not text, under this lease.
-pub(super) fn others_from(lease: &RunLease) -> i64 {
+pub(in crate::runs) fn others_from(lease: &RunLease) -> i64 {
     (lease.fence - 1) << EVENTS_PER_FENCE
 }
 

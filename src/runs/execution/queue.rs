@@ -7,15 +7,15 @@ use tokio::sync::oneshot;
 use tokio::time::{sleep, timeout};
 use tracing::Instrument;
 
-use super::end::{announce, bare_end, bound_waiting, withdraw};
-use super::failure::{Failure, stopped};
-use super::follow::Follow;
-use super::standing::{Refused, Working};
-use super::work::work;
-use super::{Outcome, RunEvent, Runs, Submitted, jittered, span_of};
 use crate::domain::{ConversationKey, MultitaskStrategy, Run, RunStatus, Step, TenantKey, Thread, ThreadId};
 use crate::error::{Chain, Error};
 use crate::locks::{Place, Seat, Share};
+use crate::runs::execution::failure::{Failure, stopped};
+use crate::runs::execution::finish::{announce, bare_end, bound_waiting, withdraw};
+use crate::runs::execution::task::work;
+use crate::runs::registry::{Refused, Working};
+use crate::runs::service::subscription::Follow;
+use crate::runs::{Outcome, RunEvent, Runs, Submitted, jittered, span_of};
 use crate::store::{Admission, Admitted, Claim, News, NotWritten, Orphan, RunLease, Turn, Withdrawn};
 
 /// How soon a run that is first in its line asks the store again while a run of another line is active on its thread. It
@@ -29,17 +29,17 @@ const TAKE_BACK_AFTER: [Duration; 4] =
     [Duration::ZERO, Duration::from_secs(1), Duration::from_secs(5), Duration::from_secs(20)];
 
 /// What a message holds on its way to its run.
-pub(super) struct Held {
-    pub(super) place: Place<ConversationKey, ThreadId>,
-    pub(super) seat: Seat<TenantKey>,
+pub(in crate::runs) struct Held {
+    pub(in crate::runs) place: Place<ConversationKey, ThreadId>,
+    pub(in crate::runs) seat: Seat<TenantKey>,
     /// Of the bytes that may wait on a thread.
-    pub(super) queued: Seat<ConversationKey>,
+    pub(in crate::runs) queued: Seat<ConversationKey>,
     /// Of the memory for what callers send.
-    pub(super) share: Share,
+    pub(in crate::runs) share: Share,
 }
 
 /// Records a message, waits for its turn and works on it. `answer` hears of the admission.
-pub(super) async fn conduct(
+pub(in crate::runs) async fn conduct(
     runs: Runs,
     mut working: Working,
     held: Held,
@@ -108,7 +108,7 @@ pub(super) async fn conduct(
 
 /// Waits for the turn of a queued run that was taken over from another replica, and works on it. The store alone
 /// keeps its order: it has no place in this process's line.
-pub(super) async fn resume_queued(runs: Runs, mut working: Working, orphan: Orphan) {
+pub(in crate::runs) async fn resume_queued(runs: Runs, mut working: Working, orphan: Orphan) {
     let Orphan { lease, thread, run, .. } = orphan;
     let outcome = match wait_for_turn(&runs, &working, None, lease, &thread, &run).await {
         Ok(turn) => work(&runs, &mut working, turn).await,
@@ -118,7 +118,7 @@ pub(super) async fn resume_queued(runs: Runs, mut working: Working, orphan: Orph
 }
 
 /// Ends queued runs that were taken over and can never start, in their order.
-pub(super) async fn give_up(runs: Runs, queued: Vec<(Working, Orphan)>) {
+pub(in crate::runs) async fn give_up(runs: Runs, queued: Vec<(Working, Orphan)>) {
     for (working, Orphan { lease, thread, run, .. }) in queued {
         let (status, error) = Failure::ReplicaLost.end(false);
         let end = bare_end(status, error);
@@ -207,7 +207,7 @@ async fn take_back(runs: Runs, working: Working, lease: RunLease, refused: &Refu
 }
 
 /// Works on a run that others have joined although its own message was refused.
-pub(super) async fn go_on_for_others(
+pub(in crate::runs) async fn go_on_for_others(
     runs: Runs,
     mut working: Working,
     lease: RunLease,

@@ -1,0 +1,3 @@
+//! The log of a run.
+
+pub(super) mod writer;
