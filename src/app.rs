@@ -22,7 +22,7 @@ use crate::auth::{Auth, FreshKey};
 use crate::config::{Config, StoreConfig, UpstreamConfig, UpstreamKind};
 use crate::domain::{Access, ConversationKey, Fingerprints, Keeping, KeyNames, ReplicaId, TenantKey};
 use crate::life::{Keeper, KeeperParts};
-use crate::locks::{Budget, Seats};
+use crate::locks::{Budget, KeyedSemaphore};
 use crate::records::{self, Refused, Summary, What};
 use crate::runs::{Breaker, Runs, RunsParts};
 use crate::server::{self, ServerStop};
@@ -116,7 +116,7 @@ impl App {
             keeper: keeper.clone(),
             auth: Arc::clone(&auth),
             limits: Arc::new(Limits::new(&config.limits)),
-            readers: Arc::new(Seats::new(usize::MAX, config.server.max_readers.get())),
+            readers: Arc::new(KeyedSemaphore::new(usize::MAX, config.server.max_readers.get())),
             bodies: Budget::new(config.server.max_bodies_bytes),
             server: Arc::new(config.server.clone()),
             logs_clients: config.log.client_address,

@@ -31,7 +31,7 @@ use crate::domain::{
     Timestamp, Ttl, UserContent, UserKey,
 };
 use crate::error::{Error, TooOften};
-use crate::locks::{LockMap, NoSeat, QueueFull, Seats, Share};
+use crate::locks::{KeyedQueue, KeyedSemaphore, NoPermit, QueueFull, Share};
 use crate::records;
 use crate::store::{
     Admission, Idempotency, InputMessage, Repeated, Store, StoreError, ThreadFilter, ThreadName,
@@ -41,14 +41,14 @@ use crate::upstream::Upstream;
 
 pub use execution::breaker::Breaker;
 use execution::failure::Failure;
-use execution::queue::{Held, conduct};
+use execution::queue::{Held, run_task};
 pub use execution::rollover::Renewed;
 pub use log::writer::{Outcome, RunEvent};
-use notifications::Desk;
+use notifications::Notifier;
 pub use reconcile::{Differences, Unverified, Verified};
-use registry::Standing;
+use registry::RunRegistry;
 pub use service::cancel::Which;
-pub use service::subscription::{Answer, DELETED, Follow};
+pub use service::subscription::{Answer, DELETED, RunSubscription};
 pub use service::tool_outputs::NewOutputs;
 
 /// Threads and runs of this replica. Clones share everything.
@@ -90,12 +90,12 @@ pub struct RunsParts {
 
 struct Parts {
     given: RunsParts,
-    locks: LockMap<ConversationKey, ThreadId>,
-    standing: Standing,
-    seats: Seats<TenantKey>,
+    locks: KeyedQueue<ConversationKey, ThreadId>,
+    registry: RunRegistry,
+    seats: KeyedSemaphore<TenantKey>,
     /// For the bytes of messages until their runs start.
-    waiting: Seats<ConversationKey>,
-    desk: Desk,
+    waiting: KeyedSemaphore<ConversationKey>,
+    notifier: Notifier,
     /// Who compares a transcript with its upstream thread has one of these.
     comparing: Semaphore,
     /// When the store was last seen to be in order. Locked while somebody looks, so that a flood of questions
@@ -132,23 +132,23 @@ pub struct NewMessage {
 pub struct Submitted {
     pub thread: Thread,
     pub run: Run,
-    pub follow: Follow,
+    pub follow: RunSubscription,
     pub replayed: bool,
 }
 
 impl Runs {
     pub fn new(parts: RunsParts) -> Self {
-        let locks = LockMap::new(parts.runs.max_queue);
+        let locks = KeyedQueue::new(parts.runs.max_queue);
         let each = parts.runs.max_runs_per_tenant.map_or(usize::MAX, NonZeroUsize::get);
-        let seats = Seats::new(parts.runs.max_runs.get(), each);
-        let waiting = Seats::new(usize::MAX, parts.runs.max_queue_bytes);
+        let seats = KeyedSemaphore::new(parts.runs.max_runs.get(), each);
+        let waiting = KeyedSemaphore::new(usize::MAX, parts.runs.max_queue_bytes);
         let parts = Parts {
             given: parts,
             locks,
-            standing: Standing::new(),
+            registry: RunRegistry::new(),
             seats,
             waiting,
-            desk: Desk::default(),
+            notifier: Notifier::default(),
             comparing: Semaphore::new(reconcile::AT_A_TIME),
             seen_ready: Mutex::default(),
         };
@@ -194,10 +194,10 @@ impl Runs {
         };
         // From here on the work belongs to a task: a caller that leaves must not leave a recorded run undone.
         let (answer, answered) = oneshot::channel();
-        let working = self.parts.standing.begins(admission.run_id, new.cancel);
+        let active = self.parts.registry.begins(admission.run_id, new.cancel);
         parts
             .tasks
-            .spawn(conduct(self.clone(), working, held, Arc::new(admission), answer).in_current_span());
+            .spawn(run_task(self.clone(), active, held, Arc::new(admission), answer).in_current_span());
         match answered.await.unwrap_or(Err(Error::Internal(None))) {
             // Nothing of it was recorded, so its key stands for an earlier one or for nothing.
             Err(refused @ (Error::Overloaded | Error::StoreUnavailable(None))) => {
@@ -217,8 +217,8 @@ impl Runs {
         }
         self.is_reachable(upstream)?;
         let seat = self.parts.seats.take(&key.tenant).map_err(|none| match none {
-            NoSeat::Full => Error::Overloaded,
-            NoSeat::KeyFull(limit) => Error::TooManyRuns { limit },
+            NoPermit::Full => Error::Overloaded,
+            NoPermit::KeyFull(limit) => Error::TooManyRuns { limit },
         })?;
         let bytes = new.content.size();
         let queued = self.parts.waiting.take_many(key, bytes).map_err(|_| match new.strategy {
@@ -295,11 +295,11 @@ impl Runs {
     ) -> Result<Option<Submitted>, Error> {
         let earlier = self.earlier(key, idempotency).await?;
         // Its sender heard that it was not taken, and it is still being taken back.
-        if earlier.as_ref().is_some_and(|earlier| self.parts.standing.is_refused(earlier.run.id)) {
+        if earlier.as_ref().is_some_and(|earlier| self.parts.registry.is_refused(earlier.run.id)) {
             return Err(Error::StoreUnavailable(None));
         }
         Ok(earlier.map(|Repeated { thread, run, .. }| {
-            let follow = Follow::of(self, &thread, run.id);
+            let follow = RunSubscription::of(self, &thread, run.id);
             Submitted { thread, run, follow, replayed: true }
         }))
     }
@@ -317,7 +317,7 @@ impl Runs {
             Some(earlier) if earlier.request_hash != used.request_hash => {
                 return Err(Error::IdempotencyMismatch);
             }
-            Some(earlier) => self.parts.standing.give_arguments(&mut earlier.run),
+            Some(earlier) => self.parts.registry.give_arguments(&mut earlier.run),
             None => {}
         }
         Ok(earlier)
@@ -328,7 +328,7 @@ impl Runs {
         if self.parts.given.draining.is_cancelled() {
             return Err(Error::Draining);
         }
-        if self.parts.standing.has_lapsed() {
+        if self.parts.registry.has_lapsed() {
             return Err(Error::StoreUnavailable(None));
         }
         Ok(())
@@ -336,7 +336,7 @@ impl Runs {
 
     /// This process still has its threads to itself: one that was stopped for a while may not know yet that it has not.
     fn may_send(&self) -> Result<(), Failure> {
-        if self.parts.standing.has_lapsed() { Err(Failure::LeaseLost) } else { Ok(()) }
+        if self.parts.registry.has_lapsed() { Err(Failure::LeaseLost) } else { Ok(()) }
     }
 
     /// The breaker of this upstream lets requests through.
@@ -394,7 +394,7 @@ impl Runs {
     pub async fn runs(&self, key: &ConversationKey, page: &PageRequest<RunId>) -> Result<Page<Run>, Error> {
         let mut page = self.store().runs(key, page).await?.ok_or(NO_THREAD)?;
         for run in &mut page.data {
-            self.parts.standing.give_arguments(run);
+            self.parts.registry.give_arguments(run);
         }
         Ok(page)
     }
@@ -403,7 +403,7 @@ impl Runs {
     pub async fn run(&self, key: &ConversationKey, id: RunId) -> Result<(Run, Option<Message>), Error> {
         let found = self.store().run(key, id).await?;
         let (mut run, message) = found.ok_or(Error::NotFound("this conversation has no such run"))?;
-        self.parts.standing.give_arguments(&mut run);
+        self.parts.registry.give_arguments(&mut run);
         Ok((run, message))
     }
 

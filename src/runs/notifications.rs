@@ -34,7 +34,7 @@ struct Reader {
 
 /// Where news come in and go out.
 #[derive(Debug, Default)]
-pub(in crate::runs) struct Desk {
+pub(in crate::runs) struct Notifier {
     readers: Readers,
     /// Somebody asked something of a run of this process.
     pub(in crate::runs) asked: Notify,
@@ -55,7 +55,7 @@ struct Outbox {
     released: Vec<RunLease>,
 }
 
-impl Desk {
+impl Notifier {
     /// Hears from now on about one thing.
     pub(in crate::runs) fn subscribe(&self, about: News) -> Subscription {
         let mut readers = lock(&self.readers);
@@ -68,7 +68,7 @@ impl Desk {
     }
 
     /// Tells this process and the other replicas.
-    pub(in crate::runs) fn tell(&self, news: News) {
+    pub(in crate::runs) fn notify(&self, news: News) {
         self.hear(news);
         lock(&self.outbox).news.insert(news);
         self.posted.notify_one();
@@ -105,7 +105,7 @@ impl Desk {
     pub(in crate::runs) fn set_peers(&self, has_peers: bool) {
         let before = self.has_peers.send_replace(has_peers);
         if has_peers && !before {
-            self.tell(News::Orphans);
+            self.notify(News::Orphans);
         }
         if before && !has_peers {
             *lock(&self.alone_since) = Some(Instant::now());
@@ -123,19 +123,19 @@ impl Desk {
 
     /// Takes out what is to be delivered.
     fn take(&self) -> Taken<'_> {
-        Taken { desk: self, outbox: std::mem::take(&mut *lock(&self.outbox)) }
+        Taken { notifier: self, outbox: std::mem::take(&mut *lock(&self.outbox)) }
     }
 }
 
 /// What is being delivered. What is left in it when it is dropped goes back.
 struct Taken<'a> {
-    desk: &'a Desk,
+    notifier: &'a Notifier,
     outbox: Outbox,
 }
 
 impl Drop for Taken<'_> {
     fn drop(&mut self) {
-        let mut outbox = lock(&self.desk.outbox);
+        let mut outbox = lock(&self.notifier.outbox);
         outbox.news.extend(self.outbox.news.drain());
         outbox.released.append(&mut self.outbox.released);
     }
@@ -175,19 +175,19 @@ impl Runs {
         let mut news = self.store().news();
         while let Some(news) = news.next().await {
             if news != News::Missed {
-                self.parts.desk.meet_peers();
+                self.parts.notifier.meet_peers();
             }
             match news {
-                News::Asked(run) if self.parts.standing.handle(run).is_some() => {
-                    self.parts.desk.asked.notify_one();
+                News::Asked(run) if self.parts.registry.handle(run).is_some() => {
+                    self.parts.notifier.asked.notify_one();
                 }
                 News::Asked(_) => {}
                 News::Followed(run) => {
-                    if let Some(handle) = self.parts.standing.handle(run) {
-                        handle.feed.followed();
+                    if let Some(handle) = self.parts.registry.handle(run) {
+                        handle.log.followed();
                     }
                 }
-                news => self.parts.desk.hear(news),
+                news => self.parts.notifier.hear(news),
             }
         }
     }
@@ -195,9 +195,9 @@ impl Runs {
     /// Tells the other replicas what is to be told and gives up what is to be given up; what comes meanwhile goes
     /// along with the next delivery. Never ends; may be dropped.
     pub async fn deliver(&self) {
-        let desk = &self.parts.desk;
+        let notifier = &self.parts.notifier;
         loop {
-            desk.posted.notified().await;
+            notifier.posted.notified().await;
             while self.deliver_once().await.is_err() {
                 sleep(jittered(AFTER_FAILURE)).await;
             }
@@ -207,8 +207,8 @@ impl Runs {
     /// Delivers what there is. While no other replica is known to be alive nobody is told: one that has just begun says so, and
     /// looks for itself until that is heard.
     pub(in crate::runs) async fn deliver_once(&self) -> Result<(), ()> {
-        let has_peers = *self.parts.desk.has_peers.borrow();
-        let mut taken = self.parts.desk.take();
+        let has_peers = *self.parts.notifier.has_peers.borrow();
+        let mut taken = self.parts.notifier.take();
         let sent = timeout(DELIVERY_TIMEOUT, send(self.store(), &mut taken.outbox, has_peers)).await;
         sent.unwrap_or_else(|_| Err(StoreError::Unavailable("no answer in time".into()))).map_err(|error| {
             tracing::warn!(error = %Chain(&error), "cannot tell the other replicas the news yet");
@@ -246,37 +246,37 @@ mod tests {
 
     #[tokio::test]
     async fn who_subscribed_hears_of_it_and_of_what_may_have_been_missed() {
-        let (desk, run) = (Desk::default(), News::Run(RunId::new()));
-        let mut subscription = desk.subscribe(run);
-        let mut other = desk.subscribe(News::Thread(ThreadId::new()));
+        let (notifier, run) = (Notifier::default(), News::Run(RunId::new()));
+        let mut subscription = notifier.subscribe(run);
+        let mut other = notifier.subscribe(News::Thread(ThreadId::new()));
         assert!(subscription.changed().now_or_never().is_none());
-        desk.tell(run);
-        desk.tell(run);
+        notifier.notify(run);
+        notifier.notify(run);
         subscription.changed().await;
         assert!(subscription.changed().now_or_never().is_none(), "two are one");
         assert!(other.changed().now_or_never().is_none());
-        desk.hear(News::Missed);
+        notifier.hear(News::Missed);
         subscription.changed().await;
         other.changed().await;
         drop((subscription, other));
-        assert!(lock(&desk.readers).is_empty(), "nothing is kept");
+        assert!(lock(&notifier.readers).is_empty(), "nothing is kept");
     }
 
     #[tokio::test]
     async fn a_second_reader_outlives_the_first() {
-        let (desk, run) = (Desk::default(), News::Run(RunId::new()));
-        let (first, mut second) = (desk.subscribe(run), desk.subscribe(run));
+        let (notifier, run) = (Notifier::default(), News::Run(RunId::new()));
+        let (first, mut second) = (notifier.subscribe(run), notifier.subscribe(run));
         drop(first);
-        desk.tell(run);
+        notifier.notify(run);
         second.changed().await;
     }
 
     #[test]
     fn subscriptions_that_are_dropped_at_once_leave_nothing() {
-        let (desk, run) = (Desk::default(), News::Run(RunId::new()));
+        let (notifier, run) = (Notifier::default(), News::Run(RunId::new()));
         for _ in 0..5_000 {
             let start = Barrier::new(2);
-            let both = [desk.subscribe(run), desk.subscribe(run)];
+            let both = [notifier.subscribe(run), notifier.subscribe(run)];
             std::thread::scope(|scope| {
                 for subscription in both {
                     scope.spawn(|| {
@@ -285,28 +285,28 @@ mod tests {
                     });
                 }
             });
-            assert!(lock(&desk.readers).is_empty(), "nothing is kept");
+            assert!(lock(&notifier.readers).is_empty(), "nothing is kept");
         }
     }
 
     #[test]
     fn what_is_not_delivered_is_not_lost() {
-        let desk = Desk::default();
+        let notifier = Notifier::default();
         let lease = RunLease { run_id: RunId::new(), fence: 1 };
-        desk.release(lease);
-        drop(desk.take());
-        assert_eq!(desk.take().outbox.released, [lease]);
-        let mut taken = desk.take();
+        notifier.release(lease);
+        drop(notifier.take());
+        assert_eq!(notifier.take().outbox.released, [lease]);
+        let mut taken = notifier.take();
         taken.outbox.released.clear();
         drop(taken);
-        assert!(desk.take().outbox.released.is_empty());
+        assert!(notifier.take().outbox.released.is_empty());
     }
 
     #[test]
     fn what_is_told_twice_is_sent_once() {
-        let desk = Desk::default();
-        desk.tell(News::Orphans);
-        desk.tell(News::Orphans);
-        assert_eq!(lock(&desk.outbox).news.len(), 1);
+        let notifier = Notifier::default();
+        notifier.notify(News::Orphans);
+        notifier.notify(News::Orphans);
+        assert_eq!(lock(&notifier.outbox).news.len(), 1);
     }
 }

@@ -124,7 +124,7 @@ impl Runs {
         if let (Some(left), Some(upstream)) =
             (&thread.leftover, self.parts.given.upstreams.get(&thread.upstream))
         {
-            if by.is_some() && self.parts.standing.has_lapsed() {
+            if by.is_some() && self.parts.registry.has_lapsed() {
                 // What stands there now may be the work of who has the run by now.
                 return Err(Unverified::LeaseLost);
             }

@@ -12,7 +12,7 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use crate::domain::{MessageId, RunId, ToolOutput};
-use crate::runs::log::writer::{Feed, FeedWriter};
+use crate::runs::log::writer::{RunLog, RunLogWriter};
 use crate::runs::registry::unstored::Unstored;
 use crate::store::{Admission, RunLease};
 
@@ -24,9 +24,9 @@ const REFUSED_FOR: Duration = Duration::from_mins(10);
 
 /// What this process knows of its own standing.
 #[derive(Debug)]
-pub(in crate::runs) struct Standing {
+pub(in crate::runs) struct RunRegistry {
     /// Runs that a task of this process works on, from before they are recorded until their end is.
-    working: Arc<Mutex<HashMap<RunId, Handle>>>,
+    active: Arc<Mutex<HashMap<RunId, RunHandle>>>,
     /// Admissions of which it is not known whether they were recorded, and whose senders heard that they were not. Kept
     /// for [`REFUSED_FOR`]: no admission arrives later.
     refused: Mutex<HashMap<RunId, (Refused, Instant)>>,
@@ -59,19 +59,19 @@ struct Session {
 
 /// What others in this process can do about a run that it works on.
 #[derive(Clone, Debug)]
-pub(in crate::runs) struct Handle {
+pub(in crate::runs) struct RunHandle {
     /// Tells this task's entry from a later one of the same run.
     serial: u64,
     pub(in crate::runs) lease: RunLease,
     pub(in crate::runs) cancel: Cancel,
-    pub(in crate::runs) feed: Feed,
+    pub(in crate::runs) log: RunLog,
     /// What the store does not keep of it.
     pub(in crate::runs) unstored: Unstored,
     outputs: Arc<watch::Sender<Vec<ToolOutput>>>,
     lost: CancellationToken,
 }
 
-impl Handle {
+impl RunHandle {
     /// Hands the run outputs of its function calls. Those that it does not wait for (any more) are passed over.
     pub(in crate::runs) fn answer(&self, outputs: Vec<ToolOutput>) {
         self.outputs.send_replace(outputs);
@@ -112,24 +112,24 @@ impl Cancel {
 
 /// Says, while it lives, that this process works on a run.
 #[derive(Debug)]
-pub(in crate::runs) struct Working {
+pub(in crate::runs) struct ActiveRun {
     pub(in crate::runs) lease: RunLease,
     serial: u64,
     pub(in crate::runs) cancel: Cancel,
-    pub(in crate::runs) feed: FeedWriter,
-    /// What was [handed](Handle::answer) last.
+    pub(in crate::runs) log: RunLogWriter,
+    /// What was [handed](RunHandle::answer) last.
     pub(in crate::runs) outputs: watch::Receiver<Vec<ToolOutput>>,
-    /// Cancelled when the task has to [let go](Handle::let_go) of the run: others have taken it over, may do so from now
+    /// Cancelled when the task has to [let go](RunHandle::let_go) of the run: others have taken it over, may do so from now
     /// on, or shall.
     pub(in crate::runs) lost: CancellationToken,
-    all: Arc<Mutex<HashMap<RunId, Handle>>>,
+    all: Arc<Mutex<HashMap<RunId, RunHandle>>>,
 }
 
-impl Standing {
+impl RunRegistry {
     pub(in crate::runs) fn new() -> Self {
         let now = Instant::now();
         Self {
-            working: Arc::default(),
+            active: Arc::default(),
             refused: Mutex::default(),
             taking: tokio::sync::Mutex::default(),
             session: Mutex::new(Session { good_until: now, trusts_from: now }),
@@ -137,23 +137,23 @@ impl Standing {
     }
 
     /// Says that a task works on a new run.
-    pub(in crate::runs) fn begins(&self, run: RunId, cancel: CancellationToken) -> Working {
-        self.works_on(RunLease { run_id: run, fence: 1 }, FeedWriter::new(), Unstored::default(), cancel)
+    pub(in crate::runs) fn begins(&self, run: RunId, cancel: CancellationToken) -> ActiveRun {
+        self.works_on(RunLease { run_id: run, fence: 1 }, RunLogWriter::new(), Unstored::default(), cancel)
     }
 
     /// Says that a task works on a run that was taken over. `stored`: the number after all that is stored of its log.
-    pub(in crate::runs) fn goes_on(&self, lease: RunLease, stored: i64) -> Working {
-        let feed = FeedWriter::resumed(stored, others_from(&lease));
-        self.works_on(lease, feed, Unstored::default(), CancellationToken::new())
+    pub(in crate::runs) fn goes_on(&self, lease: RunLease, stored: i64) -> ActiveRun {
+        let log = RunLogWriter::resumed(stored, others_from(&lease));
+        self.works_on(lease, log, Unstored::default(), CancellationToken::new())
     }
 
     /// Says that a task goes on with a run without the one whose message made it: what cancels that one's request does not
     /// concern the others. Those who follow the run go on to do so.
-    pub(in crate::runs) fn goes_on_for_others(&self, mut working: Working) -> Working {
-        let feed = std::mem::replace(&mut working.feed, FeedWriter::new());
-        let unstored = self.handle(working.lease.run_id).map(|handle| handle.unstored).unwrap_or_default();
-        let anew = self.works_on(working.lease, feed, unstored, CancellationToken::new());
-        if working.lost.is_cancelled() {
+    pub(in crate::runs) fn goes_on_for_others(&self, mut active: ActiveRun) -> ActiveRun {
+        let log = std::mem::replace(&mut active.log, RunLogWriter::new());
+        let unstored = self.handle(active.lease.run_id).map(|handle| handle.unstored).unwrap_or_default();
+        let anew = self.works_on(active.lease, log, unstored, CancellationToken::new());
+        if active.lost.is_cancelled() {
             anew.lost.cancel();
         }
         anew
@@ -162,43 +162,43 @@ impl Standing {
     fn works_on(
         &self,
         lease: RunLease,
-        feed: FeedWriter,
+        log: RunLogWriter,
         unstored: Unstored,
         cancel: CancellationToken,
-    ) -> Working {
+    ) -> ActiveRun {
         static SERIAL: AtomicU64 = AtomicU64::new(0);
         let serial = SERIAL.fetch_add(1, Ordering::Relaxed);
         let (sender, outputs) = watch::channel(Vec::new());
         let (cancel, lost) = (Cancel::new(cancel), CancellationToken::new());
-        let handle = Handle {
+        let handle = RunHandle {
             serial,
             lease,
             cancel: cancel.clone(),
-            feed: feed.feed(),
+            log: log.reader(),
             unstored,
             outputs: Arc::new(sender),
             lost: lost.clone(),
         };
-        lock(&self.working).insert(lease.run_id, handle);
-        Working { lease, serial, cancel, feed, outputs, lost, all: Arc::clone(&self.working) }
+        lock(&self.active).insert(lease.run_id, handle);
+        ActiveRun { lease, serial, cancel, log, outputs, lost, all: Arc::clone(&self.active) }
     }
 
     /// The runs that tasks of this process work on.
     pub(in crate::runs) fn runs(&self) -> Vec<RunId> {
-        lock(&self.working).keys().copied().collect()
+        lock(&self.active).keys().copied().collect()
     }
 
-    pub(in crate::runs) fn handles(&self) -> Vec<Handle> {
-        lock(&self.working).values().cloned().collect()
+    pub(in crate::runs) fn handles(&self) -> Vec<RunHandle> {
+        lock(&self.active).values().cloned().collect()
     }
 
-    pub(in crate::runs) fn handle(&self, run: RunId) -> Option<Handle> {
-        lock(&self.working).get(&run).cloned()
+    pub(in crate::runs) fn handle(&self, run: RunId) -> Option<RunHandle> {
+        lock(&self.active).get(&run).cloned()
     }
 
-    /// Has all tasks [let go](Handle::let_go) of their runs.
+    /// Has all tasks [let go](RunHandle::let_go) of their runs.
     pub(in crate::runs) fn let_go(&self) {
-        for handle in lock(&self.working).values() {
+        for handle in lock(&self.active).values() {
             handle.let_go();
         }
     }
@@ -250,7 +250,7 @@ pub(in crate::runs) fn others_from(lease: &RunLease) -> i64 {
     (lease.fence - 1) << EVENTS_PER_FENCE
 }
 
-impl Drop for Working {
+impl Drop for ActiveRun {
     fn drop(&mut self) {
         let mut all = lock(&self.all);
         // A run that was lost and taken over again has another task's entry by now.

@@ -40,7 +40,7 @@ impl Making {
     /// Makes it and records it. Dropping this future does not stop that.
     ///
     /// That it is about to be made is recorded first: one of which nobody hears again is looked for.
-    pub(in crate::runs) async fn carry_out(self, tasks: &TaskTracker) -> Result<UpstreamThreadId, Failure> {
+    pub(in crate::runs) async fn execute(self, tasks: &TaskTracker) -> Result<UpstreamThreadId, Failure> {
         let made = tasks.spawn(async move { self.make().await }.in_current_span()).await;
         made.unwrap_or(Err(Failure::Panic))
     }

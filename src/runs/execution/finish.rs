@@ -14,13 +14,13 @@ use crate::domain::{
 use crate::error::Chain;
 use crate::runs::execution::failure::{Failure, internal, stopped};
 use crate::runs::execution::prepare::{Removal, take_away};
-use crate::runs::execution::progress::{Progress, Reach};
+use crate::runs::execution::progress::{Delivery, Progress};
 use crate::runs::execution::relay::{drain, plain};
 use crate::runs::execution::round::leftover;
-use crate::runs::registry::{Refused, Working};
+use crate::runs::registry::{ActiveRun, Refused};
 use crate::runs::{Outcome, RunEvent, Runs, jittered};
 use crate::store::{
-    Closing, Finished, News, Reply, RunEnd, RunLease, StoreError, Turn, Withdrawal, Withdrawn,
+    Closing, Finished, News, Reply, RunEnd, RunLease, StartedRun, StoreError, Withdrawal, Withdrawn,
 };
 use crate::upstream::{Ended, EventStream, Settled};
 
@@ -34,10 +34,10 @@ const LONGEST_PAUSE: Duration = Duration::from_secs(2);
 
 /// Ends a turn that came to an end upstream, or failed on the way there: first what it left upstream, then, with the
 /// knowledge of what is there, the run. `None` if that is left to whoever goes on with the run.
-pub(in crate::runs) async fn bound_turn(
+pub(in crate::runs) async fn finish_run(
     runs: &Runs,
-    working: &Working,
-    turn: &Turn,
+    active: &ActiveRun,
+    turn: &StartedRun,
     result: Result<(Ended, EventStream), Failure>,
     mut progress: Progress,
 ) -> Option<Outcome> {
@@ -55,31 +55,30 @@ pub(in crate::runs) async fn bound_turn(
     if matches!(result, Err(Failure::LeaseLost)) {
         return None;
     }
-    let mut verdict = Verdict::of(result, &mut progress);
-    verdict.discard |= working.cancel.discards() && verdict.status == RunStatus::Cancelled;
+    let mut verdict = LocalOutcome::of(result, &mut progress);
+    verdict.discard |= active.cancel.discards() && verdict.status == RunStatus::Cancelled;
     let mut traces = if verdict.is_clean() {
-        Traces::Clean
+        UpstreamState::Clean
     } else {
-        look_after(runs, working, turn, &progress, &verdict).await?
+        look_after(runs, active, turn, &progress, &verdict).await?
     };
     let finished = loop {
-        let mut end = compose(&verdict, &traces, &progress, EventBatch { first: 0, events: Vec::new() });
+        let mut end =
+            decide_outcome(&verdict, &traces, &progress, EventBatch { first: 0, events: Vec::new() });
         if let Some(rest) = shown.take().and_then(|shown| unshown(&shown, end.reply.as_ref()?)) {
-            working.feed.push(RunEvent::Delta(rest.into()));
+            active.log.push(RunEvent::Delta(rest.into()));
         }
-        match told_by(&end)
-            .filter(|_| runs.store().keeps_content())
-            .and_then(|text| working.feed.retold(&text))
+        match told_by(&end).filter(|_| runs.store().keeps_content()).and_then(|text| active.log.retold(&text))
         {
             Some(none) => (end.events, end.drops_log) = (none, true),
-            None => end.events = working.feed.rest(),
+            None => end.events = active.log.rest(),
         }
         match finish_in_store(runs, &turn.lease, end).await {
             Closed::Finished(finished) => break Ok(finished),
             // It was to be removed all along, which only the store knew.
             Closed::MustDiscard => {
                 (verdict.discard, verdict.status, verdict.error) = (true, RunStatus::Cancelled, None);
-                traces = look_after(runs, working, turn, &progress, &verdict).await?;
+                traces = look_after(runs, active, turn, &progress, &verdict).await?;
             }
             other => break Err(other),
         }
@@ -97,15 +96,15 @@ pub(in crate::runs) async fn bound_turn(
 }
 
 /// Ends a run that never started. `None` if that is left to others.
-pub(in crate::runs) async fn bound_waiting(
+pub(in crate::runs) async fn finish_queued_run(
     runs: &Runs,
-    working: &Working,
+    active: &ActiveRun,
     lease: &RunLease,
     thread: &Thread,
     run: &Run,
     end: RunEnd,
 ) -> Option<Outcome> {
-    let mut end = RunEnd { events: working.feed.rest(), discard: working.cancel.discards(), ..end };
+    let mut end = RunEnd { events: active.log.rest(), discard: active.cancel.discards(), ..end };
     loop {
         return match finish_in_store(runs, lease, end.clone()).await {
             Closed::Finished(finished) => {
@@ -125,7 +124,7 @@ pub(in crate::runs) async fn bound_waiting(
 
 /// How a turn ended as far as the gateway saw it.
 #[derive(Clone, Debug)]
-struct Verdict {
+struct LocalOutcome {
     status: RunStatus,
     error: Option<RunError>,
     /// A cancel, a deadline or a broken connection cut it off: the upstream may know of a better end.
@@ -136,7 +135,7 @@ struct Verdict {
     discard: bool,
 }
 
-impl Verdict {
+impl LocalOutcome {
     /// Moves what was said into the progress.
     fn of(result: Result<Ended, Failure>, progress: &mut Progress) -> Self {
         let ended = match result {
@@ -182,7 +181,7 @@ impl Verdict {
 
 /// What is known of a run's traces upstream.
 #[derive(Clone, Debug)]
-enum Traces {
+enum UpstreamState {
     /// All of it is there, as it should be.
     Clean,
     /// Nothing was taken.
@@ -197,27 +196,27 @@ enum Traces {
 /// go of meanwhile: then others look after that.
 async fn look_after(
     runs: &Runs,
-    working: &Working,
-    turn: &Turn,
+    active: &ActiveRun,
+    turn: &StartedRun,
     progress: &Progress,
-    verdict: &Verdict,
-) -> Option<Traces> {
-    if runs.parts.standing.has_lapsed() {
+    verdict: &LocalOutcome,
+) -> Option<UpstreamState> {
+    if runs.parts.registry.has_lapsed() {
         return None;
     }
     tokio::select! {
         biased;
-        () = working.lost.cancelled() => None,
+        () = active.lost.cancelled() => None,
         traces = look(runs, turn, progress, verdict) => Some(traces),
     }
 }
 
-async fn look(runs: &Runs, turn: &Turn, progress: &Progress, verdict: &Verdict) -> Traces {
-    if progress.reach == Reach::Here {
-        return Traces::None;
+async fn look(runs: &Runs, turn: &StartedRun, progress: &Progress, verdict: &LocalOutcome) -> UpstreamState {
+    if progress.delivery == Delivery::NotSent {
+        return UpstreamState::None;
     }
     let parts = &runs.parts.given;
-    let Some(upstream) = parts.upstreams.get(&turn.thread.upstream) else { return Traces::None };
+    let Some(upstream) = parts.upstreams.get(&turn.thread.upstream) else { return UpstreamState::None };
     // Without this the run cannot be ended, so it waits as long as the store takes.
     let stopped = async {
         parts.stop.cancelled().await;
@@ -227,7 +226,7 @@ async fn look(runs: &Runs, turn: &Turn, progress: &Progress, verdict: &Verdict) 
         left = leftover(runs, turn, progress) => left.ok(),
         () = stopped => None,
     };
-    let Some(left) = left else { return Traces::None };
+    let Some(left) = left else { return UpstreamState::None };
     let left = Leftover { remove: verdict.discard, ..left };
     // A panic in here must not keep the run from ending.
     let look = take_away(runs, &turn.lease, &**upstream, &left, Removal::IfDiscarded);
@@ -235,20 +234,20 @@ async fn look(runs: &Runs, turn: &Turn, progress: &Progress, verdict: &Verdict) 
         seen = AssertUnwindSafe(look).catch_unwind() => seen,
         () = within(runs) => {
             tracing::warn!("what the run left upstream could not be ended in time");
-            return Traces::Unknown(left);
+            return UpstreamState::Unknown(left);
         }
     };
     match seen {
         // To be looked at once more before the thread is used again.
-        Ok(Ok(settled)) if settled.unsure => Traces::Unknown(left),
-        Ok(Ok(settled)) => Traces::Seen { settled, removed: left.remove },
+        Ok(Ok(settled)) if settled.unsure => UpstreamState::Unknown(left),
+        Ok(Ok(settled)) => UpstreamState::Seen { settled, removed: left.remove },
         Ok(Err(failure)) => {
             tracing::warn!(error = failure.name(), "what the run left upstream could not be ended");
-            Traces::Unknown(left)
+            UpstreamState::Unknown(left)
         }
         Err(_) => {
             tracing::error!("ending what the run left upstream panicked");
-            Traces::Unknown(left)
+            UpstreamState::Unknown(left)
         }
     }
 }
@@ -271,13 +270,18 @@ async fn within(runs: &Runs) {
 /// The rules: a message whose run never reached the model is withheld from it for good; so is one whose run the
 /// upstream reported as failed, unless the thread holds it, lest it break every turn to come. What else the thread lacks
 /// goes along with the next turn, so that in the end the upstream thread and the transcript say the same.
-fn compose(verdict: &Verdict, traces: &Traces, progress: &Progress, events: EventBatch) -> RunEnd {
+fn decide_outcome(
+    verdict: &LocalOutcome,
+    traces: &UpstreamState,
+    progress: &Progress,
+    events: EventBatch,
+) -> RunEnd {
     let mut end = RunEnd {
         status: verdict.status,
         error: verdict.error.clone(),
         usage: progress.usage,
         upstream_run_id: progress.upstream_run.clone(),
-        unheard: progress.unheard,
+        unheard: progress.unacknowledged_requests,
         upstream_thread_id: verdict.thread.clone(),
         reply: None,
         said: Context::Present,
@@ -291,18 +295,18 @@ fn compose(verdict: &Verdict, traces: &Traces, progress: &Progress, events: Even
     let mut upstream_message_id = verdict.upstream_message_id.clone();
     let mut reply_context = Context::Present;
     match traces {
-        Traces::Clean => {}
-        Traces::None => {
+        UpstreamState::Clean => {}
+        UpstreamState::None => {
             (end.said, reply_context, end.synced) = (Context::Withheld, Context::Withheld, false);
             (end.upstream_thread_id, upstream_message_id) = (None, None);
         }
-        Traces::Unknown(left) => {
+        UpstreamState::Unknown(left) => {
             (end.said, reply_context, end.synced) = (Context::Unknown, Context::Unknown, false);
             (end.leftover, end.upstream_thread_id) = (Some(left.clone()), None);
             // What is not known to be there is no mark to go by.
             upstream_message_id = None;
         }
-        Traces::Seen { settled, removed } => {
+        UpstreamState::Seen { settled, removed } => {
             let late = verdict.cut_off && settled.status == Some(RunStatus::Completed) && !verdict.discard;
             if late {
                 // It was done before the cancel, or whatever cut it off, came: then it is done here too.
@@ -316,7 +320,7 @@ fn compose(verdict: &Verdict, traces: &Traces, progress: &Progress, events: Even
             end.said = if settled.said {
                 Context::Present
             } else if (verdict.status == RunStatus::Failed && !verdict.cut_off)
-                || progress.reach < Reach::Accepted
+                || progress.delivery < Delivery::Accepted
             {
                 Context::Withheld
             } else {
@@ -398,7 +402,7 @@ async fn finish_in_store(runs: &Runs, lease: &RunLease, end: RunEnd) -> Closed {
         if refusals == MAX_REFUSALS {
             // One that is to be removed has to stay so, or the store asks for that again.
             let (unheard, discard, leftover) = (end.unheard, end.discard, end.leftover.clone());
-            let bare = bare_end(RunStatus::Failed, Some(internal()));
+            let bare = end_without_output(RunStatus::Failed, Some(internal()));
             end = Arc::new(RunEnd { unheard, leftover, discard, ..bare });
         } else if refusals == 2 * MAX_REFUSALS {
             end = Arc::new(RunEnd { leftover: None, ..(*end).clone() });
@@ -416,7 +420,7 @@ pub(in crate::runs) async fn withdraw(runs: &Runs, lease: &RunLease, refused: &R
     let taken = Withdrawal {
         message: refused.message,
         idempotency_key: refused.idempotency_key.clone(),
-        end: RunEnd { discard: true, ..bare_end(status, error) },
+        end: RunEnd { discard: true, ..end_without_output(status, error) },
     };
     let (mut pause, mut refusals) = (FIRST_PAUSE, 0);
     loop {
@@ -450,25 +454,25 @@ fn unwritten(runs: &Runs, thread: &Thread, run: &Run) -> Option<Outcome> {
 
 /// Tells all who follow the run how it ended, and those who wait for its thread that it has. `None`: it has not ended
 /// here, and is given up for whoever goes on with it.
-pub(in crate::runs) fn announce(runs: &Runs, working: &Working, outcome: Option<Outcome>) {
-    let desk = &runs.parts.desk;
-    let Some(outcome) = outcome else { return desk.release(working.lease) };
+pub(in crate::runs) fn announce(runs: &Runs, active: &ActiveRun, outcome: Option<Outcome>) {
+    let notifier = &runs.parts.notifier;
+    let Some(outcome) = outcome else { return notifier.release(active.lease) };
     let (thread, run) = (outcome.thread.id, outcome.run.id);
     let others_wait = outcome.activity.queue_depth > 0;
     if let Some(message) = &outcome.message {
-        working.feed.push(RunEvent::MessageCompleted(Arc::new(message.clone())));
+        active.log.push(RunEvent::MessageCompleted(Arc::new(message.clone())));
     }
-    working.feed.push(RunEvent::Ended(Arc::new(outcome)));
-    if working.feed.is_public() {
-        desk.tell(News::Run(run));
+    active.log.push(RunEvent::Ended(Arc::new(outcome)));
+    if active.log.is_public() {
+        notifier.notify(News::Run(run));
     }
     if others_wait {
-        desk.tell(News::Thread(thread));
+        notifier.notify(News::Thread(thread));
     }
 }
 
 /// The end of a run of which nothing went upstream.
-pub(in crate::runs) fn bare_end(status: RunStatus, error: Option<RunError>) -> RunEnd {
+pub(in crate::runs) fn end_without_output(status: RunStatus, error: Option<RunError>) -> RunEnd {
     RunEnd {
         status,
         error,

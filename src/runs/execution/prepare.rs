@@ -127,7 +127,7 @@ impl Drive<'_> {
             intent: self.progress.intent.take(),
             seed: seed.map(|seed| (Arc::clone(&seed.messages), seed.carried_users)),
         };
-        self.progress.thread = Some(making.carry_out(&given.tasks).await?);
+        self.progress.thread = Some(making.execute(&given.tasks).await?);
         Ok(true)
     }
 }
@@ -228,7 +228,7 @@ where
 }
 
 /// What the upstream thread of a run lacks, as far as it was told with the run.
-pub(in crate::runs) async fn went_along(store: &Store, run: RunId) -> Result<Vec<Message>, StoreError> {
+pub(in crate::runs) async fn include_history(store: &Store, run: RunId) -> Result<Vec<Message>, StoreError> {
     let backlog = newest(&mut Room::default(), |before| store.backlog(run, before, PAGE)).await?;
     Ok(with_content(backlog))
 }

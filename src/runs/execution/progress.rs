@@ -6,15 +6,15 @@ use crate::domain::{
 };
 use crate::runs::execution::relay::plain;
 use crate::runs::replica::takeover::Before;
-use crate::store::Turn;
+use crate::store::StartedRun;
 use crate::upstream::Ended;
 
 /// How far a turn has come.
 #[derive(Clone, Copy, Debug, Default, Eq, Ord, PartialEq, PartialOrd)]
-pub(in crate::runs) enum Reach {
+pub(in crate::runs) enum Delivery {
     /// Nothing of it is at the upstream.
     #[default]
-    Here,
+    NotSent,
     /// A request is or may be there.
     Sent,
     /// The upstream has accepted the run.
@@ -28,11 +28,11 @@ pub(in crate::runs) struct Progress {
     pub(in crate::runs) thread: Option<UpstreamThreadId>,
     /// The newest id: each round of a chain of responses has its own.
     pub(in crate::runs) upstream_run: Option<UpstreamRunId>,
-    pub(in crate::runs) reach: Reach,
+    pub(in crate::runs) delivery: Delivery,
     /// Under this id it is recorded that an upstream thread is about to be made, and nobody makes it yet.
     pub(in crate::runs) intent: Option<RemnantId>,
     /// Requests that may be there under ids that were not heard.
-    pub(in crate::runs) unheard: u32,
+    pub(in crate::runs) unacknowledged_requests: u32,
     /// Function calls that are not known to be answered.
     pub(in crate::runs) open_calls: Vec<ToolCall>,
     /// What the rounds before this one said.
@@ -57,7 +57,7 @@ pub(in crate::runs) struct Progress {
 }
 
 impl Progress {
-    pub(in crate::runs) fn new(turn: &Turn) -> Self {
+    pub(in crate::runs) fn new(turn: &StartedRun) -> Self {
         Self {
             thread: turn.thread.upstream_thread_id.clone(),
             upstream_run: turn.run.upstream_run_id.clone(),
@@ -70,22 +70,22 @@ impl Progress {
     /// The run was at work in another process, and what is known of that is what it recorded. `content`: what its earlier
     /// rounds had said.
     pub(in crate::runs) fn taken_over(&mut self, thread: &Thread, content: Vec<ContentPart>, before: Before) {
-        self.reach = match &self.upstream_run {
-            Some(_) => Reach::Accepted,
+        self.delivery = match &self.upstream_run {
+            Some(_) => Delivery::Accepted,
             // That is settled before anything is sent.
-            None if thread.leftover.is_some() => Reach::Here,
-            None => Reach::Sent,
+            None if thread.leftover.is_some() => Delivery::NotSent,
+            None => Delivery::Sent,
         };
-        self.unheard = u32::from(self.reach == Reach::Sent);
+        self.unacknowledged_requests = u32::from(self.delivery == Delivery::Sent);
         self.content = content;
         self.text = before.log.text;
-        self.went_along(&before.backlog);
+        self.include_history(&before.backlog);
         // Of which it is only known that they are there.
         self.inputs = self.inputs.max(1);
     }
 
     /// What the thread lacks goes along with the run.
-    pub(in crate::runs) fn went_along(&mut self, history: &[Message]) {
+    pub(in crate::runs) fn include_history(&mut self, history: &[Message]) {
         let users = history.iter().filter(|message| message.role == Role::User).count();
         self.history_users = u32::try_from(users).unwrap_or(u32::MAX);
         self.synced = !history.is_empty();
@@ -100,7 +100,7 @@ impl Progress {
         };
         self.open_calls = outputs.iter().map(call).collect();
         self.is_uncertain = is_uncertain;
-        self.unheard += u32::from(is_uncertain);
+        self.unacknowledged_requests += u32::from(is_uncertain);
     }
 
     /// The upstream has the run under this id.
@@ -109,13 +109,13 @@ impl Progress {
             self.heard();
         }
         self.upstream_run = Some(id);
-        (self.reach, self.busy) = (Reach::Accepted, false);
+        (self.delivery, self.busy) = (Delivery::Accepted, false);
         self.open_calls.clear();
     }
 
     /// It is known what became of the last request.
     pub(in crate::runs) const fn heard(&mut self) {
-        self.unheard = self.unheard.saturating_sub(1);
+        self.unacknowledged_requests = self.unacknowledged_requests.saturating_sub(1);
     }
 
     /// The round ended with function calls.

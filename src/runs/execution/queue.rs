@@ -9,14 +9,14 @@ use tracing::Instrument;
 
 use crate::domain::{ConversationKey, MultitaskStrategy, Run, RunStatus, Step, TenantKey, Thread, ThreadId};
 use crate::error::{Chain, Error};
-use crate::locks::{Place, Seat, Share};
+use crate::locks::{Permit, Share, Ticket};
 use crate::runs::execution::failure::{Failure, stopped};
-use crate::runs::execution::finish::{announce, bare_end, bound_waiting, withdraw};
+use crate::runs::execution::finish::{announce, end_without_output, finish_queued_run, withdraw};
 use crate::runs::execution::task::work;
-use crate::runs::registry::{Refused, Working};
-use crate::runs::service::subscription::Follow;
+use crate::runs::registry::{ActiveRun, Refused};
+use crate::runs::service::subscription::RunSubscription;
 use crate::runs::{Outcome, RunEvent, Runs, Submitted, jittered, span_of};
-use crate::store::{Admission, Admitted, Claim, News, NotWritten, Orphan, RunLease, Turn, Withdrawn};
+use crate::store::{Admission, Admitted, Claim, News, NotWritten, Orphan, RunLease, StartedRun, Withdrawn};
 
 /// How soon a run that is first in its line asks the store again while a run of another line is active on its thread. It
 /// doubles up to the longest, for whoever ends that one tells it.
@@ -30,18 +30,18 @@ const TAKE_BACK_AFTER: [Duration; 4] =
 
 /// What a message holds on its way to its run.
 pub(in crate::runs) struct Held {
-    pub(in crate::runs) place: Place<ConversationKey, ThreadId>,
-    pub(in crate::runs) seat: Seat<TenantKey>,
+    pub(in crate::runs) place: Ticket<ConversationKey, ThreadId>,
+    pub(in crate::runs) seat: Permit<TenantKey>,
     /// Of the bytes that may wait on a thread.
-    pub(in crate::runs) queued: Seat<ConversationKey>,
+    pub(in crate::runs) queued: Permit<ConversationKey>,
     /// Of the memory for what callers send.
     pub(in crate::runs) share: Share,
 }
 
 /// Records a message, waits for its turn and works on it. `answer` hears of the admission.
-pub(in crate::runs) async fn conduct(
+pub(in crate::runs) async fn run_task(
     runs: Runs,
-    mut working: Working,
+    mut active: ActiveRun,
     held: Held,
     admission: Arc<Admission>,
     answer: oneshot::Sender<Result<Submitted, Error>>,
@@ -59,22 +59,22 @@ pub(in crate::runs) async fn conduct(
             Err((error, is_ambiguous)) => {
                 let refused = Refused::of(&admission);
                 if is_ambiguous {
-                    runs.parts.standing.refuse(admission.run_id, refused.clone());
+                    runs.parts.registry.refuse(admission.run_id, refused.clone());
                 }
                 drop((answer.send(Err(error)), place));
                 if is_ambiguous {
-                    take_back(runs, working, RunLease { run_id: admission.run_id, fence: 1 }, &refused).await;
+                    take_back(runs, active, RunLease { run_id: admission.run_id, fence: 1 }, &refused).await;
                 }
                 return;
             }
         };
         place.recorded(start.thread.id);
-        working.feed.push(match start.next {
+        active.log.push(match start.next {
             Next::Work(_) => RunEvent::Started,
             Next::Wait { position, .. } => RunEvent::Queued { position },
         });
         let Start { thread, run, next } = start;
-        let follow = Follow::live(&runs, &thread, run.id, working.feed.feed());
+        let follow = RunSubscription::live(&runs, &thread, run.id, active.log.reader());
         let submitted = Submitted { thread: thread.clone(), run: run.clone(), follow, replayed: false };
         // A caller that has left hears nothing; the run goes on.
         drop(answer.send(Ok(submitted)));
@@ -87,20 +87,20 @@ pub(in crate::runs) async fn conduct(
                     share.give_back();
                 }
                 let line = Some((&mut place, &mut share));
-                wait_for_turn(&runs, &working, line, lease, &thread, &run).await
+                wait_for_turn(&runs, &active, line, lease, &thread, &run).await
             }
         };
         drop(queued);
         let outcome = match turn {
             Ok(turn) => {
                 place.started();
-                work(&runs, &mut working, turn).await
+                work(&runs, &mut active, turn).await
             }
             Err(outcome) => outcome.map(|outcome| *outcome),
         };
         // First the place, then the news: whoever hears it finds the thread free.
         drop(place);
-        announce(&runs, &working, outcome);
+        announce(&runs, &active, outcome);
     }
     .instrument(span)
     .await;
@@ -108,22 +108,22 @@ pub(in crate::runs) async fn conduct(
 
 /// Waits for the turn of a queued run that was taken over from another replica, and works on it. The store alone
 /// keeps its order: it has no place in this process's line.
-pub(in crate::runs) async fn resume_queued(runs: Runs, mut working: Working, orphan: Orphan) {
+pub(in crate::runs) async fn resume_queued(runs: Runs, mut active: ActiveRun, orphan: Orphan) {
     let Orphan { lease, thread, run, .. } = orphan;
-    let outcome = match wait_for_turn(&runs, &working, None, lease, &thread, &run).await {
-        Ok(turn) => work(&runs, &mut working, turn).await,
+    let outcome = match wait_for_turn(&runs, &active, None, lease, &thread, &run).await {
+        Ok(turn) => work(&runs, &mut active, turn).await,
         Err(outcome) => outcome.map(|outcome| *outcome),
     };
-    announce(&runs, &working, outcome);
+    announce(&runs, &active, outcome);
 }
 
 /// Ends queued runs that were taken over and can never start, in their order.
-pub(in crate::runs) async fn give_up(runs: Runs, queued: Vec<(Working, Orphan)>) {
-    for (working, Orphan { lease, thread, run, .. }) in queued {
+pub(in crate::runs) async fn give_up(runs: Runs, queued: Vec<(ActiveRun, Orphan)>) {
+    for (active, Orphan { lease, thread, run, .. }) in queued {
         let (status, error) = Failure::ReplicaLost.end(false);
-        let end = bare_end(status, error);
-        let outcome = bound_waiting(&runs, &working, &lease, &thread, &run, end).await;
-        announce(&runs, &working, outcome);
+        let end = end_without_output(status, error);
+        let outcome = finish_queued_run(&runs, &active, &lease, &thread, &run, end).await;
+        announce(&runs, &active, outcome);
     }
 }
 
@@ -135,7 +135,7 @@ struct Start {
 }
 
 enum Next {
-    Work(Box<Turn>),
+    Work(Box<StartedRun>),
     Wait { lease: RunLease, position: i64 },
 }
 
@@ -143,7 +143,7 @@ enum Next {
 /// recorded all the same.
 async fn admit(
     runs: &Runs,
-    place: &mut Place<ConversationKey, ThreadId>,
+    place: &mut Ticket<ConversationKey, ThreadId>,
     admission: &Arc<Admission>,
 ) -> Result<Result<Start, Box<Submitted>>, (Error, bool)> {
     let parts = &runs.parts.given;
@@ -168,7 +168,7 @@ async fn admit(
             Ok(Ok(Start { thread: *thread, run: *run, next: Next::Wait { lease, position } }))
         }
         Ok(Admitted::Merged { thread, run }) => {
-            let follow = Follow::of(runs, &thread, run.id);
+            let follow = RunSubscription::of(runs, &thread, run.id);
             let submitted = Submitted { thread: *thread, run: *run, follow, replayed: false };
             Ok(Err(Box::new(submitted)))
         }
@@ -187,7 +187,7 @@ async fn admit(
 
 /// Takes a message back of which it is not known whether it was, or still will be, recorded: its sender heard that it was
 /// not. What appears later than this looks is found as a stray.
-async fn take_back(runs: Runs, working: Working, lease: RunLease, refused: &Refused) {
+async fn take_back(runs: Runs, active: ActiveRun, lease: RunLease, refused: &Refused) {
     for pause in TAKE_BACK_AFTER {
         tokio::select! {
             biased;
@@ -198,9 +198,9 @@ async fn take_back(runs: Runs, working: Working, lease: RunLease, refused: &Refu
             Withdrawn::Lost if runs.parts.given.draining.is_cancelled() => return,
             Withdrawn::Lost => {}
             withdrawn => {
-                runs.parts.standing.was_refused(lease.run_id);
-                let working = runs.parts.standing.goes_on_for_others(working);
-                return go_on_for_others(runs, working, lease, withdrawn).await;
+                runs.parts.registry.was_refused(lease.run_id);
+                let active = runs.parts.registry.goes_on_for_others(active);
+                return go_on_for_others(runs, active, lease, withdrawn).await;
             }
         }
     }
@@ -209,33 +209,33 @@ async fn take_back(runs: Runs, working: Working, lease: RunLease, refused: &Refu
 /// Works on a run that others have joined although its own message was refused.
 pub(in crate::runs) async fn go_on_for_others(
     runs: Runs,
-    mut working: Working,
+    mut active: ActiveRun,
     lease: RunLease,
     withdrawn: Withdrawn,
 ) {
     let Withdrawn::Shared { thread, run, position } = withdrawn else { return };
     tracing::warn!("the run's own message was refused; it goes on with those that joined it");
-    working.feed.push(RunEvent::Queued { position });
-    let outcome = match wait_for_turn(&runs, &working, None, lease, &thread, &run).await {
-        Ok(turn) => work(&runs, &mut working, turn).await,
+    active.log.push(RunEvent::Queued { position });
+    let outcome = match wait_for_turn(&runs, &active, None, lease, &thread, &run).await {
+        Ok(turn) => work(&runs, &mut active, turn).await,
         Err(outcome) => outcome.map(|outcome| *outcome),
     };
-    announce(&runs, &working, outcome);
+    announce(&runs, &active, outcome);
 }
 
 /// Waits in line, then for memory, then until the store lets the run start. The outcome, if it ended instead; `None` if others go on with
 /// it.
 async fn wait_for_turn(
     runs: &Runs,
-    working: &Working,
-    mut line: Option<(&mut Place<ConversationKey, ThreadId>, &mut Share)>,
+    active: &ActiveRun,
+    mut line: Option<(&mut Ticket<ConversationKey, ThreadId>, &mut Share)>,
     lease: RunLease,
     thread: &Thread,
     run: &Run,
-) -> Result<Turn, Option<Box<Outcome>>> {
+) -> Result<StartedRun, Option<Box<Outcome>>> {
     let why = {
         let mut pause = FIRST_CLAIM_POLL;
-        let mut freed = runs.parts.desk.subscribe(News::Thread(thread.id));
+        let mut freed = runs.parts.notifier.subscribe(News::Thread(thread.id));
         displace(runs, run, &lease).await;
         loop {
             if let Some((place, share)) = &mut line {
@@ -245,14 +245,14 @@ async fn wait_for_turn(
                 };
                 tokio::select! {
                     biased;
-                    why = called_off(runs, working) => break why,
+                    why = called_off(runs, active) => break why,
                     () = turn => {}
                 }
             }
             // Not to be dropped half-way: the run may have started by then.
             match runs.claim(&lease).await {
                 Ok(Claim::Started(turn)) => {
-                    working.feed.push(RunEvent::Started);
+                    active.log.push(RunEvent::Started);
                     return Ok(*turn);
                 }
                 Ok(Claim::Lost) => return Err(None),
@@ -267,7 +267,7 @@ async fn wait_for_turn(
             }
             tokio::select! {
                 biased;
-                why = called_off(runs, working) => break why,
+                why = called_off(runs, active) => break why,
                 () = freed.changed() => {}
                 () = sleep(jittered(pause)) => pause = (pause * 2).min(LONGEST_CLAIM_POLL),
             }
@@ -276,17 +276,17 @@ async fn wait_for_turn(
     let end = match why {
         CalledOff::LetGo => return Err(None),
         CalledOff::Cancelled => {
-            bare_end(RunStatus::Queued.on(Step::Cancel).unwrap_or(RunStatus::Cancelled), None)
+            end_without_output(RunStatus::Queued.on(Step::Cancel).unwrap_or(RunStatus::Cancelled), None)
         }
         CalledOff::Stopped => {
             // All that wait end now: in line, so that their messages come into the transcript in their order.
             if let Some((place, _)) = line {
                 place.turn().await;
             }
-            bare_end(RunStatus::Failed, Some(stopped()))
+            end_without_output(RunStatus::Failed, Some(stopped()))
         }
     };
-    Err(bound_waiting(runs, working, &lease, thread, run, end).await.map(Box::new))
+    Err(finish_queued_run(runs, active, &lease, thread, run, end).await.map(Box::new))
 }
 
 /// Why a run need not wait any longer.
@@ -300,12 +300,12 @@ enum CalledOff {
 }
 
 /// Resolves when a run need not wait any longer.
-async fn called_off(runs: &Runs, working: &Working) -> CalledOff {
+async fn called_off(runs: &Runs, active: &ActiveRun) -> CalledOff {
     tokio::select! {
         biased;
-        () = working.lost.cancelled() => CalledOff::LetGo,
+        () = active.lost.cancelled() => CalledOff::LetGo,
         () = runs.parts.given.stop.cancelled() => CalledOff::Stopped,
-        () = working.cancel.requested() => CalledOff::Cancelled,
+        () = active.cancel.requested() => CalledOff::Cancelled,
         () = others_take_over(runs) => CalledOff::LetGo,
     }
 }
@@ -316,7 +316,7 @@ async fn others_take_over(runs: &Runs) {
         std::future::pending::<()>().await;
     }
     runs.parts.given.draining.cancelled().await;
-    runs.parts.desk.has_peers().await;
+    runs.parts.notifier.has_peers().await;
 }
 
 /// Has the run that is active before this one cancelled, if that is what this one's strategy wants. What cannot be
@@ -329,9 +329,9 @@ async fn displace(runs: &Runs, run: &Run, lease: &RunLease) {
     };
     match runs.parts.given.store.displace(lease, discard).await {
         // Another replica's run is ended by that replica, which looks for such requests.
-        Ok(Some(active)) => match runs.parts.standing.handle(active) {
+        Ok(Some(active)) => match runs.parts.registry.handle(active) {
             Some(handle) => handle.cancel.request(discard),
-            None => runs.parts.desk.tell(News::Asked(active)),
+            None => runs.parts.notifier.notify(News::Asked(active)),
         },
         Ok(None) => {}
         Err(error) => {

@@ -56,17 +56,17 @@ impl Drive<'_> {
                 UpstreamEvent::Accepted(id) => {
                     is_named = true;
                     self.asking.send_replace(false);
-                    self.feed.accepted(&id);
+                    self.log.accepted(&id);
                     progress.accepted(id);
                 }
                 UpstreamEvent::Text(text) => {
-                    let Some(text) = retelling.unheard(text) else { continue };
+                    let Some(text) = retelling.news_in(text) else { continue };
                     progress.cost += text.len().max(MIN_PIECE_COST);
                     if progress.cost > limit {
                         return Err(Failure::ReplyTooLarge);
                     }
                     progress.text.push_str(&text);
-                    self.feed.push(RunEvent::Delta(text.into()));
+                    self.log.push(RunEvent::Delta(text.into()));
                 }
                 UpstreamEvent::Ended(mut ended) => {
                     if !is_named {
@@ -87,7 +87,7 @@ impl Drive<'_> {
                     // Whoever reads the deltas alone shall have the whole text too.
                     let text: String = ended.content.iter().filter_map(plain).collect();
                     if let Some(rest) = text.strip_prefix(&progress.text).filter(|rest| !rest.is_empty()) {
-                        self.feed.push(RunEvent::Delta(rest.into()));
+                        self.log.push(RunEvent::Delta(rest.into()));
                     }
                     return Ok(*ended);
                 }
@@ -107,7 +107,7 @@ struct Retelling {
 
 impl Retelling {
     /// What is new of a piece of text.
-    fn unheard(&mut self, text: String) -> Option<String> {
+    fn news_in(&mut self, text: String) -> Option<String> {
         let common = self.shown.len().min(text.len());
         if self.differs || self.shown.as_bytes()[..common] != text.as_bytes()[..common] {
             self.differs = true;
@@ -145,7 +145,7 @@ mod tests {
     /// What a reader sees of a retelling in these pieces.
     fn seen(shown: &str, pieces: &[&str]) -> String {
         let mut retelling = Retelling { shown: shown.to_owned(), differs: false };
-        pieces.iter().filter_map(|piece| retelling.unheard((*piece).to_owned())).collect()
+        pieces.iter().filter_map(|piece| retelling.news_in((*piece).to_owned())).collect()
     }
 
     #[test]

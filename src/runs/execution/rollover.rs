@@ -7,7 +7,7 @@ use tokio::time::{sleep, timeout};
 use crate::domain::{ConversationKey, Thread, ThreadId};
 use crate::error::{Chain, Error};
 use crate::runs::{NO_THREAD, Runs, jittered};
-use crate::store::{Claim, Rolled, Rollover, RunLease, StoreError, ThreadName, Turn};
+use crate::store::{Claim, Rolled, Rollover, RunLease, StartedRun, StoreError, ThreadName};
 use crate::upstream::Pace;
 
 /// What became of a caller's wish for a fresh thread.
@@ -41,7 +41,7 @@ impl Runs {
     ///
     /// Nothing of the turn is upstream yet, and no other run is active, so nothing is cut in two. What fails here is
     /// tried again before the next turn. May be dropped at any await.
-    pub(in crate::runs) async fn rolled(&self, turn: Turn) -> Turn {
+    pub(in crate::runs) async fn rolled(&self, turn: StartedRun) -> StartedRun {
         let before = turn.thread.id;
         let turn = self.rolled_if_full(turn).await;
         // Those who wait have moved along.
@@ -51,7 +51,7 @@ impl Runs {
         turn
     }
 
-    async fn rolled_if_full(&self, turn: Turn) -> Turn {
+    async fn rolled_if_full(&self, turn: StartedRun) -> StartedRun {
         let threads = &self.parts.given.threads;
         let before = turn.thread.message_count - i64::try_from(turn.input.len()).unwrap_or(i64::MAX);
         let is_full = threads.max_messages.is_some_and(|most| before >= i64::from(most.get()));
@@ -96,7 +96,7 @@ impl Runs {
     }
 
     /// The turn as the store has it: an answer that was lost may have moved it.
-    async fn turn_now(&self, turn: Turn) -> Turn {
+    async fn turn_now(&self, turn: StartedRun) -> StartedRun {
         loop {
             match self.claim(&turn.lease).await {
                 Ok(Claim::Started(now)) => return *now,

@@ -11,11 +11,11 @@ use crate::error::Chain;
 use crate::runs::execution::breaker::Permit;
 use crate::runs::execution::failure::Failure;
 use crate::runs::execution::prepare::History;
-use crate::runs::execution::progress::{Progress, Reach};
+use crate::runs::execution::progress::{Delivery, Progress};
 use crate::runs::execution::retry::{FIRST_BACK_OFF, Retries};
-use crate::runs::log::writer::FeedWriter;
+use crate::runs::log::writer::RunLogWriter;
 use crate::runs::{Runs, jittered};
-use crate::store::{StoreError, Turn};
+use crate::store::{StartedRun, StoreError};
 use crate::upstream::{
     AnswerTools, Ended, EventStream, Ownership, Recovered, StartRun, Upstream, UpstreamError,
 };
@@ -37,8 +37,8 @@ pub(in crate::runs) struct Drive<'a> {
     pub(in crate::runs) runs: &'a Runs,
     pub(in crate::runs) upstream: &'a dyn Upstream,
     pub(in crate::runs) assistant: &'a AssistantConfig,
-    pub(in crate::runs) turn: &'a Turn,
-    pub(in crate::runs) feed: &'a FeedWriter,
+    pub(in crate::runs) turn: &'a StartedRun,
+    pub(in crate::runs) log: &'a RunLogWriter,
     pub(in crate::runs) progress: &'a mut Progress,
     /// Whether a request is out of which it is not heard yet under which id it runs.
     pub(in crate::runs) asking: &'a watch::Sender<bool>,
@@ -49,7 +49,7 @@ pub(in crate::runs) struct Drive<'a> {
 /// What a failure leads to.
 enum Next {
     /// The upstream has the run, and this is what it still says.
-    Follow(EventStream),
+    RunSubscription(EventStream),
     /// It provably does not have it.
     SendAgain,
 }
@@ -106,7 +106,10 @@ impl Drive<'_> {
     }
 
     /// `doubt`: how an earlier request failed that might still come in, although the upstream does not show it.
-    async fn message(&mut self, mut doubt: Option<UpstreamError>) -> Result<(Ended, EventStream), Failure> {
+    async fn message(
+        &mut self,
+        mut ambiguous_error: Option<UpstreamError>,
+    ) -> Result<(Ended, EventStream), Failure> {
         self.enter()?;
         let owner = self.owner();
         let is_sound = self.settle_earlier().await?;
@@ -139,8 +142,8 @@ impl Drive<'_> {
                     Err(failure) => return Err(failure),
                 }
             }
-            self.progress.went_along(&history.messages);
-            self.progress.reach = self.progress.reach.max(Reach::Sent);
+            self.progress.include_history(&history.messages);
+            self.progress.delivery = self.progress.delivery.max(Delivery::Sent);
             let thread = self.progress.thread.clone();
             let request = StartRun {
                 run: self.turn.run.id,
@@ -175,15 +178,15 @@ impl Drive<'_> {
                 error => {
                     let was_busy = matches!(error, UpstreamError::Busy { .. });
                     if error.is_ambiguous() {
-                        doubt = Some(error.clone());
+                        ambiguous_error = Some(error.clone());
                     }
-                    if let Next::Follow(events) = self.after(error, &mut retries).await? {
+                    if let Next::RunSubscription(events) = self.after(error, &mut retries).await? {
                         return self.relay(events, true).await;
                     }
                     // What holds the thread may be this run after all, or what an earlier one left there.
                     if was_busy
-                        && let Some(doubt) = &doubt
-                        && let Some(events) = self.came_in_late(doubt).await?
+                        && let Some(ambiguous_error) = &ambiguous_error
+                        && let Some(events) = self.came_in_late(ambiguous_error).await?
                     {
                         return self.relay(events, true).await;
                     }
@@ -205,9 +208,9 @@ impl Drive<'_> {
     async fn taken_over(&mut self) -> Result<(Ended, EventStream), Failure> {
         let thread = &self.turn.thread;
         let lacks_thread = self.upstream.capabilities().has_threads && thread.upstream_thread_id.is_none();
-        if lacks_thread || self.progress.reach == Reach::Here {
+        if lacks_thread || self.progress.delivery == Delivery::NotSent {
             // The thread is recorded before anything is sent.
-            self.progress.reach = Reach::Here;
+            self.progress.delivery = Delivery::NotSent;
             return self.message(None).await;
         }
         let lost = UpstreamError::Broken { timeout: false };
@@ -229,7 +232,7 @@ impl Drive<'_> {
 
     /// Looks once more for a request that the upstream did not show, before it is sent again to a thread that is held.
     async fn came_in_late(&mut self, failure: &UpstreamError) -> Result<Option<EventStream>, Failure> {
-        self.progress.reach = self.progress.reach.max(Reach::Sent);
+        self.progress.delivery = self.progress.delivery.max(Delivery::Sent);
         match self.recover(failure).await? {
             Some(Recovered::Running(events)) => Ok(Some(events)),
             Some(Recovered::Absent) => {
@@ -251,7 +254,7 @@ impl Drive<'_> {
         if std::mem::take(&mut self.progress.is_uncertain) {
             // As if the answer had been lost: it is looked up before anything is sent.
             let lost = UpstreamError::Broken { timeout: false };
-            if let Next::Follow(events) = self.after(lost, &mut retries).await? {
+            if let Next::RunSubscription(events) = self.after(lost, &mut retries).await? {
                 return self.relay(events, true).await;
             }
         }
@@ -276,7 +279,7 @@ impl Drive<'_> {
             };
             self.heard(&error);
             match self.after(error, &mut retries).await? {
-                Next::Follow(events) => return self.relay(events, true).await,
+                Next::RunSubscription(events) => return self.relay(events, true).await,
                 Next::SendAgain => {}
             }
         }
@@ -301,7 +304,7 @@ impl Drive<'_> {
 
     /// A request goes out that may start something, of which it is not heard yet under which id.
     fn asks(&mut self) {
-        self.progress.unheard += 1;
+        self.progress.unacknowledged_requests += 1;
         self.asking.send_replace(true);
     }
 
@@ -316,7 +319,7 @@ impl Drive<'_> {
     /// A request whose answer broke off may have left something under an id that nobody heard, although the thread shows
     /// nothing of it.
     async fn sends_again(&mut self) -> Result<(), Failure> {
-        if self.progress.unheard == 0 || !self.upstream.capabilities().stores_runs {
+        if self.progress.unacknowledged_requests == 0 || !self.upstream.capabilities().stores_runs {
             return Ok(());
         }
         let store = &self.runs.parts.given.store;
@@ -338,7 +341,7 @@ impl Drive<'_> {
             error if error.is_ambiguous() => match self.recover(&error).await? {
                 Some(Recovered::Running(events)) => {
                     tracing::warn!(error = %Chain(&error), "the upstream has the run all the same; following it");
-                    Ok(Next::Follow(events))
+                    Ok(Next::RunSubscription(events))
                 }
                 Some(Recovered::Absent) => {
                     self.refused();
@@ -362,8 +365,8 @@ impl Drive<'_> {
     /// Nothing of what was sent is at the upstream; what an earlier round left there is.
     fn refused(&mut self) {
         self.progress.busy = false;
-        if self.progress.reach == Reach::Sent {
-            self.progress.reach = Reach::Here;
+        if self.progress.delivery == Delivery::Sent {
+            self.progress.delivery = Delivery::NotSent;
         }
     }
 
@@ -423,7 +426,7 @@ impl Drive<'_> {
 /// What a turn may have left at the upstream, with what is needed to find it there.
 pub(in crate::runs) async fn leftover(
     runs: &Runs,
-    turn: &Turn,
+    turn: &StartedRun,
     progress: &Progress,
 ) -> Result<Leftover, Failure> {
     let mut baseline = loop {

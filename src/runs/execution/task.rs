@@ -15,14 +15,14 @@ use crate::domain::{RequiredAction, Run, RunStatus, ToolOutput};
 use crate::error::Chain;
 use crate::runs::execution::create_thread::resolve;
 use crate::runs::execution::failure::Failure;
-use crate::runs::execution::finish::{announce, bound_turn};
+use crate::runs::execution::finish::{announce, finish_run};
 use crate::runs::execution::progress::Progress;
 use crate::runs::execution::relay::drain;
 use crate::runs::execution::round::{Drive, Round};
-use crate::runs::registry::Working;
+use crate::runs::registry::ActiveRun;
 use crate::runs::replica::takeover::Before;
 use crate::runs::{Outcome, RunEvent, Runs, jittered};
-use crate::store::{Made, News, Orphan, Pause, Paused, RunLease, StoreError, Turn};
+use crate::store::{Made, News, Orphan, Pause, Paused, RunLease, StartedRun, StoreError};
 use crate::upstream::{Ended, EventStream, Upstream};
 
 /// How long the id of a run is waited for that is cut off before it was heard.
@@ -43,11 +43,11 @@ enum Begin {
 }
 
 /// Does the turn and commits its end, whatever happens on the way. `None` if the run goes on in another process.
-pub(in crate::runs) async fn work(runs: &Runs, working: &mut Working, turn: Turn) -> Option<Outcome> {
+pub(in crate::runs) async fn work(runs: &Runs, active: &mut ActiveRun, turn: StartedRun) -> Option<Outcome> {
     let deadline = Instant::now() + time_left(&turn.run);
     let rolled = tokio::select! {
         biased;
-        cut = cut_off(runs, working, deadline) => Err(cut),
+        cut = cut_off(runs, active, deadline) => Err(cut),
         rolled = runs.rolled(turn.clone()) => Ok(rolled),
     };
     let (turn, begin) = match rolled {
@@ -56,13 +56,13 @@ pub(in crate::runs) async fn work(runs: &Runs, working: &mut Working, turn: Turn
         Err(cut) => (turn, Begin::CutOff(cut)),
     };
     let progress = Progress::new(&turn);
-    carry_out(runs, working, &turn, begin, progress, deadline).await
+    execute(runs, active, &turn, begin, progress, deadline).await
 }
 
 /// Goes on with a run that waited for tool outputs, or had just got them, when its process ended.
 pub(in crate::runs) async fn resume_waiting(
     runs: Runs,
-    mut working: Working,
+    mut active: ActiveRun,
     orphan: Orphan,
     before: Before,
 ) {
@@ -71,7 +71,7 @@ pub(in crate::runs) async fn resume_waiting(
         (Some(outputs), _) => Begin::Outputs(outputs),
         (None, required) => Begin::Waiting(required.unwrap_or(RequiredAction { tool_calls: Vec::new() })),
     };
-    let turn = Turn { lease, thread, run, input: Vec::new(), intent: None };
+    let turn = StartedRun { lease, thread, run, input: Vec::new(), intent: None };
     let mut progress = Progress::new(&turn);
     progress.taken_over(&turn.thread, content, before);
     match &begin {
@@ -80,43 +80,43 @@ pub(in crate::runs) async fn resume_waiting(
         Begin::Outputs(outputs) => progress.answers(outputs, outputs_sent),
     }
     let deadline = Instant::now() + time_left;
-    let outcome = carry_out(&runs, &mut working, &turn, begin, progress, deadline).await;
-    announce(&runs, &working, outcome);
+    let outcome = execute(&runs, &mut active, &turn, begin, progress, deadline).await;
+    announce(&runs, &active, outcome);
 }
 
 /// Goes on with a run that was at work when its process let go of it: follows it where the upstream has it, sends its
 /// message where that was never seen, and ends it if neither can be.
 pub(in crate::runs) async fn resume_at_work(
     runs: Runs,
-    mut working: Working,
+    mut active: ActiveRun,
     orphan: Orphan,
     before: Before,
 ) {
     let Orphan { lease, thread, run, time_left, input, content, .. } = orphan;
-    let turn = Turn { lease, thread, run, input, intent: None };
+    let turn = StartedRun { lease, thread, run, input, intent: None };
     let mut progress = Progress::new(&turn);
     progress.taken_over(&turn.thread, content, before);
     let deadline = Instant::now() + time_left;
-    let outcome = carry_out(&runs, &mut working, &turn, Begin::Unknown, progress, deadline).await;
-    announce(&runs, &working, outcome);
+    let outcome = execute(&runs, &mut active, &turn, Begin::Unknown, progress, deadline).await;
+    announce(&runs, &active, outcome);
 }
 
 /// Ends a run on which nobody works any more: first whatever still goes on upstream, then the run. If the upstream can
 /// tell how it ended there, it ends so here.
-pub(in crate::runs) async fn bury(runs: Runs, working: Working, orphan: Orphan, before: Before) {
+pub(in crate::runs) async fn close_orphan(runs: Runs, active: ActiveRun, orphan: Orphan, before: Before) {
     let Orphan { lease, thread, run, content, .. } = orphan;
     let failure = if run.status == RunStatus::Cancelling { Failure::Cancelled } else { Failure::ReplicaLost };
-    let turn = Turn { lease, thread, run, input: Vec::new(), intent: None };
+    let turn = StartedRun { lease, thread, run, input: Vec::new(), intent: None };
     let mut progress = Progress::new(&turn);
     progress.taken_over(&turn.thread, content, before);
-    let outcome = bound_turn(&runs, &working, &turn, Err(failure), progress).await;
-    announce(&runs, &working, outcome);
+    let outcome = finish_run(&runs, &active, &turn, Err(failure), progress).await;
+    announce(&runs, &active, outcome);
 }
 
-async fn carry_out(
+async fn execute(
     runs: &Runs,
-    working: &mut Working,
-    turn: &Turn,
+    active: &mut ActiveRun,
+    turn: &StartedRun,
     begin: Begin,
     mut progress: Progress,
     deadline: Instant,
@@ -133,7 +133,7 @@ async fn carry_out(
         (Some(upstream), Some(assistant)) => {
             let rounds =
                 Rounds { runs, upstream: &**upstream, assistant, turn, deadline, progress: &mut progress };
-            rounds.go(working, begin).await?
+            rounds.go(active, begin).await?
         }
         _ => Err(Failure::NotConfigured),
     };
@@ -149,7 +149,7 @@ async fn carry_out(
         let store = Arc::clone(&parts.store);
         parts.tasks.spawn(async move { resolve(&store, intent, Made::Nothing).await }.in_current_span());
     }
-    let Some(outcome) = bound_turn(runs, working, turn, result, progress).await else {
+    let Some(outcome) = finish_run(runs, active, turn, result, progress).await else {
         tracing::warn!("let go of the run; others go on with it");
         return None;
     };
@@ -169,7 +169,7 @@ struct Rounds<'a> {
     runs: &'a Runs,
     upstream: &'a dyn Upstream,
     assistant: &'a AssistantConfig,
-    turn: &'a Turn,
+    turn: &'a StartedRun,
     deadline: Instant,
     progress: &'a mut Progress,
 }
@@ -179,7 +179,7 @@ type Rounded = Result<(Ended, EventStream), Failure>;
 
 impl Rounds<'_> {
     /// `None` if the run goes on in another process.
-    async fn go(mut self, working: &mut Working, begin: Begin) -> Option<Rounded> {
+    async fn go(mut self, active: &mut ActiveRun, begin: Begin) -> Option<Rounded> {
         let mut waiting = None;
         let mut outputs = None;
         let mut is_unknown = false;
@@ -192,7 +192,7 @@ impl Rounds<'_> {
         }
         loop {
             if let Some(action) = waiting.take() {
-                match self.wait(working, &action).await? {
+                match self.wait(active, &action).await? {
                     Ok(given) => outputs = Some(given),
                     Err(failure) => return Some(Err(failure)),
                 }
@@ -202,7 +202,7 @@ impl Rounds<'_> {
                 None if std::mem::take(&mut is_unknown) => Round::Unknown,
                 None => Round::Message,
             };
-            let ended = match self.round(working, round).await {
+            let ended = match self.round(active, round).await {
                 Ok((ended, rest)) if ended.asks() => {
                     drain(Some(rest)).await;
                     ended
@@ -211,7 +211,7 @@ impl Rounds<'_> {
             };
             let action = RequiredAction { tool_calls: ended.tool_calls.clone() };
             self.progress.asked(ended);
-            match self.pause(working, &action).await {
+            match self.pause(active, &action).await {
                 Ok(()) => waiting = Some(action),
                 Err(failure) => return Some(Err(failure)),
             }
@@ -219,7 +219,7 @@ impl Rounds<'_> {
     }
 
     /// One request and what it leads to.
-    async fn round(&mut self, working: &Working, round: Round<'_>) -> Rounded {
+    async fn round(&mut self, active: &ActiveRun, round: Round<'_>) -> Rounded {
         let parts = &self.runs.parts.given;
         let (asking, mut asks) = watch::channel(false);
         let drive = Drive {
@@ -227,7 +227,7 @@ impl Rounds<'_> {
             upstream: self.upstream,
             assistant: self.assistant,
             turn: self.turn,
-            feed: &working.feed,
+            log: &active.log,
             progress: self.progress,
             asking: &asking,
             permit: None,
@@ -235,7 +235,7 @@ impl Rounds<'_> {
         let mut round = pin!(AssertUnwindSafe(drive.round(round)).catch_unwind());
         let cut = tokio::select! {
             biased;
-            cut = cut_off(self.runs, working, self.deadline) => cut,
+            cut = cut_off(self.runs, active, self.deadline) => cut,
             result = &mut round => return result.unwrap_or(Err(Failure::Panic)),
         };
         if matches!(cut, Failure::LeaseLost | Failure::Stopped) {
@@ -245,7 +245,7 @@ impl Rounds<'_> {
             // The id by which it can be ended may be on its way.
             tokio::select! {
                 biased;
-                () = working.lost.cancelled() => return Err(Failure::LeaseLost),
+                () = active.lost.cancelled() => return Err(Failure::LeaseLost),
                 () = parts.stop.cancelled() => return Err(Failure::Stopped),
                 _ = asks.wait_for(|asks| !asks) => {}
                 _ = &mut round => {}
@@ -256,27 +256,27 @@ impl Rounds<'_> {
     }
 
     /// Lets the run wait: from here on the outputs may come, and whoever takes the run over knows what it said.
-    async fn pause(&mut self, working: &Working, action: &RequiredAction) -> Result<(), Failure> {
+    async fn pause(&mut self, active: &ActiveRun, action: &RequiredAction) -> Result<(), Failure> {
         let pause = Pause {
             required_action: action.clone(),
             upstream_run_id: self.progress.upstream_run.clone(),
             content: self.progress.content.clone(),
             usage: self.progress.usage,
-            events: working.feed.unstored(Some(RunEvent::RequiresAction(action.clone().into()))),
+            events: active.log.unstored(Some(RunEvent::RequiresAction(action.clone().into()))),
         };
         let parts = &self.runs.parts.given;
         let paused = tokio::select! {
             biased;
-            () = working.lost.cancelled() => return Err(Failure::LeaseLost),
+            () = active.lost.cancelled() => return Err(Failure::LeaseLost),
             () = parts.stop.cancelled() => return Err(Failure::Stopped),
             () = sleep_until(self.deadline) => return Err(Failure::Deadline),
             paused = patiently_pause(self.runs, &self.turn.lease, &pause) => paused,
         };
         match paused {
             Ok(Paused::Waiting(_)) => {
-                working.feed.push(RunEvent::RequiresAction(action.clone().into()));
-                working.feed.all_stored();
-                self.runs.parts.desk.tell(News::Run(self.turn.run.id));
+                active.log.push(RunEvent::RequiresAction(action.clone().into()));
+                active.log.all_stored();
+                self.runs.parts.notifier.notify(News::Run(self.turn.run.id));
                 Ok(())
             }
             Ok(Paused::Cancelling) => Err(Failure::Cancelled),
@@ -291,11 +291,11 @@ impl Rounds<'_> {
     /// Waits for outputs of exactly these calls. `None` when this process stops: the run waits on in another one.
     async fn wait(
         &mut self,
-        working: &mut Working,
+        active: &mut ActiveRun,
         action: &RequiredAction,
     ) -> Option<Result<Vec<ToolOutput>, Failure>> {
         let parts = &self.runs.parts.given;
-        let outputs = &mut working.outputs;
+        let outputs = &mut active.outputs;
         let answered = async {
             loop {
                 let given = outputs.borrow_and_update().clone();
@@ -309,8 +309,8 @@ impl Rounds<'_> {
         };
         tokio::select! {
             biased;
-            () = working.lost.cancelled() => Some(Err(Failure::LeaseLost)),
-            () = working.cancel.requested() => Some(Err(Failure::Cancelled)),
+            () = active.lost.cancelled() => Some(Err(Failure::LeaseLost)),
+            () = active.cancel.requested() => Some(Err(Failure::Cancelled)),
             given = answered => Some(Ok(given)),
             () = sleep_until(self.deadline) => Some(Err(Failure::Deadline)),
             () = parts.draining.cancelled() => None,
@@ -319,12 +319,12 @@ impl Rounds<'_> {
 }
 
 /// Resolves when a run at work has to stop before its end, with the reason.
-async fn cut_off(runs: &Runs, working: &Working, deadline: Instant) -> Failure {
+async fn cut_off(runs: &Runs, active: &ActiveRun, deadline: Instant) -> Failure {
     tokio::select! {
         biased;
-        () = working.lost.cancelled() => Failure::LeaseLost,
+        () = active.lost.cancelled() => Failure::LeaseLost,
         () = runs.parts.given.stop.cancelled() => Failure::Stopped,
-        () = working.cancel.requested() => Failure::Cancelled,
+        () = active.cancel.requested() => Failure::Cancelled,
         () = sleep_until(deadline) => Failure::Deadline,
     }
 }

@@ -61,7 +61,7 @@ pub(in crate::runs) type Unrecorded = (Option<UpstreamRunId>, EventBatch);
 
 /// The writing end of a run's log. Dropped without an [`Ended`](RunEvent::Ended), it leaves the log broken off.
 #[derive(Debug)]
-pub(in crate::runs) struct FeedWriter {
+pub(in crate::runs) struct RunLogWriter {
     log: Arc<Mutex<Log>>,
     length: watch::Sender<usize>,
 }
@@ -143,7 +143,7 @@ impl Log {
     }
 }
 
-impl FeedWriter {
+impl RunLogWriter {
     /// The log of a run that is new.
     pub(in crate::runs) fn new() -> Self {
         Self::resumed(0, 0)
@@ -226,13 +226,13 @@ impl FeedWriter {
     }
 
     /// A reading end.
-    pub(in crate::runs) fn feed(&self) -> Feed {
-        Feed { log: Arc::clone(&self.log), length: self.length.subscribe() }
+    pub(in crate::runs) fn reader(&self) -> RunLog {
+        RunLog { log: Arc::clone(&self.log), length: self.length.subscribe() }
     }
 }
 
 impl RunEvent {
-    /// The log that the record tells of a run whose reply has this text: see [`FeedWriter::retold`].
+    /// The log that the record tells of a run whose reply has this text: see [`RunLogWriter::retold`].
     pub(in crate::runs) fn retell(text: &str) -> EventBatch {
         let delta =
             Some(text).filter(|text| !text.is_empty()).map(|text| LoggedEvent::Delta(text.to_owned()));
@@ -277,12 +277,12 @@ impl RunEvent {
 
 /// The reading end of a run's log.
 #[derive(Clone, Debug)]
-pub(in crate::runs) struct Feed {
+pub(in crate::runs) struct RunLog {
     log: Arc<Mutex<Log>>,
     length: watch::Receiver<usize>,
 }
 
-impl Feed {
+impl RunLog {
     /// Number of the first event that this log can give.
     pub(in crate::runs) fn first(&self) -> i64 {
         lock(&self.log).first
@@ -292,18 +292,18 @@ impl Feed {
     /// without that one if the log breaks off. May be dropped at any point.
     pub(in crate::runs) fn follow(&self, from: i64) -> impl Stream<Item = (i64, RunEvent)> + Send + use<> {
         let start = lock(&self.log).place(from);
-        stream::unfold((self.clone(), start), move |(mut feed, mut next)| async move {
-            if next > 0 && matches!(feed.get(next - 1), Some((_, RunEvent::Ended(_)))) {
+        stream::unfold((self.clone(), start), move |(mut reader, mut next)| async move {
+            if next > 0 && matches!(reader.get(next - 1), Some((_, RunEvent::Ended(_)))) {
                 return None;
             }
             loop {
-                feed.length.wait_for(|length| *length > next).await.ok()?;
-                let (number, event) = feed.get(next)?;
+                reader.length.wait_for(|length| *length > next).await.ok()?;
+                let (number, event) = reader.get(next)?;
                 next += 1;
                 // The owner before may have shown the reader more than it had recorded: then this one has yet to come to
                 // where the reader is.
                 if number >= from {
-                    return Some(((number, event.cut(number, from)), (feed, next)));
+                    return Some(((number, event.cut(number, from)), (reader, next)));
                 }
                 if matches!(event, RunEvent::Ended(_)) {
                     return None;
@@ -432,7 +432,7 @@ mod tests {
         RunEvent::of(event).unwrap()
     }
 
-    fn push(writer: &FeedWriter, events: &[LoggedEvent]) {
+    fn push(writer: &RunLogWriter, events: &[LoggedEvent]) {
         for event in events {
             writer.push(told(event.clone()));
         }
@@ -486,8 +486,8 @@ mod tests {
     }
 
     /// What can be read at once, the end as `None`, and whether the stream has ended.
-    fn read(feed: &Feed, from: i64) -> (Vec<(i64, Option<LoggedEvent>)>, bool) {
-        let mut events = std::pin::pin!(feed.follow(from));
+    fn read(reader: &RunLog, from: i64) -> (Vec<(i64, Option<LoggedEvent>)>, bool) {
+        let mut events = std::pin::pin!(reader.follow(from));
         let mut read = Vec::new();
         loop {
             match events.next().now_or_never() {
@@ -519,8 +519,8 @@ mod tests {
             first in prop_oneof![Just(2), Just(FIRST)],
             at in 0..12_usize,
         ) {
-            let writer = FeedWriter::resumed(first, 0);
-            let before = writer.feed();
+            let writer = RunLogWriter::resumed(first, 0);
+            let before = writer.reader();
             push(&writer, &events);
             let all: Vec<_> = events.iter().scan(first, |next, event| {
                 *next += event.units();
@@ -528,9 +528,9 @@ mod tests {
             }).collect();
             let from = at.checked_sub(1).and_then(|at| all.get(at)).map_or(first - 2, |(n, _)| *n + 1);
             let wanted: Vec<_> = all.into_iter().filter(|(n, _)| *n >= from).collect();
-            for feed in [before, writer.feed()] {
-                prop_assert_eq!(feed.first(), first);
-                prop_assert_eq!(read(&feed, from), (wanted.clone(), false));
+            for reader in [before, writer.reader()] {
+                prop_assert_eq!(reader.first(), first);
+                prop_assert_eq!(read(&reader, from), (wanted.clone(), false));
             }
         }
 
@@ -541,9 +541,9 @@ mod tests {
             let boundary = |at: usize| text.floor_char_boundary(at.min(text.len()));
             let (stored, seen) = (boundary(stored), boundary(seen));
             // The one before had stored less, or more, than this reader has seen.
-            let writer = FeedWriter::resumed(2 + length(&text[..stored]), FIRST);
+            let writer = RunLogWriter::resumed(2 + length(&text[..stored]), FIRST);
             // One reader comes before it has said a word.
-            let (before, from) = (writer.feed(), 2 + length(&text[..seen]));
+            let (before, from) = (writer.reader(), 2 + length(&text[..seen]));
             let mut early = Box::pin(before.follow(from));
             prop_assert!(early.next().now_or_never().is_none());
             let rest = &text[stored..];
@@ -551,7 +551,7 @@ mod tests {
                 push(&writer, &[delta(rest)]);
             }
             push(&writer, &[asks("1")]);
-            let (events, _) = read(&writer.feed(), from);
+            let (events, _) = read(&writer.reader(), from);
             for (number, event) in &events {
                 let told = early.next().now_or_never().flatten().map(|(n, event)| (n, event.logged()));
                 prop_assert_eq!(told, Some((*number, event.clone())));
@@ -572,37 +572,37 @@ mod tests {
 
     #[tokio::test]
     async fn a_reader_waits_for_what_comes_and_stops_at_the_end() {
-        let writer = FeedWriter::resumed(FIRST, FIRST);
-        let mut events = std::pin::pin!(writer.feed().follow(FIRST));
+        let writer = RunLogWriter::resumed(FIRST, FIRST);
+        let mut events = std::pin::pin!(writer.reader().follow(FIRST));
         assert!(events.next().now_or_never().is_none());
         push(&writer, &[LoggedEvent::Started]);
         assert_eq!(events.next().await.unwrap().0, FIRST);
         assert!(events.next().now_or_never().is_none());
-        let end = writer.feed().ended();
+        let end = writer.reader().ended();
         writer.push(ended());
         assert!(matches!(events.next().await.unwrap(), (n, RunEvent::Ended(_)) if n == FIRST + 1));
         assert!(events.next().await.is_none());
         assert!(end.await.is_some());
         assert_eq!(
-            read(&writer.feed(), FIRST),
+            read(&writer.reader(), FIRST),
             (vec![(FIRST, Some(LoggedEvent::Started)), (FIRST + 1, None)], true)
         );
-        assert_eq!(read(&writer.feed(), FIRST + 2), (vec![], true), "it has seen the end");
+        assert_eq!(read(&writer.reader(), FIRST + 2), (vec![], true), "it has seen the end");
     }
 
     #[tokio::test]
     async fn a_log_that_breaks_off_ends_its_readers() {
-        let writer = FeedWriter::resumed(FIRST, FIRST);
+        let writer = RunLogWriter::resumed(FIRST, FIRST);
         push(&writer, &[LoggedEvent::Started, delta("a")]);
-        let feed = writer.feed();
+        let reader = writer.reader();
         drop(writer);
         let seen = vec![(FIRST, Some(LoggedEvent::Started)), (FIRST + 1, Some(delta("a")))];
-        assert_eq!(read(&feed, FIRST), (seen, true));
-        assert!(feed.clone().ended().await.is_none());
-        assert!(feed.clone().answer(FIRST).await.is_none());
+        assert_eq!(read(&reader, FIRST), (seen, true));
+        assert!(reader.clone().ended().await.is_none());
+        assert!(reader.clone().answer(FIRST).await.is_none());
         // What it did tell before counts.
-        let writer = FeedWriter::resumed(FIRST, FIRST);
-        let (one, other) = (writer.feed(), writer.feed());
+        let writer = RunLogWriter::resumed(FIRST, FIRST);
+        let (one, other) = (writer.reader(), writer.reader());
         writer.push(ended());
         drop(writer);
         assert!(one.ended().await.is_some() && other.answer(FIRST).await.is_some());
@@ -610,7 +610,7 @@ mod tests {
 
     #[test]
     fn what_is_not_stored_goes_on_where_the_last_batch_ended() {
-        let writer = FeedWriter::resumed(FIRST, FIRST);
+        let writer = RunLogWriter::resumed(FIRST, FIRST);
         let batch = |first, events: &[LoggedEvent]| EventBatch { first, events: events.to_vec() };
         assert_eq!(writer.unstored(None), batch(FIRST, &[]));
         push(&writer, &[LoggedEvent::Started, delta("a")]);
@@ -634,25 +634,25 @@ mod tests {
 
     #[tokio::test]
     async fn the_beginning_of_a_run_has_fixed_numbers() {
-        let writer = FeedWriter::new();
+        let writer = RunLogWriter::new();
         push(&writer, &[LoggedEvent::Started, delta("ab")]);
-        let numbers: Vec<_> = read(&writer.feed(), 0).0.into_iter().map(|(n, _)| n).collect();
+        let numbers: Vec<_> = read(&writer.reader(), 0).0.into_iter().map(|(n, _)| n).collect();
         assert_eq!(numbers, [1, 3]);
         assert_eq!(writer.unstored(None).first, 1);
-        let writer = FeedWriter::new();
+        let writer = RunLogWriter::new();
         push(&writer, &[LoggedEvent::Queued { position: 1 }, LoggedEvent::Started, delta("ab")]);
-        let numbers: Vec<_> = read(&writer.feed(), 0).0.into_iter().map(|(n, _)| n).collect();
+        let numbers: Vec<_> = read(&writer.reader(), 0).0.into_iter().map(|(n, _)| n).collect();
         assert_eq!(numbers, [0, 1, 3]);
     }
 
     #[test]
     fn numbers_that_are_passed_over_are_stored_as_such() {
-        let writer = FeedWriter::resumed(5, FIRST);
+        let writer = RunLogWriter::resumed(5, FIRST);
         push(&writer, &[delta("ab"), asks("1"), delta("c")]);
         let gap = LoggedEvent::Omitted { units: FIRST - 7 };
         let stored = EventBatch { first: 5, events: vec![delta("ab"), gap, asks("1"), delta("c")] };
         assert_eq!(writer.rest(), stored);
-        let cut_off = FeedWriter::resumed(5, FIRST);
+        let cut_off = RunLogWriter::resumed(5, FIRST);
         assert_eq!(
             (cut_off.unstored(None).end(), cut_off.rest().end()),
             (5, FIRST),
@@ -663,29 +663,29 @@ mod tests {
 
     #[tokio::test]
     async fn what_is_recorded_while_more_comes_is_not_recorded_again() {
-        let writer = FeedWriter::new();
-        let (feed, id) = (writer.feed(), UpstreamRunId("up".to_owned()));
+        let writer = RunLogWriter::new();
+        let (reader, id) = (writer.reader(), UpstreamRunId("up".to_owned()));
         push(&writer, &[LoggedEvent::Started, delta("ab")]);
         writer.accepted(&id);
-        let (upstream_run, first) = feed.unrecorded().unwrap();
+        let (upstream_run, first) = reader.unrecorded().unwrap();
         assert_eq!(upstream_run.as_ref(), Some(&id));
         push(&writer, &[delta("cd")]);
         assert!(!writer.is_public());
-        feed.recorded(upstream_run.as_ref(), &first);
+        reader.recorded(upstream_run.as_ref(), &first);
         assert!(writer.is_public());
-        let (upstream_run, rest) = feed.unrecorded().unwrap();
+        let (upstream_run, rest) = reader.unrecorded().unwrap();
         assert_eq!((upstream_run, rest.first, &*rest.events), (None, 4, &[delta("cd")][..]));
-        feed.recorded(None, &rest);
-        assert!(feed.unrecorded().is_none());
+        reader.recorded(None, &rest);
+        assert!(reader.unrecorded().is_none());
     }
 
     /// How long a piece of text waits until it is recorded.
-    async fn recorded_after(writer: &FeedWriter, feed: &Feed) -> Duration {
+    async fn recorded_after(writer: &RunLogWriter, reader: &RunLog) -> Duration {
         push(writer, &[delta("a")]);
         let begun = Instant::now();
         loop {
-            if let Some((upstream_run, events)) = feed.overdue() {
-                feed.recorded(upstream_run.as_ref(), &events);
+            if let Some((upstream_run, events)) = reader.overdue() {
+                reader.recorded(upstream_run.as_ref(), &events);
                 return begun.elapsed();
             }
             tokio::time::advance(Duration::from_millis(10)).await;
@@ -694,37 +694,37 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn log_that_nobody_else_follows_is_recorded_less_and_less_often() {
-        let writer = FeedWriter::new();
-        let feed = writer.feed();
+        let writer = RunLogWriter::new();
+        let reader = writer.reader();
         push(&writer, &[LoggedEvent::Started]);
         for wait in [100, 200, 400, 800, 1000, 1000] {
-            assert_eq!(recorded_after(&writer, &feed).await, Duration::from_millis(wait));
+            assert_eq!(recorded_after(&writer, &reader).await, Duration::from_millis(wait));
         }
         // An id is not waited for as long, whatever else there is.
         push(&writer, &[delta("b")]);
         tokio::time::advance(Duration::from_millis(50)).await;
-        assert!(feed.overdue().is_none());
+        assert!(reader.overdue().is_none());
         writer.accepted(&UpstreamRunId("up".to_owned()));
-        assert_eq!(recorded_after(&writer, &feed).await, OFTEN / 2);
-        assert_eq!(recorded_after(&writer, &feed).await, SELDOM);
+        assert_eq!(recorded_after(&writer, &reader).await, OFTEN / 2);
+        assert_eq!(recorded_after(&writer, &reader).await, SELDOM);
         // Nor is text that somebody waits for, until it is known no more that they do.
         push(&writer, &[delta("c")]);
         tokio::time::advance(OFTEN).await;
-        assert!(feed.overdue().is_none());
-        feed.followed();
+        assert!(reader.overdue().is_none());
+        reader.followed();
         for wait in [Duration::ZERO, OFTEN, OFTEN] {
-            assert_eq!(recorded_after(&writer, &feed).await, wait);
+            assert_eq!(recorded_after(&writer, &reader).await, wait);
         }
         tokio::time::advance(FOLLOWED).await;
-        assert_eq!(recorded_after(&writer, &feed).await, SELDOM);
-        assert!(feed.unrecorded().is_none());
+        assert_eq!(recorded_after(&writer, &reader).await, SELDOM);
+        assert!(reader.unrecorded().is_none());
         push(&writer, &[delta("d")]);
-        assert!(feed.unrecorded().is_some(), "the last word of a process does not wait");
+        assert!(reader.unrecorded().is_some(), "the last word of a process does not wait");
     }
 
     #[tokio::test]
     async fn log_is_told_again_only_if_it_is_a_start_and_the_text() {
-        let writer = FeedWriter::new();
+        let writer = RunLogWriter::new();
         assert_eq!(writer.retold(""), None);
         push(&writer, &[LoggedEvent::Started, delta("ab"), delta("c")]);
         let nothing = EventBatch { first: 0, events: Vec::new() };
@@ -735,11 +735,11 @@ mod tests {
         assert_eq!(writer.retold("abc").map(|rest| rest.first), Some(5), "what is to be removed");
         push(&writer, &[asks("1")]);
         assert_eq!(writer.retold("abc"), None);
-        let queued = FeedWriter::new();
+        let queued = RunLogWriter::new();
         push(&queued, &[LoggedEvent::Queued { position: 1 }, LoggedEvent::Started, delta("abc")]);
         assert_eq!(queued.retold("abc"), None);
         // Another process had the run before, and may have shown something.
-        for taken_over in [FeedWriter::resumed(0, FIRST), FeedWriter::resumed(2, FIRST)] {
+        for taken_over in [RunLogWriter::resumed(0, FIRST), RunLogWriter::resumed(2, FIRST)] {
             push(&taken_over, &[LoggedEvent::Started, delta("abc")]);
             assert_eq!(taken_over.retold("abc"), None);
         }
@@ -747,11 +747,11 @@ mod tests {
 
     #[tokio::test]
     async fn a_caller_is_answered_by_what_comes_from_its_place_on() {
-        let writer = FeedWriter::resumed(FIRST, FIRST);
-        let waits = |from| writer.feed().answer(from).now_or_never().is_none();
+        let writer = RunLogWriter::resumed(FIRST, FIRST);
+        let waits = |from| writer.reader().answer(from).now_or_never().is_none();
         push(&writer, &[LoggedEvent::Started]);
         assert!(waits(0));
-        let early = writer.feed().answer(0);
+        let early = writer.reader().answer(0);
         push(&writer, &[asks("1")]);
         let (number, event) = early.await.unwrap();
         assert_eq!((number, event.logged()), (FIRST + 1, Some(asks("1"))));
@@ -761,36 +761,36 @@ mod tests {
         assert!(waits(0));
         push(&writer, &[asks("2")]);
         for from in [0, FIRST + 1, FIRST + 3] {
-            let (_, event) = writer.feed().answer(from).await.unwrap();
+            let (_, event) = writer.reader().answer(from).await.unwrap();
             assert_eq!(event.logged(), Some(asks("2")), "{from}");
         }
-        let late = writer.feed().answer(FIRST + 4);
+        let late = writer.reader().answer(FIRST + 4);
         push(&writer, &[delta("b"), delta("c")]);
         assert!(waits(FIRST + 3));
         writer.push(ended());
         assert!(matches!(late.await.unwrap(), (_, RunEvent::Ended(_))));
-        assert!(matches!(writer.feed().answer(0).await.unwrap(), (_, RunEvent::Ended(_))));
+        assert!(matches!(writer.reader().answer(0).await.unwrap(), (_, RunEvent::Ended(_))));
     }
 
     /// The owner before may have shown its caller more than it had recorded.
     #[tokio::test]
     async fn a_caller_is_not_answered_by_what_it_has_seen() {
-        let writer = FeedWriter::resumed(5, 0);
-        let answer = writer.feed().answer(9);
+        let writer = RunLogWriter::resumed(5, 0);
+        let answer = writer.reader().answer(9);
         push(&writer, &[asks("1")]);
         assert!(answer.now_or_never().is_none());
         push(&writer, &[delta("abc"), asks("2")]);
-        let (number, event) = writer.feed().answer(9).await.unwrap();
+        let (number, event) = writer.reader().answer(9).await.unwrap();
         assert_eq!((number, event.logged()), (9, Some(asks("2"))));
     }
 
     #[test]
     fn the_last_time_that_calls_were_asked_for_counts() {
-        let writer = FeedWriter::resumed(FIRST, FIRST);
+        let writer = RunLogWriter::resumed(FIRST, FIRST);
         push(&writer, &[LoggedEvent::Started, asks("1"), delta("a"), asks("1"), asks("2")]);
-        let feed = writer.feed();
-        assert_eq!(feed.asked(|it| *it == action("1")), Some(FIRST + 3));
-        assert_eq!(feed.asked(|it| *it == action("2")), Some(FIRST + 4));
-        assert_eq!(feed.asked(|it| *it == action("3")), None);
+        let reader = writer.reader();
+        assert_eq!(reader.asked(|it| *it == action("1")), Some(FIRST + 3));
+        assert_eq!(reader.asked(|it| *it == action("2")), Some(FIRST + 4));
+        assert_eq!(reader.asked(|it| *it == action("3")), None);
     }
 }

@@ -8,10 +8,10 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crate::domain::{ConversationKey, MessageId, MultitaskStrategy, RequiredAction, Run, RunId, RunStatus};
 use crate::runs::Runs;
-use crate::runs::registry::Standing;
+use crate::runs::registry::RunRegistry;
 use crate::store::{
     Admission, Admitted, Answered, Claim, InputMessage, NotWritten, Pause, Paused, Rolled, Rollover,
-    RunLease, StoreError, ThreadReport, ToolAnswer, Turn, Withdrawal, Withdrawn, redacted_action,
+    RunLease, StartedRun, StoreError, ThreadReport, ToolAnswer, Withdrawal, Withdrawn, redacted_action,
 };
 
 /// What is held of an unfinished run.
@@ -52,13 +52,13 @@ impl std::fmt::Debug for Unstored {
     }
 }
 
-impl Standing {
+impl RunRegistry {
     fn unstored(&self, run: RunId) -> Option<Unstored> {
         self.handle(run).map(|handle| handle.unstored)
     }
 
     /// Gives a turn what it is to say. What is not known here stays empty.
-    fn give_input(&self, turn: &mut Turn) {
+    fn give_input(&self, turn: &mut StartedRun) {
         // A message that has only just joined is held under the run that it would have had by itself. It is added here before
         // it is removed there: so who looks here last does not miss it.
         let others = self.handles().into_iter().map(|handle| handle.unstored);
@@ -90,10 +90,10 @@ impl Runs {
             return self.store().admit(Arc::clone(admission)).await;
         }
         let Admission { run_id, message, .. } = &**admission;
-        let standing = &self.parts.standing;
+        let registry = &self.parts.registry;
         let (strategy, may_join) = self.strategy(admission).await.map_err(NotWritten::Unsent)?;
         // First of all: once it is recorded, the run that it joins may start at any time.
-        let own = standing.unstored(*run_id);
+        let own = registry.unstored(*run_id);
         if let Some(own) = &own {
             own.add(message);
         }
@@ -105,7 +105,7 @@ impl Runs {
             // The run that it joined, if it did, knows it by its id.
             Err(_) => &may_join,
         };
-        for unstored in joined.iter().filter_map(|run| standing.unstored(*run)) {
+        for unstored in joined.iter().filter_map(|run| registry.unstored(*run)) {
             unstored.add(message);
         }
         // Should its own run be recorded all the same, that goes on only if others have joined it.
@@ -125,7 +125,7 @@ impl Runs {
         let waiting = unfinished.iter().filter(|run| run.status == RunStatus::Queued);
         let waiting: Vec<RunId> = waiting.map(|run| run.id).collect();
         let is_held = |run: &RunId| {
-            let unstored = self.parts.standing.unstored(*run);
+            let unstored = self.parts.registry.unstored(*run);
             unstored.is_some_and(|unstored| !unstored.lock().input.is_empty())
         };
         Ok(if waiting.iter().all(is_held) {
@@ -154,21 +154,21 @@ impl Runs {
         Ok(rolled)
     }
 
-    fn complete(&self, turn: &mut Turn) {
+    fn complete(&self, turn: &mut StartedRun) {
         if !self.store().keeps_content() {
-            self.parts.standing.give_input(turn);
+            self.parts.registry.give_input(turn);
         }
     }
 
     pub(in crate::runs) async fn pause(&self, lease: &RunLease, pause: &Pause) -> Result<Paused, StoreError> {
         if !self.store().keeps_content()
-            && let Some(unstored) = self.parts.standing.unstored(lease.run_id)
+            && let Some(unstored) = self.parts.registry.unstored(lease.run_id)
         {
             unstored.lock().asked = Some(pause.required_action.clone());
         }
         let mut paused = self.store().pause(lease, pause).await?;
         if let Paused::Waiting(waiting) = &mut paused {
-            self.parts.standing.give_arguments(&mut waiting.run);
+            self.parts.registry.give_arguments(&mut waiting.run);
         }
         Ok(paused)
     }
@@ -181,7 +181,7 @@ impl Runs {
         answer: &ToolAnswer,
     ) -> Result<Answered, StoreError> {
         if !self.store().keeps_content() {
-            let unstored = self.parts.standing.unstored(id);
+            let unstored = self.parts.registry.unstored(id);
             let is_asked =
                 unstored.is_some_and(|unstored| unstored.lock().asked.as_ref() == Some(&answer.expected));
             // What is stored are calls without their arguments, which any arguments would fit.
@@ -199,7 +199,7 @@ impl Runs {
     ) -> Result<Withdrawn, StoreError> {
         let withdrawn = self.store().withdraw(lease, taken).await?;
         if let (Withdrawn::Shared { .. }, Some(unstored)) =
-            (&withdrawn, self.parts.standing.unstored(lease.run_id))
+            (&withdrawn, self.parts.registry.unstored(lease.run_id))
         {
             unstored.remove(taken.message);
         }
@@ -209,7 +209,7 @@ impl Runs {
     /// Gives the last run of a thread the arguments of its calls.
     pub(in crate::runs) fn with_arguments(&self, mut report: ThreadReport) -> ThreadReport {
         if let Some(run) = &mut report.last_run {
-            self.parts.standing.give_arguments(run);
+            self.parts.registry.give_arguments(run);
         }
         report
     }
@@ -238,23 +238,23 @@ mod tests {
 
     #[test]
     fn content_goes_with_the_task_of_its_run() {
-        let standing = Standing::new();
+        let registry = RunRegistry::new();
         let run = RunId::new();
-        let working = standing.begins(run, CancellationToken::new());
-        standing.unstored(run).unwrap().add(&message("one"));
-        let working = standing.goes_on_for_others(working);
-        assert_eq!(standing.unstored(run).unwrap().lock().input.len(), 1, "others have joined it");
-        drop(working);
-        assert!(standing.unstored(run).is_none());
+        let active = registry.begins(run, CancellationToken::new());
+        registry.unstored(run).unwrap().add(&message("one"));
+        let active = registry.goes_on_for_others(active);
+        assert_eq!(registry.unstored(run).unwrap().lock().input.len(), 1, "others have joined it");
+        drop(active);
+        assert!(registry.unstored(run).is_none());
     }
 
     #[test]
     fn what_is_held_is_not_printed() {
-        let standing = Standing::new();
+        let registry = RunRegistry::new();
         let run = RunId::new();
-        let _working = standing.begins(run, CancellationToken::new());
-        standing.unstored(run).unwrap().add(&message("planted"));
-        assert!(!format!("{standing:?}").contains("planted"));
+        let _working = registry.begins(run, CancellationToken::new());
+        registry.unstored(run).unwrap().add(&message("planted"));
+        assert!(!format!("{registry:?}").contains("planted"));
     }
 
     #[test]

@@ -8,7 +8,7 @@ use tokio::time::{MissedTickBehavior, interval, timeout};
 
 use crate::error::Chain;
 use crate::runs::Runs;
-use crate::runs::log::writer::{Feed, OFTEN, Unrecorded};
+use crate::runs::log::writer::{OFTEN, RunLog, Unrecorded};
 use crate::store::{News, RunProgress};
 
 /// Longest time for one write.
@@ -23,20 +23,20 @@ impl Runs {
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
             ticks.tick().await;
-            self.record_all(Feed::overdue).await;
+            self.record_all(RunLog::overdue).await;
         }
     }
 
     /// Records all that the runs of this process have shown up to now.
     pub async fn record_now(&self) {
-        self.record_all(Feed::unrecorded).await;
+        self.record_all(RunLog::unrecorded).await;
     }
 
     /// Records what this finds of each run.
-    async fn record_all(&self, find: fn(&Feed) -> Option<Unrecorded>) {
-        let handles = self.parts.standing.handles().into_iter();
+    async fn record_all(&self, find: fn(&RunLog) -> Option<Unrecorded>) {
+        let handles = self.parts.registry.handles().into_iter();
         let found = handles.filter_map(|handle| {
-            let (upstream_run_id, events) = find(&handle.feed)?;
+            let (upstream_run_id, events) = find(&handle.log)?;
             Some(RunProgress { lease: handle.lease, upstream_run_id, events })
         });
         for batch in found.collect::<Vec<_>>().chunks(BATCH) {
@@ -56,11 +56,11 @@ impl Runs {
             if !recorded.contains(&lease.run_id) {
                 continue;
             }
-            let handle = self.parts.standing.handle(lease.run_id);
+            let handle = self.parts.registry.handle(lease.run_id);
             if let Some(handle) = handle.filter(|handle| handle.lease == *lease) {
-                handle.feed.recorded(upstream_run_id.as_ref(), events);
+                handle.log.recorded(upstream_run_id.as_ref(), events);
             }
-            self.parts.desk.tell(News::Run(lease.run_id));
+            self.parts.notifier.notify(News::Run(lease.run_id));
         }
     }
 }

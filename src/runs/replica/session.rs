@@ -28,9 +28,9 @@ impl Runs {
         let parts = &self.parts.given;
         let renewed = timeout(ttl / 3, parts.store.renew_replica(parts.replica, address, ttl)).await;
         let renewed = renewed.unwrap_or_else(|_| Err(StoreError::Unavailable("no answer in time".into())))?;
-        self.parts.desk.set_peers(renewed.has_peers);
+        self.parts.notifier.set_peers(renewed.has_peers);
         set_clock(renewed.now);
-        self.parts.standing.renewed(begun + ttl * 9 / 10);
+        self.parts.registry.renewed(begun + ttl * 9 / 10);
         Ok(())
     }
 
@@ -63,14 +63,14 @@ impl Runs {
             tokio::select! {
                 _ = ticks.tick() => {}
                 // It says, too, whether there are others: who started while this one did not hear yet has told that in vain.
-                () = self.parts.desk.missed.notified() => {}
+                () = self.parts.notifier.missed.notified() => {}
                 // Who stops wants to know whether there are others to go on.
                 () = self.parts.given.draining.cancelled(), if !stops => stops = true,
             }
-            let lapsed = self.parts.standing.has_lapsed();
+            let lapsed = self.parts.registry.has_lapsed();
             if lapsed {
                 // If the store was away, the others could not renew either, and are not dead.
-                self.parts.standing.trust_from(Instant::now() + ttl);
+                self.parts.registry.trust_from(Instant::now() + ttl);
             }
             match self.renew(address, ttl).await {
                 Ok(()) if lapsed => {
@@ -86,18 +86,18 @@ impl Runs {
 
     /// Has all runs let go when the session lapses: from then on others may go on with them.
     async fn watch_session(&self) {
-        let standing = &self.parts.standing;
+        let registry = &self.parts.registry;
         loop {
-            sleep_until(standing.good_until()).await;
-            if !standing.has_lapsed() {
+            sleep_until(registry.good_until()).await;
+            if !registry.has_lapsed() {
                 continue;
             }
             tracing::error!(
-                runs = standing.runs().len(),
+                runs = registry.runs().len(),
                 "this replica's session could not be renewed in time; letting go of its runs"
             );
-            while standing.has_lapsed() {
-                standing.let_go();
+            while registry.has_lapsed() {
+                registry.let_go();
                 sleep(LET_GO_EVERY).await;
             }
         }
@@ -125,7 +125,7 @@ impl Runs {
     /// that takes.
     pub fn let_go(&self) {
         if self.store().keeps_content() {
-            self.parts.standing.let_go();
+            self.parts.registry.let_go();
         }
     }
 
@@ -137,7 +137,7 @@ impl Runs {
             self.look_for_requests(limit).await;
             self.give_up_lost(limit).await;
             tokio::select! {
-                () = self.parts.desk.asked.notified() => {}
+                () = self.parts.notifier.asked.notified() => {}
                 () = sleep(limit) => {}
             }
         }
@@ -155,12 +155,12 @@ impl Runs {
         for request in requests {
             match request {
                 Request::Cancel { run, discard } => {
-                    if let Some(handle) = self.parts.standing.handle(run) {
+                    if let Some(handle) = self.parts.registry.handle(run) {
                         handle.cancel.request(discard);
                     }
                 }
                 Request::Resume { run, outputs } => {
-                    if let Some(handle) = self.parts.standing.handle(run) {
+                    if let Some(handle) = self.parts.registry.handle(run) {
                         handle.answer(outputs);
                     }
                 }
@@ -170,13 +170,13 @@ impl Runs {
 
     /// Tells the tasks of runs that others have taken over, one that was to be cancelled in line among them.
     async fn give_up_lost(&self, limit: Duration) {
-        let (parts, working) = (&self.parts.given, self.parts.standing.runs());
-        if working.is_empty() {
+        let (parts, active) = (&self.parts.given, self.parts.registry.runs());
+        if active.is_empty() {
             return;
         }
         // What cannot be asked now is asked again with the next renewal.
-        if let Ok(Ok(lost)) = timeout(limit, parts.store.lost(parts.replica, &working)).await {
-            for handle in lost.into_iter().filter_map(|run| self.parts.standing.handle(run)) {
+        if let Ok(Ok(lost)) = timeout(limit, parts.store.lost(parts.replica, &active)).await {
+            for handle in lost.into_iter().filter_map(|run| self.parts.registry.handle(run)) {
                 handle.let_go();
             }
         }

@@ -7,10 +7,10 @@ use tracing::Instrument;
 
 use crate::domain::{Message, RunStatus};
 use crate::error::Chain;
-use crate::runs::execution::prepare::went_along;
+use crate::runs::execution::prepare::include_history;
 use crate::runs::execution::{finish, queue, task};
 use crate::runs::log::writer::STARTED;
-use crate::runs::registry::{Refused, Working};
+use crate::runs::registry::{ActiveRun, Refused};
 use crate::runs::service::subscription::stored_log;
 use crate::runs::{RunEvent, Runs, jittered, span_of};
 use crate::store::{News, Orphan, Store, StoreError};
@@ -45,7 +45,7 @@ impl Before {
             return Ok(Self { log: StoredLog { end: STARTED, ..StoredLog::default() }, ..Self::default() });
         }
         let run = orphan.run.id;
-        let backlog = if orphan.thread.backlog > 0 { went_along(store, run).await? } else { Vec::new() };
+        let backlog = if orphan.thread.backlog > 0 { include_history(store, run).await? } else { Vec::new() };
         Ok(Self { log: stored_log(store, run).await?, backlog })
     }
 }
@@ -54,7 +54,7 @@ impl Runs {
     /// Looks for runs that nobody works on, when it hears of some and a few times in a session's time.
     pub(in crate::runs) async fn take_over(&self, ttl: Duration) {
         let pause = (ttl / LOOKS_PER_SESSION).clamp(SHORTEST_PAUSE, LONGEST_PAUSE);
-        let mut told = self.parts.desk.subscribe(News::Orphans);
+        let mut told = self.parts.notifier.subscribe(News::Orphans);
         loop {
             tokio::select! {
                 () = told.changed() => {}
@@ -65,16 +65,16 @@ impl Runs {
     }
 
     fn may_adopt(&self) -> bool {
-        let standing = &self.parts.standing;
-        !self.parts.given.draining.is_cancelled() && !standing.has_lapsed() && standing.trusts_sessions()
+        let registry = &self.parts.registry;
+        !self.parts.given.draining.is_cancelled() && !registry.has_lapsed() && registry.trusts_sessions()
     }
 
     /// Takes over runs that nobody works on. `true` if there may be more.
     async fn adopt(&self, limit: Duration) -> bool {
         let parts = &self.parts.given;
-        let _taking = self.parts.standing.taking.lock().await;
-        let working = self.parts.standing.runs();
-        let adopted = timeout(limit, parts.store.adopt_orphans(parts.replica, &working, ADOPT_BATCH)).await;
+        let _taking = self.parts.registry.taking.lock().await;
+        let active = self.parts.registry.runs();
+        let adopted = timeout(limit, parts.store.adopt_orphans(parts.replica, &active, ADOPT_BATCH)).await;
         // What an answer that is given up had taken over, the next look finds as strays.
         let orphans =
             match adopted.unwrap_or_else(|_| Err(StoreError::Unavailable("no answer in time".into()))) {
@@ -91,16 +91,16 @@ impl Runs {
             let span = span_of(run, &orphan.thread.key, &parts.fingerprints);
             // One that cannot be read is found again as a stray.
             let Ok(Ok(before)) = timeout(limit, Before::of(&parts.store, &orphan)).await else { continue };
-            let working = self.parts.standing.goes_on(orphan.lease, before.log.end);
+            let active = self.parts.registry.goes_on(orphan.lease, before.log.end);
             span.in_scope(
                 || tracing::warn!(status = %orphan.run.status, "took over a run that nobody worked on"),
             );
-            let was_refused = self.parts.standing.was_refused(run);
+            let was_refused = self.parts.registry.was_refused(run);
             if orphan.run.status == RunStatus::Queued && orphan.content_lost && was_refused.is_none() {
-                never_start.push((working, orphan));
+                never_start.push((active, orphan));
                 continue;
             }
-            let task = go_on(self.clone(), working, orphan, before, was_refused);
+            let task = go_on(self.clone(), active, orphan, before, was_refused);
             parts.tasks.spawn(task.instrument(span));
         }
         if !never_start.is_empty() {
@@ -111,28 +111,28 @@ impl Runs {
 }
 
 /// Goes on with a run where the one before left it, or ends it.
-async fn go_on(runs: Runs, working: Working, orphan: Orphan, before: Before, was_refused: Option<Refused>) {
+async fn go_on(runs: Runs, active: ActiveRun, orphan: Orphan, before: Before, was_refused: Option<Refused>) {
     if let Some(refused) = was_refused {
         // Its sender heard that it was not taken, so it must not run.
         let withdrawn = finish::withdraw(&runs, &orphan.lease, &refused).await;
-        return queue::go_on_for_others(runs, working, orphan.lease, withdrawn).await;
+        return queue::go_on_for_others(runs, active, orphan.lease, withdrawn).await;
     }
     if orphan.run.status != RunStatus::Queued && before.log.end <= STARTED {
         // The one before had no time to record that. Its text is numbered from there, whoever tells it.
-        working.feed.push(RunEvent::Started);
+        active.log.push(RunEvent::Started);
     }
     match orphan.run.status {
-        RunStatus::Queued => queue::resume_queued(runs, working, orphan).await,
-        RunStatus::RequiresAction => task::resume_waiting(runs, working, orphan, before).await,
+        RunStatus::Queued => queue::resume_queued(runs, active, orphan).await,
+        RunStatus::RequiresAction => task::resume_waiting(runs, active, orphan, before).await,
         RunStatus::InProgress
             if !orphan.content_lost && (orphan.outputs.is_some() || !orphan.input.is_empty()) =>
         {
             if orphan.outputs.is_some() {
-                task::resume_waiting(runs, working, orphan, before).await;
+                task::resume_waiting(runs, active, orphan, before).await;
             } else {
-                task::resume_at_work(runs, working, orphan, before).await;
+                task::resume_at_work(runs, active, orphan, before).await;
             }
         }
-        _ => task::bury(runs, working, orphan, before).await,
+        _ => task::close_orphan(runs, active, orphan, before).await,
     }
 }

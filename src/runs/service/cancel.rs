@@ -8,7 +8,7 @@ use tracing::Instrument;
 
 use crate::domain::{ConversationKey, EventBatch, Message, Run, RunId, RunStatus, Step, ThreadId};
 use crate::error::Error;
-use crate::runs::execution::finish::bare_end;
+use crate::runs::execution::finish::end_without_output;
 use crate::runs::registry::others_from;
 use crate::runs::{NO_THREAD, Runs, jittered};
 use crate::store::{News, RunEnd, StoreError};
@@ -80,7 +80,7 @@ impl Runs {
     /// Asks for the end of a run; one that waits and is not this process's is ended on the spot.
     async fn ask_to_end(&self, key: &ConversationKey, run: &Run) -> Result<(), Error> {
         let store = self.store();
-        let handle = self.parts.standing.handle(run.id);
+        let handle = self.parts.registry.handle(run.id);
         if run.status == RunStatus::Queued && handle.is_none() {
             // A caller who leaves must not leave the run taken and not ended.
             let ending = self.clone().end_waiting(run.id, run.thread_id).in_current_span();
@@ -95,7 +95,7 @@ impl Runs {
         }
         match handle {
             Some(handle) => handle.cancel.request(false),
-            None => self.parts.desk.tell(News::Asked(run.id)),
+            None => self.parts.notifier.notify(News::Asked(run.id)),
         }
         Ok(())
     }
@@ -103,27 +103,27 @@ impl Runs {
     /// Takes a run that waits in the line of another process and ends it. `false` if it does not wait any more.
     async fn end_waiting(self, run: RunId, thread: ThreadId) -> Result<bool, StoreError> {
         let parts = &self.parts;
-        let _taking = parts.standing.taking.lock().await;
+        let _taking = parts.registry.taking.lock().await;
         let Some(lease) = self.store().take_queued(parts.given.replica, run).await? else { return Ok(false) };
         let status = RunStatus::Queued.on(Step::Cancel).unwrap_or(RunStatus::Cancelled);
         // Beyond all that its owner can have shown.
         let events = EventBatch { first: others_from(&lease), events: Vec::new() };
-        self.store().finish(&lease, RunEnd { events, ..bare_end(status, None) }).await?;
+        self.store().finish(&lease, RunEnd { events, ..end_without_output(status, None) }).await?;
         // Its owner has lost it, and its readers go on by the store.
         for news in [News::Asked(run), News::Run(run), News::Thread(thread)] {
-            parts.desk.tell(news);
+            parts.notifier.notify(news);
         }
         Ok(true)
     }
 
     /// Resolves when the run has ended.
     async fn has_ended(&self, key: &ConversationKey, id: RunId) {
-        if let Some(handle) = self.parts.standing.handle(id)
-            && handle.feed.ended().await.is_some()
+        if let Some(handle) = self.parts.registry.handle(id)
+            && handle.log.ended().await.is_some()
         {
             return;
         }
-        let mut news = self.parts.desk.subscribe(News::Run(id));
+        let mut news = self.parts.notifier.subscribe(News::Run(id));
         loop {
             match self.store().run(key, id).await {
                 Ok(Some((run, _))) if !run.status.is_final() => {}

@@ -15,7 +15,7 @@ use crate::domain::{
 };
 use crate::error::{Chain, Error};
 use crate::runs::execution::relay::plain;
-use crate::runs::log::writer::{Feed, Outcome, RunEvent};
+use crate::runs::log::writer::{Outcome, RunEvent, RunLog};
 use crate::runs::notifications::Subscription;
 use crate::runs::replica::takeover::StoredLog;
 use crate::runs::{NO_THREAD, Runs, jittered};
@@ -33,12 +33,12 @@ pub const DELETED: Error = Error::NotFound("the run was deleted meanwhile");
 
 /// A run that can be followed.
 #[derive(Clone)]
-pub struct Follow {
+pub struct RunSubscription {
     runs: Runs,
     thread: Thread,
     run: RunId,
     /// The log of the task that worked on it when this was made: a run may be over before anybody looks.
-    live: Option<Feed>,
+    live: Option<RunLog>,
 }
 
 /// What a caller waits for.
@@ -50,15 +50,15 @@ pub enum Answer {
     RequiresAction(Box<Waiting>),
 }
 
-impl Follow {
+impl RunSubscription {
     /// A run that a task of this process works on.
-    pub(in crate::runs) fn live(runs: &Runs, thread: &Thread, run: RunId, feed: Feed) -> Self {
-        Self { runs: runs.clone(), thread: thread.clone(), run, live: Some(feed) }
+    pub(in crate::runs) fn live(runs: &Runs, thread: &Thread, run: RunId, log: RunLog) -> Self {
+        Self { runs: runs.clone(), thread: thread.clone(), run, live: Some(log) }
     }
 
     /// Any run.
     pub(in crate::runs) fn of(runs: &Runs, thread: &Thread, run: RunId) -> Self {
-        let live = runs.parts.standing.handle(run).map(|handle| handle.feed);
+        let live = runs.parts.registry.handle(run).map(|handle| handle.log);
         Self { runs: runs.clone(), thread: thread.clone(), run, live }
     }
 
@@ -88,7 +88,7 @@ impl Follow {
         loop {
             let live = match &self.live {
                 // Without looking at each piece of text.
-                Some(feed) if reader.is_none() && from >= feed.first() => feed.clone().answer(from).await,
+                Some(log) if reader.is_none() && from >= log.first() => log.clone().answer(from).await,
                 _ => None,
             };
             let (number, event) = if let Some(event) = live {
@@ -117,7 +117,7 @@ impl Follow {
 
     async fn run_that_waits_for(&self, asked: &RequiredAction) -> Option<Run> {
         let (mut run, _) = self.insist(|| self.runs.store().run(&self.thread.key, self.run)).await?;
-        self.runs.parts.standing.give_arguments(&mut run);
+        self.runs.parts.registry.give_arguments(&mut run);
         let waits_for = run.required_action.as_ref().filter(|_| run.status == RunStatus::RequiresAction);
         waits_for.is_some_and(|action| action.has_same_calls(asked)).then_some(run)
     }
@@ -153,7 +153,7 @@ impl Follow {
     /// what it shows asks for them.
     pub(in crate::runs) async fn after(&self, outputs: &[ToolOutput]) -> Result<Option<i64>, StoreError> {
         let is_meant = |action: &RequiredAction| action.is_answered_by(outputs);
-        if let Some(asked) = self.live.as_ref().and_then(|feed| feed.asked(is_meant)) {
+        if let Some(asked) = self.live.as_ref().and_then(|log| log.asked(is_meant)) {
             return Ok(Some(asked + 1));
         }
         let batches = self.runs.store().events(self.run, 0).await?;
@@ -248,7 +248,7 @@ enum Recorded {
 
 /// A reader's place in a run, across all that work on it one after the other.
 struct Reader {
-    follow: Follow,
+    follow: RunSubscription,
     /// The number that comes next.
     next: i64,
     live: Option<BoxStream<'static, (i64, RunEvent)>>,
@@ -260,7 +260,7 @@ struct Reader {
 }
 
 impl Reader {
-    fn new(follow: Follow, from: i64) -> Self {
+    fn new(follow: RunSubscription, from: i64) -> Self {
         Self {
             follow,
             next: from,
@@ -295,26 +295,26 @@ impl Reader {
 
     /// Finds where the run goes on, or waits until it is worth looking again.
     async fn find(&mut self) {
-        let standing = &self.follow.runs.parts.standing;
-        let feed = self.follow.live.take().or_else(|| standing.handle(self.follow.run).map(|it| it.feed));
-        if let Some(feed) = feed.as_ref().filter(|feed| self.next >= feed.first()) {
-            self.live = Some(feed.follow(self.next).boxed());
+        let registry = &self.follow.runs.parts.registry;
+        let log = self.follow.live.take().or_else(|| registry.handle(self.follow.run).map(|it| it.log));
+        if let Some(log) = log.as_ref().filter(|log| self.next >= log.first()) {
+            self.live = Some(log.follow(self.next).boxed());
             return;
         }
         let news = News::Run(self.follow.run);
         // Before the look, so that nothing falls in between.
-        let subscription = self.news.get_or_insert_with(|| self.follow.runs.parts.desk.subscribe(news));
-        match (self.follow.read(self.next).await, &feed) {
+        let subscription = self.news.get_or_insert_with(|| self.follow.runs.parts.notifier.subscribe(news));
+        match (self.follow.read(self.next).await, &log) {
             // The run was taken over by this process: what it showed before is in the store.
-            (Ok(Recorded::SoFar(events)), Some(feed)) => {
-                self.read = events.into_iter().filter(|(n, _)| *n < feed.first()).collect();
-                self.live = Some(feed.follow(feed.first()).boxed());
+            (Ok(Recorded::SoFar(events)), Some(log)) => {
+                self.read = events.into_iter().filter(|(n, _)| *n < log.first()).collect();
+                self.live = Some(log.follow(log.first()).boxed());
                 return;
             }
             (Ok(Recorded::SoFar(events)), None) => {
                 if self.told_owner.is_none_or(|told| told.elapsed() >= TELL_OWNER_EVERY) {
                     self.told_owner = Some(Instant::now());
-                    self.follow.runs.parts.desk.tell(News::Followed(self.follow.run));
+                    self.follow.runs.parts.notifier.notify(News::Followed(self.follow.run));
                 }
                 if !events.is_empty() {
                     (self.read, self.pause) = (events, FIRST_POLL);
@@ -388,9 +388,9 @@ fn numbered(batches: Vec<EventBatch>) -> impl Iterator<Item = (i64, LoggedEvent)
     })
 }
 
-impl std::fmt::Debug for Follow {
+impl std::fmt::Debug for RunSubscription {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Follow")
+        f.debug_struct("RunSubscription")
             .field("run", &self.run)
             .field("live", &self.live.is_some())
             .finish_non_exhaustive()
@@ -399,11 +399,11 @@ impl std::fmt::Debug for Follow {
 
 impl Runs {
     /// A run of any of the key's threads and how to follow it.
-    pub async fn follow(&self, key: &ConversationKey, id: RunId) -> Result<(Run, Follow), Error> {
+    pub async fn follow(&self, key: &ConversationKey, id: RunId) -> Result<(Run, RunSubscription), Error> {
         let (run, _) = self.run(key, id).await?;
         let name = ThreadName::Id(&key.tenant, run.thread_id);
         let thread = self.store().report(name).await?.ok_or(NO_THREAD)?.thread;
-        let follow = Follow::of(self, &thread, id);
+        let follow = RunSubscription::of(self, &thread, id);
         Ok((run, follow))
     }
 }
@@ -424,16 +424,17 @@ mod tests {
         ReplicaId, RunStatus, Scope, TenantKey, ThreadId, ToolCall, ToolOutput, UpstreamRunId, UserKey,
     };
     use crate::runs::RunsParts;
-    use crate::runs::execution::finish::bare_end;
+    use crate::runs::execution::finish::end_without_output;
     use crate::store::{
-        Admission, Admitted, InputMessage, Pause, Paused, Reply, RunEnd, RunLease, Store, ToolAnswer, Turn,
+        Admission, Admitted, InputMessage, Pause, Paused, Reply, RunEnd, RunLease, StartedRun, Store,
+        ToolAnswer,
     };
 
     /// A process of its own on a database of its own, with a run that asked for outputs once.
     struct World {
         runs: Runs,
         store: Arc<Store>,
-        turn: Turn,
+        turn: StartedRun,
         _folder: TempDir,
     }
 
@@ -456,7 +457,7 @@ mod tests {
     }
 
     /// The number after the event by which the run asked last for call 1.
-    async fn after(follow: &Follow) -> i64 {
+    async fn after(follow: &RunSubscription) -> i64 {
         follow.after(&outputs("1")).await.unwrap().unwrap()
     }
 
@@ -535,8 +536,8 @@ mod tests {
             assert!(matches!(paused, Paused::Waiting(_)), "{paused:?}");
         }
 
-        fn follow(&self) -> Follow {
-            Follow::of(&self.runs, &self.turn.thread, self.turn.run.id)
+        fn follow(&self) -> RunSubscription {
+            RunSubscription::of(&self.runs, &self.turn.thread, self.turn.run.id)
         }
 
         /// Ends the run, with a log that goes on at `first`.
@@ -548,7 +549,7 @@ mod tests {
                 context: Context::Present,
             };
             let events = EventBatch { first, events };
-            let end = bare_end(RunStatus::Completed, None);
+            let end = end_without_output(RunStatus::Completed, None);
             self.store.finish(lease, RunEnd { reply: Some(reply), events, ..end }).await.unwrap();
         }
     }
@@ -565,7 +566,7 @@ mod tests {
         }
     }
 
-    async fn read(follow: &Follow, from: i64) -> Vec<(i64, String)> {
+    async fn read(follow: &RunSubscription, from: i64) -> Vec<(i64, String)> {
         follow.events(from).map(|(n, event)| (n, word(&event))).collect().await
     }
 
@@ -608,7 +609,7 @@ mod tests {
             follow.rest(4).await.unwrap().unwrap().map(|(n, event)| (n, word(&event))).collect().await;
         assert_eq!(rest, numbered_from(4, &["message assistant", "completed"]));
         assert!(follow.rest(6).await.unwrap().is_none(), "the end was seen already");
-        let gone = Follow::of(&world.runs, &world.turn.thread, RunId::new());
+        let gone = RunSubscription::of(&world.runs, &world.turn.thread, RunId::new());
         assert!(matches!(gone.rest(6).await, Err(Error::NotFound(_))));
         world.store.close().await;
         assert!(matches!(follow.rest(6).await, Err(Error::StoreUnavailable(_))));
@@ -653,7 +654,7 @@ mod tests {
         let (key, run, others) = (&world.turn.thread.key, world.turn.run.id, 1 << 32);
         let follow = {
             let lease = world.store.adopt_orphans(ReplicaId::new(), &[], 1).await.unwrap().remove(0).lease;
-            let working = world.runs.parts.standing.goes_on(lease, 3);
+            let active = world.runs.parts.registry.goes_on(lease, 3);
             let follow = world.follow();
             assert_eq!(after(&follow).await, 3, "as the store tells it");
             assert!(follow.answer(3).now_or_never().is_none());
@@ -661,14 +662,14 @@ mod tests {
             // It asks for the same again; that it did is told live and by the record, and is to be seen once.
             let answer = ToolAnswer { expected: action("1"), outputs: outputs("1"), idempotency: None };
             world.store.answer_tools(key, run, &answer).await.unwrap();
-            working.feed.push(RunEvent::Delta("b".into()));
+            active.log.push(RunEvent::Delta("b".into()));
             let asks = RunEvent::RequiresAction(action("1").into());
-            world.pause(&lease, working.feed.unstored(Some(asks.clone()))).await;
-            let by_record = Follow { live: None, ..follow.clone() };
+            world.pause(&lease, active.log.unstored(Some(asks.clone()))).await;
+            let by_record = RunSubscription { live: None, ..follow.clone() };
             assert_eq!(after(&by_record).await, others + 1, "as it has asked last");
-            working.feed.push(asks);
-            working.feed.all_stored();
-            working.feed.push(RunEvent::Delta("c".into()));
+            active.log.push(asks);
+            active.log.all_stored();
+            active.log.push(RunEvent::Delta("c".into()));
             assert_eq!(after(&follow).await, others + 1);
             let live = [numbered_from(3, &["b"]), numbered_from(others, &["asks 1", "c"])].concat();
             let mut events = follow.events(1);
@@ -702,11 +703,11 @@ mod tests {
             events.next().await.unwrap();
         }
         let lease = RunLease { run_id: world.turn.run.id, fence: 2 };
-        let working = world.runs.parts.standing.goes_on(lease, 3);
-        working.feed.push(RunEvent::Delta("b".into()));
+        let active = world.runs.parts.registry.goes_on(lease, 3);
+        active.log.push(RunEvent::Delta("b".into()));
         let (n, event) = tokio::time::timeout(Duration::from_secs(10), events.next()).await.unwrap().unwrap();
         assert_eq!((n, word(&event)), (3, "b".to_owned()));
-        drop(working);
+        drop(active);
         assert!(events.next().now_or_never().is_none(), "it waits for whoever goes on");
         world.runs.parts.given.stop.cancel();
         assert!(events.next().await.is_none(), "the process stops");
@@ -716,8 +717,8 @@ mod tests {
     async fn a_record_that_cannot_be_read_is_not_passed_over() {
         let world = World::new().await;
         let lease = RunLease { run_id: world.turn.run.id, fence: 2 };
-        let working = world.runs.parts.standing.goes_on(lease, 3);
-        working.feed.push(RunEvent::Delta("b".into()));
+        let active = world.runs.parts.registry.goes_on(lease, 3);
+        active.log.push(RunEvent::Delta("b".into()));
         let follow = world.follow();
         world.store.close().await;
         let mut whole = follow.events(0);

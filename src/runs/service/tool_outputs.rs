@@ -7,7 +7,7 @@ use tracing::Instrument;
 
 use crate::domain::{ConversationKey, MessageId, RequiredAction, Run, RunId, RunStatus, Thread, ToolOutput};
 use crate::error::{Chain, Error, TooOften};
-use crate::runs::Follow;
+use crate::runs::RunSubscription;
 use crate::runs::{Runs, Submitted, jittered};
 use crate::store::{Answered, Idempotency, News, StoreError, ThreadName, ToolAnswer};
 
@@ -68,7 +68,7 @@ impl Runs {
         if let Some(wrong) = wrong(&new.outputs, &expected) {
             return Err(Error::Invalid(wrong));
         }
-        if !self.store().keeps_content() && self.parts.standing.handle(id).is_none() {
+        if !self.store().keeps_content() && self.parts.registry.handle(id).is_none() {
             return Err(Error::OtherReplica);
         }
         let thread = self.thread(ThreadName::Id(&key.tenant, run.thread_id)).await?.thread;
@@ -101,7 +101,7 @@ impl Runs {
         &self,
         key: &ConversationKey,
         run: &Run,
-        follow: &Follow,
+        follow: &RunSubscription,
         new: NewOutputs,
     ) -> Result<(Submitted, i64), Error> {
         if let Some(earlier) = self.repeated(key, new.idempotency.as_ref()).await? {
@@ -167,9 +167,9 @@ async fn hand_over(
 /// Hands outputs that were taken to the run's task. Another replica's run is resumed by that replica, which looks for such
 /// requests.
 fn pass_on(runs: &Runs, id: RunId, outputs: Vec<ToolOutput>) {
-    match runs.parts.standing.handle(id) {
+    match runs.parts.registry.handle(id) {
         Some(handle) => handle.answer(outputs),
-        None => runs.parts.desk.tell(News::Asked(id)),
+        None => runs.parts.notifier.notify(News::Asked(id)),
     }
 }
 

@@ -262,7 +262,7 @@ async fn nothing_deadlocks_and_nothing_is_lost() {
     let key = session("alice", "s1");
     let (begun, removed) = (AtomicUsize::new(0), AtomicUsize::new(0));
 
-    let work = |turn: Turn, store: Arc<Store>, n: usize| {
+    let work = |turn: StartedRun, store: Arc<Store>, n: usize| {
         let (key, begun, removed) = (&key, &begun, &removed);
         async move {
             begun.fetch_add(turn.input.len(), Ordering::SeqCst);
@@ -552,7 +552,7 @@ async fn two_replicas_never_get_two_active_runs() {
     let key = session("alice", "s1");
     let (active, order) = (AtomicUsize::new(0), std::sync::Mutex::new(vec![]));
 
-    let work = |turn: Turn, store: Arc<Store>| {
+    let work = |turn: StartedRun, store: Arc<Store>| {
         let (active, order) = (&active, &order);
         async move {
             assert_eq!(active.fetch_add(1, Ordering::SeqCst), 0, "two runs at a time");

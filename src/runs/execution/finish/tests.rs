@@ -9,20 +9,25 @@ use crate::domain::{Baseline, RunId, UpstreamRunId, Usage};
 /// An end as it may come to be composed.
 #[derive(Clone, Debug)]
 struct Case {
-    verdict: Verdict,
-    traces: Traces,
+    verdict: LocalOutcome,
+    traces: UpstreamState,
     progress: Progress,
 }
 
 impl Case {
     fn end(&self) -> RunEnd {
-        compose(&self.verdict, &self.traces, &self.progress, EventBatch { first: 3, events: Vec::new() })
+        decide_outcome(
+            &self.verdict,
+            &self.traces,
+            &self.progress,
+            EventBatch { first: 3, events: Vec::new() },
+        )
     }
 
     /// What was found, where it was looked at.
     fn seen(&self) -> Option<&Settled> {
         match &self.traces {
-            Traces::Seen { settled, .. } => Some(settled),
+            UpstreamState::Seen { settled, .. } => Some(settled),
             _ => None,
         }
     }
@@ -63,7 +68,7 @@ fn ends() -> Vec<RunStatus> {
 }
 
 /// What only a run that the upstream ended by itself can have moved or named is there for such a one alone.
-fn a_verdict() -> impl Strategy<Value = Verdict> {
+fn a_verdict() -> impl Strategy<Value = LocalOutcome> {
     let error = option::of(select(RunErrorCode::ALL));
     (select(ends()), error, any::<(bool, bool)>(), a_thread("seen"), a_message("msg_seen")).prop_map(
         |(status, code, (cut_off, discard), thread, upstream_message_id)| {
@@ -71,7 +76,7 @@ fn a_verdict() -> impl Strategy<Value = Verdict> {
             let error = code.map(|code| RunError { code, message: "why".to_owned() });
             let (thread, upstream_message_id) =
                 if cut_off { (None, None) } else { (thread, upstream_message_id) };
-            Verdict { status, error, cut_off, thread, upstream_message_id, discard }
+            LocalOutcome { status, error, cut_off, thread, upstream_message_id, discard }
         },
     )
 }
@@ -111,12 +116,12 @@ fn a_leftover() -> Leftover {
 }
 
 fn a_progress() -> impl Strategy<Value = Progress> {
-    let reach = select(vec![Reach::Here, Reach::Sent, Reach::Accepted]);
+    let reach = select(vec![Delivery::NotSent, Delivery::Sent, Delivery::Accepted]);
     let run = option::of(Just(UpstreamRunId("run".to_owned())));
     (reach, run, vec(Just(text("seen")), 0..4), any::<Index>(), a_usage(), any::<bool>()).prop_map(
         |(reach, upstream_run, content, before, usage, synced)| {
             let mut progress = Progress::default();
-            (progress.reach, progress.upstream_run) = (reach, upstream_run);
+            (progress.delivery, progress.upstream_run) = (reach, upstream_run);
             progress.rounds_before = before.index(content.len() + 1);
             (progress.content, progress.usage, progress.synced) = (content, usage, synced);
             progress
@@ -127,10 +132,10 @@ fn a_progress() -> impl Strategy<Value = Progress> {
 fn a_case() -> impl Strategy<Value = Case> {
     (a_verdict(), a_progress(), a_settled(), 0..4).prop_map(|(verdict, progress, settled, which)| {
         let traces = match which {
-            _ if verdict.is_clean() && which < 2 => Traces::Clean,
-            0 => Traces::None,
-            1 => Traces::Unknown(Leftover { remove: verdict.discard, ..a_leftover() }),
-            _ => Traces::Seen { settled, removed: verdict.discard },
+            _ if verdict.is_clean() && which < 2 => UpstreamState::Clean,
+            0 => UpstreamState::None,
+            1 => UpstreamState::Unknown(Leftover { remove: verdict.discard, ..a_leftover() }),
+            _ => UpstreamState::Seen { settled, removed: verdict.discard },
         };
         Case { verdict, traces, progress }
     })
@@ -142,7 +147,7 @@ proptest! {
 
     #[test]
     fn what_was_not_taken_leaves_nothing_upstream(case in a_case()) {
-        let end = Case { traces: Traces::None, ..case }.end();
+        let end = Case { traces: UpstreamState::None, ..case }.end();
         prop_assert_eq!((end.said, end.synced), (Context::Withheld, false));
         prop_assert_eq!((end.leftover, end.upstream_thread_id), (None, None));
         if let Some(reply) = end.reply {
@@ -153,7 +158,7 @@ proptest! {
     #[test]
     fn what_is_not_known_is_left_to_be_looked_at(case in a_case()) {
         let left = a_leftover();
-        let end = Case { traces: Traces::Unknown(left.clone()), ..case }.end();
+        let end = Case { traces: UpstreamState::Unknown(left.clone()), ..case }.end();
         prop_assert_eq!((end.said, end.synced), (Context::Unknown, false));
         prop_assert_eq!((end.leftover, end.upstream_thread_id), (Some(left), None));
         if let Some(reply) = end.reply {
@@ -164,7 +169,7 @@ proptest! {
     #[test]
     fn only_what_is_not_known_is_left_to_be_looked_at(case in a_case()) {
         let end = case.end();
-        let is_unknown = matches!(case.traces, Traces::Unknown(_));
+        let is_unknown = matches!(case.traces, UpstreamState::Unknown(_));
         prop_assert_eq!(end.leftover.is_some(), is_unknown);
         prop_assert_eq!(end.said == Context::Unknown, is_unknown);
         prop_assert!(end.reply.is_none_or(|reply| (reply.context == Context::Unknown) == is_unknown));
@@ -195,7 +200,7 @@ proptest! {
     #[test]
     fn a_chain_that_moved_stays_where_it_is(case in a_case()) {
         let end = case.end();
-        let holds = matches!(case.traces, Traces::Clean) || case.seen().is_some_and(|settled| settled.said);
+        let holds = matches!(case.traces, UpstreamState::Clean) || case.seen().is_some_and(|settled| settled.said);
         if holds && !case.verdict.discard && case.verdict.thread.is_some() {
             prop_assert!(end.upstream_thread_id.is_some());
         }
@@ -225,7 +230,7 @@ proptest! {
         if let Some(reply) = end.reply {
             prop_assert_eq!(reply.content, content);
             let id = match (&case.traces, found) {
-                (Traces::Clean, _) => case.verdict.upstream_message_id,
+                (UpstreamState::Clean, _) => case.verdict.upstream_message_id,
                 (_, Some(settled)) => settled.upstream_message_id.clone(),
                 _ => None,
             };
@@ -237,7 +242,7 @@ proptest! {
     fn a_reply_stands_where_the_thread_has_it(case in a_case()) {
         let end = case.end();
         let Some(reply) = &end.reply else { return Ok(()) };
-        let held = matches!(case.traces, Traces::Clean)
+        let held = matches!(case.traces, UpstreamState::Clean)
             || case.seen().is_some_and(|settled| settled.said && !settled.content.is_empty());
         prop_assert_eq!(reply.context == Context::Present, held);
         prop_assert!(reply.context != Context::Present || end.said == Context::Present);
@@ -254,7 +259,7 @@ proptest! {
         let expected = match settled.said {
             true => Context::Present,
             // The upstream said so, or has never accepted it.
-            false if reported || case.progress.reach < Reach::Accepted => Context::Withheld,
+            false if reported || case.progress.delivery < Delivery::Accepted => Context::Withheld,
             false => Context::Missing,
         };
         prop_assert_eq!(end.said, expected);

@@ -4,9 +4,9 @@ use std::collections::HashMap;
 use std::hash::Hash;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-/// Seats, of which there are only so many: in all, and for each key.
+/// KeyedSemaphore, of which there are only so many: in all, and for each key.
 #[derive(Debug)]
-pub struct Seats<K> {
+pub struct KeyedSemaphore<K> {
     all: usize,
     each: usize,
     taken: Arc<Mutex<Taken<K>>>,
@@ -18,53 +18,53 @@ struct Taken<K> {
     by_key: HashMap<K, usize>,
 }
 
-/// Why there is no seat.
+/// Why there is no permit.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub enum NoSeat {
+pub enum NoPermit {
     /// None at all.
     Full,
     /// None for this key, which has that many.
     KeyFull(usize),
 }
 
-/// A seat, until it is dropped.
+/// A permit, until it is dropped.
 #[derive(Debug)]
-pub struct Seat<K: Eq + Hash> {
+pub struct Permit<K: Eq + Hash> {
     key: K,
     /// So many at once.
     count: usize,
     taken: Arc<Mutex<Taken<K>>>,
 }
 
-impl<K: Clone + Eq + Hash> Seats<K> {
+impl<K: Clone + Eq + Hash> KeyedSemaphore<K> {
     /// `usize::MAX` is no limit.
     pub fn new(all: usize, each: usize) -> Self {
         Self { all, each, taken: Arc::new(Mutex::new(Taken { all: 0, by_key: HashMap::new() })) }
     }
 
-    /// A seat for the key, at once or not at all.
-    pub fn take(&self, key: &K) -> Result<Seat<K>, NoSeat> {
+    /// A permit for the key, at once or not at all.
+    pub fn take(&self, key: &K) -> Result<Permit<K>, NoPermit> {
         self.take_many(key, 1)
     }
 
-    /// So many seats for the key as one, at once or not at all.
-    pub fn take_many(&self, key: &K, count: usize) -> Result<Seat<K>, NoSeat> {
+    /// So many semaphore for the key as one, at once or not at all.
+    pub fn take_many(&self, key: &K, count: usize) -> Result<Permit<K>, NoPermit> {
         let mut taken = lock(&self.taken);
         let own = taken.by_key.get(key).copied().unwrap_or_default().saturating_add(count);
         if own > self.each {
-            return Err(NoSeat::KeyFull(self.each));
+            return Err(NoPermit::KeyFull(self.each));
         }
         let all = taken.all.saturating_add(count);
         if all > self.all {
-            return Err(NoSeat::Full);
+            return Err(NoPermit::Full);
         }
         taken.all = all;
         taken.by_key.insert(key.clone(), own);
-        Ok(Seat { key: key.clone(), count, taken: Arc::clone(&self.taken) })
+        Ok(Permit { key: key.clone(), count, taken: Arc::clone(&self.taken) })
     }
 }
 
-impl<K: Eq + Hash> Drop for Seat<K> {
+impl<K: Eq + Hash> Drop for Permit<K> {
     fn drop(&mut self) {
         let mut taken = lock(&self.taken);
         taken.all -= self.count;
@@ -88,15 +88,15 @@ mod tests {
 
     #[test]
     fn seats_are_free_again_once_they_are_left() {
-        let seats = Seats::new(3, 2);
-        let (one, _two) = (seats.take(&"a").unwrap(), seats.take(&"a").unwrap());
-        assert_eq!(seats.take(&"a").unwrap_err(), NoSeat::KeyFull(2));
-        let third = seats.take(&"b").unwrap();
-        assert_eq!(seats.take(&"b").unwrap_err(), NoSeat::Full);
+        let semaphore = KeyedSemaphore::new(3, 2);
+        let (one, _two) = (semaphore.take(&"a").unwrap(), semaphore.take(&"a").unwrap());
+        assert_eq!(semaphore.take(&"a").unwrap_err(), NoPermit::KeyFull(2));
+        let third = semaphore.take(&"b").unwrap();
+        assert_eq!(semaphore.take(&"b").unwrap_err(), NoPermit::Full);
         drop(one);
-        let _again = seats.take(&"a").unwrap();
+        let _again = semaphore.take(&"a").unwrap();
         drop(third);
-        assert!(seats.take(&"b").is_ok());
-        assert_eq!(lock(&seats.taken).by_key.len(), 1, "nothing is kept of who has none");
+        assert!(semaphore.take(&"b").is_ok());
+        assert_eq!(lock(&semaphore.taken).by_key.len(), 1, "nothing is kept of who has none");
     }
 }
