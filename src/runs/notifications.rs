@@ -1,23 +1,16 @@
 //! What the parts of this process, and the replicas, tell each other of runs and threads: hints, so that nobody has to ask
-//! the database time and again. Each may get lost, so whoever waits for one looks now and then all the same.
+//! the database time and again. A hint may get lost, so a task that waits for one also looks by itself now and then.
 
 use std::collections::HashSet;
 use std::collections::hash_map::{Entry, HashMap};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use futures_util::StreamExt;
 use tokio::sync::{Notify, watch};
-use tokio::time::{Instant, sleep, timeout};
+use tokio::time::Instant;
 
-use crate::error::Chain;
-use crate::runs::{Runs, jittered};
-use crate::store::{News, RunLease, Store, StoreError};
+use crate::store::{News, RunLease};
 
-/// Longest time for one delivery.
-const DELIVERY_TIMEOUT: Duration = Duration::from_secs(2);
-/// The pause after one that failed.
-const AFTER_FAILURE: Duration = Duration::from_millis(500);
 /// How long a replica that has just found itself alone may still hear what itself told before.
 const ECHOES: Duration = Duration::from_secs(3);
 
@@ -32,7 +25,7 @@ struct Reader {
     subscriptions: usize,
 }
 
-/// Where news come in and go out.
+/// Passes notifications on: within this process at once, to other replicas by its outbox.
 #[derive(Debug, Default)]
 pub(in crate::runs) struct Notifier {
     readers: Readers,
@@ -48,11 +41,12 @@ pub(in crate::runs) struct Notifier {
     alone_since: Mutex<Option<Instant>>,
 }
 
+/// What is to be delivered to the store and to other replicas.
 #[derive(Debug, Default)]
-struct Outbox {
-    news: HashSet<News>,
+pub(in crate::runs) struct Outbox {
+    pub(in crate::runs) news: HashSet<News>,
     /// Runs that this process gives up.
-    released: Vec<RunLease>,
+    pub(in crate::runs) released: Vec<RunLease>,
 }
 
 impl Notifier {
@@ -80,7 +74,8 @@ impl Notifier {
         self.posted.notify_one();
     }
 
-    fn hear(&self, news: News) {
+    /// Tells this process alone.
+    pub(in crate::runs) fn hear(&self, news: News) {
         let readers = lock(&self.readers);
         if news == News::Missed {
             for reader in readers.values() {
@@ -91,6 +86,16 @@ impl Notifier {
         } else if let Some(reader) = readers.get(&news) {
             reader.sender.send_replace(());
         }
+    }
+
+    /// Resolves once there is something to deliver.
+    pub(in crate::runs) async fn posted(&self) {
+        self.posted.notified().await;
+    }
+
+    /// Other replicas are alive, as far as is known.
+    pub(in crate::runs) fn knows_peers(&self) -> bool {
+        *self.has_peers.borrow()
     }
 
     /// Resolves once other replicas are known to be alive.
@@ -114,7 +119,7 @@ impl Notifier {
 
     /// Another replica tells something. One that believes to be alone tells nothing, so what it hears is no echo of its own,
     /// but for a moment.
-    fn meet_peers(&self) {
+    pub(in crate::runs) fn meet_peers(&self) {
         if lock(&self.alone_since).is_some_and(|since| since.elapsed() < ECHOES) {
             return;
         }
@@ -122,18 +127,19 @@ impl Notifier {
     }
 
     /// Takes out what is to be delivered.
-    fn take(&self) -> Taken<'_> {
-        Taken { notifier: self, outbox: std::mem::take(&mut *lock(&self.outbox)) }
+    pub(in crate::runs) fn take(&self) -> Delivery<'_> {
+        Delivery { notifier: self, outbox: std::mem::take(&mut *lock(&self.outbox)) }
     }
 }
 
 /// What is being delivered. What is left in it when it is dropped goes back.
-struct Taken<'a> {
+#[derive(Debug)]
+pub(in crate::runs) struct Delivery<'a> {
     notifier: &'a Notifier,
-    outbox: Outbox,
+    pub(in crate::runs) outbox: Outbox,
 }
 
-impl Drop for Taken<'_> {
+impl Drop for Delivery<'_> {
     fn drop(&mut self) {
         let mut outbox = lock(&self.notifier.outbox);
         outbox.news.extend(self.outbox.news.drain());
@@ -167,67 +173,6 @@ impl Drop for Subscription {
             }
         }
     }
-}
-
-impl Runs {
-    /// Hears what other replicas tell, until the store is closed.
-    pub(in crate::runs) async fn listen(&self) {
-        let mut news = self.store().news();
-        while let Some(news) = news.next().await {
-            if news != News::Missed {
-                self.parts.notifier.meet_peers();
-            }
-            match news {
-                News::Asked(run) if self.parts.registry.handle(run).is_some() => {
-                    self.parts.notifier.asked.notify_one();
-                }
-                News::Asked(_) => {}
-                News::Followed(run) => {
-                    if let Some(handle) = self.parts.registry.handle(run) {
-                        handle.log.followed();
-                    }
-                }
-                news => self.parts.notifier.hear(news),
-            }
-        }
-    }
-
-    /// Tells the other replicas what is to be told and gives up what is to be given up; what comes meanwhile goes
-    /// along with the next delivery. Never ends; may be dropped.
-    pub async fn deliver(&self) {
-        let notifier = &self.parts.notifier;
-        loop {
-            notifier.posted.notified().await;
-            while self.deliver_once().await.is_err() {
-                sleep(jittered(AFTER_FAILURE)).await;
-            }
-        }
-    }
-
-    /// Delivers what there is. While no other replica is known to be alive nobody is told: one that has just begun says so, and
-    /// looks for itself until that is heard.
-    pub(in crate::runs) async fn deliver_once(&self) -> Result<(), ()> {
-        let has_peers = *self.parts.notifier.has_peers.borrow();
-        let mut taken = self.parts.notifier.take();
-        let sent = timeout(DELIVERY_TIMEOUT, send(self.store(), &mut taken.outbox, has_peers)).await;
-        sent.unwrap_or_else(|_| Err(StoreError::Unavailable("no answer in time".into()))).map_err(|error| {
-            tracing::warn!(error = %Chain(&error), "cannot tell the other replicas the news yet");
-        })
-    }
-}
-
-/// Empties it as far as it comes.
-async fn send(store: &Store, outbox: &mut Outbox, has_peers: bool) -> Result<(), StoreError> {
-    if !outbox.released.is_empty() {
-        store.release(&outbox.released).await?;
-        outbox.released.clear();
-        outbox.news.insert(News::Orphans);
-    }
-    if has_peers && !outbox.news.is_empty() {
-        store.tell(&outbox.news.iter().copied().collect::<Vec<_>>()).await?;
-    }
-    outbox.news.clear();
-    Ok(())
 }
 
 /// Nothing in here panics half-way through a change.

@@ -1,4 +1,4 @@
-//! What this process knows of its own standing: the runs that it works on, and how long its session is good.
+//! The runs that this process works on, how to reach their tasks, and how long this process's session is good.
 
 pub(in crate::runs) mod unstored;
 
@@ -11,18 +11,16 @@ use tokio::sync::watch;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
-use crate::domain::{MessageId, RunId, ToolOutput};
+use crate::domain::{MessageId, Run, RunId, ToolOutput};
+use crate::runs::log::offset::others_from;
 use crate::runs::log::writer::{RunLog, RunLogWriter};
-use crate::runs::registry::unstored::Unstored;
-use crate::store::{Admission, RunLease};
+use crate::store::{Admission, RunLease, StartedRun, redacted_action};
+use unstored::Unstored;
 
-/// What other events than text are numbered from in a run that changes hands, as a power of two for each change: beyond
-/// all that the one before can have shown.
-const EVENTS_PER_FENCE: u32 = 32;
 /// How long it is remembered that an admission was refused. The server gives up its statement long before.
 const REFUSED_FOR: Duration = Duration::from_mins(10);
 
-/// What this process knows of its own standing.
+/// The runs that this process works on, and its session.
 #[derive(Debug)]
 pub(in crate::runs) struct RunRegistry {
     /// Runs that a task of this process works on, from before they are recorded until their end is.
@@ -243,11 +241,36 @@ impl RunRegistry {
     pub(in crate::runs) fn trusts_sessions(&self) -> bool {
         Instant::now() >= lock(&self.session).trusts_from
     }
-}
 
-/// From which number on a run tells what is not text, under this lease.
-pub(in crate::runs) fn others_from(lease: &RunLease) -> i64 {
-    (lease.fence - 1) << EVENTS_PER_FENCE
+    /// What the store does not keep of a run that a task of this process works on.
+    pub(in crate::runs) fn unstored(&self, run: RunId) -> Option<Unstored> {
+        self.handle(run).map(|handle| handle.unstored)
+    }
+
+    /// Gives a run that starts what it is to say. What is not known here stays empty.
+    pub(in crate::runs) fn give_input(&self, started: &mut StartedRun) {
+        // A message that has only just joined is held under the run that it would have had by itself. It is added here before
+        // it is removed there: so a task that looks here last does not miss it.
+        let others = self.handles().into_iter().map(|handle| handle.unstored);
+        let all: Vec<Unstored> = others.chain(self.unstored(started.run.id)).collect();
+        for message in started.input.iter_mut().filter(|message| message.content.is_empty()) {
+            let known = all.iter().find_map(|unstored| {
+                let content = unstored.lock();
+                content.input.iter().find(|it| it.id == message.id).map(|it| it.content.clone())
+            });
+            message.content = known.unwrap_or_default();
+        }
+    }
+
+    /// Gives a run the arguments of the calls that it waits for, if they are known here.
+    pub(in crate::runs) fn give_arguments(&self, run: &mut Run) {
+        let Some(action) = &mut run.required_action else { return };
+        let Some(unstored) = self.unstored(run.id) else { return };
+        let content = unstored.lock();
+        if let Some(asked) = content.asked.as_ref().filter(|asked| redacted_action(asked) == *action) {
+            action.clone_from(asked);
+        }
+    }
 }
 
 impl Drop for ActiveRun {
@@ -263,4 +286,36 @@ impl Drop for ActiveRun {
 /// Nothing in here panics half-way through a change.
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::domain::ContentPart;
+    use crate::store::InputMessage;
+
+    fn message(text: &str) -> InputMessage {
+        InputMessage { id: MessageId::new(), content: vec![ContentPart::Text { text: text.to_owned() }] }
+    }
+
+    #[test]
+    fn content_goes_with_the_task_of_its_run() {
+        let registry = RunRegistry::new();
+        let run = RunId::new();
+        let active = registry.begins(run, CancellationToken::new());
+        registry.unstored(run).unwrap().add(&message("one"));
+        let active = registry.goes_on_for_others(active);
+        assert_eq!(registry.unstored(run).unwrap().lock().input.len(), 1, "others have joined it");
+        drop(active);
+        assert!(registry.unstored(run).is_none());
+    }
+
+    #[test]
+    fn what_is_held_is_not_printed() {
+        let registry = RunRegistry::new();
+        let run = RunId::new();
+        let _working = registry.begins(run, CancellationToken::new());
+        registry.unstored(run).unwrap().add(&message("planted"));
+        assert!(!format!("{registry:?}").contains("planted"));
+    }
 }

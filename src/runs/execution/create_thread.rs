@@ -1,5 +1,5 @@
-//! The making of an upstream thread, which goes on to its record even if its turn is cut off meanwhile: an id that nobody
-//! writes down is lost at most servers.
+//! Makes an upstream thread. The task that does so goes on to its record even if the run is cut off meanwhile: an id that
+//! nobody writes down is lost at most servers.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -8,11 +8,11 @@ use tokio::time::{sleep, timeout};
 use tokio_util::task::TaskTracker;
 use tracing::Instrument;
 
+use super::failure::Failure;
+use super::store_retry::back_off;
 use crate::domain::{Message, RemnantId, UpstreamThreadId};
 use crate::error::Chain;
-use crate::runs::execution::failure::Failure;
-use crate::runs::execution::round::wait_out;
-use crate::runs::jittered;
+use crate::runs::backoff::jittered;
 use crate::store::{Binding, Bound, Made, RunLease, Store, UNHEARD_OF};
 use crate::upstream::{Items, Ownership, Pace, Upstream, UpstreamError};
 
@@ -25,7 +25,7 @@ const FIRST_DELETE_PAUSE: Duration = Duration::from_secs(1);
 const RESOLVE_TRIES: u32 = 4;
 
 /// An upstream thread that is to be made.
-pub(in crate::runs) struct Making {
+pub(in crate::runs) struct ThreadCreation {
     pub(in crate::runs) store: Arc<Store>,
     pub(in crate::runs) upstream: Arc<dyn Upstream>,
     pub(in crate::runs) lease: RunLease,
@@ -36,11 +36,11 @@ pub(in crate::runs) struct Making {
     pub(in crate::runs) seed: Option<(Arc<Vec<Message>>, u32)>,
 }
 
-impl Making {
+impl ThreadCreation {
     /// Makes it and records it. Dropping this future does not stop that.
     ///
     /// That it is about to be made is recorded first: one of which nobody hears again is looked for.
-    pub(in crate::runs) async fn execute(self, tasks: &TaskTracker) -> Result<UpstreamThreadId, Failure> {
+    pub(in crate::runs) async fn run(self, tasks: &TaskTracker) -> Result<UpstreamThreadId, Failure> {
         let made = tasks.spawn(async move { self.make().await }.in_current_span()).await;
         made.unwrap_or(Err(Failure::Panic))
     }
@@ -60,7 +60,7 @@ impl Making {
         let made = match made {
             Ok(made) => made,
             Err(error) => {
-                // An intent that is not known to have come to nothing is for the janitor.
+                // The janitor looks after an intent that is not known to have come to nothing.
                 let came_to = if error.is_ambiguous() { Made::Unknown } else { Made::Nothing };
                 self.resolve(intent, came_to).await;
                 return Err(Failure::Upstream(error));
@@ -76,7 +76,7 @@ impl Making {
                     return Err(Failure::LeaseLost);
                 }
                 Err(error) => {
-                    if let Err(failure) = wait_out(error).await {
+                    if let Err(failure) = back_off(error).await {
                         self.resolve(intent, Made::Unused(&made)).await;
                         return Err(failure);
                     }
@@ -96,7 +96,7 @@ impl Making {
                     self.resolve(intent, Made::Nothing).await;
                     return Err(Failure::LeaseLost);
                 }
-                Err(error) => wait_out(error).await?,
+                Err(error) => back_off(error).await?,
             }
         }
     }
@@ -127,7 +127,7 @@ impl Making {
 pub(in crate::runs) async fn resolve(store: &Store, intent: RemnantId, made: Made<'_>) {
     for _ in 0..RESOLVE_TRIES {
         let Err(error) = store.resolve(intent, made).await else { return };
-        if wait_out(error).await.is_err() {
+        if back_off(error).await.is_err() {
             break;
         }
     }

@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use crate::domain::{RunError, RunErrorCode, RunStatus, UpstreamRunId};
+use crate::runs::registry::RunRegistry;
 use crate::upstream::UpstreamError;
 
 const BREAKER_OPEN: &str = "most requests to the upstream fail, so none is sent to it for a while";
@@ -81,8 +82,17 @@ impl Failure {
         }
     }
 
-    /// How the run ends by it. `busy`: it was waiting for the upstream thread to be free.
-    pub(in crate::runs) fn end(self, busy: bool) -> (RunStatus, Option<RunError>) {
+    /// How a run ends by it that was waiting for the upstream thread to be free.
+    pub(in crate::runs) fn end_while_thread_busy(self) -> (RunStatus, Option<RunError>) {
+        if !matches!(self, Self::Deadline) {
+            return self.end();
+        }
+        let message = "the upstream thread was held by another run until the deadline".to_owned();
+        (RunStatus::Failed, Some(RunError { code: RunErrorCode::UpstreamBusy, message }))
+    }
+
+    /// How a run ends by it.
+    pub(in crate::runs) fn end(self) -> (RunStatus, Option<RunError>) {
         let failed = |code, message: String| (RunStatus::Failed, Some(RunError { code, message }));
         match self {
             Self::Upstream(error) => {
@@ -100,10 +110,6 @@ impl Failure {
                 let by = blocking_run.map_or_else(String::new, |id| format!(" `{id}`"));
                 let message =
                     format!("the upstream thread is held by another run{by} that is not the gateway's");
-                failed(RunErrorCode::UpstreamBusy, message)
-            }
-            Self::Deadline if busy => {
-                let message = "the upstream thread was held by another run until the deadline".to_owned();
                 failed(RunErrorCode::UpstreamBusy, message)
             }
             Self::Deadline => {
@@ -145,4 +151,9 @@ pub(in crate::runs) fn stopped() -> RunError {
         code: RunErrorCode::GatewayStopped,
         message: "the gateway was stopped before the run ended".to_owned(),
     }
+}
+
+/// This process still has its threads to itself. A process that was stopped for a while may not know yet that it has not.
+pub(in crate::runs) fn may_send(registry: &RunRegistry) -> Result<(), Failure> {
+    if registry.has_lapsed() { Err(Failure::LeaseLost) } else { Ok(()) }
 }

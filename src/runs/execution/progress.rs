@@ -1,15 +1,14 @@
-//! What is known of a turn while it goes on.
+//! What is known of a run while it goes on.
 
+use super::history::count_users;
 use crate::domain::{
-    ContentPart, Message, RemnantId, Role, Thread, ToolCall, ToolOutput, UpstreamRunId, UpstreamThreadId,
-    Usage,
+    ContentPart, Message, RemnantId, Thread, ToolCall, ToolOutput, UpstreamRunId, UpstreamThreadId, Usage,
 };
-use crate::runs::execution::relay::plain;
-use crate::runs::replica::takeover::Before;
+use crate::runs::log::stored::StoredLog;
 use crate::store::StartedRun;
 use crate::upstream::Ended;
 
-/// How far a turn has come.
+/// How far a run has come on its way to the upstream.
 #[derive(Clone, Copy, Debug, Default, Eq, Ord, PartialEq, PartialOrd)]
 pub(in crate::runs) enum Delivery {
     /// Nothing of it is at the upstream.
@@ -21,7 +20,15 @@ pub(in crate::runs) enum Delivery {
     Accepted,
 }
 
-/// What is known of a turn while it goes on; it survives when the turn is cut off.
+/// What is stored of a run that another process worked on, besides the run itself.
+#[derive(Clone, Debug, Default)]
+pub(in crate::runs) struct StoredProgress {
+    pub(in crate::runs) log: StoredLog,
+    /// What its thread lacked before. If the run was sent, this was sent with it.
+    pub(in crate::runs) backlog: Vec<Message>,
+}
+
+/// What is known of a run while it goes on. It survives when the run is cut off.
 #[derive(Clone, Debug, Default)]
 #[expect(clippy::struct_excessive_bools, reason = "each is a fact of its own")]
 pub(in crate::runs) struct Progress {
@@ -31,7 +38,7 @@ pub(in crate::runs) struct Progress {
     pub(in crate::runs) delivery: Delivery,
     /// Under this id it is recorded that an upstream thread is about to be made, and nobody makes it yet.
     pub(in crate::runs) intent: Option<RemnantId>,
-    /// Requests that may be there under ids that were not heard.
+    /// Requests that may be at the upstream under ids that it has not told.
     pub(in crate::runs) unacknowledged_requests: u32,
     /// Function calls that are not known to be answered.
     pub(in crate::runs) open_calls: Vec<ToolCall>,
@@ -42,7 +49,7 @@ pub(in crate::runs) struct Progress {
     /// What this one has said so far.
     pub(in crate::runs) text: String,
     pub(in crate::runs) usage: Option<Usage>,
-    /// Earlier messages went along that the thread lacked.
+    /// Earlier messages that the thread lacked were sent with it.
     pub(in crate::runs) synced: bool,
     /// How many of these were the user's.
     pub(in crate::runs) history_users: u32,
@@ -57,19 +64,24 @@ pub(in crate::runs) struct Progress {
 }
 
 impl Progress {
-    pub(in crate::runs) fn new(turn: &StartedRun) -> Self {
+    pub(in crate::runs) fn new(started: &StartedRun) -> Self {
         Self {
-            thread: turn.thread.upstream_thread_id.clone(),
-            upstream_run: turn.run.upstream_run_id.clone(),
-            intent: turn.intent,
-            inputs: u32::try_from(turn.input.len()).unwrap_or(u32::MAX),
+            thread: started.thread.upstream_thread_id.clone(),
+            upstream_run: started.run.upstream_run_id.clone(),
+            intent: started.intent,
+            inputs: u32::try_from(started.input.len()).unwrap_or(u32::MAX),
             ..Self::default()
         }
     }
 
     /// The run was at work in another process, and what is known of that is what it recorded. `content`: what its earlier
     /// rounds had said.
-    pub(in crate::runs) fn taken_over(&mut self, thread: &Thread, content: Vec<ContentPart>, before: Before) {
+    pub(in crate::runs) fn taken_over(
+        &mut self,
+        thread: &Thread,
+        content: Vec<ContentPart>,
+        stored: StoredProgress,
+    ) {
         self.delivery = match &self.upstream_run {
             Some(_) => Delivery::Accepted,
             // That is settled before anything is sent.
@@ -78,16 +90,15 @@ impl Progress {
         };
         self.unacknowledged_requests = u32::from(self.delivery == Delivery::Sent);
         self.content = content;
-        self.text = before.log.text;
-        self.include_history(&before.backlog);
+        self.text = stored.log.text;
+        self.include_history(&stored.backlog);
         // Of which it is only known that they are there.
         self.inputs = self.inputs.max(1);
     }
 
-    /// What the thread lacks goes along with the run.
+    /// These messages, which the thread lacks, are sent with the run.
     pub(in crate::runs) fn include_history(&mut self, history: &[Message]) {
-        let users = history.iter().filter(|message| message.role == Role::User).count();
-        self.history_users = u32::try_from(users).unwrap_or(u32::MAX);
+        self.history_users = count_users(history);
         self.synced = !history.is_empty();
     }
 
@@ -126,7 +137,7 @@ impl Progress {
 
     /// The text that readers have seen of all rounds.
     pub(in crate::runs) fn shown(&self) -> String {
-        let before: String = self.content.iter().filter_map(plain).collect();
+        let before: String = self.content.iter().filter_map(ContentPart::as_text).collect();
         before + &self.text
     }
 

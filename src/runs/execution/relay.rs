@@ -1,12 +1,14 @@
-//! Relaying what an upstream says of a round to the run's log.
+//! Relays what an upstream says of a round to the run's log.
 
 use futures_util::StreamExt;
 
+use super::failure::Failure;
+use super::progress::Progress;
+use super::recover::recover;
+use super::round_context::{RoundContext, RoundEnd};
 use crate::domain::ContentPart;
 use crate::error::Chain;
-use crate::runs::RunEvent;
-use crate::runs::execution::failure::Failure;
-use crate::runs::execution::round::Drive;
+use crate::runs::log::event::RunEvent;
 use crate::upstream::{Ended, EventStream, Recovered, UpstreamError, UpstreamEvent};
 
 /// What each streamed piece of a reply counts at least towards the limit on replies, bytes: the log of a run keeps
@@ -15,86 +17,96 @@ const MIN_PIECE_COST: usize = 64;
 /// How often a stream that breaks is taken up again.
 const MAX_BREAKS: u32 = 5;
 
-impl Drive<'_> {
-    /// Relays the stream to its end. One that breaks is followed up as long as the upstream has the run. `followed_up`:
-    /// it tells the round from its beginning again.
-    pub(in crate::runs) async fn relay(
-        &mut self,
-        mut events: EventStream,
-        mut followed_up: bool,
-    ) -> Result<(Ended, EventStream), Failure> {
-        self.is_answered();
-        let mut breaks = 0;
-        loop {
-            let error = match self.relay_once(&mut events, followed_up).await {
-                Ok(ended) => return Ok((ended, events)),
-                Err(Failure::Upstream(error)) if error.is_ambiguous() => error,
-                Err(failure) => return Err(failure),
-            };
-            breaks += 1;
-            if breaks > MAX_BREAKS {
-                return Err(Failure::Upstream(error));
-            }
-            match self.recover(&error).await? {
-                Some(Recovered::Running(rest)) => {
-                    tracing::warn!(error = %Chain(&error), "the stream broke; following the run to its end");
-                    (events, followed_up) = (rest, true);
-                }
-                _ => return Err(Failure::Upstream(error)),
-            }
-        }
-    }
+/// Which part of a round a stream tells.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub(in crate::runs) enum Telling {
+    /// The round as it happens: nothing of it was told before.
+    First,
+    /// The round from its beginning again, of which readers may have seen some.
+    Again,
+}
 
-    async fn relay_once(&mut self, events: &mut EventStream, followed_up: bool) -> Result<Ended, Failure> {
-        let progress = &mut *self.progress;
-        let limit = self.runs.parts.given.runs.max_reply_bytes;
-        let shown = if followed_up { progress.text.clone() } else { String::new() };
-        let mut retelling = Retelling { shown, differs: false };
-        let mut is_named = followed_up;
-        while let Some(event) = events.next().await {
-            match event.map_err(Failure::Upstream)? {
-                UpstreamEvent::Accepted(id) => {
-                    is_named = true;
-                    self.asking.send_replace(false);
-                    self.log.accepted(&id);
-                    progress.accepted(id);
+/// Relays the stream to its end. One that breaks is followed up as long as the upstream has the run.
+pub(in crate::runs) async fn relay(
+    round: &RoundContext<'_>,
+    progress: &mut Progress,
+    mut events: EventStream,
+    mut telling: Telling,
+) -> Result<RoundEnd, Failure> {
+    let mut breaks = 0;
+    loop {
+        let error = match relay_once(round, progress, &mut events, telling).await {
+            Ok(ended) => return Ok(RoundEnd { ended, rest: events }),
+            Err(Failure::Upstream(error)) if error.is_ambiguous() => error,
+            Err(failure) => return Err(failure),
+        };
+        breaks += 1;
+        if breaks > MAX_BREAKS {
+            return Err(Failure::Upstream(error));
+        }
+        match recover(round, progress, &error).await? {
+            Recovered::Running(rest) => {
+                tracing::warn!(error = %Chain(&error), "the stream broke; following the run to its end");
+                (events, telling) = (rest, Telling::Again);
+            }
+            Recovered::Absent | Recovered::Unknown => return Err(Failure::Upstream(error)),
+        }
+    }
+}
+
+async fn relay_once(
+    round: &RoundContext<'_>,
+    progress: &mut Progress,
+    events: &mut EventStream,
+    telling: Telling,
+) -> Result<Ended, Failure> {
+    let limit = round.ctx.config.runs.max_reply_bytes;
+    let is_again = telling == Telling::Again;
+    let shown = if is_again { progress.text.clone() } else { String::new() };
+    let mut retelling = Retelling { shown, differs: false };
+    let mut is_named = is_again;
+    while let Some(event) = events.next().await {
+        match event.map_err(Failure::Upstream)? {
+            UpstreamEvent::Accepted(id) => {
+                is_named = true;
+                round.awaits_id.send_replace(false);
+                round.log.accepted(&id);
+                progress.accepted(id);
+            }
+            UpstreamEvent::Text(text) => {
+                let Some(text) = retelling.news_in(text) else { continue };
+                progress.cost += text.len().max(MIN_PIECE_COST);
+                if progress.cost > limit {
+                    return Err(Failure::ReplyTooLarge);
                 }
-                UpstreamEvent::Text(text) => {
-                    let Some(text) = retelling.news_in(text) else { continue };
-                    progress.cost += text.len().max(MIN_PIECE_COST);
-                    if progress.cost > limit {
-                        return Err(Failure::ReplyTooLarge);
-                    }
-                    progress.text.push_str(&text);
-                    self.log.push(RunEvent::Delta(text.into()));
+                progress.text.push_str(&text);
+                round.log.push(RunEvent::Delta(text.into()));
+            }
+            UpstreamEvent::Ended(mut ended) => {
+                if !is_named {
+                    // It failed, as the upstream says, before it had a name.
+                    round.awaits_id.send_replace(false);
+                    progress.heard();
                 }
-                UpstreamEvent::Ended(mut ended) => {
-                    if !is_named {
-                        // It failed, as the upstream says, before it had a name.
-                        self.asking.send_replace(false);
-                        progress.heard();
-                    }
-                    let calls = ended.tool_calls.iter().map(|it| it.arguments.len() + MIN_PIECE_COST);
-                    progress.cost += calls.sum::<usize>();
-                    let size: usize =
-                        ended.content.iter().chain(&progress.content).map(ContentPart::size).sum();
-                    if size.max(progress.cost) > limit {
-                        return Err(Failure::ReplyTooLarge);
-                    }
-                    if followed_up && ended.content.starts_with(&progress.content) {
-                        ended.content.drain(..progress.content.len());
-                    }
-                    // Whoever reads the deltas alone shall have the whole text too.
-                    let text: String = ended.content.iter().filter_map(plain).collect();
-                    if let Some(rest) = text.strip_prefix(&progress.text).filter(|rest| !rest.is_empty()) {
-                        self.log.push(RunEvent::Delta(rest.into()));
-                    }
-                    return Ok(*ended);
+                let calls = ended.tool_calls.iter().map(|it| it.arguments.len() + MIN_PIECE_COST);
+                progress.cost += calls.sum::<usize>();
+                let size: usize = ended.content.iter().chain(&progress.content).map(ContentPart::size).sum();
+                if size.max(progress.cost) > limit {
+                    return Err(Failure::ReplyTooLarge);
                 }
+                if is_again && ended.content.starts_with(&progress.content) {
+                    ended.content.drain(..progress.content.len());
+                }
+                // A reader of the deltas alone gets the whole text too.
+                let text: String = ended.content.iter().filter_map(ContentPart::as_text).collect();
+                if let Some(rest) = text.strip_prefix(&progress.text).filter(|rest| !rest.is_empty()) {
+                    round.log.push(RunEvent::Delta(rest.into()));
+                }
+                return Ok(*ended);
             }
         }
-        Err(Failure::Upstream(UpstreamError::Broken { timeout: false }))
     }
+    Err(Failure::Upstream(UpstreamError::Broken { timeout: false }))
 }
 
 /// A stream that tells a round from its beginning again, of which some was shown before.
@@ -118,21 +130,6 @@ impl Retelling {
         }
         self.shown.drain(..common);
         Some(text[common..].to_owned()).filter(|new| !new.is_empty())
-    }
-}
-
-/// Reads what is left of an answer, so that its connection can be used again. The stream itself bounds that.
-pub(in crate::runs) async fn drain(rest: Option<EventStream>) {
-    if let Some(rest) = rest {
-        rest.for_each(|_| std::future::ready(())).await;
-    }
-}
-
-/// The text of a part that is text.
-pub(in crate::runs) fn plain(part: &ContentPart) -> Option<&str> {
-    match part {
-        ContentPart::Text { text } => Some(text),
-        _ => None,
     }
 }
 

@@ -4,19 +4,19 @@ use std::time::Duration;
 
 use tokio::time::{Instant, sleep};
 
+use super::failure::Failure;
 use crate::error::Chain;
-use crate::runs::execution::failure::Failure;
-use crate::runs::{Runs, jittered};
+use crate::runs::backoff::jittered;
 use crate::upstream::UpstreamError;
 
 /// Pauses before a request is sent again, where the upstream names none.
 pub(in crate::runs) const FIRST_BACK_OFF: Duration = Duration::from_millis(500);
 const LONGEST_BACK_OFF: Duration = Duration::from_secs(8);
-/// An upstream that wants a longer pause is not waited for: the caller hears of it.
+/// The longest pause that an upstream may ask for. One that asks for more is not waited for, and the caller hears so.
 const LONGEST_RETRY_AFTER: Duration = Duration::from_mins(1);
 
-/// The tries that one request has left. Only what was provably not taken is: a user's message must not reach the upstream
-/// twice.
+/// The tries that one request has left. Only a request that was provably not taken is sent again: a user's message must not
+/// reach the upstream twice.
 pub(in crate::runs) struct Retries {
     left: u32,
     made: u32,
@@ -25,8 +25,8 @@ pub(in crate::runs) struct Retries {
 }
 
 impl Retries {
-    pub(in crate::runs) fn new(runs: &Runs) -> Self {
-        Self { left: runs.parts.given.runs.max_retries, made: 0, busy_since: None }
+    pub(in crate::runs) fn new(max_retries: u32) -> Self {
+        Self { left: max_retries, made: 0, busy_since: None }
     }
 
     /// Waits as long as the upstream asks, else a while that grows.

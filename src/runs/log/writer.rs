@@ -3,9 +3,7 @@
 //! A reader holds a position in the log, not a queue of its own: a slow one costs nothing and stalls nobody. The
 //! log lives as long as the run's task or its last reader, and is bounded by the limit on replies.
 //!
-//! An event has the last number that it [takes](LoggedEvent::units). That a run waits in line is always number 0, that it
-//! has started 1, so that its text begins at 2. Who takes a run over gives the text the numbers that it had; what else
-//! it tells has numbers beyond all that the one before can have shown.
+//! Where an event stands is its [offset](super::offset).
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -14,40 +12,9 @@ use futures_util::stream::{self, Stream};
 use tokio::sync::watch;
 use tokio::time::Instant;
 
-use crate::domain::{
-    EventBatch, LoggedEvent, Message, RequiredAction, Run, Thread, ThreadActivity, UpstreamRunId,
-};
-
-/// One event of a run.
-#[derive(Clone, Debug)]
-pub enum RunEvent {
-    /// The run waits. 1: it goes next.
-    Queued { position: i64 },
-    /// The run has its turn.
-    Started,
-    /// More text of the reply.
-    Delta(Arc<str>),
-    /// The run waits for tool outputs.
-    RequiresAction(Arc<RequiredAction>),
-    /// The reply is in the transcript.
-    MessageCompleted(Arc<Message>),
-    /// The run has ended; the last event.
-    Ended(Arc<Outcome>),
-}
-
-/// How a run ended, and its thread afterwards.
-#[derive(Clone, Debug)]
-pub struct Outcome {
-    pub thread: Thread,
-    pub activity: ThreadActivity,
-    pub run: Run,
-    pub message: Option<Message>,
-    /// When the upstream asked to come back.
-    pub retry_after: Option<Duration>,
-}
-
-/// Number of [`RunEvent::Started`].
-pub(in crate::runs) const STARTED: i64 = 1;
+use super::event::{Outcome, RunEvent};
+use super::offset::{STARTED, length};
+use crate::domain::{EventBatch, LoggedEvent, RequiredAction, UpstreamRunId};
 
 /// How often a run is recorded at first, and while somebody follows it on another replica.
 pub(in crate::runs) const OFTEN: Duration = Duration::from_millis(100);
@@ -231,50 +198,6 @@ impl RunLogWriter {
     }
 }
 
-impl RunEvent {
-    /// The log that the record tells of a run whose reply has this text: see [`RunLogWriter::retold`].
-    pub(in crate::runs) fn retell(text: &str) -> EventBatch {
-        let delta =
-            Some(text).filter(|text| !text.is_empty()).map(|text| LoggedEvent::Delta(text.to_owned()));
-        EventBatch { first: STARTED, events: [LoggedEvent::Started].into_iter().chain(delta).collect() }
-    }
-
-    /// As it is stored; `None` for what the record tells anyway.
-    fn logged(&self) -> Option<LoggedEvent> {
-        match self {
-            Self::Queued { position } => Some(LoggedEvent::Queued { position: *position }),
-            Self::Started => Some(LoggedEvent::Started),
-            Self::Delta(text) => Some(LoggedEvent::Delta((**text).to_owned())),
-            Self::RequiresAction(action) => Some(LoggedEvent::RequiresAction((**action).clone())),
-            Self::MessageCompleted(_) | Self::Ended(_) => None,
-        }
-    }
-
-    /// What a stored event tells a reader; `None` for what is left out.
-    pub(in crate::runs) fn of(event: LoggedEvent) -> Option<Self> {
-        match event {
-            LoggedEvent::Queued { position } => Some(Self::Queued { position }),
-            LoggedEvent::Started => Some(Self::Started),
-            LoggedEvent::Delta(text) => Some(Self::Delta(text.into())),
-            LoggedEvent::RequiresAction(action) => Some(Self::RequiresAction(Arc::new(action))),
-            LoggedEvent::Omitted { .. } => None,
-        }
-    }
-
-    /// The event as it is for a reader who has seen everything before number `from`. `number`: its own.
-    pub(in crate::runs) fn cut(self, number: i64, from: i64) -> Self {
-        let Self::Delta(text) = &self else { return self };
-        let begins = number + 1 - length(text);
-        match usize::try_from(from - begins) {
-            Ok(seen @ 1..) => {
-                let seen = text.ceil_char_boundary(seen.min(text.len()));
-                Self::Delta(text[seen..].into())
-            }
-            _ => self,
-        }
-    }
-}
-
 /// The reading end of a run's log.
 #[derive(Clone, Debug)]
 pub(in crate::runs) struct RunLog {
@@ -388,10 +311,6 @@ impl RunLog {
     }
 }
 
-fn length(text: &str) -> i64 {
-    i64::try_from(text.len()).unwrap_or(i64::MAX)
-}
-
 /// Nothing in here panics half-way through a change.
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
@@ -405,8 +324,8 @@ mod tests {
 
     use super::*;
     use crate::domain::{
-        ConversationKey, Lifecycle, Limits, Metadata, MultitaskStrategy, Removed, RunId, RunStatus, Scope,
-        TenantKey, ThreadId, ThreadState, ToolCall, UserKey,
+        ConversationKey, Lifecycle, Limits, Metadata, MultitaskStrategy, Removed, Run, RunId, RunStatus,
+        Scope, TenantKey, Thread, ThreadActivity, ThreadId, ThreadState, ToolCall, UserKey,
     };
 
     /// Where a run that changed hands once is numbered on from.

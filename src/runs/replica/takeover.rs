@@ -1,18 +1,23 @@
 //! Taking over runs that nobody works on: those of replicas that died, and those that were given up.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::time::{sleep, timeout};
 use tracing::Instrument;
 
-use crate::domain::{Message, RunStatus};
+use crate::domain::RunStatus;
 use crate::error::Chain;
-use crate::runs::execution::prepare::include_history;
-use crate::runs::execution::{finish, queue, task};
-use crate::runs::log::writer::STARTED;
+use crate::runs::backoff::jittered;
+use crate::runs::context::Context;
+use crate::runs::execution::history::sent_with;
+use crate::runs::execution::progress::StoredProgress;
+use crate::runs::execution::task;
+use crate::runs::execution::withdraw::withdraw;
+use crate::runs::log::event::RunEvent;
+use crate::runs::log::offset::STARTED;
+use crate::runs::log::stored::StoredLog;
 use crate::runs::registry::{ActiveRun, Refused};
-use crate::runs::service::subscription::stored_log;
-use crate::runs::{RunEvent, Runs, jittered, span_of};
 use crate::store::{News, Orphan, Store, StoreError};
 
 /// Orphans taken at a time.
@@ -22,117 +27,104 @@ const LOOKS_PER_SESSION: u32 = 10;
 const SHORTEST_PAUSE: Duration = Duration::from_millis(100);
 const LONGEST_PAUSE: Duration = Duration::from_secs(1);
 
-/// What is stored of a run that is taken over, besides itself.
-#[derive(Clone, Debug, Default)]
-pub(in crate::runs) struct Before {
-    pub(in crate::runs) log: StoredLog,
-    /// What its thread lacked before. If the run was sent, this went along.
-    pub(in crate::runs) backlog: Vec<Message>,
-}
-
-/// What is stored of the log of a run.
-#[derive(Clone, Debug, Default)]
-pub(in crate::runs) struct StoredLog {
-    /// The number after it.
-    pub(in crate::runs) end: i64,
-    /// What the round that the run is in has said.
-    pub(in crate::runs) text: String,
-}
-
-impl Before {
-    async fn of(store: &Store, orphan: &Orphan) -> Result<Self, StoreError> {
-        if orphan.run.status == RunStatus::Queued {
-            return Ok(Self { log: StoredLog { end: STARTED, ..StoredLog::default() }, ..Self::default() });
+/// Looks for runs that nobody works on, when it hears of some and a few times in a session's time.
+pub(in crate::runs) async fn take_over(ctx: &Arc<Context>, ttl: Duration) {
+    let pause = (ttl / LOOKS_PER_SESSION).clamp(SHORTEST_PAUSE, LONGEST_PAUSE);
+    let mut told = ctx.notifier.subscribe(News::Orphans);
+    loop {
+        tokio::select! {
+            () = told.changed() => {}
+            () = sleep(jittered(pause)) => {}
         }
+        while may_adopt(ctx) && adopt(ctx, ttl / 3).await {}
+    }
+}
+
+fn may_adopt(ctx: &Context) -> bool {
+    let registry = &ctx.registry;
+    !ctx.tasks.draining.is_cancelled() && !registry.has_lapsed() && registry.trusts_sessions()
+}
+
+/// Takes over runs that nobody works on. `true` if there may be more.
+async fn adopt(ctx: &Arc<Context>, limit: Duration) -> bool {
+    let _taking = ctx.registry.taking.lock().await;
+    let active = ctx.registry.runs();
+    let adopted = timeout(limit, ctx.store.adopt_orphans(ctx.replica, &active, ADOPT_BATCH)).await;
+    // What an answer that is given up had taken over, the next look finds as strays.
+    let orphans = match adopted.unwrap_or_else(|_| Err(StoreError::Unavailable("no answer in time".into()))) {
+        Ok(orphans) => orphans,
+        Err(error) => {
+            tracing::error!(error = %Chain(&error), "cannot look for orphaned runs");
+            return false;
+        }
+    };
+    let may_be_more = orphans.len() == ADOPT_BATCH as usize;
+    let mut never_start = Vec::new();
+    for orphan in orphans {
         let run = orphan.run.id;
-        let backlog = if orphan.thread.backlog > 0 { include_history(store, run).await? } else { Vec::new() };
-        Ok(Self { log: stored_log(store, run).await?, backlog })
+        let span = ctx.span_of(run, &orphan.thread.key);
+        // One that cannot be read is found again as a stray.
+        let Ok(Ok(stored)) = timeout(limit, stored_progress(&ctx.store, &orphan)).await else { continue };
+        let active = ctx.registry.goes_on(orphan.lease, stored.log.end);
+        span.in_scope(
+            || tracing::warn!(status = %orphan.run.status, "took over a run that nobody worked on"),
+        );
+        let was_refused = ctx.registry.was_refused(run);
+        if orphan.run.status == RunStatus::Queued && orphan.content_lost && was_refused.is_none() {
+            never_start.push((active, orphan));
+            continue;
+        }
+        let task = resume(Arc::clone(ctx), active, orphan, stored, was_refused);
+        ctx.tasks.tracker.spawn(task.instrument(span));
     }
+    if !never_start.is_empty() {
+        let ctx = Arc::clone(ctx);
+        let tasks = ctx.tasks.tracker.clone();
+        tasks.spawn(async move { task::close_queued_orphans(&ctx, never_start).await });
+    }
+    may_be_more
 }
 
-impl Runs {
-    /// Looks for runs that nobody works on, when it hears of some and a few times in a session's time.
-    pub(in crate::runs) async fn take_over(&self, ttl: Duration) {
-        let pause = (ttl / LOOKS_PER_SESSION).clamp(SHORTEST_PAUSE, LONGEST_PAUSE);
-        let mut told = self.parts.notifier.subscribe(News::Orphans);
-        loop {
-            tokio::select! {
-                () = told.changed() => {}
-                () = sleep(jittered(pause)) => {}
-            }
-            while self.may_adopt() && self.adopt(ttl / 3).await {}
-        }
+/// What is stored of a run that is taken over, besides the run itself.
+async fn stored_progress(store: &Store, orphan: &Orphan) -> Result<StoredProgress, StoreError> {
+    if orphan.run.status == RunStatus::Queued {
+        let log = StoredLog { end: STARTED, ..StoredLog::default() };
+        return Ok(StoredProgress { log, ..StoredProgress::default() });
     }
-
-    fn may_adopt(&self) -> bool {
-        let registry = &self.parts.registry;
-        !self.parts.given.draining.is_cancelled() && !registry.has_lapsed() && registry.trusts_sessions()
-    }
-
-    /// Takes over runs that nobody works on. `true` if there may be more.
-    async fn adopt(&self, limit: Duration) -> bool {
-        let parts = &self.parts.given;
-        let _taking = self.parts.registry.taking.lock().await;
-        let active = self.parts.registry.runs();
-        let adopted = timeout(limit, parts.store.adopt_orphans(parts.replica, &active, ADOPT_BATCH)).await;
-        // What an answer that is given up had taken over, the next look finds as strays.
-        let orphans =
-            match adopted.unwrap_or_else(|_| Err(StoreError::Unavailable("no answer in time".into()))) {
-                Ok(orphans) => orphans,
-                Err(error) => {
-                    tracing::error!(error = %Chain(&error), "cannot look for orphaned runs");
-                    return false;
-                }
-            };
-        let may_be_more = orphans.len() == ADOPT_BATCH as usize;
-        let mut never_start = Vec::new();
-        for orphan in orphans {
-            let run = orphan.run.id;
-            let span = span_of(run, &orphan.thread.key, &parts.fingerprints);
-            // One that cannot be read is found again as a stray.
-            let Ok(Ok(before)) = timeout(limit, Before::of(&parts.store, &orphan)).await else { continue };
-            let active = self.parts.registry.goes_on(orphan.lease, before.log.end);
-            span.in_scope(
-                || tracing::warn!(status = %orphan.run.status, "took over a run that nobody worked on"),
-            );
-            let was_refused = self.parts.registry.was_refused(run);
-            if orphan.run.status == RunStatus::Queued && orphan.content_lost && was_refused.is_none() {
-                never_start.push((active, orphan));
-                continue;
-            }
-            let task = go_on(self.clone(), active, orphan, before, was_refused);
-            parts.tasks.spawn(task.instrument(span));
-        }
-        if !never_start.is_empty() {
-            parts.tasks.spawn(queue::give_up(self.clone(), never_start));
-        }
-        may_be_more
-    }
+    let run = orphan.run.id;
+    let backlog = if orphan.thread.backlog > 0 { sent_with(store, run).await? } else { Vec::new() };
+    Ok(StoredProgress { log: StoredLog::read(store, run).await?, backlog })
 }
 
-/// Goes on with a run where the one before left it, or ends it.
-async fn go_on(runs: Runs, active: ActiveRun, orphan: Orphan, before: Before, was_refused: Option<Refused>) {
+/// Goes on with a run where the process before left it, or ends it.
+async fn resume(
+    ctx: Arc<Context>,
+    active: ActiveRun,
+    orphan: Orphan,
+    stored: StoredProgress,
+    was_refused: Option<Refused>,
+) {
     if let Some(refused) = was_refused {
         // Its sender heard that it was not taken, so it must not run.
-        let withdrawn = finish::withdraw(&runs, &orphan.lease, &refused).await;
-        return queue::go_on_for_others(runs, active, orphan.lease, withdrawn).await;
+        let withdrawn = withdraw(&ctx, &orphan.lease, &refused).await;
+        return task::continue_for_others(&ctx, active, orphan.lease, withdrawn).await;
     }
-    if orphan.run.status != RunStatus::Queued && before.log.end <= STARTED {
-        // The one before had no time to record that. Its text is numbered from there, whoever tells it.
+    if orphan.run.status != RunStatus::Queued && stored.log.end <= STARTED {
+        // The process before had no time to record that. Its text is numbered from there, in whichever process.
         active.log.push(RunEvent::Started);
     }
     match orphan.run.status {
-        RunStatus::Queued => queue::resume_queued(runs, active, orphan).await,
-        RunStatus::RequiresAction => task::resume_waiting(runs, active, orphan, before).await,
-        RunStatus::InProgress
-            if !orphan.content_lost && (orphan.outputs.is_some() || !orphan.input.is_empty()) =>
-        {
-            if orphan.outputs.is_some() {
-                task::resume_waiting(runs, active, orphan, before).await;
-            } else {
-                task::resume_at_work(runs, active, orphan, before).await;
-            }
+        RunStatus::Queued => {
+            let Orphan { lease, thread, run, .. } = orphan;
+            task::resume_queued(&ctx, active, lease, &thread, &run).await;
         }
-        _ => task::close_orphan(runs, active, orphan, before).await,
+        RunStatus::RequiresAction => task::resume_waiting(&ctx, active, orphan, stored).await,
+        RunStatus::InProgress if !orphan.content_lost && orphan.outputs.is_some() => {
+            task::resume_waiting(&ctx, active, orphan, stored).await;
+        }
+        RunStatus::InProgress if !orphan.content_lost && !orphan.input.is_empty() => {
+            task::resume_running(&ctx, active, orphan, stored).await;
+        }
+        _ => task::close_orphan(&ctx, active, orphan, stored).await,
     }
 }

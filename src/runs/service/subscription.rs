@@ -9,23 +9,26 @@ use futures_util::StreamExt;
 use futures_util::stream::{self, BoxStream};
 use tokio::time::{Instant, sleep};
 
+use super::read;
 use crate::domain::{
-    ConversationKey, EventBatch, LoggedEvent, Message, RequiredAction, Run, RunId, RunStatus, Thread,
-    ToolOutput,
+    ContentPart, ConversationKey, EventBatch, LoggedEvent, Message, RequiredAction, Run, RunId, RunStatus,
+    Thread, ToolOutput,
 };
 use crate::error::{Chain, Error};
-use crate::runs::execution::relay::plain;
-use crate::runs::log::writer::{Outcome, RunEvent, RunLog};
+use crate::runs::backoff::jittered;
+use crate::runs::context::{Context, NO_THREAD};
+use crate::runs::log::event::{Outcome, RunEvent};
+use crate::runs::log::offset::{EventOffset, FIRST_EVENT, numbered};
+use crate::runs::log::stored::seen_from;
+use crate::runs::log::writer::RunLog;
 use crate::runs::notifications::Subscription;
-use crate::runs::replica::takeover::StoredLog;
-use crate::runs::{NO_THREAD, Runs, jittered};
-use crate::store::{News, Store, StoreError, ThreadName, ThreadReport, Waiting};
+use crate::store::{News, StoreError, ThreadName, ThreadReport, Waiting};
 
 /// How soon the store is asked again for news of a run that another process works on. It doubles up to the longest, for
 /// that process tells when there are any.
 const FIRST_POLL: Duration = Duration::from_millis(100);
 const LONGEST_POLL: Duration = Duration::from_secs(1);
-/// How often whoever works on a run is told that somebody follows it here.
+/// How often the process that works on a run is told that somebody follows it here.
 const TELL_OWNER_EVERY: Duration = Duration::from_secs(1);
 
 /// The run was there when somebody began to follow it.
@@ -34,11 +37,20 @@ pub const DELETED: Error = Error::NotFound("the run was deleted meanwhile");
 /// A run that can be followed.
 #[derive(Clone)]
 pub struct RunSubscription {
-    runs: Runs,
+    ctx: Arc<Context>,
     thread: Thread,
     run: RunId,
     /// The log of the task that worked on it when this was made: a run may be over before anybody looks.
     live: Option<RunLog>,
+}
+
+/// A run that was admitted, now or, if `replayed`, by an earlier request with the same idempotency key.
+#[derive(Clone, Debug)]
+pub struct Submitted {
+    pub thread: Thread,
+    pub run: Run,
+    pub follow: RunSubscription,
+    pub replayed: bool,
 }
 
 /// What a caller waits for.
@@ -52,26 +64,29 @@ pub enum Answer {
 
 impl RunSubscription {
     /// A run that a task of this process works on.
-    pub(in crate::runs) fn live(runs: &Runs, thread: &Thread, run: RunId, log: RunLog) -> Self {
-        Self { runs: runs.clone(), thread: thread.clone(), run, live: Some(log) }
+    pub(in crate::runs) fn live(ctx: &Arc<Context>, thread: &Thread, run: RunId, log: RunLog) -> Self {
+        Self { ctx: Arc::clone(ctx), thread: thread.clone(), run, live: Some(log) }
     }
 
     /// Any run.
-    pub(in crate::runs) fn of(runs: &Runs, thread: &Thread, run: RunId) -> Self {
-        let live = runs.parts.registry.handle(run).map(|handle| handle.log);
-        Self { runs: runs.clone(), thread: thread.clone(), run, live }
+    pub(in crate::runs) fn of(ctx: &Arc<Context>, thread: &Thread, run: RunId) -> Self {
+        let live = ctx.registry.handle(run).map(|handle| handle.log);
+        Self { ctx: Arc::clone(ctx), thread: thread.clone(), run, live }
     }
 
     /// The events from number `from` on, each with its number, up to the last one of the run. It ends without that one
     /// only if this process stops, or the run was deleted. May be dropped at any point; it does nothing to the run.
-    pub fn events(&self, from: i64) -> BoxStream<'static, (i64, RunEvent)> {
+    pub fn events(&self, from: EventOffset) -> BoxStream<'static, (EventOffset, RunEvent)> {
         let reader = Reader::new(self.clone(), from);
         stream::unfold(reader, |mut reader| async move { reader.next().await.map(|event| (event, reader)) })
             .boxed()
     }
 
     /// The same of a run that has ended, read at once. `None`: nothing comes from number `from` on.
-    pub async fn rest(&self, from: i64) -> Result<Option<BoxStream<'static, (i64, RunEvent)>>, Error> {
+    pub async fn rest(
+        &self,
+        from: EventOffset,
+    ) -> Result<Option<BoxStream<'static, (EventOffset, RunEvent)>>, Error> {
         Ok(match self.read(from).await? {
             Recorded::Gone => return Err(DELETED),
             Recorded::Whole(events) if events.is_empty() => None,
@@ -83,7 +98,7 @@ impl RunSubscription {
 
     /// Waits until the run answers a caller who has seen all before number `from`. Calls that were answered already are no
     /// answer. `None` as for [`events`](Self::events).
-    pub async fn answer(&self, mut from: i64) -> Option<Answer> {
+    pub async fn answer(&self, mut from: EventOffset) -> Option<Answer> {
         let mut reader = None;
         loop {
             let live = match &self.live {
@@ -116,8 +131,8 @@ impl RunSubscription {
     }
 
     async fn run_that_waits_for(&self, asked: &RequiredAction) -> Option<Run> {
-        let (mut run, _) = self.insist(|| self.runs.store().run(&self.thread.key, self.run)).await?;
-        self.runs.parts.registry.give_arguments(&mut run);
+        let (mut run, _) = self.insist(|| self.ctx.store.run(&self.thread.key, self.run)).await?;
+        self.ctx.registry.give_arguments(&mut run);
         let waits_for = run.required_action.as_ref().filter(|_| run.status == RunStatus::RequiresAction);
         waits_for.is_some_and(|action| action.has_same_calls(asked)).then_some(run)
     }
@@ -125,7 +140,7 @@ impl RunSubscription {
     async fn waiting(&self, asked: &RequiredAction) -> Option<Waiting> {
         let run = self.run_that_waits_for(asked).await?;
         let name = ThreadName::Id(&self.thread.key.tenant, run.thread_id);
-        let ThreadReport { thread, activity, .. } = self.insist(|| self.runs.store().report(name)).await?;
+        let ThreadReport { thread, activity, .. } = self.insist(|| self.ctx.store.report(name)).await?;
         Some(Waiting { thread, activity, run })
     }
 
@@ -143,7 +158,7 @@ impl RunSubscription {
             }
             tokio::select! {
                 biased;
-                () = self.runs.parts.given.stop.cancelled() => return None,
+                () = self.ctx.tasks.stop.cancelled() => return None,
                 () = sleep(jittered(FIRST_POLL)) => {}
             }
         }
@@ -151,18 +166,21 @@ impl RunSubscription {
 
     /// The number after the event by which the run asked last for the calls that these outputs answer. `None`: nothing of
     /// what it shows asks for them.
-    pub(in crate::runs) async fn after(&self, outputs: &[ToolOutput]) -> Result<Option<i64>, StoreError> {
+    pub(in crate::runs) async fn after(
+        &self,
+        outputs: &[ToolOutput],
+    ) -> Result<Option<EventOffset>, StoreError> {
         let is_meant = |action: &RequiredAction| action.is_answered_by(outputs);
         if let Some(asked) = self.live.as_ref().and_then(|log| log.asked(is_meant)) {
             return Ok(Some(asked + 1));
         }
-        let batches = self.runs.store().events(self.run, 0).await?;
-        let asks = |(_, event): &(i64, LoggedEvent)| matches!(event, LoggedEvent::RequiresAction(it) if is_meant(it));
+        let batches = self.ctx.store.events(self.run, FIRST_EVENT).await?;
+        let asks = |(_, event): &(EventOffset, LoggedEvent)| matches!(event, LoggedEvent::RequiresAction(it) if is_meant(it));
         Ok(numbered(batches).filter(asks).last().map(|(number, _)| number + 1))
     }
 
-    async fn read(&self, from: i64) -> Result<Recorded, Error> {
-        let store = self.runs.store();
+    async fn read(&self, from: EventOffset) -> Result<Recorded, Error> {
+        let store = &self.ctx.store;
         // The run first: if it has ended, its log is whole.
         let Some((run, message)) = store.run(&self.thread.key, self.run).await? else {
             return Ok(Recorded::Gone);
@@ -194,12 +212,12 @@ impl RunSubscription {
     }
 
     /// Whether the record tells the log of a run that ended well with this reply, and nothing of it is stored but what a
-    /// [record](Store::record) left there that came too late. `batches`: what is stored from number `from` on.
+    /// [record](crate::store::Store::record) left there that came too late. `batches`: what is stored from number `from` on.
     async fn is_retold(
         &self,
         reply: &Message,
         batches: &[EventBatch],
-        from: i64,
+        from: EventOffset,
     ) -> Result<bool, StoreError> {
         // Without it, what was said is not stored.
         if reply.content.is_empty() {
@@ -213,7 +231,7 @@ impl RunSubscription {
             // The log of a run that took more numbers, with its two last events, was removed as it was old.
             return Ok(from <= whole + 2);
         }
-        let all = self.runs.store().events(self.run, 0).await?;
+        let all = self.ctx.store.events(self.run, FIRST_EVENT).await?;
         // A record that was on its way as the log was removed left a later part of it.
         if all.iter().all(|batch| batch.first > retold.first) {
             return Ok(true);
@@ -221,7 +239,7 @@ impl RunSubscription {
         if stored >= Some(whole) {
             return Ok(false);
         }
-        let stored = seen_from(0, all);
+        let stored = seen_from(FIRST_EVENT, all);
         let mut events = stored.iter().map(|(_, event)| event);
         let begins = matches!(events.next(), Some(RunEvent::Started));
         let left = events.try_fold(&*text, |left, event| match event {
@@ -234,14 +252,14 @@ impl RunSubscription {
 
 /// The text of a reply, as its readers see it.
 fn text_of(reply: &Message) -> String {
-    reply.content.iter().filter_map(plain).collect()
+    reply.content.iter().filter_map(ContentPart::as_text).collect()
 }
 
 /// What the store knows of a run from some number on.
 enum Recorded {
-    SoFar(VecDeque<(i64, RunEvent)>),
+    SoFar(VecDeque<(EventOffset, RunEvent)>),
     /// To its end; nothing if that was before.
-    Whole(VecDeque<(i64, RunEvent)>),
+    Whole(VecDeque<(EventOffset, RunEvent)>),
     /// There is no such run any more.
     Gone,
 }
@@ -250,9 +268,9 @@ enum Recorded {
 struct Reader {
     follow: RunSubscription,
     /// The number that comes next.
-    next: i64,
-    live: Option<BoxStream<'static, (i64, RunEvent)>>,
-    read: VecDeque<(i64, RunEvent)>,
+    next: EventOffset,
+    live: Option<BoxStream<'static, (EventOffset, RunEvent)>>,
+    read: VecDeque<(EventOffset, RunEvent)>,
     over: bool,
     news: Option<Subscription>,
     pause: Duration,
@@ -260,7 +278,7 @@ struct Reader {
 }
 
 impl Reader {
-    fn new(follow: RunSubscription, from: i64) -> Self {
+    fn new(follow: RunSubscription, from: EventOffset) -> Self {
         Self {
             follow,
             next: from,
@@ -273,7 +291,7 @@ impl Reader {
         }
     }
 
-    async fn next(&mut self) -> Option<(i64, RunEvent)> {
+    async fn next(&mut self) -> Option<(EventOffset, RunEvent)> {
         loop {
             let event = match (self.read.pop_front(), &mut self.live) {
                 (Some(event), _) => Some(event),
@@ -295,7 +313,7 @@ impl Reader {
 
     /// Finds where the run goes on, or waits until it is worth looking again.
     async fn find(&mut self) {
-        let registry = &self.follow.runs.parts.registry;
+        let registry = &self.follow.ctx.registry;
         let log = self.follow.live.take().or_else(|| registry.handle(self.follow.run).map(|it| it.log));
         if let Some(log) = log.as_ref().filter(|log| self.next >= log.first()) {
             self.live = Some(log.follow(self.next).boxed());
@@ -303,7 +321,7 @@ impl Reader {
         }
         let news = News::Run(self.follow.run);
         // Before the look, so that nothing falls in between.
-        let subscription = self.news.get_or_insert_with(|| self.follow.runs.parts.notifier.subscribe(news));
+        let subscription = self.news.get_or_insert_with(|| self.follow.ctx.notifier.subscribe(news));
         match (self.follow.read(self.next).await, &log) {
             // The run was taken over by this process: what it showed before is in the store.
             (Ok(Recorded::SoFar(events)), Some(log)) => {
@@ -314,7 +332,7 @@ impl Reader {
             (Ok(Recorded::SoFar(events)), None) => {
                 if self.told_owner.is_none_or(|told| told.elapsed() >= TELL_OWNER_EVERY) {
                     self.told_owner = Some(Instant::now());
-                    self.follow.runs.parts.notifier.notify(News::Followed(self.follow.run));
+                    self.follow.ctx.notifier.notify(News::Followed(self.follow.run));
                 }
                 if !events.is_empty() {
                     (self.read, self.pause) = (events, FIRST_POLL);
@@ -333,7 +351,7 @@ impl Reader {
                 tracing::warn!(error = %Chain(&error), "cannot read the events of a run");
             }
         }
-        let stop = &self.follow.runs.parts.given.stop;
+        let stop = &self.follow.ctx.tasks.stop;
         tokio::select! {
             biased;
             () = stop.cancelled() => self.over = true,
@@ -341,51 +359,6 @@ impl Reader {
             () = sleep(jittered(self.pause)) => self.pause = (self.pause * 2).min(LONGEST_POLL),
         }
     }
-}
-
-/// What is stored of the log of a run.
-pub(in crate::runs) async fn stored_log(store: &Store, run: RunId) -> Result<StoredLog, StoreError> {
-    let batches = store.events(run, 0).await?;
-    let mut log =
-        StoredLog { end: batches.iter().map(EventBatch::end).max().unwrap_or(0), ..StoredLog::default() };
-    let mut next = 0;
-    for (number, event) in numbered(batches) {
-        if number < next {
-            continue;
-        }
-        match RunEvent::of(event).map(|event| event.cut(number, next)) {
-            Some(RunEvent::Delta(text)) => log.text.push_str(&text),
-            Some(RunEvent::RequiresAction(_)) => log.text.clear(),
-            _ => {}
-        }
-        next = number + 1;
-    }
-    Ok(log)
-}
-
-/// What a reader sees of these batches who has seen everything before number `from`.
-fn seen_from(from: i64, batches: Vec<EventBatch>) -> VecDeque<(i64, RunEvent)> {
-    let mut next = from;
-    let mut events = VecDeque::new();
-    for (number, event) in numbered(batches) {
-        if number < next {
-            continue;
-        }
-        if let Some(event) = RunEvent::of(event) {
-            events.push_back((number, event.cut(number, next)));
-            next = number + 1;
-        }
-    }
-    events
-}
-
-fn numbered(batches: Vec<EventBatch>) -> impl Iterator<Item = (i64, LoggedEvent)> {
-    batches.into_iter().flat_map(|EventBatch { first, events }| {
-        events.into_iter().scan(first, |next, event| {
-            *next += event.units();
-            Some((*next - 1, event))
-        })
-    })
 }
 
 impl std::fmt::Debug for RunSubscription {
@@ -397,20 +370,22 @@ impl std::fmt::Debug for RunSubscription {
     }
 }
 
-impl Runs {
-    /// A run of any of the key's threads and how to follow it.
-    pub async fn follow(&self, key: &ConversationKey, id: RunId) -> Result<(Run, RunSubscription), Error> {
-        let (run, _) = self.run(key, id).await?;
-        let name = ThreadName::Id(&key.tenant, run.thread_id);
-        let thread = self.store().report(name).await?.ok_or(NO_THREAD)?.thread;
-        let follow = RunSubscription::of(self, &thread, id);
-        Ok((run, follow))
-    }
+/// A run of any of the key's threads and how to follow it.
+pub(in crate::runs) async fn follow(
+    ctx: &Arc<Context>,
+    key: &ConversationKey,
+    id: RunId,
+) -> Result<(Run, RunSubscription), Error> {
+    let (run, _) = read::run(ctx, key, id).await?;
+    let name = ThreadName::Id(&key.tenant, run.thread_id);
+    let thread = ctx.store.report(name).await?.ok_or(NO_THREAD)?.thread;
+    let follow = RunSubscription::of(ctx, &thread, id);
+    Ok((run, follow))
 }
 
 #[cfg(test)]
 mod tests {
-    use std::collections::{BTreeMap, BTreeSet};
+    use std::collections::BTreeMap;
 
     use futures_util::FutureExt;
     use tempfile::TempDir;
@@ -420,11 +395,11 @@ mod tests {
     use super::*;
     use crate::config::{Config, StoreConfig};
     use crate::domain::{
-        ContentPart, Context, Fingerprints, Lifetimes, Limits, MessageId, Metadata, MultitaskStrategy,
-        ReplicaId, RunStatus, Scope, TenantKey, ThreadId, ToolCall, ToolOutput, UpstreamRunId, UserKey,
+        Fingerprints, Lifetimes, Limits, MessageId, Metadata, MultitaskStrategy, ReplicaId, RunStatus, Scope,
+        TenantKey, ThreadId, ToolCall, ToolOutput, UpstreamRunId, UserKey,
     };
-    use crate::runs::RunsParts;
-    use crate::runs::execution::finish::end_without_output;
+    use crate::runs::context::{RunSettings, RunsParts, Tasks};
+    use crate::runs::execution::outcome::end_without_output;
     use crate::store::{
         Admission, Admitted, InputMessage, Pause, Paused, Reply, RunEnd, RunLease, StartedRun, Store,
         ToolAnswer,
@@ -432,7 +407,7 @@ mod tests {
 
     /// A process of its own on a database of its own, with a run that asked for outputs once.
     struct World {
-        runs: Runs,
+        ctx: Arc<Context>,
         store: Arc<Store>,
         turn: StartedRun,
         _folder: TempDir,
@@ -478,26 +453,27 @@ mod tests {
             store.migrate().await.unwrap();
             let store: Arc<Store> = Arc::new(store);
             let config = Config::default();
-            let runs = Runs::new(RunsParts {
+            let ctx = Arc::new(Context::new(RunsParts {
                 store: Arc::clone(&store),
                 upstreams: BTreeMap::new(),
-                breakers: BTreeMap::new(),
-                assistants: BTreeMap::new(),
-                default_assistant: String::new(),
-                runs: config.runs,
-                lifetimes: Lifetimes::default(),
-                sessions: config.sessions,
-                threads: config.threads,
-                shared: BTreeSet::new(),
-                told_keys: BTreeSet::new(),
-                fingerprints: Fingerprints::new(&[7; 32]),
-                admission_timeout: Duration::from_secs(5),
+                settings: RunSettings {
+                    assistants: BTreeMap::new(),
+                    default_assistant: String::new(),
+                    runs: config.runs,
+                    sessions: config.sessions,
+                    threads: config.threads,
+                    lifetimes: Lifetimes::default(),
+                    fingerprints: Fingerprints::new(&[7; 32]),
+                    admission_timeout: Duration::from_secs(5),
+                    attend_every: Duration::from_secs(3),
+                },
                 replica: ReplicaId::new(),
-                attend_every: Duration::from_secs(3),
-                tasks: TaskTracker::new(),
-                draining: CancellationToken::new(),
-                stop: CancellationToken::new(),
-            });
+                tasks: Tasks {
+                    tracker: TaskTracker::new(),
+                    draining: CancellationToken::new(),
+                    stop: CancellationToken::new(),
+                },
+            }));
             let user = UserKey::try_from("alice".to_owned()).unwrap();
             let admission = Admission {
                 key: ConversationKey { tenant: TenantKey::default(), user, scope: Scope::User },
@@ -519,7 +495,7 @@ mod tests {
             let Admitted::Started(turn) = store.admit(admission.clone()).await.unwrap() else {
                 panic!("the thread is free")
             };
-            let world = Self { runs, store, turn: *turn, _folder: folder };
+            let world = Self { ctx, store, turn: *turn, _folder: folder };
             world.pause(&world.turn.lease, EventBatch { first: 0, events }).await;
             world
         }
@@ -537,7 +513,7 @@ mod tests {
         }
 
         fn follow(&self) -> RunSubscription {
-            RunSubscription::of(&self.runs, &self.turn.thread, self.turn.run.id)
+            RunSubscription::of(&self.ctx, &self.turn.thread, self.turn.run.id)
         }
 
         /// Ends the run, with a log that goes on at `first`.
@@ -546,7 +522,7 @@ mod tests {
                 id: MessageId::new(),
                 content: text("ab"),
                 upstream_message_id: None,
-                context: Context::Present,
+                context: crate::domain::Context::Present,
             };
             let events = EventBatch { first, events };
             let end = end_without_output(RunStatus::Completed, None);
@@ -574,16 +550,6 @@ mod tests {
         (first..).zip(words.iter().map(|word| (*word).to_owned())).collect()
     }
 
-    #[test]
-    fn batches_may_leave_a_gap() {
-        let batch = |first, events: &[&str]| EventBatch {
-            first,
-            events: events.iter().map(|text| delta(text)).collect(),
-        };
-        let all: Vec<_> = numbered(vec![batch(0, &["a", "b"]), batch(2, &[]), batch(7, &["c"])]).collect();
-        assert_eq!(all, [(0, delta("a")), (1, delta("b")), (7, delta("c"))]);
-    }
-
     #[tokio::test]
     async fn a_run_that_has_ended_is_read_from_the_record() {
         let world = World::new().await;
@@ -609,7 +575,7 @@ mod tests {
             follow.rest(4).await.unwrap().unwrap().map(|(n, event)| (n, word(&event))).collect().await;
         assert_eq!(rest, numbered_from(4, &["message assistant", "completed"]));
         assert!(follow.rest(6).await.unwrap().is_none(), "the end was seen already");
-        let gone = RunSubscription::of(&world.runs, &world.turn.thread, RunId::new());
+        let gone = RunSubscription::of(&world.ctx, &world.turn.thread, RunId::new());
         assert!(matches!(gone.rest(6).await, Err(Error::NotFound(_))));
         world.store.close().await;
         assert!(matches!(follow.rest(6).await, Err(Error::StoreUnavailable(_))));
@@ -654,7 +620,7 @@ mod tests {
         let (key, run, others) = (&world.turn.thread.key, world.turn.run.id, 1 << 32);
         let follow = {
             let lease = world.store.adopt_orphans(ReplicaId::new(), &[], 1).await.unwrap().remove(0).lease;
-            let active = world.runs.parts.registry.goes_on(lease, 3);
+            let active = world.ctx.registry.goes_on(lease, 3);
             let follow = world.follow();
             assert_eq!(after(&follow).await, 3, "as the store tells it");
             assert!(follow.answer(3).now_or_never().is_none());
@@ -703,13 +669,13 @@ mod tests {
             events.next().await.unwrap();
         }
         let lease = RunLease { run_id: world.turn.run.id, fence: 2 };
-        let active = world.runs.parts.registry.goes_on(lease, 3);
+        let active = world.ctx.registry.goes_on(lease, 3);
         active.log.push(RunEvent::Delta("b".into()));
         let (n, event) = tokio::time::timeout(Duration::from_secs(10), events.next()).await.unwrap().unwrap();
         assert_eq!((n, word(&event)), (3, "b".to_owned()));
         drop(active);
         assert!(events.next().now_or_never().is_none(), "it waits for whoever goes on");
-        world.runs.parts.given.stop.cancel();
+        world.ctx.tasks.stop.cancel();
         assert!(events.next().await.is_none(), "the process stops");
     }
 
@@ -717,7 +683,7 @@ mod tests {
     async fn a_record_that_cannot_be_read_is_not_passed_over() {
         let world = World::new().await;
         let lease = RunLease { run_id: world.turn.run.id, fence: 2 };
-        let active = world.runs.parts.registry.goes_on(lease, 3);
+        let active = world.ctx.registry.goes_on(lease, 3);
         active.log.push(RunEvent::Delta("b".into()));
         let follow = world.follow();
         world.store.close().await;

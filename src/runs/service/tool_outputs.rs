@@ -1,14 +1,20 @@
 //! Answers to the function calls of a run.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::time::{Instant, sleep, timeout};
 use tracing::Instrument;
 
+use super::idempotency::{earlier, repeated};
+use super::read::{self, is_reachable, takes_work};
+use super::subscription::{RunSubscription, Submitted, follow};
 use crate::domain::{ConversationKey, MessageId, RequiredAction, Run, RunId, RunStatus, Thread, ToolOutput};
 use crate::error::{Chain, Error, TooOften};
-use crate::runs::RunSubscription;
-use crate::runs::{Runs, Submitted, jittered};
+use crate::runs::backoff::jittered;
+use crate::runs::context::Context;
+use crate::runs::log::offset::{EventOffset, FIRST_EVENT};
+use crate::runs::redaction;
 use crate::store::{Answered, Idempotency, News, StoreError, ThreadName, ToolAnswer};
 
 /// How soon to ask again what became of outputs whose answer was lost.
@@ -27,95 +33,101 @@ pub struct NewOutputs {
     pub only_repeats: Option<TooOften>,
 }
 
+/// A run that goes on with the outputs of its function calls.
+#[derive(Clone, Debug)]
+pub struct Resumed {
+    pub submitted: Submitted,
+    /// The first event after the wait.
+    pub from: EventOffset,
+}
+
 const BACKEND_ANSWERS: Error = Error::Forbidden(
     "the outputs of this run's function calls come from a backend, which has an API key: a user's own token may send them \
      only where the assistant's configuration has `client_tools = true`",
 );
 
-impl Runs {
-    /// Hands a run the outputs of the function calls that it waits for. They are durable when this returns, and the run goes
-    /// on; the number is that of the first event after the wait.
-    ///
-    /// # Errors
-    /// [`Error::Forbidden`] if a backend has to answer; [`Error::Invalid`] if the outputs are not one for each call;
-    /// [`Error::RunNotWaiting`] if the run does not wait (any more).
-    pub async fn answer_tools(
-        &self,
-        key: &ConversationKey,
-        id: RunId,
-        new: NewOutputs,
-    ) -> Result<(Submitted, i64), Error> {
-        let _token = self.parts.given.tasks.token();
-        self.takes_work()?;
-        if new.by_user {
-            let (run, _) = self.run(key, id).await?;
-            let assistant = self.parts.given.assistants.get(&run.assistant);
-            if !assistant.is_some_and(|assistant| assistant.client_tools) {
-                return Err(BACKEND_ANSWERS);
-            }
+/// Hands a run the outputs of the function calls that it waits for. They are durable when this returns, and the run goes on.
+///
+/// # Errors
+/// [`Error::Forbidden`] if a backend has to answer; [`Error::Invalid`] if the outputs are not one for each call;
+/// [`Error::RunNotWaiting`] if the run does not wait (any more).
+pub(in crate::runs) async fn answer_tools(
+    ctx: &Arc<Context>,
+    key: &ConversationKey,
+    id: RunId,
+    new: NewOutputs,
+) -> Result<Resumed, Error> {
+    let _token = ctx.tasks.tracker.token();
+    takes_work(ctx)?;
+    if new.by_user {
+        let (run, _) = read::run(ctx, key, id).await?;
+        let assistant = ctx.config.assistants.get(&run.assistant);
+        if !assistant.is_some_and(|assistant| assistant.client_tools) {
+            return Err(BACKEND_ANSWERS);
         }
-        if let Some(earlier) = self.repeated(key, new.idempotency.as_ref()).await? {
-            return after_outputs(earlier, &new.outputs).await;
-        }
-        if let Some(too_often) = new.only_repeats {
-            return Err(too_often.into());
-        }
-        let (run, follow) = self.follow(key, id).await?;
-        let expected = match &run.required_action {
-            Some(action) if run.status == RunStatus::RequiresAction => action.clone(),
-            _ => return self.not_waiting(key, &run, &follow, new).await,
-        };
-        if let Some(wrong) = wrong(&new.outputs, &expected) {
-            return Err(Error::Invalid(wrong));
-        }
-        if !self.store().keeps_content() && self.parts.registry.handle(id).is_none() {
-            return Err(Error::OtherReplica);
-        }
-        let thread = self.thread(ThreadName::Id(&key.tenant, run.thread_id)).await?.thread;
-        self.is_reachable(&thread.upstream)?;
-        // Before they are taken: where this cannot be read the caller is refused, and nothing has happened.
-        let from = follow.after(&new.outputs).await?.unwrap_or(0);
-        let mut answer =
-            ToolAnswer { expected, outputs: new.outputs.clone(), idempotency: new.idempotency.clone() };
-        if !self.store().keeps_content() {
-            answer.idempotency.get_or_insert_with(own_key);
-        }
-        let handing = hand_over(self.clone(), key.clone(), id, answer);
-        let answered = if self.store().keeps_content() {
-            handing.await?
-        } else {
-            // The store could not give them again: a caller that leaves must not take them along half-way.
-            let task = self.parts.given.tasks.spawn(handing.in_current_span());
-            task.await.map_err(|error| Error::Internal(Some(error.into())))??
-        };
-        if let Some((thread, run)) = answered {
-            return Ok((Submitted { thread, run, follow, replayed: false }, from));
-        }
-        let (run, _) = self.run(key, id).await?;
-        self.not_waiting(key, &run, &follow, new).await
     }
+    if let Some(earlier) = repeated(ctx, key, new.idempotency.as_ref()).await? {
+        return after_outputs(earlier, &new.outputs).await;
+    }
+    if let Some(too_often) = new.only_repeats {
+        return Err(too_often.into());
+    }
+    let (run, follow) = follow(ctx, key, id).await?;
+    let expected = match &run.required_action {
+        Some(action) if run.status == RunStatus::RequiresAction => action.clone(),
+        _ => return not_waiting(ctx, key, &run, &follow, new).await,
+    };
+    if let Some(wrong) = wrong(&new.outputs, &expected) {
+        return Err(Error::Invalid(wrong));
+    }
+    if !ctx.store.keeps_content() && ctx.registry.handle(id).is_none() {
+        return Err(Error::OtherReplica);
+    }
+    let thread = read::thread(ctx, ThreadName::Id(&key.tenant, run.thread_id)).await?.thread;
+    is_reachable(ctx, &thread.upstream)?;
+    // Before they are taken: where this cannot be read the caller is refused, and nothing has happened.
+    let from = follow.after(&new.outputs).await?.unwrap_or(FIRST_EVENT);
+    let mut answer =
+        ToolAnswer { expected, outputs: new.outputs.clone(), idempotency: new.idempotency.clone() };
+    if !ctx.store.keeps_content() {
+        answer.idempotency.get_or_insert_with(own_key);
+    }
+    let handing = hand_over(Arc::clone(ctx), key.clone(), id, answer);
+    let answered = if ctx.store.keeps_content() {
+        handing.await?
+    } else {
+        // The store could not give them again: a caller that leaves must not take them along half-way.
+        let task = ctx.tasks.tracker.spawn(handing.in_current_span());
+        task.await.map_err(|error| Error::Internal(Some(error.into())))??
+    };
+    if let Handover::Taken(thread, run) = answered {
+        let submitted = Submitted { thread: *thread, run: *run, follow, replayed: false };
+        return Ok(Resumed { submitted, from });
+    }
+    let (run, _) = read::run(ctx, key, id).await?;
+    not_waiting(ctx, key, &run, &follow, new).await
+}
 
-    /// The run does not wait for these outputs: another request with the same idempotency key was faster, or they
-    /// are too late.
-    async fn not_waiting(
-        &self,
-        key: &ConversationKey,
-        run: &Run,
-        follow: &RunSubscription,
-        new: NewOutputs,
-    ) -> Result<(Submitted, i64), Error> {
-        if let Some(earlier) = self.repeated(key, new.idempotency.as_ref()).await? {
-            return after_outputs(earlier, &new.outputs).await;
-        }
-        let were_asked_for = follow.after(&new.outputs).await?.is_some();
-        Err(Error::RunNotWaiting(why_not_waiting(run.status, were_asked_for)))
+/// The run does not wait for these outputs: another request with the same idempotency key was faster, or they
+/// are too late.
+async fn not_waiting(
+    ctx: &Arc<Context>,
+    key: &ConversationKey,
+    run: &Run,
+    follow: &RunSubscription,
+    new: NewOutputs,
+) -> Result<Resumed, Error> {
+    if let Some(earlier) = repeated(ctx, key, new.idempotency.as_ref()).await? {
+        return after_outputs(earlier, &new.outputs).await;
     }
+    let were_asked_for = follow.after(&new.outputs).await?.is_some();
+    Err(Error::RunNotWaiting(why_not_waiting(run.status, were_asked_for)))
 }
 
 /// An earlier request with the same outputs, from where these let the run go on. If the log is gone by now, that is the end.
-async fn after_outputs(earlier: Submitted, outputs: &[ToolOutput]) -> Result<(Submitted, i64), Error> {
-    let from = earlier.follow.after(outputs).await?.unwrap_or(0);
-    Ok((earlier, from))
+async fn after_outputs(earlier: Submitted, outputs: &[ToolOutput]) -> Result<Resumed, Error> {
+    let from = earlier.follow.after(outputs).await?.unwrap_or(FIRST_EVENT);
+    Ok(Resumed { submitted: earlier, from })
 }
 
 /// Why a run with this status does not wait for the outputs of calls.
@@ -135,92 +147,106 @@ fn why_not_waiting(status: RunStatus, were_asked_for: bool) -> String {
     }
 }
 
-/// The run that took outputs, and its thread. `None`: it did not wait for them (any more).
-type TakenBy = Option<(Thread, Run)>;
+/// What became of outputs.
+enum Handover {
+    /// The run took them.
+    Taken(Box<Thread>, Box<Run>),
+    /// It did not wait for them (any more).
+    NotTaken,
+    /// It cannot be told.
+    Unknown,
+}
+
+impl Handover {
+    fn taken(thread: Thread, run: Run) -> Self {
+        Self::Taken(Box::new(thread), Box::new(run))
+    }
+}
 
 /// Records outputs and lets the run go on with them.
 async fn hand_over(
-    runs: Runs,
+    ctx: Arc<Context>,
     key: ConversationKey,
     id: RunId,
     answer: ToolAnswer,
-) -> Result<TakenBy, StoreError> {
-    let error = match runs.answer_in_store(&key, id, &answer).await {
+) -> Result<Handover, StoreError> {
+    let error = match redaction::answer_tools(&ctx, &key, id, &answer).await {
         Ok(Answered::Resumed(waiting)) => {
-            pass_on(&runs, id, answer.outputs);
-            return Ok(Some((waiting.thread, waiting.run)));
+            pass_on(&ctx, id, answer.outputs);
+            return Ok(Handover::taken(waiting.thread, waiting.run));
         }
-        Ok(Answered::Repeated | Answered::NotWaiting) => return Ok(None),
+        Ok(Answered::Repeated | Answered::NotWaiting) => return Ok(Handover::NotTaken),
         Err(error) => error,
     };
-    let is_lost = matches!(error, StoreError::Unavailable(_)) && !runs.store().keeps_content();
+    let is_lost = matches!(error, StoreError::Unavailable(_)) && !ctx.store.keeps_content();
     let (true, Some(used)) = (is_lost, answer.idempotency.clone()) else { return Err(error) };
     // The outputs may have to wait for the store longer than their sender does.
-    let patience = runs.parts.given.admission_timeout;
-    let finding = find_out(runs.clone(), key, id, (answer, used), patience).in_current_span();
-    match timeout(patience, runs.parts.given.tasks.spawn(finding)).await {
-        Ok(Ok(Some(taken))) => Ok(taken),
+    let patience = ctx.config.admission_timeout;
+    let tasks = ctx.tasks.tracker.clone();
+    let finding = find_out(ctx, key, id, answer, used, patience).in_current_span();
+    match timeout(patience, tasks.spawn(finding)).await {
+        Ok(Ok(found @ (Handover::Taken(..) | Handover::NotTaken))) => Ok(found),
         _ => Err(error),
     }
 }
 
 /// Hands outputs that were taken to the run's task. Another replica's run is resumed by that replica, which looks for such
 /// requests.
-fn pass_on(runs: &Runs, id: RunId, outputs: Vec<ToolOutput>) {
-    match runs.parts.registry.handle(id) {
+fn pass_on(ctx: &Context, id: RunId, outputs: Vec<ToolOutput>) {
+    match ctx.registry.handle(id) {
         Some(handle) => handle.answer(outputs),
-        None => runs.parts.notifier.notify(News::Asked(id)),
+        None => ctx.notifier.notify(News::Asked(id)),
     }
 }
 
 /// Finds out whether outputs were taken that the store could not give again, and hands them over. For as long as their
 /// sender waits that is done by giving them again, which their idempotency key lets happen once; then only by looking.
-/// `None`: it cannot be told.
 async fn find_out(
-    runs: Runs,
+    ctx: Arc<Context>,
     key: ConversationKey,
     id: RunId,
-    (answer, used): (ToolAnswer, Idempotency),
+    answer: ToolAnswer,
+    used: Idempotency,
     patience: Duration,
-) -> Option<TakenBy> {
+) -> Handover {
     let begun = Instant::now();
     loop {
         tokio::select! {
             biased;
-            () = runs.parts.given.draining.cancelled() => return None,
+            () = ctx.tasks.draining.cancelled() => return Handover::Unknown,
             () = sleep(jittered(LOOK_AGAIN)) => {}
         }
         let is_awaited = begun.elapsed() < patience;
         let found = if is_awaited {
-            match runs.answer_in_store(&key, id, &answer).await {
-                Ok(Answered::Resumed(waiting)) => Ok(Some((waiting.thread, waiting.run))),
-                Ok(Answered::NotWaiting) => Ok(None),
-                Ok(Answered::Repeated) => taken_before(&runs, &key, &used).await,
+            match redaction::answer_tools(&ctx, &key, id, &answer).await {
+                Ok(Answered::Resumed(waiting)) => Ok(Handover::taken(waiting.thread, waiting.run)),
+                Ok(Answered::NotWaiting) => Ok(Handover::NotTaken),
+                Ok(Answered::Repeated) => taken_before(&ctx, &key, &used).await,
                 Err(error) => Err(error.into()),
             }
         } else {
-            taken_before(&runs, &key, &used).await
+            taken_before(&ctx, &key, &used).await
         };
         match found {
-            Ok(Some(taken)) => {
-                pass_on(&runs, id, answer.outputs);
-                return Some(Some(taken));
+            Ok(taken @ Handover::Taken(..)) => {
+                pass_on(&ctx, id, answer.outputs);
+                return taken;
             }
-            Ok(None) if is_awaited => return Some(None),
-            Ok(None) if begun.elapsed() > LATEST => return None,
-            Ok(None) | Err(Error::StoreUnavailable(_)) => {}
+            Ok(_) if is_awaited => return Handover::NotTaken,
+            Ok(_) if begun.elapsed() > LATEST => return Handover::Unknown,
+            Ok(_) | Err(Error::StoreUnavailable(_)) => {}
             Err(error) => {
                 tracing::error!(error = %Chain(&error), "cannot tell whether tool outputs were taken");
-                return None;
+                return Handover::Unknown;
             }
         }
     }
 }
 
-/// The run, if the outputs that came with this key were taken.
-async fn taken_before(runs: &Runs, key: &ConversationKey, used: &Idempotency) -> Result<TakenBy, Error> {
-    let earlier = runs.earlier(key, Some(used)).await?;
-    Ok(earlier.map(|it| (it.thread, it.run)))
+/// Whether the outputs that came with this key were taken.
+async fn taken_before(ctx: &Context, key: &ConversationKey, used: &Idempotency) -> Result<Handover, Error> {
+    let earlier = earlier(ctx, key, Some(used)).await?;
+    Ok(earlier.map_or(Handover::NotTaken, |it| Handover::taken(it.thread, it.run)))
 }
 
 /// What is wrong with outputs for these calls.
