@@ -1,9 +1,9 @@
-//! One run at a time, inside this process: a queue of entries for each key, first come first served.
+//! One run at a time, inside this process: a queue for each key, first come first served.
 //!
-//! A ticket is had in two steps: first the right to record the run in the store ([`Ticket::to_record`]), in the order of
-//! joining, so that the store's order of admission is ours, then the turn itself ([`Ticket::turn`]), in the order of the
-//! queue. Both orders are the same but for entries that [go next](KeyedQueue::join_next). Dropping a ticket at any moment
-//! gives it up and wakes whoever is next. A queue vanishes with its last ticket.
+//! A ticket gives two rights, one after the other. The first is to record the run in the store ([`Ticket::to_record`]), in the
+//! order of joining, so that the store's order of admission is ours. The second is the turn ([`Ticket::turn`]), in the order of
+//! the queue. Both orders are the same but for tickets that [go next](KeyedQueue::join_next). Dropping a ticket at any moment
+//! gives it up and wakes the next one. A queue vanishes with its last ticket.
 //!
 //! A key may have runs on several threads: the one before has expired or is being deleted, and its run goes on. The
 //! store tells with each record which thread the run is on. That is the ticket's *track*, and a ticket waits only for
@@ -35,7 +35,7 @@ type Queues<K, L> = Arc<Mutex<HashMap<K, Queue<L>>>>;
 /// The queue is as long as it may get.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub struct QueueFull {
-    /// Places behind the first.
+    /// Tickets behind the first.
     pub max_waiting: usize,
 }
 
@@ -48,15 +48,15 @@ impl<K: Clone + Eq + Hash, L: Copy + Eq> KeyedQueue<K, L> {
     /// Joins the end of the key's queue.
     ///
     /// # Errors
-    /// [`QueueFull`] if `max_waiting` entries wait already.
+    /// [`QueueFull`] if `max_waiting` tickets wait already.
     pub fn join(&self, key: K) -> Result<Ticket<K, L>, QueueFull> {
         self.join_at(key, |queue| queue.entries.len())
     }
 
-    /// Joins the key's queue before all entries that have not [started](Ticket::started).
+    /// Joins the key's queue before all tickets that have not [started](Ticket::started).
     ///
     /// # Errors
-    /// [`QueueFull`] if `max_waiting` entries wait already.
+    /// [`QueueFull`] if `max_waiting` tickets wait already.
     pub fn join_next(&self, key: K) -> Result<Ticket<K, L>, QueueFull> {
         self.join_at(key, |queue| queue.entries.iter().take_while(|entry| entry.started).count())
     }
@@ -80,12 +80,12 @@ impl<K: Clone + Eq + Hash, L: Copy + Eq> KeyedQueue<K, L> {
         Ok(self.ticket(&mut queues, key, at))
     }
 
-    /// Keys with somebody in queue.
+    /// Keys with a ticket in their queue.
     pub fn len(&self) -> usize {
         lock(&self.queues).len()
     }
 
-    /// Nobody is in any queue.
+    /// No queue has a ticket.
     pub fn is_empty(&self) -> bool {
         self.len() == 0
     }
@@ -160,7 +160,7 @@ impl<K: Eq + Hash, L: Copy + Eq> Ticket<K, L> {
         poll_fn(|cx| self.poll(cx, Queue::has_turn)).await;
     }
 
-    /// Changes the queue and wakes those whom that can have set free.
+    /// Changes the queue and wakes the tickets that this can have set free.
     fn change(&self, change: impl FnOnce(&mut Queue<L>)) {
         let woken = {
             let mut queues = lock(&self.queues);
@@ -235,7 +235,7 @@ impl<L: Copy + Eq> Queue<L> {
         self.entries.iter().take(at).all(|before| before.track.is_some() && before.track != track)
     }
 
-    /// The wakers of the entries that a change can have set free: the first of each track, and the oldest unrecorded. Waking
+    /// The wakers of the tickets that a change can have set free: the first of each track, and the oldest unrecorded. Waking
     /// one that may not go yet is harmless: it asks again.
     fn take_free(&mut self) -> Vec<Waker> {
         let recorder = self.first_unrecorded().and_then(|number| self.entry(number)?.waker.take());

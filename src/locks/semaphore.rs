@@ -1,10 +1,10 @@
-//! So many at a time, in all and of each kind, so that what is taken stays quick.
+//! Bounds what goes on at a time, in all and for each key, so that what is taken stays quick.
 
 use std::collections::HashMap;
 use std::hash::Hash;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-/// KeyedSemaphore, of which there are only so many: in all, and for each key.
+/// A limited number of permits: in all, and for each key.
 #[derive(Debug)]
 pub struct KeyedSemaphore<K> {
     all: usize,
@@ -31,7 +31,7 @@ pub enum NoPermit {
 #[derive(Debug)]
 pub struct Permit<K: Eq + Hash> {
     key: K,
-    /// So many at once.
+    /// Permits that it stands for.
     count: usize,
     taken: Arc<Mutex<Taken<K>>>,
 }
@@ -47,7 +47,7 @@ impl<K: Clone + Eq + Hash> KeyedSemaphore<K> {
         self.take_many(key, 1)
     }
 
-    /// So many semaphore for the key as one, at once or not at all.
+    /// `count` permits for the key as one, at once or not at all.
     pub fn take_many(&self, key: &K, count: usize) -> Result<Permit<K>, NoPermit> {
         let mut taken = lock(&self.taken);
         let own = taken.by_key.get(key).copied().unwrap_or_default().saturating_add(count);
@@ -87,7 +87,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn seats_are_free_again_once_they_are_left() {
+    fn permits_are_free_again_once_they_are_dropped() {
         let semaphore = KeyedSemaphore::new(3, 2);
         let (one, _two) = (semaphore.take(&"a").unwrap(), semaphore.take(&"a").unwrap());
         assert_eq!(semaphore.take(&"a").unwrap_err(), NoPermit::KeyFull(2));
@@ -97,6 +97,6 @@ mod tests {
         let _again = semaphore.take(&"a").unwrap();
         drop(third);
         assert!(semaphore.take(&"b").is_ok());
-        assert_eq!(lock(&semaphore.taken).by_key.len(), 1, "nothing is kept of who has none");
+        assert_eq!(lock(&semaphore.taken).by_key.len(), 1, "nothing is kept of a key without permits");
     }
 }

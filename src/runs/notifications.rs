@@ -68,7 +68,7 @@ impl Notifier {
         self.posted.notify_one();
     }
 
-    /// Gives a run up, so that whoever is first goes on with it. Its task must have stopped working on it.
+    /// Gives a run up, so that the first process that adopts it goes on with it. Its task must have stopped working on it.
     pub(in crate::runs) fn release(&self, lease: RunLease) {
         lock(&self.outbox).released.push(lease);
         self.posted.notify_one();

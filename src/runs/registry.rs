@@ -237,7 +237,7 @@ impl RunRegistry {
         lock(&self.session).trusts_from = then;
     }
 
-    /// Whoever has no session is dead.
+    /// A process without a session counts as dead.
     pub(in crate::runs) fn trusts_sessions(&self) -> bool {
         Instant::now() >= lock(&self.session).trusts_from
     }

@@ -154,7 +154,7 @@ pub(in crate::runs) fn decide_outcome(
                 upstream_message_id = None;
             }
             if *removed {
-                // A chain that does not move has not taken in what went along either.
+                // A chain that does not move has not taken in the history either.
                 end.synced &= settled.thread.is_none();
                 end.upstream_thread_id = None;
             }
@@ -167,8 +167,8 @@ pub(in crate::runs) fn decide_outcome(
     end
 }
 
-/// What readers have yet to see of a reply: the upstream may have more of one that was cut off here. Whoever reads the
-/// deltas alone shall have the whole text too.
+/// What readers have yet to see of a reply: the upstream may have more of one that was cut off here. A reader of the deltas
+/// alone gets the whole text too.
 pub(in crate::runs) fn unshown(shown: &str, reply: &Reply) -> Option<String> {
     let text: String = reply.content.iter().filter_map(ContentPart::as_text).collect();
     text.strip_prefix(shown).filter(|rest| !rest.is_empty()).map(str::to_owned)

@@ -34,7 +34,7 @@ pub(in crate::runs) async fn run_round(
 ) -> Result<RoundEnd, Failure> {
     let usage_before = progress.usage;
     let id_before = progress.upstream_run.clone();
-    let mut attempt = Round { round, progress, permit: None };
+    let mut attempt = Round { context: round, progress, permit: None };
     let result = match request {
         RoundRequest::Message => attempt.send_message(None).await,
         RoundRequest::Outputs(outputs) => attempt.send_outputs(outputs).await,
@@ -53,7 +53,7 @@ pub(in crate::runs) async fn run_round(
 
 /// What a round knows while it goes on.
 struct Round<'a> {
-    round: &'a RoundContext<'a>,
+    context: &'a RoundContext<'a>,
     progress: &'a mut Progress,
     /// What the breaker is to be told: how the request fared, whatever it took.
     permit: Option<Permit>,
@@ -74,12 +74,12 @@ impl Round<'_> {
         mut ambiguous_error: Option<UpstreamError>,
     ) -> Result<RoundEnd, Failure> {
         self.ask_breaker()?;
-        let RoundContext { ctx, started, assistant, upstream, .. } = *self.round;
-        let owner = self.round.owner();
-        let mut prepared = prepare(self.round, self.progress).await?;
+        let RoundContext { ctx, started, assistant, upstream, .. } = *self.context;
+        let owner = self.context.owner();
+        let mut prepared = prepare(self.context, self.progress).await?;
         let mut retries = Retries::new(ctx.config.runs.max_retries);
         loop {
-            match ensure_thread(self.round, self.progress, &owner, &mut prepared).await {
+            match ensure_thread(self.context, self.progress, &owner, &mut prepared).await {
                 Ok(()) => {}
                 Err(Failure::Upstream(error)) => {
                     retries.wait_after(error).await?;
@@ -118,7 +118,7 @@ impl Round<'_> {
             match error {
                 UpstreamError::ThreadGone if !prepared.is_rebuilt => {
                     self.was_refused();
-                    prepared = rebuild(self.round, self.progress).await?;
+                    prepared = rebuild(self.context, self.progress).await?;
                 }
                 error => {
                     let was_busy = matches!(error, UpstreamError::Busy { .. });
@@ -136,7 +136,7 @@ impl Round<'_> {
                         return self.relay(events, Telling::Again).await;
                     }
                     if was_busy && !prepared.is_rebuilt && started.thread.leftover.is_some() {
-                        prepared = prepare_again(self.round, self.progress, prepared).await?;
+                        prepared = prepare_again(self.context, self.progress, prepared).await?;
                     }
                 }
             }
@@ -145,15 +145,15 @@ impl Round<'_> {
 
     /// Goes on with a round that another process had begun, or may have.
     async fn resume(&mut self) -> Result<RoundEnd, Failure> {
-        let has_threads = self.round.upstream.capabilities().has_threads;
-        let lacks_thread = has_threads && self.round.started.thread.upstream_thread_id.is_none();
+        let has_threads = self.context.upstream.capabilities().has_threads;
+        let lacks_thread = has_threads && self.context.started.thread.upstream_thread_id.is_none();
         if lacks_thread || self.progress.delivery == Delivery::NotSent {
             // The thread is recorded before anything is sent.
             self.progress.delivery = Delivery::NotSent;
             return self.send_message(None).await;
         }
         let lost = UpstreamError::Broken { timeout: false };
-        match recover(self.round, self.progress, &lost).await? {
+        match recover(self.context, self.progress, &lost).await? {
             Recovered::Running(events) => {
                 tracing::info!("the upstream has the run; following it");
                 self.relay(events, Telling::Again).await
@@ -170,8 +170,8 @@ impl Round<'_> {
     }
 
     async fn send_outputs(&mut self, outputs: &[ToolOutput]) -> Result<RoundEnd, Failure> {
-        let RoundContext { ctx, started, assistant, upstream, .. } = *self.round;
-        let owner = self.round.owner();
+        let RoundContext { ctx, started, assistant, upstream, .. } = *self.context;
+        let owner = self.context.owner();
         let mut retries = Retries::new(ctx.config.runs.max_retries);
         let upstream_run = self.progress.upstream_run.clone();
         // Calls that were found in a thread can be answered without the id of what made them.
@@ -218,12 +218,12 @@ impl Round<'_> {
         if let Some(permit) = &mut self.permit {
             permit.answered();
         }
-        relay(self.round, self.progress, events, telling).await
+        relay(self.context, self.progress, events, telling).await
     }
 
     /// Asks the breaker whether a request may be made. What one tries meanwhile is its own.
     fn ask_breaker(&mut self) -> Result<(), Failure> {
-        if let Some(breaker) = self.round.ctx.breaker(&self.round.started.thread.upstream) {
+        if let Some(breaker) = self.context.ctx.breaker(&self.context.started.thread.upstream) {
             let permit = breaker.enter().map_err(|retry_after| Failure::BreakerOpen { retry_after })?;
             self.permit = Some(permit);
         }
@@ -246,12 +246,12 @@ impl Round<'_> {
     /// A request goes out that may start something. Under which id is not known yet.
     fn sends(&mut self) {
         self.progress.unacknowledged_requests += 1;
-        self.round.awaits_id.send_replace(true);
+        self.context.awaits_id.send_replace(true);
     }
 
     /// An upstream that says how a request failed has not left anything of it.
     fn hears_of_failure(&mut self, error: &UpstreamError) {
-        self.round.awaits_id.send_replace(false);
+        self.context.awaits_id.send_replace(false);
         if !matches!(error, UpstreamError::Broken { .. } | UpstreamError::Protocol(_)) {
             self.progress.heard();
         }
@@ -268,7 +268,7 @@ impl Round<'_> {
     /// Records that the message is sent a second time. A request whose answer broke off may have left something under an id
     /// that nobody heard, although the thread shows nothing of it.
     async fn note_second_request(&mut self) -> Result<(), Failure> {
-        let RoundContext { ctx, started, upstream, .. } = *self.round;
+        let RoundContext { ctx, started, upstream, .. } = *self.context;
         if self.progress.unacknowledged_requests == 0 || !upstream.capabilities().stores_runs {
             return Ok(());
         }
@@ -287,7 +287,7 @@ impl Round<'_> {
                 self.wait_for_thread(blocking_run, retries).await?;
                 Ok(Next::SendAgain)
             }
-            error if error.is_ambiguous() => match recover(self.round, self.progress, &error).await? {
+            error if error.is_ambiguous() => match recover(self.context, self.progress, &error).await? {
                 Recovered::Running(events) => {
                     tracing::warn!(error = %Chain(&error), "the upstream has the run all the same; following it");
                     Ok(Next::Follow(events))
@@ -314,7 +314,7 @@ impl Round<'_> {
     /// Looks once more for a request that the upstream did not show, before it is sent again to a thread that is held.
     async fn came_in_late(&mut self, failure: &UpstreamError) -> Result<Option<EventStream>, Failure> {
         self.progress.delivery = self.progress.delivery.max(Delivery::Sent);
-        match recover(self.round, self.progress, failure).await? {
+        match recover(self.context, self.progress, failure).await? {
             Recovered::Running(events) => Ok(Some(events)),
             Recovered::Absent => {
                 self.was_refused();
@@ -331,15 +331,15 @@ impl Round<'_> {
         retries: &mut Retries,
     ) -> Result<(), Failure> {
         // The run that holds it may be of a process that has the thread by now.
-        may_send(&self.round.ctx.registry)?;
+        may_send(&self.context.ctx.registry)?;
         tracing::warn!(
             blocking_run = blocking_run.as_ref().map(UpstreamRunId::as_str),
             "the upstream thread is held by another run"
         );
         self.progress.busy = true;
-        let upstream = self.round.upstream;
+        let upstream = self.context.upstream;
         let since = *retries.busy_since.get_or_insert_with(Instant::now);
-        let strategy = self.round.started.run.strategy;
+        let strategy = self.context.started.run.strategy;
         // A lock without a name may be what is left of our own last run, for a while.
         let lingers = blocking_run.is_none() && since.elapsed() < upstream.capabilities().lock_window;
         if strategy == MultitaskStrategy::Reject && !lingers {

@@ -29,7 +29,8 @@ pub(in crate::runs) async fn take_away(
 ) -> Result<Settled, Failure> {
     may_send(&ctx.registry)?;
     let settled = upstream.settle(left).await.map_err(Failure::Upstream)?;
-    if !left.remove && !(removal == Removal::IfSaid && settled.said) {
+    let is_removed = left.remove || (removal == Removal::IfSaid && settled.said);
+    if !is_removed {
         return Ok(settled);
     }
     // A chain goes on from before that run, and has taken in nothing that was sent with it.

@@ -224,7 +224,7 @@ async fn execute(
     mut progress: Progress,
     deadline: Instant,
 ) -> RunResult {
-    let begun = Instant::now();
+    let since = Instant::now();
     let StartedRun { thread, run, .. } = started;
     // The configuration may have changed since the run was admitted.
     let assistant = ctx.config.assistants.get(&run.assistant).filter(|it| it.upstream == thread.upstream);
@@ -263,7 +263,7 @@ async fn execute(
             assistant = %run.assistant,
             status = %outcome.run.status,
             error = outcome.run.error.as_ref().map(|error| error.code.as_str()),
-            duration_ms = u64::try_from(begun.elapsed().as_millis()).unwrap_or(u64::MAX),
+            duration_ms = u64::try_from(since.elapsed().as_millis()).unwrap_or(u64::MAX),
             "run ended"
         ),
     }

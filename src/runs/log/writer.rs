@@ -277,8 +277,8 @@ impl RunLog {
         Some((log.upstream_run.clone(), log.unstored(None)))
     }
 
-    /// The same, if it has waited for long enough. Whoever may take the run over needs its id at the upstream soon, and who
-    /// reads along on another replica its text; a long text by itself is told again by the upstream.
+    /// The same, if it has waited for long enough. A process that may take the run over needs its id at the upstream soon, and
+    /// a reader on another replica its text; a long text by itself is told again by the upstream.
     pub(in crate::runs) fn overdue(&self) -> Option<Unrecorded> {
         {
             let log = lock(&self.log);

@@ -192,7 +192,7 @@ async fn run_task(
                 // A caller that has left hears nothing; the run goes on.
                 drop(answer.send(Ok(Submitted { thread, run, follow, replayed: false })));
                 drop(admission);
-                run_admitted(&ctx, active, reservation, admitted).await;
+                run_admitted(&ctx, active, reservation, *admitted).await;
             }
             Recorded::Elsewhere(submitted) => {
                 drop(reservation.ticket);
@@ -215,7 +215,7 @@ async fn run_task(
 /// What became of the attempt to record a message.
 enum Recorded {
     /// Its run is recorded.
-    New(AdmittedRun),
+    New(Box<AdmittedRun>),
     /// It has joined the run of others, or repeats an earlier message.
     Elsewhere(Box<Submitted>),
     /// Nothing of it is recorded.
@@ -244,13 +244,14 @@ async fn record(
         }
     }
     match admitted {
-        Ok(Admitted::Started(started)) => Recorded::New(AdmittedRun {
+        Ok(Admitted::Started(started)) => Recorded::New(Box::new(AdmittedRun {
             thread: started.thread.clone(),
             run: started.run.clone(),
             next: Next::Start(started),
-        }),
+        })),
         Ok(Admitted::Queued { lease, thread, run, position }) => {
-            Recorded::New(AdmittedRun { thread: *thread, run: *run, next: Next::Wait { lease, position } })
+            let next = Next::Wait { lease, position };
+            Recorded::New(Box::new(AdmittedRun { thread: *thread, run: *run, next }))
         }
         Ok(Admitted::Merged { thread, run }) => {
             let follow = RunSubscription::of(ctx, &thread, run.id);

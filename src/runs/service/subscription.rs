@@ -649,7 +649,7 @@ mod tests {
             assert!(matches!(follow.answer(1).await, Some(Answer::RequiresAction(_))));
             follow
         };
-        // Its task is gone. What that had not stored is told by whoever goes on with the run.
+        // Its task is gone. The process that goes on with the run tells what that had not stored.
         let mut rest = follow.events(others + 1);
         assert_eq!(rest.next().await.map(|(n, event)| (n, word(&event))), Some((others + 1, "c".to_owned())));
         assert!(rest.next().now_or_never().is_none());

@@ -182,7 +182,7 @@ proptest! {
         if end.discard {
             prop_assert_eq!((end.reply, end.upstream_thread_id), (None, None));
             prop_assert_eq!(end.status, case.verdict.status, "what was found late does not count");
-            // The chain stays where it was, and there nothing went along.
+            // The chain stays where it was, and there no history was sent.
             prop_assert!(!end.synced || case.seen().is_some_and(|settled| settled.thread.is_none()));
         }
     }
@@ -246,7 +246,7 @@ proptest! {
             || case.seen().is_some_and(|settled| settled.said && !settled.content.is_empty());
         prop_assert_eq!(reply.context == Context::Present, held);
         prop_assert!(reply.context != Context::Present || end.said == Context::Present);
-        // What it answers is there without it: then it goes along with the next turn.
+        // What it answers is there without it: then it is sent with the next run.
         let expected = if held || end.said != Context::Present { end.said } else { Context::Missing };
         prop_assert_eq!(reply.context, expected);
     }
