@@ -47,7 +47,7 @@ use crate::config::ServerConfig;
 use crate::domain::{Access, RunId};
 use crate::error::Error;
 use crate::lifecycle::Janitor;
-use crate::locks::{Budget, Seats};
+use crate::locks::{Budget, KeyedSemaphore};
 use crate::runs::Runs;
 
 /// What handlers reach.
@@ -58,7 +58,7 @@ pub struct AppState {
     pub auth: Arc<Auth>,
     pub limits: Arc<Limits>,
     /// For those who follow a run's events.
-    pub readers: Arc<Seats<RunId>>,
+    pub readers: Arc<KeyedSemaphore<RunId>>,
     /// Memory for the bodies of requests.
     pub bodies: Budget,
     pub server: Arc<ServerConfig>,

@@ -1,7 +1,7 @@
 //! The composition root: builds the parts from the configuration, starts them, stops them. The only file that
 //! names concrete backends.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::io::{BufRead, Write};
 use std::net::SocketAddr;
 use std::pin::pin;
@@ -23,8 +23,8 @@ use crate::config::{Config, StoreConfig, UpstreamConfig, UpstreamKind};
 use crate::domain::{Access, ConversationKey, Fingerprints, KeyNames, ReplicaId, RetentionPolicy, TenantKey};
 use crate::export_import::{self, Refused, Summary, What};
 use crate::lifecycle::{Janitor, JanitorParts};
-use crate::locks::{Budget, Seats};
-use crate::runs::{Breaker, Runs, RunsParts};
+use crate::locks::{Budget, KeyedSemaphore};
+use crate::runs::{Breaker, ConfiguredUpstream, Load, RunSettings, Runs, RunsParts, Tasks};
 use crate::server::{self, ServerStop};
 use crate::store::{Store, StoreError, StoredKey};
 use crate::upstream::{AssistantsUpstream, ResponsesUpstream, Upstream, UpstreamClient};
@@ -69,23 +69,20 @@ impl App {
             (TaskTracker::new(), CancellationToken::new(), CancellationToken::new());
         let runs = Runs::new(RunsParts {
             store: Arc::clone(&store),
-            upstreams: upstreams.clone(),
-            breakers: breakers(&config),
-            assistants: config.assistants.clone(),
-            default_assistant,
-            runs: config.runs.clone(),
-            lifetimes: config.lifetimes(),
-            sessions: config.sessions.clone(),
-            threads: config.threads.clone(),
-            shared: names(&config, |upstream| upstream.shared),
-            told_keys: names(&config, |upstream| upstream.send_keys),
-            fingerprints: fingerprints.clone(),
-            admission_timeout: config.store.acquire_timeout,
+            upstreams: configured(&config, &upstreams),
+            settings: RunSettings {
+                assistants: config.assistants.clone(),
+                default_assistant,
+                runs: config.runs.clone(),
+                sessions: config.sessions.clone(),
+                threads: config.threads.clone(),
+                lifetimes: config.lifetimes(),
+                fingerprints: fingerprints.clone(),
+                admission_timeout: config.store.acquire_timeout,
+                attend_every: config.replica.session_ttl / 3,
+            },
             replica: ReplicaId::new(),
-            attend_every: config.replica.session_ttl / 3,
-            tasks: tasks.clone(),
-            draining: draining.clone(),
-            stop: stop.clone(),
+            tasks: Tasks { tracker: tasks.clone(), draining: draining.clone(), stop: stop.clone() },
         });
         let (place, ttl) = (address.to_string(), config.replica.session_ttl);
         patiently(&config.store, || runs.renew(&place, ttl))
@@ -116,7 +113,7 @@ impl App {
             janitor: janitor.clone(),
             auth: Arc::clone(&auth),
             limits: Arc::new(Limits::new(&config.limits)),
-            readers: Arc::new(Seats::new(usize::MAX, config.server.max_readers.get())),
+            readers: Arc::new(KeyedSemaphore::new(usize::MAX, config.server.max_readers.get())),
             bodies: Budget::new(config.server.max_bodies_bytes),
             server: Arc::new(config.server.clone()),
             logs_clients: config.log.client_address,
@@ -171,9 +168,9 @@ impl App {
             ended = &mut janitor => Some(format!("the janitor ended by itself: {ended:?}")),
             ended = &mut session => Some(format!("the session's janitor ended by itself: {ended:?}")),
         };
-        let (runs, lines) = self.runs.load();
+        let Load { runs, queues } = self.runs.load();
         let grace_ms = u64::try_from(self.config.server.shutdown_grace.as_millis())?;
-        tracing::info!(runs, lines, grace_ms, "stopping");
+        tracing::info!(runs, lines = queues, grace_ms, "stopping");
         self.draining.cancel();
         self.tasks.close();
         tokio::select! {
@@ -339,14 +336,21 @@ fn upstreams(config: &Config) -> anyhow::Result<BTreeMap<String, Arc<dyn Upstrea
         .collect()
 }
 
-fn breakers(config: &Config) -> BTreeMap<String, Arc<Breaker>> {
-    let breaker = |(name, upstream): (&String, _)| (name.clone(), Arc::new(Breaker::new(name, upstream)));
-    config.upstreams.iter().map(breaker).collect()
-}
-
-/// The names of the upstreams of which something holds.
-fn names(config: &Config, holds: impl Fn(&UpstreamConfig) -> bool) -> BTreeSet<String> {
-    config.upstreams.iter().filter(|(_, upstream)| holds(upstream)).map(|(name, _)| name.clone()).collect()
+fn configured(
+    config: &Config,
+    upstreams: &BTreeMap<String, Arc<dyn Upstream>>,
+) -> BTreeMap<String, ConfiguredUpstream> {
+    let configured = |(name, upstream): (&String, &UpstreamConfig)| {
+        let adapter = Arc::clone(upstreams.get(name)?);
+        let configured = ConfiguredUpstream {
+            adapter,
+            breaker: Some(Arc::new(Breaker::new(name, upstream))),
+            is_shared: upstream.shared,
+            gets_keys: upstream.send_keys,
+        };
+        Some((name.clone(), configured))
+    };
+    config.upstreams.iter().filter_map(configured).collect()
 }
 
 fn build_upstream(name: &str, config: &UpstreamConfig) -> anyhow::Result<Arc<dyn Upstream>> {

@@ -66,7 +66,7 @@ pub use import::{Imported, ImportedMessage, ImportedThread};
 pub use lane::NotWritten;
 pub use notifications::News;
 pub use orphans::{Made, Remnant, RemnantKind, RemnantName, UNHEARD_OF};
-pub use queue::{Claim, RunLease, Turn};
+pub use queue::{Claim, RunLease, StartedRun};
 pub use redaction::redacted_action;
 pub use replicas::{Orphan, Renewed};
 pub use retention::{Due, Pruned, Pruning};

@@ -1,6 +1,6 @@
 //! The port to a hosted conversation API, and its adapters. [`Upstream`] says what a new adapter writes.
 //!
-//! A file names what stands below it in this list, never what stands above: `tests/it/tidy.rs` checks it.
+//! A file names what stands below it in this list, never what stands above: `tests/it/architecture.rs` checks it.
 
 mod probe;
 
@@ -52,7 +52,7 @@ pub use client::{InvalidUpstream, UpstreamClient};
 pub use error::UpstreamError;
 pub use port::{
     AnswerTools, Capabilities, Disposal, Ended, EventStream, HistoryEntry, HistoryPage, Items, Ownership,
-    Recovered, Settled, StartRun, Upstream, UpstreamEvent,
+    Recovered, Settled, StartRun, Upstream, UpstreamEvent, drain,
 };
 pub use probe::{Finding, Probe, Verdict, probe};
 pub use rate_limiter::RateLimiter;

@@ -20,7 +20,7 @@ use crate::domain::{
     ContentPart, InvalidContent, InvalidMetadata, MessageId, Metadata, MultitaskStrategy, UserContent,
 };
 use crate::error::Error;
-use crate::runs::NewMessage;
+use crate::runs::{FIRST_EVENT, NewMessage};
 use crate::store::ThreadName;
 
 pub(super) fn create_doc() -> Doc {
@@ -62,7 +62,7 @@ pub(super) async fn create(
     };
     let submitted = state.runs.submit(key.clone(), message).await?;
     let form = ResponseMode { stream: body.stream, asked: &asked, on_drop };
-    answer(&state, &key, submitted, 0, form).await
+    answer(&state, &key, submitted, FIRST_EVENT, form).await
 }
 
 #[derive(Debug, Deserialize, IntoParams)]

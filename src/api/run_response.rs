@@ -20,7 +20,7 @@ use super::views::{RunResponse, ThreadView};
 use super::{AppState, sse};
 use crate::domain::{ConversationKey, RunStatus, ThreadActivity, ThreadState};
 use crate::error::Error;
-use crate::runs::{Answer, DELETED, Outcome, Runs, Submitted};
+use crate::runs::{Answer, DELETED, EventOffset, Outcome, Runs, Submitted};
 use crate::store::ThreadName;
 
 /// Says that a run is that of an earlier request with the same idempotency key.
@@ -74,7 +74,7 @@ pub(super) async fn answer(
     state: &AppState,
     key: &ConversationKey,
     submitted: Submitted,
-    from: i64,
+    from: EventOffset,
     form: ResponseMode<'_>,
 ) -> Result<Response, Error> {
     let replayed = submitted.replayed;
@@ -96,7 +96,7 @@ pub(super) async fn answer(
 fn streamed(
     state: &AppState,
     submitted: Submitted,
-    from: i64,
+    from: EventOffset,
     ResponseMode { asked, on_drop, .. }: ResponseMode<'_>,
 ) -> Result<Response, Error> {
     let Submitted { run, follow, replayed, .. } = submitted;
@@ -122,7 +122,7 @@ async fn as_json(
     state: &AppState,
     key: &ConversationKey,
     submitted: Submitted,
-    from: i64,
+    from: EventOffset,
     form: ResponseMode<'_>,
 ) -> Result<Response, Error> {
     let ResponseMode { asked, on_drop, .. } = form;

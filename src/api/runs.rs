@@ -18,7 +18,7 @@ use super::views::{ListView, PostOutputs, RunAndMessageView, RunView};
 use super::{AppState, sse};
 use crate::domain::RunId;
 use crate::error::Error;
-use crate::runs::NewOutputs;
+use crate::runs::{NewOutputs, Resumed};
 
 pub(super) fn list_doc() -> Doc {
     Doc::new("runs", "list_runs", "The runs of the conversation's thread.")
@@ -97,7 +97,7 @@ pub(super) async fn tool_outputs(
         idempotency,
         only_repeats: only_repeats.map(|Extension(OnlyRepeats(why))| why),
     };
-    let (submitted, from) = state.runs.answer_tools(&key, id, new).await?;
+    let Resumed { submitted, from } = state.runs.answer_tools(&key, id, new).await?;
     let form = ResponseMode { stream: body.stream, asked: &asked, on_drop: None };
     answer(&state, &key, submitted, from, form).await
 }

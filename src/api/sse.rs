@@ -17,8 +17,8 @@ use utoipa::{PartialSchema, ToSchema};
 
 use super::views::{MessageView, RunView};
 use crate::domain::{RequiredAction, Run, RunId, RunStatus, ThreadId, ToolCall};
-use crate::locks::Seat;
-use crate::runs::{Follow, RunEvent};
+use crate::locks::Permit;
+use crate::runs::{RunEvent, RunSubscription};
 
 /// When a client shall come back whose stream ended before its run.
 const RECONNECT_AFTER: Duration = Duration::from_secs(1);
@@ -32,9 +32,9 @@ type Events = BoxStream<'static, (i64, RunEvent)>;
 pub(super) fn until_answered(
     run: &Run,
     scope: &str,
-    follow: Follow,
+    follow: RunSubscription,
     from: i64,
-    (on_drop, seat): (Option<DropGuard>, Option<Seat<RunId>>),
+    (on_drop, seat): (Option<DropGuard>, Option<Permit<RunId>>),
     keep_alive: Duration,
 ) -> Response {
     let events = follow.events(from).inspect(move |_| _ = &seat).boxed();
@@ -70,7 +70,7 @@ struct Place {
     asked: Option<Arc<RequiredAction>>,
     /// Where the run can be followed on.
     rest: String,
-    ends_at_wait: Option<Follow>,
+    ends_at_wait: Option<RunSubscription>,
 }
 
 /// `ends_at_wait`: the stream ends where the run waits for outputs, too. One that ends otherwise says where its run can be
@@ -80,7 +80,7 @@ fn stream_of(
     scope: &str,
     seen: Option<i64>,
     events: Events,
-    ends_at_wait: Option<Follow>,
+    ends_at_wait: Option<RunSubscription>,
     keep_alive: Duration,
 ) -> Response {
     let (run, thread) = (run.id, run.thread_id);

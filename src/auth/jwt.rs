@@ -4,6 +4,7 @@
 //! a token, a claim or a key gets into a log, an error or the output of `Debug`.
 
 mod claims;
+mod errors;
 #[cfg(test)]
 mod tests;
 
@@ -19,6 +20,8 @@ use crate::domain::{self, Fingerprints, Principal};
 
 use claims::{Claims, Rules};
 
+pub use errors::{JwtRefusal, JwtSetupError};
+
 /// The longest token that is read, bytes.
 const MAX_TOKEN_BYTES: usize = 8 * 1024;
 /// What a token may call itself. Others of the same issuer (a logout token, a proof of possession) prove something else.
@@ -29,36 +32,6 @@ pub struct JwtVerifier {
     algorithms: Vec<JwtAlgorithm>,
     keys: Keys,
     rules: Rules,
-}
-
-/// Why a token proves nothing.
-#[derive(Clone, Copy, Debug, Eq, PartialEq, thiserror::Error)]
-pub enum JwtRefusal {
-    /// The token is not good, and will not be. The text says why in fixed words, for the caller to read: nothing of the
-    /// token is in it.
-    #[error("the token is refused: {0}")]
-    Invalid(&'static str),
-    /// The issuer's keys cannot be had at present: the token may be good.
-    #[error("the keys to verify tokens with cannot be had at present")]
-    Unavailable,
-}
-
-/// Why tokens cannot be verified with this configuration.
-#[derive(Clone, Copy, Debug, Eq, PartialEq, thiserror::Error)]
-pub enum JwtSetupError {
-    #[error("auth.jwt: there is no key, or more than one source of keys")]
-    Source,
-    #[error("auth.jwt: {0} cannot be used with the secret; a secret is for HS256")]
-    Secret(&'static str),
-    #[error("auth.jwt: the public key is not one for {0}, or too short")]
-    PublicKey(&'static str),
-    #[error(
-        "auth.jwt: this machine has no CA certificates, so the server of jwks_url cannot be verified; install the package \
-         `ca-certificates`, or let SSL_CERT_FILE name a bundle of certificates in PEM form"
-    )]
-    NoRootCertificates,
-    #[error("auth.jwt: the HTTP client cannot be built")]
-    Client,
 }
 
 enum Keys {

@@ -126,6 +126,14 @@ fn once<T, E: de::Error>(field: &mut Option<T>, name: &'static str, value: T) ->
 }
 
 impl ContentPart {
+    /// The text of a part that is text.
+    pub fn as_text(&self) -> Option<&str> {
+        match self {
+            Self::Text { text } => Some(text),
+            _ => None,
+        }
+    }
+
     /// The bytes of what it says or names.
     pub fn size(&self) -> usize {
         match self {

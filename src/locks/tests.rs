@@ -1,8 +1,8 @@
 //! Every order in which a few tasks can join, be polled and give up, explored exhaustively.
 //!
-//! All state changes of a line happen under one mutex, so its behaviour is the set of sequences of whole
+//! All state changes of a queue happen under one mutex, so its behaviour is the set of sequences of whole
 //! operations: no finer interleaving exists. The search runs each reachable state's shortest path anew on a real
-//! [`LockMap`] and takes every step that is possible from there. A lost wake-up shows as a state in which the task
+//! [`KeyedQueue`] and takes every step that is possible from there. A lost wake-up shows as a state in which the task
 //! that may go is asleep; a task may also be polled without having been woken, anew with another waker.
 
 use std::collections::{HashSet, VecDeque};
@@ -60,12 +60,12 @@ impl Wake for Flag {
 }
 
 struct World {
-    map: LockMap<&'static str, u8>,
-    places: [Option<Place<&'static str, u8>>; TASKS],
+    map: KeyedQueue<&'static str, u8>,
+    entries: [Option<Ticket<&'static str, u8>>; TASKS],
     stages: [Stage; TASKS],
     flags: [Arc<Flag>; TASKS],
-    /// Tasks in line.
-    line: Vec<usize>,
+    /// Tasks in queue.
+    queue: Vec<usize>,
     /// The same in order of joining.
     joined: Vec<usize>,
     /// The track in which the last one was recorded: a key goes on to a fresh thread, and never back.
@@ -80,27 +80,27 @@ struct Scope {
     tracks: u8,
 }
 
-/// What tells two states apart: who is in line and in which order, at which stage, who is awake, and the newest track.
+/// What tells two states apart: who is in queue and in which order, at which stage, who is awake, and the newest track.
 type Abstract = (Vec<usize>, Vec<usize>, [Stage; TASKS], [bool; TASKS], u8);
 
 impl World {
     fn new(scope: Scope) -> Self {
         Self {
             scope,
-            map: LockMap::new(TASKS),
-            places: [const { None }; TASKS],
+            map: KeyedQueue::new(TASKS),
+            entries: [const { None }; TASKS],
             stages: [Stage::Outside; TASKS],
             flags: std::array::from_fn(|_| Arc::default()),
-            line: Vec::new(),
+            queue: Vec::new(),
             joined: Vec::new(),
             track: 0,
         }
     }
 
-    /// All before the task in line are known to be in other tracks.
+    /// All before the task in queue are known to be in other tracks.
     fn is_first(&self, task: usize) -> bool {
         let track = self.stages[task].track();
-        let before = self.line.iter().take_while(|other| **other != task);
+        let before = self.queue.iter().take_while(|other| **other != task);
         before.map(|other| self.stages[*other].track()).all(|other| other.is_some() && other != track)
     }
 
@@ -110,7 +110,7 @@ impl World {
 
     fn state(&self) -> Abstract {
         let awake = std::array::from_fn(|task| self.awake(task));
-        (self.line.clone(), self.joined.clone(), self.stages, awake, self.track)
+        (self.queue.clone(), self.joined.clone(), self.stages, awake, self.track)
     }
 
     fn steps(&self) -> Vec<Step> {
@@ -143,13 +143,13 @@ impl World {
         match step {
             Step::Join(task) | Step::JoinNext(task) => {
                 let next = matches!(step, Step::JoinNext(_));
-                let place = if next { self.map.join_next("key") } else { self.map.join("key") };
-                self.places[task] = Some(place.unwrap());
+                let ticket = if next { self.map.join_next("key") } else { self.map.join("key") };
+                self.entries[task] = Some(ticket.unwrap());
                 self.stages[task] = Stage::WantsToRecord;
                 self.flags[task].0.store(true, Ordering::SeqCst);
                 let has_started = |task: &&usize| matches!(self.stages[**task], Stage::Started(_));
-                let started = self.line.iter().take_while(has_started).count();
-                self.line.insert(if next { started } else { self.line.len() }, task);
+                let started = self.queue.iter().take_while(has_started).count();
+                self.queue.insert(if next { started } else { self.queue.len() }, task);
                 self.joined.push(task);
             }
             Step::Poll(task) => {
@@ -157,10 +157,10 @@ impl World {
                 self.flags[task] = Arc::default();
                 let waker = Waker::from(Arc::clone(&self.flags[task]));
                 let mut cx = Context::from_waker(&waker);
-                let place = self.places[task].as_mut().unwrap();
+                let ticket = self.entries[task].as_mut().unwrap();
                 let (poll, next) = match self.stages[task].track() {
-                    None => (pin!(place.to_record()).poll(&mut cx), Stage::MayRecord),
-                    Some(track) => (pin!(place.turn()).poll(&mut cx), Stage::HasTurn(track)),
+                    None => (pin!(ticket.to_record()).poll(&mut cx), Stage::MayRecord),
+                    Some(track) => (pin!(ticket.turn()).poll(&mut cx), Stage::HasTurn(track)),
                 };
                 // Mutual exclusion and order: only the first of a track is told that it is its turn.
                 if next != Stage::MayRecord {
@@ -173,22 +173,22 @@ impl World {
                 }
             }
             Step::Recorded(task, track) => {
-                self.places[task].as_mut().unwrap().recorded(track);
+                self.entries[task].as_mut().unwrap().recorded(track);
                 self.stages[task] = Stage::WantsTurn(track);
                 self.track = track;
                 self.flags[task].0.store(true, Ordering::SeqCst);
             }
             Step::Started(task) => {
-                self.places[task].as_mut().unwrap().started();
+                self.entries[task].as_mut().unwrap().started();
                 self.stages[task] = Stage::Started(self.stages[task].track().unwrap());
-                self.line.retain(|other| *other != task);
-                self.line.insert(0, task);
+                self.queue.retain(|other| *other != task);
+                self.queue.insert(0, task);
             }
             Step::Leave(task) => {
-                self.places[task] = None;
+                self.entries[task] = None;
                 self.stages[task] = Stage::Gone;
                 self.flags[task].0.store(false, Ordering::SeqCst);
-                self.line.retain(|other| *other != task);
+                self.queue.retain(|other| *other != task);
                 self.joined.retain(|other| *other != task);
             }
         }
@@ -196,7 +196,7 @@ impl World {
 
     fn check(&self) {
         let is_recorded = |task: usize| self.stages[task].track().is_some();
-        for &task in &self.line {
+        for &task in &self.queue {
             let may_record =
                 || self.joined.iter().take_while(|other| **other != task).all(|task| is_recorded(*task));
             match self.stages[task] {
@@ -209,10 +209,10 @@ impl World {
                 }
                 Stage::WantsToRecord => assert!(!may_record() || self.awake(task), "{:?}", self.state()),
                 Stage::HasTurn(_) => {}
-                Stage::Outside | Stage::Gone => unreachable!("not in line"),
+                Stage::Outside | Stage::Gone => unreachable!("not in queue"),
             }
         }
-        assert_eq!(self.map.is_empty(), self.line.is_empty(), "a line lives as long as its places");
+        assert_eq!(self.map.is_empty(), self.queue.is_empty(), "a queue lives as long as its entries");
     }
 }
 
@@ -253,7 +253,7 @@ fn search(scope: Scope) -> usize {
 
 #[test]
 fn a_line_is_bounded_and_other_keys_are_not_affected() {
-    let map = LockMap::<_, u8>::new(1);
+    let map = KeyedQueue::<_, u8>::new(1);
     let first = map.join("a").unwrap();
     let second = map.join("a").unwrap();
     assert_eq!(map.join("a").unwrap_err(), QueueFull { max_waiting: 1 });
@@ -266,17 +266,17 @@ fn a_line_is_bounded_and_other_keys_are_not_affected() {
 
 #[test]
 fn places_that_moved_wait_for_those_of_their_new_lane() {
-    let map = LockMap::new(3);
-    let mut places: Vec<_> = (0..3).map(|_| map.join("a").unwrap()).collect();
-    for (place, track) in places.iter_mut().zip([0, 0, 1]) {
-        place.recorded(track);
+    let map = KeyedQueue::new(3);
+    let mut entries: Vec<_> = (0..3).map(|_| map.join("a").unwrap()).collect();
+    for (ticket, track) in entries.iter_mut().zip([0, 0, 1]) {
+        ticket.recorded(track);
     }
     let mut cx = Context::from_waker(Waker::noop());
-    let mut may_go = |place: &mut Place<_, _>| pin!(place.turn()).poll(&mut cx).is_ready();
-    assert_eq!(places.iter_mut().map(&mut may_go).collect::<Vec<_>>(), [true, false, true]);
+    let mut may_go = |ticket: &mut Ticket<_, _>| pin!(ticket.turn()).poll(&mut cx).is_ready();
+    assert_eq!(entries.iter_mut().map(&mut may_go).collect::<Vec<_>>(), [true, false, true]);
     map.moved(&"a", 0, 1);
-    assert_eq!(places.iter_mut().map(&mut may_go).collect::<Vec<_>>(), [true, false, false]);
+    assert_eq!(entries.iter_mut().map(&mut may_go).collect::<Vec<_>>(), [true, false, false]);
     map.moved(&"b", 0, 1);
-    drop(places.remove(0));
-    assert_eq!(places.iter_mut().map(&mut may_go).collect::<Vec<_>>(), [true, false]);
+    drop(entries.remove(0));
+    assert_eq!(entries.iter_mut().map(&mut may_go).collect::<Vec<_>>(), [true, false]);
 }

@@ -75,7 +75,7 @@ struct Slot {
 /// The right to make one request. Its first verdict counts. Its drop without one changes nothing, but gives the place of a probe back.
 #[derive(Debug)]
 #[must_use = "the request's outcome has to be told"]
-pub(super) struct Permit {
+pub(in crate::runs) struct Permit {
     breaker: Arc<Breaker>,
     epoch: u64,
     has_verdict: bool,
@@ -97,7 +97,7 @@ impl Breaker {
     ///
     /// # Errors
     /// How long to wait before the next one.
-    pub(super) fn check(&self) -> Result<(), Duration> {
+    pub(in crate::runs) fn check(&self) -> Result<(), Duration> {
         self.circuit().state.check(Instant::now())
     }
 
@@ -105,7 +105,7 @@ impl Breaker {
     ///
     /// # Errors
     /// How long to wait before the next one.
-    pub(super) fn enter(self: &Arc<Self>) -> Result<Permit, Duration> {
+    pub(in crate::runs) fn enter(self: &Arc<Self>) -> Result<Permit, Duration> {
         let (mut circuit, now) = (self.circuit(), Instant::now());
         circuit.state.check(now)?;
         let until = now + SILENT_AFTER;
@@ -172,12 +172,12 @@ impl Window {
 
 impl Permit {
     /// The upstream has answered, whatever it said.
-    pub(super) fn answered(&mut self) {
+    pub(in crate::runs) fn answered(&mut self) {
         self.judge(false);
     }
 
     /// After all its tries the request has failed: the upstream was not reached, broke off, or said that it is broken.
-    pub(super) fn failed(&mut self) {
+    pub(in crate::runs) fn failed(&mut self) {
         self.judge(true);
     }
 

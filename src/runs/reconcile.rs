@@ -8,8 +8,8 @@ use similar::{Algorithm, DiffOp, capture_diff_slices_deadline};
 use tokio::task::spawn_blocking;
 use tokio::time::timeout;
 
-use super::Runs;
-use crate::domain::{ContentPart, Context, Message, MessageId, Role, Thread, ThreadId, UpstreamThreadId};
+use super::context::Context;
+use crate::domain::{self, ContentPart, Message, MessageId, Role, Thread, ThreadId, UpstreamThreadId};
 use crate::error::Error;
 use crate::store::{Foreign, RunLease, Store, StoreError};
 use crate::upstream::{HistoryEntry, RateLimiter, Upstream, UpstreamError};
@@ -71,105 +71,103 @@ impl From<Unverified> for Error {
     }
 }
 
-impl Runs {
-    /// Compares a thread with its upstream thread, within `runs.settle_timeout`. A run that works on it meanwhile shows as a
-    /// difference.
-    ///
-    /// # Errors
-    /// The store or the upstream failed.
-    pub async fn verify(&self, thread: &Thread, pace: &RateLimiter) -> Result<Verified, Unverified> {
-        let compared = async {
-            let _turn = self.parts.comparing.acquire().await;
-            self.compared(thread, pace).await
-        };
-        let limit = self.parts.given.runs.settle_timeout;
-        timeout(limit, compared).await.unwrap_or(Err(Unverified::TooLate))
-    }
+/// Compares a thread with its upstream thread, within `runs.settle_timeout`. A run that works on it meanwhile shows as a
+/// difference.
+///
+/// # Errors
+/// The store or the upstream failed.
+pub(in crate::runs) async fn verify(
+    ctx: &Context,
+    thread: &Thread,
+    pace: &RateLimiter,
+) -> Result<Verified, Unverified> {
+    let compared = async {
+        let _permit = ctx.comparisons.acquire().await;
+        compared(ctx, thread, pace).await
+    };
+    let limit = ctx.config.runs.settle_timeout;
+    timeout(limit, compared).await.unwrap_or(Err(Unverified::TooLate))
+}
 
-    async fn compared(&self, thread: &Thread, pace: &RateLimiter) -> Result<Verified, Unverified> {
-        let Some(id) = &thread.upstream_thread_id else { return Ok(Verified::NoThread) };
-        let upstream = self.parts.given.upstreams.get(&thread.upstream).ok_or(Unverified::NotConfigured)?;
-        // The transcript last: what is in the thread by then is in there, or was not yet asked for.
-        let theirs = match history(&**upstream, id, pace).await {
-            Err(UpstreamError::ThreadGone) => return Ok(Verified::Gone),
-            Ok(None) => return Ok(Verified::CannotTell),
-            theirs => theirs?.unwrap_or_default(),
-        };
-        let Some(ours) = transcript(self.store(), thread).await? else { return Ok(Verified::CannotTell) };
-        // Said while nothing that is said was stored.
-        if ours.iter().any(|message| message.content.is_empty() && message.context != Context::Withheld) {
-            return Ok(Verified::CannotTell);
+async fn compared(ctx: &Context, thread: &Thread, pace: &RateLimiter) -> Result<Verified, Unverified> {
+    let Some(id) = &thread.upstream_thread_id else { return Ok(Verified::NoThread) };
+    let upstream = ctx.upstream(&thread.upstream).ok_or(Unverified::NotConfigured)?;
+    // The transcript last: what is in the thread by then is in there, or was not yet asked for.
+    let theirs = match history(&**upstream, id, pace).await {
+        Err(UpstreamError::ThreadGone) => return Ok(Verified::Gone),
+        Ok(None) => return Ok(Verified::CannotTell),
+        theirs => theirs?.unwrap_or_default(),
+    };
+    let Some(ours) = transcript(&ctx.store, thread).await? else { return Ok(Verified::CannotTell) };
+    // Said while nothing that is said was stored.
+    if ours.iter().any(|message| message.content.is_empty() && message.context != domain::Context::Withheld) {
+        return Ok(Verified::CannotTell);
+    }
+    let thread = thread.id;
+    let compared = spawn_blocking(move || compare(&ours, thread, theirs, Instant::now() + DIFF_TIME)).await;
+    Ok(compared.ok().flatten().map_or(Verified::CannotTell, Verified::Compared))
+}
+
+/// Takes over what others wrote to the upstream thread, if its upstream is one to which they may. `by` is the lease of
+/// the run that has its turn on the thread, if there is one. How many messages.
+///
+/// # Errors
+/// The store or the upstream failed; nothing was taken over then, or all of it.
+pub(in crate::runs) async fn reconcile(
+    ctx: &Context,
+    thread: &Thread,
+    by: Option<RunLease>,
+    pace: &RateLimiter,
+) -> Result<u64, Unverified> {
+    if !ctx.upstreams.get(&thread.upstream).is_some_and(|upstream| upstream.is_shared)
+        || !ctx.store.keeps_content()
+    {
+        return Ok(0);
+    }
+    // What an earlier run left there is ours, and would be taken for somebody else's.
+    if let (Some(left), Some(upstream)) = (&thread.leftover, ctx.upstream(&thread.upstream)) {
+        if by.is_some() && ctx.registry.has_lapsed() {
+            // What stands there now may be the work of who has the run by now.
+            return Err(Unverified::LeaseLost);
         }
-        let thread = thread.id;
-        let compared =
-            spawn_blocking(move || compare(&ours, thread, theirs, Instant::now() + DIFF_TIME)).await;
-        Ok(compared.ok().flatten().map_or(Verified::CannotTell, Verified::Compared))
+        let settled = async {
+            upstream.settle(left).await?;
+            upstream.remove(left).await
+        };
+        let limit = ctx.config.runs.settle_timeout;
+        timeout(limit, settled).await.map_err(|_| Unverified::TooLate)??;
     }
-
-    /// Takes over what others wrote to the upstream thread, if its upstream is one to which they may. `by` is the lease of
-    /// the run that has its turn on the thread, if there is one. How many messages.
-    ///
-    /// # Errors
-    /// The store or the upstream failed; nothing was taken over then, or all of it.
-    pub async fn reconcile(
-        &self,
-        thread: &Thread,
-        by: Option<RunLease>,
-        pace: &RateLimiter,
-    ) -> Result<u64, Unverified> {
-        if !self.parts.given.shared.contains(&thread.upstream) || !self.store().keeps_content() {
+    let foreign = match verify(ctx, thread, pace).await {
+        Ok(Verified::Compared(differences)) => differences.foreign,
+        Ok(Verified::Gone | Verified::NoThread | Verified::CannotTell) | Err(Unverified::NotConfigured) => {
             return Ok(0);
         }
-        // What an earlier run left there is ours, and would be taken for somebody else's.
-        if let (Some(left), Some(upstream)) =
-            (&thread.leftover, self.parts.given.upstreams.get(&thread.upstream))
-        {
-            if by.is_some() && self.parts.standing.has_lapsed() {
-                // What stands there now may be the work of who has the run by now.
-                return Err(Unverified::LeaseLost);
-            }
-            let settled = async {
-                upstream.settle(left).await?;
-                upstream.remove(left).await
-            };
-            let limit = self.parts.given.runs.settle_timeout;
-            timeout(limit, settled).await.map_err(|_| Unverified::TooLate)??;
-        }
-        let foreign = match self.verify(thread, pace).await {
-            Ok(Verified::Compared(differences)) => differences.foreign,
-            Ok(Verified::Gone | Verified::NoThread | Verified::CannotTell)
-            | Err(Unverified::NotConfigured) => {
-                return Ok(0);
-            }
-            Err(error) => return Err(error),
-        };
-        let foreign: Vec<Foreign> = foreign
-            .into_iter()
-            .filter(|(_, entry)| !entry.content.is_empty())
-            .map(|(after, entry)| Foreign {
-                id: MessageId::new(),
-                after,
-                role: entry.role,
-                content: entry.content,
-                upstream_message_id: Some(entry.id),
-                created_at: entry.created_at,
-            })
-            .collect();
-        if foreign.is_empty() {
-            return Ok(0);
-        }
-        let added = self.store().insert_foreign(thread.id, by, &foreign).await?;
-        tracing::info!(thread.id = %thread.id, messages = added, "took over what others wrote to the upstream thread");
-        Ok(added)
+        Err(error) => return Err(error),
+    };
+    let foreign: Vec<Foreign> = foreign
+        .into_iter()
+        .filter(|(_, entry)| !entry.content.is_empty())
+        .map(|(after, entry)| Foreign {
+            id: MessageId::new(),
+            after,
+            role: entry.role,
+            content: entry.content,
+            upstream_message_id: Some(entry.id),
+            created_at: entry.created_at,
+        })
+        .collect();
+    if foreign.is_empty() {
+        return Ok(0);
     }
+    let added = ctx.store.insert_foreign(thread.id, by, &foreign).await?;
+    tracing::info!(thread.id = %thread.id, messages = added, "took over what others wrote to the upstream thread");
+    Ok(added)
 }
 
 /// The most that is kept of an upstream thread to compare it, in bytes, and the most pages that are read. A server may
 /// list for ever.
 const MAX_HISTORY: usize = 32 * 1024 * 1024;
 const MAX_HISTORY_PAGES: usize = 2000;
-/// Comparisons at a time: each may hold that much of both sides.
-pub(super) const AT_A_TIME: usize = 4;
 /// Longest time for finding out what differs, which grows with how much does.
 const DIFF_TIME: Duration = Duration::from_secs(2);
 /// What an entry, or a part of one, takes besides its texts.
@@ -254,7 +252,7 @@ fn compare(
     let here: Vec<(usize, Part<'_>)> = ours
         .iter()
         .enumerate()
-        .filter(|(_, message)| message.context != Context::Withheld)
+        .filter(|(_, message)| message.context != domain::Context::Withheld)
         .flat_map(|(n, message)| parts(message.role, &message.content).map(move |part| (n, part)))
         .collect();
     let there: Vec<(usize, Part<'_>)> = theirs
@@ -285,7 +283,7 @@ fn compare(
     }
     let found: HashSet<usize> = belongs.values().copied().collect();
     let is_missing = |(n, message): &(usize, &Message)| {
-        message.thread_id == thread && message.context == Context::Present && !found.contains(n)
+        message.thread_id == thread && message.context == domain::Context::Present && !found.contains(n)
     };
     let missing = ours.iter().enumerate().filter(is_missing).map(|(_, message)| message.id).collect();
     let mut position = 0;
@@ -327,6 +325,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+    use crate::domain::Context;
 
     fn text(text: &str) -> Vec<ContentPart> {
         vec![ContentPart::Text { text: text.to_owned() }]

@@ -21,7 +21,7 @@ use super::rows::{
     Found, RepeatedRow, RunRow, ThreadAndRun, ThreadRow, corrupt, hex, json, millis, ttl_millis,
 };
 use super::statement::Statement;
-use super::{Backend, RunLease, Store, StoreError, Turn, UNHEARD_OF};
+use super::{Backend, RunLease, StartedRun, Store, StoreError, UNHEARD_OF};
 use crate::domain::{
     ContentPart, ConversationKey, Limits, MessageId, Metadata, MultitaskStrategy, RemnantId, ReplicaId, Run,
     RunId, RunStatus, TenantKey, Thread, ThreadId, Ttl,
@@ -296,7 +296,7 @@ impl Admission {
                 let InputMessage { id, content } = &self.message;
                 let input = vec![InputMessage { id: *id, content: content.clone() }];
                 let intent = self.intent.filter(|_| thread.id == self.new_thread);
-                Ok(Admitted::Started(Box::new(Turn { lease, thread, run, input, intent })))
+                Ok(Admitted::Started(Box::new(StartedRun { lease, thread, run, input, intent })))
             }
             RunStatus::Queued => {
                 let position = queue_position.ok_or_else(|| corrupt("a queued run without a position"))?;
@@ -377,7 +377,7 @@ pub struct InputMessage {
 /// What became of an [`Admission`].
 #[derive(Clone, Debug, PartialEq)]
 pub enum Admitted {
-    Started(Box<Turn>),
+    Started(Box<StartedRun>),
     Queued {
         lease: RunLease,
         thread: Box<Thread>,

@@ -164,7 +164,7 @@ async fn claim_on_postgres(c: &mut Connection, lease: &RunLease) -> Result<Claim
             ClaimedRow { both: Found(Some(both)), queued_input, .. } => {
                 let input = queued_input.map(|json| json.0).unwrap_or_default();
                 let (thread, run) = (both.thread.try_into()?, both.run.try_into()?);
-                return Ok(Claim::Started(Box::new(Turn {
+                return Ok(Claim::Started(Box::new(StartedRun {
                     lease: *lease,
                     thread,
                     run,
@@ -200,7 +200,7 @@ async fn claim_in_transaction(c: &mut Connection, lease: &RunLease) -> Result<Cl
     let thread: ThreadRow = c.one(&COUNT_SAID, values()?).await?;
     c.execute(&SAY, values()?.set("run", run.id.uuid())).await?;
     let thread = Thread::try_from(thread)?;
-    Ok(Claim::Started(Box::new(Turn { lease: *lease, thread, run, input, intent: None })))
+    Ok(Claim::Started(Box::new(StartedRun { lease: *lease, thread, run, input, intent: None })))
 }
 
 /// The run is locked even if there is nothing to change, so that the answer is not out of date.
@@ -238,7 +238,7 @@ pub struct RunLease {
 
 /// A run that may work now.
 #[derive(Clone, Debug, PartialEq)]
-pub struct Turn {
+pub struct StartedRun {
     pub lease: RunLease,
     pub thread: Thread,
     pub run: Run,
@@ -250,7 +250,7 @@ pub struct Turn {
 /// What became of an attempt to start a queued run.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Claim {
-    Started(Box<Turn>),
+    Started(Box<StartedRun>),
     /// Another run is active or waits before it.
     NotYet,
     /// The lease is lost or the run is not queued any more.

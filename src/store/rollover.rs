@@ -14,7 +14,7 @@ use super::rows::{ThreadRow, millis};
 use super::runs::started_before;
 use super::statement::Statement;
 use super::transcript::{DOWNWARDS_KNOWN, listed};
-use super::{Claim, RunLease, Store, StoreError, Turn};
+use super::{Claim, RunLease, StartedRun, Store, StoreError};
 use crate::domain::{
     ContentPart, Lifecycle, Limits, Message, MessageId, Page, Role, RunStatus, Thread, ThreadId, Timestamp,
 };
@@ -466,7 +466,7 @@ pub struct Rollover {
 #[derive(Clone, Debug, PartialEq)]
 pub enum Rolled {
     /// The fresh thread, and the turn of the run that did it.
-    Done { thread: Box<Thread>, turn: Option<Box<Turn>> },
+    Done { thread: Box<Thread>, turn: Option<Box<StartedRun>> },
     /// A run is active: it happens before the next turn.
     Later(Box<Thread>),
     /// The thread is not current any more, or the lease was lost.

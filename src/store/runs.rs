@@ -7,7 +7,7 @@ use super::params::params;
 use super::pool::Connection;
 use super::rows::{MessageRow, RunRow, RunWithReply, ThreadAndRun};
 use super::statement::Statement;
-use super::{Claim, InputMessage, RunLease, Store, StoreError, Turn};
+use super::{Claim, InputMessage, RunLease, StartedRun, Store, StoreError};
 use crate::domain::{ConversationKey, Message, Page, PageRequest, Run, RunId, RunStatus, ThreadId};
 
 /// The key's newest thread, and the number of the run that a cursor names; NULL if it is none of the
@@ -173,7 +173,7 @@ pub(super) async fn started_before(c: &mut Connection, lease: &RunLease) -> Resu
         return Ok(Claim::Lost);
     }
     let input = said(c, lease.run_id).await?;
-    Ok(Claim::Started(Box::new(Turn {
+    Ok(Claim::Started(Box::new(StartedRun {
         lease: *lease,
         thread: both.thread.try_into()?,
         run,

@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use async_trait::async_trait;
+use futures_util::StreamExt;
 use futures_util::stream::BoxStream;
 
 use crate::config::AssistantConfig;
@@ -238,6 +239,11 @@ pub struct HistoryEntry {
 /// The events of one run. To be asked until it gives `None`: past [`UpstreamEvent::Ended`] it reads what is left of
 /// the answer, for a second at most, so that the connection can serve the next call.
 pub type EventStream = BoxStream<'static, Result<UpstreamEvent, UpstreamError>>;
+
+/// Reads what is left of an answer, so that its connection can be used again. The stream itself bounds that.
+pub async fn drain(rest: EventStream) {
+    rest.for_each(|_| std::future::ready(())).await;
+}
 
 /// Whose thread it is, for the upstream's metadata.
 #[derive(Clone, Debug)]

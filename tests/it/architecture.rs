@@ -1,9 +1,11 @@
 //! The rules between modules, as a test: who may name what.
 
-mod order;
+mod tree;
 
 use std::fs;
 use std::path::{Path, PathBuf};
+
+use tree::Tree;
 
 fn sources(folder: &Path) -> Vec<PathBuf> {
     let mut files = Vec::new();
@@ -69,6 +71,7 @@ fn module_dependencies_point_one_way() {
         "error", "locks", "upstream", "export_import", "store", "simulator", "config", "wording", "domain",
         "testing",
     ];
+    let tree = Tree::read();
     for (file, code) in code() {
         assert!(
             !code.contains("crate::{"),
@@ -84,16 +87,54 @@ fn module_dependencies_point_one_way() {
                 code.match_indices("crate::").any(|(at, _)| !code[at..].starts_with("crate::simulator"));
             assert!(!uses_gateway, "{file}: the simulator knows nothing of the gateway");
         }
-        if from == "lib" {
-            continue;
-        }
-        let rank = |name: &str| ORDER.iter().position(|other| *other == name);
-        let own = rank(from).unwrap_or_else(|| panic!("{file}: add its module to the order"));
-        for to in ORDER {
-            let uses =
-                code.contains(&format!("crate::{to}::")) || code.contains(&format!("threadkeeper::{to}::"));
-            assert!(!uses || rank(to).unwrap() >= own, "{file} uses {to}, which stands above it");
-        }
+    }
+    tree.assert_top_order(ORDER);
+}
+
+/// The rooms of `runs/` stand in an order as the top modules do.
+#[test]
+fn rooms_of_runs_point_one_way() {
+    const ORDER: &[&str] = &[
+        "service", "replica", "execution", "reconcile", "redaction", "context", "registry", "log",
+        "notifications", "breaker", "backoff",
+    ];
+    let tree = Tree::read();
+    tree.assert_order("runs", ORDER);
+}
+
+/// So do the files of modules that list them from top to bottom.
+#[test]
+fn files_of_module_use_only_those_listed_below() {
+    let tree = Tree::read();
+    for module in ["simulator", "upstream"] {
+        let list = code().into_iter().find(|(file, _)| *file == format!("{module}.rs")).unwrap().1;
+        let order: Vec<&str> = list
+            .lines()
+            .filter_map(|line| line.trim_start_matches("pub ").strip_prefix("mod ")?.strip_suffix(';'))
+            .collect();
+        tree.assert_order(module, &order);
+    }
+}
+
+/// Files do not import each other in a circle. What a file only passes on (`pub use`) is no import of it.
+#[test]
+fn files_form_no_import_circles() {
+    /// The circles that are left, each with the files (or the folder) that it is within, and what it hangs on.
+    const LEFT: &[(&[&str], &str)] = &[
+        (
+            &["store.rs", "store/"],
+            "store.rs holds `Store` and lists the statements of the topics, which use it",
+        ),
+        (&["api.rs", "api/"], "api.rs holds the routes and the state that their handlers reach"),
+        (&["config.rs", "config/"], "the loader, its checks, and the problems that name the usual file"),
+        (&["domain/life.rs", "domain/records.rs"], "`Deletion` and `Lifecycle`"),
+    ];
+    let tree = Tree::read();
+    for circle in tree.circles() {
+        let is_left = LEFT
+            .iter()
+            .any(|(places, _)| circle.iter().all(|file| places.iter().any(|place| file.starts_with(place))));
+        assert!(is_left, "these files import each other: {}", tree.way_around(&circle).join(" -> "));
     }
 }
 

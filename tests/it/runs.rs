@@ -3,7 +3,7 @@
 mod life;
 mod scripted;
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -13,7 +13,9 @@ use threadkeeper::domain::{
     ConversationKey, Fingerprints, Metadata, MultitaskStrategy, ReplicaId, RunErrorCode, RunStatus,
 };
 use threadkeeper::locks::Share;
-use threadkeeper::runs::{Answer, NewMessage, RunEvent, Runs, RunsParts};
+use threadkeeper::runs::{
+    Answer, ConfiguredUpstream, NewMessage, RunEvent, RunSettings, Runs, RunsParts, Tasks,
+};
 use threadkeeper::store::Store;
 use threadkeeper::upstream::Upstream;
 use tokio_util::sync::CancellationToken;
@@ -61,25 +63,24 @@ impl Process {
         let assistant = AssistantConfig { upstream: "main".to_owned(), ..AssistantConfig::default() };
         let (tasks, replica) = (TaskTracker::new(), ReplicaId::new());
         let (draining, stop) = (CancellationToken::new(), CancellationToken::new());
+        let upstream =
+            ConfiguredUpstream { adapter: upstream, breaker: None, is_shared: false, gets_keys: false };
         let runs = Runs::new(RunsParts {
             store,
             upstreams: BTreeMap::from([("main".to_owned(), upstream)]),
-            breakers: BTreeMap::new(),
-            assistants: BTreeMap::from([("default".to_owned(), assistant)]),
-            default_assistant: "default".to_owned(),
-            lifetimes: config.lifetimes(),
-            runs: config.runs,
-            sessions: config.sessions,
-            shared: BTreeSet::new(),
-            told_keys: BTreeSet::new(),
-            fingerprints: Fingerprints::new(&[7; 32]),
-            threads: config.threads,
-            admission_timeout: Duration::from_secs(5),
+            settings: RunSettings {
+                assistants: BTreeMap::from([("default".to_owned(), assistant)]),
+                default_assistant: "default".to_owned(),
+                lifetimes: config.lifetimes(),
+                runs: config.runs,
+                sessions: config.sessions,
+                threads: config.threads,
+                fingerprints: Fingerprints::new(&[7; 32]),
+                admission_timeout: Duration::from_secs(5),
+                attend_every: Duration::from_secs(3),
+            },
             replica,
-            attend_every: Duration::from_secs(3),
-            tasks: tasks.clone(),
-            draining: draining.clone(),
-            stop: stop.clone(),
+            tasks: Tasks { tracker: tasks.clone(), draining: draining.clone(), stop: stop.clone() },
         });
         Self { runs, replica, tasks, draining, stop }
     }

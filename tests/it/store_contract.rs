@@ -37,8 +37,8 @@ use threadkeeper::domain::{
 };
 use threadkeeper::store::{
     Admission, Admitted, Binding, Bound, Claim, Closing, Finished, Idempotency, Imported, ImportedMessage,
-    ImportedThread, InputMessage, Pause, Reply, RunEnd, RunLease, Store, ThreadFilter, ThreadName,
-    ToolAnswer, Turn,
+    ImportedThread, InputMessage, Pause, Reply, RunEnd, RunLease, StartedRun, Store, ThreadFilter,
+    ThreadName, ToolAnswer,
 };
 
 use crate::support::TestDatabase;
@@ -204,7 +204,7 @@ fn first_page<Id>() -> PageRequest<Id> {
     PageRequest { limit: 100, ascending: true, after: None, before: None }
 }
 
-fn started(admitted: Admitted) -> Turn {
+fn started(admitted: Admitted) -> StartedRun {
     match admitted {
         Admitted::Started(turn) => *turn,
         other => panic!("started was expected, not {other:?}"),
@@ -225,7 +225,7 @@ fn closed(closing: Closing) -> Finished {
     }
 }
 
-fn claimed(claim: Claim) -> Turn {
+fn claimed(claim: Claim) -> StartedRun {
     match claim {
         Claim::Started(turn) => *turn,
         other => panic!("started was expected, not {other:?}"),

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use serde_json::{Map, Value};
 
-use super::JwtRefusal;
+use super::errors::JwtRefusal;
 use crate::config::JwtConfig;
 use crate::domain::{Access, Fingerprints, Principal, TenantKey, Timestamp, UserKey};
 

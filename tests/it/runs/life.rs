@@ -4,7 +4,7 @@ use threadkeeper::config::StoreConfig;
 use threadkeeper::domain::{
     ContentPart, Context, Message, MessageId, PageRequest, Run, ToolOutput, UpstreamThreadId,
 };
-use threadkeeper::runs::{NewOutputs, Outcome, Submitted};
+use threadkeeper::runs::{NewOutputs, Outcome, Resumed, Submitted};
 use threadkeeper::store::{Admission, Admitted, Claim, InputMessage, RunLease, ThreadName};
 
 use tokio::task::JoinSet;
@@ -131,7 +131,7 @@ async fn draining_process_hands_over_run_awaiting_tool_outputs() {
         session.spawn(async move { janitor.keep_session("127.0.0.1:2".to_owned(), ALIVE).await });
         // Not before it is taken over: then there is somebody to go on at once.
         soon(async {
-            while heir.runs.load().0 == 0 {
+            while heir.runs.load().runs == 0 {
                 tokio::task::yield_now().await;
             }
         })
@@ -141,7 +141,8 @@ async fn draining_process_hands_over_run_awaiting_tool_outputs() {
             calls.iter().map(|call| ToolOutput { tool_call_id: call.id.clone(), output: "4".to_owned() });
         let new =
             NewOutputs { outputs: outputs.collect(), by_user: false, idempotency: None, only_repeats: None };
-        let (resumed, from) = heir.runs.answer_tools(&key(), submitted.run.id, new).await.unwrap();
+        let Resumed { submitted: resumed, from } =
+            heir.runs.answer_tools(&key(), submitted.run.id, new).await.unwrap();
         let Some(Answer::Ended(outcome)) = soon(resumed.follow.answer(from)).await else { panic!("it ends") };
         assert_eq!(outcome.run.status, RunStatus::Completed);
         let content = outcome.message.as_ref().unwrap().content.clone();

@@ -262,7 +262,7 @@ async fn concurrent_strategies_neither_deadlock_nor_lose_messages() {
     let key = session("alice", "s1");
     let (begun, removed) = (AtomicUsize::new(0), AtomicUsize::new(0));
 
-    let work = |turn: Turn, store: Arc<Store>, n: usize| {
+    let work = |turn: StartedRun, store: Arc<Store>, n: usize| {
         let (key, begun, removed) = (&key, &begun, &removed);
         async move {
             begun.fetch_add(turn.input.len(), Ordering::SeqCst);
@@ -552,7 +552,7 @@ async fn two_replicas_never_hold_two_active_runs() {
     let key = session("alice", "s1");
     let (active, order) = (AtomicUsize::new(0), std::sync::Mutex::new(vec![]));
 
-    let work = |turn: Turn, store: Arc<Store>| {
+    let work = |turn: StartedRun, store: Arc<Store>| {
         let (active, order) = (&active, &order);
         async move {
             assert_eq!(active.fetch_add(1, Ordering::SeqCst), 0, "two runs at a time");

@@ -426,7 +426,7 @@ async fn all_earlier_messages_can_be_withheld(database: &TestDatabase, store: &S
 }
 
 /// Six messages of three runs, the first two of which the upstream lacks, and a run that has just started.
-async fn three_runs_and_one(store: &Store, key: &ConversationKey) -> Turn {
+async fn three_runs_and_one(store: &Store, key: &ConversationKey) -> StartedRun {
     for (n, said) in [Context::Missing, Context::Present, Context::Missing].into_iter().enumerate() {
         let reply = reply(&format!("reply {n}"), Some(&format!("m{n}")), Context::Present);
         turn(store, key, &format!("say {n}"), &RunEnd { said, reply: Some(reply), ..completed(None) }).await;

@@ -38,7 +38,7 @@ async fn locked_thread_row_blocks_no_other_threads() {
         for round in 0..10 {
             let all = users();
             let turns = join_all(all.iter().map(|it| store.admit(it.clone()))).await;
-            let turns: Vec<Turn> = turns.into_iter().map(|it| started(it.unwrap())).collect();
+            let turns: Vec<StartedRun> = turns.into_iter().map(|it| started(it.unwrap())).collect();
             let ends = turns.iter().map(|turn| store.finish(&turn.lease, completed(Some("hi"))));
             for end in join_all(ends).await {
                 closed(end.unwrap());
@@ -62,7 +62,7 @@ async fn refused_finish_fails_alone_in_its_batch() {
     let database = TestDatabase::postgres().await;
     let store = database.store().await;
     let turns = join_all(users().iter().map(|it| store.admit(it.clone()))).await;
-    let turns: Vec<Turn> = turns.into_iter().map(|it| started(it.unwrap())).collect();
+    let turns: Vec<StartedRun> = turns.into_iter().map(|it| started(it.unwrap())).collect();
     let end = |n: usize| {
         let id = if n == 7 { "a\0b".to_owned() } else { n.to_string() };
         RunEnd { upstream_run_id: Some(UpstreamRunId(id)), ..completed(Some("hi")) }
@@ -106,7 +106,7 @@ async fn batch_with_lost_response_returns_recorded_results() {
     let mut held = database.lock("threads").await;
     let (admitted, ()) =
         tokio::join!(join_all(all.iter().map(|it| store.admit(it.clone()))), loses(&mut held));
-    let turns: Vec<Turn> = admitted.into_iter().map(|it| started(it.unwrap())).collect();
+    let turns: Vec<StartedRun> = admitted.into_iter().map(|it| started(it.unwrap())).collect();
     for (turn, asked) in turns.iter().zip(&all) {
         assert_eq!((turn.run.id, &turn.input[0]), (asked.run_id, &asked.message));
     }

@@ -35,7 +35,7 @@ fn pause_after(EventBatch { first, mut events }: EventBatch) -> Pause {
     Pause { events: EventBatch { first, events }, ..calls }
 }
 
-async fn begin(store: &Store, key: &ConversationKey) -> Turn {
+async fn begin(store: &Store, key: &ConversationKey) -> StartedRun {
     started(store.admit(admission(key)).await.unwrap())
 }
 

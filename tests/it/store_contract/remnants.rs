@@ -23,7 +23,7 @@ on_every_backend!(
 );
 
 /// A turn of a replica that lives.
-async fn turn(store: &Store, key: &ConversationKey) -> Turn {
+async fn turn(store: &Store, key: &ConversationKey) -> StartedRun {
     let admission = admission(key);
     store.renew_replica(admission.replica, "127.0.0.1:1", HOUR).await.unwrap();
     started(store.admit(admission.clone()).await.unwrap())

@@ -25,7 +25,7 @@ on_every_backend!(
 const ALIVE: Duration = Duration::from_mins(1);
 
 /// Registers a replica and lets it start a run on the key.
-async fn busy(store: &Store, key: &ConversationKey, replica: ReplicaId) -> Turn {
+async fn busy(store: &Store, key: &ConversationKey, replica: ReplicaId) -> StartedRun {
     store.renew_replica(replica, "127.0.0.1:1", ALIVE).await.unwrap();
     started(store.admit(Admission { replica, ..admission(key) }).await.unwrap())
 }

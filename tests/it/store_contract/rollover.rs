@@ -34,7 +34,7 @@ pub(super) fn rollover(thread: ThreadId, by: Option<RunLease>) -> Rollover {
     Rollover { thread, by, new_thread: ThreadId::new(), carry_over: 2, limits: Limits::NONE }
 }
 
-fn done(rolled: Rolled) -> (Thread, Option<Turn>) {
+fn done(rolled: Rolled) -> (Thread, Option<StartedRun>) {
     match rolled {
         Rolled::Done { thread, turn } => (*thread, turn.map(|turn| *turn)),
         other => panic!("done was expected, not {other:?}"),
@@ -436,7 +436,7 @@ async fn moved_run_continues_its_lifecycle(database: &TestDatabase, store: &Stor
     check_counts(database).await;
 }
 
-async fn started_again(store: &Store, lease: &RunLease) -> Turn {
+async fn started_again(store: &Store, lease: &RunLease) -> StartedRun {
     claimed(store.claim(lease).await.unwrap())
 }
 
@@ -568,7 +568,7 @@ async fn concurrent_rollovers_and_messages_lose_nothing() {
     let key = session("alice", "s1");
     let begun = std::sync::Mutex::new(Vec::new());
 
-    let work = |turn: Turn, store: Arc<Store>, n: usize| {
+    let work = |turn: StartedRun, store: Arc<Store>, n: usize| {
         let begun = &begun;
         async move {
             begun.lock().unwrap().extend(turn.input.iter().map(|message| message.id));

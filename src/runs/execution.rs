@@ -1,0 +1,29 @@
+//! One run, from its admission to its end.
+//!
+//! [`task`] leads it, [`round`] sends what it has to say, [`finish`] ends it. The files stand in that order: each uses only
+//! what stands below it.
+
+pub(super) mod withdraw;
+
+pub(super) mod task;
+
+pub(super) mod queue;
+pub(super) mod rollover;
+pub(super) mod round;
+
+pub(super) mod finish;
+pub(super) mod prepare;
+pub(super) mod relay;
+
+pub(super) mod create_thread;
+pub(super) mod outcome;
+pub(super) mod recover;
+pub(super) mod settle;
+
+pub(super) mod history;
+pub(super) mod progress;
+pub(super) mod retry;
+pub(super) mod round_context;
+pub(super) mod store_retry;
+
+pub(super) mod failure;

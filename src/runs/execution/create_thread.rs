@@ -1,0 +1,136 @@
+//! Makes an upstream thread. The task that does so goes on to its record even if the run is cut off meanwhile: an id that
+//! nobody writes down is lost at most servers.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::time::{sleep, timeout};
+use tokio_util::task::TaskTracker;
+use tracing::Instrument;
+
+use super::failure::Failure;
+use super::store_retry::back_off;
+use crate::domain::{Message, RemnantId, UpstreamThreadId};
+use crate::error::Chain;
+use crate::runs::backoff::jittered;
+use crate::store::{Binding, Bound, Made, RunLease, Store, UNHEARD_OF};
+use crate::upstream::{Items, Ownership, RateLimiter, Upstream, UpstreamError};
+
+/// Longest time for the making of one, after which its intent is the janitor's. So it ends before others look for it.
+const LONGEST_MAKING: Duration = UNHEARD_OF.saturating_sub(Duration::from_mins(2));
+/// Tries to delete one that nothing of the record names, and the pause before the second. It doubles.
+const DELETE_TRIES: u32 = 8;
+const FIRST_DELETE_PAUSE: Duration = Duration::from_secs(1);
+/// Tries to record that nothing, or nothing that is used, came of an intent.
+const RESOLVE_TRIES: u32 = 4;
+
+/// An upstream thread that is to be made.
+pub(in crate::runs) struct ThreadCreation {
+    pub(in crate::runs) store: Arc<Store>,
+    pub(in crate::runs) upstream: Arc<dyn Upstream>,
+    pub(in crate::runs) lease: RunLease,
+    pub(in crate::runs) owner: Ownership,
+    /// Under this id it is recorded already that it is about to be made.
+    pub(in crate::runs) intent: Option<RemnantId>,
+    /// The messages that it is to hold, and how many of the user's among them come from the thread before.
+    pub(in crate::runs) seed: Option<(Arc<Vec<Message>>, u32)>,
+}
+
+impl ThreadCreation {
+    /// Makes it and records it. Dropping this future does not stop that.
+    ///
+    /// That it is about to be made is recorded first: one of which nobody hears again is looked for.
+    pub(in crate::runs) async fn run(self, tasks: &TaskTracker) -> Result<UpstreamThreadId, Failure> {
+        let made = tasks.spawn(async move { self.make().await }.in_current_span()).await;
+        made.unwrap_or(Err(Failure::Panic))
+    }
+
+    async fn make(self) -> Result<UpstreamThreadId, Failure> {
+        let intent = match self.intent {
+            Some(intent) => intent,
+            None => self.intend().await?,
+        };
+        let (messages, carried_users) =
+            self.seed.as_ref().map_or((&[][..], 0), |(all, users)| (&all[..], *users));
+        let made = match timeout(LONGEST_MAKING, self.upstream.create_thread(&self.owner, messages)).await {
+            Ok(Ok(made)) => made.ok_or_else(|| UpstreamError::Protocol("it made no thread".to_owned())),
+            Ok(Err(error)) => Err(error),
+            Err(_) => Err(UpstreamError::Broken { timeout: true }),
+        };
+        let made = match made {
+            Ok(made) => made,
+            Err(error) => {
+                // The janitor looks after an intent that is not known to have come to nothing.
+                let came_to = if error.is_ambiguous() { Made::Unknown } else { Made::Nothing };
+                self.resolve(intent, came_to).await;
+                return Err(Failure::Upstream(error));
+            }
+        };
+        let binding = Binding { id: made.clone(), intent, seeded: self.seed.is_some(), carried_users };
+        loop {
+            match self.store.bind_upstream_thread(&self.lease, binding.clone()).await {
+                Ok(Bound::Done) => return Ok(made),
+                Ok(Bound::Lost) => return Err(Failure::LeaseLost),
+                Ok(Bound::Unrecorded) => {
+                    self.delete(&made).await;
+                    return Err(Failure::LeaseLost);
+                }
+                Err(error) => {
+                    if let Err(failure) = back_off(error).await {
+                        self.resolve(intent, Made::Unused(&made)).await;
+                        return Err(failure);
+                    }
+                }
+            }
+        }
+    }
+
+    /// Records that it is about to be made.
+    async fn intend(&self) -> Result<RemnantId, Failure> {
+        let intent = RemnantId::new();
+        loop {
+            match self.store.intend(&self.lease, intent).await {
+                Ok(true) => return Ok(intent),
+                // Only a lost answer's try can have recorded it.
+                Ok(false) => {
+                    self.resolve(intent, Made::Nothing).await;
+                    return Err(Failure::LeaseLost);
+                }
+                Err(error) => back_off(error).await?,
+            }
+        }
+    }
+
+    async fn resolve(&self, intent: RemnantId, made: Made<'_>) {
+        resolve(&self.store, intent, made).await;
+    }
+
+    /// Deletes an upstream thread whose gateway thread was erased while this one was made: nobody else knows its id.
+    async fn delete(&self, made: &UpstreamThreadId) {
+        let mut pause = FIRST_DELETE_PAUSE;
+        for tries_left in (0..DELETE_TRIES).rev() {
+            let deleted =
+                self.upstream.delete_thread(made, &RateLimiter::UNBOUND, &mut Items::default()).await;
+            let Err(error) = deleted else { return };
+            tracing::error!(
+                error = %Chain(&error),
+                upstream.thread_id = made.as_str(),
+                tries_left,
+                "cannot delete an upstream thread that was made for an erased thread"
+            );
+            sleep(jittered(pause)).await;
+            pause *= 2;
+        }
+    }
+}
+
+/// Records what an intent came to. What cannot be recorded is left to the janitor, as an intent that nobody heard of.
+pub(in crate::runs) async fn resolve(store: &Store, intent: RemnantId, made: Made<'_>) {
+    for _ in 0..RESOLVE_TRIES {
+        let Err(error) = store.resolve(intent, made).await else { return };
+        if back_off(error).await.is_err() {
+            break;
+        }
+    }
+    tracing::warn!("cannot record what came of an upstream thread");
+}

@@ -1,0 +1,285 @@
+//! Ends a run: settles what it left at the upstream, commits its end, then announces it.
+
+use std::panic::AssertUnwindSafe;
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures_util::FutureExt;
+use tokio::time::sleep;
+
+use super::failure::{Failure, internal, stopped};
+use super::outcome::{LocalOutcome, UpstreamState, decide_outcome, end_without_output, told_by, unshown};
+use super::progress::{Delivery, Progress};
+use super::recover::leftover;
+use super::round_context::RoundEnd;
+use super::settle::{Removal, take_away};
+use crate::domain::{
+    EventBatch, Leftover, MultitaskStrategy, Run, RunStatus, Thread, ThreadActivity, ThreadState,
+};
+use crate::error::Chain;
+use crate::runs::backoff::jittered;
+use crate::runs::context::Context;
+use crate::runs::log::event::{Outcome, RunEvent};
+use crate::runs::log::offset::FIRST_EVENT;
+use crate::runs::registry::ActiveRun;
+use crate::store::{Closing, Finished, News, RunEnd, RunLease, StartedRun, StoreError};
+use crate::upstream::drain;
+
+/// How long to try to end what a run left upstream once the process is told to stop.
+const LAST_SETTLE_TIMEOUT: Duration = Duration::from_secs(2);
+/// How often the database may refuse an end before a simpler one is tried.
+const MAX_REFUSALS: u32 = 3;
+/// Pauses between tries to write an end. They double.
+const FIRST_PAUSE: Duration = Duration::from_millis(50);
+const LONGEST_PAUSE: Duration = Duration::from_secs(2);
+
+/// What became of a run that a task of this process worked on.
+pub(in crate::runs) enum RunResult {
+    /// It has ended.
+    Ended(Box<Outcome>),
+    /// It has not: another task, of this process or another, goes on with it.
+    LetGo,
+}
+
+/// Ends a run that came to an end upstream, or failed on the way there: first settles what it left upstream, then commits
+/// its end with the knowledge of what is there.
+pub(in crate::runs) async fn finish_run(
+    ctx: &Context,
+    active: &ActiveRun,
+    started: &StartedRun,
+    result: Result<RoundEnd, Failure>,
+    mut progress: Progress,
+) -> RunResult {
+    let (result, rest) = match result {
+        Ok(RoundEnd { ended, rest }) => (Ok(ended), Some(rest)),
+        // A caller who did not want to wait is not told of the deadline, and nothing of the run is kept.
+        Err(Failure::Deadline) if progress.busy && started.run.strategy == MultitaskStrategy::Reject => {
+            (Err(Failure::Conflict { blocking_run: None }), None)
+        }
+        Err(failure) => (Err(failure), None),
+    };
+    let retry_after = result.as_ref().err().and_then(Failure::retry_after);
+    // An end that the upstream tells itself has been told to the readers word by word.
+    let mut shown = result.is_err().then(|| progress.shown());
+    if matches!(result, Err(Failure::LeaseLost)) {
+        return RunResult::LetGo;
+    }
+    let mut local = LocalOutcome::of(result, &mut progress);
+    local.discard |= active.cancel.discards() && local.status == RunStatus::Cancelled;
+    let mut upstream = UpstreamState::Clean;
+    let mut has_to_settle = !local.is_clean();
+    let finished = loop {
+        if has_to_settle {
+            let Some(settled) = settle(ctx, active, started, &progress, &local).await else {
+                return RunResult::LetGo;
+            };
+            upstream = settled;
+        }
+        let no_events = EventBatch { first: FIRST_EVENT, events: Vec::new() };
+        let mut end = decide_outcome(&local, &upstream, &progress, no_events);
+        if let Some(rest) = shown.take().and_then(|shown| unshown(&shown, end.reply.as_ref()?)) {
+            active.log.push(RunEvent::Delta(rest.into()));
+        }
+        match told_by(&end).filter(|_| ctx.store.keeps_content()).and_then(|text| active.log.retold(&text)) {
+            Some(none) => (end.events, end.drops_log) = (none, true),
+            None => end.events = active.log.rest(),
+        }
+        match finish_in_store(ctx, &started.lease, end).await {
+            Closed::Finished(finished) => break Some(finished),
+            // It was to be removed all along, which only the store knew.
+            Closed::MustDiscard => {
+                (local.discard, local.status, local.error) = (true, RunStatus::Cancelled, None);
+                has_to_settle = true;
+            }
+            Closed::Stopped => break None,
+            Closed::LeaseLost => return RunResult::LetGo,
+        }
+    };
+    let result = match finished {
+        Some(finished) => ended(*finished, retry_after),
+        None => unwritten(ctx, &started.thread, &started.run),
+    };
+    if let (RunResult::Ended(_), Some(rest)) = (&result, rest) {
+        drain(rest).await;
+    }
+    result
+}
+
+/// Ends a run that never started.
+pub(in crate::runs) async fn finish_queued_run(
+    ctx: &Context,
+    active: &ActiveRun,
+    lease: &RunLease,
+    thread: &Thread,
+    run: &Run,
+    end: RunEnd,
+) -> RunResult {
+    let mut end = RunEnd { events: active.log.rest(), discard: active.cancel.discards(), ..end };
+    loop {
+        return match finish_in_store(ctx, lease, end.clone()).await {
+            Closed::Finished(finished) => ended(*finished, None),
+            // It started just now, without this process knowing, and was to be removed at once.
+            Closed::MustDiscard if !end.discard => {
+                end.discard = true;
+                continue;
+            }
+            Closed::Stopped => unwritten(ctx, thread, run),
+            Closed::LeaseLost | Closed::MustDiscard => RunResult::LetGo,
+        };
+    }
+}
+
+fn ended(finished: Finished, retry_after: Option<Duration>) -> RunResult {
+    let Finished { thread, activity, run, message } = finished;
+    RunResult::Ended(Box::new(Outcome { thread, activity, run, message, retry_after }))
+}
+
+/// Ends what the run left upstream, within a bound, and takes it away if it is to be discarded. `None` if the run was let
+/// go of meanwhile: then others look after that.
+async fn settle(
+    ctx: &Context,
+    active: &ActiveRun,
+    started: &StartedRun,
+    progress: &Progress,
+    local: &LocalOutcome,
+) -> Option<UpstreamState> {
+    if ctx.registry.has_lapsed() {
+        return None;
+    }
+    tokio::select! {
+        biased;
+        () = active.lost.cancelled() => None,
+        upstream = look(ctx, started, progress, local) => Some(upstream),
+    }
+}
+
+async fn look(
+    ctx: &Context,
+    started: &StartedRun,
+    progress: &Progress,
+    local: &LocalOutcome,
+) -> UpstreamState {
+    if progress.delivery == Delivery::NotSent {
+        return UpstreamState::None;
+    }
+    let Some(upstream) = ctx.upstream(&started.thread.upstream) else { return UpstreamState::None };
+    // Without this the run cannot be ended, so it waits as long as the store takes.
+    let stopped = async {
+        ctx.tasks.stop.cancelled().await;
+        sleep(LAST_SETTLE_TIMEOUT).await;
+    };
+    let left = tokio::select! {
+        left = leftover(ctx, started, progress) => left.ok(),
+        () = stopped => None,
+    };
+    let Some(left) = left else { return UpstreamState::None };
+    let left = Leftover { remove: local.discard, ..left };
+    // A panic in here must not keep the run from ending.
+    let look = take_away(ctx, &started.lease, &**upstream, &left, Removal::IfDiscarded);
+    let seen = tokio::select! {
+        seen = AssertUnwindSafe(look).catch_unwind() => seen,
+        () = settling_time_is_over(ctx) => {
+            tracing::warn!("what the run left upstream could not be ended in time");
+            return UpstreamState::Unknown(left);
+        }
+    };
+    match seen {
+        // To be looked at once more before the thread is used again.
+        Ok(Ok(settled)) if settled.unsure => UpstreamState::Unknown(left),
+        Ok(Ok(settled)) => UpstreamState::Seen { settled, removed: left.remove },
+        Ok(Err(failure)) => {
+            tracing::warn!(error = failure.name(), "what the run left upstream could not be ended");
+            UpstreamState::Unknown(left)
+        }
+        Err(_) => {
+            tracing::error!("ending what the run left upstream panicked");
+            UpstreamState::Unknown(left)
+        }
+    }
+}
+
+/// Resolves when the time to settle what a run left upstream is over.
+async fn settling_time_is_over(ctx: &Context) {
+    let last_moment = async {
+        ctx.tasks.stop.cancelled().await;
+        sleep(LAST_SETTLE_TIMEOUT).await;
+    };
+    tokio::select! {
+        () = sleep(ctx.config.runs.settle_timeout) => {}
+        () = last_moment => {}
+    }
+}
+
+/// What became of the attempt to commit an end.
+enum Closed {
+    Finished(Box<Finished>),
+    MustDiscard,
+    /// The run is not ours to end.
+    LeaseLost,
+    /// The process is told to stop while the database is away.
+    Stopped,
+}
+
+/// Commits the end, for as long as it takes: a run that has ended upstream must not stay open here. An end
+/// that the database refuses time and again is replaced by a bare failure.
+async fn finish_in_store(ctx: &Context, lease: &RunLease, end: RunEnd) -> Closed {
+    let mut end = Arc::new(end);
+    let mut pause = FIRST_PAUSE;
+    let mut refusals = 0;
+    loop {
+        let error = match ctx.store.finish(lease, Arc::clone(&end)).await {
+            Ok(Closing::Finished(finished)) => return Closed::Finished(finished),
+            Ok(Closing::MustDiscard) => return Closed::MustDiscard,
+            Ok(Closing::Lost) => return Closed::LeaseLost,
+            Err(error) => error,
+        };
+        tracing::error!(error = %Chain(&error), "cannot record the end of a run yet");
+        if ctx.tasks.stop.is_cancelled() {
+            return Closed::Stopped;
+        }
+        refusals += u32::from(!matches!(error, StoreError::Unavailable(_)));
+        if refusals == MAX_REFUSALS {
+            // One that is to be removed has to stay so, or the store asks for that again.
+            let (unheard, discard, leftover) = (end.unheard, end.discard, end.leftover.clone());
+            let bare = end_without_output(RunStatus::Failed, Some(internal()));
+            end = Arc::new(RunEnd { unheard, leftover, discard, ..bare });
+        } else if refusals == 2 * MAX_REFUSALS {
+            end = Arc::new(RunEnd { leftover: None, ..(*end).clone() });
+        }
+        sleep(jittered(pause)).await;
+        pause = (pause * 2).min(LONGEST_PAUSE);
+    }
+}
+
+/// The end of a run that could not be written before the process had to stop. Where others can go on with it, it is let go.
+fn unwritten(ctx: &Context, thread: &Thread, run: &Run) -> RunResult {
+    if ctx.store.keeps_content() {
+        return RunResult::LetGo;
+    }
+    RunResult::Ended(Box::new(Outcome {
+        thread: thread.clone(),
+        activity: ThreadActivity { state: ThreadState::Active, queue_depth: 0 },
+        run: Run { status: RunStatus::Failed, error: Some(stopped()), ..run.clone() },
+        message: None,
+        retry_after: None,
+    }))
+}
+
+/// Tells all who follow the run how it ended, and those who wait for its thread that it has. A run that was let go is given
+/// up, for others to go on with.
+pub(in crate::runs) fn announce(ctx: &Context, active: &ActiveRun, result: RunResult) {
+    let notifier = &ctx.notifier;
+    let RunResult::Ended(outcome) = result else { return notifier.release(active.lease) };
+    let (thread, run) = (outcome.thread.id, outcome.run.id);
+    let others_wait = outcome.activity.queue_depth > 0;
+    if let Some(message) = &outcome.message {
+        active.log.push(RunEvent::MessageCompleted(Arc::new(message.clone())));
+    }
+    active.log.push(RunEvent::Ended(Arc::new(*outcome)));
+    if active.log.is_public() {
+        notifier.notify(News::Run(run));
+    }
+    if others_wait {
+        notifier.notify(News::Thread(thread));
+    }
+}

@@ -1,0 +1,169 @@
+//! Relays what an upstream says of a round to the run's log.
+
+use futures_util::StreamExt;
+
+use super::failure::Failure;
+use super::progress::Progress;
+use super::recover::recover;
+use super::round_context::{RoundContext, RoundEnd};
+use crate::domain::ContentPart;
+use crate::error::Chain;
+use crate::runs::log::event::RunEvent;
+use crate::upstream::{Ended, EventStream, Recovered, UpstreamError, UpstreamEvent};
+
+/// What each streamed piece of a reply counts at least towards the limit on replies, bytes: the log of a run keeps
+/// the pieces apart.
+const MIN_PIECE_COST: usize = 64;
+/// How often a stream that breaks is taken up again.
+const MAX_BREAKS: u32 = 5;
+
+/// Which part of a round a stream tells.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub(in crate::runs) enum Telling {
+    /// The round as it happens: nothing of it was told before.
+    First,
+    /// The round from its beginning again, of which readers may have seen some.
+    Again,
+}
+
+/// Relays the stream to its end. One that breaks is followed up as long as the upstream has the run.
+pub(in crate::runs) async fn relay(
+    round: &RoundContext<'_>,
+    progress: &mut Progress,
+    mut events: EventStream,
+    mut telling: Telling,
+) -> Result<RoundEnd, Failure> {
+    let mut breaks = 0;
+    loop {
+        let error = match relay_once(round, progress, &mut events, telling).await {
+            Ok(ended) => return Ok(RoundEnd { ended, rest: events }),
+            Err(Failure::Upstream(error)) if error.is_ambiguous() => error,
+            Err(failure) => return Err(failure),
+        };
+        breaks += 1;
+        if breaks > MAX_BREAKS {
+            return Err(Failure::Upstream(error));
+        }
+        match recover(round, progress, &error).await? {
+            Recovered::Running(rest) => {
+                tracing::warn!(error = %Chain(&error), "the stream broke; following the run to its end");
+                (events, telling) = (rest, Telling::Again);
+            }
+            Recovered::Absent | Recovered::Unknown => return Err(Failure::Upstream(error)),
+        }
+    }
+}
+
+async fn relay_once(
+    round: &RoundContext<'_>,
+    progress: &mut Progress,
+    events: &mut EventStream,
+    telling: Telling,
+) -> Result<Ended, Failure> {
+    let limit = round.ctx.config.runs.max_reply_bytes;
+    let is_again = telling == Telling::Again;
+    let shown = if is_again { progress.text.clone() } else { String::new() };
+    let mut retelling = Retelling { shown, differs: false };
+    let mut is_named = is_again;
+    while let Some(event) = events.next().await {
+        match event.map_err(Failure::Upstream)? {
+            UpstreamEvent::Accepted(id) => {
+                is_named = true;
+                round.awaits_id.send_replace(false);
+                round.log.accepted(&id);
+                progress.accepted(id);
+            }
+            UpstreamEvent::Text(text) => {
+                let Some(text) = retelling.news_in(text) else { continue };
+                progress.cost += text.len().max(MIN_PIECE_COST);
+                if progress.cost > limit {
+                    return Err(Failure::ReplyTooLarge);
+                }
+                progress.text.push_str(&text);
+                round.log.push(RunEvent::Delta(text.into()));
+            }
+            UpstreamEvent::Ended(mut ended) => {
+                if !is_named {
+                    // It failed, as the upstream says, before it had a name.
+                    round.awaits_id.send_replace(false);
+                    progress.heard();
+                }
+                let calls = ended.tool_calls.iter().map(|it| it.arguments.len() + MIN_PIECE_COST);
+                progress.cost += calls.sum::<usize>();
+                let size: usize = ended.content.iter().chain(&progress.content).map(ContentPart::size).sum();
+                if size.max(progress.cost) > limit {
+                    return Err(Failure::ReplyTooLarge);
+                }
+                if is_again && ended.content.starts_with(&progress.content) {
+                    ended.content.drain(..progress.content.len());
+                }
+                // A reader of the deltas alone gets the whole text too.
+                let text: String = ended.content.iter().filter_map(ContentPart::as_text).collect();
+                if let Some(rest) = text.strip_prefix(&progress.text).filter(|rest| !rest.is_empty()) {
+                    round.log.push(RunEvent::Delta(rest.into()));
+                }
+                return Ok(*ended);
+            }
+        }
+    }
+    Err(Failure::Upstream(UpstreamError::Broken { timeout: false }))
+}
+
+/// A stream that tells a round from its beginning again, of which some was shown before.
+struct Retelling {
+    /// What was shown and has not been told again yet.
+    shown: String,
+    /// It tells something else: what holds is told by the end.
+    differs: bool,
+}
+
+impl Retelling {
+    /// What is new of a piece of text.
+    fn news_in(&mut self, text: String) -> Option<String> {
+        let common = self.shown.len().min(text.len());
+        if self.differs || self.shown.as_bytes()[..common] != text.as_bytes()[..common] {
+            self.differs = true;
+            return None;
+        }
+        if common == 0 {
+            return Some(text);
+        }
+        self.shown.drain(..common);
+        Some(text[common..].to_owned()).filter(|new| !new.is_empty())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    /// What a reader sees of a retelling in these pieces.
+    fn seen(shown: &str, pieces: &[&str]) -> String {
+        let mut retelling = Retelling { shown: shown.to_owned(), differs: false };
+        pieces.iter().filter_map(|piece| retelling.news_in((*piece).to_owned())).collect()
+    }
+
+    #[test]
+    fn what_was_shown_is_not_shown_again() {
+        assert_eq!(seen("", &["a", "b"]), "ab");
+        assert_eq!(seen("abc", &["ab", "cd", "e"]), "de");
+        assert_eq!(seen("abc", &["abcde"]), "de");
+        assert_eq!(seen("abc", &["a"]), "");
+        assert_eq!(seen("abc", &["ax", "bc", "d"]), "", "another story");
+        assert_eq!(seen("äö", &["ä", "öü"]), "ü");
+    }
+
+    proptest! {
+        #[test]
+        fn any_retelling_goes_on_where_it_was_left(text in ".{0,20}", at in 0..20_usize, cuts in proptest::collection::vec(0..20_usize, 0..4)) {
+            let boundary = |at: usize| text.floor_char_boundary(at.min(text.len()));
+            let mut cuts: Vec<_> = cuts.into_iter().map(boundary).chain([0, text.len()]).collect();
+            cuts.sort_unstable();
+            let pieces: Vec<_> = cuts.windows(2).map(|it| &text[it[0]..it[1]]).filter(|it| !it.is_empty()).collect();
+            let at = boundary(at);
+            prop_assert_eq!(seen(&text[..at], &pieces), &text[at..]);
+        }
+    }
+}

@@ -1,0 +1,87 @@
+//! A fresh thread in the place of a full one, before a run begins.
+
+use std::time::Duration;
+
+use tokio::time::{sleep, timeout};
+
+use crate::domain::{Thread, ThreadId};
+use crate::error::Chain;
+use crate::runs::backoff::jittered;
+use crate::runs::context::Context;
+use crate::runs::reconcile::reconcile;
+use crate::runs::redaction;
+use crate::store::{Claim, Rolled, Rollover, RunLease, StartedRun, StoreError};
+use crate::upstream::RateLimiter;
+
+/// Puts a fresh thread in the place of the thread of a run that is about to begin, if that is full. The run as it is then.
+///
+/// Nothing of the run is upstream yet, and no other run is active, so nothing is cut in two. What fails here is
+/// tried again before the next run. May be dropped at any await.
+pub(in crate::runs) async fn roll_over_if_full(ctx: &Context, started: StartedRun) -> StartedRun {
+    let before = started.thread.id;
+    let started = rolled(ctx, started).await;
+    // Those who wait have moved along.
+    if started.thread.id != before {
+        ctx.queue.moved(&started.thread.key, before, started.thread.id);
+    }
+    started
+}
+
+async fn rolled(ctx: &Context, started: StartedRun) -> StartedRun {
+    let threads = &ctx.config.threads;
+    let before = started.thread.message_count - i64::try_from(started.input.len()).unwrap_or(i64::MAX);
+    let is_full = threads.max_messages.is_some_and(|most| before >= i64::from(most.get()));
+    if before <= 0 || !(is_full || started.thread.rolls) {
+        return started;
+    }
+    let limit = ctx.config.runs.settle_timeout;
+    match timeout(limit, reconcile(ctx, &started.thread, Some(started.lease), &RateLimiter::UNBOUND)).await {
+        Ok(Ok(_)) => {}
+        Ok(Err(error)) => {
+            tracing::warn!(error = %Chain(&error), "cannot roll the thread over now");
+            return started;
+        }
+        Err(_) => {
+            tracing::warn!("cannot roll the thread over now: the upstream did not tell its history in time");
+            return started;
+        }
+    }
+    match redaction::roll_over(ctx, &rollover_of(ctx, &started.thread, Some(started.lease))).await {
+        Ok(Rolled::Done { thread, turn: Some(started) }) => {
+            tracing::info!(thread.id = %thread.id, "rolled the thread over");
+            *started
+        }
+        Ok(_) => reread(ctx, started).await,
+        Err(error) => {
+            tracing::warn!(error = %Chain(&error), "cannot roll the thread over now");
+            reread(ctx, started).await
+        }
+    }
+}
+
+/// What the store is asked to do to put a fresh thread in the place of this one.
+pub(in crate::runs) fn rollover_of(ctx: &Context, thread: &Thread, by: Option<RunLease>) -> Rollover {
+    Rollover {
+        thread: thread.id,
+        by,
+        new_thread: ThreadId::new(),
+        carry_over: ctx.config.threads.carry_over_messages,
+        limits: ctx.config.lifetimes.of(&thread.key.scope),
+    }
+}
+
+/// The run as the store has it: an answer that was lost may have moved it.
+async fn reread(ctx: &Context, started: StartedRun) -> StartedRun {
+    loop {
+        match redaction::claim(ctx, &started.lease).await {
+            Ok(Claim::Started(now)) => return *now,
+            // The next write says that the lease was lost.
+            Ok(Claim::NotYet | Claim::Lost) => return started,
+            Err(StoreError::Unavailable(_)) => sleep(jittered(Duration::from_millis(500))).await,
+            Err(error) => {
+                tracing::error!(error = %Chain(&error), "cannot read a turn again");
+                return started;
+            }
+        }
+    }
+}

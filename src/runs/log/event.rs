@@ -1,0 +1,79 @@
+//! The events of a run, as its readers see them.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use super::offset::{STARTED, length};
+use crate::domain::{EventBatch, LoggedEvent, Message, RequiredAction, Run, Thread, ThreadActivity};
+
+/// One event of a run.
+#[derive(Clone, Debug)]
+pub enum RunEvent {
+    /// The run waits. 1: it goes next.
+    Queued { position: i64 },
+    /// The run has its turn.
+    Started,
+    /// More text of the reply.
+    Delta(Arc<str>),
+    /// The run waits for tool outputs.
+    RequiresAction(Arc<RequiredAction>),
+    /// The reply is in the transcript.
+    MessageCompleted(Arc<Message>),
+    /// The run has ended; the last event.
+    Ended(Arc<Outcome>),
+}
+
+/// How a run ended, and its thread afterwards.
+#[derive(Clone, Debug)]
+pub struct Outcome {
+    pub thread: Thread,
+    pub activity: ThreadActivity,
+    pub run: Run,
+    pub message: Option<Message>,
+    /// When the upstream asked to come back.
+    pub retry_after: Option<Duration>,
+}
+
+impl RunEvent {
+    /// The log that the record tells of a run whose reply has this text: see [`RunLogWriter::retold`](super::writer::RunLogWriter::retold).
+    pub(in crate::runs) fn retell(text: &str) -> EventBatch {
+        let delta =
+            Some(text).filter(|text| !text.is_empty()).map(|text| LoggedEvent::Delta(text.to_owned()));
+        EventBatch { first: STARTED, events: [LoggedEvent::Started].into_iter().chain(delta).collect() }
+    }
+
+    /// As it is stored; `None` for what the record tells anyway.
+    pub(in crate::runs) fn logged(&self) -> Option<LoggedEvent> {
+        match self {
+            Self::Queued { position } => Some(LoggedEvent::Queued { position: *position }),
+            Self::Started => Some(LoggedEvent::Started),
+            Self::Delta(text) => Some(LoggedEvent::Delta((**text).to_owned())),
+            Self::RequiresAction(action) => Some(LoggedEvent::RequiresAction((**action).clone())),
+            Self::MessageCompleted(_) | Self::Ended(_) => None,
+        }
+    }
+
+    /// What a stored event tells a reader; `None` for what is left out.
+    pub(in crate::runs) fn of(event: LoggedEvent) -> Option<Self> {
+        match event {
+            LoggedEvent::Queued { position } => Some(Self::Queued { position }),
+            LoggedEvent::Started => Some(Self::Started),
+            LoggedEvent::Delta(text) => Some(Self::Delta(text.into())),
+            LoggedEvent::RequiresAction(action) => Some(Self::RequiresAction(Arc::new(action))),
+            LoggedEvent::Omitted { .. } => None,
+        }
+    }
+
+    /// The event as it is for a reader who has seen everything before number `from`. `number`: its own.
+    pub(in crate::runs) fn cut(self, number: i64, from: i64) -> Self {
+        let Self::Delta(text) = &self else { return self };
+        let begins = number + 1 - length(text);
+        match usize::try_from(from - begins) {
+            Ok(seen @ 1..) => {
+                let seen = text.ceil_char_boundary(seen.min(text.len()));
+                Self::Delta(text[seen..].into())
+            }
+            _ => self,
+        }
+    }
+}

@@ -1,0 +1,58 @@
+//! What the store holds of the log of a run.
+
+use std::collections::VecDeque;
+
+use super::event::RunEvent;
+use super::offset::{EventOffset, FIRST_EVENT, numbered};
+use crate::domain::{EventBatch, RunId};
+use crate::store::{Store, StoreError};
+
+/// What is stored of the log of a run that changes hands.
+#[derive(Clone, Debug, Default)]
+pub(in crate::runs) struct StoredLog {
+    /// The offset after it.
+    pub(in crate::runs) end: EventOffset,
+    /// What the round that the run is in has said.
+    pub(in crate::runs) text: String,
+}
+
+impl StoredLog {
+    /// Reads it.
+    pub(in crate::runs) async fn read(store: &Store, run: RunId) -> Result<Self, StoreError> {
+        let batches = store.events(run, FIRST_EVENT).await?;
+        let end = batches.iter().map(EventBatch::end).max().unwrap_or(FIRST_EVENT);
+        let mut text = String::new();
+        let mut next = FIRST_EVENT;
+        for (offset, event) in numbered(batches) {
+            if offset < next {
+                continue;
+            }
+            match RunEvent::of(event).map(|event| event.cut(offset, next)) {
+                Some(RunEvent::Delta(piece)) => text.push_str(&piece),
+                Some(RunEvent::RequiresAction(_)) => text.clear(),
+                _ => {}
+            }
+            next = offset + 1;
+        }
+        Ok(Self { end, text })
+    }
+}
+
+/// What a reader sees of these batches who has seen everything before `from`.
+pub(in crate::runs) fn seen_from(
+    from: EventOffset,
+    batches: Vec<EventBatch>,
+) -> VecDeque<(EventOffset, RunEvent)> {
+    let mut next = from;
+    let mut events = VecDeque::new();
+    for (offset, event) in numbered(batches) {
+        if offset < next {
+            continue;
+        }
+        if let Some(event) = RunEvent::of(event) {
+            events.push_back((offset, event.cut(offset, next)));
+            next = offset + 1;
+        }
+    }
+    events
+}

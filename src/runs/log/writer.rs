@@ -1,0 +1,715 @@
+//! What happens during a run, as a log that any number of readers follow at their own pace.
+//!
+//! A reader holds a position in the log, not a queue of its own: a slow one costs nothing and stalls nobody. The
+//! log lives as long as the run's task or its last reader, and is bounded by the limit on replies.
+//!
+//! Where an event stands is its [offset](super::offset).
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use futures_util::stream::{self, Stream};
+use tokio::sync::watch;
+use tokio::time::Instant;
+
+use super::event::{Outcome, RunEvent};
+use super::offset::{STARTED, length};
+use crate::domain::{EventBatch, LoggedEvent, RequiredAction, UpstreamRunId};
+
+/// How often a run is recorded at first, and while somebody follows it on another replica.
+pub(in crate::runs) const OFTEN: Duration = Duration::from_millis(100);
+/// How often it is recorded at last: the pause doubles with each record.
+const SELDOM: Duration = Duration::from_secs(1);
+/// How long a reader on another replica counts who has told of itself. It does so more often.
+const FOLLOWED: Duration = Duration::from_secs(3);
+
+/// What is not stored of a run: its id at the upstream, and events.
+pub(in crate::runs) type Unrecorded = (Option<UpstreamRunId>, EventBatch);
+
+/// The writing end of a run's log. Dropped without an [`Ended`](RunEvent::Ended), it leaves the log broken off.
+#[derive(Debug)]
+pub(in crate::runs) struct RunLogWriter {
+    log: Arc<Mutex<Log>>,
+    length: watch::Sender<usize>,
+}
+
+#[derive(Debug)]
+struct Log {
+    /// Number of the first event that it can give.
+    first: i64,
+    /// Each with its number.
+    events: Vec<(i64, RunEvent)>,
+    /// The number that comes next.
+    next: i64,
+    /// What is neither text nor the start has this number or a higher one.
+    others_from: i64,
+    /// Everything before this number is stored.
+    stored: i64,
+    /// Since when there has been something to store.
+    waiting_since: Option<Instant>,
+    /// How long that is to wait, if nobody else reads along.
+    pause: Duration,
+    /// Until when somebody on another replica reads along, as far as is known.
+    followed_until: Option<Instant>,
+    /// Where the run is at its upstream, if that is not stored yet.
+    upstream_run: Option<UpstreamRunId>,
+    /// Some of it is stored while the run goes on, so that others may read along.
+    is_public: bool,
+}
+
+impl Log {
+    /// The number that an event gets.
+    fn number_of(&self, event: &RunEvent) -> i64 {
+        match event {
+            RunEvent::Delta(text) => self.next + length(text) - 1,
+            RunEvent::Started => self.next.max(STARTED),
+            _ => self.next.max(self.others_from),
+        }
+    }
+
+    fn push(&mut self, event: RunEvent) {
+        let number = self.number_of(&event);
+        if event.logged().is_some() {
+            self.waiting_since.get_or_insert_with(Instant::now);
+        }
+        self.events.push((number, event));
+        self.next = number + 1;
+    }
+
+    /// The place of the first event with this number or a higher one.
+    fn place(&self, number: i64) -> usize {
+        self.events.partition_point(|(n, _)| *n < number)
+    }
+
+    fn unstored(&self, last: Option<RunEvent>) -> EventBatch {
+        let new = &self.events[self.place(self.stored)..];
+        let last = last.map(|last| (self.number_of(&last), last));
+        let mut first = None;
+        let mut next = self.stored;
+        let mut events = Vec::new();
+        for (number, event) in new.iter().chain(&last) {
+            let Some(logged) = event.logged() else { break };
+            let begins = number + 1 - logged.units();
+            if first.is_none() {
+                first = Some(begins);
+            } else if begins > next {
+                events.push(LoggedEvent::Omitted { units: begins - next });
+            }
+            events.push(logged);
+            next = number + 1;
+        }
+        EventBatch { first: first.unwrap_or(self.stored), events }
+    }
+
+    fn stored_to(&mut self, end: i64) {
+        self.stored = self.stored.max(end);
+        let is_whole =
+            self.events[self.place(self.stored)..].iter().all(|(_, event)| event.logged().is_none());
+        let is_waiting = !is_whole || self.upstream_run.is_some();
+        self.waiting_since = is_waiting.then(Instant::now);
+    }
+}
+
+impl RunLogWriter {
+    /// The log of a run that is new.
+    pub(in crate::runs) fn new() -> Self {
+        Self::resumed(0, 0)
+    }
+
+    /// The log of a run that was taken over. `stored`: the number after all that is stored of it. `others_from`: what is
+    /// not text gets this number or a higher one.
+    pub(in crate::runs) fn resumed(stored: i64, others_from: i64) -> Self {
+        let log = Log {
+            first: stored,
+            events: Vec::new(),
+            next: stored,
+            others_from,
+            stored,
+            waiting_since: None,
+            pause: OFTEN,
+            followed_until: None,
+            upstream_run: None,
+            is_public: others_from > 0,
+        };
+        Self { log: Arc::new(Mutex::new(log)), length: watch::Sender::new(0) }
+    }
+
+    /// Appends an event and wakes the readers.
+    pub(in crate::runs) fn push(&self, event: RunEvent) {
+        let mut log = lock(&self.log);
+        log.push(event);
+        self.length.send_replace(log.events.len());
+    }
+
+    /// The upstream has told its id of the run.
+    pub(in crate::runs) fn accepted(&self, id: &UpstreamRunId) {
+        let mut log = lock(&self.log);
+        log.upstream_run = Some(id.clone());
+        log.waiting_since.get_or_insert_with(Instant::now);
+    }
+
+    /// The events that are not stored yet, and `last` if there is one, which is about to be pushed.
+    pub(in crate::runs) fn unstored(&self, last: Option<RunEvent>) -> EventBatch {
+        lock(&self.log).unstored(last)
+    }
+
+    /// The events that are not stored yet, where nothing comes after them but the end: what the record tells of it is
+    /// numbered on from there.
+    pub(in crate::runs) fn rest(&self) -> EventBatch {
+        let log = lock(&self.log);
+        let mut rest = log.unstored(None);
+        let end = rest.end();
+        if end < log.others_from {
+            rest.events.push(LoggedEvent::Omitted { units: log.others_from - end });
+        }
+        rest
+    }
+
+    /// Whether the record tells all of the log of a run whose reply has this text: that the run has started at once, in this
+    /// process, and the text. Then nothing is left to store, from what is stored on.
+    pub(in crate::runs) fn retold(&self, text: &str) -> Option<EventBatch> {
+        let log = lock(&self.log);
+        let mut events = log.events.iter().map(|(_, event)| event);
+        if log.first > 0 || log.others_from > 0 || !matches!(events.next(), Some(RunEvent::Started)) {
+            return None;
+        }
+        let left = events.try_fold(text, |left, event| match event {
+            RunEvent::Delta(delta) => left.strip_prefix(&**delta),
+            _ => None,
+        });
+        left.filter(|left| left.is_empty()).map(|_| EventBatch { first: log.stored, events: Vec::new() })
+    }
+
+    /// All events up to now are stored.
+    pub(in crate::runs) fn all_stored(&self) {
+        let mut log = lock(&self.log);
+        let end = log.next;
+        log.stored_to(end);
+    }
+
+    /// Others may have read along.
+    pub(in crate::runs) fn is_public(&self) -> bool {
+        lock(&self.log).is_public
+    }
+
+    /// A reading end.
+    pub(in crate::runs) fn reader(&self) -> RunLog {
+        RunLog { log: Arc::clone(&self.log), length: self.length.subscribe() }
+    }
+}
+
+/// The reading end of a run's log.
+#[derive(Clone, Debug)]
+pub(in crate::runs) struct RunLog {
+    log: Arc<Mutex<Log>>,
+    length: watch::Receiver<usize>,
+}
+
+impl RunLog {
+    /// Number of the first event that this log can give.
+    pub(in crate::runs) fn first(&self) -> i64 {
+        lock(&self.log).first
+    }
+
+    /// The events from number `from` on, each with its number, up to and including the last one of the run. Ends
+    /// without that one if the log breaks off. May be dropped at any point.
+    pub(in crate::runs) fn follow(&self, from: i64) -> impl Stream<Item = (i64, RunEvent)> + Send + use<> {
+        let start = lock(&self.log).place(from);
+        stream::unfold((self.clone(), start), move |(mut reader, mut next)| async move {
+            if next > 0 && matches!(reader.get(next - 1), Some((_, RunEvent::Ended(_)))) {
+                return None;
+            }
+            loop {
+                reader.length.wait_for(|length| *length > next).await.ok()?;
+                let (number, event) = reader.get(next)?;
+                next += 1;
+                // The owner before may have shown the reader more than it had recorded: then this one has yet to come to
+                // where the reader is.
+                if number >= from {
+                    return Some(((number, event.cut(number, from)), (reader, next)));
+                }
+                if matches!(event, RunEvent::Ended(_)) {
+                    return None;
+                }
+            }
+        })
+    }
+
+    /// Waits for the end of the run. `None` if the log breaks off: the run's task is gone without having told it.
+    pub(in crate::runs) async fn ended(mut self) -> Option<Arc<Outcome>> {
+        loop {
+            let known = *self.length.borrow_and_update();
+            if let Some((_, RunEvent::Ended(outcome))) = known.checked_sub(1).and_then(|last| self.get(last))
+            {
+                return Some(outcome);
+            }
+            self.length.changed().await.ok()?;
+        }
+    }
+
+    /// Waits for the next event from number `from` on that may answer a caller: the run has ended, or has asked for tool
+    /// outputs and nothing has come of it yet. With its number; `None` if the log breaks off before.
+    pub(in crate::runs) async fn answer(mut self, from: i64) -> Option<(i64, RunEvent)> {
+        loop {
+            self.length.borrow_and_update();
+            // What it says after it has asked shows that the calls were answered.
+            let last = lock(&self.log).events.last().cloned();
+            if let Some((number, event)) = last
+                && number >= from
+                && matches!(event, RunEvent::RequiresAction(_) | RunEvent::Ended(_))
+            {
+                return Some((number, event));
+            }
+            self.length.changed().await.ok()?;
+        }
+    }
+
+    /// The number of the event by which the run asked last for calls of which this is true.
+    pub(in crate::runs) fn asked(&self, is_meant: impl Fn(&RequiredAction) -> bool) -> Option<i64> {
+        let asks = |event: &RunEvent| matches!(event, RunEvent::RequiresAction(it) if is_meant(it));
+        lock(&self.log).events.iter().rev().find(|(_, event)| asks(event)).map(|(number, _)| *number)
+    }
+
+    /// What is not stored, if there is anything.
+    pub(in crate::runs) fn unrecorded(&self) -> Option<Unrecorded> {
+        let log = lock(&self.log);
+        log.waiting_since?;
+        Some((log.upstream_run.clone(), log.unstored(None)))
+    }
+
+    /// The same, if it has waited for long enough. A process that may take the run over needs its id at the upstream soon, and
+    /// a reader on another replica its text; a long text by itself is told again by the upstream.
+    pub(in crate::runs) fn overdue(&self) -> Option<Unrecorded> {
+        {
+            let log = lock(&self.log);
+            let now = Instant::now();
+            let is_urgent = log.upstream_run.is_some() || log.followed_until.is_some_and(|until| now < until);
+            let pause = if is_urgent { OFTEN } else { log.pause };
+            log.waiting_since.filter(|since| now - *since >= pause)?;
+        }
+        self.unrecorded()
+    }
+
+    /// Somebody on another replica reads along.
+    pub(in crate::runs) fn followed(&self) {
+        lock(&self.log).followed_until = Some(Instant::now() + FOLLOWED);
+    }
+
+    /// It is stored.
+    pub(in crate::runs) fn recorded(&self, upstream_run: Option<&UpstreamRunId>, events: &EventBatch) {
+        let mut log = lock(&self.log);
+        if log.upstream_run.as_ref() == upstream_run {
+            log.upstream_run = None;
+        }
+        log.stored_to(events.end());
+        log.pause = (log.pause * 2).min(SELDOM);
+        log.is_public = true;
+    }
+
+    fn get(&self, place: usize) -> Option<(i64, RunEvent)> {
+        lock(&self.log).events.get(place).cloned()
+    }
+}
+
+/// Nothing in here panics half-way through a change.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(test)]
+mod tests {
+    use chrono::DateTime;
+    use futures_util::{FutureExt, StreamExt};
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::domain::{
+        ConversationKey, Lifecycle, Limits, Metadata, MultitaskStrategy, Removed, Run, RunId, RunStatus,
+        Scope, TenantKey, Thread, ThreadActivity, ThreadId, ThreadState, ToolCall, UserKey,
+    };
+
+    /// Where a run that changed hands once is numbered on from.
+    const FIRST: i64 = 1 << 32;
+
+    fn delta(text: &str) -> LoggedEvent {
+        LoggedEvent::Delta(text.to_owned())
+    }
+
+    fn asks(id: &str) -> LoggedEvent {
+        let call = ToolCall { id: id.to_owned(), name: "f".to_owned(), arguments: "{}".to_owned() };
+        LoggedEvent::RequiresAction(RequiredAction { tool_calls: vec![call] })
+    }
+
+    fn action(id: &str) -> RequiredAction {
+        match asks(id) {
+            LoggedEvent::RequiresAction(action) => action,
+            other => unreachable!("{other:?}"),
+        }
+    }
+
+    fn told(event: LoggedEvent) -> RunEvent {
+        RunEvent::of(event).unwrap()
+    }
+
+    fn push(writer: &RunLogWriter, events: &[LoggedEvent]) {
+        for event in events {
+            writer.push(told(event.clone()));
+        }
+    }
+
+    /// Of any run: that it is the last event is all that matters here.
+    fn ended() -> RunEvent {
+        let (now, id) = (DateTime::UNIX_EPOCH, ThreadId::new());
+        let user = UserKey::try_from("alice".to_owned()).unwrap();
+        let thread = Thread {
+            id,
+            key: ConversationKey { tenant: TenantKey::default(), user, scope: Scope::User },
+            upstream: String::new(),
+            upstream_thread_id: None,
+            lifecycle: Lifecycle::Current,
+            previous_thread: None,
+            metadata: Metadata::default(),
+            message_count: 1,
+            run_count: 1,
+            created_at: now,
+            last_active_at: now,
+            limits: Limits::NONE,
+            archived_at: None,
+            deletion: None,
+            rolls: false,
+            carried: 0,
+            removed: Removed::default(),
+            backlog: 0,
+            leftover: None,
+        };
+        let run = Run {
+            id: RunId::new(),
+            thread_id: id,
+            seq: 1,
+            status: RunStatus::Completed,
+            strategy: MultitaskStrategy::Enqueue,
+            assistant: String::new(),
+            metadata: Metadata::default(),
+            upstream_run_id: None,
+            required_action: None,
+            error: None,
+            usage: None,
+            created_at: now,
+            started_at: Some(now),
+            finished_at: Some(now),
+            deadline_at: Some(now),
+            discarded: false,
+        };
+        let activity = ThreadActivity { state: ThreadState::Idle, queue_depth: 0 };
+        RunEvent::Ended(Arc::new(Outcome { thread, activity, run, message: None, retry_after: None }))
+    }
+
+    /// What can be read at once, the end as `None`, and whether the stream has ended.
+    fn read(reader: &RunLog, from: i64) -> (Vec<(i64, Option<LoggedEvent>)>, bool) {
+        let mut events = std::pin::pin!(reader.follow(from));
+        let mut read = Vec::new();
+        loop {
+            match events.next().now_or_never() {
+                Some(Some((n, event))) => read.push((n, event.logged())),
+                Some(None) => return (read, true),
+                None => return (read, false),
+            }
+        }
+    }
+
+    fn an_event() -> impl Strategy<Value = LoggedEvent> {
+        prop_oneof![
+            any::<i64>().prop_map(|position| LoggedEvent::Queued { position }),
+            Just(LoggedEvent::Started),
+            ".+".prop_map(LoggedEvent::Delta),
+            ".*".prop_map(|id| asks(&id)),
+        ]
+    }
+
+    proptest! {
+        #[test]
+        fn what_is_stored_comes_back_as_it_was(event in an_event()) {
+            prop_assert_eq!(told(event.clone()).logged(), Some(event));
+        }
+
+        #[test]
+        fn any_reader_sees_each_event_under_its_number(
+            events in proptest::collection::vec(an_event(), 0..9),
+            first in prop_oneof![Just(2), Just(FIRST)],
+            at in 0..12_usize,
+        ) {
+            let writer = RunLogWriter::resumed(first, 0);
+            let before = writer.reader();
+            push(&writer, &events);
+            let all: Vec<_> = events.iter().scan(first, |next, event| {
+                *next += event.units();
+                Some((*next - 1, Some(event.clone())))
+            }).collect();
+            let from = at.checked_sub(1).and_then(|at| all.get(at)).map_or(first - 2, |(n, _)| *n + 1);
+            let wanted: Vec<_> = all.into_iter().filter(|(n, _)| *n >= from).collect();
+            for reader in [before, writer.reader()] {
+                prop_assert_eq!(reader.first(), first);
+                prop_assert_eq!(read(&reader, from), (wanted.clone(), false));
+            }
+        }
+
+        #[test]
+        fn whoever_goes_on_with_a_text_gives_its_rest_to_all_readers(
+            text in ".{1,20}", stored in 0..20_usize, seen in 0..20_usize,
+        ) {
+            let boundary = |at: usize| text.floor_char_boundary(at.min(text.len()));
+            let (stored, seen) = (boundary(stored), boundary(seen));
+            // The one before had stored less, or more, than this reader has seen.
+            let writer = RunLogWriter::resumed(2 + length(&text[..stored]), FIRST);
+            // One reader comes before it has said a word.
+            let (before, from) = (writer.reader(), 2 + length(&text[..seen]));
+            let mut early = Box::pin(before.follow(from));
+            prop_assert!(early.next().now_or_never().is_none());
+            let rest = &text[stored..];
+            if !rest.is_empty() {
+                push(&writer, &[delta(rest)]);
+            }
+            push(&writer, &[asks("1")]);
+            let (events, _) = read(&writer.reader(), from);
+            for (number, event) in &events {
+                let told = early.next().now_or_never().flatten().map(|(n, event)| (n, event.logged()));
+                prop_assert_eq!(told, Some((*number, event.clone())));
+            }
+            let new: String = events.iter().filter_map(|(_, event)| match event {
+                Some(LoggedEvent::Delta(text)) => Some(text.as_str()),
+                _ => None,
+            }).collect();
+            prop_assert_eq!(&new, &text[stored.max(seen)..]);
+            prop_assert_eq!(events.last(), Some(&(FIRST, Some(asks("1")))), "beyond all that was shown");
+        }
+    }
+
+    #[test]
+    fn the_record_tells_the_end() {
+        assert_eq!(ended().logged(), None);
+    }
+
+    #[tokio::test]
+    async fn a_reader_waits_for_what_comes_and_stops_at_the_end() {
+        let writer = RunLogWriter::resumed(FIRST, FIRST);
+        let mut events = std::pin::pin!(writer.reader().follow(FIRST));
+        assert!(events.next().now_or_never().is_none());
+        push(&writer, &[LoggedEvent::Started]);
+        assert_eq!(events.next().await.unwrap().0, FIRST);
+        assert!(events.next().now_or_never().is_none());
+        let end = writer.reader().ended();
+        writer.push(ended());
+        assert!(matches!(events.next().await.unwrap(), (n, RunEvent::Ended(_)) if n == FIRST + 1));
+        assert!(events.next().await.is_none());
+        assert!(end.await.is_some());
+        assert_eq!(
+            read(&writer.reader(), FIRST),
+            (vec![(FIRST, Some(LoggedEvent::Started)), (FIRST + 1, None)], true)
+        );
+        assert_eq!(read(&writer.reader(), FIRST + 2), (vec![], true), "it has seen the end");
+    }
+
+    #[tokio::test]
+    async fn a_log_that_breaks_off_ends_its_readers() {
+        let writer = RunLogWriter::resumed(FIRST, FIRST);
+        push(&writer, &[LoggedEvent::Started, delta("a")]);
+        let reader = writer.reader();
+        drop(writer);
+        let seen = vec![(FIRST, Some(LoggedEvent::Started)), (FIRST + 1, Some(delta("a")))];
+        assert_eq!(read(&reader, FIRST), (seen, true));
+        assert!(reader.clone().ended().await.is_none());
+        assert!(reader.clone().answer(FIRST).await.is_none());
+        // What it did tell before counts.
+        let writer = RunLogWriter::resumed(FIRST, FIRST);
+        let (one, other) = (writer.reader(), writer.reader());
+        writer.push(ended());
+        drop(writer);
+        assert!(one.ended().await.is_some() && other.answer(FIRST).await.is_some());
+    }
+
+    #[test]
+    fn what_is_not_stored_goes_on_where_the_last_batch_ended() {
+        let writer = RunLogWriter::resumed(FIRST, FIRST);
+        let batch = |first, events: &[LoggedEvent]| EventBatch { first, events: events.to_vec() };
+        assert_eq!(writer.unstored(None), batch(FIRST, &[]));
+        push(&writer, &[LoggedEvent::Started, delta("a")]);
+        assert_eq!(writer.unstored(None), batch(FIRST, &[LoggedEvent::Started, delta("a")]));
+        let whole = batch(FIRST, &[LoggedEvent::Started, delta("a"), asks("1")]);
+        for _ in 0..2 {
+            assert_eq!(writer.unstored(Some(told(asks("1")))), whole, "to ask stores nothing");
+        }
+        push(&writer, &[asks("1")]);
+        writer.all_stored();
+        assert_eq!(writer.unstored(None), batch(FIRST + 3, &[]));
+        push(&writer, &[delta("b")]);
+        assert_eq!(writer.unstored(Some(told(asks("2")))), batch(FIRST + 3, &[delta("b"), asks("2")]));
+        push(&writer, &[asks("2")]);
+        writer.all_stored();
+        // The end has a number and no place in the batch: nothing comes after it.
+        push(&writer, &[delta("c")]);
+        writer.push(ended());
+        assert_eq!(writer.unstored(None), batch(FIRST + 5, &[delta("c")]));
+    }
+
+    #[tokio::test]
+    async fn the_beginning_of_a_run_has_fixed_numbers() {
+        let writer = RunLogWriter::new();
+        push(&writer, &[LoggedEvent::Started, delta("ab")]);
+        let numbers: Vec<_> = read(&writer.reader(), 0).0.into_iter().map(|(n, _)| n).collect();
+        assert_eq!(numbers, [1, 3]);
+        assert_eq!(writer.unstored(None).first, 1);
+        let writer = RunLogWriter::new();
+        push(&writer, &[LoggedEvent::Queued { position: 1 }, LoggedEvent::Started, delta("ab")]);
+        let numbers: Vec<_> = read(&writer.reader(), 0).0.into_iter().map(|(n, _)| n).collect();
+        assert_eq!(numbers, [0, 1, 3]);
+    }
+
+    #[test]
+    fn numbers_that_are_passed_over_are_stored_as_such() {
+        let writer = RunLogWriter::resumed(5, FIRST);
+        push(&writer, &[delta("ab"), asks("1"), delta("c")]);
+        let gap = LoggedEvent::Omitted { units: FIRST - 7 };
+        let stored = EventBatch { first: 5, events: vec![delta("ab"), gap, asks("1"), delta("c")] };
+        assert_eq!(writer.rest(), stored);
+        let cut_off = RunLogWriter::resumed(5, FIRST);
+        assert_eq!(
+            (cut_off.unstored(None).end(), cut_off.rest().end()),
+            (5, FIRST),
+            "where its end is numbered"
+        );
+        assert_eq!((writer.unstored(None), stored.end()), (stored.clone(), FIRST + 2));
+    }
+
+    #[tokio::test]
+    async fn what_is_recorded_while_more_comes_is_not_recorded_again() {
+        let writer = RunLogWriter::new();
+        let (reader, id) = (writer.reader(), UpstreamRunId("up".to_owned()));
+        push(&writer, &[LoggedEvent::Started, delta("ab")]);
+        writer.accepted(&id);
+        let (upstream_run, first) = reader.unrecorded().unwrap();
+        assert_eq!(upstream_run.as_ref(), Some(&id));
+        push(&writer, &[delta("cd")]);
+        assert!(!writer.is_public());
+        reader.recorded(upstream_run.as_ref(), &first);
+        assert!(writer.is_public());
+        let (upstream_run, rest) = reader.unrecorded().unwrap();
+        assert_eq!((upstream_run, rest.first, &*rest.events), (None, 4, &[delta("cd")][..]));
+        reader.recorded(None, &rest);
+        assert!(reader.unrecorded().is_none());
+    }
+
+    /// How long a piece of text waits until it is recorded.
+    async fn recorded_after(writer: &RunLogWriter, reader: &RunLog) -> Duration {
+        push(writer, &[delta("a")]);
+        let begun = Instant::now();
+        loop {
+            if let Some((upstream_run, events)) = reader.overdue() {
+                reader.recorded(upstream_run.as_ref(), &events);
+                return begun.elapsed();
+            }
+            tokio::time::advance(Duration::from_millis(10)).await;
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn log_that_nobody_else_follows_is_recorded_less_and_less_often() {
+        let writer = RunLogWriter::new();
+        let reader = writer.reader();
+        push(&writer, &[LoggedEvent::Started]);
+        for wait in [100, 200, 400, 800, 1000, 1000] {
+            assert_eq!(recorded_after(&writer, &reader).await, Duration::from_millis(wait));
+        }
+        // An id is not waited for as long, whatever else there is.
+        push(&writer, &[delta("b")]);
+        tokio::time::advance(Duration::from_millis(50)).await;
+        assert!(reader.overdue().is_none());
+        writer.accepted(&UpstreamRunId("up".to_owned()));
+        assert_eq!(recorded_after(&writer, &reader).await, OFTEN / 2);
+        assert_eq!(recorded_after(&writer, &reader).await, SELDOM);
+        // Nor is text that somebody waits for, until it is known no more that they do.
+        push(&writer, &[delta("c")]);
+        tokio::time::advance(OFTEN).await;
+        assert!(reader.overdue().is_none());
+        reader.followed();
+        for wait in [Duration::ZERO, OFTEN, OFTEN] {
+            assert_eq!(recorded_after(&writer, &reader).await, wait);
+        }
+        tokio::time::advance(FOLLOWED).await;
+        assert_eq!(recorded_after(&writer, &reader).await, SELDOM);
+        assert!(reader.unrecorded().is_none());
+        push(&writer, &[delta("d")]);
+        assert!(reader.unrecorded().is_some(), "the last word of a process does not wait");
+    }
+
+    #[tokio::test]
+    async fn log_is_told_again_only_if_it_is_a_start_and_the_text() {
+        let writer = RunLogWriter::new();
+        assert_eq!(writer.retold(""), None);
+        push(&writer, &[LoggedEvent::Started, delta("ab"), delta("c")]);
+        let nothing = EventBatch { first: 0, events: Vec::new() };
+        assert_eq!(writer.retold("abc"), Some(nothing));
+        assert_eq!(RunEvent::retell("abc").end(), writer.unstored(None).end());
+        assert_eq!((writer.retold("ab"), writer.retold("abcd"), writer.retold("xbc")), (None, None, None));
+        writer.all_stored();
+        assert_eq!(writer.retold("abc").map(|rest| rest.first), Some(5), "what is to be removed");
+        push(&writer, &[asks("1")]);
+        assert_eq!(writer.retold("abc"), None);
+        let queued = RunLogWriter::new();
+        push(&queued, &[LoggedEvent::Queued { position: 1 }, LoggedEvent::Started, delta("abc")]);
+        assert_eq!(queued.retold("abc"), None);
+        // Another process had the run before, and may have shown something.
+        for taken_over in [RunLogWriter::resumed(0, FIRST), RunLogWriter::resumed(2, FIRST)] {
+            push(&taken_over, &[LoggedEvent::Started, delta("abc")]);
+            assert_eq!(taken_over.retold("abc"), None);
+        }
+    }
+
+    #[tokio::test]
+    async fn a_caller_is_answered_by_what_comes_from_its_place_on() {
+        let writer = RunLogWriter::resumed(FIRST, FIRST);
+        let waits = |from| writer.reader().answer(from).now_or_never().is_none();
+        push(&writer, &[LoggedEvent::Started]);
+        assert!(waits(0));
+        let early = writer.reader().answer(0);
+        push(&writer, &[asks("1")]);
+        let (number, event) = early.await.unwrap();
+        assert_eq!((number, event.logged()), (FIRST + 1, Some(asks("1"))));
+        assert!(waits(FIRST + 2), "it is answered by an earlier event");
+        // What comes of it shows that the calls were answered.
+        push(&writer, &[delta("a")]);
+        assert!(waits(0));
+        push(&writer, &[asks("2")]);
+        for from in [0, FIRST + 1, FIRST + 3] {
+            let (_, event) = writer.reader().answer(from).await.unwrap();
+            assert_eq!(event.logged(), Some(asks("2")), "{from}");
+        }
+        let late = writer.reader().answer(FIRST + 4);
+        push(&writer, &[delta("b"), delta("c")]);
+        assert!(waits(FIRST + 3));
+        writer.push(ended());
+        assert!(matches!(late.await.unwrap(), (_, RunEvent::Ended(_))));
+        assert!(matches!(writer.reader().answer(0).await.unwrap(), (_, RunEvent::Ended(_))));
+    }
+
+    /// The owner before may have shown its caller more than it had recorded.
+    #[tokio::test]
+    async fn a_caller_is_not_answered_by_what_it_has_seen() {
+        let writer = RunLogWriter::resumed(5, 0);
+        let answer = writer.reader().answer(9);
+        push(&writer, &[asks("1")]);
+        assert!(answer.now_or_never().is_none());
+        push(&writer, &[delta("abc"), asks("2")]);
+        let (number, event) = writer.reader().answer(9).await.unwrap();
+        assert_eq!((number, event.logged()), (9, Some(asks("2"))));
+    }
+
+    #[test]
+    fn the_last_time_that_calls_were_asked_for_counts() {
+        let writer = RunLogWriter::resumed(FIRST, FIRST);
+        push(&writer, &[LoggedEvent::Started, asks("1"), delta("a"), asks("1"), asks("2")]);
+        let reader = writer.reader();
+        assert_eq!(reader.asked(|it| *it == action("1")), Some(FIRST + 3));
+        assert_eq!(reader.asked(|it| *it == action("2")), Some(FIRST + 4));
+        assert_eq!(reader.asked(|it| *it == action("3")), None);
+    }
+}

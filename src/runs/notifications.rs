@@ -1,0 +1,257 @@
+//! What the parts of this process, and the replicas, tell each other of runs and threads: hints, so that nobody has to ask
+//! the database time and again. A hint may get lost, so a task that waits for one also looks by itself now and then.
+
+use std::collections::HashSet;
+use std::collections::hash_map::{Entry, HashMap};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use tokio::sync::{Notify, watch};
+use tokio::time::Instant;
+
+use crate::store::{News, RunLease};
+
+/// How long a replica that has just found itself alone may still hear what itself told before.
+const ECHOES: Duration = Duration::from_secs(3);
+
+type Readers = Arc<Mutex<HashMap<News, Reader>>>;
+
+/// Where one thing is told to all that subscribed to it.
+#[derive(Debug)]
+struct Reader {
+    sender: watch::Sender<()>,
+    /// Kept beside the sender, whose own count goes down only after a subscription is dropped: the last one could not tell
+    /// that it is.
+    subscriptions: usize,
+}
+
+/// Passes notifications on: within this process at once, to other replicas by its outbox.
+#[derive(Debug, Default)]
+pub(in crate::runs) struct Notifier {
+    readers: Readers,
+    /// Somebody asked something of a run of this process.
+    pub(in crate::runs) asked: Notify,
+    /// News may have been missed, also that there are other replicas.
+    pub(in crate::runs) missed: Notify,
+    outbox: Mutex<Outbox>,
+    posted: Notify,
+    /// Other replicas are alive, as far as is known.
+    has_peers: watch::Sender<bool>,
+    /// When there were none any more.
+    alone_since: Mutex<Option<Instant>>,
+}
+
+/// What is to be delivered to the store and to other replicas.
+#[derive(Debug, Default)]
+pub(in crate::runs) struct Outbox {
+    pub(in crate::runs) news: HashSet<News>,
+    /// Runs that this process gives up.
+    pub(in crate::runs) released: Vec<RunLease>,
+}
+
+impl Notifier {
+    /// Hears from now on about one thing.
+    pub(in crate::runs) fn subscribe(&self, about: News) -> Subscription {
+        let mut readers = lock(&self.readers);
+        let reader = readers
+            .entry(about)
+            .or_insert_with(|| Reader { sender: watch::Sender::new(()), subscriptions: 0 });
+        reader.subscriptions += 1;
+        let receiver = reader.sender.subscribe();
+        Subscription { about, receiver, readers: Arc::clone(&self.readers) }
+    }
+
+    /// Tells this process and the other replicas.
+    pub(in crate::runs) fn notify(&self, news: News) {
+        self.hear(news);
+        lock(&self.outbox).news.insert(news);
+        self.posted.notify_one();
+    }
+
+    /// Gives a run up, so that the first process that adopts it goes on with it. Its task must have stopped working on it.
+    pub(in crate::runs) fn release(&self, lease: RunLease) {
+        lock(&self.outbox).released.push(lease);
+        self.posted.notify_one();
+    }
+
+    /// Tells this process alone.
+    pub(in crate::runs) fn hear(&self, news: News) {
+        let readers = lock(&self.readers);
+        if news == News::Missed {
+            for reader in readers.values() {
+                reader.sender.send_replace(());
+            }
+            self.asked.notify_one();
+            self.missed.notify_one();
+        } else if let Some(reader) = readers.get(&news) {
+            reader.sender.send_replace(());
+        }
+    }
+
+    /// Resolves once there is something to deliver.
+    pub(in crate::runs) async fn posted(&self) {
+        self.posted.notified().await;
+    }
+
+    /// Other replicas are alive, as far as is known.
+    pub(in crate::runs) fn knows_peers(&self) -> bool {
+        *self.has_peers.borrow()
+    }
+
+    /// Resolves once other replicas are known to be alive.
+    pub(in crate::runs) async fn has_peers(&self) {
+        let mut known = self.has_peers.subscribe();
+        // The sender lives as long as this does.
+        let _ = known.wait_for(|has_peers| *has_peers).await;
+    }
+
+    /// What the renewal of the session says of other replicas. They are told something as soon as there are any, since they
+    /// may not know of this one before they renew their own.
+    pub(in crate::runs) fn set_peers(&self, has_peers: bool) {
+        let before = self.has_peers.send_replace(has_peers);
+        if has_peers && !before {
+            self.notify(News::Orphans);
+        }
+        if before && !has_peers {
+            *lock(&self.alone_since) = Some(Instant::now());
+        }
+    }
+
+    /// Another replica tells something. One that believes to be alone tells nothing, so what it hears is no echo of its own,
+    /// but for a moment.
+    pub(in crate::runs) fn meet_peers(&self) {
+        if lock(&self.alone_since).is_some_and(|since| since.elapsed() < ECHOES) {
+            return;
+        }
+        self.has_peers.send_if_modified(|has_peers| !std::mem::replace(has_peers, true));
+    }
+
+    /// Takes out what is to be delivered.
+    pub(in crate::runs) fn take(&self) -> Delivery<'_> {
+        Delivery { notifier: self, outbox: std::mem::take(&mut *lock(&self.outbox)) }
+    }
+}
+
+/// What is being delivered. What is left in it when it is dropped goes back.
+#[derive(Debug)]
+pub(in crate::runs) struct Delivery<'a> {
+    notifier: &'a Notifier,
+    pub(in crate::runs) outbox: Outbox,
+}
+
+impl Drop for Delivery<'_> {
+    fn drop(&mut self) {
+        let mut outbox = lock(&self.notifier.outbox);
+        outbox.news.extend(self.outbox.news.drain());
+        outbox.released.append(&mut self.outbox.released);
+    }
+}
+
+/// The news about one thing. None is missed between two calls of [`changed`](Self::changed), but several may be one.
+#[derive(Debug)]
+pub(in crate::runs) struct Subscription {
+    about: News,
+    receiver: watch::Receiver<()>,
+    readers: Readers,
+}
+
+impl Subscription {
+    /// Something was told since the last call, or since the subscription.
+    pub(in crate::runs) async fn changed(&mut self) {
+        if self.receiver.changed().await.is_err() {
+            std::future::pending::<()>().await;
+        }
+    }
+}
+
+impl Drop for Subscription {
+    fn drop(&mut self) {
+        if let Entry::Occupied(mut reader) = lock(&self.readers).entry(self.about) {
+            reader.get_mut().subscriptions -= 1;
+            if reader.get().subscriptions == 0 {
+                reader.remove();
+            }
+        }
+    }
+}
+
+/// Nothing in here panics half-way through a change.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Barrier;
+
+    use futures_util::FutureExt;
+
+    use super::*;
+    use crate::domain::{RunId, ThreadId};
+
+    #[tokio::test]
+    async fn who_subscribed_hears_of_it_and_of_what_may_have_been_missed() {
+        let (notifier, run) = (Notifier::default(), News::Run(RunId::new()));
+        let mut subscription = notifier.subscribe(run);
+        let mut other = notifier.subscribe(News::Thread(ThreadId::new()));
+        assert!(subscription.changed().now_or_never().is_none());
+        notifier.notify(run);
+        notifier.notify(run);
+        subscription.changed().await;
+        assert!(subscription.changed().now_or_never().is_none(), "two are one");
+        assert!(other.changed().now_or_never().is_none());
+        notifier.hear(News::Missed);
+        subscription.changed().await;
+        other.changed().await;
+        drop((subscription, other));
+        assert!(lock(&notifier.readers).is_empty(), "nothing is kept");
+    }
+
+    #[tokio::test]
+    async fn a_second_reader_outlives_the_first() {
+        let (notifier, run) = (Notifier::default(), News::Run(RunId::new()));
+        let (first, mut second) = (notifier.subscribe(run), notifier.subscribe(run));
+        drop(first);
+        notifier.notify(run);
+        second.changed().await;
+    }
+
+    #[test]
+    fn subscriptions_that_are_dropped_at_once_leave_nothing() {
+        let (notifier, run) = (Notifier::default(), News::Run(RunId::new()));
+        for _ in 0..5_000 {
+            let start = Barrier::new(2);
+            let both = [notifier.subscribe(run), notifier.subscribe(run)];
+            std::thread::scope(|scope| {
+                for subscription in both {
+                    scope.spawn(|| {
+                        start.wait();
+                        drop(subscription);
+                    });
+                }
+            });
+            assert!(lock(&notifier.readers).is_empty(), "nothing is kept");
+        }
+    }
+
+    #[test]
+    fn what_is_not_delivered_is_not_lost() {
+        let notifier = Notifier::default();
+        let lease = RunLease { run_id: RunId::new(), fence: 1 };
+        notifier.release(lease);
+        drop(notifier.take());
+        assert_eq!(notifier.take().outbox.released, [lease]);
+        let mut taken = notifier.take();
+        taken.outbox.released.clear();
+        drop(taken);
+        assert!(notifier.take().outbox.released.is_empty());
+    }
+
+    #[test]
+    fn what_is_told_twice_is_sent_once() {
+        let notifier = Notifier::default();
+        notifier.notify(News::Orphans);
+        notifier.notify(News::Orphans);
+        assert_eq!(lock(&notifier.outbox).news.len(), 1);
+    }
+}

@@ -1,0 +1,155 @@
+//! The store's calls about runs, with what `store.transcript = "off"` keeps out of the store: this process holds that in
+//! its registry.
+
+use std::sync::Arc;
+
+use super::context::Context;
+use crate::domain::{ConversationKey, MultitaskStrategy, RunId, RunStatus};
+use crate::store::{
+    Admission, Admitted, Answered, Claim, NotWritten, Pause, Paused, Rolled, Rollover, RunLease, StartedRun,
+    StoreError, ToolAnswer, Withdrawal, Withdrawn, redacted_action,
+};
+
+/// Records a message and its run. A message that joins another run is held under that one from then on.
+pub(in crate::runs) async fn admit(
+    ctx: &Context,
+    admission: &Arc<Admission>,
+) -> Result<Admitted, NotWritten> {
+    if ctx.store.keeps_content() {
+        return ctx.store.admit(Arc::clone(admission)).await;
+    }
+    let Admission { run_id, message, .. } = &**admission;
+    let registry = &ctx.registry;
+    let (strategy, may_join) = strategy_now(ctx, admission).await.map_err(NotWritten::Unsent)?;
+    // First of all: once it is recorded, the run that it joins may start at any time.
+    let own = registry.unstored(*run_id);
+    if let Some(own) = &own {
+        own.add(message);
+    }
+    let admitted = ctx.store.admit(Admission { strategy, ..(**admission).clone() }).await;
+    let joined: &[RunId] = match &admitted {
+        Ok(Admitted::Started(_) | Admitted::Queued { .. }) => return admitted,
+        Ok(Admitted::Merged { run, .. }) => &[run.id],
+        Ok(Admitted::Busy | Admitted::OtherUpstream(_) | Admitted::Repeated) => &[],
+        // The run that it joined, if it did, knows it by its id.
+        Err(_) => &may_join,
+    };
+    for unstored in joined.iter().filter_map(|run| registry.unstored(*run)) {
+        unstored.add(message);
+    }
+    // Should its own run be recorded all the same, that goes on only if others have joined it.
+    if let Some(own) = own {
+        own.remove(message.id);
+    }
+    admitted
+}
+
+/// The strategy that a message can have, and the runs that it may join. It cannot join a run that waits in another process,
+/// which would not hear what the message says.
+async fn strategy_now(
+    ctx: &Context,
+    admission: &Admission,
+) -> Result<(MultitaskStrategy, Vec<RunId>), StoreError> {
+    if admission.strategy != MultitaskStrategy::Merge {
+        return Ok((admission.strategy, Vec::new()));
+    }
+    let unfinished = ctx.store.unfinished(&admission.key).await?.unwrap_or_default();
+    let waiting = unfinished.iter().filter(|run| run.status == RunStatus::Queued);
+    let waiting: Vec<RunId> = waiting.map(|run| run.id).collect();
+    let is_held = |run: &RunId| {
+        let unstored = ctx.registry.unstored(*run);
+        unstored.is_some_and(|unstored| !unstored.lock().input.is_empty())
+    };
+    Ok(if waiting.iter().all(is_held) {
+        (MultitaskStrategy::Merge, waiting)
+    } else {
+        (MultitaskStrategy::Enqueue, Vec::new())
+    })
+}
+
+/// Starts a run that waits, if nothing is before it.
+pub(in crate::runs) async fn claim(ctx: &Context, lease: &RunLease) -> Result<Claim, StoreError> {
+    let mut claim = ctx.store.claim(lease).await?;
+    if let Claim::Started(started) = &mut claim {
+        complete(ctx, started);
+    }
+    Ok(claim)
+}
+
+/// Puts a fresh thread in the place of a full one.
+pub(in crate::runs) async fn roll_over(ctx: &Context, rollover: &Rollover) -> Result<Rolled, StoreError> {
+    let mut rolled = ctx.store.roll_over(rollover).await?;
+    if let Rolled::Done { turn: Some(started), .. } = &mut rolled {
+        complete(ctx, started);
+    }
+    Ok(rolled)
+}
+
+fn complete(ctx: &Context, started: &mut StartedRun) {
+    if !ctx.store.keeps_content() {
+        ctx.registry.give_input(started);
+    }
+}
+
+/// Lets a run wait for the outputs of its calls.
+pub(in crate::runs) async fn pause(
+    ctx: &Context,
+    lease: &RunLease,
+    pause: &Pause,
+) -> Result<Paused, StoreError> {
+    if !ctx.store.keeps_content()
+        && let Some(unstored) = ctx.registry.unstored(lease.run_id)
+    {
+        unstored.lock().asked = Some(pause.required_action.clone());
+    }
+    let mut paused = ctx.store.pause(lease, pause).await?;
+    if let Paused::Waiting(waiting) = &mut paused {
+        ctx.registry.give_arguments(&mut waiting.run);
+    }
+    Ok(paused)
+}
+
+/// Records the outputs of a run's calls. Without a transcript the store cannot give them again: the caller hands them over.
+pub(in crate::runs) async fn answer_tools(
+    ctx: &Context,
+    key: &ConversationKey,
+    id: RunId,
+    answer: &ToolAnswer,
+) -> Result<Answered, StoreError> {
+    if !ctx.store.keeps_content() {
+        let unstored = ctx.registry.unstored(id);
+        let is_asked =
+            unstored.is_some_and(|unstored| unstored.lock().asked.as_ref() == Some(&answer.expected));
+        // What is stored are calls without their arguments, which any arguments would fit.
+        if !is_asked && redacted_action(&answer.expected) != answer.expected {
+            return Ok(Answered::NotWaiting);
+        }
+    }
+    ctx.store.answer_tools(key, id, answer).await
+}
+
+/// Takes a message back whose sender heard that it was not taken.
+pub(in crate::runs) async fn withdraw(
+    ctx: &Context,
+    lease: &RunLease,
+    taken: &Withdrawal,
+) -> Result<Withdrawn, StoreError> {
+    let withdrawn = ctx.store.withdraw(lease, taken).await?;
+    if let (Withdrawn::Shared { .. }, Some(unstored)) = (&withdrawn, ctx.registry.unstored(lease.run_id)) {
+        unstored.remove(taken.message);
+    }
+    Ok(withdrawn)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::domain::{RequiredAction, ToolCall};
+
+    #[test]
+    fn redacted_calls_do_not_tell_their_arguments() {
+        let call = ToolCall { id: "c".to_owned(), name: "f".to_owned(), arguments: "planted".to_owned() };
+        let redacted = redacted_action(&RequiredAction { tool_calls: vec![call.clone()] });
+        assert_eq!(redacted.tool_calls, [ToolCall { arguments: String::new(), ..call }]);
+    }
+}

@@ -1,0 +1,75 @@
+//! Notifications from and to the other replicas.
+
+use std::time::Duration;
+
+use futures_util::StreamExt;
+use tokio::time::{sleep, timeout};
+
+use crate::error::Chain;
+use crate::runs::backoff::jittered;
+use crate::runs::context::Context;
+use crate::runs::notifications::Outbox;
+use crate::store::{News, Store, StoreError};
+
+/// Longest time for one delivery.
+const DELIVERY_TIMEOUT: Duration = Duration::from_secs(2);
+/// The pause after a delivery that failed.
+const AFTER_FAILURE: Duration = Duration::from_millis(500);
+
+/// Hears what other replicas tell, until the store is closed.
+pub(in crate::runs) async fn listen(ctx: &Context) {
+    let mut news = ctx.store.news();
+    while let Some(news) = news.next().await {
+        if news != News::Missed {
+            ctx.notifier.meet_peers();
+        }
+        match news {
+            News::Asked(run) if ctx.registry.handle(run).is_some() => {
+                ctx.notifier.asked.notify_one();
+            }
+            News::Asked(_) => {}
+            News::Followed(run) => {
+                if let Some(handle) = ctx.registry.handle(run) {
+                    handle.log.followed();
+                }
+            }
+            news => ctx.notifier.hear(news),
+        }
+    }
+}
+
+/// Sends this process's notifications to the other replicas, and gives up the runs that it releases. What comes meanwhile is
+/// in the next delivery. Never ends; may be dropped.
+pub(in crate::runs) async fn deliver(ctx: &Context) {
+    loop {
+        ctx.notifier.posted().await;
+        while deliver_once(ctx).await.is_err() {
+            sleep(jittered(AFTER_FAILURE)).await;
+        }
+    }
+}
+
+/// Delivers what there is. While no other replica is known to be alive, none is told: one that has just begun says so, and
+/// looks by itself until that is heard.
+pub(in crate::runs) async fn deliver_once(ctx: &Context) -> Result<(), ()> {
+    let has_peers = ctx.notifier.knows_peers();
+    let mut delivery = ctx.notifier.take();
+    let sent = timeout(DELIVERY_TIMEOUT, send(&ctx.store, &mut delivery.outbox, has_peers)).await;
+    sent.unwrap_or_else(|_| Err(StoreError::Unavailable("no answer in time".into()))).map_err(|error| {
+        tracing::warn!(error = %Chain(&error), "cannot tell the other replicas the news yet");
+    })
+}
+
+/// Empties it as far as it comes.
+async fn send(store: &Store, outbox: &mut Outbox, has_peers: bool) -> Result<(), StoreError> {
+    if !outbox.released.is_empty() {
+        store.release(&outbox.released).await?;
+        outbox.released.clear();
+        outbox.news.insert(News::Orphans);
+    }
+    if has_peers && !outbox.news.is_empty() {
+        store.tell(&outbox.news.iter().copied().collect::<Vec<_>>()).await?;
+    }
+    outbox.news.clear();
+    Ok(())
+}

@@ -1,0 +1,130 @@
+//! Taking over runs that nobody works on: those of replicas that died, and those that were given up.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::time::{sleep, timeout};
+use tracing::Instrument;
+
+use crate::domain::RunStatus;
+use crate::error::Chain;
+use crate::runs::backoff::jittered;
+use crate::runs::context::Context;
+use crate::runs::execution::history::sent_with;
+use crate::runs::execution::progress::StoredProgress;
+use crate::runs::execution::task;
+use crate::runs::execution::withdraw::withdraw;
+use crate::runs::log::event::RunEvent;
+use crate::runs::log::offset::STARTED;
+use crate::runs::log::stored::StoredLog;
+use crate::runs::registry::{ActiveRun, Refused};
+use crate::store::{News, Orphan, Store, StoreError};
+
+/// Orphans taken at a time.
+const ADOPT_BATCH: u32 = 64;
+/// How often orphans are looked for, as a share of a session's time, and the bounds of that.
+const LOOKS_PER_SESSION: u32 = 10;
+const SHORTEST_PAUSE: Duration = Duration::from_millis(100);
+const LONGEST_PAUSE: Duration = Duration::from_secs(1);
+
+/// Looks for runs that nobody works on, when it hears of some and a few times in a session's time.
+pub(in crate::runs) async fn take_over(ctx: &Arc<Context>, ttl: Duration) {
+    let pause = (ttl / LOOKS_PER_SESSION).clamp(SHORTEST_PAUSE, LONGEST_PAUSE);
+    let mut told = ctx.notifier.subscribe(News::Orphans);
+    loop {
+        tokio::select! {
+            () = told.changed() => {}
+            () = sleep(jittered(pause)) => {}
+        }
+        while may_adopt(ctx) && adopt(ctx, ttl / 3).await {}
+    }
+}
+
+fn may_adopt(ctx: &Context) -> bool {
+    let registry = &ctx.registry;
+    !ctx.tasks.draining.is_cancelled() && !registry.has_lapsed() && registry.trusts_sessions()
+}
+
+/// Takes over runs that nobody works on. `true` if there may be more.
+async fn adopt(ctx: &Arc<Context>, limit: Duration) -> bool {
+    let _taking = ctx.registry.taking.lock().await;
+    let active = ctx.registry.runs();
+    let adopted = timeout(limit, ctx.store.adopt_orphans(ctx.replica, &active, ADOPT_BATCH)).await;
+    // What an answer that is given up had taken over, the next look finds as strays.
+    let orphans = match adopted.unwrap_or_else(|_| Err(StoreError::Unavailable("no answer in time".into()))) {
+        Ok(orphans) => orphans,
+        Err(error) => {
+            tracing::error!(error = %Chain(&error), "cannot look for orphaned runs");
+            return false;
+        }
+    };
+    let may_be_more = orphans.len() == ADOPT_BATCH as usize;
+    let mut never_start = Vec::new();
+    for orphan in orphans {
+        let run = orphan.run.id;
+        let span = ctx.span_of(run, &orphan.thread.key);
+        // One that cannot be read is found again as a stray.
+        let Ok(Ok(stored)) = timeout(limit, stored_progress(&ctx.store, &orphan)).await else { continue };
+        let active = ctx.registry.goes_on(orphan.lease, stored.log.end);
+        span.in_scope(
+            || tracing::warn!(status = %orphan.run.status, "took over a run that nobody worked on"),
+        );
+        let was_refused = ctx.registry.was_refused(run);
+        if orphan.run.status == RunStatus::Queued && orphan.content_lost && was_refused.is_none() {
+            never_start.push((active, orphan));
+            continue;
+        }
+        let task = resume(Arc::clone(ctx), active, orphan, stored, was_refused);
+        ctx.tasks.tracker.spawn(task.instrument(span));
+    }
+    if !never_start.is_empty() {
+        let ctx = Arc::clone(ctx);
+        let tasks = ctx.tasks.tracker.clone();
+        tasks.spawn(async move { task::close_queued_orphans(&ctx, never_start).await });
+    }
+    may_be_more
+}
+
+/// What is stored of a run that is taken over, besides the run itself.
+async fn stored_progress(store: &Store, orphan: &Orphan) -> Result<StoredProgress, StoreError> {
+    if orphan.run.status == RunStatus::Queued {
+        let log = StoredLog { end: STARTED, ..StoredLog::default() };
+        return Ok(StoredProgress { log, ..StoredProgress::default() });
+    }
+    let run = orphan.run.id;
+    let backlog = if orphan.thread.backlog > 0 { sent_with(store, run).await? } else { Vec::new() };
+    Ok(StoredProgress { log: StoredLog::read(store, run).await?, backlog })
+}
+
+/// Goes on with a run where the process before left it, or ends it.
+async fn resume(
+    ctx: Arc<Context>,
+    active: ActiveRun,
+    orphan: Orphan,
+    stored: StoredProgress,
+    was_refused: Option<Refused>,
+) {
+    if let Some(refused) = was_refused {
+        // Its sender heard that it was not taken, so it must not run.
+        let withdrawn = withdraw(&ctx, &orphan.lease, &refused).await;
+        return task::continue_for_others(&ctx, active, orphan.lease, withdrawn).await;
+    }
+    if orphan.run.status != RunStatus::Queued && stored.log.end <= STARTED {
+        // The process before had no time to record that. Its text is numbered from there, in whichever process.
+        active.log.push(RunEvent::Started);
+    }
+    match orphan.run.status {
+        RunStatus::Queued => {
+            let Orphan { lease, thread, run, .. } = orphan;
+            task::resume_queued(&ctx, active, lease, &thread, &run).await;
+        }
+        RunStatus::RequiresAction => task::resume_waiting(&ctx, active, orphan, stored).await,
+        RunStatus::InProgress if !orphan.content_lost && orphan.outputs.is_some() => {
+            task::resume_waiting(&ctx, active, orphan, stored).await;
+        }
+        RunStatus::InProgress if !orphan.content_lost && !orphan.input.is_empty() => {
+            task::resume_running(&ctx, active, orphan, stored).await;
+        }
+        _ => task::close_orphan(&ctx, active, orphan, stored).await,
+    }
+}
