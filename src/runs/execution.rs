@@ -1,7 +1,7 @@
 //! One run, from its admission to its end.
 //!
-//! [`task`] leads it, [`round`] sends what it has to say, [`finish`] ends it. The files stand in that order: each uses only
-//! what stands below it.
+//! [`task`] leads it, [`round`] sends what it has to say, [`finish`] ends it. The files stand in groups from top to bottom,
+//! and each uses only what stands in the groups below its own.
 
 pub(super) mod withdraw;
 
@@ -20,10 +20,10 @@ pub(super) mod outcome;
 pub(super) mod recover;
 pub(super) mod settle;
 
-pub(super) mod history;
 pub(super) mod progress;
 pub(super) mod retry;
 pub(super) mod round_context;
 pub(super) mod store_retry;
 
 pub(super) mod failure;
+pub(super) mod history;

@@ -11,6 +11,8 @@ pub(super) struct Source {
     module: Vec<String>,
     /// From the crate's root.
     named: Vec<Vec<String>>,
+    /// The same of its tests. They may close a circle, but not point upwards.
+    named_in_tests: Vec<Vec<String>>,
     /// What it only passes on, by its last name.
     passed_on: BTreeMap<String, Vec<String>>,
 }
@@ -24,7 +26,7 @@ impl Tree {
     pub(super) fn read() -> Self {
         let code: Vec<_> = code()
             .into_iter()
-            .filter(|(name, _)| name != "lib.rs" && !name.ends_with("/tests.rs"))
+            .filter(|(name, _)| name != "lib.rs")
             .map(|(name, code)| {
                 let module: Vec<_> = name.trim_end_matches(".rs").split('/').map(str::to_owned).collect();
                 (name, module, code)
@@ -32,22 +34,12 @@ impl Tree {
             .collect();
         let modules: BTreeSet<Vec<String>> = code.iter().map(|(_, module, _)| module.clone()).collect();
         let files = code.into_iter().map(|(name, module, code)| {
-            let code = code.split("\n#[cfg(test)]\nmod tests").next().unwrap();
-            let (uses, rest) = split_uses(code);
-            let from_root = |path: &[String]| from_root(&modules, &module, path);
-            let mut named: Vec<_> = paths_in(&rest).iter().filter_map(|path| from_root(path)).collect();
-            let mut passed_on = BTreeMap::new();
-            for (is_public, tree) in uses {
-                for path in expand(&tree) {
-                    let Some(path) = from_root(&path) else { continue };
-                    if is_public {
-                        passed_on.insert(path.last().unwrap().clone(), path);
-                    } else {
-                        named.push(path);
-                    }
-                }
-            }
-            Source { name, module, named, passed_on }
+            let is_test = name.ends_with("/tests.rs");
+            let begin = if is_test { Some(0) } else { code.find("\n#[cfg(test)]\nmod tests {") };
+            let (code, tests) = code.split_at(begin.unwrap_or(code.len()));
+            let (named, passed_on) = names(&modules, &module, code);
+            let (named_in_tests, _) = names(&modules, &module, tests);
+            Source { name, module, named, named_in_tests, passed_on }
         });
         Self { files: files.collect() }
     }
@@ -91,7 +83,7 @@ impl Tree {
         for file in &self.files {
             let Some(own) = below(above, &file.module) else { continue };
             let own = rank(own).unwrap_or_else(|| panic!("{}: add its module to the order", file.name));
-            for path in file.named.iter().chain(file.passed_on.values()) {
+            for path in file.named.iter().chain(&file.named_in_tests).chain(file.passed_on.values()) {
                 let to = below(above, path).and_then(rank);
                 assert!(
                     to.is_none_or(|to| to >= own),
@@ -147,6 +139,28 @@ impl Tree {
         }
         unreachable!("a circle leads back to each of its files")
     }
+}
+
+/// What code names, and what it only passes on, from the crate's root.
+fn names(
+    modules: &BTreeSet<Vec<String>>,
+    module: &[String],
+    code: &str,
+) -> (Vec<Vec<String>>, BTreeMap<String, Vec<String>>) {
+    let (uses, rest) = split_uses(code);
+    let from_root = |path: &[String]| from_root(modules, module, path);
+    let mut named: Vec<_> = paths_in(&rest).iter().filter_map(|path| from_root(path)).collect();
+    let mut passed_on = BTreeMap::new();
+    for (is_public, tree) in uses {
+        for path in expand(&tree).iter().filter_map(|path| from_root(path)) {
+            if is_public {
+                passed_on.insert(path.last().unwrap().clone(), path);
+            } else {
+                named.push(path);
+            }
+        }
+    }
+    (named, passed_on)
 }
 
 /// The first name of a path below this module, if it is below it.
