@@ -17,7 +17,7 @@ use crate::config::{JanitorConfig, RetentionConfig};
 use crate::domain::{Fingerprints, Lifetimes, RetentionPolicy};
 use crate::runs::Runs;
 use crate::store::{Pruning, Store};
-use crate::upstream::{Pace, Upstream};
+use crate::upstream::{RateLimiter, Upstream};
 
 pub use deletion::Target;
 pub use janitor::{DryRun, PassSummary, Plan};
@@ -49,7 +49,7 @@ pub struct JanitorParts {
 
 struct Parts {
     given: JanitorParts,
-    pace: Pace,
+    pace: RateLimiter,
     pruning: Pruning,
     /// There is work that should not wait for the next look.
     wake: Notify,
@@ -58,7 +58,7 @@ struct Parts {
 impl Janitor {
     /// Must be made inside a tokio runtime.
     pub fn new(given: JanitorParts) -> Self {
-        let pace = Pace::new(given.janitor.calls_per_second);
+        let pace = RateLimiter::new(given.janitor.calls_per_second);
         let storing = given.upstreams.iter().filter(|(_, upstream)| upstream.capabilities().stores_runs);
         let pruning = Pruning {
             runs: Some(given.retention.runs),

@@ -61,117 +61,39 @@
 //! ([`SimulatorHandle::leaked_items`]). A response that ends after its conversation was deleted leaves its items so too.
 //! The runs of a thread go with it. The events of the newest 1000 background streams can be replayed.
 
-mod assistants;
-mod config;
-mod control;
-mod error;
-mod faults;
-mod fields;
-mod handle;
-mod holding;
-mod hostile;
-mod operation;
-mod page;
-mod plan;
-mod responses;
+// A file names what stands below it in this list, never what stands above: `tests/it/tidy.rs` checks it.
+
+// The port and its connections.
+mod listener;
+
+// From a request to its protocol.
 mod router;
-mod sse;
+
+// The two ways to look in and to steer.
+mod control;
+
+mod handle;
+
+mod text_search;
+
+// The two protocols, which know nothing of each other.
+mod assistants;
+
+mod responses;
+
+// What is stored.
 mod state;
-mod stats;
-mod words;
 
-use std::io;
-use std::net::SocketAddr;
-use std::sync::Arc;
-use std::time::Duration;
+// What a request or turn is told to do.
+mod behaviour;
 
-use hyper::server::conn::http1;
-use hyper::service::service_fn;
-use hyper_util::rt::{TokioIo, TokioTimer};
-use tokio::net::{TcpListener, TcpStream};
-use tokio_util::sync::CancellationToken;
+// How requests are read and answers written.
+mod wire;
+
+mod config;
 
 pub use config::SimulatorConfig;
-pub use faults::Fault;
 pub use handle::SimulatorHandle;
-pub use stats::{Recorded, RunView, Stats, ThreadView};
-
-use state::Server;
-
-/// A simulator that has its port, and serves once it [runs](Self::run).
-#[derive(Debug)]
-pub struct Simulator {
-    server: Arc<Server>,
-    listener: TcpListener,
-    addr: SocketAddr,
-}
-
-impl Simulator {
-    /// Takes the port; port 0 takes a free one. From now on clients can connect, and wait.
-    pub async fn bind(config: SimulatorConfig, addr: SocketAddr) -> io::Result<Self> {
-        let listener = TcpListener::bind(addr).await?;
-        let addr = listener.local_addr()?;
-        Ok(Self { server: Arc::new(Server::new(config)), listener, addr })
-    }
-
-    pub fn addr(&self) -> SocketAddr {
-        self.addr
-    }
-
-    /// Where both protocols begin; ends in `/v1`.
-    pub fn base_url(&self) -> String {
-        format!("http://{}/v1", self.addr)
-    }
-
-    pub fn handle(&self) -> SimulatorHandle {
-        SimulatorHandle::new(Arc::clone(&self.server))
-    }
-
-    /// Serves until `shutdown`; then cuts all connections, ends all runs and returns when they are gone. Dropping
-    /// the future cuts and ends them too, without waiting.
-    pub async fn run(self, shutdown: CancellationToken) {
-        let server = &self.server;
-        let _stop = server.stop.clone().drop_guard();
-        loop {
-            let accepted = tokio::select! {
-                accepted = self.listener.accept() => accepted,
-                () = shutdown.cancelled() => break,
-            };
-            match accepted {
-                Ok((stream, _)) => {
-                    server.tasks.spawn(serve(Arc::clone(server), stream));
-                }
-                // Out of descriptors, or a client that left early: others may still be served.
-                Err(error) => {
-                    tracing::warn!(%error, "the simulator cannot accept a connection");
-                    tokio::time::sleep(Duration::from_millis(20)).await;
-                }
-            }
-        }
-        drop(self.listener);
-        self.server.stop.cancel();
-        self.server.tasks.close();
-        self.server.tasks.wait().await;
-    }
-}
-
-/// Serves one connection until either side ends it.
-async fn serve(server: Arc<Server>, stream: TcpStream) {
-    if stream.set_nodelay(true).is_err() {
-        return; // the client has left already
-    }
-    let stop = server.stop.clone();
-    let service = service_fn(move |request| router::answer(Arc::clone(&server), request));
-    let connection = http1::Builder::new()
-        .timer(TokioTimer::new())
-        .header_read_timeout(Duration::from_mins(5))
-        .serve_connection(TokioIo::new(stream), service);
-    tokio::select! {
-        ended = connection => {
-            if let Err(error) = ended {
-                tracing::debug!(%error, "a connection to the simulator broke");
-            }
-        }
-        () = stop.cancelled() => {}
-    }
-}
+pub use listener::Simulator;
+pub use state::faults::Fault;
+pub use state::stats::{Recorded, RunView, Stats, ThreadView};

@@ -22,7 +22,7 @@ use crate::error::Error;
 use crate::lifecycle::Target;
 use crate::runs::Renewed;
 use crate::store::ThreadName;
-use crate::upstream::Pace;
+use crate::upstream::RateLimiter;
 
 /// What the statistics are to be compared with.
 #[derive(Debug, Deserialize, IntoParams)]
@@ -64,7 +64,7 @@ pub(super) async fn show_named(
     let report = state.runs.thread(name).await?;
     let verified = match query.verify {
         None => None,
-        Some(Against::Upstream) => Some(state.runs.verify(&report.thread, &Pace::UNBOUND).await?),
+        Some(Against::Upstream) => Some(state.runs.verify(&report.thread, &RateLimiter::UNBOUND).await?),
     };
     Ok(Json(ReportView::new(&state.runs, report, verified)))
 }

@@ -14,7 +14,7 @@ use super::jittered;
 use crate::domain::{Message, RemnantId, UpstreamThreadId};
 use crate::error::Chain;
 use crate::store::{Binding, Bound, Made, RunLease, Store, UNHEARD_OF};
-use crate::upstream::{Items, Ownership, Pace, Upstream, UpstreamError};
+use crate::upstream::{Items, Ownership, RateLimiter, Upstream, UpstreamError};
 
 /// Longest time for the making of one, after which its intent is the janitor's. So it ends before others look for it.
 const LONGEST_MAKING: Duration = UNHEARD_OF.saturating_sub(Duration::from_mins(2));
@@ -109,7 +109,8 @@ impl Making {
     async fn delete(&self, made: &UpstreamThreadId) {
         let mut pause = FIRST_DELETE_PAUSE;
         for tries_left in (0..DELETE_TRIES).rev() {
-            let deleted = self.upstream.delete_thread(made, &Pace::UNBOUND, &mut Items::default()).await;
+            let deleted =
+                self.upstream.delete_thread(made, &RateLimiter::UNBOUND, &mut Items::default()).await;
             let Err(error) = deleted else { return };
             tracing::error!(
                 error = %Chain(&error),

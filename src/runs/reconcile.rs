@@ -12,7 +12,7 @@ use super::Runs;
 use crate::domain::{ContentPart, Context, Message, MessageId, Role, Thread, ThreadId, UpstreamThreadId};
 use crate::error::Error;
 use crate::store::{Foreign, RunLease, Store, StoreError};
-use crate::upstream::{HistoryEntry, Pace, Upstream, UpstreamError};
+use crate::upstream::{HistoryEntry, RateLimiter, Upstream, UpstreamError};
 
 /// Messages read at a time, at most.
 const PAGE: u32 = 500;
@@ -77,7 +77,7 @@ impl Runs {
     ///
     /// # Errors
     /// The store or the upstream failed.
-    pub async fn verify(&self, thread: &Thread, pace: &Pace) -> Result<Verified, Unverified> {
+    pub async fn verify(&self, thread: &Thread, pace: &RateLimiter) -> Result<Verified, Unverified> {
         let compared = async {
             let _turn = self.parts.comparing.acquire().await;
             self.compared(thread, pace).await
@@ -86,7 +86,7 @@ impl Runs {
         timeout(limit, compared).await.unwrap_or(Err(Unverified::TooLate))
     }
 
-    async fn compared(&self, thread: &Thread, pace: &Pace) -> Result<Verified, Unverified> {
+    async fn compared(&self, thread: &Thread, pace: &RateLimiter) -> Result<Verified, Unverified> {
         let Some(id) = &thread.upstream_thread_id else { return Ok(Verified::NoThread) };
         let upstream = self.parts.given.upstreams.get(&thread.upstream).ok_or(Unverified::NotConfigured)?;
         // The transcript last: what is in the thread by then is in there, or was not yet asked for.
@@ -115,7 +115,7 @@ impl Runs {
         &self,
         thread: &Thread,
         by: Option<RunLease>,
-        pace: &Pace,
+        pace: &RateLimiter,
     ) -> Result<u64, Unverified> {
         if !self.parts.given.shared.contains(&thread.upstream) || !self.store().keeps_content() {
             return Ok(0);
@@ -180,7 +180,7 @@ const PART_COST: usize = 100;
 async fn history(
     upstream: &dyn Upstream,
     id: &UpstreamThreadId,
-    pace: &Pace,
+    pace: &RateLimiter,
 ) -> Result<Option<Vec<HistoryEntry>>, UpstreamError> {
     let (mut all, mut after, mut held) = (Vec::new(), None::<String>, 0);
     for _ in 0..MAX_HISTORY_PAGES {

@@ -8,7 +8,7 @@ use super::{NO_THREAD, Runs, jittered};
 use crate::domain::{ConversationKey, Thread, ThreadId};
 use crate::error::{Chain, Error};
 use crate::store::{Claim, Rolled, Rollover, RunLease, StoreError, ThreadName, Turn};
-use crate::upstream::Pace;
+use crate::upstream::RateLimiter;
 
 /// What became of a caller's wish for a fresh thread.
 #[derive(Clone, Debug)]
@@ -26,7 +26,7 @@ impl Runs {
         if thread.message_count == 0 && thread.run_count == 0 {
             return Ok(Renewed::Now(thread));
         }
-        self.reconcile(&thread, None, &Pace::UNBOUND).await?;
+        self.reconcile(&thread, None, &RateLimiter::UNBOUND).await?;
         match self.roll_over_in_store(&self.rollover(&thread, None)).await? {
             Rolled::Done { thread: fresh, .. } => {
                 self.parts.locks.moved(key, thread.id, fresh.id);
@@ -59,7 +59,7 @@ impl Runs {
             return turn;
         }
         let limit = self.parts.given.runs.settle_timeout;
-        match timeout(limit, self.reconcile(&turn.thread, Some(turn.lease), &Pace::UNBOUND)).await {
+        match timeout(limit, self.reconcile(&turn.thread, Some(turn.lease), &RateLimiter::UNBOUND)).await {
             Ok(Ok(_)) => {}
             Ok(Err(error)) => {
                 tracing::warn!(error = %Chain(&error), "cannot roll the thread over now");

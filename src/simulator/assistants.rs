@@ -1,22 +1,19 @@
 //! Assistants v2: threads, messages, runs and run steps.
 
-mod ending;
 mod generate;
-mod holding;
-mod objects;
 mod runs;
+mod thread_lock;
 mod threads;
 
 use std::sync::Arc;
 
 use axum::response::Response;
 
-use super::operation::Operation;
-use super::router::{Call, Refused};
-use super::state::Server;
+use crate::simulator::behaviour::refusal::Refused;
+use crate::simulator::state::Server;
+use crate::simulator::wire::call::Call;
+use crate::simulator::wire::operation::Operation;
 
-pub(super) use holding::search;
-pub(super) use objects::{Run, Thread};
 pub(super) use runs::{start_foreign_run, stop_foreign_run};
 
 /// Answers a call of this protocol.

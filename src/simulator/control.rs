@@ -6,10 +6,10 @@ use axum::response::{IntoResponse, Response};
 use http::Method;
 use serde_json::json;
 
-use super::error::{ApiError, json_body};
-use super::faults::Fault;
 use super::handle::SimulatorHandle;
-use super::state::Server;
+use crate::simulator::state::Server;
+use crate::simulator::state::faults::Fault;
+use crate::simulator::wire::error::{ApiError, json_body};
 
 /// Answers a request below `/_simulator`.
 pub(super) fn answer(server: &Arc<Server>, method: &Method, path: &[&str], body: &[u8]) -> Response {

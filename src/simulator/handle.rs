@@ -2,10 +2,10 @@
 
 use std::sync::Arc;
 
-use super::faults::Fault;
-use super::state::Server;
-use super::stats::{Line, Recorded, RunView, Stats, ThreadView};
-use super::{assistants, holding, responses};
+use super::{assistants, responses, text_search};
+use crate::simulator::state::Server;
+use crate::simulator::state::faults::Fault;
+use crate::simulator::state::stats::{Line, Recorded, RunView, Stats, ThreadView};
 
 /// Looks into a simulator and steers it. Cheap to clone; outlives the simulator harmlessly.
 #[derive(Clone, Debug)]
@@ -43,7 +43,7 @@ impl SimulatorHandle {
     }
 
     /// The newest runs and responses that were accepted, in that order, as many as are
-    /// [kept](super::SimulatorConfig::max_kept), with what came with them and how they ended.
+    /// [kept](super::config::SimulatorConfig::max_kept), with what came with them and how they ended.
     pub fn runs(&self) -> Vec<RunView> {
         self.server.world().counters.runs()
     }
@@ -68,13 +68,13 @@ impl SimulatorHandle {
 
     /// The ids of the items of deleted conversations, which were not deleted with them.
     pub fn leaked_items(&self) -> Vec<String> {
-        responses::leaked_items(&self.server.world())
+        text_search::leaked_items(&self.server.world())
     }
 
     /// Where the server still holds this text, such as `item msg_1 of conversation conv_1`. Empty if it is nowhere in
     /// what can be had from it. What was recorded of requests does not count.
     pub fn holds_text(&self, text: &str) -> Vec<String> {
-        holding::places(&self.server.world(), text)
+        text_search::places(&self.server.world(), text)
     }
 
     /// The last requests of either protocol, oldest first.

@@ -3,23 +3,21 @@
 mod conversations;
 mod create;
 mod generate;
-mod holding;
 mod items;
-mod objects;
 mod stored;
 
 use std::sync::Arc;
 
 use axum::response::Response;
 
-use super::operation::Operation;
-use super::router::{Call, Refused};
-use super::state::{Server, World};
-use super::stats::Line;
+use crate::simulator::behaviour::refusal::Refused;
+use crate::simulator::state::items::line;
+use crate::simulator::state::stats::Line;
+use crate::simulator::state::{Server, World};
+use crate::simulator::wire::call::Call;
+use crate::simulator::wire::operation::Operation;
 
-pub(super) use conversations::{Conversation, start_foreign_run, stop_foreign_run};
-pub(super) use holding::{leaked_items, search};
-pub(super) use objects::StoredResponse;
+pub(super) use conversations::{start_foreign_run, stop_foreign_run};
 
 /// Answers a call of this protocol.
 pub(super) async fn answer(server: &Arc<Server>, call: Call) -> Result<Response, Refused> {
@@ -51,5 +49,5 @@ pub(super) fn chain_lines(world: &World, id: &str) -> Vec<Line> {
         next = stored.response.previous_response_id.as_ref().and_then(|id| world.responses.get(id));
     }
     let items = chain.iter().rev().flat_map(|stored| stored.input.iter().chain(&stored.response.output));
-    items.filter_map(items::line).collect()
+    items.filter_map(line).collect()
 }

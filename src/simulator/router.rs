@@ -1,8 +1,6 @@
 //! From a request to its answer: credentials, faults, the record, and the way to the protocol's module.
 
-use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::time::Duration;
 
 use axum::body::Body;
 use axum::response::{IntoResponse, Response};
@@ -14,46 +12,19 @@ use hyper::body::Incoming;
 use secrecy::ExposeSecret;
 use serde_json::{Map, Value, json};
 
-use super::error::{ApiError, json_body};
-use super::hostile::Hostility;
-use super::operation::Operation;
-use super::plan::Plan;
-use super::state::Server;
-use super::stats::Recorded;
 use super::{assistants, control, responses};
+use crate::simulator::behaviour::plan::Plan;
+use crate::simulator::behaviour::refusal::{Dropped, LateHead};
+use crate::simulator::state::Server;
+use crate::simulator::state::stats::Recorded;
+use crate::simulator::wire::call::Call;
+use crate::simulator::wire::error::{ApiError, json_body};
+use crate::simulator::wire::operation::Operation;
 
 /// Largest request body.
 const MAX_BODY: usize = 64 * 1024 * 1024;
 /// Largest request body that is kept for inspection.
 const MAX_RECORDED_BODY: usize = 256 * 1024;
-
-/// A request of one of the protocols.
-#[derive(Debug)]
-pub(super) struct Call {
-    pub(super) operation: Operation,
-    /// The path's segments below `/v1`.
-    path: Vec<String>,
-    pub(super) query: BTreeMap<String, String>,
-    pub(super) body: Map<String, Value>,
-    /// A fault that was waiting for this request, as directives.
-    pub(super) fault: Option<String>,
-}
-
-impl Call {
-    /// A path segment by its place: `/v1/threads/{1}/runs/{3}`.
-    pub(super) fn segment(&self, place: usize) -> &str {
-        self.path.get(place).map_or("", String::as_str)
-    }
-
-    pub(super) fn query_flag(&self, name: &str) -> bool {
-        self.query.get(name).is_some_and(|value| value == "true")
-    }
-}
-
-/// The connection is to be closed without an answer.
-#[derive(Debug, thiserror::Error)]
-#[error("the simulator was told to close the connection")]
-pub(super) struct Dropped;
 
 /// Answers one request.
 pub(super) async fn answer(server: Arc<Server>, request: Request<Incoming>) -> Result<Response, Dropped> {
@@ -159,37 +130,6 @@ async fn protocol(
     }
 }
 
-/// Why a call has no answer of its own.
-#[derive(Debug)]
-pub(super) enum Refused {
-    Error(ApiError),
-    Hostile(Hostility),
-    /// An answer that tells an error although its status does not.
-    Told(Box<Response>),
-    Dropped,
-}
-
-/// The head of an answer is held back for so long.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct LateHead(pub(super) Duration);
-
-impl Refused {
-    fn answer(self, operation: Operation) -> Result<Response, Dropped> {
-        match self {
-            Self::Error(error) => Ok(error.into_response()),
-            Self::Hostile(hostility) => Ok(hostility.answer(operation)),
-            Self::Told(answer) => Ok(*answer),
-            Self::Dropped => Err(Dropped),
-        }
-    }
-}
-
-impl From<ApiError> for Refused {
-    fn from(error: ApiError) -> Self {
-        Self::Error(error)
-    }
-}
-
 fn admitted(server: &Server, headers: &HeaderMap, family: &str) -> Result<(), ApiError> {
     let text = |name| headers.get(name).and_then(|value: &HeaderValue| value.to_str().ok());
     let bearer = text("authorization").and_then(|value| value.strip_prefix("Bearer "));
@@ -233,7 +173,7 @@ impl Payload {
         match self {
             Self::Empty => Ok(Map::new()),
             Self::Json(Value::Object(map)) => Ok(map),
-            Self::Json(other) => Err(super::fields::wrong_type("body", "an object", &other)),
+            Self::Json(other) => Err(crate::simulator::wire::fields::wrong_type("body", "an object", &other)),
             Self::Unreadable => {
                 Err(ApiError::invalid("The body of the request is not valid JSON.").code("invalid_json"))
             }

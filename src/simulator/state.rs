@@ -1,6 +1,13 @@
 //! What the simulated server holds, and what its parts share.
 
-use std::collections::{HashMap, VecDeque};
+pub(super) mod assistants;
+pub(super) mod faults;
+pub(super) mod items;
+pub(super) mod responses;
+pub(super) mod stats;
+pub(super) mod table;
+
+use std::collections::VecDeque;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime};
@@ -10,11 +17,12 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-use super::assistants::{Run, Thread};
-use super::config::SimulatorConfig;
-use super::faults::Faults;
-use super::responses::{Conversation, StoredResponse};
-use super::stats::Counters;
+use crate::simulator::config::SimulatorConfig;
+use assistants::{Run, Thread};
+use faults::Faults;
+use responses::{Conversation, StoredResponse};
+use stats::Counters;
+use table::Table;
 
 /// The one simulated server: shared by its connections, its generations and its handles.
 #[derive(Debug)]
@@ -149,92 +157,8 @@ impl World {
     }
 }
 
-/// Rows by id, in the order of their making, at most so many: past it the oldest idle ones are forgotten.
-#[derive(Debug)]
-pub(super) struct Table<T> {
-    rows: HashMap<String, T>,
-    order: VecDeque<String>,
-    cap: usize,
-}
-
-/// A row that may be in use.
-pub(super) trait Row {
-    /// It must not be forgotten.
-    fn is_busy(&self) -> bool;
-}
-
-impl<T: Row> Table<T> {
-    fn new(cap: usize) -> Self {
-        Self { rows: HashMap::new(), order: VecDeque::new(), cap: cap.max(1) }
-    }
-
-    pub(super) fn get(&self, id: &str) -> Option<&T> {
-        self.rows.get(id)
-    }
-
-    pub(super) fn get_mut(&mut self, id: &str) -> Option<&mut T> {
-        self.rows.get_mut(id)
-    }
-
-    pub(super) fn remove(&mut self, id: &str) -> Option<T> {
-        let row = self.rows.remove(id);
-        if self.order.len() > 2 * self.rows.len() + 64 {
-            self.order.retain(|id| self.rows.contains_key(id));
-        }
-        row
-    }
-
-    /// Rows and ids, oldest first.
-    pub(super) fn iter(&self) -> impl Iterator<Item = (&String, &T)> {
-        self.order.iter().filter_map(|id| self.rows.get_key_value(id))
-    }
-
-    pub(super) fn insert(&mut self, id: String, row: T) {
-        self.order.push_back(id.clone());
-        self.rows.insert(id, row);
-        // Busy rows move to the young end; a bound keeps a world of busy rows from being searched for ever.
-        for _ in 0..8 {
-            if self.rows.len() <= self.cap {
-                break;
-            }
-            let Some(oldest) = self.order.pop_front() else { break };
-            match self.rows.get(&oldest) {
-                Some(row) if row.is_busy() => self.order.push_back(oldest),
-                Some(_) => {
-                    self.rows.remove(&oldest);
-                }
-                None => {}
-            }
-        }
-    }
-}
-
 #[expect(clippy::disallowed_methods, reason = "the simulator plays a foreign server, whose clock is its own")]
 fn wall_clock() -> i64 {
     let since_epoch = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or(Duration::ZERO);
     i64::try_from(since_epoch.as_secs()).unwrap_or(i64::MAX)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    struct Numbered(bool);
-
-    impl Row for Numbered {
-        fn is_busy(&self) -> bool {
-            self.0
-        }
-    }
-
-    #[test]
-    fn a_full_table_forgets_the_oldest_idle_row() {
-        let mut table = Table::new(2);
-        table.insert("busy".to_owned(), Numbered(true));
-        for id in ["a", "b", "c"] {
-            table.insert(id.to_owned(), Numbered(false));
-        }
-        assert!(table.get("busy").is_some() && table.get("a").is_none() && table.get("c").is_some());
-        assert_eq!(table.iter().count(), 2);
-    }
 }

@@ -1,55 +1,43 @@
 //! The adapter for Assistants v2: threads, messages, runs.
 
+mod adapter;
 mod deleting;
 mod history;
 mod messages;
 mod request;
 mod runs;
-mod turn;
+mod stream;
 mod wire;
-
-use std::time::Duration;
 
 use async_trait::async_trait;
 use http::Method;
-use serde::de::DeserializeOwned;
 use serde_json::json;
 use tokio::time::sleep;
 
-use super::calls::Calls;
-use super::client::{Answer, UpstreamClient};
-use super::finding::find;
-use super::patience::a_moment;
-use super::relay::{public, relay};
-use super::tags::{RUN_TAG, thread_tags};
-use super::wire::Created;
-use super::{
-    AnswerTools, Capabilities, Disposal, EventStream, HistoryPage, Items, Ownership, Pace, Recovered,
-    Settled, StartRun, Upstream, UpstreamError,
-};
-use crate::config::UpstreamConfig;
 use crate::domain::{Leftover, Message, ThreadId, UpstreamRunId, UpstreamThreadId};
+use crate::upstream::error::{UpstreamError, unless_gone};
+use crate::upstream::history::history_page;
+use crate::upstream::port::{
+    AnswerTools, Capabilities, Disposal, EventStream, HistoryPage, Items, Ownership, Recovered, Settled,
+    StartRun, Upstream,
+};
+use crate::upstream::rate_limiter::RateLimiter;
+use crate::upstream::relay::{public, relay};
+use crate::upstream::retry::jittered_delay;
+use crate::upstream::tags::{RUN_TAG, thread_tags};
+use crate::upstream::thread_lookup::find;
+use crate::upstream::wire::Created;
+pub use adapter::AssistantsUpstream;
+
+use history::entry;
 use request::{history_messages, outputs_body, run_body};
 use runs::SECOND_LOOK;
-use turn::Turn;
-use wire::RunObject;
+use stream::StreamDecoder;
+use wire::{MessageObject, RunObject};
 
 /// What helps where the server has no threads.
 pub(super) const NO_THREADS: &str =
     "set `base_url` of this upstream to where the server has the Assistants API, or `kind = \"responses\"`";
-
-/// An upstream that speaks Assistants v2.
-#[derive(Clone, Debug)]
-pub struct AssistantsUpstream {
-    client: UpstreamClient,
-    lock_window: Duration,
-}
-
-impl AssistantsUpstream {
-    pub fn new(client: UpstreamClient, config: &UpstreamConfig) -> Self {
-        Self { client: client.with_header("openai-beta", "assistants=v2"), lock_window: config.lock_window }
-    }
-}
 
 #[async_trait]
 impl Upstream for AssistantsUpstream {
@@ -81,7 +69,7 @@ impl Upstream for AssistantsUpstream {
         let thread = request.thread.ok_or_else(no_thread)?;
         let path = ["threads", thread.as_str(), "runs"];
         let started = match self.client.events(Method::POST, &path, &[], Some(&run_body(&request))).await {
-            Ok(events) => relay(events, Turn::default(), self.client.max_bytes()).await,
+            Ok(events) => relay(events, StreamDecoder::default(), self.client.max_bytes()).await,
             Err(refusal) => Err(refusal),
         };
         match started.map_err(UpstreamError::from) {
@@ -103,7 +91,7 @@ impl Upstream for AssistantsUpstream {
         let body = outputs_body(request.outputs);
         let refused = match self.client.events(Method::POST, &path, &[], Some(&body)).await {
             Ok(events) => {
-                return Ok(public(relay(events, Turn::default(), self.client.max_bytes()).await?));
+                return Ok(public(relay(events, StreamDecoder::default(), self.client.max_bytes()).await?));
             }
             Err(refusal) => refusal.error,
         };
@@ -140,7 +128,7 @@ impl Upstream for AssistantsUpstream {
         cancel: bool,
     ) -> Result<(), UpstreamError> {
         let Some(blocking) = blocking else {
-            a_moment().await;
+            jittered_delay().await;
             return Ok(());
         };
         let Some(run) = self.run(thread, blocking).await? else { return Ok(()) };
@@ -161,49 +149,39 @@ impl Upstream for AssistantsUpstream {
 
     async fn settle(&self, leftover: &Leftover) -> Result<Settled, UpstreamError> {
         let Some(thread) = &leftover.thread else { return Ok(Settled::default()) };
-        match self.settle_on(thread, leftover).await {
-            Err(UpstreamError::ThreadGone) => Ok(Settled::default()),
-            other => other,
-        }
+        unless_gone(self.settle_on(thread, leftover).await, Settled::default())
     }
 
     async fn remove(&self, leftover: &Leftover) -> Result<(), UpstreamError> {
         let Some(thread) = &leftover.thread else { return Ok(()) };
-        match self.remove_from(thread, leftover).await {
-            Err(UpstreamError::ThreadGone) => Ok(()),
-            other => other,
-        }
+        unless_gone(self.remove_from(thread, leftover).await, ())
     }
 
     async fn delete_thread(
         &self,
         thread: &UpstreamThreadId,
-        pace: &Pace,
+        limiter: &RateLimiter,
         _: &mut Items,
     ) -> Result<Disposal, UpstreamError> {
-        self.delete(thread, pace).await
-    }
-
-    /// Runs go with their thread.
-    async fn delete_run(&self, _: &UpstreamRunId, _: &Pace) -> Result<Disposal, UpstreamError> {
-        Ok(Disposal::AlreadyGone)
+        self.delete(thread, limiter).await
     }
 
     async fn history(
         &self,
         thread: &UpstreamThreadId,
         after: Option<&str>,
-        pace: &Pace,
+        limiter: &RateLimiter,
     ) -> Result<Option<HistoryPage>, UpstreamError> {
-        self.history_page(thread, after, pace).await
+        let path = ["threads", thread.as_str(), "messages"];
+        history_page(self.retrying(Some(limiter)), &path, after, |it: &MessageObject| &it.id, entry).await
     }
 
     async fn find_threads(
         &self,
         of: ThreadId,
-        pace: &Pace,
+        limiter: &RateLimiter,
     ) -> Result<Option<Vec<UpstreamThreadId>>, UpstreamError> {
-        find(self.calls(Some(pace)), "threads", of).await
+        find(self.retrying(Some(limiter)), "threads", of).await
     }
 }
 
@@ -262,20 +240,6 @@ impl AssistantsUpstream {
             upstream_message_id: reply.message_id,
             thread: None,
         })
-    }
-
-    fn calls<'a>(&'a self, pace: Option<&'a Pace>) -> Calls<'a> {
-        Calls { client: &self.client, pace }
-    }
-
-    /// One call without a body, repeated as long as it fails in a way that may pass.
-    async fn call<T: DeserializeOwned>(
-        &self,
-        method: Method,
-        path: &[&str],
-        query: &[(&str, &str)],
-    ) -> Result<Answer<T>, UpstreamError> {
-        self.calls(None).make(method, path, query).await
     }
 }
 

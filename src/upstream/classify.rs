@@ -1,4 +1,4 @@
-//! What a refusal means: from status, headers and body to a [`Refusal`]. Pure; keeps nothing of the prose.
+//! What a refusal means: from status, headers and body to a [`Rejection`]. Pure; keeps nothing of the prose.
 
 use std::time::Duration;
 
@@ -6,8 +6,8 @@ use chrono::DateTime;
 use http::{HeaderMap, StatusCode, header};
 use serde_json::{Map, Value};
 
-use super::UpstreamError;
 use crate::domain::UpstreamRunId;
+use crate::upstream::error::UpstreamError;
 
 /// Codes of a 429 that no waiting will mend.
 const QUOTA_CODES: [&str; 5] = [
@@ -30,7 +30,7 @@ const ERROR_FIELDS: [&str; 8] = ["message", "detail", "code", "type", "param", "
 
 /// An error, with what only the adapters make use of.
 #[derive(Clone, Debug)]
-pub(super) struct Refusal {
+pub(super) struct Rejection {
     pub(super) error: UpstreamError,
     /// Nothing of the turn was taken, for the conversation is damaged.
     pub(super) damage: Option<Damage>,
@@ -45,20 +45,20 @@ pub(super) enum Damage {
     OrphanedReasoning(Option<String>),
 }
 
-impl From<UpstreamError> for Refusal {
+impl From<UpstreamError> for Rejection {
     fn from(error: UpstreamError) -> Self {
         Self { error, damage: None }
     }
 }
 
-impl From<Refusal> for UpstreamError {
-    fn from(refusal: Refusal) -> Self {
+impl From<Rejection> for UpstreamError {
+    fn from(refusal: Rejection) -> Self {
         refusal.error
     }
 }
 
 /// The meaning of an answer whose status is not a success. `asked`: the end of the path, an id if one was asked for.
-pub(super) fn classify(status: StatusCode, headers: &HeaderMap, body: &[u8], asked: &str) -> Refusal {
+pub(super) fn classify(status: StatusCode, headers: &HeaderMap, body: &[u8], asked: &str) -> Rejection {
     let detail = ErrorDetail::from_body(body);
     let missing = match &detail {
         Some(detail) => detail.says_missing(status, asked),
@@ -66,7 +66,7 @@ pub(super) fn classify(status: StatusCode, headers: &HeaderMap, body: &[u8], ask
     };
     let detail = detail.unwrap_or_default();
     let damage = detail.damage().filter(|_| status.is_client_error());
-    Refusal { error: meaning(status, headers, detail, missing), damage }
+    Rejection { error: meaning(status, headers, detail, missing), damage }
 }
 
 fn meaning(status: StatusCode, headers: &HeaderMap, detail: ErrorDetail, missing: bool) -> UpstreamError {
@@ -201,9 +201,9 @@ impl ErrorDetail {
     ///
     /// # Errors
     /// The word for it, if the error says no more than that the run failed: that is how the run ended.
-    pub(super) fn of_refused_stream(self) -> Result<Refusal, Option<String>> {
+    pub(super) fn of_refused_stream(self) -> Result<Rejection, Option<String>> {
         let damage = self.damage();
-        Ok(Refusal { error: self.meaning_without_status()?, damage })
+        Ok(Rejection { error: self.meaning_without_status()?, damage })
     }
 
     fn meaning_without_status(self) -> Result<UpstreamError, Option<String>> {

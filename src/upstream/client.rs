@@ -23,13 +23,13 @@ use serde_json::Value;
 use tokio::time::timeout;
 use url::Url;
 
-use super::UpstreamError;
-use super::classify::{ErrorDetail, Refusal, classify};
-use super::density::{Kept, Size, is_dense};
-use super::patience::{LONGEST_WAIT, SHORTEST_WAIT};
-use super::report::{Report, chain};
-use super::sse::{self, SseEvent};
 use crate::config::{AuthScheme, UpstreamConfig};
+use crate::upstream::classify::{ErrorDetail, Rejection, classify};
+use crate::upstream::error::UpstreamError;
+use crate::upstream::memory_limit::{Size, SizeBudget, is_dense};
+use crate::upstream::report::{Report, chain};
+use crate::upstream::retry::{LONGEST_WAIT, SHORTEST_WAIT};
+use crate::upstream::sse::{self, SseEvent};
 
 /// Idle connections that are kept for the next call.
 const POOL_IDLE_CONNECTIONS: usize = 256;
@@ -145,8 +145,8 @@ impl UpstreamClient {
     }
 
     /// For what is to be kept of several answers.
-    pub(super) fn kept(&self) -> Kept {
-        Kept::new(self.max_bytes)
+    pub(super) fn size_budget(&self) -> SizeBudget {
+        SizeBudget::new(self.max_bytes)
     }
 
     /// A call to the path without which no turn can begin failed: tells the operator if the server does not have it.
@@ -247,7 +247,7 @@ impl UpstreamClient {
         segments: &[&str],
         query: &[(&str, &str)],
         body: Option<&Value>,
-    ) -> Result<SseStream, Refusal> {
+    ) -> Result<SseStream, Rejection> {
         let response = self.send(method, segments, query, body, "text/event-stream").await?;
         if has_type(response.headers(), "text/event-stream") {
             return Ok(sse::events(chunks(response, Arc::clone(&self.report)), self.max_bytes));
@@ -270,7 +270,7 @@ impl UpstreamClient {
         query: &[(&str, &str)],
         body: Option<&Value>,
         accept: &'static str,
-    ) -> Result<reqwest::Response, Refusal> {
+    ) -> Result<reqwest::Response, Rejection> {
         let url = self.url(segments, query)?;
         let mut headers = self.headers.clone();
         headers.insert(ACCEPT, HeaderValue::from_static(accept));
@@ -327,7 +327,7 @@ impl UpstreamClient {
         response: reqwest::Response,
         segments: &[&str],
         is_question: bool,
-    ) -> Refusal {
+    ) -> Rejection {
         let headers = response.headers().clone();
         // A body that cannot be read, or is too long to be an error's, leaves the status to go by.
         let body = in_time(self.call_timeout, self.read(response, MAX_ERROR_BYTES)).await;

@@ -5,11 +5,11 @@ use futures_util::{StreamExt, stream};
 use proptest::prelude::*;
 use serde_json::Value;
 
-use super::UpstreamEvent;
-use super::relay::{Dialect, relay};
-use super::sse::events;
 use crate::domain::ContentPart;
 use crate::testing::{self, Words};
+use crate::upstream::port::UpstreamEvent;
+use crate::upstream::relay::{Decoder, relay};
+use crate::upstream::sse::events;
 
 /// Words of the protocols.
 const WORDS: Words = Words {
@@ -51,11 +51,11 @@ pub(super) fn damaged(bytes: Vec<u8>) -> impl Strategy<Value = Vec<Vec<u8>>> {
         .prop_map(|(bytes, piece)| bytes.chunks(piece).map(<[u8]>::to_vec).collect())
 }
 
-/// All that a stream of these bytes means in `dialect`: as text, the error at its end included.
-pub(super) fn read_to_the_end(pieces: Vec<Vec<u8>>, dialect: impl Dialect, limit: usize) -> Vec<String> {
+/// All that a stream of these bytes means in `decoder`: as text, the error at its end included.
+pub(super) fn read_to_the_end(pieces: Vec<Vec<u8>>, decoder: impl Decoder, limit: usize) -> Vec<String> {
     let bytes = stream::iter(pieces.into_iter().map(|piece| Ok(Bytes::from(piece))));
     let read = async {
-        match relay(events(bytes, limit), dialect, limit).await {
+        match relay(events(bytes, limit), decoder, limit).await {
             Ok(events) => events.map(|event| format!("{event:?}")).collect().await,
             Err(refusal) => vec![format!("{refusal:?}")],
         }
@@ -76,7 +76,7 @@ pub(super) fn told<'a>(events: impl IntoIterator<Item = &'a UpstreamEvent>) -> u
 
 /// What [`read_to_the_end`] gives has one end, and nothing behind it is told of the run.
 pub(super) fn ends_once(read: &[String]) -> Result<(), TestCaseError> {
-    let is_end = |event: &&String| ["Ok(Ended", "Err(", "Refusal"].iter().any(|end| event.starts_with(end));
+    let is_end = |event: &&String| ["Ok(Ended", "Err(", "Rejection"].iter().any(|end| event.starts_with(end));
     prop_assert_eq!(read.iter().filter(is_end).count(), 1, "{:?}", read);
     let last = read.last().map(String::as_str).unwrap_or_default();
     prop_assert!(!last.starts_with("Ok(Text") && !last.starts_with("Ok(Accepted"), "{}", last);

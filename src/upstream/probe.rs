@@ -7,14 +7,16 @@ use http::Method;
 use serde_json::{Value, json};
 use tokio::time::timeout;
 
-use super::assistants::{AssistantsUpstream, NO_THREADS};
-use super::calls::{is_gone, is_not_offered};
-use super::client::{InvalidUpstream, UpstreamClient};
-use super::responses::{NO_CONVERSATIONS, ResponsesUpstream};
-use super::wire::Created;
-use super::{Disposal, Items, Pace, Upstream, UpstreamError};
 use crate::config::{UpstreamConfig, UpstreamKind};
 use crate::domain::UpstreamThreadId;
+use crate::upstream::assistants::{AssistantsUpstream, NO_THREADS};
+use crate::upstream::client::{InvalidUpstream, UpstreamClient};
+use crate::upstream::error::UpstreamError;
+use crate::upstream::port::{Disposal, Items, Upstream};
+use crate::upstream::rate_limiter::RateLimiter;
+use crate::upstream::responses::{NO_CONVERSATIONS, ResponsesUpstream};
+use crate::upstream::retrying_client::{is_gone, is_not_offered};
+use crate::upstream::wire::Created;
 
 /// An id in the form of the protocol that no server has given.
 const NO_RESPONSE: &str = "resp_000000000000000000000000000000000000000000000000";
@@ -173,7 +175,7 @@ impl Prober<'_> {
             self.items(&id).await;
         }
         let mut items = Items::default();
-        let deleted = timeout(self.limit, upstream.delete_thread(&id, &Pace::UNBOUND, &mut items));
+        let deleted = timeout(self.limit, upstream.delete_thread(&id, &RateLimiter::UNBOUND, &mut items));
         let stays = format!("what was made for this probe may stay there: {id}");
         match deleted.await.unwrap_or(Err(UpstreamError::Broken { timeout: true })) {
             Ok(Disposal::Deleted | Disposal::AlreadyGone) => self.works(deletion),

@@ -6,10 +6,11 @@ use std::time::Duration;
 use futures_util::stream::BoxStream;
 use futures_util::{FutureExt, StreamExt, stream};
 
-use super::classify::Refusal;
-use super::client::SseStream;
-use super::sse::SseEvent;
-use super::{EventStream, UpstreamError, UpstreamEvent};
+use crate::upstream::classify::Rejection;
+use crate::upstream::client::SseStream;
+use crate::upstream::error::UpstreamError;
+use crate::upstream::port::{EventStream, UpstreamEvent};
+use crate::upstream::sse::SseEvent;
 
 /// How long, after the last event, the rest of the body may take to arrive.
 const DRAIN_TIME: Duration = Duration::from_millis(250);
@@ -20,16 +21,16 @@ const DRAIN_EVENTS: usize = 64;
 pub(super) const PLACE_COST: usize = 1024;
 
 /// Reads one protocol.
-pub(super) trait Dialect: Send + 'static {
+pub(super) trait Decoder: Send + 'static {
     /// Takes one event and adds what it means to `out`. Nothing is read after an error or an `Ended`.
-    fn read(&mut self, event: SseEvent, out: &mut VecDeque<UpstreamEvent>) -> Result<(), Refusal>;
+    fn read(&mut self, event: SseEvent, out: &mut VecDeque<UpstreamEvent>) -> Result<(), Rejection>;
 
     /// Bytes of the reply that are kept until the end.
     fn held(&self) -> usize;
 }
 
 /// The events of one run, with what only the adapters know of its errors.
-pub(super) type RunEvents = BoxStream<'static, Result<UpstreamEvent, Refusal>>;
+pub(super) type RunEvents = BoxStream<'static, Result<UpstreamEvent, Rejection>>;
 
 /// The events without it.
 pub(super) fn public(events: RunEvents) -> EventStream {
@@ -59,10 +60,10 @@ pub(super) fn unsent(error: UpstreamError) -> UpstreamError {
 /// moment, so that the connection can be used again.
 pub(super) async fn relay(
     events: SseStream,
-    dialect: impl Dialect,
+    decoder: impl Decoder,
     limit: usize,
-) -> Result<RunEvents, Refusal> {
-    let mut relay = Relay { events, dialect, limit, out: VecDeque::new(), state: State::Reading };
+) -> Result<RunEvents, Rejection> {
+    let mut relay = Relay { events, decoder, limit, out: VecDeque::new(), state: State::Reading };
     let broken = || Err(UpstreamError::Broken { timeout: false }.into());
     let first = relay.next().await.unwrap_or_else(broken)?;
     let rest =
@@ -72,7 +73,7 @@ pub(super) async fn relay(
 
 struct Relay<D> {
     events: SseStream,
-    dialect: D,
+    decoder: D,
     limit: usize,
     out: VecDeque<UpstreamEvent>,
     state: State,
@@ -86,8 +87,8 @@ enum State {
     Done,
 }
 
-impl<D: Dialect> Relay<D> {
-    async fn next(&mut self) -> Option<Result<UpstreamEvent, Refusal>> {
+impl<D: Decoder> Relay<D> {
+    async fn next(&mut self) -> Option<Result<UpstreamEvent, Rejection>> {
         loop {
             if let Some(event) = self.out.pop_front() {
                 if matches!(event, UpstreamEvent::Ended(_)) {
@@ -108,12 +109,12 @@ impl<D: Dialect> Relay<D> {
                 State::Done => return None,
             }
             let read = match self.events.next().await {
-                Some(Ok(event)) => self.dialect.read(event, &mut self.out),
+                Some(Ok(event)) => self.decoder.read(event, &mut self.out),
                 Some(Err(error)) => Err(error.into()),
                 None => Err(UpstreamError::Broken { timeout: false }.into()),
             };
             let read =
-                read.and_then(|()| if self.dialect.held() > self.limit { Err(too_long()) } else { Ok(()) });
+                read.and_then(|()| if self.decoder.held() > self.limit { Err(too_long()) } else { Ok(()) });
             if let Err(error) = read {
                 self.state = State::Done;
                 self.out.clear();
@@ -132,7 +133,7 @@ impl<D: Dialect> Relay<D> {
     }
 }
 
-fn too_long() -> Refusal {
+fn too_long() -> Rejection {
     UpstreamError::Protocol("a reply has no end".to_owned()).into()
 }
 
@@ -143,7 +144,7 @@ mod tests {
 
     use super::*;
     use crate::domain::{RunStatus, UpstreamRunId};
-    use crate::upstream::Ended;
+    use crate::upstream::port::Ended;
 
     const LIMIT: usize = 100;
 
@@ -151,8 +152,8 @@ mod tests {
     #[derive(Default)]
     struct Toy(usize);
 
-    impl Dialect for Toy {
-        fn read(&mut self, event: SseEvent, out: &mut VecDeque<UpstreamEvent>) -> Result<(), Refusal> {
+    impl Decoder for Toy {
+        fn read(&mut self, event: SseEvent, out: &mut VecDeque<UpstreamEvent>) -> Result<(), Rejection> {
             match event.data.split_at(1) {
                 ("#", id) => out.push_back(UpstreamEvent::Accepted(UpstreamRunId(id.to_owned()))),
                 ("+", text) => out.push_back(UpstreamEvent::Text(text.to_owned())),
@@ -183,7 +184,7 @@ mod tests {
         stream::iter(events)
     }
 
-    fn shape(event: &Result<UpstreamEvent, Refusal>) -> String {
+    fn shape(event: &Result<UpstreamEvent, Rejection>) -> String {
         match event {
             Ok(UpstreamEvent::Accepted(id)) => format!("#{id}"),
             Ok(UpstreamEvent::Text(text)) => format!("+{text}"),

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-use super::UpstreamError;
+use crate::upstream::error::UpstreamError;
 
 /// Time for which the same failure is not logged again: an outage is one line, not one for each try.
 const REPEAT_AFTER: Duration = Duration::from_secs(10);

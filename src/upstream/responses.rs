@@ -1,71 +1,47 @@
 //! The adapter for Conversations + Responses, and for servers that have responses alone: there a thread is a chain,
 //! and its id that of the last response which ended well.
 
+mod adapter;
+mod cleanup;
 mod deleting;
 mod history;
 mod items;
-mod mending;
-mod part;
 mod recovery;
+mod repair;
 mod request;
-mod settling;
-mod source;
-mod turn;
+mod run_items;
+mod stream;
+mod stream_resume;
 mod wire;
 
-use std::time::Duration;
-
 use async_trait::async_trait;
-use http::Method;
-use serde_json::{Value, json};
+use serde_json::json;
 
-use super::calls::{Calls, is_missing, is_not_offered};
-use super::classify::Refusal;
-use super::client::{SseStream, UpstreamClient};
-use super::finding::find;
-use super::patience::a_moment;
-use super::relay::{public, relay, unsent};
-use super::tags::thread_tags;
-use super::wire::Created;
-use super::{
-    AnswerTools, Capabilities, Disposal, EventStream, HistoryPage, Items, Ownership, Pace, Recovered,
-    Settled, StartRun, Upstream, UpstreamError,
-};
-use crate::config::UpstreamConfig;
 use crate::domain::{Leftover, Message, ThreadId, UpstreamRunId, UpstreamThreadId};
-use mending::Attempt;
-use request::{Terms, history_items, output_items};
-use source::resuming;
-use turn::Turn;
-use wire::custom_calls;
+use crate::upstream::error::{UpstreamError, unless_gone};
+use crate::upstream::history::history_page;
+use crate::upstream::port::{
+    AnswerTools, Capabilities, Disposal, EventStream, HistoryPage, Items, Ownership, Recovered, Settled,
+    StartRun, Upstream,
+};
+use crate::upstream::rate_limiter::RateLimiter;
+use crate::upstream::relay::unsent;
+use crate::upstream::retrying_client::is_not_offered;
+use crate::upstream::tags::thread_tags;
+use crate::upstream::thread_lookup::find;
+use crate::upstream::wire::Created;
+pub use adapter::ResponsesUpstream;
 
-/// Items that one request to a conversation may add.
-const ITEMS_PER_REQUEST: usize = 20;
+use history::entry;
+use items::ITEMS_PER_REQUEST;
+use repair::RepairingRequest;
+use request::{Terms, history_items, output_items};
+use run_items::id_of;
+use wire::custom_calls;
 
 /// What helps where the server has no conversations.
 pub(super) const NO_CONVERSATIONS: &str =
     "set `conversations = false` for this upstream, so that each thread is a chain of responses";
-
-/// An upstream that speaks Responses.
-#[derive(Clone, Debug)]
-pub struct ResponsesUpstream {
-    client: UpstreamClient,
-    /// The server has conversations; else each thread is a chain of responses.
-    conversations: bool,
-    background: bool,
-    lock_window: Duration,
-}
-
-impl ResponsesUpstream {
-    pub fn new(client: UpstreamClient, config: &UpstreamConfig) -> Self {
-        Self {
-            client,
-            conversations: config.conversations,
-            background: config.background,
-            lock_window: config.lock_window,
-        }
-    }
-}
 
 #[async_trait]
 impl Upstream for ResponsesUpstream {
@@ -99,7 +75,7 @@ impl Upstream for ResponsesUpstream {
         let conversation = conversation.into_thread()?;
         let Err(error) = self.add_history(&conversation, rest).await else { return Ok(Some(conversation)) };
         // One that holds but a part of the history is of no use.
-        match self.delete_thread(&conversation, &Pace::UNBOUND, &mut Items::default()).await {
+        match self.delete_thread(&conversation, &RateLimiter::UNBOUND, &mut Items::default()).await {
             Ok(Disposal::Deleted | Disposal::AlreadyGone) => Err(error),
             Ok(Disposal::NotSupported) | Err(_) => {
                 Err(UpstreamError::Protocol("a conversation could not be filled".to_owned()))
@@ -112,7 +88,7 @@ impl Upstream for ResponsesUpstream {
             return Err(UpstreamError::Protocol("a run was to start without a conversation".to_owned()));
         }
         let (input, terms) = (request::input(&request), Terms::of_start(&request));
-        Attempt::new(self, request.thread, input, self.body(request.thread, &terms)).events().await
+        RepairingRequest::new(self, request.thread, input, self.body(request.thread, &terms)).events().await
     }
 
     /// The outputs of custom tools have a form of their own, and nothing that the caller knows tells these calls apart:
@@ -135,72 +111,67 @@ impl Upstream for ResponsesUpstream {
         self.trace(sent, failure).await
     }
 
-    /// A conversation does not tell what holds it, so there is nothing to end: only time helps.
-    async fn clear(
-        &self,
-        _: &UpstreamThreadId,
-        _: Option<&UpstreamRunId>,
-        _: bool,
-    ) -> Result<(), UpstreamError> {
-        a_moment().await;
-        Ok(())
-    }
-
     async fn settle(&self, leftover: &Leftover) -> Result<Settled, UpstreamError> {
-        match self.settle_what_is_there(leftover).await {
-            Err(UpstreamError::ThreadGone) => Ok(Settled::default()),
-            other => other,
-        }
+        unless_gone(self.settle_what_is_there(leftover).await, Settled::default())
     }
 
     async fn remove(&self, leftover: &Leftover) -> Result<(), UpstreamError> {
         let Some(conversation) = leftover.thread.as_ref().filter(|_| self.conversations) else {
             return Ok(());
         };
-        match self.remove_from(conversation, leftover).await {
-            Err(UpstreamError::ThreadGone) => Ok(()),
-            other => other,
-        }
+        unless_gone(self.remove_from(conversation, leftover).await, ())
     }
 
     async fn delete_thread(
         &self,
         thread: &UpstreamThreadId,
-        pace: &Pace,
+        limiter: &RateLimiter,
         items: &mut Items,
     ) -> Result<Disposal, UpstreamError> {
         if self.conversations {
-            self.delete_conversation(thread, pace, items).await
+            self.delete_conversation(thread, limiter, items).await
         } else {
-            self.delete_chain(thread, pace).await
+            self.delete_chain(thread, limiter).await
         }
     }
 
-    async fn delete_run(&self, run: &UpstreamRunId, pace: &Pace) -> Result<Disposal, UpstreamError> {
-        self.delete_response(run, pace).await
+    async fn delete_run(
+        &self,
+        run: &UpstreamRunId,
+        limiter: &RateLimiter,
+    ) -> Result<Disposal, UpstreamError> {
+        self.delete_response(run, limiter).await
     }
 
     async fn history(
         &self,
         thread: &UpstreamThreadId,
         after: Option<&str>,
-        pace: &Pace,
+        limiter: &RateLimiter,
     ) -> Result<Option<HistoryPage>, UpstreamError> {
         if !self.conversations {
             return Ok(None);
         }
-        self.history_page(thread, after, pace).await
+        let path = ["conversations", thread.as_str(), "items"];
+        history_page(
+            self.retrying(Some(limiter)),
+            &path,
+            after,
+            |item| id_of(item).unwrap_or_default(),
+            |item| entry(&item),
+        )
+        .await
     }
 
     async fn find_threads(
         &self,
         of: ThreadId,
-        pace: &Pace,
+        limiter: &RateLimiter,
     ) -> Result<Option<Vec<UpstreamThreadId>>, UpstreamError> {
         if !self.conversations {
             return Ok(Some(Vec::new()));
         }
-        find(self.calls(Some(pace)), "conversations", of).await
+        find(self.retrying(Some(limiter)), "conversations", of).await
     }
 }
 
@@ -217,22 +188,6 @@ impl ResponsesUpstream {
         Ok(())
     }
 
-    fn calls<'a>(&'a self, pace: Option<&'a Pace>) -> Calls<'a> {
-        Calls { client: &self.client, pace }
-    }
-
-    /// Sends the request for a response. In the background its stream survives breaks.
-    async fn open(&self, body: &Value) -> Result<SseStream, Refusal> {
-        let events = self.client.events(Method::POST, &["responses"], &[], Some(body)).await?;
-        Ok(if self.background { resuming(self.client.clone(), events) } else { events })
-    }
-
-    /// What the events of a response mean.
-    async fn read(&self, events: SseStream) -> Result<EventStream, UpstreamError> {
-        let turn = Turn::new(!self.conversations);
-        Ok(public(relay(events, turn, self.client.max_bytes()).await?))
-    }
-
     /// Which of the calls that are to be answered are those of custom tools.
     async fn custom_calls(&self, request: &AnswerTools<'_>) -> Result<Vec<String>, UpstreamError> {
         let asking = match request.upstream_run {
@@ -246,20 +201,6 @@ impl ResponsesUpstream {
         match self.newest(conversation, None, 1).await {
             Ok(newest) => Ok(custom_calls(&newest.items)),
             Err(error) if is_not_offered(&error) => Ok(Vec::new()),
-            Err(error) => Err(error),
-        }
-    }
-
-    /// The response as it is stored; `None` if it is not, which is so for one that is not in the background until it
-    /// has ended well.
-    async fn response(
-        &self,
-        id: &UpstreamRunId,
-        pace: Option<&Pace>,
-    ) -> Result<Option<Value>, UpstreamError> {
-        match self.calls(pace).get(&["responses", id.as_str()]).await {
-            Ok(response) => Ok(Some(response)),
-            Err(error) if is_missing(&error) => Ok(None),
             Err(error) => Err(error),
         }
     }

@@ -12,8 +12,8 @@ use futures_util::stream::BoxStream;
 use futures_util::{Stream, StreamExt, stream};
 use sse_stream::SseByteStream;
 
-use super::UpstreamError;
-use super::density::is_dense;
+use crate::upstream::error::UpstreamError;
+use crate::upstream::memory_limit::is_dense;
 
 /// One event that has data.
 #[derive(Clone, Debug, Eq, PartialEq)]

@@ -3,9 +3,9 @@
 use chrono::SecondsFormat;
 use serde_json::{Map, Value};
 
-use super::Ownership;
 use crate::config::{AssistantConfig, UpstreamKind, reserved_parameters};
 use crate::domain::{MessageId, Metadata, RunId};
+use crate::upstream::port::Ownership;
 
 /// The tag by which a run is found again.
 pub(super) const RUN_TAG: &str = "threadkeeper_run";

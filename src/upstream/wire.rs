@@ -3,8 +3,9 @@
 use serde::{Deserialize, Deserializer};
 use serde_json::{Map, Value};
 
-use super::UpstreamError;
 use crate::domain::{RunError, RunErrorCode, RunStatus, UpstreamThreadId, Usage};
+use crate::upstream::classify::token;
+use crate::upstream::error::UpstreamError;
 
 /// A thread or conversation that was made.
 #[derive(Debug, Deserialize)]
@@ -30,15 +31,15 @@ pub(super) struct List<T> {
 }
 
 impl<T> List<T> {
-    /// After which element the next page begins; `None`: this is the last one.
+    /// After which element the next page begins; `None`: this is the last one, or its last element has no id.
     pub(super) fn next<'a>(&'a self, id: impl FnOnce(&'a T) -> &'a str) -> Option<String> {
         let last = self.data.last().filter(|_| self.has_more != Some(false))?;
-        Some(id(last).to_owned())
+        Some(id(last).to_owned()).filter(|id| !id.is_empty())
     }
 }
 
 /// Why a run with this status did not complete: our words and, in brackets, the upstream's code, which has passed
-/// [`token`](super::classify::token).
+/// [`token`].
 pub(super) fn failure(status: RunStatus, code: Option<String>) -> Option<RunError> {
     let what = match status {
         RunStatus::Failed => "the upstream reported that the run failed",
@@ -49,6 +50,16 @@ pub(super) fn failure(status: RunStatus, code: Option<String>) -> Option<RunErro
     };
     let message = code.map_or_else(|| what.to_owned(), |code| format!("{what} ({code})"));
     Some(RunError { code: RunErrorCode::UpstreamFailed, message })
+}
+
+/// The word that says why a run failed or is incomplete.
+pub(super) fn failure_code(
+    error: Option<&Map<String, Value>>,
+    incomplete_details: Option<&Map<String, Value>>,
+) -> Option<String> {
+    let code = error.and_then(|error| error.get("code"));
+    let reason = || incomplete_details.and_then(|details| details.get("reason"));
+    code.or_else(reason)?.as_str().and_then(token)
 }
 
 /// The tokens of a run; `None` if what came in or went out is not told.

@@ -7,13 +7,13 @@ use serde_json::{Value, json};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
-use super::ending::{end_run, server_error, usage};
-use super::objects::{Message, Run, RunStatus, Step};
-use crate::simulator::fields::Metadata;
-use crate::simulator::plan::{ErrorShape, Outcome, Plan};
-use crate::simulator::sse::EventOut;
+use super::thread_lock::{end_run, server_error, usage};
+use crate::simulator::behaviour::plan::{ErrorShape, Outcome, Plan};
+use crate::simulator::behaviour::words;
+use crate::simulator::state::assistants::{Message, Run, RunStatus, Step};
 use crate::simulator::state::{Server, World};
-use crate::simulator::words;
+use crate::simulator::wire::fields::Metadata;
+use crate::simulator::wire::sse::EventOut;
 
 /// The work on one run, from `queued` to its end or to `requires_action`.
 #[derive(Debug)]
@@ -120,7 +120,10 @@ impl Generation {
         self.announce_step(&step)?;
         let input = {
             let world = self.server.world();
-            let text = world.threads.get(&self.thread).map(super::objects::Thread::last_user_text);
+            let text = world
+                .threads
+                .get(&self.thread)
+                .map(crate::simulator::state::assistants::Thread::last_user_text);
             Plan::of_text(&text.unwrap_or_default()).map(|(_, plain)| plain).unwrap_or_default()
         };
         let arguments = json!({"input": input}).to_string();

@@ -7,18 +7,19 @@ use serde_json::{Value, json};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
-use super::ending::end_run;
 use super::generate::Generation;
-use super::objects::{Message, Run, RunStatus, Settings, Thread, Work};
+use super::thread_lock::{end_run, expire_stale, refuse_if_active};
 use super::threads;
-use crate::simulator::error::{ApiError, json_body};
-use crate::simulator::fields::{Fields, Metadata};
-use crate::simulator::page::Paging;
-use crate::simulator::plan::{Drop, Plan};
-use crate::simulator::router::{Call, LateHead, Refused};
-use crate::simulator::sse::EventOut;
+use crate::simulator::behaviour::plan::{Drop, Plan};
+use crate::simulator::behaviour::refusal::{LateHead, Refused};
+use crate::simulator::state::assistants::{Message, Run, RunStatus, Settings, Thread, Work};
+use crate::simulator::state::stats::Accepted;
 use crate::simulator::state::{Server, World};
-use crate::simulator::stats::Accepted;
+use crate::simulator::wire::call::Call;
+use crate::simulator::wire::error::{ApiError, json_body};
+use crate::simulator::wire::fields::{Fields, Metadata};
+use crate::simulator::wire::page::Paging;
+use crate::simulator::wire::sse::{EventFormat, EventOut};
 
 const SETTINGS: [&str; 13] = [
     "model", "instructions", "tools", "metadata", "temperature", "top_p", "stream", "max_prompt_tokens",
@@ -61,7 +62,9 @@ pub(super) fn create_with_thread(server: &Arc<Server>, call: Call) -> Result<Res
     let body = match fields.any("thread") {
         None => serde_json::Map::new(),
         Some(Value::Object(map)) => map,
-        Some(other) => return Err(crate::simulator::fields::wrong_type("thread", "an object", &other).into()),
+        Some(other) => {
+            return Err(crate::simulator::wire::fields::wrong_type("thread", "an object", &other).into());
+        }
     };
     let thread = threads::new_thread(server, body, "thread")?;
     let plan = plan(&thread.last_user_text(), call.fault.as_deref())?;
@@ -217,35 +220,6 @@ pub(in crate::simulator) fn stop_foreign_run(server: &Server, thread: &str) -> b
     true
 }
 
-/// Expires what is overdue on a thread and has no generation to notice it.
-pub(super) fn expire_stale(server: &Server, world: &mut World, thread: &str) {
-    let Some(row) = world.threads.get(thread).filter(|row| !row.active.is_empty()) else { return };
-    let now = Instant::now();
-    let overdue =
-        |id: &&String| world.runs.get(id).is_some_and(|run| !run.work.generating && run.work.deadline <= now);
-    let overdue: Vec<String> = row.active.iter().filter(overdue).cloned().collect();
-    for run in overdue {
-        end_run(server, world, &run, RunStatus::Expired);
-    }
-}
-
-/// The conflict answers, whose text names the run.
-pub(super) fn refuse_if_active(
-    server: &Server,
-    world: &mut World,
-    thread: &str,
-    text: impl FnOnce(&str) -> String,
-) -> Result<(), ApiError> {
-    if !server.config.enforce_locks {
-        return Ok(());
-    }
-    let Some(run) = world.threads.get(thread).and_then(|thread| thread.active.first()) else { return Ok(()) };
-    let error = ApiError::invalid(text(run));
-    world.counters.stats.lock_refusals += 1;
-    server.changed();
-    Err(error)
-}
-
 /// What a request for a run asks for.
 struct NewRun {
     assistant: String,
@@ -354,9 +328,9 @@ fn start(
 /// Where the events of a run go, and the answer that carries them, if it is to be a stream.
 fn open(stream: bool, plan: &Plan) -> (EventOut, Option<Response>) {
     if stream {
-        let (out, mut response) = EventOut::connection(crate::simulator::plan::Dialect {
+        let (out, mut response) = EventOut::connection(EventFormat {
             no_event_lines: false, // this protocol cannot be read without them
-            ..plan.dialect
+            ..plan.format
         });
         if let Some(time) = plan.late_head {
             response.extensions_mut().insert(LateHead(time));
@@ -422,7 +396,7 @@ fn answered_step(
     server: &Server,
     run: &mut Run,
     outputs: &[(String, String)],
-) -> Option<super::objects::Step> {
+) -> Option<crate::simulator::state::assistants::Step> {
     let step = run.work.steps.iter_mut().rev().find(|step| step.status == "in_progress")?;
     for call in step.step_details["tool_calls"].as_array_mut()? {
         let output = outputs.iter().find(|(id, _)| call["id"] == **id).map(|(_, output)| output.as_str());

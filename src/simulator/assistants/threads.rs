@@ -3,13 +3,13 @@
 use axum::response::Response;
 use serde_json::{Map, Value, json};
 
-use super::objects::{Message, Thread};
-use super::runs::{expire_stale, refuse_if_active};
-use crate::simulator::error::{ApiError, json_body};
-use crate::simulator::fields::{Fields, within, wrong_type, wrong_value};
-use crate::simulator::page::Paging;
-use crate::simulator::router::Call;
+use super::thread_lock::{expire_stale, refuse_if_active};
+use crate::simulator::state::assistants::{Message, Thread};
 use crate::simulator::state::{Server, World};
+use crate::simulator::wire::call::Call;
+use crate::simulator::wire::error::{ApiError, json_body};
+use crate::simulator::wire::fields::{Fields, within, wrong_type, wrong_value};
+use crate::simulator::wire::page::Paging;
 
 const MAX_TEXT: usize = 256_000;
 

@@ -1,98 +1,19 @@
-//! Conversations and their items.
+//! Conversations and their items, as they are asked for.
 
 use axum::response::Response;
-use serde::Serialize;
 use serde_json::{Value, json};
-use tokio::time::Instant;
 
-use super::items::{self, Context};
-use crate::simulator::error::{ApiError, json_body};
-use crate::simulator::fields::{Fields, Metadata};
-use crate::simulator::page::Paging;
-use crate::simulator::router::Call;
-use crate::simulator::state::{Row, Server, World};
-use crate::simulator::stats::{Line, ThreadView, view};
+use super::items::{given_ids, read_input, read_items, refuse_duplicates};
+use crate::simulator::state::items::{self, Context};
+use crate::simulator::state::responses::Conversation;
+use crate::simulator::state::{Server, World};
+use crate::simulator::wire::call::Call;
+use crate::simulator::wire::error::{ApiError, json_body};
+use crate::simulator::wire::fields::Fields;
+use crate::simulator::wire::page::Paging;
 
-/// Items kept; the oldest of a longer conversation are dropped.
-const MAX_ITEMS: usize = 100_000;
 /// Items per create call.
 const MAX_NEW_ITEMS: usize = 20;
-
-#[derive(Debug, Serialize)]
-pub(in crate::simulator) struct Conversation {
-    id: String,
-    object: &'static str,
-    created_at: i64,
-    metadata: Metadata,
-    #[serde(skip)]
-    items: Vec<Value>,
-    #[serde(skip)]
-    context: Context,
-    /// Ids of the responses at work.
-    #[serde(skip)]
-    active: Vec<String>,
-    /// The lock outlives its response until then.
-    #[serde(skip)]
-    locked_until: Option<Instant>,
-    /// Somebody else's response, made by a knob.
-    #[serde(skip)]
-    foreign: Option<String>,
-    #[serde(skip)]
-    deleted: bool,
-}
-
-impl Conversation {
-    pub(super) fn context(&self) -> &Context {
-        &self.context
-    }
-
-    pub(super) fn items(&self) -> &[Value] {
-        &self.items
-    }
-
-    pub(super) fn is_deleted(&self) -> bool {
-        self.deleted
-    }
-
-    pub(super) fn append<'a>(&mut self, items: impl IntoIterator<Item = &'a Value>) {
-        for item in items {
-            self.context.absorb(item);
-            self.items.push(item.clone());
-        }
-        if self.items.len() > MAX_ITEMS {
-            self.items.drain(..MAX_ITEMS / 10);
-        }
-    }
-
-    pub(super) fn begin(&mut self, response: &str) {
-        self.active.push(response.to_owned());
-    }
-
-    pub(super) fn end(&mut self, response: &str, locked_until: Option<Instant>) {
-        self.active.retain(|active| active != response);
-        self.locked_until = locked_until;
-    }
-
-    fn is_locked(&self) -> bool {
-        self.foreign.is_some()
-            || !self.active.is_empty()
-            || self.locked_until.is_some_and(|until| until > Instant::now())
-    }
-
-    pub(in crate::simulator) fn lines(&self) -> Vec<Line> {
-        self.items.iter().filter_map(items::line).collect()
-    }
-
-    pub(in crate::simulator) fn view(&self) -> ThreadView {
-        view(&self.id, &self.metadata, self.lines(), &self.active, self.deleted)
-    }
-}
-
-impl Row for Conversation {
-    fn is_busy(&self) -> bool {
-        !self.active.is_empty()
-    }
-}
 
 pub(super) fn create(server: &Server, call: Call) -> Result<Response, ApiError> {
     let mut fields = Fields::of_body(call.body, &["items", "metadata"])?;
@@ -109,7 +30,7 @@ pub(super) fn create(server: &Server, call: Call) -> Result<Response, ApiError> 
         foreign: None,
         deleted: false,
     };
-    conversation.append(&items::read_items(server, list, "items")?);
+    conversation.append(&read_items(server, list, "items")?);
     let answer = json_body(&conversation);
     let mut world = server.world();
     world.counters.stats.conversations_created += 1;
@@ -163,10 +84,10 @@ pub(super) fn create_items(server: &Server, call: Call) -> Result<Response, ApiE
     let mut fields = Fields::of_body(call.body, &["items"])?;
     let list = fields.array("items", MAX_NEW_ITEMS)?.ok_or_else(|| fields.missing("items"))?;
     let list = Value::Array(list);
-    let given = items::given_ids(&list);
-    let new = items::read_input(server, list, "items")?;
+    let given = given_ids(&list);
+    let new = read_input(server, list, "items")?;
     let conversation = live(&mut world, &id)?;
-    items::refuse_duplicates(&given, &conversation.items)?;
+    refuse_duplicates(&given, &conversation.items)?;
     conversation.append(&new);
     let paging = Paging::whole();
     let answer = paging.answer(new.iter(), |item| items::id(item));

@@ -9,15 +9,17 @@ use tokio_util::sync::CancellationToken;
 
 use super::conversations;
 use super::generate::Generation;
-use super::items::{self, Context};
-use super::objects::{Response, ResponseStatus, Settings, StoredResponse};
-use crate::simulator::error::{ApiError, json_body};
-use crate::simulator::fields::{Fields, Metadata, wrong_type};
-use crate::simulator::plan::Plan;
-use crate::simulator::router::{Call, LateHead, Refused};
-use crate::simulator::sse::{EventLog, EventOut};
+use super::items::{given_ids, read_input, refuse_duplicates};
+use crate::simulator::behaviour::plan::Plan;
+use crate::simulator::behaviour::refusal::{LateHead, Refused};
+use crate::simulator::state::items::{self, Context};
+use crate::simulator::state::responses::{Response, ResponseStatus, Settings, StoredResponse};
+use crate::simulator::state::stats::Accepted;
 use crate::simulator::state::{Server, World};
-use crate::simulator::stats::Accepted;
+use crate::simulator::wire::call::Call;
+use crate::simulator::wire::error::{ApiError, json_body};
+use crate::simulator::wire::fields::{Fields, Metadata, wrong_type};
+use crate::simulator::wire::sse::{EventLog, EventOut};
 
 /// Background responses whose events can be replayed: the newest.
 const MAX_REPLAYABLE: usize = 1000;
@@ -138,8 +140,8 @@ fn start(
     request: NewResponse,
     fault: Option<&str>,
 ) -> Result<(Generation, Answer), Refused> {
-    let given = items::given_ids(&request.input);
-    let input = items::read_input(server, request.input, "input")?;
+    let given = given_ids(&request.input);
+    let input = read_input(server, request.input, "input")?;
     let mut guard = server.world();
     let world = &mut *guard;
     let id = server.id("resp");
@@ -172,13 +174,13 @@ fn start(
     let (out, answer) = match (request.background, request.stream) {
         (true, true) => {
             let events = EventLog::new();
-            let answer = events.follow(0, cut_frame(&plan), plan.dialect.split);
+            let answer = events.follow(0, cut_frame(&plan), plan.format.split);
             log = Some(Arc::clone(&events));
-            (EventOut::log(events, plan.dialect), Answer::Ready(answer))
+            (EventOut::log(events, plan.format), Answer::Ready(answer))
         }
         (true, false) => (EventOut::nobody(), Answer::Ready(json_body(&response))),
         (false, true) => {
-            let (out, answer) = EventOut::connection(plan.dialect);
+            let (out, answer) = EventOut::connection(plan.format);
             (out, Answer::Ready(answer))
         }
         (false, false) => {
@@ -268,7 +270,7 @@ fn base(
         conversations::live(world, id)?;
         conversations::refuse_if_locked(server, world, id)?;
         let conversation = conversations::live(world, id)?;
-        items::refuse_duplicates(given, conversation.items())?;
+        refuse_duplicates(given, conversation.items())?;
         return Ok((conversation.context().clone(), Some(id.to_owned())));
     }
     let Some(id) = previous else { return Ok((Context::default(), None)) };

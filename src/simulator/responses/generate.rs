@@ -10,13 +10,13 @@ use tokio::sync::oneshot;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
-use super::items::Context;
-use super::objects::{Response, ResponseStatus, StoredResponse, usage};
-use crate::simulator::error::json_body;
-use crate::simulator::plan::{ErrorShape, Outcome, Plan};
-use crate::simulator::sse::EventOut;
+use crate::simulator::behaviour::plan::{ErrorShape, Outcome, Plan};
+use crate::simulator::behaviour::words;
+use crate::simulator::state::items::Context;
+use crate::simulator::state::responses::{Response, ResponseStatus, StoredResponse, usage};
 use crate::simulator::state::{Server, World};
-use crate::simulator::words;
+use crate::simulator::wire::error::json_body;
+use crate::simulator::wire::sse::EventOut;
 
 /// The work on one response, from its acceptance to its end.
 #[derive(Debug)]
@@ -144,7 +144,7 @@ impl Generation {
 
     fn announce(&mut self) {
         self.emit_response("response.created");
-        if self.plan.dialect.unknown_events {
+        if self.plan.format.unknown_events {
             self.emit("response.future_event", json!({"response_id": self.response.id}));
         }
         if self.response.background {

@@ -1,109 +1,13 @@
-//! Items: reading them from requests, and what a sequence of them means for the next turn.
+//! Items: reading them from requests.
 
 use serde_json::{Value, json};
 
-use crate::simulator::error::ApiError;
-use crate::simulator::fields::{Fields, within, wrong_type, wrong_value};
-use crate::simulator::plan::Complaint;
 use crate::simulator::state::Server;
-use crate::simulator::stats::Line;
-use crate::simulator::words;
+use crate::simulator::state::items::{bad_input, id};
+use crate::simulator::wire::error::ApiError;
+use crate::simulator::wire::fields::{Fields, within, wrong_type, wrong_value};
 
 const MAX_TEXT: usize = 10_485_760;
-
-/// What a conversation or a chain amounts to so far.
-#[derive(Clone, Debug, Default)]
-pub(super) struct Context {
-    /// `call_id` of function calls without an output, oldest first.
-    pub(super) open_calls: Vec<String>,
-    /// User messages.
-    pub(super) turns: usize,
-    /// Text of the newest user message.
-    pub(super) user_text: String,
-    /// Outputs of functions since then.
-    pub(super) outputs: Vec<String>,
-    pub(super) words: u64,
-    /// A reasoning item whose successor has not come yet.
-    reasoning: Option<String>,
-    /// A reasoning item whose successor is missing.
-    orphan: Option<String>,
-}
-
-impl Context {
-    pub(super) fn of<'a>(items: impl IntoIterator<Item = &'a Value>) -> Self {
-        let mut context = Self::default();
-        items.into_iter().for_each(|item| context.absorb(item));
-        context
-    }
-
-    /// Takes in the next item.
-    pub(super) fn absorb(&mut self, item: &Value) {
-        let kind = item["type"].as_str().unwrap_or_default();
-        let by_model = match kind {
-            "message" => item["role"] == "assistant",
-            kind => !kind.ends_with("_output"),
-        };
-        if let Some(reasoning) = self.reasoning.take().filter(|_| !by_model) {
-            self.orphan.get_or_insert(reasoning);
-        }
-        let id = |name: &str| item[name].as_str().unwrap_or_default().to_owned();
-        match kind {
-            "message" => {
-                let text = text(item);
-                self.words += words::count(&text);
-                if item["role"] == "user" {
-                    self.turns += 1;
-                    self.user_text = text;
-                    self.outputs.clear();
-                }
-            }
-            "function_call" => self.open_calls.push(id("call_id")),
-            "function_call_output" => {
-                let call = id("call_id");
-                self.open_calls.retain(|open| *open != call);
-                self.outputs.push(text(item));
-            }
-            "reasoning" => self.reasoning = Some(id("id")),
-            _ => {}
-        }
-    }
-
-    /// Takes in the input of a new turn, or says why the turn cannot be.
-    pub(super) fn accept(&mut self, input: &[Value]) -> Result<(), ApiError> {
-        for item in input {
-            if item["type"] == "function_call_output" {
-                let call = item["call_id"].as_str().unwrap_or_default();
-                if !self.open_calls.iter().any(|open| open == call) {
-                    return Err(bad_input(format!(
-                        "No tool call found for function call output with call_id {call}."
-                    )));
-                }
-            }
-            self.absorb(item);
-        }
-        if !self.open_calls.is_empty() {
-            return Err(bad_input(self.complaint(Complaint::OpenCall)));
-        }
-        if self.orphan.is_some() || self.reasoning.is_some() {
-            return Err(bad_input(self.complaint(Complaint::Reasoning)));
-        }
-        Ok(())
-    }
-
-    /// The words for what is wrong, or would be.
-    pub(super) fn complaint(&self, complaint: Complaint) -> String {
-        match complaint {
-            Complaint::OpenCall => {
-                let call = self.open_calls.first().map_or("call_0", String::as_str);
-                format!("No tool output found for function call {call}.")
-            }
-            Complaint::Reasoning => {
-                let id = self.orphan.as_ref().or(self.reasoning.as_ref()).map_or("rs_0", String::as_str);
-                format!("Item '{id}' of type 'reasoning' was provided without its required following item.")
-            }
-        }
-    }
-}
 
 /// The input of a response: a text, or items at `path`.
 pub(super) fn read_input(server: &Server, input: Value, path: &str) -> Result<Vec<Value>, ApiError> {
@@ -248,38 +152,4 @@ fn read_message(server: &Server, item: Value, at: String) -> Result<Value, ApiEr
 /// A completed message item.
 fn message(id: &str, role: &str, content: &[Value]) -> Value {
     json!({"type": "message", "id": id, "status": "completed", "role": role, "content": content})
-}
-
-pub(super) fn id(item: &Value) -> &str {
-    item["id"].as_str().unwrap_or_default()
-}
-
-/// Role and text of a message item; `None` for other kinds. What an assistant says is the same whether it comes in one
-/// message or in several.
-pub(super) fn line(item: &Value) -> Option<Line> {
-    let role = item["role"].as_str().filter(|_| item["type"] == "message")?;
-    let text = if role == "assistant" { joined(item, "") } else { text(item) };
-    Some((role.to_owned(), text))
-}
-
-/// The text of a message or of a function's output.
-pub(super) fn text(item: &Value) -> String {
-    joined(item, " ")
-}
-
-fn joined(item: &Value, between: &str) -> String {
-    let content = if item["content"].is_null() { &item["output"] } else { &item["content"] };
-    match content {
-        Value::String(text) => text.clone(),
-        Value::Array(parts) => {
-            let texts =
-                parts.iter().filter_map(|part| part["text"].as_str().or_else(|| part["refusal"].as_str()));
-            texts.collect::<Vec<_>>().join(between)
-        }
-        _ => String::new(),
-    }
-}
-
-fn bad_input(text: String) -> ApiError {
-    ApiError::invalid(text).param("input")
 }

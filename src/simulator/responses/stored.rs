@@ -4,13 +4,13 @@ use axum::response::Response;
 use serde_json::json;
 
 use super::generate::end_response;
-use super::items;
-use super::objects::{ResponseStatus, StoredResponse};
-use crate::simulator::error::{ApiError, json_body};
-use crate::simulator::page::Paging;
-use crate::simulator::plan::Plan;
-use crate::simulator::router::Call;
+use crate::simulator::behaviour::plan::Plan;
+use crate::simulator::state::items;
+use crate::simulator::state::responses::{ResponseStatus, StoredResponse};
 use crate::simulator::state::{Server, World};
+use crate::simulator::wire::call::Call;
+use crate::simulator::wire::error::{ApiError, json_body};
+use crate::simulator::wire::page::Paging;
 
 pub(super) fn get(server: &Server, call: &Call) -> Result<Response, ApiError> {
     let world = server.world();
@@ -41,7 +41,7 @@ pub(super) fn get(server: &Server, call: &Call) -> Result<Response, ApiError> {
     if let Some(fault) = &call.fault {
         plan.apply(fault).map_err(ApiError::invalid)?;
     }
-    Ok(log.follow(from, plan.cut, plan.dialect.split))
+    Ok(log.follow(from, plan.cut, plan.format.split))
 }
 
 /// Cancels a background response; takes as long as the knob says. May be dropped: then nothing happens.

@@ -1,31 +1,10 @@
-//! Reading a thread from its beginning.
+//! A message of a thread as an entry of its history.
 
-use super::AssistantsUpstream;
 use super::wire::MessageObject;
-use crate::domain::UpstreamThreadId;
-use crate::upstream::calls::is_not_offered;
+use crate::upstream::port::HistoryEntry;
 use crate::upstream::tags::{MESSAGE_TAG, RUN_TAG};
-use crate::upstream::{HistoryEntry, HistoryPage, Pace, UpstreamError};
 
-impl AssistantsUpstream {
-    pub(super) async fn history_page(
-        &self,
-        thread: &UpstreamThreadId,
-        after: Option<&str>,
-        pace: &Pace,
-    ) -> Result<Option<HistoryPage>, UpstreamError> {
-        let path = ["threads", thread.as_str(), "messages"];
-        let messages = match self.calls(Some(pace)).page::<MessageObject>(&path, "asc", after).await {
-            Ok(messages) => messages,
-            Err(error) if is_not_offered(&error) => return Ok(None),
-            Err(error) => return Err(error),
-        };
-        let next = messages.next(|message| &message.id);
-        Ok(Some(HistoryPage { entries: messages.data.into_iter().filter_map(entry).collect(), next }))
-    }
-}
-
-fn entry(message: MessageObject) -> Option<HistoryEntry> {
+pub(super) fn entry(message: MessageObject) -> Option<HistoryEntry> {
     Some(HistoryEntry {
         role: message.speaker()?,
         created_at: message.created_at(),

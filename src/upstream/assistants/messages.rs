@@ -3,17 +3,14 @@
 use http::Method;
 use serde_json::Value;
 
-use super::AssistantsUpstream;
+use super::adapter::AssistantsUpstream;
 use super::wire::MessageObject;
 use crate::domain::{ContentPart, Leftover, UpstreamRunId, UpstreamThreadId};
-use crate::upstream::UpstreamError;
-use crate::upstream::calls::is_gone;
-use crate::upstream::patience::once_unlocked;
+use crate::upstream::error::UpstreamError;
+use crate::upstream::retry::retry_while_busy;
+use crate::upstream::retrying_client::is_gone;
 use crate::upstream::tags::RUN_TAG;
-use crate::upstream::wire::List;
 
-/// The longest page that a server must give.
-const PAGE: &str = "100";
 /// The most pages that are read: a run leaves a few messages, and those that came after it are few too.
 const MAX_PAGES: usize = 10;
 
@@ -78,7 +75,7 @@ impl AssistantsUpstream {
         for message in messages.iter().filter(|message| is_ours(message)) {
             let path = ["threads", thread.as_str(), "messages", message.id.as_str()];
             let delete = || self.client.json::<Value>(Method::DELETE, &path, &[]);
-            match once_unlocked(delete).await {
+            match retry_while_busy(delete).await {
                 Err(error @ UpstreamError::ThreadGone) => return Err(error),
                 Err(error) if !is_gone(&error) => return Err(error),
                 _ => {}
@@ -98,15 +95,13 @@ impl AssistantsUpstream {
     ) -> Result<Vec<MessageObject>, UpstreamError> {
         let path = ["threads", thread.as_str(), "messages"];
         let mut all: Vec<MessageObject> = Vec::new();
-        let mut kept = self.client.kept();
+        let mut budget = self.client.size_budget();
         for _ in 0..max_pages {
             let after = all.last().map(|message| message.id.clone());
-            let cursor = after.as_deref().map(|id| ("after", id));
-            let query: Vec<(&str, &str)> =
-                [("limit", PAGE)].into_iter().chain(query.iter().copied()).chain(cursor).collect();
-            let answer = self.call::<List<MessageObject>>(Method::GET, &path, &query).await?;
-            kept.add(answer.size)?;
-            let page = answer.value;
+            let page = self
+                .retrying(None)
+                .page_within::<MessageObject>(&path, query, after.as_deref(), &mut budget)
+                .await?;
             let is_last_page = page.has_more != Some(true) || page.data.is_empty();
             for message in page.data {
                 if last(&message) {

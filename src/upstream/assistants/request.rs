@@ -5,7 +5,7 @@ use serde_json::{Value, json};
 use super::wire::content;
 use crate::config::UpstreamKind;
 use crate::domain::{Message, ToolOutput};
-use crate::upstream::StartRun;
+use crate::upstream::port::StartRun;
 use crate::upstream::tags::{body_of, message_tags, run_tags};
 
 /// The request that appends history and input and starts the run.

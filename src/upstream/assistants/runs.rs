@@ -6,15 +6,17 @@ use futures_util::{StreamExt, stream};
 use http::Method;
 use tokio::time::sleep;
 
-use super::AssistantsUpstream;
+use super::adapter::AssistantsUpstream;
 use super::wire::RunObject;
 use crate::domain::{RunId, RunStatus, UpstreamRunId, UpstreamThreadId};
 use crate::upstream::client::Answer;
-use crate::upstream::patience::{FIRST_WAIT, longer};
+use crate::upstream::error::UpstreamError;
+use crate::upstream::port::{Ended, EventStream, UpstreamEvent};
+use crate::upstream::rate_limiter::RateLimiter;
 use crate::upstream::relay::out_of_sight;
+use crate::upstream::retry::{FIRST_WAIT, next_backoff};
 use crate::upstream::tags::RUN_TAG;
 use crate::upstream::wire::{List, failure};
-use crate::upstream::{Ended, EventStream, Pace, UpstreamError, UpstreamEvent};
 
 /// Runs to look through for ours. Only one can be active where the server locks; this is for those that do not.
 const RUNS_TO_SEARCH: &str = "20";
@@ -92,7 +94,7 @@ impl AssistantsUpstream {
         let mut asked = None;
         while !reached(&run) {
             sleep(asked.unwrap_or(wait)).await;
-            wait = longer(wait);
+            wait = next_backoff(wait);
             let path = ["threads", thread.as_str(), "runs", run.id.as_str()];
             match self.call(Method::GET, &path, &[]).await {
                 Ok(Answer { value, poll_after, .. }) => (run, asked) = (value, poll_after),
@@ -123,9 +125,9 @@ impl AssistantsUpstream {
         &self,
         thread: &UpstreamThreadId,
         run: &UpstreamRunId,
-        pace: Option<&Pace>,
+        limiter: Option<&RateLimiter>,
     ) -> Result<RunObject, UpstreamError> {
-        let calls = self.calls(pace);
+        let calls = self.retrying(limiter);
         let path = ["threads", thread.as_str(), "runs", run.as_str()];
         let cancel = ["threads", thread.as_str(), "runs", run.as_str(), "cancel"];
         let mut wait = FIRST_WAIT;
@@ -145,7 +147,7 @@ impl AssistantsUpstream {
                 return Ok(seen.value);
             }
             sleep(seen.poll_after.unwrap_or(wait)).await;
-            wait = longer(wait);
+            wait = next_backoff(wait);
             cancelling = seen.value.is_cancelling();
         }
     }

@@ -4,8 +4,7 @@ use serde::Deserialize;
 use serde_json::{Map, Value, json};
 
 use crate::domain::{ContentPart, ImageFile, ImageUrl, Role, RunStatus, Timestamp, ToolCall, Usage};
-use crate::upstream::classify::token;
-use crate::upstream::wire::{lenient, usage};
+use crate::upstream::wire::{failure_code, lenient, usage};
 
 #[derive(Debug, Deserialize)]
 pub(super) struct RunObject {
@@ -56,9 +55,7 @@ impl RunObject {
 
     /// The word that says why it failed or is incomplete.
     pub(super) fn failure_code(&self) -> Option<String> {
-        let code = self.last_error.as_ref().and_then(|error| error.get("code"));
-        let reason = || self.incomplete_details.as_ref().and_then(|details| details.get("reason"));
-        code.or_else(reason)?.as_str().and_then(token)
+        failure_code(self.last_error.as_ref(), self.incomplete_details.as_ref())
     }
 
     pub(super) fn usage(&self) -> Option<Usage> {

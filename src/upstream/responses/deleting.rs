@@ -5,12 +5,14 @@ use std::collections::HashSet;
 use serde_json::Value;
 use tokio::time::sleep;
 
-use super::part::id_of;
-use super::{ResponsesUpstream, is_not_offered};
+use super::adapter::ResponsesUpstream;
+use super::run_items::id_of;
 use crate::domain::{UpstreamRunId, UpstreamThreadId};
-use crate::upstream::calls::is_gone;
-use crate::upstream::patience::{FIRST_WAIT, longer};
-use crate::upstream::{Disposal, Items, Pace, UpstreamError};
+use crate::upstream::error::UpstreamError;
+use crate::upstream::port::{Disposal, Items};
+use crate::upstream::rate_limiter::RateLimiter;
+use crate::upstream::retry::{FIRST_WAIT, next_backoff};
+use crate::upstream::retrying_client::{is_gone, is_not_offered};
 
 /// Looks in a row at items that must have been deleted, until the server counts as one that does not delete them.
 const MAX_STALE_LOOKS: u32 = 4;
@@ -23,19 +25,13 @@ impl ResponsesUpstream {
     pub(super) async fn delete_conversation(
         &self,
         conversation: &UpstreamThreadId,
-        pace: &Pace,
+        limiter: &RateLimiter,
         items: &mut Items,
     ) -> Result<Disposal, UpstreamError> {
-        let calls = self.calls(Some(pace));
+        let calls = self.retrying(Some(limiter));
         let path = ["conversations", conversation.as_str()];
-        // Once this call had an answer, a later 404 says something of the conversation and not of the endpoint.
-        let is_known = match calls.get(&path).await {
-            Ok(_) => true,
-            Err(error) if is_gone(&error) => return Ok(Disposal::AlreadyGone),
-            Err(error) if is_not_offered(&error) => false,
-            Err(error) => return Err(error),
-        };
-        match self.delete_all_items(conversation, pace, items).await {
+        let Some(is_known) = calls.is_known(&path).await? else { return Ok(Disposal::AlreadyGone) };
+        match self.delete_all_items(conversation, limiter, items).await {
             Err(error) if !is_gone(&error) => return Err(error),
             _ => {}
         }
@@ -48,10 +44,10 @@ impl ResponsesUpstream {
     async fn delete_all_items(
         &self,
         conversation: &UpstreamThreadId,
-        pace: &Pace,
+        limiter: &RateLimiter,
         items: &mut Items,
     ) -> Result<(), UpstreamError> {
-        let calls = self.calls(Some(pace));
+        let calls = self.retrying(Some(limiter));
         let list = ["conversations", conversation.as_str(), "items"];
         let mut done = HashSet::new();
         let (mut stale_looks, mut wait, mut is_refused) = (0, FIRST_WAIT, false);
@@ -73,12 +69,12 @@ impl ResponsesUpstream {
                 stale_looks += 1;
                 if stale_looks >= MAX_STALE_LOOKS {
                     if is_refused {
-                        return self.count_left(conversation, pace, items).await;
+                        return self.count_left(conversation, limiter, items).await;
                     }
                     return Err(UpstreamError::Protocol("deleted items are still listed".to_owned()));
                 }
                 sleep(wait).await;
-                wait = longer(wait);
+                wait = next_backoff(wait);
                 continue;
             }
             (stale_looks, wait) = (0, FIRST_WAIT);
@@ -91,7 +87,7 @@ impl ResponsesUpstream {
                     // There is no such item any more, or no such call: the next look tells which.
                     Err(UpstreamError::Refused { status: 404, .. }) => is_refused = true,
                     Err(error) if is_not_offered(&error) => {
-                        return self.count_left(conversation, pace, items).await;
+                        return self.count_left(conversation, limiter, items).await;
                     }
                     Err(error) => return Err(error),
                 }
@@ -104,15 +100,15 @@ impl ResponsesUpstream {
     async fn count_left(
         &self,
         conversation: &UpstreamThreadId,
-        pace: &Pace,
+        limiter: &RateLimiter,
         items: &mut Items,
     ) -> Result<(), UpstreamError> {
         let list = ["conversations", conversation.as_str(), "items"];
         let mut after: Option<String> = None;
         for _ in 0..MAX_COUNTED_PAGES {
-            let found = self.calls(Some(pace)).page::<Value>(&list, "asc", after.as_deref()).await?;
+            let found = self.retrying(Some(limiter)).page::<Value>(&list, "asc", after.as_deref()).await?;
             items.left += u64::try_from(found.data.len()).unwrap_or(u64::MAX);
-            let next = found.next(|item| id_of(item).unwrap_or_default()).filter(|next| !next.is_empty());
+            let next = found.next(|item| id_of(item).unwrap_or_default());
             if next.is_none() || next == after {
                 break;
             }
@@ -125,11 +121,14 @@ impl ResponsesUpstream {
     pub(super) async fn delete_chain(
         &self,
         thread: &UpstreamThreadId,
-        pace: &Pace,
+        limiter: &RateLimiter,
     ) -> Result<Disposal, UpstreamError> {
-        let disposal = self.delete_response(&UpstreamRunId(thread.0.clone()), pace).await?;
+        let disposal = self.delete_response(&UpstreamRunId(thread.0.clone()), limiter).await?;
         if disposal == Disposal::Deleted {
-            return self.calls(Some(pace)).confirm(&["responses", thread.as_str()], Ok(()), false).await;
+            return self
+                .retrying(Some(limiter))
+                .confirm(&["responses", thread.as_str()], Ok(()), false)
+                .await;
         }
         Ok(disposal)
     }
@@ -138,16 +137,16 @@ impl ResponsesUpstream {
     pub(super) async fn delete_response(
         &self,
         id: &UpstreamRunId,
-        pace: &Pace,
+        limiter: &RateLimiter,
     ) -> Result<Disposal, UpstreamError> {
-        let calls = self.calls(Some(pace));
+        let calls = self.retrying(Some(limiter));
         let path = ["responses", id.as_str()];
         let mut deleted = calls.delete(&path).await;
         if matches!(
             deleted,
             Err(UpstreamError::Refused { status: 400, missing: false, .. } | UpstreamError::Busy { .. })
         ) {
-            match self.cancel(id, Some(pace)).await {
+            match self.cancel(id, Some(limiter)).await {
                 Err(error) if !is_not_offered(&error) => return Err(error),
                 _ => {}
             }

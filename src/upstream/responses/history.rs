@@ -1,33 +1,14 @@
-//! Reading a conversation from its beginning.
+//! An item of a conversation as an entry of its history.
 
 use serde_json::Value;
 
-use super::part::id_of;
+use super::run_items::id_of;
 use super::wire::said;
-use super::{ResponsesUpstream, is_not_offered};
-use crate::domain::{Timestamp, UpstreamThreadId};
-use crate::upstream::{HistoryEntry, HistoryPage, Pace, UpstreamError};
-
-impl ResponsesUpstream {
-    pub(super) async fn history_page(
-        &self,
-        conversation: &UpstreamThreadId,
-        after: Option<&str>,
-        pace: &Pace,
-    ) -> Result<Option<HistoryPage>, UpstreamError> {
-        let path = ["conversations", conversation.as_str(), "items"];
-        let items = match self.calls(Some(pace)).page::<Value>(&path, "asc", after).await {
-            Ok(items) => items,
-            Err(error) if is_not_offered(&error) => return Ok(None),
-            Err(error) => return Err(error),
-        };
-        let next = items.next(|item| id_of(item).unwrap_or_default()).filter(|id| !id.is_empty());
-        Ok(Some(HistoryPage { entries: items.data.iter().filter_map(entry).collect(), next }))
-    }
-}
+use crate::domain::Timestamp;
+use crate::upstream::port::HistoryEntry;
 
 /// An item as an entry, if it is a message of the user or of the assistant. Items carry no tags.
-fn entry(item: &Value) -> Option<HistoryEntry> {
+pub(super) fn entry(item: &Value) -> Option<HistoryEntry> {
     let text = |field: &str| item.get(field)?.as_str();
     text("type").filter(|kind| *kind == "message")?;
     Some(HistoryEntry {

@@ -4,19 +4,19 @@ use http::Method;
 use serde_json::{Value, json};
 use tokio::time::sleep;
 
-use super::part::id_of;
+use super::adapter::ResponsesUpstream;
+use super::run_items::id_of;
 use super::wire::OpenCall;
-use super::{ITEMS_PER_REQUEST, ResponsesUpstream};
 use crate::domain::UpstreamThreadId;
-use crate::upstream::UpstreamError;
-use crate::upstream::calls::is_gone;
-use crate::upstream::client::Answer;
-use crate::upstream::patience::{FIRST_WAIT, longer, once_unlocked, patiently};
+use crate::upstream::error::UpstreamError;
+use crate::upstream::retry::{FIRST_WAIT, next_backoff, retry_while_busy};
+use crate::upstream::retrying_client::is_gone;
 use crate::upstream::wire::List;
 
-/// The longest page that a server must give.
+/// The length of the pages that are asked for.
 const PAGE: usize = 100;
-const PAGE_TEXT: &str = "100";
+/// Items that one request to a conversation may add.
+pub(super) const ITEMS_PER_REQUEST: usize = 20;
 /// What stands for the output of a function that nobody called.
 pub(super) const NO_OUTPUT: &str = r#"{"error":"the call was not answered"}"#;
 
@@ -46,17 +46,17 @@ impl ResponsesUpstream {
     ) -> Result<Newest, UpstreamError> {
         let path = ["conversations", conversation.as_str(), "items"];
         let mut newest_first: Vec<Value> = Vec::new();
-        let mut kept = self.client.kept();
+        let mut budget = self.client.size_budget();
         let mut met = None;
         let mut is_whole = false;
         for _ in 0..max_pages {
             let after = newest_first.last().and_then(id_of).map(str::to_owned);
-            let cursor = after.as_deref().map(|id| ("after", id));
-            let query: Vec<_> = [("limit", PAGE_TEXT), ("order", "desc")].into_iter().chain(cursor).collect();
-            let page: Answer<List<Value>> =
-                patiently(|| self.client.json(Method::GET, &path, &query)).await?;
-            kept.add(page.size)?;
-            let List { data, has_more } = page.value;
+            let newest = [("order", "desc")];
+            let page = self
+                .retrying(None)
+                .page_within::<Value>(&path, &newest, after.as_deref(), &mut budget)
+                .await?;
+            let List { data, has_more } = page;
             let is_last = data.is_empty() || !has_more.unwrap_or(data.len() >= PAGE);
             let before = newest_first.len();
             newest_first.extend(data);
@@ -107,7 +107,7 @@ impl ResponsesUpstream {
                     Err(error) => return Err(error),
                 }
                 sleep(wait).await;
-                wait = longer(wait);
+                wait = next_backoff(wait);
             }
         }
         Ok(())
@@ -124,7 +124,7 @@ impl ResponsesUpstream {
     ) -> Result<(), UpstreamError> {
         for id in ids {
             let path = ["conversations", conversation.as_str(), "items", id];
-            match once_unlocked(|| self.client.json::<Value>(Method::DELETE, &path, &[])).await {
+            match retry_while_busy(|| self.client.json::<Value>(Method::DELETE, &path, &[])).await {
                 Ok(_) => {}
                 // Not the conversation: that is found gone by whoever uses it next.
                 Err(error) if is_gone(&error) => {}

@@ -6,14 +6,15 @@ use futures_util::{StreamExt, stream};
 use serde_json::Value;
 use tokio::time::{Instant, sleep};
 
-use super::ResponsesUpstream;
-use super::part::{end_of, own_part, what_followed};
-use super::settling::MAX_PAGES;
-use super::source::{as_event, retelling};
+use super::adapter::ResponsesUpstream;
+use super::cleanup::MAX_PAGES;
+use super::run_items::{end_of, own_part, what_followed};
+use super::stream_resume::{as_event, retelling};
 use super::wire::Output;
 use crate::domain::{Leftover, UpstreamRunId, UpstreamThreadId};
-use crate::upstream::patience::{FIRST_WAIT, longer};
-use crate::upstream::{Ended, EventStream, Recovered, UpstreamError, UpstreamEvent};
+use crate::upstream::error::UpstreamError;
+use crate::upstream::port::{Ended, EventStream, Recovered, UpstreamEvent};
+use crate::upstream::retry::{FIRST_WAIT, next_backoff};
 
 /// What a conversation holds of what was sent.
 enum Look {
@@ -98,7 +99,7 @@ impl ResponsesUpstream {
                 return Ok(Found::Items(look));
             }
             sleep(wait.min(until.saturating_duration_since(Instant::now()))).await;
-            wait = longer(wait);
+            wait = next_backoff(wait);
         }
     }
 

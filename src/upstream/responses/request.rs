@@ -2,12 +2,12 @@
 
 use serde_json::{Value, json};
 
-use super::ResponsesUpstream;
+use super::adapter::ResponsesUpstream;
 use super::wire::{history_item, message_item, output_item};
 use crate::config::{AssistantConfig, UpstreamKind};
 use crate::domain::{Message, Metadata, RunId, ToolOutput, UpstreamThreadId};
+use crate::upstream::port::{AnswerTools, Ownership, StartRun};
 use crate::upstream::tags::{body_of, run_tags, thread_tags};
-use crate::upstream::{AnswerTools, Ownership, StartRun};
 
 /// What a response is made with, whatever it answers. The server keeps none of it from one response to the next.
 pub(super) struct Terms<'a> {
@@ -81,7 +81,7 @@ mod tests {
     use crate::config::UpstreamConfig;
     use crate::domain::{ContentPart, MessageId, Role};
     use crate::store::InputMessage;
-    use crate::upstream::UpstreamClient;
+    use crate::upstream::client::UpstreamClient;
     use crate::upstream::tags::{a_message, an_owner};
 
     fn upstream(conversations: bool, background: bool) -> ResponsesUpstream {

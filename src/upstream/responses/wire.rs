@@ -6,8 +6,8 @@ use serde_json::value::RawValue;
 use serde_json::{Map, Value, json};
 
 use crate::domain::{ContentPart, ImageFile, ImageUrl, Message, Role, RunStatus, ToolCall, Usage};
-use crate::upstream::classify::{Damage, ErrorDetail, token};
-use crate::upstream::wire::{lenient, usage};
+use crate::upstream::classify::{Damage, ErrorDetail};
+use crate::upstream::wire::{failure_code, lenient, usage};
 
 /// The outside of an event; what it holds is read when its type is known.
 #[derive(Debug, Deserialize)]
@@ -67,9 +67,7 @@ pub(super) struct Output {
 impl ResponseObject {
     /// The word that says why it failed or is incomplete.
     pub(super) fn failure_code(&self) -> Option<String> {
-        let code = self.error.as_ref().and_then(|error| error.get("code"));
-        let reason = || self.incomplete_details.as_ref().and_then(|details| details.get("reason"));
-        code.or_else(reason)?.as_str().and_then(token)
+        failure_code(self.error.as_ref(), self.incomplete_details.as_ref())
     }
 
     /// What is wrong with the conversation, if that is why it failed before it did anything.

@@ -9,8 +9,8 @@ use threadkeeper::domain::{
     ContentPart, Leftover, Message, RunStatus, ThreadId, ToolCall, UpstreamRunId, UpstreamThreadId, Usage,
 };
 use threadkeeper::upstream::{
-    AnswerTools, Capabilities, Disposal, Ended, EventStream, HistoryPage, Items, Ownership, Pace, Recovered,
-    Settled, StartRun, Upstream, UpstreamError, UpstreamEvent,
+    AnswerTools, Capabilities, Disposal, Ended, EventStream, HistoryPage, Items, Ownership, RateLimiter,
+    Recovered, Settled, StartRun, Upstream, UpstreamError, UpstreamEvent,
 };
 use tokio::sync::Semaphore;
 
@@ -126,13 +126,13 @@ impl Upstream for Scripted {
     async fn delete_thread(
         &self,
         _: &UpstreamThreadId,
-        _: &Pace,
+        _: &RateLimiter,
         _: &mut Items,
     ) -> Result<Disposal, UpstreamError> {
         Ok(Disposal::Deleted)
     }
 
-    async fn delete_run(&self, _: &UpstreamRunId, _: &Pace) -> Result<Disposal, UpstreamError> {
+    async fn delete_run(&self, _: &UpstreamRunId, _: &RateLimiter) -> Result<Disposal, UpstreamError> {
         Ok(Disposal::Deleted)
     }
 
@@ -140,7 +140,7 @@ impl Upstream for Scripted {
         &self,
         _: &UpstreamThreadId,
         _: Option<&str>,
-        _: &Pace,
+        _: &RateLimiter,
     ) -> Result<Option<HistoryPage>, UpstreamError> {
         Ok(None)
     }
@@ -148,7 +148,7 @@ impl Upstream for Scripted {
     async fn find_threads(
         &self,
         _: ThreadId,
-        _: &Pace,
+        _: &RateLimiter,
     ) -> Result<Option<Vec<UpstreamThreadId>>, UpstreamError> {
         Ok(None)
     }

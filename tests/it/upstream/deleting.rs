@@ -11,7 +11,7 @@ use threadkeeper::domain::{ContentPart, KeyNames, Role, ThreadId, UpstreamRunId,
 use threadkeeper::simulator::SimulatorConfig;
 use threadkeeper::upstream::Disposal::{AlreadyGone, Deleted, NotSupported};
 use threadkeeper::upstream::{
-    Disposal, HistoryEntry, Items, Ownership, Pace, Upstream, UpstreamError, UpstreamEvent,
+    Disposal, HistoryEntry, Items, Ownership, RateLimiter, Upstream, UpstreamError, UpstreamEvent,
 };
 
 use super::scene::{ALL, Flavour, Scene};
@@ -20,8 +20,8 @@ use super::{adapter, assistants, config, owner, responses, thread};
 use crate::support::wire::id;
 
 /// One that is never waited for long.
-fn pace() -> Pace {
-    Pace::new(NonZeroU32::new(10_000).unwrap())
+fn pace() -> RateLimiter {
+    RateLimiter::new(NonZeroU32::new(10_000).unwrap())
 }
 
 /// What became of the thread, and how many items were deleted one by one.
@@ -653,7 +653,7 @@ async fn deletion_calls_respect_pace() {
     scene.add(&numbered(4)).await;
     let before = scene.sim.handle.stats().requests;
     let started = std::time::Instant::now();
-    let slow = Pace::new(NonZeroU32::new(50).unwrap());
+    let slow = RateLimiter::new(NonZeroU32::new(50).unwrap());
     let mut items = Items::default();
     let disposal = scene.upstream.delete_thread(&scene.thread(), &slow, &mut items).await.unwrap();
     let calls = u32::try_from(scene.sim.handle.stats().requests - before).unwrap();

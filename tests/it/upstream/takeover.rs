@@ -5,7 +5,7 @@ use std::time::Duration;
 use futures_util::StreamExt;
 use threadkeeper::domain::{Leftover, RunStatus, ToolCall, UpstreamRunId};
 use threadkeeper::simulator::{SimulatorConfig, Stats};
-use threadkeeper::upstream::{EventStream, Items, Pace, Recovered, UpstreamError, UpstreamEvent};
+use threadkeeper::upstream::{EventStream, Items, RateLimiter, Recovered, UpstreamError, UpstreamEvent};
 
 use super::recovery::{BROKEN, name, recover, running};
 use super::scene::{ALL, Flavour, Scene, read, text_of};
@@ -77,7 +77,7 @@ async fn run_of_deleted_thread_is_unknown_with_id() {
         let scene = scene(flavour, SHORT).await;
         scene
             .upstream
-            .delete_thread(scene.thread.as_ref().unwrap(), &Pace::UNBOUND, &mut Items::default())
+            .delete_thread(scene.thread.as_ref().unwrap(), &RateLimiter::UNBOUND, &mut Items::default())
             .await
             .unwrap();
         let known = scene.leftover(Some(&UpstreamRunId("r_1".to_owned())));

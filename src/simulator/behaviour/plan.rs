@@ -1,0 +1,406 @@
+//! What is to happen in one turn: read from directives in the user's text, or from a fault.
+
+use std::time::Duration;
+
+use axum::body::Body;
+use axum::response::Response;
+use http::{HeaderValue, StatusCode, header};
+use humantime_serde::re::humantime::parse_duration;
+use rand::RngExt;
+use serde_json::{Value, json};
+
+use crate::simulator::behaviour::hostile::{Hostile, Hostility};
+use crate::simulator::behaviour::refusal::Refused;
+use crate::simulator::wire::error::{ApiError, json_body};
+use crate::simulator::wire::sse::{EventFormat, event_stream};
+
+const OPEN: &str = "[[sim:";
+const CLOSE: &str = "]]";
+const MAX_WORDS: usize = 1_000_000;
+
+/// The behaviour of one turn. The default is a plain reply.
+#[derive(Clone, Debug, Default, PartialEq)]
+#[expect(clippy::struct_excessive_bools, reason = "each is a switch of its own")]
+pub(in crate::simulator) struct Plan {
+    /// Names of the functions to ask for before the reply.
+    pub(in crate::simulator) tools: Vec<String>,
+    pub(in crate::simulator) outcome: Outcome,
+    /// Replaces the configured latency.
+    pub(in crate::simulator) latency: Option<Duration>,
+    /// Replaces the configured interval between tokens.
+    pub(in crate::simulator) interval: Option<Duration>,
+    /// Pads the reply to so many words.
+    pub(in crate::simulator) words: Option<usize>,
+    /// Of a hundred requests with these directives, so many are steered by them, at random.
+    pub(in crate::simulator) chance: Option<u8>,
+    /// Answer with an error status instead of accepting.
+    pub(in crate::simulator) status: Option<StatusCode>,
+    pub(in crate::simulator) code: Option<String>,
+    /// How such an error is worded; the protocol's own form by default.
+    pub(in crate::simulator) wording: Option<Wording>,
+    pub(in crate::simulator) retry_after: Option<String>,
+    /// Answer in a way that is to harm the client, instead of accepting.
+    pub(in crate::simulator) hostile: Option<Hostile>,
+    /// Where a redirect leads.
+    pub(in crate::simulator) location: Option<String>,
+    /// Hold the head of the answer back for so long, while the work goes on.
+    pub(in crate::simulator) late_head: Option<Duration>,
+    /// Answer with an error in a success, instead of accepting.
+    pub(in crate::simulator) bare_error: Option<BareError>,
+    /// The type that such an error has.
+    pub(in crate::simulator) error_type: Option<String>,
+    /// Close the connection without an answer.
+    pub(in crate::simulator) drop: Option<Drop>,
+    /// Close the connection after so many deltas.
+    pub(in crate::simulator) cut: Option<usize>,
+    /// Fall silent after so many deltas; `Some(0)`: accept and send nothing at all.
+    pub(in crate::simulator) silent_after: Option<usize>,
+    /// A hold takes effect after so many deltas, instead of before the first one.
+    pub(in crate::simulator) hold_after: Option<usize>,
+    /// A cancel is accepted and never takes effect.
+    pub(in crate::simulator) stuck_cancel: bool,
+    /// The response ends failed, with nothing to show, and says this.
+    pub(in crate::simulator) complaint: Option<Complaint>,
+    pub(in crate::simulator) refusal: bool,
+    pub(in crate::simulator) reasoning: bool,
+    /// Leaves a reasoning item without what it should lead to.
+    pub(in crate::simulator) dangling_reasoning: bool,
+    /// Send an `error` event in the middle of the reply.
+    pub(in crate::simulator) mid_error: Option<ErrorShape>,
+    /// End the stream without its last events.
+    pub(in crate::simulator) no_terminal: bool,
+    /// Number of messages less one.
+    pub(in crate::simulator) more_parts: usize,
+    pub(in crate::simulator) format: EventFormat,
+}
+
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+pub(in crate::simulator) enum Outcome {
+    #[default]
+    Complete,
+    Fail,
+    Incomplete,
+}
+
+/// What is wrong with a conversation.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub(in crate::simulator) enum Complaint {
+    OpenCall,
+    Reasoning,
+}
+
+/// When a connection is closed without an answer.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub(in crate::simulator) enum Drop {
+    /// Before the request takes effect.
+    Before,
+    /// After it took effect.
+    After,
+}
+
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub(in crate::simulator) enum ErrorShape {
+    Flat,
+    Nested,
+    /// Nested, without an event line and without the type of an event.
+    Bare,
+}
+
+/// How a server, or what stands in front of it, tells an error after it has begun a stream.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub(in crate::simulator) enum BareError {
+    /// `data: {"error": {…}}`.
+    Object,
+    /// The same, and `data: [DONE]` after it.
+    Done,
+    /// `data: {"error": "…"}`.
+    String,
+    /// `data: {"message": …}`.
+    Flat,
+    /// `data: {"detail": …}`.
+    Detail,
+    /// `{"error": {…}}`, over several lines.
+    Line,
+    /// The whole answer is JSON.
+    Json,
+}
+
+impl BareError {
+    fn named(name: &str) -> Option<Self> {
+        Some(match name {
+            "object" => Self::Object,
+            "done" => Self::Done,
+            "string" => Self::String,
+            "flat" => Self::Flat,
+            "detail" => Self::Detail,
+            "line" => Self::Line,
+            "json" => Self::Json,
+            _ => return None,
+        })
+    }
+}
+
+/// How an error is worded by what does not speak the protocol.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub(in crate::simulator) enum Wording {
+    /// The page of a web server.
+    Html,
+    /// `{"detail": "Not Found"}`, as a framework answers for an endpoint that it does not have.
+    Detail,
+    /// `{"detail": "… not found"}`, with the id that was asked for.
+    Named,
+    /// What a relay makes of the protocol's own error.
+    Relayed,
+}
+
+impl Wording {
+    fn named(name: &str) -> Option<Self> {
+        Some(match name {
+            "html" => Self::Html,
+            "detail" => Self::Detail,
+            "named" => Self::Named,
+            "relayed" => Self::Relayed,
+            _ => return None,
+        })
+    }
+
+    fn answer(self, status: StatusCode, asked: &str) -> Response {
+        let reason = status.canonical_reason().unwrap_or("Error");
+        let (kind, body) = match self {
+            Self::Html => {
+                let page = format!("<html><body><h1>{} {reason}</h1></body></html>", status.as_u16());
+                ("text/html", page)
+            }
+            Self::Detail => ("application/json", json!({"detail": reason}).to_string()),
+            Self::Named => {
+                ("application/json", json!({"detail": format!("{asked} was not found.")}).to_string())
+            }
+            Self::Relayed => {
+                let told = json!({"error": {"message": format!("Response with id '{asked}' not found.")}});
+                let message =
+                    format!("relay.NotFoundError: HostedException - {told}. Received Model Group=m");
+                let error = json!({"message": message, "type": null, "param": null, "code": status.as_str()});
+                ("application/json", json!({"error": error}).to_string())
+            }
+        };
+        let mut response = Response::new(Body::from(body));
+        *response.status_mut() = status;
+        response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static(kind));
+        response
+    }
+}
+
+impl Plan {
+    /// Takes the directives out of `text`: what they ask for, and the text without them.
+    pub(in crate::simulator) fn of_text(text: &str) -> Result<(Self, String), ApiError> {
+        let mut plan = Self::default();
+        let mut stripped = String::with_capacity(text.len());
+        let mut rest = text;
+        while let Some((before, after)) = rest.split_once(OPEN) {
+            let Some((words, after)) = after.split_once(CLOSE) else { break };
+            stripped.push_str(before);
+            plan.apply(words).map_err(|error| ApiError::invalid(error).code("invalid_directive"))?;
+            rest = after;
+        }
+        stripped.push_str(rest);
+        if !plan.is_hit() {
+            plan = Self::default();
+        }
+        Ok((plan, stripped.trim().to_owned()))
+    }
+
+    /// Adds the behaviour that `words` ask for: `tool=get_weather rate=20ms`.
+    pub(in crate::simulator) fn apply(&mut self, words: &str) -> Result<(), String> {
+        for word in words.split_whitespace() {
+            let (name, value) =
+                word.split_once('=').map_or((word, None), |(name, value)| (name, Some(value)));
+            self.apply_word(name, value).map_err(|why| format!("Simulator directive '{word}': {why}."))?;
+        }
+        Ok(())
+    }
+
+    /// What happens instead of accepting, if it is an error in the words of something else. `asked`: the end of the path.
+    pub(in crate::simulator) fn worded(&self, asked: &str) -> Result<(), Refused> {
+        match (self.wording, self.status) {
+            (Some(wording), Some(status)) => Err(Refused::Told(Box::new(wording.answer(status, asked)))),
+            _ => Ok(()),
+        }
+    }
+
+    /// Whether this request is one of those that are steered.
+    pub(in crate::simulator) fn is_hit(&self) -> bool {
+        self.chance.is_none_or(|chance| rand::rng().random_range(0..100) < chance)
+    }
+
+    /// What happens instead of accepting, if anything does.
+    pub(in crate::simulator) fn refused(&self) -> Result<(), Refused> {
+        if let Some(kind) = self.hostile {
+            let (status, location, pause) = (self.status, self.location.clone(), self.interval);
+            return Err(Refused::Hostile(Hostility { kind, status, location, pause }));
+        }
+        if let Some(shape) = self.bare_error {
+            return Err(Refused::Told(Box::new(self.told(shape))));
+        }
+        if let Some(status) = self.status {
+            let error = ApiError::of_status(status, self.code.as_deref(), self.retry_after.as_deref());
+            return Err(error.into());
+        }
+        if self.drop == Some(Drop::Before) { Err(Refused::Dropped) } else { Ok(()) }
+    }
+
+    /// The error that a stream tells which has no status to tell it.
+    pub(in crate::simulator) fn error(&self) -> Value {
+        let usual = if self.code.is_none() { Some("server_error") } else { None };
+        let code = self.code.as_deref().unwrap_or("server_error");
+        // Some write it as a number.
+        let code = code.parse::<u16>().map_or_else(|_| code.into(), Value::from);
+        json!({
+            "message": "The server had an error while processing your request.",
+            "type": self.error_type.as_deref().or(usual), "param": null, "code": code,
+        })
+    }
+
+    fn told(&self, shape: BareError) -> Response {
+        let error = self.error();
+        let text = match shape {
+            BareError::Object => format!("data: {}\n\n", json!({"error": error})),
+            BareError::Done => format!("data: {}\n\ndata: [DONE]\n\n", json!({"error": error})),
+            BareError::String => {
+                format!("data: {}\n\n", json!({"error": error["message"], "code": error["code"]}))
+            }
+            BareError::Flat => format!("data: {error}\n\n"),
+            BareError::Detail => {
+                format!("data: {}\n\n", json!({"detail": error["message"], "code": error["code"]}))
+            }
+            BareError::Line => format!("{:#}\n", json!({"error": error})),
+            BareError::Json => return json_body(&json!({"error": error})),
+        };
+        event_stream(Body::from(text))
+    }
+
+    /// Nothing is ever sent.
+    pub(in crate::simulator) fn is_silent(&self) -> bool {
+        self.silent_after == Some(0)
+    }
+
+    fn apply_word(&mut self, name: &str, value: Option<&str>) -> Result<(), &'static str> {
+        let count = || value.and_then(|text| text.parse::<usize>().ok()).ok_or("a number is wanted");
+        let time = || value.and_then(|text| parse_duration(text).ok()).ok_or("a time such as 20ms is wanted");
+        let text = || value.map(str::to_owned).ok_or("a value is wanted");
+        match name {
+            "tool" => self.tools.push(text()?),
+            "tools" => self.tools.extend((1..=count()?.min(128)).map(|n| format!("function_{n}"))),
+            "fail" => self.outcome = Outcome::Fail,
+            "incomplete" => self.outcome = Outcome::Incomplete,
+            "latency" => self.latency = Some(time()?),
+            "rate" => self.interval = Some(time()?),
+            "tokens" => self.words = Some(count()?.min(MAX_WORDS)),
+            "status" => {
+                let status = value
+                    .and_then(|text| text.parse().ok())
+                    .filter(|status: &StatusCode| status.is_client_error() || status.is_server_error());
+                self.status = Some(status.ok_or("an error status is wanted")?);
+            }
+            "chance" => {
+                let chance = count().ok().and_then(|count| u8::try_from(count).ok());
+                self.chance = Some(chance.filter(|it| *it <= 100).ok_or("0 to 100 is wanted")?);
+            }
+            "code" => self.code = Some(text()?),
+            "wording" => {
+                let wording = value.and_then(Wording::named);
+                self.wording = Some(wording.ok_or("a wording of an error is wanted")?);
+            }
+            "retry_after" => self.retry_after = Some(text()?),
+            "hostile" => {
+                let kind = value.and_then(Hostile::named);
+                self.hostile = Some(kind.ok_or("a kind of hostile answer is wanted")?);
+            }
+            "late_head" => self.late_head = Some(time()?),
+            "bare_error" => {
+                let shape = value.and_then(BareError::named);
+                self.bare_error = Some(shape.ok_or("a form of an error is wanted")?);
+            }
+            "error_type" => self.error_type = Some(text()?),
+            "location" => self.location = Some(text()?),
+            "drop" => {
+                self.drop = Some(match value {
+                    Some("before") => Drop::Before,
+                    None | Some("after") => Drop::After,
+                    Some(_) => return Err("`before` or `after` is wanted"),
+                });
+            }
+            "cut" => self.cut = Some(count()?),
+            "silent" => self.silent_after = Some(0),
+            "silent_after" => self.silent_after = Some(count()?.max(1)),
+            "hold_after" => self.hold_after = Some(count()?.max(1)),
+            "stuck_cancel" => self.stuck_cancel = true,
+            "fail_text" => {
+                self.complaint = Some(match value {
+                    Some("open_call") => Complaint::OpenCall,
+                    Some("reasoning") => Complaint::Reasoning,
+                    _ => return Err("`open_call` or `reasoning` is wanted"),
+                });
+            }
+            "refusal" => self.refusal = true,
+            "reasoning" => self.reasoning = true,
+            "dangling_reasoning" => self.dangling_reasoning = true,
+            "mid_error" => {
+                self.mid_error = Some(match value {
+                    None | Some("flat") => ErrorShape::Flat,
+                    Some("nested") => ErrorShape::Nested,
+                    Some("bare") => ErrorShape::Bare,
+                    Some(_) => return Err("`flat`, `nested` or `bare` is wanted"),
+                });
+            }
+            "no_terminal" => self.no_terminal = true,
+            "parts" => self.more_parts = count()?.clamp(1, 16) - 1,
+            "crlf" => self.format.crlf = true,
+            "no_event_lines" => self.format.no_event_lines = true,
+            "split" => self.format.split = true,
+            "comments" => self.format.comments = true,
+            "unknown_events" => self.format.unknown_events = true,
+            _ => return Err("there is no such directive"),
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn directives_are_taken_out_of_the_text() {
+        let (plan, text) =
+            Plan::of_text("Weather [[sim: tool=get_weather rate=20ms]] in Paris [[sim: fail]]").unwrap();
+        assert_eq!(text, "Weather  in Paris");
+        assert_eq!(plan.tools, ["get_weather"]);
+        assert_eq!(plan.interval, Some(Duration::from_millis(20)));
+        assert_eq!(plan.outcome, Outcome::Fail);
+    }
+
+    #[test]
+    fn text_without_directives_stays_as_it_is() {
+        for text in ["plain [[text]]", "an unclosed [[sim: fail"] {
+            assert_eq!(Plan::of_text(text).unwrap(), (Plan::default(), text.to_owned()));
+        }
+    }
+
+    #[test]
+    fn chance_steers_a_share_of_the_requests() {
+        let hit = |text: &str| (0..200).filter(|_| Plan::of_text(text).unwrap().0.status.is_some()).count();
+        assert_eq!((hit("[[sim: status=503 chance=0]]"), hit("[[sim: status=503 chance=100]]")), (0, 200));
+        assert!((1..200).contains(&hit("[[sim: status=503 chance=50]]")));
+    }
+
+    #[test]
+    fn a_misspelt_directive_is_refused() {
+        for text in [
+            "[[sim: fial]]", "[[sim: cut]]", "[[sim: status=200]]", "[[sim: rate=fast]]",
+            "[[sim: fail_text=x]]", "[[sim: hostile]]", "[[sim: hostile=x]]", "[[sim: bare_error]]",
+            "[[sim: wording=x]]", "[[sim: bare_error=x]]", "[[sim: late_head]]", "[[sim: chance=101]]",
+        ] {
+            assert!(Plan::of_text(text).is_err(), "{text}");
+        }
+    }
+}

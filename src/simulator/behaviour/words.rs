@@ -1,0 +1,50 @@
+//! The text of replies, and its tokens.
+
+/// What the assistant says. It repeats the user's text, tells the outputs of functions, and counts the user's
+/// messages, so that a reader can check what the simulator knew. Padded to at least `words` words.
+pub(in crate::simulator) fn reply(user: &str, turn: usize, outputs: &[String], words: usize) -> String {
+    let mut text = format!("You said: {user}.");
+    if !outputs.is_empty() {
+        text.push_str(" The tools answered: ");
+        text.push_str(&outputs.join("; "));
+        text.push('.');
+    }
+    pad(text + &format!(" (This is turn {turn} of this conversation.)"), words)
+}
+
+/// The text of a further message of the same reply.
+pub(in crate::simulator) fn further_part(number: usize, words: usize) -> String {
+    pad(format!("This is part {number} of the reply."), words)
+}
+
+/// One word with the blanks behind it each; together they are the text again.
+pub(in crate::simulator) fn tokens(text: &str) -> impl Iterator<Item = &str> {
+    text.split_inclusive(' ')
+}
+
+/// Words of a text, as a measure of usage.
+pub(in crate::simulator) fn count(text: &str) -> u64 {
+    text.split_whitespace().count().try_into().unwrap_or(u64::MAX)
+}
+
+fn pad(mut text: String, words: usize) -> String {
+    const FILLER: [&str; 8] = [" and", " so", " the", " story", " went", " on", " for", " long"];
+    let have = text.split(' ').count();
+    text.extend(FILLER.iter().copied().cycle().take(words.saturating_sub(have)));
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn tokens_make_up_the_text() {
+        let text = reply("hé  🙂", 3, &["4 °C".to_owned()], 40);
+        assert_eq!(tokens(&text).collect::<String>(), text);
+        assert_eq!(tokens(&text).count(), 40);
+        assert!(text.starts_with(
+            "You said: hé  🙂. The tools answered: 4 °C. (This is turn 3 of this conversation.)"
+        ));
+    }
+}

@@ -1,0 +1,30 @@
+//! A request as its protocol reads it.
+
+use std::collections::BTreeMap;
+
+use serde_json::{Map, Value};
+
+use crate::simulator::wire::operation::Operation;
+
+/// A request of one of the protocols.
+#[derive(Debug)]
+pub(in crate::simulator) struct Call {
+    pub(in crate::simulator) operation: Operation,
+    /// The path's segments below `/v1`.
+    pub(in crate::simulator) path: Vec<String>,
+    pub(in crate::simulator) query: BTreeMap<String, String>,
+    pub(in crate::simulator) body: Map<String, Value>,
+    /// A fault that was waiting for this request, as directives.
+    pub(in crate::simulator) fault: Option<String>,
+}
+
+impl Call {
+    /// A path segment by its place: `/v1/threads/{1}/runs/{3}`.
+    pub(in crate::simulator) fn segment(&self, place: usize) -> &str {
+        self.path.get(place).map_or("", String::as_str)
+    }
+
+    pub(in crate::simulator) fn query_flag(&self, name: &str) -> bool {
+        self.query.get(name).is_some_and(|value| value == "true")
+    }
+}

@@ -1,0 +1,484 @@
+//! Reads the event stream of a run.
+
+use std::collections::VecDeque;
+
+use serde::de::DeserializeOwned;
+use serde_json::{Map, Value};
+
+use super::wire::{MessageDelta, MessageObject, RunObject};
+use crate::domain::{ContentPart, RunStatus, ToolCall, UpstreamRunId, Usage};
+use crate::upstream::classify::{ErrorDetail, Rejection};
+use crate::upstream::error::UpstreamError;
+use crate::upstream::port::{Ended, UpstreamEvent};
+use crate::upstream::relay::{Decoder, PLACE_COST};
+use crate::upstream::sse::SseEvent;
+use crate::upstream::streamed_parts::StreamedParts;
+use crate::upstream::wire::failure;
+
+/// What is known of a run while its events arrive.
+#[derive(Debug, Default)]
+pub(super) struct StreamDecoder {
+    accepted: bool,
+    /// In the order in which they began.
+    messages: Vec<Message>,
+    /// The size of that.
+    held: usize,
+}
+
+#[derive(Debug)]
+struct Message {
+    id: String,
+    parts: Parts,
+}
+
+#[derive(Debug)]
+enum Parts {
+    /// Put together from deltas, by index.
+    Growing(StreamedParts<u64>),
+    /// As the upstream has stored them.
+    Whole(Vec<ContentPart>),
+}
+
+/// What an event is about.
+enum Kind {
+    /// With the status that the event's name says.
+    Run(Option<RunStatus>),
+    MessageDelta,
+    MessageEnd,
+    Error,
+    Other,
+}
+
+impl Decoder for StreamDecoder {
+    fn read(&mut self, event: SseEvent, out: &mut VecDeque<UpstreamEvent>) -> Result<(), Rejection> {
+        match kind(&event)? {
+            Kind::Run(named) => self.run(named, parse(&event.data)?, out),
+            Kind::MessageDelta => self.delta(parse(&event.data)?, out),
+            Kind::MessageEnd => self.message(parse(&event.data)?),
+            Kind::Error => {
+                let object = serde_json::from_str(&event.data);
+                let detail = object.map(|object| ErrorDetail::from_object(&object)).unwrap_or_default();
+                let code = if self.accepted {
+                    detail.word()
+                } else {
+                    match detail.of_refused_stream() {
+                        Ok(refusal) => return Err(refusal),
+                        Err(code) => code,
+                    }
+                };
+                self.end(RunStatus::Failed, code, None, Vec::new(), out);
+            }
+            Kind::Other => {}
+        }
+        Ok(())
+    }
+
+    fn held(&self) -> usize {
+        self.held
+    }
+}
+
+impl StreamDecoder {
+    fn run(&mut self, named: Option<RunStatus>, run: RunObject, out: &mut VecDeque<UpstreamEvent>) {
+        if !self.accepted {
+            self.accepted = true;
+            out.push_back(UpstreamEvent::Accepted(UpstreamRunId(run.id.clone())));
+        }
+        let status = match named.or_else(|| run.run_status()) {
+            Some(status) if status.is_final() || status == RunStatus::RequiresAction => status,
+            _ => return,
+        };
+        let (code, usage) = (run.failure_code(), run.usage());
+        let calls = if status == RunStatus::RequiresAction { run.into_tool_calls() } else { Vec::new() };
+        self.end(status, code, usage, calls, out);
+    }
+
+    fn end(
+        &mut self,
+        status: RunStatus,
+        code: Option<String>,
+        usage: Option<Usage>,
+        tool_calls: Vec<ToolCall>,
+        out: &mut VecDeque<UpstreamEvent>,
+    ) {
+        let upstream_message_id = self.messages.last().map(|message| message.id.clone());
+        let content = self.messages.drain(..).flat_map(|message| message.parts.into_vec()).collect();
+        out.push_back(UpstreamEvent::Ended(Box::new(Ended {
+            status,
+            error: failure(status, code),
+            content,
+            upstream_message_id,
+            usage,
+            tool_calls,
+            thread: None,
+        })));
+    }
+
+    fn delta(&mut self, delta: MessageDelta, out: &mut VecDeque<UpstreamEvent>) {
+        for mut piece in delta.delta.content.unwrap_or_default() {
+            let text = piece.text();
+            let grown = match (&mut self.entry(&delta.id).parts, &text, piece.refusal) {
+                (Parts::Growing(parts), Some(text), _) => parts.grow(piece.index, text, false),
+                (Parts::Growing(parts), None, Some(refusal)) => parts.grow(piece.index, &refusal, true),
+                _ => 0,
+            };
+            self.held += grown;
+            out.extend(text.map(UpstreamEvent::Text));
+        }
+    }
+
+    fn message(&mut self, message: MessageObject) {
+        if !message.is_reply() {
+            return;
+        }
+        let entry = self.entry(&message.id);
+        let parts = Parts::Whole(message.into_parts());
+        // A server that stores the text elsewhere than it says must not take away what was streamed.
+        if parts.size() > 0 {
+            let before = std::mem::replace(&mut entry.parts, parts).size();
+            let now = entry.parts.size();
+            self.held = (self.held + now).saturating_sub(before);
+        }
+    }
+
+    fn entry(&mut self, id: &str) -> &mut Message {
+        let at = self.messages.iter().rposition(|message| message.id == id).unwrap_or_else(|| {
+            self.held += PLACE_COST + id.len();
+            self.messages
+                .push(Message { id: id.to_owned(), parts: Parts::Growing(StreamedParts::default()) });
+            self.messages.len() - 1
+        });
+        &mut self.messages[at]
+    }
+}
+
+impl Parts {
+    fn size(&self) -> usize {
+        let size = |part: &ContentPart| part.size() + PLACE_COST;
+        match self {
+            Self::Growing(parts) => parts.iter().map(size).sum(),
+            Self::Whole(parts) => parts.iter().map(size).sum(),
+        }
+    }
+
+    fn into_vec(self) -> Vec<ContentPart> {
+        match self {
+            Self::Growing(parts) => parts.into_vec(),
+            Self::Whole(parts) => parts,
+        }
+    }
+}
+
+/// By name; where a server leaves out the event line, by the object's own marks.
+fn kind(event: &SseEvent) -> Result<Kind, UpstreamError> {
+    let name = event.name.as_deref().filter(|name| !name.is_empty() && *name != "message");
+    if let Some(name) = name {
+        return Ok(match name {
+            "thread.message.delta" => Kind::MessageDelta,
+            "thread.message.completed" | "thread.message.incomplete" => Kind::MessageEnd,
+            "error" => Kind::Error,
+            _ if name.starts_with("thread.run.step.") => Kind::Other,
+            _ => match name.strip_prefix("thread.run.") {
+                // `created` is a name and no status: the object's own counts.
+                Some(status) => Kind::Run(status.parse().ok()),
+                None if !name.starts_with("thread.")
+                    && ErrorDetail::of_event(Some(name), &event.data).is_some() =>
+                {
+                    Kind::Error
+                }
+                None => Kind::Other,
+            },
+        });
+    }
+    if event.data == "[DONE]" {
+        return Ok(Kind::Other);
+    }
+    let object: Map<String, Value> = parse(&event.data)?;
+    Ok(match object.get("object").and_then(Value::as_str) {
+        Some("thread.run") => Kind::Run(None),
+        Some("thread.message.delta") => Kind::MessageDelta,
+        Some("thread.message") => match object.get("status").and_then(Value::as_str) {
+            Some("completed" | "incomplete") => Kind::MessageEnd,
+            _ => Kind::Other,
+        },
+        _ if ErrorDetail::of_event(None, &event.data).is_some() => Kind::Error,
+        _ => Kind::Other,
+    })
+}
+
+fn parse<T: DeserializeOwned>(data: &str) -> Result<T, UpstreamError> {
+    serde_json::from_str(data).map_err(|_| {
+        UpstreamError::Protocol("an event of a run does not have the form of the protocol".to_owned())
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+    use serde_json::json;
+
+    use super::*;
+    use crate::upstream::mutation::{damaged, ends_once, mutated, read_to_the_end, told};
+
+    fn event(name: &str, data: &Value) -> SseEvent {
+        SseEvent { name: (!name.is_empty()).then(|| name.to_owned()), data: data.to_string() }
+    }
+
+    fn read(events: impl IntoIterator<Item = SseEvent>) -> Result<Vec<UpstreamEvent>, UpstreamError> {
+        let (mut decoder, mut out) = (StreamDecoder::default(), VecDeque::new());
+        for event in events {
+            decoder.read(event, &mut out).map_err(UpstreamError::from)?;
+        }
+        Ok(out.into())
+    }
+
+    fn run(status: &str) -> Value {
+        json!({"id": "run_1", "object": "thread.run", "status": status})
+    }
+
+    fn delta(message: &str, index: u64, text: &str) -> Value {
+        json!({"id": message, "object": "thread.message.delta",
+               "delta": {"content": [{"index": index, "type": "text", "text": {"value": text}}]}})
+    }
+
+    fn message(id: &str, status: &str, text: &str) -> Value {
+        json!({"id": id, "object": "thread.message", "status": status, "role": "assistant",
+               "content": [{"type": "text", "text": {"value": text, "annotations": []}}]})
+    }
+
+    fn text(text: &str) -> ContentPart {
+        ContentPart::Text { text: text.to_owned() }
+    }
+
+    fn ended(events: &[UpstreamEvent]) -> &Ended {
+        match events.last() {
+            Some(UpstreamEvent::Ended(ended)) => ended,
+            other => panic!("not ended: {other:?}"),
+        }
+    }
+
+    fn plain() -> Vec<(&'static str, Value)> {
+        let mut completed = run("completed");
+        completed["usage"] = json!({"prompt_tokens": 3, "completion_tokens": 2, "total_tokens": 5});
+        vec![
+            ("thread.run.created", run("queued")),
+            ("thread.run.queued", run("queued")),
+            ("thread.run.in_progress", run("in_progress")),
+            ("thread.run.step.created", json!({"id": "step_1", "object": "thread.run.step"})),
+            (
+                "thread.message.created",
+                json!({"id": "msg_1", "object": "thread.message", "status": "in_progress"}),
+            ),
+            ("thread.message.delta", delta("msg_1", 0, "Hel")),
+            ("thread.message.delta", delta("msg_1", 0, "")),
+            ("thread.message.delta", delta("msg_1", 0, "lo")),
+            ("thread.message.completed", message("msg_1", "completed", "Hello")),
+            ("thread.run.step.completed", json!({"id": "step_1", "object": "thread.run.step"})),
+            ("thread.run.completed", completed),
+        ]
+    }
+
+    #[test]
+    fn a_plain_turn_is_read_with_and_without_event_lines() {
+        let named: Vec<_> = plain().iter().map(|(name, data)| event(name, data)).collect();
+        let unnamed: Vec<_> = plain().iter().map(|(_, data)| event("", data)).collect();
+        let expected = vec![
+            UpstreamEvent::Accepted(UpstreamRunId("run_1".to_owned())),
+            UpstreamEvent::Text("Hel".to_owned()),
+            UpstreamEvent::Text("lo".to_owned()),
+            UpstreamEvent::Ended(Box::new(Ended {
+                status: RunStatus::Completed,
+                error: None,
+                content: vec![text("Hello")],
+                upstream_message_id: Some("msg_1".to_owned()),
+                usage: Some(Usage { input_tokens: 3, output_tokens: 2, total_tokens: 5 }),
+                tool_calls: Vec::new(),
+                thread: None,
+            })),
+        ];
+        assert_eq!(read(named).unwrap(), expected);
+        assert_eq!(read(unnamed).unwrap(), expected);
+    }
+
+    #[test]
+    fn the_stored_message_wins_over_its_deltas() {
+        let events = read([
+            event("thread.message.delta", &delta("msg_1", 0, "Helo")),
+            event("thread.message.completed", &message("msg_1", "completed", "Hello")),
+            event("thread.message.delta", &delta("msg_2", 1, "b")),
+            event("thread.message.delta", &delta("msg_2", 0, "a")),
+            event("thread.run.completed", &run("completed")),
+        ])
+        .unwrap();
+        assert_eq!(ended(&events).content, [text("Hello"), text("a"), text("b")]);
+        assert_eq!(ended(&events).upstream_message_id.as_deref(), Some("msg_2"));
+    }
+
+    #[test]
+    fn messages_of_the_user_are_no_reply() {
+        let mut echo = message("msg_0", "completed", "question");
+        echo["role"] = "user".into();
+        let events = read([
+            event("thread.message.completed", &echo),
+            event("thread.run.completed", &run("completed")),
+        ])
+        .unwrap();
+        assert_eq!(ended(&events).content, []);
+    }
+
+    #[test]
+    fn every_way_to_end_is_told_with_its_reason() {
+        for (name, status, field, reason, message) in [
+            (
+                "failed",
+                RunStatus::Failed,
+                "last_error",
+                json!({"code": "rate_limit_exceeded", "message": "secret"}),
+                "the upstream reported that the run failed (rate_limit_exceeded)",
+            ),
+            (
+                "failed",
+                RunStatus::Failed,
+                "last_error",
+                json!({"code": "a secret sentence"}),
+                "the upstream reported that the run failed",
+            ),
+            (
+                "incomplete",
+                RunStatus::Incomplete,
+                "incomplete_details",
+                json!({"reason": "max_completion_tokens"}),
+                "the upstream ended the reply before it was whole (max_completion_tokens)",
+            ),
+            ("cancelled", RunStatus::Cancelled, "x", Value::Null, "the run was cancelled at the upstream"),
+            ("expired", RunStatus::Expired, "x", Value::Null, "the run expired at the upstream"),
+        ] {
+            let mut object = run(name);
+            object[field] = reason;
+            let events = read([
+                event("thread.message.delta", &delta("msg_1", 0, "half")),
+                event(&format!("thread.run.{name}"), &object),
+            ])
+            .unwrap();
+            let ended = ended(&events);
+            assert_eq!(ended.status, status);
+            assert_eq!(ended.error.as_ref().unwrap().message, message);
+            assert_eq!(ended.content, [text("half")]);
+        }
+    }
+
+    #[test]
+    fn function_calls_end_the_stream() {
+        let mut object = run("requires_action");
+        object["required_action"] = json!({"type": "submit_tool_outputs", "submit_tool_outputs": {"tool_calls": [
+            {"id": "call_1", "type": "function", "function": {"name": "f", "arguments": "{"}},
+        ]}});
+        let events = read([event("thread.run.requires_action", &object)]).unwrap();
+        assert_eq!(ended(&events).status, RunStatus::RequiresAction);
+        let call = ToolCall { id: "call_1".to_owned(), name: "f".to_owned(), arguments: "{".to_owned() };
+        assert_eq!(ended(&events).tool_calls, [call]);
+    }
+
+    #[test]
+    fn an_error_event_refuses_before_acceptance_and_fails_the_run_after() {
+        let flat = json!({"code": "rate_limit_exceeded", "message": "m", "type": "x"});
+        for data in [flat.clone(), json!({"error": flat})] {
+            for name in ["error", ""] {
+                let error = read([event(name, &data)]).unwrap_err();
+                assert!(matches!(error, UpstreamError::Unavailable { status: 429, .. }), "{error:?}");
+                let events = read([
+                    event("thread.run.created", &run("queued")),
+                    event("thread.message.delta", &delta("msg_1", 0, "half")),
+                    event(name, &data),
+                ])
+                .unwrap();
+                assert_eq!(ended(&events).status, RunStatus::Failed);
+                assert_eq!(ended(&events).content, [text("half")]);
+                assert_eq!(
+                    ended(&events).error.as_ref().unwrap().message,
+                    "the upstream reported that the run failed (rate_limit_exceeded)"
+                );
+            }
+        }
+    }
+
+    #[test]
+    fn unknown_events_and_done_mean_nothing() {
+        let raw = |name: &str, data: &str| SseEvent { name: Some(name.to_owned()), data: data.to_owned() };
+        let events = [
+            raw("thread.hologram", "not json"),
+            raw("done", "[DONE]"),
+            raw("message", "[DONE]"),
+            raw("thread.run.step.delta", "{"),
+            raw("thread.created", "{}"),
+            event("", &json!({"object": "thread.future"})),
+        ];
+        assert_eq!(read(events).unwrap(), []);
+        assert!(matches!(read([raw("thread.run.completed", "{")]), Err(UpstreamError::Protocol(_))));
+    }
+
+    const NAMES: [&str; 11] = [
+        "",
+        "message",
+        "error",
+        "done",
+        "thread.run.created",
+        "thread.run.completed",
+        "thread.run.requires_action",
+        "thread.message.delta",
+        "thread.message.delta",
+        "thread.message.completed",
+        "thread.run.step.delta",
+    ];
+
+    /// Events that a plain turn does not have.
+    fn odd() -> Vec<Value> {
+        let mut asks = run("requires_action");
+        asks["required_action"] = json!({"type": "submit_tool_outputs", "submit_tool_outputs": {"tool_calls": [
+            {"id": "call_1", "type": "function", "function": {"name": "f", "arguments": "{"}},
+        ]}});
+        let refusal = json!({"id": "msg_2", "object": "thread.message.delta",
+                             "delta": {"content": [{"index": 1, "type": "refusal", "refusal": "no"}]}});
+        let failed = json!({"error": {"code": "server_error", "message": "m", "type": "x"}});
+        vec![asks, refusal, failed]
+    }
+
+    fn transcript() -> String {
+        let event = |(name, data): &(&str, Value)| format!("event: {name}\ndata: {data}\n\n");
+        plain().iter().map(event).collect::<Vec<_>>().concat()
+    }
+
+    proptest! {
+        #[test]
+        fn arbitrary_events_do_not_panic(
+            names in proptest::collection::vec(0..NAMES.len(), 0..12),
+            data in "\\PC{0,40}|\\{\"id\":\"x\"\\}|\\{\"error\":[0-9]\\}",
+        ) {
+            let _ = read(names.iter().map(|at| SseEvent { name: Some(NAMES[*at].to_owned()), data: data.clone() }));
+        }
+
+        #[test]
+        fn events_that_are_nearly_real_are_read_within_bounds(
+            events in proptest::collection::vec((0..NAMES.len(), mutated(plain().into_iter().map(|(_, data)| data).chain(odd()).collect())), 0..16),
+        ) {
+            let (mut decoder, mut out, mut sent) = (StreamDecoder::default(), VecDeque::new(), 0);
+            for (name, data) in events {
+                let event = SseEvent { name: Some(NAMES[name].to_owned()), data: data.to_string() };
+                sent += event.data.len();
+                let read = decoder.read(event, &mut out);
+                let kept: usize = decoder.messages.iter().map(|message| message.parts.size()).sum();
+                prop_assert!(kept <= decoder.held(), "{kept} of {}", decoder.held());
+                if read.is_err() || matches!(out.back(), Some(UpstreamEvent::Ended(_))) {
+                    break;
+                }
+            }
+            let told = told(&out);
+            prop_assert!(told <= 2 * sent, "shown, and told again at the end: {told} of {sent}");
+        }
+
+        #[test]
+        fn a_damaged_stream_has_an_end(pieces in damaged(transcript().into_bytes())) {
+            ends_once(&read_to_the_end(pieces, StreamDecoder::default(), 4096))?;
+        }
+    }
+}

@@ -1,0 +1,157 @@
+//! Ending what a run left behind, and telling and removing what the thread holds of it.
+
+use std::collections::BTreeSet;
+use std::time::Duration;
+
+use http::Method;
+use serde_json::Value;
+use tokio::time::sleep;
+
+use super::adapter::ResponsesUpstream;
+use super::run_items::{id_of, is_said, own_part};
+use super::wire::{OpenCall, Output, ResponseObject, answered_calls, open_calls};
+use crate::domain::{Leftover, RunStatus, ToolCall, UpstreamRunId, UpstreamThreadId};
+use crate::upstream::error::UpstreamError;
+use crate::upstream::port::Settled;
+use crate::upstream::rate_limiter::RateLimiter;
+use crate::upstream::retry::{FIRST_WAIT, next_backoff};
+use crate::upstream::retrying_client::{is_missing, is_not_offered};
+
+/// Pages that are read back to a run's baseline.
+pub(super) const MAX_PAGES: usize = 10;
+
+/// A chain has no lock, so nothing tells when a response that was cut off has stopped: its server gets a moment to
+/// notice that its connection is gone, before the next one is asked for.
+const DROP_GRACE: Duration = Duration::from_millis(200);
+
+/// A response that has ended.
+pub(super) struct Last {
+    status: RunStatus,
+    response: ResponseObject,
+}
+
+impl ResponsesUpstream {
+    pub(super) async fn settle_what_is_there(&self, leftover: &Leftover) -> Result<Settled, UpstreamError> {
+        let last = match &leftover.upstream_run {
+            Some(id) => self.end(id).await?,
+            None => None,
+        };
+        let mut settled = Settled::default();
+        let mut output = Output::default();
+        let mut ended_well = false;
+        let is_over = last.is_some();
+        if let Some(Last { status, response }) = last {
+            settled.usage = response.usage();
+            output = response.into_output();
+            ended_well = matches!(status, RunStatus::Completed | RunStatus::Incomplete);
+            // Whoever asked for functions has not completed, and here nobody answers them any more.
+            settled.status = Some(status).filter(|_| output.open_calls.is_empty() || !ended_well);
+        }
+        if !self.conversations {
+            if !is_over {
+                sleep(DROP_GRACE).await;
+            }
+            let moved = ended_well && output.open_calls.is_empty();
+            settled.thread =
+                leftover.upstream_run.as_ref().filter(|_| moved).map(|id| UpstreamThreadId(id.0.clone()));
+            settled.said = moved;
+            (settled.content, settled.upstream_message_id) = (output.content, output.message_id);
+            return Ok(settled);
+        }
+        let Some(conversation) = &leftover.thread else { return Ok(settled) };
+        let known = [&leftover.open_calls[..], &output.open_calls[..]].concat();
+        let anchor = leftover.baseline.anchor.as_deref();
+        let newest = match self.newest(conversation, anchor, MAX_PAGES).await {
+            Ok(newest) => newest,
+            // A server that cannot list leaves us with what we know: what has ended well is in the conversation.
+            Err(error) if is_not_offered(&error) && (settled.status.is_some() || !known.is_empty()) => {
+                self.close(conversation, &unlisted(&known, &BTreeSet::new())).await?;
+                settled.said = ended_well;
+                (settled.content, settled.upstream_message_id) = (output.content, output.message_id);
+                return Ok(settled);
+            }
+            Err(error) => return Err(error),
+        };
+        if !leftover.remove {
+            let mut open = open_calls(&newest.items);
+            let listed: BTreeSet<&str> =
+                open.iter().map(|open| open.call.id.as_str()).chain(answered_calls(&newest.items)).collect();
+            let unlisted = unlisted(&leftover.open_calls, &listed);
+            open.extend(unlisted);
+            self.close(conversation, &open).await?;
+        }
+        let own = own_part(newest.since_anchor().ok_or_else(anchor_lost)?, leftover.baseline.skip);
+        let held = Output::of(own);
+        settled.said = is_said(own, leftover.inputs);
+        // A response that nobody knows of may still work, or has only just lost its connection.
+        settled.unsure = !settled.said && !is_over;
+        (settled.content, settled.upstream_message_id) = (held.content, held.message_id);
+        Ok(settled)
+    }
+
+    /// Deletes the run's own part of the conversation, newest first: so what is left after a break is found again.
+    pub(super) async fn remove_from(
+        &self,
+        conversation: &UpstreamThreadId,
+        leftover: &Leftover,
+    ) -> Result<(), UpstreamError> {
+        let newest = self.newest(conversation, leftover.baseline.anchor.as_deref(), MAX_PAGES).await?;
+        let own = own_part(newest.since_anchor().ok_or_else(anchor_lost)?, leftover.baseline.skip);
+        let ids: Vec<String> = own.iter().rev().filter_map(id_of).map(str::to_owned).collect();
+        self.delete_items(conversation, &ids).await
+    }
+
+    /// Sees to it that a response has ended, and gives it; `None` if it is not stored. One that is not in the
+    /// background has stopped with its connection.
+    async fn end(&self, id: &UpstreamRunId) -> Result<Option<Last>, UpstreamError> {
+        if !self.background {
+            return Ok(self.response(id, None).await?.and_then(|response| last(&response)));
+        }
+        self.cancel(id, None).await
+    }
+
+    /// Cancels a response, waits until it has ended, and gives it; `None` if it is not stored.
+    pub(super) async fn cancel(
+        &self,
+        id: &UpstreamRunId,
+        limiter: Option<&RateLimiter>,
+    ) -> Result<Option<Last>, UpstreamError> {
+        let path = ["responses", id.as_str(), "cancel"];
+        match self.retrying(limiter).make::<Value>(Method::POST, &path, &[]).await {
+            Ok(cancelled) => {
+                if let Some(last) = last(&cancelled.value) {
+                    return Ok(Some(last));
+                }
+            }
+            // It ended before the cancel came.
+            Err(UpstreamError::Refused { status: 400, .. } | UpstreamError::Busy { .. }) => {}
+            Err(error) if is_missing(&error) => return Ok(None),
+            Err(error) => return Err(error),
+        }
+        let mut wait = FIRST_WAIT;
+        loop {
+            let Some(response) = self.response(id, limiter).await? else { return Ok(None) };
+            if let Some(last) = last(&response) {
+                return Ok(Some(last));
+            }
+            sleep(wait).await;
+            wait = next_backoff(wait);
+        }
+    }
+}
+
+fn last(response: &Value) -> Option<Last> {
+    let status: RunStatus = response["status"].as_str()?.parse().ok()?;
+    let response = serde_json::from_value(response.clone()).ok().filter(|_| status.is_final())?;
+    Some(Last { status, response })
+}
+
+/// Those of the calls that the conversation does not list.
+fn unlisted(calls: &[ToolCall], listed: &BTreeSet<&str>) -> Vec<OpenCall> {
+    let unlisted = calls.iter().filter(|call| !listed.contains(call.id.as_str()));
+    unlisted.map(|call| OpenCall { call: call.clone(), custom: false }).collect()
+}
+
+fn anchor_lost() -> UpstreamError {
+    UpstreamError::Protocol("the conversation does not hold the message before the run".to_owned())
+}

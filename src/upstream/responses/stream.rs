@@ -1,0 +1,496 @@
+//! Reads the event stream of a response.
+
+use std::collections::VecDeque;
+
+use serde::Deserialize;
+use serde_json::value::RawValue;
+
+use super::wire::{Envelope, ResponseHead, ResponseObject};
+use crate::domain::{RunStatus, UpstreamRunId, UpstreamThreadId};
+use crate::upstream::classify::{ErrorDetail, Rejection};
+use crate::upstream::error::UpstreamError;
+use crate::upstream::port::{Ended, UpstreamEvent};
+use crate::upstream::relay::Decoder;
+use crate::upstream::sse::SseEvent;
+use crate::upstream::streamed_parts::StreamedParts;
+use crate::upstream::wire::failure;
+
+/// What is known of a response while its events arrive.
+#[derive(Debug)]
+pub(super) struct StreamDecoder {
+    /// The response becomes the thread's new place if it ends well.
+    chain: bool,
+    /// A response that fails because the conversation is damaged is a refusal: whoever reads can mend that.
+    repairs: bool,
+    response: Option<String>,
+    /// Put together from deltas, by output and content index, in case the response does not hold it in the end.
+    streamed: StreamedParts<(u64, u64)>,
+    /// The size of that.
+    held: usize,
+}
+
+impl StreamDecoder {
+    pub(super) fn new(chain: bool) -> Self {
+        Self { chain, repairs: false, response: None, streamed: StreamedParts::default(), held: 0 }
+    }
+
+    /// For a reader who can mend a damaged conversation.
+    pub(super) fn for_repair(chain: bool) -> Self {
+        Self { repairs: true, ..Self::new(chain) }
+    }
+
+    /// Nothing has come of it, and its reader can see to it that something does.
+    fn is_refused_late(&self) -> bool {
+        self.repairs && self.streamed.is_empty()
+    }
+}
+
+impl Decoder for StreamDecoder {
+    /// The JSON says what an event is; the event line, which not every server sends, is asked only where it does not. What
+    /// neither of them names may be an error of whatever stands in front of the server.
+    fn read(&mut self, event: SseEvent, out: &mut VecDeque<UpstreamEvent>) -> Result<(), Rejection> {
+        if event.data == "[DONE]" {
+            return Ok(());
+        }
+        let foreign =
+            event.name.as_deref().is_some_and(|name| name != "error" && !name.starts_with("response."));
+        let envelope: Envelope<'_> = match serde_json::from_str(&event.data) {
+            Ok(envelope) => envelope,
+            Err(_) if foreign => return Ok(()),
+            Err(_) if event.name.as_deref() == Some("error") => {
+                return self.error(ErrorDetail::default(), out);
+            }
+            Err(_) => return Err(unreadable().into()),
+        };
+        let kind = envelope.kind.as_deref().or(event.name.as_deref()).unwrap_or_default();
+        let place = (envelope.output_index.unwrap_or(0), envelope.content_index.unwrap_or(0));
+        match (kind, envelope.response, envelope.delta) {
+            ("response.output_text.delta", _, Some(delta)) => {
+                let text: String = parse(delta)?;
+                if !text.is_empty() {
+                    self.grow(place, &text, false);
+                    out.push_back(UpstreamEvent::Text(text));
+                }
+            }
+            ("response.refusal.delta", _, Some(delta)) => self.grow(place, &parse::<String>(delta)?, true),
+            (kind, Some(response), _) if kind.starts_with("response.") => {
+                self.response(kind, response, out)?;
+            }
+            ("error", ..) => {
+                let object = serde_json::from_str(&event.data).map_err(|_| unreadable())?;
+                self.error(ErrorDetail::from_object(&object), out)?;
+            }
+            (kind, ..) if may_tell_error(kind) => {
+                if let Some(detail) = ErrorDetail::of_event(event.name.as_deref(), &event.data) {
+                    self.error(detail, out)?;
+                }
+            }
+            _ => {}
+        }
+        Ok(())
+    }
+
+    fn held(&self) -> usize {
+        self.held
+    }
+}
+
+impl StreamDecoder {
+    fn response(
+        &mut self,
+        kind: &str,
+        raw: &RawValue,
+        out: &mut VecDeque<UpstreamEvent>,
+    ) -> Result<(), Rejection> {
+        let head: ResponseHead = parse(raw)?;
+        if self.response.is_none() {
+            self.response = Some(head.id.clone());
+            out.push_back(UpstreamEvent::Accepted(UpstreamRunId(head.id.clone())));
+        }
+        // The status decides, for a cancelled response ends with an event named `failed`. Only a server that leaves
+        // it out, or forgets to update it, is taken by the name of the event.
+        let named = match kind {
+            "response.completed" => Some(RunStatus::Completed),
+            "response.incomplete" => Some(RunStatus::Incomplete),
+            "response.failed" => Some(RunStatus::Failed),
+            "response.cancelled" => Some(RunStatus::Cancelled),
+            _ => None,
+        };
+        if let Some(status) = head.run_status().filter(|status| status.is_final()).or(named) {
+            let response: ResponseObject = parse(raw)?;
+            // Some servers accept a turn before they see that the conversation is damaged.
+            if status == RunStatus::Failed
+                && self.is_refused_late()
+                && let Some(damage) = response.damage()
+            {
+                let error =
+                    UpstreamError::Refused { status: 400, code: response.failure_code(), missing: false };
+                return Err(Rejection { error, damage: Some(damage) });
+            }
+            let ended = self.end(status, head.id, response);
+            out.push_back(UpstreamEvent::Ended(Box::new(ended)));
+        }
+        Ok(())
+    }
+
+    fn end(&mut self, status: RunStatus, id: String, response: ResponseObject) -> Ended {
+        let error = failure(status, response.failure_code());
+        let usage = response.usage();
+        let output = response.into_output();
+        let ended_well = matches!(status, RunStatus::Completed | RunStatus::Incomplete);
+        let closed = output.open_calls.is_empty();
+        // A cancelled response comes back empty, and some servers leave the output out altogether.
+        let content = if output.content.is_empty() && (closed || !ended_well) {
+            std::mem::take(&mut self.streamed).into_vec()
+        } else {
+            output.content
+        };
+        Ended {
+            status: if status == RunStatus::Completed && !closed {
+                RunStatus::RequiresAction
+            } else {
+                status
+            },
+            error,
+            content,
+            upstream_message_id: output.message_id,
+            usage,
+            tool_calls: output.open_calls,
+            // A turn that did not end well, or left calls open, must not become what the next one builds on.
+            thread: (self.chain && ended_well && closed).then_some(UpstreamThreadId(id)),
+        }
+    }
+
+    /// An error that takes the place of a terminal event.
+    fn error(&mut self, detail: ErrorDetail, out: &mut VecDeque<UpstreamEvent>) -> Result<(), Rejection> {
+        let code = if self.response.is_none() || (self.is_refused_late() && detail.damage().is_some()) {
+            match detail.of_refused_stream() {
+                Ok(refusal) => return Err(refusal),
+                Err(code) => code,
+            }
+        } else {
+            detail.word()
+        };
+        out.push_back(UpstreamEvent::Ended(Box::new(Ended {
+            status: RunStatus::Failed,
+            error: failure(RunStatus::Failed, code),
+            content: std::mem::take(&mut self.streamed).into_vec(),
+            upstream_message_id: None,
+            usage: None,
+            tool_calls: Vec::new(),
+            thread: None,
+        })));
+        Ok(())
+    }
+
+    fn grow(&mut self, place: (u64, u64), more: &str, is_refusal: bool) {
+        self.held += self.streamed.grow(place, more, is_refusal);
+    }
+}
+
+/// Events of the protocol hold no error but in their response.
+fn may_tell_error(kind: &str) -> bool {
+    !kind.starts_with("response.") || matches!(kind, "response.error" | "response.failed")
+}
+
+/// The event tells an error instead of something of the response.
+pub(super) fn tells_error(kind: &str, event: &SseEvent) -> bool {
+    kind == "error"
+        || (may_tell_error(kind) && ErrorDetail::of_event(event.name.as_deref(), &event.data).is_some())
+}
+
+fn parse<'a, T: Deserialize<'a>>(raw: &'a RawValue) -> Result<T, UpstreamError> {
+    serde_json::from_str(raw.get()).map_err(|_| unreadable())
+}
+
+fn unreadable() -> UpstreamError {
+    UpstreamError::Protocol("an event of a response does not have the form of the protocol".to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+    use serde_json::{Value, json};
+
+    use super::*;
+    use crate::domain::{ContentPart, Usage};
+    use crate::upstream::classify::Damage;
+    use crate::upstream::mutation::{damaged, ends_once, mutated, read_to_the_end, told};
+
+    fn event(data: &Value) -> SseEvent {
+        SseEvent { name: data["type"].as_str().map(str::to_owned), data: data.to_string() }
+    }
+
+    fn read(
+        chain: bool,
+        events: impl IntoIterator<Item = SseEvent>,
+    ) -> Result<Vec<UpstreamEvent>, UpstreamError> {
+        let (mut decoder, mut out) = (StreamDecoder::new(chain), VecDeque::new());
+        for event in events {
+            decoder.read(event, &mut out).map_err(UpstreamError::from)?;
+        }
+        Ok(out.into())
+    }
+
+    fn response(kind: &str, status: &str, output: &Value) -> Value {
+        json!({"type": kind, "sequence_number": 9, "response": {"id": "resp_1", "status": status, "output": output,
+               "usage": {"input_tokens": 3, "output_tokens": 2, "total_tokens": 5}}})
+    }
+
+    fn delta(text: &str) -> Value {
+        json!({"type": "response.output_text.delta", "item_id": "msg_1", "output_index": 0, "content_index": 0,
+               "delta": text, "logprobs": []})
+    }
+
+    fn message(text: &str) -> Value {
+        json!({"type": "message", "id": "msg_1", "role": "assistant", "status": "completed",
+               "content": [{"type": "output_text", "text": text, "annotations": []}]})
+    }
+
+    fn call() -> Value {
+        json!({"type": "function_call", "id": "fc_1", "call_id": "call_1", "name": "f", "arguments": "{}"})
+    }
+
+    fn text(text: &str) -> ContentPart {
+        ContentPart::Text { text: text.to_owned() }
+    }
+
+    fn ended(events: &[UpstreamEvent]) -> &Ended {
+        match events.last() {
+            Some(UpstreamEvent::Ended(ended)) => ended,
+            other => panic!("not ended: {other:?}"),
+        }
+    }
+
+    fn plain() -> Vec<Value> {
+        vec![
+            response("response.created", "in_progress", &json!([])),
+            response("response.in_progress", "in_progress", &json!([])),
+            json!({"type": "response.output_item.added", "item": {"type": "message"}}),
+            json!({"type": "response.reasoning_text.delta", "delta": "hmm"}),
+            delta("Hel"),
+            delta(""),
+            delta("lo"),
+            json!({"type": "response.output_text.done", "text": "Hello"}),
+            json!({"type": "response.audio.delta", "delta": {"odd": true}}),
+            response("response.completed", "completed", &json!([{"type": "reasoning"}, message("Hello")])),
+        ]
+    }
+
+    #[test]
+    fn a_plain_turn_is_read_with_and_without_event_lines() {
+        let expected = vec![
+            UpstreamEvent::Accepted(UpstreamRunId("resp_1".to_owned())),
+            UpstreamEvent::Text("Hel".to_owned()),
+            UpstreamEvent::Text("lo".to_owned()),
+            UpstreamEvent::Ended(Box::new(Ended {
+                status: RunStatus::Completed,
+                error: None,
+                content: vec![text("Hello")],
+                upstream_message_id: Some("msg_1".to_owned()),
+                usage: Some(Usage { input_tokens: 3, output_tokens: 2, total_tokens: 5 }),
+                tool_calls: Vec::new(),
+                thread: Some(UpstreamThreadId("resp_1".to_owned())),
+            })),
+        ];
+        assert_eq!(read(true, plain().iter().map(event)).unwrap(), expected);
+        let unnamed = plain().into_iter().map(|data| SseEvent { name: None, data: data.to_string() });
+        assert_eq!(read(true, unnamed).unwrap(), expected);
+        assert_eq!(ended(&read(false, plain().iter().map(event)).unwrap()).thread, None);
+    }
+
+    #[test]
+    fn the_status_decides_and_not_the_name_of_the_event() {
+        for (name, status, expected) in [
+            ("response.failed", "cancelled", RunStatus::Cancelled),
+            ("response.failed", "failed", RunStatus::Failed),
+            ("response.completed", "incomplete", RunStatus::Incomplete),
+            ("response.future", "completed", RunStatus::Completed),
+            ("response.completed", "in_progress", RunStatus::Completed),
+            ("response.incomplete", "", RunStatus::Incomplete),
+        ] {
+            let events =
+                read(true, [event(&delta("half")), event(&response(name, status, &json!([])))]).unwrap();
+            assert_eq!(ended(&events).status, expected, "{name} {status}");
+            assert_eq!(ended(&events).content, [text("half")]);
+            let well = matches!(expected, RunStatus::Completed | RunStatus::Incomplete);
+            assert_eq!(ended(&events).thread.is_some(), well, "{name} {status}");
+        }
+        let running = read(true, [event(&response("response.queued", "queued", &json!([])))]).unwrap();
+        assert_eq!(running, [UpstreamEvent::Accepted(UpstreamRunId("resp_1".to_owned()))]);
+    }
+
+    #[test]
+    fn the_output_wins_over_the_deltas() {
+        let output = json!([
+            message("Hello"),
+            {"type": "message", "id": "msg_2", "content": [{"type": "refusal", "refusal": "no"}, {"type": "x"}]},
+            {"type": "message", "role": "user", "content": [{"type": "output_text", "text": "echo"}]},
+        ]);
+        let events = read(
+            false,
+            [event(&delta("Helo")), event(&response("response.completed", "completed", &output))],
+        )
+        .unwrap();
+        let refusal = ContentPart::Refusal { refusal: "no".to_owned() };
+        assert_eq!(ended(&events).content, [text("Hello"), refusal]);
+        assert_eq!(ended(&events).upstream_message_id.as_deref(), Some("msg_2"));
+    }
+
+    #[test]
+    fn open_function_calls_leave_the_turn_open_and_the_chain_where_it_was() {
+        let done = response("response.completed", "completed", &json!([message("wait"), call()]));
+        let events = read(true, [event(&done)]).unwrap();
+        assert_eq!(ended(&events).status, RunStatus::RequiresAction);
+        assert_eq!(ended(&events).tool_calls[0].id, "call_1");
+        assert_eq!(ended(&events).thread, None);
+
+        let answered = json!([call(), {"type": "function_call_output", "call_id": "call_1", "output": "1"}]);
+        let done = response("response.completed", "completed", &answered);
+        assert_eq!(ended(&read(true, [event(&done)]).unwrap()).status, RunStatus::Completed);
+
+        let cut = response("response.incomplete", "incomplete", &json!([call()]));
+        let events = read(true, [event(&cut)]).unwrap();
+        assert_eq!(ended(&events).status, RunStatus::Incomplete);
+        assert_eq!((ended(&events).tool_calls.len(), &ended(&events).thread), (1, &None));
+    }
+
+    #[test]
+    fn a_failure_for_damage_is_a_refusal_only_to_those_who_can_mend_it() {
+        let mut failed = response("response.failed", "failed", &json!([]));
+        failed["response"]["error"] =
+            json!({"code": "server_error", "message": "No tool output found for function call call_1."});
+        let late = json!({"type": "error", "error": failed["response"]["error"]});
+        let started = response("response.created", "in_progress", &json!([]));
+        let damage = |mut decoder: StreamDecoder, events: &[&Value]| {
+            let mut out = VecDeque::new();
+            let read = events.iter().try_for_each(|data| decoder.read(event(data), &mut out));
+            read.err().and_then(|refusal| refusal.damage)
+        };
+        for end in [&failed, &late] {
+            assert_eq!(damage(StreamDecoder::for_repair(false), &[&started, end]), Some(Damage::OpenCall));
+            assert_eq!(damage(StreamDecoder::for_repair(false), &[&started, &delta("half"), end]), None);
+            assert_eq!(damage(StreamDecoder::new(false), &[&started, end]), None);
+        }
+        failed["response"]["output"] = json!([message("Hello")]);
+        assert_eq!(damage(StreamDecoder::for_repair(false), &[&failed]), None);
+    }
+
+    #[test]
+    fn the_reason_is_told_as_a_word_only() {
+        let mut failed = response("response.failed", "failed", &json!([]));
+        failed["response"]["error"] = json!({"code": "server_error", "message": "secret"});
+        let message =
+            |data: &Value| ended(&read(true, [event(data)]).unwrap()).error.as_ref().unwrap().message.clone();
+        assert_eq!(message(&failed), "the upstream reported that the run failed (server_error)");
+        failed["response"]["error"] = json!({"code": "a secret sentence"});
+        assert_eq!(message(&failed), "the upstream reported that the run failed");
+        let mut cut = response("response.incomplete", "incomplete", &json!([]));
+        cut["response"]["incomplete_details"] = json!({"reason": "max_output_tokens"});
+        assert_eq!(message(&cut), "the upstream ended the reply before it was whole (max_output_tokens)");
+    }
+
+    #[test]
+    fn an_error_event_refuses_before_acceptance_and_fails_the_run_after() {
+        let flat = json!({"type": "error", "code": "rate_limit_exceeded", "message": "m", "param": null, "sequence_number": 3});
+        let error = json!({"type": "x", "code": "rate_limit_exceeded", "message": "m"});
+        let nested = json!({"type": "error", "error": error});
+        let bare = json!({"error": error});
+        let wrongly_typed = json!({"type": "rate_limit_error", "error": error});
+        let other_events = [
+            json!({"type": "response.error", "error": error}),
+            json!({"type": "response.failed", "error": error}),
+        ];
+        for data in [flat, nested, bare, wrongly_typed].into_iter().chain(other_events) {
+            let error = read(true, [event(&data)]).unwrap_err();
+            assert!(matches!(error, UpstreamError::Unavailable { status: 429, .. }), "{error:?}");
+            let started = response("response.created", "in_progress", &json!([]));
+            let events = read(true, [event(&started), event(&delta("half")), event(&data)]).unwrap();
+            assert_eq!(ended(&events).status, RunStatus::Failed);
+            assert_eq!(
+                ended(&events).error.as_ref().unwrap().message,
+                "the upstream reported that the run failed (rate_limit_exceeded)"
+            );
+            assert_eq!(ended(&events).content, [text("half")]);
+        }
+        let locked = json!({"type": "error", "code": "conversation_locked", "message": "m"});
+        assert!(matches!(read(false, [event(&locked)]), Err(UpstreamError::Busy { .. })));
+    }
+
+    #[test]
+    fn unknown_events_and_done_mean_nothing() {
+        let raw = |name: Option<&str>, data: &str| SseEvent {
+            name: name.map(str::to_owned),
+            data: data.to_owned(),
+        };
+        let events = [
+            raw(None, "[DONE]"),
+            raw(Some("ping"), "now"),
+            raw(Some("keepalive"), "{}"),
+            raw(None, r#"{"type":"response.hologram.delta","delta":{"x":1},"output_index":"a"}"#),
+            raw(None, r#"{"type":7}"#),
+            raw(None, "{}"),
+        ];
+        assert_eq!(read(true, events).unwrap(), []);
+        for broken in [raw(None, "{"), raw(Some("response.completed"), r#"{"response":7}"#)] {
+            assert!(matches!(read(true, [broken]), Err(UpstreamError::Protocol(_))));
+        }
+    }
+
+    const NAMES: [&str; 5] = ["", "error", "response.completed", "response.output_text.delta", "ping"];
+
+    /// Events that a plain turn does not have.
+    fn odd() -> Vec<Value> {
+        let mut failed = response("response.failed", "failed", &json!([]));
+        failed["response"]["error"] =
+            json!({"code": "server_error", "message": "No tool output found for function call call_1."});
+        vec![
+            failed,
+            response("response.completed", "completed", &json!([call(), message("Hello")])),
+            json!({"type": "response.refusal.delta", "output_index": 1, "content_index": 0, "delta": "no"}),
+            json!({"type": "error", "code": "conversation_locked", "message": "m", "param": null}),
+        ]
+    }
+
+    fn transcript() -> String {
+        let name = |data: &Value| data["type"].as_str().unwrap_or_default().to_owned();
+        let event = |data| format!("event: {}\ndata: {data}\n\n", name(data));
+        plain().iter().map(event).collect::<Vec<_>>().concat()
+    }
+
+    proptest! {
+        #[test]
+        fn arbitrary_events_do_not_panic(data in proptest::collection::vec(
+            "\\PC{0,30}|\\{\"type\":\"(error|response\\.(created|completed|output_text\\.delta))\",\"(response|delta|error)\":(\\{\\}|\"x\"|[0-9]|\\{\"id\":\"r\"\\})\\}",
+            0..10,
+        )) {
+            for item in data {
+                let _ = read(true, [SseEvent { name: None, data: item }]);
+            }
+        }
+
+        #[test]
+        fn events_that_are_nearly_real_are_read_within_bounds(
+            events in proptest::collection::vec((0..NAMES.len(), mutated(plain().into_iter().chain(odd()).collect())), 0..16),
+        ) {
+            let (mut decoder, mut out, mut sent) = (StreamDecoder::for_repair(true), VecDeque::new(), 0);
+            for (name, data) in events {
+                let event = SseEvent { name: Some(NAMES[name].to_owned()), data: data.to_string() };
+                sent += event.data.len();
+                let read = decoder.read(event, &mut out);
+                let kept: usize = decoder.streamed.iter().map(ContentPart::size).sum();
+                prop_assert!(kept <= decoder.held(), "{kept} of {}", decoder.held());
+                if read.is_err() || matches!(out.back(), Some(UpstreamEvent::Ended(_))) {
+                    break;
+                }
+            }
+            let told = told(&out);
+            prop_assert!(told <= 2 * sent, "shown, and told again at the end: {told} of {sent}");
+        }
+
+        #[test]
+        fn a_damaged_stream_has_an_end(pieces in damaged(transcript().into_bytes())) {
+            ends_once(&read_to_the_end(pieces, StreamDecoder::for_repair(true), 4096))?;
+        }
+    }
+}

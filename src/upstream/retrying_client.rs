@@ -1,0 +1,233 @@
+//! Calls without a body that are harmless to repeat; behind a rate limiter where nobody waits for them.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use http::Method;
+use serde::de::DeserializeOwned;
+use serde_json::Value;
+use tokio::time::sleep;
+
+use crate::upstream::client::{Answer, UpstreamClient};
+use crate::upstream::error::UpstreamError;
+use crate::upstream::memory_limit::SizeBudget;
+use crate::upstream::port::Disposal;
+use crate::upstream::rate_limiter::RateLimiter;
+use crate::upstream::retry::{FIRST_WAIT, next_backoff, retry_while_busy, with_retries};
+use crate::upstream::wire::List;
+
+/// Lengths of a page, the longest that a server must give first. What is too much to read at once is asked for in
+/// smaller parts.
+const PAGES: [&str; 4] = ["100", "25", "5", "1"];
+/// Looks after a deletion until it must have taken effect.
+const LOOKS: u32 = 4;
+
+/// The way to make them. Each try waits for its turn, and is repeated while it fails in a way that may pass.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct RetryingClient<'a> {
+    pub(super) client: &'a UpstreamClient,
+    /// `None`: at once.
+    pub(super) limiter: Option<&'a RateLimiter>,
+}
+
+impl RetryingClient<'_> {
+    pub(super) async fn make<T: DeserializeOwned>(
+        self,
+        method: Method,
+        path: &[&str],
+        query: &[(&str, &str)],
+    ) -> Result<Answer<T>, UpstreamError> {
+        with_retries(|| async {
+            self.acquire().await;
+            self.client.json(method.clone(), path, query).await
+        })
+        .await
+    }
+
+    pub(super) async fn get(self, path: &[&str]) -> Result<Value, UpstreamError> {
+        self.make(Method::GET, path, &[]).await.map(|answer| answer.value)
+    }
+
+    /// A page of a list, as long as can be read.
+    pub(super) async fn page<T: DeserializeOwned>(
+        self,
+        path: &[&str],
+        order: &str,
+        after: Option<&str>,
+    ) -> Result<List<T>, UpstreamError> {
+        let [first, shorter @ ..] = PAGES;
+        let mut page = self.page_of(first, path, order, after).await;
+        for limit in shorter {
+            // An answer that is too long is one that cannot be read.
+            if !matches!(page, Err(UpstreamError::Protocol(_))) {
+                break;
+            }
+            page = self.page_of(limit, path, order, after).await;
+        }
+        page
+    }
+
+    async fn page_of<T: DeserializeOwned>(
+        self,
+        limit: &str,
+        path: &[&str],
+        order: &str,
+        after: Option<&str>,
+    ) -> Result<List<T>, UpstreamError> {
+        let cursor = after.map(|id| ("after", id));
+        let query: Vec<_> = [("limit", limit), ("order", order)].into_iter().chain(cursor).collect();
+        self.make(Method::GET, path, &query).await.map(|answer| answer.value)
+    }
+
+    /// A page of a list, charged to a budget: all pages of a list together may be no longer than one answer.
+    pub(super) async fn page_within<T: DeserializeOwned>(
+        self,
+        path: &[&str],
+        query: &[(&str, &str)],
+        after: Option<&str>,
+        budget: &mut SizeBudget,
+    ) -> Result<List<T>, UpstreamError> {
+        let [longest, ..] = PAGES;
+        let cursor = after.map(|id| ("after", id));
+        let query: Vec<_> =
+            [("limit", longest)].into_iter().chain(query.iter().copied()).chain(cursor).collect();
+        let answer = self.make::<List<T>>(Method::GET, path, &query).await?;
+        budget.add(answer.size)?;
+        Ok(answer.value)
+    }
+
+    /// A look before a deletion. `None`: nothing is there any more. `true`: the server has this call, so that a later 404
+    /// speaks of the object and not of the endpoint.
+    pub(super) async fn is_known(self, path: &[&str]) -> Result<Option<bool>, UpstreamError> {
+        match self.get(path).await {
+            Ok(_) => Ok(Some(true)),
+            Err(error) if is_gone(&error) => Ok(None),
+            Err(error) if is_not_offered(&error) => Ok(Some(false)),
+            Err(error) => Err(error),
+        }
+    }
+
+    pub(super) async fn delete(self, path: &[&str]) -> Result<(), UpstreamError> {
+        let deletion = Deletion::default();
+        let deleted = with_retries(|| deletion.attempt(self, path)).await;
+        deletion.outcome(deleted)
+    }
+
+    /// The same, as soon as nothing holds the thread.
+    pub(super) async fn delete_once_unlocked(self, path: &[&str]) -> Result<(), UpstreamError> {
+        let deletion = Deletion::default();
+        let deleted = retry_while_busy(|| deletion.attempt(self, path)).await;
+        deletion.outcome(deleted)
+    }
+
+    /// Makes sure that what was to be deleted is gone. `deleted`: what the deletion came to. `is_known`: the server had an
+    /// answer to this look before, so that every 404 says that there is nothing.
+    pub(super) async fn confirm(
+        self,
+        path: &[&str],
+        deleted: Result<(), UpstreamError>,
+        is_known: bool,
+    ) -> Result<Disposal, UpstreamError> {
+        let mut wait = FIRST_WAIT;
+        let deleted = match deleted {
+            Err(error) if is_missing(&error) => Err(error),
+            Err(error) if is_not_offered(&error) => return Ok(Disposal::NotSupported),
+            Err(error) => return Err(error),
+            Ok(()) => Ok(()),
+        };
+        for look in 0..LOOKS {
+            if look > 0 {
+                sleep(wait).await;
+                wait = next_backoff(wait);
+            }
+            match self.get(path).await {
+                Ok(_) => {}
+                Err(error) if is_missing(&error) || is_not_offered(&error) => {
+                    return Ok(match deleted {
+                        Err(refusal) if !is_known => unseen(&refusal, &error),
+                        _ => Disposal::Deleted,
+                    });
+                }
+                Err(error) => return Err(error),
+            }
+        }
+        match deleted {
+            Err(refusal) if !is_gone(&refusal) => Ok(Disposal::NotSupported),
+            _ => Err(UpstreamError::Protocol("what was deleted is still there".to_owned())),
+        }
+    }
+
+    /// What a deletion of something that was not looked at before came to. A refusal that leaves it open is followed by a
+    /// look.
+    pub(super) async fn disposal(
+        self,
+        path: &[&str],
+        deleted: Result<(), UpstreamError>,
+    ) -> Result<Disposal, UpstreamError> {
+        let refusal = match deleted {
+            Ok(()) => return Ok(Disposal::Deleted),
+            Err(UpstreamError::ThreadGone) => return Ok(Disposal::AlreadyGone),
+            Err(error) if is_missing(&error) || is_not_offered(&error) => error,
+            Err(error) => return Err(error),
+        };
+        match self.get(path).await {
+            // What cannot be read is there.
+            Ok(_) | Err(UpstreamError::Protocol(_)) => Ok(Disposal::NotSupported),
+            Err(error) if is_missing(&error) || is_not_offered(&error) => Ok(unseen(&refusal, &error)),
+            Err(error) => Err(error),
+        }
+    }
+
+    async fn acquire(self) {
+        if let Some(limiter) = self.limiter {
+            limiter.acquire().await;
+        }
+    }
+}
+
+/// The tries of one deletion.
+#[derive(Debug, Default)]
+struct Deletion {
+    /// One of them may have had an effect that was not told.
+    unsure: AtomicBool,
+}
+
+impl Deletion {
+    async fn attempt(&self, client: RetryingClient<'_>, path: &[&str]) -> Result<(), UpstreamError> {
+        client.acquire().await;
+        let done = client.client.done(Method::DELETE, path).await;
+        if done.as_ref().is_err_and(UpstreamError::is_ambiguous) {
+            self.unsure.store(true, Ordering::Relaxed);
+        }
+        done
+    }
+
+    /// What the tries came to: what an earlier one may have deleted is not found by a later one.
+    fn outcome(&self, last: Result<(), UpstreamError>) -> Result<(), UpstreamError> {
+        match last {
+            Err(error) if is_gone(&error) && self.unsure.load(Ordering::Relaxed) => Ok(()),
+            other => other,
+        }
+    }
+}
+
+/// What was to be deleted, of which neither the deletion nor the look after it says for sure that the server has the call: it
+/// is gone only if one of them says so.
+const fn unseen(deletion: &UpstreamError, look: &UpstreamError) -> Disposal {
+    if is_gone(deletion) || is_gone(look) { Disposal::AlreadyGone } else { Disposal::NotSupported }
+}
+
+/// The server says that there is nothing of that id, in whatever words. The text for a response is that for the end of a
+/// chain, too.
+pub(super) const fn is_gone(error: &UpstreamError) -> bool {
+    matches!(error, UpstreamError::ThreadGone | UpstreamError::Refused { missing: true, .. })
+}
+
+/// There is nothing of that id, if the server has the call.
+pub(super) const fn is_missing(error: &UpstreamError) -> bool {
+    is_gone(error) || matches!(error, UpstreamError::Refused { status: 404, .. })
+}
+
+/// The server does not have the call at all.
+pub(super) const fn is_not_offered(error: &UpstreamError) -> bool {
+    matches!(error, UpstreamError::Refused { status: 404 | 405 | 501, .. })
+}
