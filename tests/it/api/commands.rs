@@ -345,7 +345,7 @@ fn curl_lines(text: &str, address: &str) -> Vec<String> {
     lines.map(|line| line.replace("127.0.0.1:8080", address)).collect()
 }
 
-/// What a newcomer types, as it is written: the lines of the README and of the pages about the API, and those that `dev` prints.
+/// What a newcomer types, as it is written: the lines of the README, of the pages about the API, and of `dev`.
 #[tokio::test(flavor = "multi_thread")]
 async fn documented_curl_commands_work() {
     let (curl, _) = run(Command::new("curl").arg("--version"));
