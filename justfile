@@ -38,3 +38,7 @@ fuzz time:
 # Everything fails, at random, for so long: `just chaos 30m`.
 chaos time:
     THREADKEEPER_CHAOS_FOR={{ time }} cargo test chaos:: -- --nocapture
+
+# The documents as a site, in target/book. Needs mdBook: `cargo install mdbook --locked --no-default-features`.
+book:
+    mdbook build docs

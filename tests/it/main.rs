@@ -5,6 +5,7 @@
 mod api;
 mod architecture;
 mod chaos;
+mod docs;
 mod runs;
 mod server;
 mod simulator;

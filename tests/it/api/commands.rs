@@ -345,7 +345,7 @@ fn curl_lines(text: &str, address: &str) -> Vec<String> {
     lines.map(|line| line.replace("127.0.0.1:8080", address)).collect()
 }
 
-/// What a newcomer types, as it is written: the README's lines, and those that `dev` prints.
+/// What a newcomer types, as it is written: the lines of the README, of the pages about the API, and of `dev`.
 #[tokio::test(flavor = "multi_thread")]
 async fn documented_curl_commands_work() {
     let (curl, _) = run(Command::new("curl").arg("--version"));
@@ -355,10 +355,17 @@ async fn documented_curl_commands_work() {
     let mut dev = Gateway::command(&["dev", "--listen", "127.0.0.1:0", "--data"]);
     dev.arg(&data);
     let dev = Gateway::spawn(dev, TempDir::new().unwrap()).await;
-    let readme = include_str!("../../../README.md");
+    // In this order: what one page deletes the next one makes anew.
+    let pages = [
+        include_str!("../../../README.md"),
+        include_str!("../../../docs/idempotency.md"),
+        include_str!("../../../docs/events.md"),
+        include_str!("../../../docs/http-api.md"),
+    ]
+    .concat();
     let banner = threadkeeper::dev::banner(dev.address().parse().unwrap(), &data);
-    let lines = [curl_lines(readme, dev.address()), curl_lines(&banner, dev.address())].concat();
-    assert!(lines.len() >= 12, "{lines:#?}");
+    let lines = [curl_lines(&pages, dev.address()), curl_lines(&banner, dev.address())].concat();
+    assert!(lines.len() >= 24, "{lines:#?}");
     for line in lines {
         let output = Command::new("sh")
             .args(["-c", &format!("{line} --silent --fail --max-time 20")])
