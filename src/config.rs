@@ -8,6 +8,7 @@ mod decode;
 mod doubts;
 mod env;
 mod load;
+mod names;
 mod network;
 mod problem;
 mod rate;
@@ -30,9 +31,10 @@ use crate::domain::{KeyText, Lifetimes, Limits, Metadata, UserContent};
 
 pub use auth::{AuthConfig, JwtAlgorithm, JwtConfig, KeyConfig};
 pub use check::reserved_parameters;
-pub use load::{ConfigFile, LISTEN_FORM, Sources, USUAL_FILE, utf8_variables};
+pub use decode::LISTEN_FORM;
+pub use load::{ConfigFile, Sources, utf8_variables};
 pub use network::{InvalidNetwork, Network};
-pub use problem::{ConfigProblems, Origin, Problem};
+pub use problem::{ConfigProblems, Origin, Problem, USUAL_FILE};
 pub use rate::{InvalidRate, Rate};
 pub use upstreams::{AssistantConfig, AuthScheme, UpstreamConfig, UpstreamKind};
 
@@ -41,7 +43,7 @@ pub const MAX_PAGE: u32 = 100;
 
 /// All settings of the gateway.
 #[derive(Clone, Debug, Default, Deserialize)]
-#[serde(default)]
+#[serde(default, deny_unknown_fields)]
 pub struct Config {
     pub server: ServerConfig,
     pub auth: AuthConfig,
@@ -61,7 +63,7 @@ pub struct Config {
 
 /// The HTTP server.
 #[derive(Clone, Debug, Deserialize)]
-#[serde(default)]
+#[serde(default, deny_unknown_fields)]
 pub struct ServerConfig {
     pub listen: SocketAddr,
     /// Serve callers on other machines although nobody has to prove who they are.
@@ -118,7 +120,7 @@ pub struct ServerConfig {
 
 /// The database.
 #[derive(Clone, Debug, Deserialize)]
-#[serde(default)]
+#[serde(default, deny_unknown_fields)]
 pub struct StoreConfig {
     /// `postgres://…` or `sqlite:<path>`. A secret: it may hold a password.
     pub url: Option<SecretString>,
@@ -165,7 +167,7 @@ pub enum Synchronous {
 
 /// Logs. They go to standard error.
 #[derive(Clone, Debug, Deserialize)]
-#[serde(default)]
+#[serde(default, deny_unknown_fields)]
 pub struct LogConfig {
     /// As in `RUST_LOG`: `info`, `threadkeeper=debug,info`, …
     pub filter: String,
@@ -184,7 +186,7 @@ pub enum LogFormat {
 
 /// How often callers may ask, in each process. Nothing is limited that is not set.
 #[derive(Clone, Debug, Default, Deserialize)]
-#[serde(default)]
+#[serde(default, deny_unknown_fields)]
 pub struct LimitsConfig {
     /// Messages of one user, and outputs of function calls: each has a model answer.
     pub user_messages: Option<Rate>,
@@ -197,7 +199,7 @@ pub struct LimitsConfig {
 
 /// How runs are queued and bounded.
 #[derive(Clone, Debug, Deserialize)]
-#[serde(default)]
+#[serde(default, deny_unknown_fields)]
 pub struct RunsConfig {
     /// How long a run may take once it has started, unless its assistant or its request says otherwise.
     #[serde(with = "humantime_serde")]
@@ -228,7 +230,7 @@ pub struct RunsConfig {
 
 /// Session conversations.
 #[derive(Clone, Debug, Deserialize)]
-#[serde(default)]
+#[serde(default, deny_unknown_fields)]
 pub struct SessionsConfig {
     /// Life of a session's thread. The session's next message then starts a new one.
     #[serde(with = "humantime_serde")]
@@ -248,7 +250,7 @@ pub enum TtlFrom {
 
 /// Threads of all scopes.
 #[derive(Clone, Debug, Deserialize)]
-#[serde(default)]
+#[serde(default, deny_unknown_fields)]
 pub struct ThreadsConfig {
     /// Life of the threads of users and topics, from their creation; for ever if left out.
     #[serde(with = "humantime_serde")]
@@ -267,7 +269,7 @@ pub struct ThreadsConfig {
 
 /// Threads that are archived.
 #[derive(Clone, Debug, Deserialize)]
-#[serde(default)]
+#[serde(default, deny_unknown_fields)]
 pub struct ArchiveConfig {
     /// How long their transcripts are kept.
     #[serde(with = "humantime_serde")]
@@ -278,7 +280,7 @@ pub struct ArchiveConfig {
 
 /// How long the record keeps what conversations do not need.
 #[derive(Clone, Debug, Deserialize)]
-#[serde(default)]
+#[serde(default, deny_unknown_fields)]
 pub struct RetentionConfig {
     /// Runs that have ended. Their messages stay.
     #[serde(with = "humantime_serde")]
@@ -293,7 +295,7 @@ pub struct RetentionConfig {
 
 /// The work in the background.
 #[derive(Clone, Debug, Deserialize)]
-#[serde(default)]
+#[serde(default, deny_unknown_fields)]
 pub struct JanitorConfig {
     /// How often this replica looks for work, more or less.
     #[serde(with = "humantime_serde")]
@@ -312,7 +314,7 @@ pub struct JanitorConfig {
 
 /// This process among its peers.
 #[derive(Clone, Debug, Deserialize)]
-#[serde(default)]
+#[serde(default, deny_unknown_fields)]
 pub struct ReplicaConfig {
     /// A replica that has not renewed its session for so long counts as dead.
     #[serde(with = "humantime_serde")]
@@ -513,18 +515,19 @@ mod tests {
 
     #[test]
     fn the_example_file_mentions_every_setting() {
-        let (live, errors) = tree::Node::from_toml("gateway.toml", TEXT);
-        let (all, more_errors) = tree::Node::from_toml("gateway.toml", &with_examples());
+        let (live, errors) = tree::Tree::from_toml("gateway.toml", TEXT);
+        let (all, more_errors) = tree::Tree::from_toml("gateway.toml", &with_examples());
         assert!(errors.is_empty() && more_errors.is_empty(), "{errors:?} {more_errors:?}");
-        for setting in load::known_settings() {
+        for setting in names::known_settings() {
             let at = |name: &str| -> Vec<String> {
-                setting.iter().map(|key| if *key == "<name>" { name } else { key }.to_owned()).collect()
+                setting.iter().map(|key| if key == names::ANY_NAME { name } else { key }.to_owned()).collect()
             };
             let is_mentioned = ["openai", "azure", "default", "support", "backend"]
                 .iter()
                 .any(|name| all.get(&at(name)).is_some());
             assert!(is_mentioned, "{setting:?} is not in config/gateway.toml");
             // Settings with a default are live, so that the test above compares them.
+            let setting: Vec<&str> = setting.iter().map(String::as_str).collect();
             let has_none = matches!(
                 setting.as_slice(),
                 ["store", "url" | "url_file" | "direct_url" | "direct_url_file"]

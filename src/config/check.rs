@@ -6,9 +6,10 @@ use http::{HeaderName, HeaderValue};
 use secrecy::{ExposeSecret, SecretString};
 use url::Url;
 
+use super::names::nearest;
 use super::problem::{ConfigProblems, Problem};
 use super::tools::{Finding, examine};
-use super::tree::Node;
+use super::tree::Tree;
 use super::{AssistantConfig, AuthScheme, Config, KeyConfig, MAX_PAGE, UpstreamConfig, UpstreamKind};
 use crate::domain::{KeyText, Metadata, UserContent};
 
@@ -40,7 +41,7 @@ pub const fn reserved_parameters(kind: UpstreamKind) -> &'static [&'static str] 
 
 /// Collects problems with their origin.
 pub(super) struct Checker<'a> {
-    pub(super) tree: &'a Node,
+    pub(super) tree: &'a Tree,
     pub(super) problems: &'a mut ConfigProblems,
 }
 
@@ -50,10 +51,9 @@ impl Checker<'_> {
         if self.is_broken(path) {
             return;
         }
-        let keys: Vec<String> = path.iter().map(|key| (*key).to_owned()).collect();
         self.problems.push(Problem {
-            path: keys.join("."),
-            origin: self.tree.get(&keys).and_then(|node| node.origin.clone()),
+            path: path.join("."),
+            origin: self.tree.origin(path).cloned(),
             what: what.into(),
             hint: (!hint.is_empty()).then(|| hint.to_owned()),
         });
@@ -170,7 +170,7 @@ fn origin(text: &str) -> Result<(), (&'static str, &'static str)> {
         let is_sent_so = Url::parse(text).is_ok_and(|url| url.origin().ascii_serialization() == *text);
         return if is_sent_so { Ok(()) } else { no_origin };
     }
-    if super::decode::nearest(scheme, &["http", "https"]).is_some() {
+    if nearest(scheme, &["http", "https"]).is_some() {
         return Err(("holds a scheme that is nearly https", FORM));
     }
     if scheme == "file" {
@@ -428,13 +428,11 @@ fn assistant(name: &str, assistant: &AssistantConfig, config: &Config, checker: 
     for (index, tool) in assistant.tools.iter().enumerate() {
         let finding = tool.as_object().and_then(|tool| examine(upstream.kind, tool));
         if let Some(Finding::Problem(what, form)) = finding {
-            let keys = ["assistants", name, "tools", &index.to_string()].map(str::to_owned);
-            checker.problems.push(Problem {
-                path: keys.join("."),
-                origin: checker.tree.nearest(&keys).origin.clone(),
-                what: what.to_owned(),
-                hint: Some(format!("write it like {form}")),
-            });
+            checker.report(
+                &["assistants", name, "tools", &index.to_string()],
+                what,
+                &format!("write it like {form}"),
+            );
         }
     }
     let is_given = |text: &Option<String>| text.as_ref().is_some_and(|text| !text.is_empty());
@@ -475,7 +473,7 @@ fn unknown_upstream(path: &[&str], assistant: &AssistantConfig, config: &Config,
         return;
     }
     let known: Vec<&str> = config.upstreams.keys().map(String::as_str).collect();
-    let hint = match super::decode::nearest(&assistant.upstream, &known) {
+    let hint = match nearest(&assistant.upstream, &known) {
         Some(near) => format!("did you mean \"{near}\"?"),
         None if known.is_empty() => "add a table [upstreams.<name>]".to_owned(),
         None => format!("there are: {}", known.join(", ")),

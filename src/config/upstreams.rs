@@ -10,6 +10,7 @@ use url::Url;
 
 /// One upstream server.
 #[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
 #[expect(clippy::struct_excessive_bools, reason = "each is a setting of its own")]
 pub struct UpstreamConfig {
     pub kind: UpstreamKind,
@@ -92,7 +93,7 @@ pub enum AuthScheme {
 
 /// A named profile that messages are answered with.
 #[derive(Clone, Debug, Default, Deserialize)]
-#[serde(default)]
+#[serde(default, deny_unknown_fields)]
 pub struct AssistantConfig {
     /// Name of the upstream.
     pub upstream: String,
