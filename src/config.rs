@@ -96,7 +96,7 @@ pub struct ServerConfig {
     pub max_body_bytes: usize,
     /// Bytes of large bodies in memory at once: from before they are read until their runs end, but not while these wait in
     /// line.
-    pub max_bodies_bytes: usize,
+    pub max_buffered_body_bytes: usize,
     /// Largest request head, bytes.
     pub max_header_bytes: usize,
     /// Longest key of a user, session or topic, bytes of UTF-8: [`KeyText::MAX_BYTES`] or less.
@@ -106,12 +106,12 @@ pub struct ServerConfig {
     /// Most pairs of metadata: [`Metadata::MAX_PAIRS`] or less.
     pub max_metadata_pairs: usize,
     /// Most entries of a page of a list: [`MAX_PAGE`] or less.
-    pub max_page: u32,
+    pub max_page_size: u32,
     /// Readers that may follow the events of one run.
-    pub max_readers: NonZeroUsize,
+    pub max_readers_per_run: NonZeroUsize,
     /// Comment interval of an idle event stream.
     #[serde(with = "humantime_serde")]
-    pub keep_alive: Duration,
+    pub stream_keep_alive: Duration,
     /// Time for running turns to end after SIGTERM. What then still runs is ended, which takes up to 10 s more: give
     /// the orchestrator's own grace time (often 30 s) room for both.
     #[serde(with = "humantime_serde")]
@@ -299,9 +299,9 @@ pub struct RetentionConfig {
 pub struct JanitorConfig {
     /// How often this replica looks for work, more or less.
     #[serde(with = "humantime_serde")]
-    pub every: Duration,
+    pub interval: Duration,
     /// Threads taken at a time.
-    pub batch: NonZeroU32,
+    pub batch_size: NonZeroU32,
     /// Threads worked on at once.
     pub concurrency: NonZeroU32,
     /// Calls to all upstreams together.
@@ -376,14 +376,14 @@ impl Default for ServerConfig {
             min_body_rate: 16 * 1024,
             write_timeout: Duration::from_secs(30),
             max_body_bytes: 12 * 1024 * 1024,
-            max_bodies_bytes: 256 * 1024 * 1024,
+            max_buffered_body_bytes: 256 * 1024 * 1024,
             max_header_bytes: 32 * 1024,
             max_key_bytes: KeyText::MAX_BYTES,
             max_content_parts: UserContent::MAX_PARTS,
             max_metadata_pairs: Metadata::MAX_PAIRS,
-            max_page: MAX_PAGE,
-            max_readers: NonZeroUsize::new(100).unwrap_or(NonZeroUsize::MAX),
-            keep_alive: Duration::from_secs(15),
+            max_page_size: MAX_PAGE,
+            max_readers_per_run: NonZeroUsize::new(100).unwrap_or(NonZeroUsize::MAX),
+            stream_keep_alive: Duration::from_secs(15),
             shutdown_grace: Duration::from_secs(20),
         }
     }
@@ -468,8 +468,8 @@ impl Default for JanitorConfig {
     fn default() -> Self {
         let number = |n| NonZeroU32::new(n).unwrap_or(NonZeroU32::MIN);
         Self {
-            every: Duration::from_secs(30),
-            batch: number(100),
+            interval: Duration::from_secs(30),
+            batch_size: number(100),
             concurrency: number(4),
             calls_per_second: number(10),
             give_up_after: Duration::from_hours(7 * 24),
@@ -562,7 +562,7 @@ mod tests {
         assert_eq!(openai.lock_window, UpstreamConfig::default_lock_window());
         assert_eq!(openai.breaker_min_requests, UpstreamConfig::default_breaker_min_requests());
         assert_eq!(openai.breaker_window, UpstreamConfig::default_breaker_window());
-        assert_eq!(openai.breaker_open, UpstreamConfig::default_breaker_open());
+        assert_eq!(openai.breaker_open_duration, UpstreamConfig::default_breaker_open_duration());
         let (jwt, defaults) = (config.auth.jwt.as_ref().unwrap(), JwtConfig::default());
         assert_eq!((jwt.leeway, jwt.jwks_refresh), (defaults.leeway, defaults.jwks_refresh));
         assert_eq!(config.upstreams["azure"].auth, AuthScheme::ApiKey);

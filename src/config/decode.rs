@@ -55,7 +55,7 @@ fn lists_for_tables(value: &Value, path: Vec<String>) -> Vec<Vec<String>> {
         Value::Array(_) if known_settings().iter().any(is_above) => vec![path],
         Value::Object(fields) => {
             let below = |(key, field): (&String, &Value)| {
-                lists_for_tables(field, [path.as_slice(), &[key.clone()]].concat())
+                lists_for_tables(field, [path.as_slice(), std::slice::from_ref(key)].concat())
             };
             fields.iter().flat_map(below).collect()
         }

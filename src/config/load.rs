@@ -362,7 +362,7 @@ mod tests {
         let env = [
             ("THREADKEEPER_SERVER__MAX_CONNECTIONS", "10_000"),
             ("THREADKEEPER_SERVER__ALLOW_UNAUTHENTICATED", "True"),
-            ("THREADKEEPER_SERVER__KEEP_ALIVE", "1m 30s"),
+            ("THREADKEEPER_SERVER__STREAM_KEEP_ALIVE", "1m 30s"),
             ("THREADKEEPER_STORE__MIGRATE_ON_START", "0"),
             ("THREADKEEPER_STORE__SYNCHRONOUS", "normal"),
             ("THREADKEEPER_LOG__FORMAT", "json"),
@@ -381,7 +381,7 @@ mod tests {
         let config = load("", &env);
         assert_eq!(config.server.max_connections, 10_000);
         assert!(config.server.allow_unauthenticated);
-        assert_eq!(config.server.keep_alive, Duration::from_secs(90));
+        assert_eq!(config.server.stream_keep_alive, Duration::from_secs(90));
         assert!(!config.store.migrate_on_start);
         assert_eq!(config.store.synchronous, Synchronous::Normal);
         assert_eq!(config.log.format, Some(LogFormat::Json));
@@ -460,7 +460,7 @@ mod tests {
             [server]
             listen = "nowhere"
             max_connections = "many"
-            keep_alive = 15
+            stream_keep_alive = 15
             [log]
             format = "jsn"
             [upstreams.a]
@@ -481,12 +481,12 @@ mod tests {
                 "assistants.default.upstream (g.toml, line 15): expected text, found a number",
                 "log.format (g.toml, line 8): expected one of \"json\", \"pretty\"; did you mean \"json\"?",
                 "runs.max_queue (THREADKEEPER_RUNS__MAX_QUEUE): expected a whole number, 0 or more",
-                "server.keep_alive (g.toml, line 6): expected a duration, found a number; \
-                 write it with its unit, such as \"30s\"",
                 "server.listen (g.toml, line 4): is no address to listen on; host names are not looked up; \
                  write an IP address and a port: \"127.0.0.1:8080\" for this machine alone, \
                  \"0.0.0.0:8080\" for all interfaces",
                 "server.max_connections (g.toml, line 5): expected a whole number, 0 or more",
+                "server.stream_keep_alive (g.toml, line 6): expected a duration, found a number; \
+                 write it with its unit, such as \"30s\"",
                 "store.migrate_on_start (THREADKEEPER_STORE__MIGRATE_ON_START): expected true or false",
                 "stray (g.toml, line 2): there is no such setting",
                 "upstreams.a.base_url (g.toml, line 11): not a URL: relative URL without a base",
@@ -556,7 +556,7 @@ mod tests {
 
     #[test]
     fn numbers_out_of_range_are_refused_with_the_range() {
-        let text = "[server]\nmax_readers = 0\nmax_page = 4294967296\nmax_connections = -1\nmax_key_bytes = 0.5\n\
+        let text = "[server]\nmax_readers_per_run = 0\nmax_page_size = 4294967296\nmax_connections = -1\nmax_key_bytes = 0.5\n\
                     max_body_bytes = 99999999999999999999\n[threads]\nmax_messages = nan";
         let env = [("THREADKEEPER_RUNS__MAX_RETRIES", "4294967296"), ("THREADKEEPER_RUNS__MAX_RUNS", "0")];
         let found = problems(text, &env);
@@ -568,8 +568,8 @@ mod tests {
                 "server.max_body_bytes (g.toml, line 6): expected a whole number, 0 or more, found a number",
                 "server.max_connections (g.toml, line 4): expected a whole number, 0 or more",
                 "server.max_key_bytes (g.toml, line 5): expected a whole number, 0 or more, found a number",
-                "server.max_page (g.toml, line 3): expected a whole number from 0 to 4294967295",
-                "server.max_readers (g.toml, line 2): expected a whole number, 1 or more",
+                "server.max_page_size (g.toml, line 3): expected a whole number from 0 to 4294967295",
+                "server.max_readers_per_run (g.toml, line 2): expected a whole number, 1 or more",
                 "threads.max_messages (g.toml, line 8): expected a whole number, 1 or more, found a number",
             ]
         );
@@ -695,7 +695,7 @@ mod tests {
             listen = "hunter2hunter2"
             public_url = "hunter2hunter2"
             max_body_bytes = "hunter2hunter2"
-            keep_alive = "hunter2hunter2"
+            stream_keep_alive = "hunter2hunter2"
             hunter = "hunter2hunter2"
             [log]
             filter = "hunter2hunter2=hunter2hunter2=,,"

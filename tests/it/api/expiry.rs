@@ -20,7 +20,7 @@ on_every_scene!(
 
 const HOUR: Duration = Duration::from_hours(1);
 /// The janitor works only when it is told to.
-const BY_HAND: &str = "[janitor]\nevery = \"1h\"\ncalls_per_second = 10000\n";
+const BY_HAND: &str = "[janitor]\ninterval = \"1h\"\ncalls_per_second = 10000\n";
 
 async fn clean_up(gateway: &Gateway) -> Value {
     gateway.post("/v1/admin/cleanup", &json!({})).await.ok()
@@ -158,7 +158,7 @@ async fn a_new_configuration_holds_for_old_threads(scene: Scene) {
     gateway.say("/v1/users/alice", "one").await;
     drop(gateway);
     scene.database.age_threads(2 * HOUR).await;
-    let settings = "[threads]\nmax_idle = \"1h\"\n[janitor]\nevery = \"100ms\"\n";
+    let settings = "[threads]\nmax_idle = \"1h\"\n[janitor]\ninterval = \"100ms\"\n";
     let gateway = scene.gateway_with(settings).await;
     gateway.until("/v1/users/alice/thread", |answer| answer.body["lifecycle"] == "archived").await;
 }
@@ -167,7 +167,8 @@ async fn a_poisoned_thread_does_not_keep_the_others_waiting(scene: Scene) {
     if scene.protocol == Protocol::Chain {
         return;
     }
-    let settings = "[janitor]\nevery = \"1h\"\nbatch = 1\nconcurrency = 1\ncalls_per_second = 10000\n";
+    let settings =
+        "[janitor]\ninterval = \"1h\"\nbatch_size = 1\nconcurrency = 1\ncalls_per_second = 10000\n";
     let gateway = scene.gateway_with(settings).await;
     for n in 0..5 {
         gateway.say(&format!("/v1/users/alice/sessions/{n}"), "hello").await;

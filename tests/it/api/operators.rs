@@ -16,7 +16,7 @@ on_every_scene!(
     a_lost_race_leaves_no_thread_upstream,
 );
 
-const BY_HAND: &str = "[janitor]\nevery = \"1h\"\ncalls_per_second = 10000\n";
+const BY_HAND: &str = "[janitor]\ninterval = \"1h\"\ncalls_per_second = 10000\n";
 
 async fn clean_up(gateway: &Gateway) -> Value {
     gateway.post("/v1/admin/cleanup", &json!({})).await.ok()

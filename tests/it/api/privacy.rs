@@ -134,7 +134,7 @@ async fn no_name_reaches_the_upstream_or_the_log_unless_it_is_to(scene: Scene) {
         }
     }
 
-    let gateway = start(&scene, &format!("{UPSTREAM}send_keys = true\n")).await;
+    let gateway = start(&scene, &format!("{UPSTREAM}send_identifiers = true\n")).await;
     for scope in scopes() {
         names.post(&gateway, &format!("{scope}/messages"), json!({"content": "hello"})).await;
     }

@@ -136,7 +136,7 @@ async fn outputs_whose_answer_is_lost_are_not_lost(scene: Scene) {
 
 async fn a_dead_upstream_fails_fast_and_is_found_again(scene: Scene) {
     const OPEN: Duration = Duration::from_secs(4);
-    let settings = "breaker_min_requests = 2\nbreaker_open = \"4s\"\n";
+    let settings = "breaker_min_requests = 2\nbreaker_open_duration = \"4s\"\n";
     let gateway = scene.gateway_both("[runs]\nmax_retries = 0\n", settings).await;
     say(&gateway, "hello").await.ok();
     fault(&scene, start(&scene), "status=503", 1000);

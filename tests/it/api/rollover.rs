@@ -41,7 +41,8 @@ async fn transcript(gateway: &Gateway) -> Vec<Value> {
 }
 
 async fn a_full_thread_is_rolled_over_before_its_next_turn(scene: Scene) {
-    let settings = "[threads]\nmax_messages = 60\ncarry_over_messages = 50\n[janitor]\nevery = \"100ms\"\n";
+    let settings =
+        "[threads]\nmax_messages = 60\ncarry_over_messages = 50\n[janitor]\ninterval = \"100ms\"\n";
     let gateway = scene.gateway_with(settings).await;
     let first = gateway.say(SCOPE, "message 0").await;
     gateway.patch(&format!("{SCOPE}/thread"), &json!({"metadata": {"team": "blue"}})).await.ok();
@@ -123,7 +124,7 @@ async fn a_rollover_waits_for_the_run_that_is_active(scene: Scene) {
 }
 
 async fn nothing_is_lost_or_doubled_across_the_seam(scene: Scene) {
-    let settings = "[threads]\nmax_messages = 6\ncarry_over_messages = 4\n[janitor]\nevery = \"50ms\"\n\
+    let settings = "[threads]\nmax_messages = 6\ncarry_over_messages = 4\n[janitor]\ninterval = \"50ms\"\n\
                     calls_per_second = 10000\n";
     let gateway = scene.gateway_with(settings).await;
     let (talkers, each) = (6, 8);
@@ -175,7 +176,7 @@ async fn what_others_wrote_is_in_the_archive(scene: Scene) {
         return;
     }
     let settings = "[threads]\ncarry_over_messages = 3\n";
-    let gateway = scene.gateway_both(settings, "shared = true\n").await;
+    let gateway = scene.gateway_both(settings, "external_writers = true\n").await;
     gateway.say(SCOPE, "one").await;
     let old = gateway.say(SCOPE, "two").await;
     let id = old["thread"]["upstream_thread_id"].as_str().unwrap();
@@ -227,7 +228,7 @@ async fn deadline_and_cancel_are_heard_before_a_rollover(scene: Scene) {
         Protocol::Chain => return,
     };
     let settings = "[threads]\nmax_messages = 2\n[runs]\nsettle_timeout = \"1h\"\n";
-    let gateway = scene.gateway_both(settings, "shared = true\n").await;
+    let gateway = scene.gateway_both(settings, "external_writers = true\n").await;
     gateway.say(SCOPE, "one").await;
     scene.fault(on, "latency=1h", 2);
     let body = json!({"content": "two", "timeout_ms": 300});

@@ -94,7 +94,7 @@ async fn lists_are_in_the_order_of_what_happened() {
 async fn threads_expire_for_all_at_the_same_time() {
     const MINUTE: Duration = Duration::from_mins(1);
     let scene = shared().await;
-    let settings = format!("{LONG}[sessions]\nttl = \"30m\"\n[janitor]\nevery = \"1s\"\n");
+    let settings = format!("{LONG}[sessions]\nttl = \"30m\"\n[janitor]\ninterval = \"1s\"\n");
     let gateways = three(&scene, &settings).await;
     let says = async |n: usize, scope: &str| {
         gateways[n].say(scope, "hello").await["thread"]["id"].as_str().unwrap().to_owned()
@@ -142,7 +142,7 @@ async fn deadlines_are_as_long_as_they_are() {
 async fn nothing_is_pruned_before_its_time_or_kept_beyond() {
     let scene = shared().await;
     let settings =
-        format!("{LONG}[retention]\nruns = \"30m\"\nevents = \"20m\"\n[janitor]\nevery = \"1s\"\n");
+        format!("{LONG}[retention]\nruns = \"30m\"\nevents = \"20m\"\n[janitor]\ninterval = \"1s\"\n");
     let gateways = three(&scene, &settings).await;
     let clean_up = async || {
         for gateway in &gateways {
