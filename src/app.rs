@@ -113,8 +113,8 @@ impl App {
             janitor: janitor.clone(),
             auth: Arc::clone(&auth),
             limits: Arc::new(Limits::new(&config.limits)),
-            readers: Arc::new(KeyedSemaphore::new(usize::MAX, config.server.max_readers.get())),
-            bodies: Budget::new(config.server.max_bodies_bytes),
+            readers: Arc::new(KeyedSemaphore::new(usize::MAX, config.server.max_readers_per_run.get())),
+            bodies: Budget::new(config.server.max_buffered_body_bytes),
             server: Arc::new(config.server.clone()),
             logs_clients: config.log.client_address,
         };
@@ -345,8 +345,8 @@ fn configured(
         let configured = ConfiguredUpstream {
             adapter,
             breaker: Some(Arc::new(Breaker::new(name, upstream))),
-            is_shared: upstream.shared,
-            gets_keys: upstream.send_keys,
+            has_external_writers: upstream.external_writers,
+            gets_keys: upstream.send_identifiers,
         };
         Some((name.clone(), configured))
     };

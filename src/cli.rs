@@ -212,7 +212,7 @@ pub enum KeysCommand {
 ///
 /// Names are not written there, but fingerprints of them, which are made with a key of the database's own: so another database
 /// has others. The fields are `user` and `key` in logs, and `threadkeeper_tenant`, `…_user`, `…_session` and `…_topic` in the
-/// metadata at an upstream. Where the upstream has `send_keys = true`, names stand there in clear.
+/// metadata at an upstream. Where the upstream has `send_identifiers = true`, names stand there in clear.
 ///
 /// A SQLite file serves one process: stop the gateway first.
 #[derive(Args, Clone, Debug)]

@@ -8,6 +8,7 @@ mod decode;
 mod doubts;
 mod env;
 mod load;
+mod names;
 mod network;
 mod problem;
 mod rate;
@@ -30,9 +31,10 @@ use crate::domain::{KeyText, Lifetimes, Limits, Metadata, UserContent};
 
 pub use auth::{AuthConfig, JwtAlgorithm, JwtConfig, KeyConfig};
 pub use check::reserved_parameters;
-pub use load::{ConfigFile, LISTEN_FORM, Sources, USUAL_FILE, utf8_variables};
+pub use decode::LISTEN_FORM;
+pub use load::{ConfigFile, Sources, utf8_variables};
 pub use network::{InvalidNetwork, Network};
-pub use problem::{ConfigProblems, Origin, Problem};
+pub use problem::{ConfigProblems, Origin, Problem, USUAL_FILE};
 pub use rate::{InvalidRate, Rate};
 pub use upstreams::{AssistantConfig, AuthScheme, UpstreamConfig, UpstreamKind};
 
@@ -41,7 +43,7 @@ pub const MAX_PAGE: u32 = 100;
 
 /// All settings of the gateway.
 #[derive(Clone, Debug, Default, Deserialize)]
-#[serde(default)]
+#[serde(default, deny_unknown_fields)]
 pub struct Config {
     pub server: ServerConfig,
     pub auth: AuthConfig,
@@ -61,7 +63,7 @@ pub struct Config {
 
 /// The HTTP server.
 #[derive(Clone, Debug, Deserialize)]
-#[serde(default)]
+#[serde(default, deny_unknown_fields)]
 pub struct ServerConfig {
     pub listen: SocketAddr,
     /// Serve callers on other machines although nobody has to prove who they are.
@@ -94,7 +96,7 @@ pub struct ServerConfig {
     pub max_body_bytes: usize,
     /// Bytes of large bodies in memory at once: from before they are read until their runs end, but not while these wait in
     /// line.
-    pub max_bodies_bytes: usize,
+    pub max_buffered_body_bytes: usize,
     /// Largest request head, bytes.
     pub max_header_bytes: usize,
     /// Longest key of a user, session or topic, bytes of UTF-8: [`KeyText::MAX_BYTES`] or less.
@@ -104,12 +106,12 @@ pub struct ServerConfig {
     /// Most pairs of metadata: [`Metadata::MAX_PAIRS`] or less.
     pub max_metadata_pairs: usize,
     /// Most entries of a page of a list: [`MAX_PAGE`] or less.
-    pub max_page: u32,
+    pub max_page_size: u32,
     /// Readers that may follow the events of one run.
-    pub max_readers: NonZeroUsize,
+    pub max_readers_per_run: NonZeroUsize,
     /// Comment interval of an idle event stream.
     #[serde(with = "humantime_serde")]
-    pub keep_alive: Duration,
+    pub stream_keep_alive: Duration,
     /// Time for running turns to end after SIGTERM. What then still runs is ended, which takes up to 10 s more: give
     /// the orchestrator's own grace time (often 30 s) room for both.
     #[serde(with = "humantime_serde")]
@@ -118,7 +120,7 @@ pub struct ServerConfig {
 
 /// The database.
 #[derive(Clone, Debug, Deserialize)]
-#[serde(default)]
+#[serde(default, deny_unknown_fields)]
 pub struct StoreConfig {
     /// `postgres://…` or `sqlite:<path>`. A secret: it may hold a password.
     pub url: Option<SecretString>,
@@ -165,7 +167,7 @@ pub enum Synchronous {
 
 /// Logs. They go to standard error.
 #[derive(Clone, Debug, Deserialize)]
-#[serde(default)]
+#[serde(default, deny_unknown_fields)]
 pub struct LogConfig {
     /// As in `RUST_LOG`: `info`, `threadkeeper=debug,info`, …
     pub filter: String,
@@ -184,7 +186,7 @@ pub enum LogFormat {
 
 /// How often callers may ask, in each process. Nothing is limited that is not set.
 #[derive(Clone, Debug, Default, Deserialize)]
-#[serde(default)]
+#[serde(default, deny_unknown_fields)]
 pub struct LimitsConfig {
     /// Messages of one user, and outputs of function calls: each has a model answer.
     pub user_messages: Option<Rate>,
@@ -197,7 +199,7 @@ pub struct LimitsConfig {
 
 /// How runs are queued and bounded.
 #[derive(Clone, Debug, Deserialize)]
-#[serde(default)]
+#[serde(default, deny_unknown_fields)]
 pub struct RunsConfig {
     /// How long a run may take once it has started, unless its assistant or its request says otherwise.
     #[serde(with = "humantime_serde")]
@@ -228,7 +230,7 @@ pub struct RunsConfig {
 
 /// Session conversations.
 #[derive(Clone, Debug, Deserialize)]
-#[serde(default)]
+#[serde(default, deny_unknown_fields)]
 pub struct SessionsConfig {
     /// Life of a session's thread. The session's next message then starts a new one.
     #[serde(with = "humantime_serde")]
@@ -248,7 +250,7 @@ pub enum TtlFrom {
 
 /// Threads of all scopes.
 #[derive(Clone, Debug, Deserialize)]
-#[serde(default)]
+#[serde(default, deny_unknown_fields)]
 pub struct ThreadsConfig {
     /// Life of the threads of users and topics, from their creation; for ever if left out.
     #[serde(with = "humantime_serde")]
@@ -267,7 +269,7 @@ pub struct ThreadsConfig {
 
 /// Threads that are archived.
 #[derive(Clone, Debug, Deserialize)]
-#[serde(default)]
+#[serde(default, deny_unknown_fields)]
 pub struct ArchiveConfig {
     /// How long their transcripts are kept.
     #[serde(with = "humantime_serde")]
@@ -278,7 +280,7 @@ pub struct ArchiveConfig {
 
 /// How long the record keeps what conversations do not need.
 #[derive(Clone, Debug, Deserialize)]
-#[serde(default)]
+#[serde(default, deny_unknown_fields)]
 pub struct RetentionConfig {
     /// Runs that have ended. Their messages stay.
     #[serde(with = "humantime_serde")]
@@ -293,13 +295,13 @@ pub struct RetentionConfig {
 
 /// The work in the background.
 #[derive(Clone, Debug, Deserialize)]
-#[serde(default)]
+#[serde(default, deny_unknown_fields)]
 pub struct JanitorConfig {
     /// How often this replica looks for work, more or less.
     #[serde(with = "humantime_serde")]
-    pub every: Duration,
+    pub interval: Duration,
     /// Threads taken at a time.
-    pub batch: NonZeroU32,
+    pub batch_size: NonZeroU32,
     /// Threads worked on at once.
     pub concurrency: NonZeroU32,
     /// Calls to all upstreams together.
@@ -312,7 +314,7 @@ pub struct JanitorConfig {
 
 /// This process among its peers.
 #[derive(Clone, Debug, Deserialize)]
-#[serde(default)]
+#[serde(default, deny_unknown_fields)]
 pub struct ReplicaConfig {
     /// A replica that has not renewed its session for so long counts as dead.
     #[serde(with = "humantime_serde")]
@@ -374,14 +376,14 @@ impl Default for ServerConfig {
             min_body_rate: 16 * 1024,
             write_timeout: Duration::from_secs(30),
             max_body_bytes: 12 * 1024 * 1024,
-            max_bodies_bytes: 256 * 1024 * 1024,
+            max_buffered_body_bytes: 256 * 1024 * 1024,
             max_header_bytes: 32 * 1024,
             max_key_bytes: KeyText::MAX_BYTES,
             max_content_parts: UserContent::MAX_PARTS,
             max_metadata_pairs: Metadata::MAX_PAIRS,
-            max_page: MAX_PAGE,
-            max_readers: NonZeroUsize::new(100).unwrap_or(NonZeroUsize::MAX),
-            keep_alive: Duration::from_secs(15),
+            max_page_size: MAX_PAGE,
+            max_readers_per_run: NonZeroUsize::new(100).unwrap_or(NonZeroUsize::MAX),
+            stream_keep_alive: Duration::from_secs(15),
             shutdown_grace: Duration::from_secs(20),
         }
     }
@@ -466,8 +468,8 @@ impl Default for JanitorConfig {
     fn default() -> Self {
         let number = |n| NonZeroU32::new(n).unwrap_or(NonZeroU32::MIN);
         Self {
-            every: Duration::from_secs(30),
-            batch: number(100),
+            interval: Duration::from_secs(30),
+            batch_size: number(100),
             concurrency: number(4),
             calls_per_second: number(10),
             give_up_after: Duration::from_hours(7 * 24),
@@ -513,18 +515,19 @@ mod tests {
 
     #[test]
     fn the_example_file_mentions_every_setting() {
-        let (live, errors) = tree::Node::from_toml("gateway.toml", TEXT);
-        let (all, more_errors) = tree::Node::from_toml("gateway.toml", &with_examples());
+        let (live, errors) = tree::Tree::from_toml("gateway.toml", TEXT);
+        let (all, more_errors) = tree::Tree::from_toml("gateway.toml", &with_examples());
         assert!(errors.is_empty() && more_errors.is_empty(), "{errors:?} {more_errors:?}");
-        for setting in load::known_settings() {
+        for setting in names::known_settings() {
             let at = |name: &str| -> Vec<String> {
-                setting.iter().map(|key| if *key == "<name>" { name } else { key }.to_owned()).collect()
+                setting.iter().map(|key| if key == names::ANY_NAME { name } else { key }.to_owned()).collect()
             };
             let is_mentioned = ["openai", "azure", "default", "support", "backend"]
                 .iter()
                 .any(|name| all.get(&at(name)).is_some());
             assert!(is_mentioned, "{setting:?} is not in config/gateway.toml");
             // Settings with a default are live, so that the test above compares them.
+            let setting: Vec<&str> = setting.iter().map(String::as_str).collect();
             let has_none = matches!(
                 setting.as_slice(),
                 ["store", "url" | "url_file" | "direct_url" | "direct_url_file"]
@@ -559,7 +562,7 @@ mod tests {
         assert_eq!(openai.lock_window, UpstreamConfig::default_lock_window());
         assert_eq!(openai.breaker_min_requests, UpstreamConfig::default_breaker_min_requests());
         assert_eq!(openai.breaker_window, UpstreamConfig::default_breaker_window());
-        assert_eq!(openai.breaker_open, UpstreamConfig::default_breaker_open());
+        assert_eq!(openai.breaker_open_duration, UpstreamConfig::default_breaker_open_duration());
         let (jwt, defaults) = (config.auth.jwt.as_ref().unwrap(), JwtConfig::default());
         assert_eq!((jwt.leeway, jwt.jwks_refresh), (defaults.leeway, defaults.jwks_refresh));
         assert_eq!(config.upstreams["azure"].auth, AuthScheme::ApiKey);

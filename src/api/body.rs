@@ -10,7 +10,7 @@ use crate::config::ServerConfig;
 use crate::error::Error;
 use crate::locks::{Budget, Share};
 
-/// A body of so many bytes takes no room of `server.max_bodies_bytes`: about what the connection's own buffer has. So ordinary
+/// A body of so many bytes takes no room of `server.max_buffered_body_bytes`: about what the connection's own buffer has. So ordinary
 /// messages do not wait behind pictures.
 pub(super) const SMALL: usize = 16 * 1024;
 /// Longest wait for room.
@@ -81,7 +81,7 @@ mod tests {
     /// What becomes of a body of `pieces` pieces of so many bytes, each after a pause, and how long that takes.
     async fn sent(bytes: usize, pause: Duration, pieces: usize) -> (Result<usize, Error>, Duration) {
         let server = ServerConfig::default();
-        let budget = Budget::new(server.max_bodies_bytes);
+        let budget = Budget::new(server.max_buffered_body_bytes);
         let piece = Bytes::from(vec![b'x'; bytes]);
         let pieces = stream::unfold(0, move |sent| {
             let piece = piece.clone();

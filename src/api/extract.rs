@@ -179,7 +179,7 @@ fn is_json(request: &Request) -> bool {
     essence == "application/json" || (essence.starts_with("application/") && essence.ends_with("+json"))
 }
 
-/// Which page of a list is wanted: `limit` 1 to `server.max_page` (20), `order` `asc` or `desc` (newest first), `after`, `before`; and
+/// Which page of a list is wanted: `limit` 1 to `server.max_page_size` (20), `order` `asc` or `desc` (newest first), `after`, `before`; and
 /// what else the query may hold.
 #[derive(Debug)]
 pub(super) struct ApiPage<Id, More = Nothing>(pub(super) PageRequest<Id>, pub(super) More);
@@ -220,7 +220,7 @@ where
 
     async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, Error> {
         let page: PageQuery = query(parts)?;
-        let most = Arc::<ServerConfig>::from_ref(state).max_page;
+        let most = Arc::<ServerConfig>::from_ref(state).max_page_size;
         let limit = page.limit.unwrap_or(most.min(20));
         if !(1..=most).contains(&limit) {
             return Err(Error::Malformed(format!("`limit` must be between 1 and {most}")));

@@ -244,7 +244,7 @@ kinds! {
     RATE_LIMITED = "rate-limited", "Too many requests", TOO_MANY_REQUESTS;
     /// The tenant has `runs.max_runs_per_tenant` unfinished runs at this replica.
     TOO_MANY_RUNS = "too-many-runs", "Too many runs", TOO_MANY_REQUESTS;
-    /// `server.max_readers` follow the events of this run.
+    /// `server.max_readers_per_run` follow the events of this run.
     TOO_MANY_READERS = "too-many-readers", "Too many readers", TOO_MANY_REQUESTS;
     /// Too many runs wait on the thread, or their messages are too large together.
     QUEUE_FULL = "queue-full", "Queue full", TOO_MANY_REQUESTS;

@@ -103,11 +103,11 @@ fn streamed(
     let seat = match state.readers.take(&run.id) {
         // What was taken is answered. Of its repeats there may be any number.
         Err(_) if replayed => {
-            return Err(Error::TooManyReaders { limit: state.server.max_readers.get() });
+            return Err(Error::TooManyReaders { limit: state.server.max_readers_per_run.get() });
         }
         seat => seat.ok(),
     };
-    let keep_alive = state.server.keep_alive;
+    let keep_alive = state.server.stream_keep_alive;
     Ok(sse::until_answered(
         &run,
         &scope_of(&asked.prefix, &asked.uri),

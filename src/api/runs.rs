@@ -126,7 +126,7 @@ pub(super) async fn events(
     LastEventId(last): LastEventId,
 ) -> Result<Response, Error> {
     let (run, follow) = state.runs.follow(&key, id).await?;
-    let limit = state.server.max_readers.get();
+    let limit = state.server.max_readers_per_run.get();
     let seat = state.readers.take(&id).map_err(|_| Error::TooManyReaders { limit })?;
     let from = match last {
         None => 0,
@@ -143,5 +143,5 @@ pub(super) async fn events(
     };
     let events = events.inspect(move |_| _ = &seat).boxed();
     let scope = scope_of(&prefix, &uri);
-    Ok(sse::until_ended(&run, &scope, last.map(|(_, n)| n), events, state.server.keep_alive))
+    Ok(sse::until_ended(&run, &scope, last.map(|(_, n)| n), events, state.server.stream_keep_alive))
 }

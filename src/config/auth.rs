@@ -23,7 +23,7 @@ const MAX_REFRESH: Duration = Duration::from_hours(24);
 
 /// What callers can prove themselves with. Without any of it nobody has to prove anything.
 #[derive(Clone, Debug, Default, Deserialize)]
-#[serde(default)]
+#[serde(default, deny_unknown_fields)]
 pub struct AuthConfig {
     /// The keys that `threadkeeper keys create` has made open, too.
     pub stored_keys: bool,
@@ -35,6 +35,7 @@ pub struct AuthConfig {
 
 /// A key of the configuration: itself, or its SHA-256.
 #[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct KeyConfig {
     #[serde(default)]
     pub key: Option<SecretString>,
@@ -52,7 +53,7 @@ pub struct KeyConfig {
 
 /// JSON web tokens of one issuer. Exactly one of `secret`, `public_key` and `jwks_url` is the source of keys.
 #[derive(Clone, Debug, Deserialize)]
-#[serde(default)]
+#[serde(default, deny_unknown_fields)]
 pub struct JwtConfig {
     /// Exactly what the claim `iss` says.
     pub issuer: String,

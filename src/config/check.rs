@@ -6,9 +6,10 @@ use http::{HeaderName, HeaderValue};
 use secrecy::{ExposeSecret, SecretString};
 use url::Url;
 
+use super::names::nearest;
 use super::problem::{ConfigProblems, Problem};
 use super::tools::{Finding, examine};
-use super::tree::Node;
+use super::tree::Tree;
 use super::{AssistantConfig, AuthScheme, Config, KeyConfig, MAX_PAGE, UpstreamConfig, UpstreamKind};
 use crate::domain::{KeyText, Metadata, UserContent};
 
@@ -40,7 +41,7 @@ pub const fn reserved_parameters(kind: UpstreamKind) -> &'static [&'static str] 
 
 /// Collects problems with their origin.
 pub(super) struct Checker<'a> {
-    pub(super) tree: &'a Node,
+    pub(super) tree: &'a Tree,
     pub(super) problems: &'a mut ConfigProblems,
 }
 
@@ -50,10 +51,9 @@ impl Checker<'_> {
         if self.is_broken(path) {
             return;
         }
-        let keys: Vec<String> = path.iter().map(|key| (*key).to_owned()).collect();
         self.problems.push(Problem {
-            path: keys.join("."),
-            origin: self.tree.get(&keys).and_then(|node| node.origin.clone()),
+            path: path.join("."),
+            origin: self.tree.origin(path).cloned(),
             what: what.into(),
             hint: (!hint.is_empty()).then(|| hint.to_owned()),
         });
@@ -170,7 +170,7 @@ fn origin(text: &str) -> Result<(), (&'static str, &'static str)> {
         let is_sent_so = Url::parse(text).is_ok_and(|url| url.origin().ascii_serialization() == *text);
         return if is_sent_so { Ok(()) } else { no_origin };
     }
-    if super::decode::nearest(scheme, &["http", "https"]).is_some() {
+    if nearest(scheme, &["http", "https"]).is_some() {
         return Err(("holds a scheme that is nearly https", FORM));
     }
     if scheme == "file" {
@@ -216,7 +216,7 @@ fn durations(config: &Config, checker: &mut Checker<'_>) {
         (["server", "header_read_timeout"], server.header_read_timeout, false),
         (["server", "body_read_timeout"], server.body_read_timeout, false),
         (["server", "write_timeout"], server.write_timeout, false),
-        (["server", "keep_alive"], server.keep_alive, false),
+        (["server", "stream_keep_alive"], server.stream_keep_alive, false),
         (["server", "shutdown_grace"], server.shutdown_grace, true),
         (["store", "acquire_timeout"], store.acquire_timeout, false),
         (["store", "max_wait"], store.max_wait, false),
@@ -255,12 +255,17 @@ fn limits(config: &Config, checker: &mut Checker<'_>) {
     for (path, value, least, most) in [
         (["server", "max_connections"], server.max_connections, 1, 1_000_000),
         (["server", "max_body_bytes"], server.max_body_bytes, 1, usize::MAX),
-        (["server", "max_bodies_bytes"], server.max_bodies_bytes, server.max_body_bytes, usize::MAX),
+        (
+            ["server", "max_buffered_body_bytes"],
+            server.max_buffered_body_bytes,
+            server.max_body_bytes,
+            usize::MAX,
+        ),
         (["server", "max_header_bytes"], server.max_header_bytes, SMALLEST_HEAD, 16 * 1024 * 1024),
         (["server", "max_key_bytes"], server.max_key_bytes, 1, KeyText::MAX_BYTES),
         (["server", "max_content_parts"], server.max_content_parts, 1, UserContent::MAX_PARTS),
         (["server", "max_metadata_pairs"], server.max_metadata_pairs, 0, Metadata::MAX_PAIRS),
-        (["server", "max_page"], server.max_page as usize, 1, MAX_PAGE as usize),
+        (["server", "max_page_size"], server.max_page_size as usize, 1, MAX_PAGE as usize),
         (["store", "max_connections"], store_connections, 1, 10_000),
         (["runs", "max_queue"], runs.max_queue, 1, usize::MAX),
         (["runs", "max_queue_bytes"], runs.max_queue_bytes, server.max_body_bytes, usize::MAX),
@@ -329,7 +334,7 @@ fn upstream(name: &str, upstream: &UpstreamConfig, max_body_bytes: usize, checke
     duration(&at("call_timeout"), upstream.call_timeout, false, checker);
     duration(&at("lock_window"), upstream.lock_window, true, checker);
     duration(&at("breaker_window"), upstream.breaker_window, false, checker);
-    duration(&at("breaker_open"), upstream.breaker_open, false, checker);
+    duration(&at("breaker_open_duration"), upstream.breaker_open_duration, false, checker);
     if upstream.max_event_bytes == 0 {
         checker.report(&at("max_event_bytes"), "must be at least 1", "");
     }
@@ -428,13 +433,11 @@ fn assistant(name: &str, assistant: &AssistantConfig, config: &Config, checker: 
     for (index, tool) in assistant.tools.iter().enumerate() {
         let finding = tool.as_object().and_then(|tool| examine(upstream.kind, tool));
         if let Some(Finding::Problem(what, form)) = finding {
-            let keys = ["assistants", name, "tools", &index.to_string()].map(str::to_owned);
-            checker.problems.push(Problem {
-                path: keys.join("."),
-                origin: checker.tree.nearest(&keys).origin.clone(),
-                what: what.to_owned(),
-                hint: Some(format!("write it like {form}")),
-            });
+            checker.report(
+                &["assistants", name, "tools", &index.to_string()],
+                what,
+                &format!("write it like {form}"),
+            );
         }
     }
     let is_given = |text: &Option<String>| text.as_ref().is_some_and(|text| !text.is_empty());
@@ -475,7 +478,7 @@ fn unknown_upstream(path: &[&str], assistant: &AssistantConfig, config: &Config,
         return;
     }
     let known: Vec<&str> = config.upstreams.keys().map(String::as_str).collect();
-    let hint = match super::decode::nearest(&assistant.upstream, &known) {
+    let hint = match nearest(&assistant.upstream, &known) {
         Some(near) => format!("did you mean \"{near}\"?"),
         None if known.is_empty() => "add a table [upstreams.<name>]".to_owned(),
         None => format!("there are: {}", known.join(", ")),
@@ -696,8 +699,8 @@ mod tests {
     #[test]
     fn what_is_together_has_room_for_one_body() {
         assert_problems(
-            "[server]\nmax_body_bytes = 1000\nmax_bodies_bytes = 999\n[runs]\nmax_queue_bytes = 999",
-            &["runs.max_queue_bytes", "server.max_bodies_bytes"],
+            "[server]\nmax_body_bytes = 1000\nmax_buffered_body_bytes = 999\n[runs]\nmax_queue_bytes = 999",
+            &["runs.max_queue_bytes", "server.max_buffered_body_bytes"],
         );
     }
 
@@ -761,23 +764,24 @@ mod tests {
     #[test]
     fn ranges_are_checked() {
         assert_problems(
-            "[server]\nmax_connections = 0\nmax_header_bytes = 8191\nkeep_alive = \"0s\"\nshutdown_grace = \"0s\"\n\
+            "[server]\nmax_connections = 0\nmax_header_bytes = 8191\nstream_keep_alive = \"0s\"\nshutdown_grace = \"0s\"\n\
              [runs]\nmax_queue = 0\ntimeout = \"11m\"\n[sessions]\nttl = \"11y\"\n[log]\nfilter = \"a=loud\"\n\
              [store]\nmax_connections = 0",
             &[
-                "log.filter", "runs.max_queue", "runs.timeout", "server.keep_alive",
-                "server.max_connections", "server.max_header_bytes", "sessions.ttl", "store.max_connections",
+                "log.filter", "runs.max_queue", "runs.timeout", "server.max_connections",
+                "server.max_header_bytes", "server.stream_keep_alive", "sessions.ttl",
+                "store.max_connections",
             ],
         );
         let text = both(
-            "kind = \"responses\"\nlock_window = \"11y\"\nbreaker_open = \"0s\"\nbreaker_window = \"0s\"",
+            "kind = \"responses\"\nlock_window = \"11y\"\nbreaker_open_duration = \"0s\"\nbreaker_window = \"0s\"",
             "model = \"m\"\ntimeout = \"11m\"",
         );
         assert_problems(
             &text,
             &[
                 "assistants.a.timeout",
-                "upstreams.u.breaker_open",
+                "upstreams.u.breaker_open_duration",
                 "upstreams.u.breaker_window",
                 "upstreams.u.lock_window",
             ],

@@ -1,404 +1,201 @@
-//! From the tree of written values to typed settings. The field decides what text from the environment means: a
-//! number, a duration, a list in JSON, or just text.
+//! From what is written to typed settings, with everything that does not fit.
 
-use std::cell::RefCell;
-use std::fmt;
+use serde_json::Value;
+use serde_path_to_error::{Path, Segment};
 
-use serde::de::{self, DeserializeOwned, DeserializeSeed, IntoDeserializer, Visitor};
-use serde::forward_to_deserialize_any;
+use super::Config;
+use super::names::{ANY_NAME, did_you_mean, known_settings, names_expected, nearest, variable};
+use super::problem::{ConfigProblems, Problem};
+use super::rate::A_RATE;
+use super::tree::{Tree, kind};
 
-use super::tree::{Node, Value};
+/// How an address to listen on is written.
+pub const LISTEN_FORM: &str = "write an IP address and a port: \"127.0.0.1:8080\" for this machine alone, \
+                               \"0.0.0.0:8080\" for all interfaces";
 
-const WHOLE_NUMBER: &str = "a whole number, 0 or more";
+/// More wrong values than anyone writes; it only keeps a mistake of ours from looping.
+const MAX_ROUNDS: usize = 10_000;
 const TRUE_OR_FALSE: &str = "true or false";
+const A_LIST: &str = "a list";
+const A_TABLE: &str = "a table";
+/// One of the words of an enum.
+const A_WORD: &str = "a word";
+const SETTINGS: &str = "a table of settings, each with its own name";
 
-/// A key that no field has.
-pub(super) struct UnknownKey {
-    pub(super) path: Vec<String>,
-    /// The names that would have been right in that place.
-    pub(super) known: &'static [&'static str],
-}
-
-/// The first value that does not fit. Holds no part of the value.
-#[derive(Debug)]
-pub(super) struct DecodeError {
-    pub(super) path: Vec<String>,
-    placed: bool,
-    pub(super) fault: Fault,
-}
-
-#[derive(Debug)]
-pub(super) enum Fault {
-    /// It should be `expected`.
-    Unfit { expected: String },
-    /// It should be one of these words.
-    UnknownWord { known: &'static [&'static str], nearest: Option<&'static str> },
-    /// The table lacks this field.
-    Missing(&'static str),
-    /// A type's own words.
-    Other(String),
-}
-
-/// Reads `T` from the tree. The keys that were not understood come along, also with an error.
-pub(super) fn decode<T: DeserializeOwned>(tree: &Node) -> (Result<T, DecodeError>, Vec<UnknownKey>) {
-    let unknown = RefCell::new(Vec::new());
-    let result = T::deserialize(Decoder { node: tree, path: Vec::new(), unknown: &unknown });
-    (result, unknown.into_inner())
-}
-
-/// The names of the fields of a struct, as they are written in a file.
-pub(super) fn fields_of<T: DeserializeOwned>() -> &'static [&'static str] {
-    let mut names: &'static [&'static str] = &[];
-    // It always fails: only the names are wanted.
-    let _ = T::deserialize(FieldNames(&mut names));
-    names
-}
-
-/// The known name that was probably meant.
-pub(super) fn nearest<'a>(written: &str, known: &[&'a str]) -> Option<&'a str> {
-    let written = written.to_ascii_lowercase().replace('-', "_");
-    let (distance, best) = known
-        .iter()
-        .map(|name| (strsim::osa_distance(&written, &name.replace('-', "_")), *name))
-        .min_by_key(|(distance, _)| *distance)?;
-    if distance <= (written.len() / 3).max(1) {
-        return Some(best);
+/// Reads the tree into types. Each value that does not fit is reported and taken out, until the rest fits.
+pub(super) fn decode(tree: &mut Tree, problems: &mut ConfigProblems) -> Config {
+    for path in lists_for_tables(tree.root(), Vec::new()) {
+        let what = format!("expected {SETTINGS}, found {A_LIST}");
+        problems.push(problem(tree, &path, what, None));
+        tree.remove(&path);
     }
-    let related = |name: &&&str| {
-        written.len().min(name.len()) >= 3
-            && (name.starts_with(&*written)
-                || written.starts_with(**name)
-                || name.ends_with(&format!("_{written}")))
+    for _ in 0..MAX_ROUNDS {
+        match serde_path_to_error::deserialize(tree.root()) {
+            Ok(config) => return config,
+            Err(error) => {
+                let path = keys(error.path());
+                if !set_aside(tree, &path, &error.into_inner().to_string(), problems) {
+                    break;
+                }
+            }
+        }
+    }
+    if problems.is_empty() {
+        let what = "the configuration cannot be read".to_owned();
+        problems.push(Problem { path: String::new(), origin: None, what, hint: None });
+    }
+    Config::default()
+}
+
+/// serde would read a list as the fields of a struct, in their order.
+fn lists_for_tables(value: &Value, path: Vec<String>) -> Vec<Vec<String>> {
+    let fits = |(known, key): (&String, &String)| known == key || known == ANY_NAME;
+    let is_above = |known: &Vec<String>| known.len() > path.len() && known.iter().zip(&path).all(fits);
+    match value {
+        Value::Array(_) if known_settings().iter().any(is_above) => vec![path],
+        Value::Object(fields) => {
+            let below = |(key, field): (&String, &Value)| {
+                lists_for_tables(field, [path.as_slice(), std::slice::from_ref(key)].concat())
+            };
+            fields.iter().flat_map(below).collect()
+        }
+        _ => Vec::new(),
+    }
+}
+
+/// The keys and places that lead to a value.
+fn keys(path: &Path) -> Vec<String> {
+    let key = |segment: &Segment| match segment {
+        Segment::Map { key } => Some(key.clone()),
+        Segment::Seq { index } => Some(index.to_string()),
+        Segment::Enum { .. } | Segment::Unknown => None,
     };
-    known.iter().find(related).copied()
+    path.iter().map_while(key).collect()
 }
 
-struct Decoder<'a> {
-    node: &'a Node,
-    path: Vec<String>,
-    unknown: &'a RefCell<Vec<UnknownKey>>,
+/// Deals with the first thing that serde refuses, so that the next reading gets past it. False if that cannot be done.
+fn set_aside(tree: &mut Tree, path: &[String], refusal: &str, problems: &mut ConfigProblems) -> bool {
+    if let Some(field) = refusal.strip_prefix("missing field `") {
+        return missing(tree, path, field.trim_end_matches('`'), problems);
+    }
+    let unfit = refusal.strip_prefix("invalid ").and_then(|rest| rest.rsplit_once(", expected "));
+    let is_word = refusal.starts_with("unknown variant `");
+    let expected =
+        unfit.map(|(_, expected)| in_words(expected)).or_else(|| is_word.then(|| A_WORD.to_owned()));
+    // serde tells the words that a field takes only where there is a text.
+    if matches!(expected.as_deref(), Some("string or map" | "map with a single key" | "unit")) {
+        return tree.replace(path, Value::from(""));
+    }
+    let text = tree.raw(path).or_else(|| tree.get(path)?.as_str().filter(|_| is_word));
+    if let Some(value) = text.and_then(|text| reread(text, expected.as_deref()?)) {
+        return tree.replace(path, value);
+    }
+    let written = tree.get(path);
+    let (what, hint) = if refusal.starts_with("unknown field `") {
+        ("there is no such setting".to_owned(), setting_meant(path, &names_expected(refusal)))
+    } else if is_word {
+        let known = names_expected(refusal);
+        let words: Vec<String> = known.iter().map(|word| format!("\"{word}\"")).collect();
+        let meant = written.and_then(Value::as_str).and_then(|word| nearest(word, &known));
+        (
+            format!("expected one of {}", words.join(", ")),
+            meant.map(|word| did_you_mean(&format!("\"{word}\""))),
+        )
+    } else if let (Some((fault, _)), Some(mut expected)) = (unfit, expected) {
+        let form = form(&expected);
+        match written {
+            Some(Value::String(_)) if tree.raw(path).is_some() && expected == A_LIST => {
+                expected += " written as JSON, [\"a\", \"b\"]";
+            }
+            Some(Value::String(_)) if tree.raw(path).is_some() && expected == A_TABLE => {
+                expected += " written as JSON, {\"a\": \"b\"}";
+            }
+            Some(value) if fault.starts_with("type") && !value.is_string() => {
+                expected = format!("{expected}, found {}", kind(value));
+            }
+            _ => {}
+        }
+        (format!("expected {expected}"), form)
+    } else if refusal == "invalid socket address syntax" {
+        let what = "is no address to listen on; host names are not looked up";
+        (what.to_owned(), Some(LISTEN_FORM.to_owned()))
+    } else {
+        // A type's own message, unless it repeats what was written.
+        let echoes = |text: &str| !text.is_empty() && refusal.contains(text);
+        let is_echo = written.and_then(Value::as_str).is_some_and(echoes);
+        (if is_echo { "is not a valid value" } else { refusal }.to_owned(), form(refusal))
+    };
+    problems.push(problem(tree, path, what, hint));
+    tree.remove(path)
 }
 
-impl<'a> Decoder<'a> {
-    fn child(&self, key: &str, node: &'a Node) -> Self {
-        let mut path = self.path.clone();
-        path.push(key.to_owned());
-        Self { node, path, unknown: self.unknown }
+fn missing(tree: &mut Tree, table: &[String], field: &str, problems: &mut ConfigProblems) -> bool {
+    let path = [table, &[field.to_owned()]].concat();
+    if !problems.covers(&path.join(".")) {
+        let hint = format!("set it in the file, or as {}", variable(&path));
+        problems.push(problem(tree, &path, "is missing".to_owned(), Some(hint)));
     }
+    // With one in its place the rest of the table can be read.
+    let stand_in = match field {
+        "kind" => "responses",
+        "base_url" => "http://missing.invalid",
+        _ => return tree.remove(table),
+    };
+    tree.insert(&path, Value::from(stand_in), None).is_ok()
+}
 
-    /// Raw text as JSON; `None` if the node is not raw.
-    fn json(&self) -> Option<Result<Node, serde_json::Error>> {
-        let Value::Raw(text) = &self.node.value else { return None };
-        Some(serde_json::from_str(text).map(|json| Node::from_json(self.node.origin.as_ref(), json)))
+fn problem(tree: &Tree, path: &[String], what: String, hint: Option<String>) -> Problem {
+    Problem { path: path.join("."), origin: tree.origin(path).cloned(), what, hint }
+}
+
+/// The setting that was meant: one of the same table, or one of the same name elsewhere.
+fn setting_meant(path: &[String], known: &[&str]) -> Option<String> {
+    let name = path.last()?;
+    let elsewhere = || known_settings().iter().find(|setting| setting.last() == Some(name));
+    let meant = nearest(name, known).map(str::to_owned).or_else(|| Some(elsewhere()?.join(".")))?;
+    Some(did_you_mean(&format!("`{meant}`")))
+}
+
+/// What serde expects, in the words of whoever writes a configuration.
+fn in_words(expected: &str) -> String {
+    match expected {
+        "u64" | "usize" => "a whole number, 0 or more".to_owned(),
+        "u32" => format!("a whole number from 0 to {}", u32::MAX),
+        "a nonzero u32" | "a nonzero usize" => "a whole number, 1 or more".to_owned(),
+        "a boolean" => TRUE_OR_FALSE.to_owned(),
+        "a string" | "path string" => "text".to_owned(),
+        "a map" => A_TABLE.to_owned(),
+        "a sequence" => A_LIST.to_owned(),
+        _ if expected.starts_with("struct ") => SETTINGS.to_owned(),
+        other => other.to_owned(),
     }
+}
 
-    fn raw(&self) -> Option<&'a str> {
-        match &self.node.value {
-            Value::Raw(text) => Some(text),
+/// The text of a variable, or a word, as what its field expects, if it can be read so.
+fn reread(text: &str, expected: &str) -> Option<Value> {
+    let trimmed = text.trim();
+    let json = || serde_json::from_str::<Value>(text).ok();
+    match expected {
+        A_WORD => (trimmed != text).then(|| Value::from(trimmed)),
+        TRUE_OR_FALSE => match trimmed.to_ascii_lowercase().as_str() {
+            "true" | "1" => Some(Value::from(true)),
+            "false" | "0" => Some(Value::from(false)),
             _ => None,
+        },
+        A_LIST => json().filter(Value::is_array),
+        A_TABLE => json().filter(Value::is_object),
+        _ if expected.starts_with("a whole number") => {
+            trimmed.replace('_', "").parse::<u64>().ok().map(Value::from)
         }
-    }
-
-    /// Goes on with another node in the place of this one.
-    fn with<'b>(&'b self, node: &'b Node) -> Decoder<'b> {
-        Decoder { node, path: self.path.clone(), unknown: self.unknown }
+        _ => None,
     }
 }
 
-macro_rules! numbers {
-    ($($method:ident $visit:ident $number:ty, $name:expr;)+) => {$(
-        fn $method<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, DecodeError> {
-            match self.raw() {
-                Some(text) => match text.trim().replace('_', "").parse::<$number>() {
-                    Ok(number) => visitor.$visit(number),
-                    Err(_) => Err(DecodeError::unfit($name)),
-                },
-                None => self.deserialize_any(visitor),
-            }
-        }
-    )+};
-}
-
-impl<'de> de::Deserializer<'de> for Decoder<'_> {
-    type Error = DecodeError;
-
-    fn deserialize_any<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, DecodeError> {
-        match &self.node.value {
-            Value::Table(fields) => {
-                visitor.visit_map(Fields { decoder: &self, entries: fields.iter(), value: None })
-            }
-            Value::List(items) => {
-                visitor.visit_seq(Items { decoder: &self, items: items.iter().enumerate() })
-            }
-            Value::Null => visitor.visit_unit(),
-            Value::Bool(value) => visitor.visit_bool(*value),
-            Value::Integer(value) => match u64::try_from(*value) {
-                Ok(value) => visitor.visit_u64(value),
-                Err(_) => visitor.visit_i64(*value),
-            },
-            Value::Float(value) => visitor.visit_f64(*value),
-            Value::Text(text) => visitor.visit_str(text),
-            Value::Raw(text) => match self.json() {
-                Some(Ok(node)) => self.with(&node).deserialize_any(visitor),
-                _ => visitor.visit_str(text),
-            },
-        }
-    }
-
-    fn deserialize_bool<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, DecodeError> {
-        match self.raw().map(|text| text.trim().to_ascii_lowercase()).as_deref() {
-            Some("true" | "1") => visitor.visit_bool(true),
-            Some("false" | "0") => visitor.visit_bool(false),
-            Some(_) => Err(DecodeError::unfit(TRUE_OR_FALSE)),
-            None => self.deserialize_any(visitor),
-        }
-    }
-
-    numbers! {
-        deserialize_i8 visit_i64 i64, "a whole number";
-        deserialize_i16 visit_i64 i64, "a whole number";
-        deserialize_i32 visit_i64 i64, "a whole number";
-        deserialize_i64 visit_i64 i64, "a whole number";
-        deserialize_u8 visit_u64 u64, WHOLE_NUMBER;
-        deserialize_u16 visit_u64 u64, WHOLE_NUMBER;
-        deserialize_u32 visit_u64 u64, WHOLE_NUMBER;
-        deserialize_u64 visit_u64 u64, WHOLE_NUMBER;
-        deserialize_f32 visit_f64 f64, "a number";
-        deserialize_f64 visit_f64 f64, "a number";
-    }
-
-    fn deserialize_str<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, DecodeError> {
-        match self.raw() {
-            Some(text) => visitor.visit_str(text),
-            None => self.deserialize_any(visitor),
-        }
-    }
-
-    fn deserialize_string<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, DecodeError> {
-        self.deserialize_str(visitor)
-    }
-
-    fn deserialize_option<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, DecodeError> {
-        match self.node.value {
-            Value::Null => visitor.visit_none(),
-            _ => visitor.visit_some(self),
-        }
-    }
-
-    fn deserialize_newtype_struct<V: Visitor<'de>>(
-        self,
-        _name: &'static str,
-        visitor: V,
-    ) -> Result<V::Value, DecodeError> {
-        visitor.visit_newtype_struct(self)
-    }
-
-    fn deserialize_seq<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, DecodeError> {
-        match self.json() {
-            Some(Ok(node)) if matches!(node.value, Value::List(_)) => {
-                self.with(&node).deserialize_any(visitor)
-            }
-            Some(_) => Err(DecodeError::unfit("a list written as JSON, [\"a\", \"b\"]")),
-            None => self.deserialize_any(visitor),
-        }
-    }
-
-    fn deserialize_map<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, DecodeError> {
-        match self.json() {
-            Some(Ok(node)) if matches!(node.value, Value::Table(_)) => {
-                self.with(&node).deserialize_any(visitor)
-            }
-            Some(_) => Err(DecodeError::unfit("a table written as JSON, {\"a\": \"b\"}")),
-            None => self.deserialize_any(visitor),
-        }
-    }
-
-    fn deserialize_struct<V: Visitor<'de>>(
-        self,
-        _name: &'static str,
-        known: &'static [&'static str],
-        visitor: V,
-    ) -> Result<V::Value, DecodeError> {
-        let Value::Table(fields) = &self.node.value else {
-            return Err(DecodeError::unfit("a table of settings, each with its own name"));
-        };
-        for key in fields.keys().filter(|key| !known.contains(&key.as_str())) {
-            let path = self.path.iter().cloned().chain([key.clone()]).collect();
-            self.unknown.borrow_mut().push(UnknownKey { path, known });
-        }
-        self.deserialize_any(visitor)
-    }
-
-    fn deserialize_enum<V: Visitor<'de>>(
-        self,
-        _name: &'static str,
-        known: &'static [&'static str],
-        visitor: V,
-    ) -> Result<V::Value, DecodeError> {
-        match &self.node.value {
-            Value::Text(word) | Value::Raw(word) => visitor.visit_enum(word.trim().into_deserializer()),
-            _ => Err(Fault::UnknownWord { known, nearest: None }.into()),
-        }
-    }
-
-    fn deserialize_ignored_any<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, DecodeError> {
-        visitor.visit_unit()
-    }
-
-    forward_to_deserialize_any! {
-        i128 u128 char bytes byte_buf unit unit_struct tuple tuple_struct identifier
-    }
-}
-
-struct Fields<'a> {
-    decoder: &'a Decoder<'a>,
-    entries: std::collections::btree_map::Iter<'a, String, Node>,
-    value: Option<(&'a String, &'a Node)>,
-}
-
-impl<'de> de::MapAccess<'de> for Fields<'_> {
-    type Error = DecodeError;
-
-    fn next_key_seed<K: DeserializeSeed<'de>>(&mut self, seed: K) -> Result<Option<K::Value>, DecodeError> {
-        self.value = self.entries.next();
-        self.value.map(|(key, _)| seed.deserialize(key.as_str().into_deserializer())).transpose()
-    }
-
-    fn next_value_seed<V: DeserializeSeed<'de>>(&mut self, seed: V) -> Result<V::Value, DecodeError> {
-        let (key, node) = self.value.take().ok_or_else(|| DecodeError::unfit("a key before its value"))?;
-        let child = self.decoder.child(key, node);
-        let path = child.path.clone();
-        seed.deserialize(child).map_err(|error| error.at(path))
-    }
-}
-
-struct Items<'a> {
-    decoder: &'a Decoder<'a>,
-    items: std::iter::Enumerate<std::slice::Iter<'a, Node>>,
-}
-
-impl<'de> de::SeqAccess<'de> for Items<'_> {
-    type Error = DecodeError;
-
-    fn next_element_seed<T: DeserializeSeed<'de>>(
-        &mut self,
-        seed: T,
-    ) -> Result<Option<T::Value>, DecodeError> {
-        let Some((index, node)) = self.items.next() else { return Ok(None) };
-        let child = self.decoder.child(&index.to_string(), node);
-        let path = child.path.clone();
-        seed.deserialize(child).map(Some).map_err(|error| error.at(path))
-    }
-}
-
-impl DecodeError {
-    /// `expected` may be in the words of the serialization library.
-    fn unfit(expected: &str) -> Self {
-        let expected = match expected {
-            "u8" | "u16" | "u32" | "u64" | "usize" => WHOLE_NUMBER,
-            "a boolean" => TRUE_OR_FALSE,
-            "a string" | "path string" => "text",
-            "a map" => "a table",
-            "a sequence" => "a list",
-            other => other,
-        };
-        Fault::Unfit { expected: expected.to_owned() }.into()
-    }
-
-    /// The innermost place wins.
-    fn at(mut self, path: Vec<String>) -> Self {
-        if !self.placed {
-            self.placed = true;
-            self.path = path;
-        }
-        self
-    }
-}
-
-impl From<Fault> for DecodeError {
-    fn from(fault: Fault) -> Self {
-        Self { path: Vec::new(), placed: false, fault }
-    }
-}
-
-impl de::Error for DecodeError {
-    fn custom<T: fmt::Display>(text: T) -> Self {
-        Fault::Other(text.to_string()).into()
-    }
-
-    fn invalid_type(_found: de::Unexpected<'_>, expected: &dyn de::Expected) -> Self {
-        Self::unfit(&expected.to_string())
-    }
-
-    fn invalid_value(_found: de::Unexpected<'_>, expected: &dyn de::Expected) -> Self {
-        Self::unfit(&expected.to_string())
-    }
-
-    fn unknown_variant(word: &str, known: &'static [&'static str]) -> Self {
-        Fault::UnknownWord { known, nearest: nearest(word, known) }.into()
-    }
-
-    fn missing_field(field: &'static str) -> Self {
-        Fault::Missing(field).into()
-    }
-}
-
-impl fmt::Display for DecodeError {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}: {:?}", self.path.join("."), self.fault)
-    }
-}
-
-impl std::error::Error for DecodeError {}
-
-struct FieldNames<'a>(&'a mut &'static [&'static str]);
-
-impl<'de> de::Deserializer<'de> for FieldNames<'_> {
-    type Error = DecodeError;
-
-    fn deserialize_any<V: Visitor<'de>>(self, _visitor: V) -> Result<V::Value, DecodeError> {
-        Err(de::Error::custom("only for the names of the fields"))
-    }
-
-    fn deserialize_struct<V: Visitor<'de>>(
-        self,
-        _name: &'static str,
-        fields: &'static [&'static str],
-        visitor: V,
-    ) -> Result<V::Value, DecodeError> {
-        *self.0 = fields;
-        self.deserialize_any(visitor)
-    }
-
-    forward_to_deserialize_any! {
-        bool i8 i16 i32 i64 i128 u8 u16 u32 u64 u128 f32 f64 char str string bytes byte_buf option unit
-        unit_struct newtype_struct seq tuple tuple_struct map enum identifier ignored_any
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn near_names_are_found_and_far_ones_are_not() {
-        let known = ["listen", "max_connections", "max_body_bytes", "timeout", "api_key"];
-        for (written, meant) in [
-            ("lissten", Some("listen")),
-            ("max-connections", Some("max_connections")),
-            ("MAX_CONNECTIONS", Some("max_connections")),
-            ("apikey", Some("api_key")),
-            ("key", Some("api_key")),
-            ("time", Some("timeout")),
-            ("colour", None),
-        ] {
-            assert_eq!(nearest(written, &known), meant, "{written}");
-        }
-        assert_eq!(nearest("x", &[]), None);
-    }
-
-    #[test]
-    fn a_struct_tells_its_fields() {
-        assert_eq!(fields_of::<crate::config::SessionsConfig>(), ["ttl", "ttl_from"]);
-    }
+/// How to write what a type's own message speaks of.
+fn form(text: &str) -> Option<String> {
+    let forms = [
+        ("duration", "write it with its unit, such as \"30s\""),
+        (A_RATE, "write it like \"10/m\" or \"20/s burst 100\"; fewer than one a second are some a minute"),
+    ];
+    forms.iter().find(|(of, _)| text.contains(of)).map(|(_, form)| (*form).to_owned())
 }

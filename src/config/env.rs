@@ -3,17 +3,17 @@
 use std::collections::BTreeMap;
 
 use secrecy::zeroize::Zeroizing;
+use serde_json::Value;
 
-use super::load::{FILE_SUFFIX, did_you_mean, known_settings};
+use super::names::{ANY_NAME, FILE_SUFFIX, PREFIX, did_you_mean, known_settings, variable};
 use super::problem::{ConfigProblems, Origin, Problem};
-use super::tree::{Node, Value};
+use super::tree::Tree;
 
-const PREFIX: &str = "THREADKEEPER_";
 /// Names with the prefix that are no settings.
 const RESERVED: [&str; 1] = ["THREADKEEPER_CONFIG"];
 
 /// Puts the settings among the variables over what the tree holds.
-pub(super) fn overlay(tree: &mut Node, env: Vec<(String, String)>, problems: &mut ConfigProblems) {
+pub(super) fn overlay(tree: &mut Tree, env: Vec<(String, String)>, problems: &mut ConfigProblems) {
     let env = env.into_iter().filter(|(_, value)| !value.is_empty());
     let env: BTreeMap<String, Zeroizing<String>> = env.map(|(name, value)| (name, value.into())).collect();
     let mut ours = BTreeMap::<Vec<String>, (&str, &str)>::new();
@@ -42,8 +42,10 @@ pub(super) fn overlay(tree: &mut Node, env: Vec<(String, String)>, problems: &mu
     }
     // What the environment says replaces both spellings of the file, before it is put in.
     for path in ours.keys() {
-        if let Some(twin) = twin(path) {
-            tree.remove_exact(&twin);
+        if let Some(twin) = twin(path)
+            && tree.get(&twin).is_some()
+        {
+            tree.remove(&twin);
         }
     }
     for (path, (name, value)) in ours {
@@ -51,30 +53,34 @@ pub(super) fn overlay(tree: &mut Node, env: Vec<(String, String)>, problems: &mu
             problems.push(variable_problem(name, "is not valid UTF-8".to_owned(), None));
             continue;
         }
-        let node =
-            Node { origin: Some(Origin::Variable(name.to_owned())), value: Value::raw((*value).to_owned()) };
-        put(tree, &path, node, problems);
+        put(tree, &path, written(&path, value), Origin::Variable(name.to_owned()), problems);
     }
 }
 
+/// A variable is text until its field says otherwise, and JSON within `parameters`, where no field says anything.
+fn written(path: &[String], text: &str) -> Value {
+    let is_free = path.len() > 3 && path[0] == "assistants" && path[2] == "parameters";
+    let json = is_free.then(|| serde_json::from_str(text).ok()).flatten();
+    json.unwrap_or_else(|| Value::from(text))
+}
+
 /// Puts a value over what lower layers say.
-pub(super) fn put(tree: &mut Node, path: &[String], node: Node, problems: &mut ConfigProblems) {
-    let origin = node.origin.clone();
-    let Err(depth) = tree.insert(path, node) else { return };
+pub(super) fn put(
+    tree: &mut Tree,
+    path: &[String],
+    value: Value,
+    origin: Origin,
+    problems: &mut ConfigProblems,
+) {
+    let Err(depth) = tree.insert(path, value, Some(origin.clone())) else { return };
     let whole = &path[..depth];
-    let hint = tree.nearest(whole).origin.as_ref().map(|other| format!("{other} gives it as one value"));
+    let hint = tree.origin(whole).map(|other| format!("{other} gives it as one value"));
     problems.push(Problem {
         path: path.join("."),
-        origin,
+        origin: Some(origin),
         what: format!("{} has no fields", whole.join(".")),
         hint,
     });
-}
-
-/// The variable that sets the setting at `path`.
-pub(super) fn variable(path: &[impl AsRef<str>]) -> String {
-    let levels: Vec<String> = path.iter().map(|level| level.as_ref().to_ascii_uppercase()).collect();
-    format!("{PREFIX}{}", levels.join("__"))
 }
 
 /// `store.url` for `store.url_file` and the other way round, and so for `direct_url`, `api_key` and `secret`.
@@ -133,19 +139,14 @@ fn setting_path(rest: &str) -> Result<Vec<String>, Refusal> {
 
 /// The variable that was meant by `flat`, a path with single underscores or a lone field name.
 fn spelling_of(flat: &str) -> Option<String> {
-    let known = known_settings();
-    let exact = known.iter().find_map(|setting| match setting.as_slice() {
-        [section, field] => (format!("{section}_{field}") == flat).then(|| variable(&[section, field])),
-        [section, table, field] if *table != "<name>" => {
-            (format!("{section}_{table}_{field}") == flat).then(|| variable(setting))
-        }
-        [section, _, field] => {
-            let name =
-                flat.strip_prefix(section)?.strip_prefix('_')?.strip_suffix(field)?.strip_suffix('_')?;
+    let below = |section: &str| flat.strip_prefix(section)?.strip_prefix('_');
+    let exact = known_settings().iter().find_map(|setting| match setting.as_slice() {
+        [section, name, field] if name == ANY_NAME => {
+            let name = below(section)?.strip_suffix(field.as_str())?.strip_suffix('_')?;
             Some(variable(&[section, name, field]))
         }
-        _ => None,
+        _ => (setting.join("_") == flat).then(|| variable(setting)),
     });
-    let lone = || known.iter().find(|setting| setting.len() == 2 && setting[1] == flat);
+    let lone = || known_settings().iter().find(|setting| setting.len() == 2 && setting[1] == flat);
     exact.or_else(|| lone().map(|setting| variable(setting)))
 }

@@ -4,7 +4,8 @@
 use std::fmt;
 use std::sync::Arc;
 
-use super::load::USUAL_FILE;
+/// The file that is read where none is named, if it is there.
+pub const USUAL_FILE: &str = "/etc/threadkeeper/gateway.toml";
 
 /// Where a setting was written.
 #[derive(Clone, Debug, Eq, PartialEq)]

@@ -3,7 +3,7 @@
 use serde_json::{Map, Value};
 
 use super::UpstreamKind;
-use super::decode::nearest;
+use super::names::nearest;
 
 /// What a tool lacks, or has too much of.
 pub(super) enum Finding {

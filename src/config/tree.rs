@@ -1,206 +1,208 @@
-//! Settings as they were written, before they have types: one tree, each node knowing where it came from.
+//! Settings as they were written, before they have types: one JSON value, and the origin of each part of it.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use secrecy::zeroize::Zeroizing;
+use secrecy::zeroize::Zeroize;
+use serde_json::Value;
 use toml::de::{DeTable, DeValue};
 
 use super::problem::{Origin, Problem};
 
-/// A written value and its place. No `Debug`: it holds secrets in the clear.
-pub(super) struct Node {
-    /// `None` only for tables that nobody wrote out.
-    pub(super) origin: Option<Origin>,
-    pub(super) value: Value,
+/// Stands for numbers that JSON lacks, such as `nan`: null would be taken for a setting that is left out.
+const NO_JSON_NUMBER: f64 = f64::MAX;
+
+/// What is written in all sources together. No `Debug`: it holds secrets in the clear.
+pub(super) struct Tree {
+    root: Value,
+    /// By dotted path. A part without an entry has the origin of what holds it.
+    origins: BTreeMap<String, Origin>,
 }
 
-pub(super) enum Value {
-    Table(BTreeMap<String, Node>),
-    List(Vec<Node>),
-    Null,
-    Bool(bool),
-    Integer(i64),
-    Float(f64),
-    Text(Zeroizing<String>),
-    /// Text from outside of the file, such as an environment variable's: what it means is up to the field.
-    Raw(Zeroizing<String>),
-}
-
-impl Node {
-    pub(super) fn empty_table() -> Self {
-        Self { origin: None, value: Value::Table(BTreeMap::new()) }
+impl Tree {
+    pub(super) fn empty() -> Self {
+        Self { root: Value::Object(serde_json::Map::new()), origins: BTreeMap::new() }
     }
 
     /// Reads a TOML document as far as it can be read. The problems are its syntax errors.
     pub(super) fn from_toml(name: &str, text: &str) -> (Self, Vec<Problem>) {
-        let name: Arc<str> = name.into();
         let (table, errors) = DeTable::parse_recoverable(text);
-        let lines = Lines { name, text };
+        let mut file = File { name: name.into(), text, origins: BTreeMap::new() };
+        let root = file.table("", table.get_ref());
         let problems = errors
             .iter()
             .map(|error| Problem {
                 path: String::new(),
-                origin: Some(lines.origin(error.span().map_or(0, |span| span.start))),
+                origin: Some(file.origin(error.span().map_or(0, |span| span.start))),
                 what: format!("this is not TOML: {}", error.message()),
                 hint: None,
             })
             .collect();
-        (Self { origin: None, value: lines.table(table.get_ref()) }, problems)
+        (Self { root, origins: file.origins }, problems)
     }
 
-    /// Reads JSON text, all of it from `origin`.
-    pub(super) fn from_json(origin: Option<&Origin>, json: serde_json::Value) -> Self {
-        let value = match json {
-            serde_json::Value::Null => Value::Null,
-            serde_json::Value::Bool(value) => Value::Bool(value),
-            serde_json::Value::Number(number) => number
-                .as_i64()
-                .map_or_else(|| Value::Float(number.as_f64().unwrap_or(f64::INFINITY)), Value::Integer),
-            serde_json::Value::String(text) => Value::text(text),
-            serde_json::Value::Array(items) => {
-                Value::List(items.into_iter().map(|item| Self::from_json(origin, item)).collect())
-            }
-            serde_json::Value::Object(fields) => Value::Table(
-                fields.into_iter().map(|(key, field)| (key, Self::from_json(origin, field))).collect(),
-            ),
-        };
-        Self { origin: origin.cloned(), value }
+    pub(super) fn root(&self) -> &Value {
+        &self.root
     }
 
-    /// The node at `path`, or the nearest one above it.
-    pub(super) fn nearest(&self, path: &[String]) -> &Self {
-        let mut node = self;
-        for key in path {
-            match &node.value {
-                Value::Table(fields) if fields.contains_key(key) => node = &fields[key],
-                _ => break,
-            }
-        }
-        node
-    }
-
-    pub(super) fn get(&self, path: &[String]) -> Option<&Self> {
-        path.iter().try_fold(self, |node, key| match &node.value {
-            Value::Table(fields) => fields.get(key),
+    pub(super) fn get(&self, path: &[impl AsRef<str>]) -> Option<&Value> {
+        path.iter().map(AsRef::as_ref).try_fold(&self.root, |value, key| match value {
+            Value::Object(fields) => fields.get(key),
+            Value::Array(items) => items.get(key.parse::<usize>().ok()?),
             _ => None,
         })
     }
 
-    /// Takes out the node at `path`, or the one above it that holds the path within itself (JSON text). False if
-    /// only the root is left to take.
-    pub(super) fn remove(&mut self, path: &[String]) -> bool {
-        let Some((key, rest)) = path.split_first() else { return false };
-        let Value::Table(fields) = &mut self.value else { return false };
-        let Some(child) = fields.get_mut(key) else { return false };
-        if child.remove(rest) {
-            return true;
-        }
-        fields.remove(key);
-        true
-    }
-
-    /// Takes out and returns the node at `path`.
-    pub(super) fn take(&mut self, path: &[String]) -> Option<Self> {
-        let (last, above) = path.split_last()?;
-        let table = above.iter().try_fold(self, |node, key| match &mut node.value {
-            Value::Table(fields) => fields.get_mut(key),
-            _ => None,
-        });
-        match &mut table?.value {
-            Value::Table(fields) => fields.remove(last),
-            _ => None,
+    /// Where the value at `path` was written. `None` if nothing was written there.
+    pub(super) fn origin(&self, path: &[impl AsRef<str>]) -> Option<&Origin> {
+        self.get(path)?;
+        let dotted = dotted(path);
+        let mut place = dotted.as_str();
+        loop {
+            match self.origins.get(place) {
+                Some(origin) => return Some(origin),
+                None => place = place.rsplit_once('.')?.0,
+            }
         }
     }
 
-    /// Takes out the node at `path`, if there is one.
-    pub(super) fn remove_exact(&mut self, path: &[String]) {
-        if self.get(path).is_some() {
-            self.remove(path);
-        }
+    /// The text of a variable or flag at `path`: its field decides what it means.
+    pub(super) fn raw(&self, path: &[String]) -> Option<&str> {
+        let origin = self.origins.get(&dotted(path))?;
+        self.get(path)?.as_str().filter(|_| !matches!(origin, Origin::File { .. }))
     }
 
-    /// Puts `node` at `path`, in place of what was there. Tables on the way are made.
+    /// Puts `value` at `path`, in place of what was there. Tables on the way are made, of the same origin.
     ///
     /// # Errors
     ///
     /// The length of the part of `path` that names a value which cannot hold fields. Nothing is changed then.
-    pub(super) fn insert(&mut self, path: &[String], node: Self) -> Result<(), usize> {
-        let mut place = self;
+    pub(super) fn insert(
+        &mut self,
+        path: &[String],
+        value: Value,
+        origin: Option<Origin>,
+    ) -> Result<(), usize> {
+        let mut place = &mut self.root;
+        let mut made = path.len();
         for (depth, key) in path.iter().enumerate() {
-            let Value::Table(fields) = &mut place.value else { return Err(depth) };
-            place = fields.entry(key.clone()).or_insert_with(Self::empty_table);
+            let Value::Object(fields) = place else { return Err(depth) };
+            if !fields.contains_key(key) {
+                made = made.min(depth + 1);
+            }
+            place = fields.entry(key.clone()).or_insert_with(|| Value::Object(serde_json::Map::new()));
         }
-        *place = node;
+        wipe(&mut std::mem::replace(place, value));
+        let (dotted_path, below) = (dotted(path), dotted(path) + ".");
+        self.origins.retain(|place, _| *place != dotted_path && !place.starts_with(&below));
+        if let Some(origin) = origin {
+            self.origins.extend((made..=path.len()).map(|depth| (dotted(&path[..depth]), origin.clone())));
+        }
         Ok(())
     }
-}
 
-impl Value {
-    pub(super) fn text(text: String) -> Self {
-        Self::Text(Zeroizing::new(text))
+    /// Changes the value at `path`, which keeps its origin. False if there is none.
+    pub(super) fn replace(&mut self, path: &[String], value: Value) -> bool {
+        let place = path.iter().try_fold(&mut self.root, |place, key| match place {
+            Value::Object(fields) => fields.get_mut(key),
+            Value::Array(items) => items.get_mut(key.parse::<usize>().ok()?),
+            _ => None,
+        });
+        place.map(|place| wipe(&mut std::mem::replace(place, value))).is_some()
     }
 
-    pub(super) fn raw(text: String) -> Self {
-        Self::Raw(Zeroizing::new(text))
-    }
-
-    /// What it is, in words, for a message.
-    pub(super) const fn kind(&self) -> &'static str {
-        match self {
-            Self::Table(_) => "a table",
-            Self::List(_) => "a list",
-            Self::Null => "null",
-            Self::Bool(_) => "true or false",
-            Self::Integer(_) | Self::Float(_) => "a number",
-            Self::Text(_) | Self::Raw(_) => "text",
+    /// Takes out the value at `path`, or the list that holds it. False if only the root is left to take.
+    pub(super) fn remove(&mut self, path: &[String]) -> bool {
+        let Some((last, above)) = path.split_last() else { return false };
+        let table = above.iter().try_fold(&mut self.root, |value, key| value.get_mut(key));
+        match table.and_then(Value::as_object_mut).and_then(|fields| fields.remove(last)) {
+            Some(mut value) => {
+                wipe(&mut value);
+                true
+            }
+            None => self.remove(above),
         }
     }
 }
 
-/// Turns byte offsets into lines.
-struct Lines<'a> {
-    name: Arc<str>,
-    text: &'a str,
+impl Drop for Tree {
+    fn drop(&mut self) {
+        wipe(&mut self.root);
+    }
 }
 
-impl Lines<'_> {
+/// Overwrites all texts: some are secrets.
+fn wipe(value: &mut Value) {
+    match value {
+        Value::String(text) => text.zeroize(),
+        Value::Array(items) => items.iter_mut().for_each(wipe),
+        Value::Object(fields) => fields.values_mut().for_each(wipe),
+        _ => {}
+    }
+}
+
+/// What a value is, in words, for a message.
+pub(super) const fn kind(value: &Value) -> &'static str {
+    match value {
+        Value::Object(_) => "a table",
+        Value::Array(_) => "a list",
+        Value::Null => "null",
+        Value::Bool(_) => "true or false",
+        Value::Number(_) => "a number",
+        Value::String(_) => "text",
+    }
+}
+
+fn dotted(path: &[impl AsRef<str>]) -> String {
+    path.iter().map(AsRef::as_ref).collect::<Vec<_>>().join(".")
+}
+
+/// A document on its way into a tree.
+struct File<'a> {
+    name: Arc<str>,
+    text: &'a str,
+    origins: BTreeMap<String, Origin>,
+}
+
+impl File<'_> {
     fn origin(&self, offset: usize) -> Origin {
         let before = &self.text.as_bytes()[..offset.min(self.text.len())];
         let line = 1 + before.split(|byte| *byte == b'\n').count().saturating_sub(1);
         Origin::File { name: Arc::clone(&self.name), line }
     }
 
-    fn table(&self, table: &DeTable<'_>) -> Value {
+    fn table(&mut self, path: &str, table: &DeTable<'_>) -> Value {
         let fields = table.iter().map(|(key, field)| {
-            let node =
-                Node { origin: Some(self.origin(key.span().start)), value: self.value(field.get_ref()) };
-            (key.get_ref().to_string(), node)
+            let name = key.get_ref().to_string();
+            let value = self.part(path, &name, key.span().start, field.get_ref());
+            (name, value)
         });
-        Value::Table(fields.collect())
+        Value::Object(fields.collect())
     }
 
-    fn value(&self, value: &DeValue<'_>) -> Value {
-        match value {
-            DeValue::String(text) => Value::text(text.to_string()),
-            DeValue::Integer(digits) => {
-                let parsed = i64::from_str_radix(digits.as_str(), digits.radix());
-                parsed.map_or(Value::Float(f64::INFINITY), Value::Integer)
+    fn part(&mut self, above: &str, key: &str, offset: usize, value: &DeValue<'_>) -> Value {
+        let path = if above.is_empty() { key.to_owned() } else { format!("{above}.{key}") };
+        let value = match value {
+            DeValue::String(text) => Value::from(text.as_ref()),
+            DeValue::Integer(digits) => i64::from_str_radix(digits.as_str(), digits.radix())
+                .map_or(Value::from(NO_JSON_NUMBER), Value::from),
+            DeValue::Float(digits) => {
+                let number = digits.as_str().parse().ok().filter(|number: &f64| number.is_finite());
+                Value::from(number.unwrap_or(NO_JSON_NUMBER))
             }
-            DeValue::Float(digits) => Value::Float(digits.as_str().parse().unwrap_or(f64::NAN)),
-            DeValue::Boolean(value) => Value::Bool(*value),
-            DeValue::Datetime(time) => Value::text(time.to_string()),
-            DeValue::Array(items) => Value::List(
-                items
-                    .iter()
-                    .map(|item| Node {
-                        origin: Some(self.origin(item.span().start)),
-                        value: self.value(item.get_ref()),
-                    })
-                    .collect(),
-            ),
-            DeValue::Table(table) => self.table(table),
-        }
+            DeValue::Boolean(value) => Value::from(*value),
+            DeValue::Datetime(time) => Value::from(time.to_string()),
+            DeValue::Array(items) => {
+                let items = items.iter().enumerate();
+                let item = |(index, item): (usize, &toml::Spanned<DeValue<'_>>)| {
+                    self.part(&path, &index.to_string(), item.span().start, item.get_ref())
+                };
+                Value::Array(items.map(item).collect())
+            }
+            DeValue::Table(table) => self.table(&path, table),
+        };
+        self.origins.insert(path, self.origin(offset));
+        value
     }
 }
 
@@ -214,36 +216,66 @@ mod tests {
 
     #[test]
     fn nodes_know_their_lines() {
-        let (tree, problems) = Node::from_toml("g.toml", "a = 1\n\n[b]\nc = [\n  2,\n]\n");
+        let (tree, problems) = Tree::from_toml("g.toml", "a = 1\n\n[b]\nc = [\n  2,\n]\n");
         assert!(problems.is_empty());
-        let line = |dotted: &str| match &tree.get(&path(dotted)).unwrap().origin {
+        let line = |dotted: &str| match tree.origin(&path(dotted)) {
             Some(Origin::File { name, line }) => (name.to_string(), *line),
             _ => panic!("no line"),
         };
         assert_eq!(line("a"), ("g.toml".to_owned(), 1));
         assert_eq!(line("b.c"), ("g.toml".to_owned(), 4));
+        assert_eq!(line("b.c.0"), ("g.toml".to_owned(), 5));
+        assert_eq!(tree.origin(&path("b.d")), None, "nothing is written there");
     }
 
     #[test]
     fn all_syntax_errors_are_found_and_none_repeats_the_value() {
         let (tree, problems) =
-            Node::from_toml("g.toml", "a = hunter2hunter2\nb = 1\nc = \"hunter2hunter2\nd = 2\n");
+            Tree::from_toml("g.toml", "a = hunter2hunter2\nb = 1\nc = \"hunter2hunter2\nd = 2\n");
         assert_eq!(problems.len(), 2, "{problems:?}");
         assert!(!format!("{problems:?}").contains("hunter2"));
         assert!(tree.get(&path("b")).is_some());
     }
 
     #[test]
+    fn numbers_that_json_lacks_are_not_taken_for_nothing() {
+        let (tree, _) = Tree::from_toml("g.toml", "a = nan\nb = -inf\nc = 99999999999999999999\nd = 1_0.5");
+        for number in ["a", "b", "c", "d"] {
+            assert!(!tree.get(&path(number)).unwrap().is_null(), "{number}");
+        }
+        assert_eq!(tree.get(&path("d")), Some(&Value::from(10.5)));
+    }
+
+    #[test]
     fn insert_and_remove_meet_in_the_middle() {
-        let mut tree = Node::empty_table();
-        let leaf = || Node { origin: None, value: Value::Bool(true) };
-        assert_eq!(tree.insert(&path("a.b"), leaf()), Ok(()));
-        assert_eq!(tree.insert(&path("a.b.c"), leaf()), Err(2));
+        let mut tree = Tree::empty();
+        let leaf = || Value::from(true);
+        assert_eq!(tree.insert(&path("a.b"), leaf(), None), Ok(()));
+        assert_eq!(tree.insert(&path("a.b.c"), leaf(), None), Err(2));
         assert!(tree.get(&path("a.b")).is_some());
-        // The path goes on inside of the value.
-        assert!(tree.remove(&path("a.b.c")));
+        // A list goes as a whole.
+        assert_eq!(tree.insert(&path("a.c"), Value::from(vec![1, 2]), None), Ok(()));
+        assert!(tree.remove(&path("a.c.0")));
+        assert!(tree.get(&path("a.c")).is_none());
+        assert!(tree.get(&path("a.b")).is_some());
+        assert!(tree.remove(&path("a.b")));
         assert!(tree.get(&path("a.b")).is_none());
         assert!(tree.get(&path("a")).is_some());
         assert!(!tree.remove(&[]));
+    }
+
+    #[test]
+    fn what_is_inserted_has_one_origin() {
+        let (mut tree, _) = Tree::from_toml("g.toml", "[a]\nb = { c = 1 }\n");
+        let variable = Origin::Variable("A__B".to_owned());
+        assert_eq!(tree.raw(&path("a.b")), None);
+        assert_eq!(tree.insert(&path("a.b"), Value::from("{}"), Some(variable.clone())), Ok(()));
+        assert_eq!(tree.raw(&path("a.b")), Some("{}"));
+        assert!(tree.replace(&path("a.b"), serde_json::json!({ "c": "text" })));
+        assert_eq!(tree.origin(&path("a.b.c")), Some(&variable));
+        assert_eq!(tree.raw(&path("a.b.c")), None, "it is text already");
+        assert_eq!(tree.insert(&path("a.d.e"), Value::from(1), Some(variable.clone())), Ok(()));
+        assert_eq!(tree.origin(&path("a.d")), Some(&variable), "it is made for the value in it");
+        assert!(matches!(tree.origin(&path("a")), Some(Origin::File { .. })));
     }
 }

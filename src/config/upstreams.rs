@@ -10,6 +10,7 @@ use url::Url;
 
 /// One upstream server.
 #[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
 #[expect(clippy::struct_excessive_bools, reason = "each is a setting of its own")]
 pub struct UpstreamConfig {
     pub kind: UpstreamKind,
@@ -40,11 +41,11 @@ pub struct UpstreamConfig {
     pub background: bool,
     /// Others may write to the threads, too: before one is archived, what they wrote is put into the transcript.
     #[serde(default)]
-    pub shared: bool,
+    pub external_writers: bool,
     /// Names of tenants, users, sessions and topics are sent in clear, in the metadata of threads and responses. Without, as
     /// fingerprints.
     #[serde(default)]
-    pub send_keys: bool,
+    pub send_identifiers: bool,
     #[serde(default = "UpstreamConfig::default_connect_timeout", with = "humantime_serde")]
     pub connect_timeout: Duration,
     /// How long the server may take to answer a call that starts no run: a list, a look at a run, a deletion. A run is
@@ -67,8 +68,8 @@ pub struct UpstreamConfig {
     #[serde(default = "UpstreamConfig::default_breaker_window", with = "humantime_serde")]
     pub breaker_window: Duration,
     /// Time for which an open breaker refuses all messages. Then a few are let through, and what most of them meet decides.
-    #[serde(default = "UpstreamConfig::default_breaker_open", with = "humantime_serde")]
-    pub breaker_open: Duration,
+    #[serde(default = "UpstreamConfig::default_breaker_open_duration", with = "humantime_serde")]
+    pub breaker_open_duration: Duration,
 }
 
 #[derive(Clone, Copy, Debug, Deserialize, Eq, PartialEq)]
@@ -92,7 +93,7 @@ pub enum AuthScheme {
 
 /// A named profile that messages are answered with.
 #[derive(Clone, Debug, Default, Deserialize)]
-#[serde(default)]
+#[serde(default, deny_unknown_fields)]
 pub struct AssistantConfig {
     /// Name of the upstream.
     pub upstream: String,
@@ -129,15 +130,15 @@ impl UpstreamConfig {
             query: BTreeMap::new(),
             conversations: true,
             background: false,
-            shared: false,
-            send_keys: false,
+            external_writers: false,
+            send_identifiers: false,
             connect_timeout: Self::default_connect_timeout(),
             call_timeout: Self::default_call_timeout(),
             max_event_bytes: Self::default_max_event_bytes(),
             lock_window: Self::default_lock_window(),
             breaker_min_requests: Self::default_breaker_min_requests(),
             breaker_window: Self::default_breaker_window(),
-            breaker_open: Self::default_breaker_open(),
+            breaker_open_duration: Self::default_breaker_open_duration(),
         }
     }
 
@@ -165,7 +166,7 @@ impl UpstreamConfig {
         Duration::from_secs(10)
     }
 
-    pub(super) fn default_breaker_open() -> Duration {
+    pub(super) fn default_breaker_open_duration() -> Duration {
         Duration::from_secs(2)
     }
 }

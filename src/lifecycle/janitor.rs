@@ -111,7 +111,7 @@ impl Janitor {
                     Ok(_) => {}
                     Err(error) => tracing::warn!(error = %Chain(&error), "the janitor cannot work now"),
                 }
-                let pause = self.parts.given.janitor.every.mul_f64(rand::rng().random_range(0.5..=1.5));
+                let pause = self.parts.given.janitor.interval.mul_f64(rand::rng().random_range(0.5..=1.5));
                 tokio::select! {
                     () = sleep(pause) => {}
                     () = self.parts.wake.notified() => {}
@@ -147,7 +147,7 @@ impl Janitor {
         let counts = Arc::new(Counts::default());
         let mut left = most;
         loop {
-            let batch = self.parts.given.janitor.batch.get().min(left);
+            let batch = self.parts.given.janitor.batch_size.get().min(left);
             if batch == 0 {
                 break;
             }
@@ -348,7 +348,7 @@ impl Janitor {
     /// Deletes what is, or may be, at the upstreams besides the threads' own.
     async fn look_for_remnants(&self, counts: &Counts) -> Result<(), StoreError> {
         loop {
-            let batch = self.parts.given.janitor.batch.get();
+            let batch = self.parts.given.janitor.batch_size.get();
             let remnants = self.store().claim_remnants(batch, LEASE).await?;
             let got = remnants.len();
             let at_once = self.parts.given.janitor.concurrency.get() as usize;

@@ -88,7 +88,7 @@ impl Breaker {
             upstream: upstream.to_owned(),
             min_requests: config.breaker_min_requests,
             window: config.breaker_window,
-            open: config.breaker_open,
+            open: config.breaker_open_duration,
             circuit: Mutex::new(circuit),
         }
     }
@@ -253,7 +253,7 @@ mod tests {
     fn breaker(min_requests: u32) -> Arc<Breaker> {
         let mut config = UpstreamConfig::new(UpstreamKind::Responses, "http://h".parse().unwrap());
         config.breaker_min_requests = min_requests;
-        (config.breaker_window, config.breaker_open) = (WINDOW, OPEN);
+        (config.breaker_window, config.breaker_open_duration) = (WINDOW, OPEN);
         Arc::new(Breaker::new("test", &config))
     }
 

@@ -46,7 +46,7 @@ pub struct ConfiguredUpstream {
     /// `None`: requests always pass.
     pub breaker: Option<Arc<Breaker>>,
     /// Others may write to its threads.
-    pub is_shared: bool,
+    pub has_external_writers: bool,
     /// It is told keys in clear, not fingerprints.
     pub gets_keys: bool,
 }

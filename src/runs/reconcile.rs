@@ -119,7 +119,7 @@ pub(in crate::runs) async fn reconcile(
     by: Option<RunLease>,
     pace: &RateLimiter,
 ) -> Result<u64, Unverified> {
-    if !ctx.upstreams.get(&thread.upstream).is_some_and(|upstream| upstream.is_shared)
+    if !ctx.upstreams.get(&thread.upstream).is_some_and(|upstream| upstream.has_external_writers)
         || !ctx.store.keeps_content()
     {
         return Ok(0);

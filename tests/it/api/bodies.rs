@@ -185,7 +185,7 @@ async fn memory_for_concurrent_large_bodies_is_bounded() {
     let scene = Scene::new(Protocol::Responses, Backend::Sqlite).await;
     // Four have room.
     let gateway =
-        scene.gateway_with("[server]\nmax_body_bytes = 2097152\nmax_bodies_bytes = 8388608\n").await;
+        scene.gateway_with("[server]\nmax_body_bytes = 2097152\nmax_buffered_body_bytes = 8388608\n").await;
     let large = picture(2_000_000);
     gateway.post("/v1/users/first/messages", &json!({"content": "hi"})).await.ok();
     let before = memory(&gateway, "VmRSS:");

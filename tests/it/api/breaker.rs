@@ -12,7 +12,7 @@ on_each_protocol!(
 
 const SCOPE: &str = "/v1/users/alice";
 /// One failed request would open it.
-const AT_ONCE: &str = "breaker_min_requests = 1\nbreaker_open = \"1h\"\nlock_window = \"300ms\"\n";
+const AT_ONCE: &str = "breaker_min_requests = 1\nbreaker_open_duration = \"1h\"\nlock_window = \"300ms\"\n";
 
 async fn gateway(scene: &Scene) -> Gateway {
     scene.gateway_both("[runs]\nmax_retries = 9\n", AT_ONCE).await

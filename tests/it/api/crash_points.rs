@@ -25,7 +25,7 @@ const MANY: usize = 400;
 const LONG: Duration = Duration::from_hours(3);
 /// The session is longer than any kill takes, so that nothing but the operation is stopped.
 const SETTINGS: &str = "[replica]\nsession_ttl = \"30s\"\n[runs]\nsettle_timeout = \"2s\"\n\
-     [janitor]\nevery = \"1h\"\ncalls_per_second = 100000\n";
+     [janitor]\ninterval = \"1h\"\ncalls_per_second = 100000\n";
 const UPSTREAM: &str = "lock_window = \"50ms\"\n";
 
 /// What is asked for, and killed.

@@ -25,7 +25,7 @@ on_each_store!(deletion_accepted_when_receipt_is_unreadable);
 
 const SCOPE: &str = "/v1/users/alice/topics/secret";
 const THREAD: &str = "/v1/users/alice/topics/secret/thread";
-const BY_HAND: &str = "[janitor]\nevery = \"1h\"\ncalls_per_second = 10000\n";
+const BY_HAND: &str = "[janitor]\ninterval = \"1h\"\ncalls_per_second = 10000\n";
 
 async fn nothing_is_left(scene: &Scene) {
     assert_eq!(scene.database.holding("needle").await, Vec::<String>::new());

@@ -16,7 +16,7 @@ on_each_protocol!(
 on_each_store!(thread_list_includes_all_threads_of_user);
 
 const USER: &str = "/v1/users/auth0%7C5f7c";
-const BY_HAND: &str = "[janitor]\nevery = \"1h\"\ncalls_per_second = 10000\n";
+const BY_HAND: &str = "[janitor]\ninterval = \"1h\"\ncalls_per_second = 10000\n";
 
 /// Every deletion at the upstream is answered so.
 fn deletions_answer(scene: &Scene, fault: &str) {

@@ -22,7 +22,7 @@ on_each_store!(
 
 const HOUR: Duration = Duration::from_hours(1);
 /// The janitor works only when it is told to.
-const BY_HAND: &str = "[janitor]\nevery = \"1h\"\ncalls_per_second = 10000\n";
+const BY_HAND: &str = "[janitor]\ninterval = \"1h\"\ncalls_per_second = 10000\n";
 
 async fn clean_up(gateway: &Gateway) -> Value {
     gateway.post("/v1/admin/cleanup", &json!({})).await.ok()
@@ -160,7 +160,7 @@ async fn changed_expiry_configuration_applies_to_existing_threads(scene: Scene) 
     gateway.say("/v1/users/alice", "one").await;
     drop(gateway);
     scene.database.age_threads(2 * HOUR).await;
-    let settings = "[threads]\nmax_idle = \"1h\"\n[janitor]\nevery = \"100ms\"\n";
+    let settings = "[threads]\nmax_idle = \"1h\"\n[janitor]\ninterval = \"100ms\"\n";
     let gateway = scene.gateway_with(settings).await;
     gateway.until("/v1/users/alice/thread", |answer| answer.body["lifecycle"] == "archived").await;
 }
@@ -169,7 +169,8 @@ async fn undeletable_thread_does_not_block_janitor(scene: Scene) {
     if scene.protocol == Protocol::Chain {
         return;
     }
-    let settings = "[janitor]\nevery = \"1h\"\nbatch = 1\nconcurrency = 1\ncalls_per_second = 10000\n";
+    let settings =
+        "[janitor]\ninterval = \"1h\"\nbatch_size = 1\nconcurrency = 1\ncalls_per_second = 10000\n";
     let gateway = scene.gateway_with(settings).await;
     for n in 0..5 {
         gateway.say(&format!("/v1/users/alice/sessions/{n}"), "hello").await;

@@ -164,7 +164,7 @@ async fn concurrent_runs_are_limited_globally_and_per_tenant() {
 #[tokio::test(flavor = "multi_thread")]
 async fn concurrent_event_readers_are_limited() {
     let scene = Scene::new(Protocol::Responses, Backend::Sqlite).await;
-    let gateway = scene.gateway_with("[server]\nmax_readers = 3\n").await;
+    let gateway = scene.gateway_with("[server]\nmax_readers_per_run = 3\n").await;
     scene.simulator.hold();
     let own = gateway.request(Method::POST, "/v1/users/alice/messages").header("idempotency-key", "hello");
     let own = own.json(&json!({"content": "hello", "stream": true})).send().await.unwrap();
@@ -241,7 +241,7 @@ async fn messages_waiting_too_long_for_database_are_refused() {
 async fn request_size_limits_are_configurable() {
     let scene = Scene::new(Protocol::Responses, Backend::Sqlite).await;
     let settings =
-        "[server]\nmax_key_bytes = 8\nmax_content_parts = 2\nmax_metadata_pairs = 1\nmax_page = 5\n";
+        "[server]\nmax_key_bytes = 8\nmax_content_parts = 2\nmax_metadata_pairs = 1\nmax_page_size = 5\n";
     let gateway = scene.gateway_with(settings).await;
     let message = "/v1/users/8%C3%A4bytes/messages";
     let part = json!({"type": "text", "text": "hello"});

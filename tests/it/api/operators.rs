@@ -16,7 +16,7 @@ on_each_protocol!(
 );
 on_each_store!(thread_list_filters_by_state_and_attributes);
 
-const BY_HAND: &str = "[janitor]\nevery = \"1h\"\ncalls_per_second = 10000\n";
+const BY_HAND: &str = "[janitor]\ninterval = \"1h\"\ncalls_per_second = 10000\n";
 
 async fn clean_up(gateway: &Gateway) -> Value {
     gateway.post("/v1/admin/cleanup", &json!({})).await.ok()

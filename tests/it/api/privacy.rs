@@ -134,7 +134,7 @@ async fn names_are_never_logged_and_sent_only_when_configured(scene: Scene) {
         }
     }
 
-    let gateway = start(&scene, &format!("{UPSTREAM}send_keys = true\n")).await;
+    let gateway = start(&scene, &format!("{UPSTREAM}send_identifiers = true\n")).await;
     for scope in scopes() {
         names.post(&gateway, &format!("{scope}/messages"), json!({"content": "hello"})).await;
     }

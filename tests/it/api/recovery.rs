@@ -136,7 +136,7 @@ async fn tool_outputs_with_lost_answer_recovered_when_possible(scene: Scene) {
 
 async fn dead_upstream_fails_fast_and_recovers(scene: Scene) {
     const OPEN: Duration = Duration::from_secs(4);
-    let settings = "breaker_min_requests = 2\nbreaker_open = \"4s\"\n";
+    let settings = "breaker_min_requests = 2\nbreaker_open_duration = \"4s\"\n";
     let gateway = scene.gateway_both("[runs]\nmax_retries = 0\n", settings).await;
     say(&gateway, "hello").await.ok();
     fault(&scene, start(&scene), "status=503", 1000);

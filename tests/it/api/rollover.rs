@@ -41,7 +41,7 @@ async fn transcript(gateway: &Gateway) -> Vec<Value> {
 }
 
 async fn full_thread_rolls_over_before_next_turn(scene: Scene) {
-    let settings = "[threads]\nmax_messages = 60\ncarry_over_messages = 50\n[janitor]\nevery = \"100ms\"\n";
+    let settings = "[threads]\nmax_messages = 60\ncarry_over_messages = 50\n[janitor]\ninterval = \"100ms\"\n";
     let gateway = scene.gateway_with(settings).await;
     let first = gateway.say(SCOPE, "message 0").await;
     gateway.patch(&format!("{SCOPE}/thread"), &json!({"metadata": {"team": "blue"}})).await.ok();
@@ -123,7 +123,7 @@ async fn rollover_waits_for_active_run(scene: Scene) {
 }
 
 async fn rollover_under_load_neither_loses_nor_doubles_messages(scene: Scene) {
-    let settings = "[threads]\nmax_messages = 6\ncarry_over_messages = 4\n[janitor]\nevery = \"50ms\"\n\
+    let settings = "[threads]\nmax_messages = 6\ncarry_over_messages = 4\n[janitor]\ninterval = \"50ms\"\n\
                     calls_per_second = 10000\n";
     let gateway = scene.gateway_with(settings).await;
     let (talkers, each) = (6, 8);
@@ -175,7 +175,7 @@ async fn rollover_archives_foreign_upstream_messages(scene: Scene) {
         return;
     }
     let settings = "[threads]\ncarry_over_messages = 3\n";
-    let gateway = scene.gateway_both(settings, "shared = true\n").await;
+    let gateway = scene.gateway_both(settings, "external_writers = true\n").await;
     gateway.say(SCOPE, "one").await;
     let old = gateway.say(SCOPE, "two").await;
     let id = old["thread"]["upstream_thread_id"].as_str().unwrap();
@@ -227,7 +227,7 @@ async fn deadline_and_cancel_end_run_before_rollover(scene: Scene) {
         Protocol::Chain => return,
     };
     let settings = "[threads]\nmax_messages = 2\n[runs]\nsettle_timeout = \"1h\"\n";
-    let gateway = scene.gateway_both(settings, "shared = true\n").await;
+    let gateway = scene.gateway_both(settings, "external_writers = true\n").await;
     gateway.say(SCOPE, "one").await;
     scene.fault(on, "latency=1h", 2);
     let body = json!({"content": "two", "timeout_ms": 300});

@@ -19,7 +19,7 @@ const TABLES: [&str; 8] = [
     "deleted_threads",
 ];
 /// Only what is asked for is cleaned up, as fast as it can be; nothing is pruned by the way.
-const SETTINGS: &str = "[janitor]\nevery = \"100h\"\ncalls_per_second = 1000000\n\
+const SETTINGS: &str = "[janitor]\ninterval = \"100h\"\ncalls_per_second = 1000000\n\
      [retention]\nruns = \"1000d\"\nevents = \"1000d\"\nreceipts = \"1000d\"\n\
      [runs]\nidempotency_ttl = \"1000d\"\n[replica]\nsession_ttl = \"1h\"\n";
 /// Of `THREADKEEPER_TEST_SCALE`. From here on the planner takes indexes wherever there are any.

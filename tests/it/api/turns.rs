@@ -161,7 +161,7 @@ async fn runs_can_be_listed_and_read(scene: Scene) {
 }
 
 async fn thread_ownership_is_sent_as_upstream_metadata(scene: Scene) {
-    let gateway = scene.gateway_upstream("send_keys = true").await;
+    let gateway = scene.gateway_upstream("send_identifiers = true").await;
     let long = "é".repeat(128);
     // As many pairs of its own as a caller may add: with ours the upstream's limit is reached, not passed.
     let pairs: serde_json::Map<_, _> = (0..10).map(|n| (n.to_string(), json!("x".repeat(512)))).collect();
@@ -290,7 +290,7 @@ async fn message_on_known_thread_costs_two_store_round_trips() {
 #[tokio::test(flavor = "multi_thread")]
 async fn idle_stream_is_kept_alive_with_comments() {
     let scene = Scene::new(Protocol::Responses, Backend::Sqlite).await;
-    let gateway = scene.gateway_with("[server]\nkeep_alive = \"20ms\"\n").await;
+    let gateway = scene.gateway_with("[server]\nstream_keep_alive = \"20ms\"\n").await;
     let mut stream = gateway.stream("/v1/users/alice", "wait [[sim: latency=300ms]]").await;
     let mut events: Vec<Event> = Vec::new();
     while let Some(event) = stream.next().await {

@@ -155,10 +155,10 @@ impl Replica {
 
 fn config(database: &str, upstream: &str) -> String {
     let mut config = format!(
-        "[server]\nshutdown_grace = \"{}ms\"\nkeep_alive = \"1s\"\n\
+        "[server]\nshutdown_grace = \"{}ms\"\nstream_keep_alive = \"1s\"\n\
          [replica]\nsession_ttl = \"{}ms\"\n\
          [runs]\ntimeout = \"40s\"\nsettle_timeout = \"3s\"\n\
-         [janitor]\nevery = \"1s\"\ncalls_per_second = 1000\n\
+         [janitor]\ninterval = \"1s\"\ncalls_per_second = 1000\n\
          [store]\nurl = {database:?}\nacquire_timeout = \"2s\"\nmax_connections = 8\n",
         GRACE.as_millis(),
         SESSION.as_millis(),

@@ -23,7 +23,7 @@ const USERS: usize = 6;
 const ROUNDS: usize = 12;
 /// A thread is full soon, and its successor begins with what was said last.
 const SETTINGS: &str = "[threads]\nmax_messages = 5\ncarry_over_messages = 3\n[runs]\nsettle_timeout = \"2s\"\n\
-                        [janitor]\nevery = \"50ms\"\ncalls_per_second = 10000\n";
+                        [janitor]\ninterval = \"50ms\"\ncalls_per_second = 10000\n";
 const UPSTREAM: &str = "lock_window = \"50ms\"\nbreaker_min_requests = 0\n";
 const STRATEGIES: [&str; 7] = ["enqueue", "enqueue", "merge", "merge", "interrupt", "rollback", "reject"];
 const TURNS: [&str; 5] = ["", "tokens=10 rate=2ms", "tokens=40 rate=2ms", "tool=f", "fail"];

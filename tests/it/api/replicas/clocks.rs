@@ -94,7 +94,7 @@ async fn lists_are_chronological_despite_clock_skew() {
 async fn threads_expire_simultaneously_despite_clock_skew() {
     const MINUTE: Duration = Duration::from_mins(1);
     let scene = shared().await;
-    let settings = format!("{LONG}[sessions]\nttl = \"30m\"\n[janitor]\nevery = \"1s\"\n");
+    let settings = format!("{LONG}[sessions]\nttl = \"30m\"\n[janitor]\ninterval = \"1s\"\n");
     let gateways = three(&scene, &settings).await;
     let says = async |n: usize, scope: &str| {
         gateways[n].say(scope, "hello").await["thread"]["id"].as_str().unwrap().to_owned()
@@ -142,7 +142,7 @@ async fn deadlines_keep_their_length_despite_clock_skew() {
 async fn retention_is_exact_despite_clock_skew() {
     let scene = shared().await;
     let settings =
-        format!("{LONG}[retention]\nruns = \"30m\"\nevents = \"20m\"\n[janitor]\nevery = \"1s\"\n");
+        format!("{LONG}[retention]\nruns = \"30m\"\nevents = \"20m\"\n[janitor]\ninterval = \"1s\"\n");
     let gateways = three(&scene, &settings).await;
     let clean_up = async || {
         for gateway in &gateways {

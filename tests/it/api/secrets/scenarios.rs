@@ -36,7 +36,7 @@ pub(super) fn mistakes(world: &World) {
         format!("[auth.jwt]\nsecret = {quoted}\nalgorithms = [{quoted}]\njwks_url = {quoted}\nissuer = [{quoted}]"),
         format!("[store]\nurl = {quoted}\ndirect_url = {quoted}\nsynchronous = {quoted}"),
         format!("[store]\nurl = \"postgres://u:{0}@h:{0}/d\"", planted("the password")),
-        format!("[server]\nlisten = {quoted}\nmax_body_bytes = {quoted}\nkeep_alive = {quoted}\ncors_origins = {quoted}"),
+        format!("[server]\nlisten = {quoted}\nmax_body_bytes = {quoted}\nstream_keep_alive = {quoted}\ncors_origins = {quoted}"),
         format!("[log]\nfilter = {quoted}"),
     ];
     for line in lines {
