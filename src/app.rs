@@ -85,7 +85,7 @@ impl App {
             tasks: Tasks { tracker: tasks.clone(), draining: draining.clone(), stop: stop.clone() },
         });
         let (place, ttl) = (address.to_string(), config.replica.session_ttl);
-        patiently(&config.store, || runs.renew(&place, ttl))
+        with_retries(&config.store, || runs.renew(&place, ttl))
             .await
             .context("cannot register this replica in the store")?;
         let janitor = Janitor::new(JanitorParts {
@@ -94,7 +94,7 @@ impl App {
             runs: runs.clone(),
             fingerprints: fingerprints.clone(),
             lifetimes: config.lifetimes(),
-            keeping: RetentionPolicy {
+            archive: RetentionPolicy {
                 transcript: Some(config.archive.keep),
                 upstream: config.archive.keep_upstream,
             },
@@ -107,7 +107,7 @@ impl App {
         });
         let auth = Auth::new(&config.auth, Arc::clone(&store), &fingerprints).context("auth.jwt")?;
         let auth = Arc::new(auth);
-        patiently(&config.store, || auth.refresh()).await.context("cannot read the API keys")?;
+        with_retries(&config.store, || auth.refresh()).await.context("cannot read the API keys")?;
         let state = AppState {
             runs: runs.clone(),
             janitor: janitor.clone(),
@@ -297,7 +297,7 @@ pub async fn fingerprint(config: &StoreConfig, key: &ConversationKey) -> anyhow:
 async fn fingerprints(config: &StoreConfig, store: &Store) -> anyhow::Result<Fingerprints> {
     let mut fresh = [0; 32];
     rand::rng().fill_bytes(&mut fresh);
-    let key = patiently(config, || store.fingerprint_key(fresh)).await;
+    let key = with_retries(config, || store.fingerprint_key(fresh)).await;
     Ok(Fingerprints::new(&key.context("cannot read the key of fingerprints")?))
 }
 
@@ -305,14 +305,14 @@ async fn open_store(config: &StoreConfig) -> anyhow::Result<Arc<Store>> {
     config.url.as_ref().context("no store is configured: set store.url or DATABASE_URL")?;
     let store = Store::open(config).await?;
     if config.migrate_on_start {
-        patiently(config, || store.migrate()).await?;
+        with_retries(config, || store.migrate()).await?;
     }
-    patiently(config, || store.ready()).await?;
+    with_retries(config, || store.ready()).await?;
     Ok(Arc::new(store))
 }
 
 /// Does a step of the start. A database that goes away meanwhile is waited for like one that is not up yet.
-async fn patiently<T>(
+async fn with_retries<T>(
     config: &StoreConfig,
     step: impl AsyncFn() -> Result<T, StoreError>,
 ) -> Result<T, StoreError> {

@@ -16,7 +16,7 @@ pub use access::{Access, Principal};
 pub use content::{ContentPart, ImageFile, ImageUrl, InvalidContent, MAX_PARTS, UserContent, text_or_parts};
 pub use fingerprint::{Fingerprints, KeyNames};
 pub use id::{
-    DeletionId, InvalidId, KeyId, MessageId, RemnantId, ReplicaId, RunId, ThreadId, UpstreamRunId,
+    DeletionId, InvalidId, KeyId, MessageId, OrphanId, ReplicaId, RunId, ThreadId, UpstreamRunId,
     UpstreamThreadId, now, set_clock,
 };
 pub use key::{ConversationKey, InvalidKey, KeyText, Scope, SessionKey, TenantKey, TopicKey, UserKey};
@@ -28,7 +28,7 @@ pub use records::{Lifecycle, Message, Page, PageRequest, Role, Run, Thread, Thre
 pub use run::{
     MultitaskStrategy, RequiredAction, RunError, RunErrorCode, RunStatus, ToolCall, ToolOutput, Usage,
 };
-pub use trace::{Baseline, Context, EventBatch, Leftover, LoggedEvent};
+pub use trace::{Baseline, EventBatch, LoggedEvent, UnsettledRun, UpstreamSync};
 pub use transition::{IllegalTransition, Step};
 
 /// A point in time, UTC. Always read from the database, never from this process's clock.

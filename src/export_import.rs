@@ -33,9 +33,9 @@ use utoipa::openapi::schema::{ObjectBuilder, OneOfBuilder, Schema, Type};
 use utoipa::{PartialSchema, ToSchema};
 
 use crate::domain::{
-    ContentPart, Context, ConversationKey, KeyText, Lifecycle, Message, MessageId, Metadata,
-    MultitaskStrategy, Role, Run, RunError, RunId, RunStatus, Scope, TenantKey, Thread, ThreadId,
-    UpstreamRunId, UpstreamThreadId, Usage, UserKey, text_or_parts,
+    ContentPart, ConversationKey, KeyText, Lifecycle, Message, MessageId, Metadata, MultitaskStrategy, Role,
+    Run, RunError, RunId, RunStatus, Scope, TenantKey, Thread, ThreadId, UpstreamRunId, UpstreamSync,
+    UpstreamThreadId, Usage, UserKey, text_or_parts,
 };
 
 pub use export::{What, export};
@@ -232,7 +232,8 @@ pub(crate) struct MessageLine {
     /// What the upstream has of it.
     #[serde(default)]
     #[schema(required)]
-    context: Option<Context>,
+    #[serde(alias = "context")]
+    upstream_sync: Option<UpstreamSync>,
     #[serde(default)]
     #[schema(required)]
     ended: Option<RunStatus>,
@@ -290,7 +291,7 @@ impl From<Message> for MessageLine {
             content: message.content,
             run_id: message.run_id,
             upstream_message_id: message.upstream_message_id,
-            context: Some(message.context),
+            upstream_sync: Some(message.sync),
             ended: message.ended,
             created_at: Some(message.created_at),
         }

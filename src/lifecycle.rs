@@ -25,7 +25,7 @@ pub use janitor::{DryRun, PassSummary, Plan};
 /// Looks after the threads of all replicas, together with its peers. Clones share everything.
 #[derive(Clone)]
 pub struct Janitor {
-    parts: Arc<Parts>,
+    ctx: Arc<Context>,
 }
 
 /// What a [`Janitor`] is made of.
@@ -35,7 +35,7 @@ pub struct JanitorParts {
     pub runs: Runs,
     pub fingerprints: Fingerprints,
     pub lifetimes: Lifetimes,
-    pub keeping: RetentionPolicy,
+    pub archive: RetentionPolicy,
     pub retention: RetentionConfig,
     pub idempotency_ttl: Duration,
     pub janitor: JanitorConfig,
@@ -47,8 +47,8 @@ pub struct JanitorParts {
     pub draining: CancellationToken,
 }
 
-struct Parts {
-    given: JanitorParts,
+struct Context {
+    parts: JanitorParts,
     pace: RateLimiter,
     pruning: Pruning,
     /// There is work that should not wait for the next look.
@@ -57,21 +57,21 @@ struct Parts {
 
 impl Janitor {
     /// Must be made inside a tokio runtime.
-    pub fn new(given: JanitorParts) -> Self {
-        let pace = RateLimiter::new(given.janitor.calls_per_second);
-        let storing = given.upstreams.iter().filter(|(_, upstream)| upstream.capabilities().stores_runs);
+    pub fn new(parts: JanitorParts) -> Self {
+        let pace = RateLimiter::new(parts.janitor.calls_per_second);
+        let storing = parts.upstreams.iter().filter(|(_, upstream)| upstream.capabilities().stores_runs);
         let pruning = Pruning {
-            runs: Some(given.retention.runs),
-            events: Some(given.retention.events),
-            idempotency_keys: Some(given.idempotency_ttl),
-            receipts: Some(given.retention.receipts),
+            runs: Some(parts.retention.runs),
+            events: Some(parts.retention.events),
+            idempotency_keys: Some(parts.idempotency_ttl),
+            receipts: Some(parts.retention.receipts),
             storing: storing.map(|(name, _)| name.clone()).collect(),
         };
-        Self { parts: Arc::new(Parts { given, pace, pruning, wake: Notify::new() }) }
+        Self { ctx: Arc::new(Context { parts, pace, pruning, wake: Notify::new() }) }
     }
 
     fn store(&self) -> &Store {
-        &self.parts.given.store
+        &self.ctx.parts.store
     }
 }
 

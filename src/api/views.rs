@@ -14,8 +14,8 @@ use utoipa::openapi::schema::{
 use utoipa::{PartialSchema, ToSchema};
 
 use crate::domain::{
-    ContentPart, Context, MAX_PARTS, Message, MessageId, Metadata, MultitaskStrategy, Page, RequiredAction,
-    Role, Run, RunError, RunId, RunStatus, ThreadId, ToolOutput, Usage, text_or_parts,
+    ContentPart, MAX_PARTS, Message, MessageId, Metadata, MultitaskStrategy, Page, RequiredAction, Role, Run,
+    RunError, RunId, RunStatus, ThreadId, ToolOutput, UpstreamSync, Usage, text_or_parts,
 };
 
 pub(super) use threads::{
@@ -212,7 +212,7 @@ pub(super) struct MessageView {
     #[schema(required)]
     incomplete_reason: Option<RunStatus>,
     /// The model knows of it, or will with the next turn.
-    in_context: bool,
+    visible_to_model: bool,
     created_at: DateTime<Utc>,
 }
 
@@ -239,7 +239,7 @@ impl From<Message> for MessageView {
                 MessageStatus::Completed
             },
             incomplete_reason: message.ended,
-            in_context: message.context != Context::Withheld,
+            visible_to_model: message.sync != UpstreamSync::Withheld,
             created_at: message.created_at,
         }
     }

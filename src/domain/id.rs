@@ -179,7 +179,7 @@ prefixed_id!(
 );
 prefixed_id!(
     /// Something at an upstream besides the threads' own.
-    RemnantId,
+    OrphanId,
     "rem_"
 );
 

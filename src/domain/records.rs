@@ -2,9 +2,9 @@
 
 use super::run::text_enum;
 use super::{
-    ContentPart, Context, ConversationKey, Deletion, Leftover, Limits, MessageId, Metadata,
-    MultitaskStrategy, Removed, RequiredAction, RunError, RunId, RunStatus, ThreadId, Timestamp,
-    UpstreamRunId, UpstreamThreadId, Usage,
+    ContentPart, ConversationKey, Deletion, Limits, MessageId, Metadata, MultitaskStrategy, Removed,
+    RequiredAction, RunError, RunId, RunStatus, ThreadId, Timestamp, UnsettledRun, UpstreamRunId,
+    UpstreamSync, UpstreamThreadId, Usage,
 };
 use serde::{Deserialize, Serialize};
 use std::fmt;
@@ -54,7 +54,7 @@ pub struct Thread {
     /// Messages of the transcript that its upstream thread lacks.
     pub backlog: i64,
     /// What an earlier run may have left at the upstream, if that is not known yet.
-    pub leftover: Option<Leftover>,
+    pub unsettled_run: Option<UnsettledRun>,
 }
 
 /// What a thread is doing; derived from its runs, never stored.
@@ -127,7 +127,7 @@ pub struct Message {
     pub content: Vec<ContentPart>,
     pub run_id: Option<RunId>,
     pub upstream_message_id: Option<String>,
-    pub context: Context,
+    pub sync: UpstreamSync,
     /// How its run ended, if it did not complete.
     pub ended: Option<RunStatus>,
     pub created_at: Timestamp,

@@ -73,7 +73,7 @@ impl EventBatch {
 
 text_enum!(
     /// Where a message of the transcript stands at the upstream.
-    Context {
+    UpstreamSync {
         /// The upstream thread holds it.
         Present = "present",
         /// The upstream thread lacks it: it goes along with the next turn.
@@ -98,7 +98,7 @@ pub struct Baseline {
 
 /// What a run may have left at the upstream, to be looked at before the thread is used again.
 #[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize)]
-pub struct Leftover {
+pub struct UnsettledRun {
     pub run: RunId,
     pub thread: Option<UpstreamThreadId>,
     /// The run's id at the upstream, the newest one if there were several; `None` if it was never told.

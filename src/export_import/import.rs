@@ -573,7 +573,7 @@ fn imported_message(line: MessageLine, thread: ThreadId, place: u64) -> Imported
         role: line.role,
         content: line.content,
         upstream_message_id: line.upstream_message_id,
-        context: line.context,
+        sync: line.upstream_sync,
         created_at: line.created_at,
     }
 }

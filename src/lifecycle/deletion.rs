@@ -11,7 +11,7 @@ use crate::domain::{
     ConversationKey, Deletion, DeletionId, Page, Principal, TenantKey, ThreadId, UserKey, now,
 };
 use crate::error::{Chain, Error};
-use crate::store::{Deletable, DeletionReport, DeletionRequest, DeletionTarget, Due, ThreadName};
+use crate::store::{Deletable, DeletionReport, DeletionRequest, DeletionTarget, DueThread, ThreadName};
 
 /// Threads with which a deletion begins at a time.
 const BEGIN_BATCH: u32 = 500;
@@ -56,7 +56,7 @@ impl Janitor {
         end: Deletion,
         patience: Option<Duration>,
     ) -> Result<DeletionReport, Error> {
-        let patience = patience.unwrap_or(self.parts.given.patience);
+        let patience = patience.unwrap_or(self.ctx.parts.patience);
         let (tenant, target) = target.parts();
         let key = match &target {
             DeletionTarget::Key(key) => Some(key.clone()),
@@ -70,7 +70,7 @@ impl Janitor {
         let requested_at = now();
         let mut begun = 0;
         if exists {
-            let fingerprint = self.parts.given.fingerprints.user(&tenant, target.user());
+            let fingerprint = self.ctx.parts.fingerprints.user(&tenant, target.user());
             let mut request = DeletionRequest {
                 id,
                 tenant: tenant.clone(),
@@ -82,13 +82,13 @@ impl Janitor {
             begun = self.store().begin_deletion(&request, AT_ONCE).await?;
             if begun > 0 {
                 let (janitor, of) = (self.clone(), tenant.clone());
-                self.parts.given.tasks.spawn(async move { janitor.see_to(&of, id).await }.in_current_span());
+                self.ctx.parts.tasks.spawn(async move { janitor.see_to(&of, id).await }.in_current_span());
             }
             // More than that is for the janitors of all replicas.
             request.hold = Duration::ZERO;
             if begun == u64::from(AT_ONCE) {
                 while self.store().begin_deletion(&request, BEGIN_BATCH).await? > 0 {}
-                self.parts.wake.notify_one();
+                self.ctx.wake.notify_one();
             }
         }
         if begun == 0 {
@@ -176,7 +176,7 @@ impl Janitor {
     ) -> Result<DeletionReport, Error> {
         let report = self.report(&caller.tenant, id, after, limit).await?;
         let Some(user) = &caller.user else { return Ok(report) };
-        let own = self.parts.given.fingerprints.user(&caller.tenant, user);
+        let own = self.ctx.parts.fingerprints.user(&caller.tenant, user);
         // Requests that an earlier version recorded have a name alone, until they are done.
         let is_theirs = report.fingerprint == Some(own) || report.user.as_ref() == Some(user);
         if is_theirs { Ok(report) } else { Err(NO_DELETION) }
@@ -200,9 +200,9 @@ impl Janitor {
                 Ok(Some(now)) => {
                     // The time is of no matter: what is being deleted is not judged by it.
                     let (attempts, claimed) = (thread.attempts, None);
-                    let due = Due { now: now.last_active_at, thread: now, attempts, claimed };
+                    let due = DueThread { now: now.last_active_at, thread: now, attempts, claimed };
                     tokio::select! {
-                        () = self.parts.given.draining.cancelled() => return,
+                        () = self.ctx.parts.draining.cancelled() => return,
                         () = self.process(due, &counts) => {}
                     }
                 }

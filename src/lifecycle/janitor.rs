@@ -14,7 +14,7 @@ use super::Janitor;
 use crate::domain::{Deletion, Lifecycle, LifecycleTask, Limits, Thread, Timestamp};
 use crate::error::{Chain, Error};
 use crate::runs::Unverified;
-use crate::store::{Due, Pruned, Remnant, RemnantName, StoreError};
+use crate::store::{DueThread, OrphanName, Pruned, StoreError, UpstreamOrphan};
 use crate::upstream::UpstreamError;
 
 /// How long a replica has a thread to itself. If it dies with it, another one gets it after that.
@@ -51,8 +51,8 @@ pub struct PassSummary {
     /// Deletions that are finished.
     pub deleted: u64,
     /// Upstream threads that nobody used, found and deleted.
-    pub remnants: u64,
-    /// Threads and remnants with which something went wrong. They are tried again.
+    pub upstream_orphans: u64,
+    /// Threads and upstream orphans with which something went wrong. They are tried again.
     pub failed: u64,
     pub pruned: Pruned,
     /// There was more than the look was to do.
@@ -63,7 +63,7 @@ pub struct PassSummary {
 #[derive(Clone, Debug)]
 pub struct DryRun {
     pub plans: Vec<Plan>,
-    pub remnants: Vec<Remnant>,
+    pub upstream_orphans: Vec<UpstreamOrphan>,
     pub prunable: Pruned,
     pub has_more: bool,
 }
@@ -101,20 +101,20 @@ pub(super) enum JanitorError {
 impl Janitor {
     /// Looks after threads until the process is to stop.
     pub async fn work(self) {
-        let draining = self.parts.given.draining.clone();
+        let draining = self.ctx.parts.draining.clone();
         // Whatever is dropped here goes on in the next claim of it.
         let work = async {
-            self.review().await;
+            self.apply_changed_limits().await;
             loop {
                 match self.run_pass(u32::MAX).await {
                     Ok(summary) if summary.has_more => continue,
                     Ok(_) => {}
                     Err(error) => tracing::warn!(error = %Chain(&error), "the janitor cannot work now"),
                 }
-                let pause = self.parts.given.janitor.interval.mul_f64(rand::rng().random_range(0.5..=1.5));
+                let pause = self.ctx.parts.janitor.interval.mul_f64(rand::rng().random_range(0.5..=1.5));
                 tokio::select! {
                     () = sleep(pause) => {}
-                    () = self.parts.wake.notified() => {}
+                    () = self.ctx.wake.notified() => {}
                 }
             }
         };
@@ -125,10 +125,10 @@ impl Janitor {
     }
 
     /// Lets the configured limits of today hold for threads that were made under others.
-    async fn review(&self) {
+    async fn apply_changed_limits(&self) {
         let mut after = None;
         loop {
-            match self.store().review(after, REVIEW_BATCH, &self.parts.given.lifetimes).await {
+            match self.store().apply_changed_limits(after, REVIEW_BATCH, &self.ctx.parts.lifetimes).await {
                 Ok(None) => return,
                 Ok(last) => after = last,
                 Err(error) => {
@@ -147,11 +147,11 @@ impl Janitor {
         let counts = Arc::new(Counts::default());
         let mut left = most;
         loop {
-            let batch = self.parts.given.janitor.batch_size.get().min(left);
+            let batch = self.ctx.parts.janitor.batch_size.get().min(left);
             if batch == 0 {
                 break;
             }
-            let due = self.store().claim_due(batch, LEASE).await?;
+            let due = self.store().lease_due_threads(batch, LEASE).await?;
             let got = u32::try_from(due.len()).unwrap_or(u32::MAX);
             self.process_all(due, &counts).await;
             left = left.saturating_sub(got);
@@ -160,7 +160,7 @@ impl Janitor {
                 break;
             }
         }
-        self.look_for_remnants(&counts).await?;
+        self.look_for_upstream_orphans(&counts).await?;
         let (pruned, pruned_all) = self.prune().await?;
         let summary = PassSummary { pruned, has_more: left == 0 || !pruned_all, ..counts.summary() };
         if summary != PassSummary::default() {
@@ -176,7 +176,7 @@ impl Janitor {
         let mut pruned = Pruned::default();
         while begun.elapsed() < PRUNE_TIME {
             let batch = Instant::now();
-            let now = self.store().prune(&self.parts.pruning, PRUNE_BATCH).await?;
+            let now = self.store().prune(&self.ctx.pruning, PRUNE_BATCH).await?;
             pruned += now;
             if now.most() < u64::from(PRUNE_BATCH) {
                 return Ok((pruned, true));
@@ -187,44 +187,44 @@ impl Janitor {
         Ok((pruned, false))
     }
 
-    /// A [`look`](Self::run_pass) that somebody asked for. It goes on if they do not wait for it.
+    /// A [`run_pass`](Self::run_pass) that somebody asked for. It goes on if they do not wait for it.
     ///
     /// # Errors
     /// The store failed, or the process stops.
     pub async fn clean_up(&self, most: u32) -> Result<PassSummary, Error> {
-        let (janitor, draining) = (self.clone(), self.parts.given.draining.clone());
+        let (janitor, draining) = (self.clone(), self.ctx.parts.draining.clone());
         let work = async move {
             tokio::select! {
                 () = draining.cancelled() => Err(Error::Draining),
                 summary = janitor.run_pass(most) => summary.map_err(Error::from),
             }
         };
-        self.parts.given.tasks.spawn(work.in_current_span()).await.map_err(|_| Error::Internal(None))?
+        self.ctx.parts.tasks.spawn(work.in_current_span()).await.map_err(|_| Error::Internal(None))?
     }
 
-    /// What [`look`](Self::run_pass) would do. Nothing is changed.
+    /// What [`run_pass`](Self::run_pass) would do. Nothing is changed.
     pub async fn dry_run_of(&self, most: u32) -> Result<DryRun, StoreError> {
-        let given = &self.parts.given;
-        let due = self.store().due(most).await?;
+        let parts = &self.ctx.parts;
+        let due = self.store().due_threads(most).await?;
         let has_more = u32::try_from(due.len()).is_ok_and(|got| got == most);
-        let plan = |due: Due| {
-            let task = LifecycleTask::of(&due.thread, due.now, &given.lifetimes, given.keeping);
+        let plan = |due: DueThread| {
+            let task = LifecycleTask::of(&due.thread, due.now, &parts.lifetimes, parts.archive);
             Plan { thread: due.thread, task }
         };
         let plans =
             due.into_iter().map(plan).filter(|plan| !matches!(plan.task, LifecycleTask::Nothing { .. }));
         Ok(DryRun {
             plans: plans.collect(),
-            remnants: self.store().due_remnants(most).await?,
-            prunable: self.store().prunable(&self.parts.pruning, PRUNE_BATCH).await?,
+            upstream_orphans: self.store().due_upstream_orphans(most).await?,
+            prunable: self.store().prunable(&self.ctx.pruning, PRUNE_BATCH).await?,
             has_more,
         })
     }
 
-    async fn process_all(&self, due: Vec<Due>, counts: &Counts) {
-        let at_once = self.parts.given.janitor.concurrency.get() as usize;
+    async fn process_all(&self, due: Vec<DueThread>, counts: &Counts) {
+        let at_once = self.ctx.parts.janitor.concurrency.get() as usize;
         let claimed = Instant::now();
-        let tend = |due: Due| async move {
+        let tend = |due: DueThread| async move {
             if claimed.elapsed() + ITEM_TIMEOUT > LEASE {
                 return;
             }
@@ -236,9 +236,9 @@ impl Janitor {
 
     /// Does what there is to do about one thread, and says when to look again. A failure is its own: it waits longer
     /// each time, and others go first.
-    pub(super) async fn process(&self, due: Due, counts: &Counts) {
+    pub(super) async fn process(&self, due: DueThread, counts: &Counts) {
         let id = due.thread.id;
-        let Due { attempts, claimed, .. } = due;
+        let DueThread { attempts, claimed, .. } = due;
         let done = timeout(ITEM_TIMEOUT, self.task(due, counts)).await.unwrap_or(Err(JanitorError::TimeIsUp));
         let (after, trouble) = match done {
             Ok(Next::Look(after)) => (after, None),
@@ -249,16 +249,16 @@ impl Janitor {
                 (Some(back_off(attempts)), Some(trouble.to_string()))
             }
         };
-        insist(|| self.store().schedule(id, claimed, after, trouble.as_deref())).await;
+        retry_until_ok(|| self.store().reschedule(id, claimed, after, trouble.as_deref())).await;
     }
 
-    async fn task(&self, due: Due, counts: &Counts) -> Result<Next, JanitorError> {
-        let Due { thread, now, attempts, .. } = due;
-        let (id, keeping) = (thread.id, self.parts.given.keeping);
-        match LifecycleTask::of(&thread, now, &self.parts.given.lifetimes, keeping) {
+    async fn task(&self, due: DueThread, counts: &Counts) -> Result<Next, JanitorError> {
+        let DueThread { thread, now, attempts, .. } = due;
+        let (id, policy) = (thread.id, self.ctx.parts.archive);
+        match LifecycleTask::of(&thread, now, &self.ctx.parts.lifetimes, policy) {
             LifecycleTask::Nothing { until } => Ok(Next::Look(until.map(|until| from(now, until)))),
             LifecycleTask::Expire { .. } => {
-                let limits = self.parts.given.lifetimes.of(&thread.key.scope);
+                let limits = self.ctx.parts.lifetimes.of(&thread.key.scope);
                 if self.store().expire(id, limits).await? {
                     counts.expired.fetch_add(1, Ordering::Relaxed);
                 }
@@ -271,7 +271,7 @@ impl Janitor {
                     return Ok(Next::Look(Some(FIRST_BACK_OFF)));
                 }
                 let cleared = async {
-                    self.parts.given.runs.reconcile(&thread, None, &self.parts.pace).await?;
+                    self.ctx.parts.runs.reconcile(&thread, None, &self.ctx.pace).await?;
                     self.clear_upstream(&thread, attempts).await
                 };
                 match cleared.await {
@@ -279,7 +279,7 @@ impl Janitor {
                         counts.cleared.fetch_add(1, Ordering::Relaxed);
                     }
                     // It is tried anew when the thread is erased.
-                    Err(trouble) if attempts >= tries_within(self.parts.given.janitor.give_up_after) => {
+                    Err(trouble) if attempts >= tries_within(self.ctx.parts.janitor.give_up_after) => {
                         tracing::warn!(
                             error = %Chain(&trouble),
                             "the upstream copy of an archived thread stays until the thread is erased"
@@ -287,12 +287,12 @@ impl Janitor {
                     }
                     Err(trouble) => return Err(trouble),
                 }
-                let limits = Limits { max_age: keeping.transcript, max_idle: None };
+                let limits = Limits { max_age: policy.transcript, max_idle: None };
                 let archived_at = thread.archived_at.unwrap_or(now);
                 Ok(Next::Look(limits.end(archived_at, archived_at).map(|until| from(now, until))))
             }
             LifecycleTask::Discard { .. } => {
-                if let Some(keep) = keeping.transcript
+                if let Some(keep) = policy.transcript
                     && self.store().discard(id, keep).await?
                 {
                     counts.discarded.fetch_add(1, Ordering::Relaxed);
@@ -317,9 +317,9 @@ impl Janitor {
                 return Ok(());
             };
             if end == Deletion::Archive
-                && let Err(error) = self.parts.given.runs.reconcile(&now, None, &self.parts.pace).await
+                && let Err(error) = self.ctx.parts.runs.reconcile(&now, None, &self.ctx.pace).await
             {
-                if attempts < tries_within(self.parts.given.janitor.give_up_after) {
+                if attempts < tries_within(self.ctx.parts.janitor.give_up_after) {
                     return Err(error.into());
                 }
                 tracing::warn!(error = %Chain(&error), "a thread is archived without what others wrote to it");
@@ -337,7 +337,7 @@ impl Janitor {
         if unfinished.is_empty() {
             return Ok(());
         }
-        let ended = self.parts.given.runs.end_all(&thread.key, &unfinished).await;
+        let ended = self.ctx.parts.runs.end_all(&thread.key, &unfinished).await;
         ended.map_err(|error| JanitorError::Cancel(error.to_string()))?;
         match self.store().unfinished_of(thread.id).await?.len() {
             0 => Ok(()),
@@ -346,51 +346,51 @@ impl Janitor {
     }
 
     /// Deletes what is, or may be, at the upstreams besides the threads' own.
-    async fn look_for_remnants(&self, counts: &Counts) -> Result<(), StoreError> {
+    async fn look_for_upstream_orphans(&self, counts: &Counts) -> Result<(), StoreError> {
         loop {
-            let batch = self.parts.given.janitor.batch_size.get();
-            let remnants = self.store().claim_remnants(batch, LEASE).await?;
-            let got = remnants.len();
-            let at_once = self.parts.given.janitor.concurrency.get() as usize;
+            let batch = self.ctx.parts.janitor.batch_size.get();
+            let orphans = self.store().lease_upstream_orphans(batch, LEASE).await?;
+            let got = orphans.len();
+            let at_once = self.ctx.parts.janitor.concurrency.get() as usize;
             let claimed = Instant::now();
-            let one = |remnant: Remnant| async move {
-                let RemnantName::Row(id) = remnant.name else { return };
+            let one = |orphan: UpstreamOrphan| async move {
+                let OrphanName::Row(id) = orphan.name else { return };
                 if claimed.elapsed() + ITEM_TIMEOUT > LEASE {
                     return;
                 }
-                let (attempts, knew) = (remnant.attempts, remnant.upstream_id.as_deref());
-                let done = timeout(ITEM_TIMEOUT, self.clear_remnant(&remnant))
+                let (attempts, knew) = (orphan.attempts, orphan.upstream_id.as_deref());
+                let done = timeout(ITEM_TIMEOUT, self.clear_upstream_orphan(&orphan))
                     .await
                     .unwrap_or(Err(JanitorError::TimeIsUp));
                 match done {
                     Ok(removed) => {
                         let deleted = removed.responses + removed.other_threads;
-                        counts.remnants.fetch_add(deleted, Ordering::Relaxed);
+                        counts.upstream_orphans.fetch_add(deleted, Ordering::Relaxed);
                         if removed.unknown > 0 || !removed.left.is_empty() {
-                            insist(|| self.store().keep_remnant(id, knew)).await;
+                            retry_until_ok(|| self.store().keep_upstream_orphan(id, knew)).await;
                         } else {
-                            insist(|| self.store().schedule_remnant(id, knew, None)).await;
+                            retry_until_ok(|| self.store().reschedule_upstream_orphan(id, knew, None)).await;
                         }
                     }
                     Err(trouble) => {
                         counts.failed.fetch_add(1, Ordering::Relaxed);
                         tracing::warn!(
-                            thread.id = %remnant.thread,
+                            thread.id = %orphan.thread,
                             error = %Chain(&trouble),
                             attempts,
                             "the janitor could not delete something at an upstream"
                         );
-                        if attempts >= tries_within(self.parts.given.janitor.give_up_after) {
+                        if attempts >= tries_within(self.ctx.parts.janitor.give_up_after) {
                             // It is tried anew when the thread is erased.
-                            insist(|| self.store().keep_remnant(id, knew)).await;
+                            retry_until_ok(|| self.store().keep_upstream_orphan(id, knew)).await;
                         } else {
                             let after = Some(back_off(attempts));
-                            insist(|| self.store().schedule_remnant(id, knew, after)).await;
+                            retry_until_ok(|| self.store().reschedule_upstream_orphan(id, knew, after)).await;
                         }
                     }
                 }
             };
-            stream::iter(remnants).for_each_concurrent(at_once, one).await;
+            stream::iter(orphans).for_each_concurrent(at_once, one).await;
             if got < batch as usize {
                 return Ok(());
             }
@@ -400,7 +400,7 @@ impl Janitor {
 
 /// Records what came of a claim. A database that is away is waited for: what is not recorded stays claimed for the whole
 /// lease. May be dropped at any point, for the same price.
-async fn insist<Recorded>(record: impl Fn() -> Recorded)
+async fn retry_until_ok<Recorded>(record: impl Fn() -> Recorded)
 where
     Recorded: Future<Output = Result<(), StoreError>>,
 {
@@ -430,7 +430,7 @@ pub(super) struct Counts {
     cleared: AtomicU64,
     discarded: AtomicU64,
     deleted: AtomicU64,
-    remnants: AtomicU64,
+    upstream_orphans: AtomicU64,
     failed: AtomicU64,
 }
 
@@ -442,7 +442,7 @@ impl Counts {
             cleared: of(&self.cleared),
             discarded: of(&self.discarded),
             deleted: of(&self.deleted),
-            remnants: of(&self.remnants),
+            upstream_orphans: of(&self.upstream_orphans),
             failed: of(&self.failed),
             pruned: Pruned::default(),
             has_more: false,

@@ -15,10 +15,10 @@ use crate::domain::{
     now,
 };
 use crate::error::Chain;
-use crate::store::{Remnant, RemnantKind, RemnantName};
+use crate::store::{OrphanKind, OrphanName, UpstreamOrphan};
 use crate::upstream::{Disposal, Items, Upstream, UpstreamError};
 
-/// Runs and remnants of a thread handled between two records of what is done.
+/// Runs and upstream orphans of a thread handled between two records of what is done.
 const BATCH: u32 = 20;
 /// Failed steps in a row after which a look ends, or, once failures are given up, no further step is tried.
 const MAX_FAILURES: usize = 3;
@@ -52,18 +52,18 @@ impl Janitor {
             removed.left.threads = removed.left.threads.saturating_sub(1);
             own = own.or_else(|| removed.upstream_thread_id.clone());
         }
-        let Some(upstream) = self.parts.given.upstreams.get(&thread.upstream) else {
+        let Some(upstream) = self.ctx.parts.upstreams.get(&thread.upstream) else {
             removed.upstream_thread_id = thread.upstream_thread_id.clone().or(removed.upstream_thread_id);
             removed.outcome.get_or_insert(UpstreamOutcome::NotConfigured);
             return Ok(self.store().removed(thread.id, &removed, &[]).await?);
         };
         let capabilities = upstream.capabilities();
         if capabilities.stores_runs && removed == Removed::default() {
-            removed.unknown = self.store().unheard_runs(thread.id).await?;
+            removed.unknown = self.store().unacknowledged_requests(thread.id).await?;
         }
         removed.upstream_thread_id = thread.upstream_thread_id.clone().or(removed.upstream_thread_id);
         let look = Look::begin(&removed);
-        self.clear_remnants(thread, &**upstream, &mut removed, look).await?;
+        self.clear_upstream_orphans(thread, &**upstream, &mut removed, look).await?;
         let outcome = match &own {
             None => removed.outcome.unwrap_or(match &removed.upstream_thread_id {
                 // Another one that works on it was faster, and what it recorded was written over.
@@ -113,7 +113,7 @@ impl Janitor {
     }
 
     /// Deletes what a thread has upstream besides its own thread. A step that fails does not keep the others waiting.
-    async fn clear_remnants(
+    async fn clear_upstream_orphans(
         &self,
         thread: &Thread,
         upstream: &dyn Upstream,
@@ -124,28 +124,28 @@ impl Janitor {
         let (mut failed, mut last, mut failures) = (Vec::new(), None, 0);
         loop {
             let limit = BATCH + u32::try_from(failed.len()).unwrap_or(u32::MAX);
-            let mut remnants = self.store().remnants(thread.id, with_runs, limit).await?;
-            remnants.retain(|remnant| !failed.contains(&remnant.name));
-            if remnants.is_empty() {
+            let mut orphans = self.store().upstream_orphans(thread.id, with_runs, limit).await?;
+            orphans.retain(|orphan| !failed.contains(&orphan.name));
+            if orphans.is_empty() {
                 break;
             }
-            for remnant in &remnants {
+            for orphan in &orphans {
                 if failures >= MAX_FAILURES {
                     // Given up: else it would not have come so far.
-                    leave(remnant, removed);
+                    leave(orphan, removed);
                     continue;
                 }
-                match self.delete_remnant(upstream, remnant, removed, look).await {
+                match self.delete_upstream_orphan(upstream, orphan, removed, look).await {
                     Ok(()) => failures = 0,
                     Err(JanitorError::Upstream { .. }) if look.is_only_long(removed) => {
                         return self.goes_on(thread, removed.clone()).await;
                     }
                     Err(JanitorError::Upstream { error, .. }) if self.gives_up(thread, removed, &error) => {
                         failures += 1;
-                        leave(remnant, removed);
+                        leave(orphan, removed);
                     }
                     Err(trouble @ JanitorError::Upstream { .. }) => {
-                        failed.push(remnant.name.clone());
+                        failed.push(orphan.name.clone());
                         last = Some(trouble);
                         if failed.len() >= MAX_FAILURES {
                             break;
@@ -158,16 +158,15 @@ impl Janitor {
                 break;
             }
             // What had no id when it was listed may have been given one since.
-            remnants.retain(|remnant| !failed.contains(&remnant.name));
-            let (nameless, known): (Vec<_>, Vec<_>) = remnants
-                .into_iter()
-                .partition(|it| it.kind == RemnantKind::Thread && it.upstream_id.is_none());
-            let mut names: Vec<RemnantName> = known.into_iter().map(|remnant| remnant.name).collect();
+            orphans.retain(|orphan| !failed.contains(&orphan.name));
+            let (nameless, known): (Vec<_>, Vec<_>) =
+                orphans.into_iter().partition(|it| it.kind == OrphanKind::Thread && it.upstream_id.is_none());
+            let mut names: Vec<OrphanName> = known.into_iter().map(|orphan| orphan.name).collect();
             names.dedup();
             self.store().removed(thread.id, removed, &names).await?;
-            for remnant in nameless {
-                if let RemnantName::Row(id) = remnant.name {
-                    self.store().schedule_remnant(id, None, None).await?;
+            for orphan in nameless {
+                if let OrphanName::Row(id) = orphan.name {
+                    self.store().reschedule_upstream_orphan(id, None, None).await?;
                 }
             }
         }
@@ -187,7 +186,7 @@ impl Janitor {
     fn gives_up(&self, thread: &Thread, removed: &mut Removed, error: &UpstreamError) -> bool {
         let now = now();
         if removed.tried_until.is_none() {
-            let patience = self.parts.given.janitor.give_up_after;
+            let patience = self.ctx.parts.janitor.give_up_after;
             // What lies beyond the calendar never comes.
             removed.tried_until = Limits { max_age: Some(patience), max_idle: None }.end(now, now);
         }
@@ -214,7 +213,7 @@ impl Janitor {
         look: Look,
     ) -> Result<Disposal, UpstreamError> {
         let mut items = Items::default();
-        let disposal = look.bound(upstream.delete_thread(id, &self.parts.pace, &mut items)).await;
+        let disposal = look.bound(upstream.delete_thread(id, &self.ctx.pace, &mut items)).await;
         removed.items += items.deleted;
         if disposal.is_ok() {
             removed.left.items += items.left;
@@ -236,30 +235,33 @@ impl Janitor {
         }
     }
 
-    /// Deletes one remnant of a thread that goes on. What was deleted, or cannot be found.
-    pub(super) async fn clear_remnant(&self, remnant: &Remnant) -> Result<Removed, JanitorError> {
-        let Some(upstream) = self.parts.given.upstreams.get(&remnant.upstream) else {
+    /// Deletes one upstream orphan of a thread that goes on. What was deleted, or cannot be found.
+    pub(super) async fn clear_upstream_orphan(
+        &self,
+        orphan: &UpstreamOrphan,
+    ) -> Result<Removed, JanitorError> {
+        let Some(upstream) = self.ctx.parts.upstreams.get(&orphan.upstream) else {
             tracing::warn!(
-                thread.id = %remnant.thread,
-                upstream = remnant.upstream,
+                thread.id = %orphan.thread,
+                upstream = orphan.upstream,
                 "something may be left at an upstream that the configuration does not name any more"
             );
             return Ok(Removed::default());
         };
         let mut removed = Removed::default();
         let look = Look::begin(&removed);
-        self.delete_remnant(&**upstream, remnant, &mut removed, look).await?;
+        self.delete_upstream_orphan(&**upstream, orphan, &mut removed, look).await?;
         if !removed.left.is_empty() {
             tracing::warn!(
-                thread.id = %remnant.thread,
-                upstream = remnant.upstream,
+                thread.id = %orphan.thread,
+                upstream = orphan.upstream,
                 "an upstream thread that nobody uses remains: the server does not offer its deletion"
             );
         }
         if removed.unknown > 0 {
             tracing::warn!(
-                thread.id = %remnant.thread,
-                upstream = remnant.upstream,
+                thread.id = %orphan.thread,
+                upstream = orphan.upstream,
                 "a thread may have been made at the upstream that nobody can find there: the call's answer was lost, \
                  and the server does not list threads"
             );
@@ -267,17 +269,17 @@ impl Janitor {
         Ok(removed)
     }
 
-    async fn delete_remnant(
+    async fn delete_upstream_orphan(
         &self,
         upstream: &dyn Upstream,
-        remnant: &Remnant,
+        orphan: &UpstreamOrphan,
         removed: &mut Removed,
         look: Look,
     ) -> Result<(), JanitorError> {
-        let pace = &self.parts.pace;
-        let failed = |error| JanitorError::Upstream { name: remnant.upstream.clone(), error };
-        let unused = match (remnant.kind, &remnant.upstream_id) {
-            (RemnantKind::Run, Some(id)) => {
+        let pace = &self.ctx.pace;
+        let failed = |error| JanitorError::Upstream { name: orphan.upstream.clone(), error };
+        let unused = match (orphan.kind, &orphan.upstream_id) {
+            (OrphanKind::Run, Some(id)) => {
                 let id = UpstreamRunId(id.clone());
                 match look.bound(upstream.delete_run(&id, pace)).await.map_err(failed)? {
                     Disposal::Deleted => removed.responses += 1,
@@ -286,15 +288,15 @@ impl Janitor {
                 }
                 return Ok(());
             }
-            (RemnantKind::Run, None) => return Ok(()),
-            (RemnantKind::Thread, Some(id)) => vec![UpstreamThreadId(id.clone())],
-            (RemnantKind::Thread, None) => {
-                let found = look.bound(upstream.find_threads(remnant.thread, pace)).await.map_err(failed)?;
+            (OrphanKind::Run, None) => return Ok(()),
+            (OrphanKind::Thread, Some(id)) => vec![UpstreamThreadId(id.clone())],
+            (OrphanKind::Thread, None) => {
+                let found = look.bound(upstream.find_threads(orphan.thread, pace)).await.map_err(failed)?;
                 let Some(found) = found else {
                     removed.unknown += 1;
                     return Ok(());
                 };
-                self.unused(remnant, found).await?
+                self.unused(orphan, found).await?
             }
         };
         for id in unused {
@@ -313,12 +315,12 @@ impl Janitor {
     /// whatever is in the list is in use, intended, or left.
     async fn unused(
         &self,
-        intent: &Remnant,
+        intent: &UpstreamOrphan,
         mut found: Vec<UpstreamThreadId>,
     ) -> Result<Vec<UpstreamThreadId>, JanitorError> {
         // Only a run makes threads; without one, another intent is as old as this one.
         let at_work = !self.store().unfinished_of(intent.thread).await?.is_empty();
-        let others = self.store().remnants(intent.thread, false, BATCH).await?;
+        let others = self.store().upstream_orphans(intent.thread, false, BATCH).await?;
         if at_work && others.iter().any(|other| other.upstream_id.is_none() && other.name != intent.name) {
             return Err(JanitorError::Underway);
         }
@@ -358,12 +360,12 @@ fn deleted(removed: &Removed) -> u64 {
     removed.items + removed.responses + removed.other_threads
 }
 
-/// Counts a remnant that nobody tries to delete any more.
-fn leave(remnant: &Remnant, removed: &mut Removed) {
-    match (remnant.kind, &remnant.upstream_id) {
-        (RemnantKind::Run, Some(_)) => removed.left.responses += 1,
-        (RemnantKind::Run, None) => {}
-        (RemnantKind::Thread, Some(_)) => removed.left.threads += 1,
-        (RemnantKind::Thread, None) => removed.unknown += 1,
+/// Counts a upstream orphan that nobody tries to delete any more.
+fn leave(orphan: &UpstreamOrphan, removed: &mut Removed) {
+    match (orphan.kind, &orphan.upstream_id) {
+        (OrphanKind::Run, Some(_)) => removed.left.responses += 1,
+        (OrphanKind::Run, None) => {}
+        (OrphanKind::Thread, Some(_)) => removed.left.threads += 1,
+        (OrphanKind::Thread, None) => removed.unknown += 1,
     }
 }

@@ -9,12 +9,12 @@ use std::time::Duration;
 use tokio::sync::{Notify, watch};
 use tokio::time::Instant;
 
-use crate::store::{News, RunLease};
+use crate::store::{Notification, RunLease};
 
 /// How long a replica that has just found itself alone may still hear what itself told before.
 const ECHOES: Duration = Duration::from_secs(3);
 
-type Readers = Arc<Mutex<HashMap<News, Reader>>>;
+type Readers = Arc<Mutex<HashMap<Notification, Reader>>>;
 
 /// Where one thing is told to all that subscribed to it.
 #[derive(Debug)]
@@ -31,7 +31,7 @@ pub(in crate::runs) struct Notifier {
     readers: Readers,
     /// Somebody asked something of a run of this process.
     pub(in crate::runs) asked: Notify,
-    /// News may have been missed, also that there are other replicas.
+    /// Notification may have been missed, also that there are other replicas.
     pub(in crate::runs) missed: Notify,
     outbox: Mutex<Outbox>,
     posted: Notify,
@@ -44,14 +44,14 @@ pub(in crate::runs) struct Notifier {
 /// What is to be delivered to the store and to other replicas.
 #[derive(Debug, Default)]
 pub(in crate::runs) struct Outbox {
-    pub(in crate::runs) news: HashSet<News>,
+    pub(in crate::runs) notifications: HashSet<Notification>,
     /// Runs that this process gives up.
     pub(in crate::runs) released: Vec<RunLease>,
 }
 
 impl Notifier {
     /// Hears from now on about one thing.
-    pub(in crate::runs) fn subscribe(&self, about: News) -> Subscription {
+    pub(in crate::runs) fn subscribe(&self, about: Notification) -> Subscription {
         let mut readers = lock(&self.readers);
         let reader = readers
             .entry(about)
@@ -62,9 +62,9 @@ impl Notifier {
     }
 
     /// Tells this process and the other replicas.
-    pub(in crate::runs) fn notify(&self, news: News) {
-        self.hear(news);
-        lock(&self.outbox).news.insert(news);
+    pub(in crate::runs) fn notify(&self, notification: Notification) {
+        self.receive(notification);
+        lock(&self.outbox).notifications.insert(notification);
         self.posted.notify_one();
     }
 
@@ -75,15 +75,15 @@ impl Notifier {
     }
 
     /// Tells this process alone.
-    pub(in crate::runs) fn hear(&self, news: News) {
+    pub(in crate::runs) fn receive(&self, notification: Notification) {
         let readers = lock(&self.readers);
-        if news == News::Missed {
+        if notification == Notification::Missed {
             for reader in readers.values() {
                 reader.sender.send_replace(());
             }
             self.asked.notify_one();
             self.missed.notify_one();
-        } else if let Some(reader) = readers.get(&news) {
+        } else if let Some(reader) = readers.get(&notification) {
             reader.sender.send_replace(());
         }
     }
@@ -110,7 +110,7 @@ impl Notifier {
     pub(in crate::runs) fn set_peers(&self, has_peers: bool) {
         let before = self.has_peers.send_replace(has_peers);
         if has_peers && !before {
-            self.notify(News::Orphans);
+            self.notify(Notification::Orphans);
         }
         if before && !has_peers {
             *lock(&self.alone_since) = Some(Instant::now());
@@ -142,15 +142,15 @@ pub(in crate::runs) struct Delivery<'a> {
 impl Drop for Delivery<'_> {
     fn drop(&mut self) {
         let mut outbox = lock(&self.notifier.outbox);
-        outbox.news.extend(self.outbox.news.drain());
+        outbox.notifications.extend(self.outbox.notifications.drain());
         outbox.released.append(&mut self.outbox.released);
     }
 }
 
-/// The news about one thing. None is missed between two calls of [`changed`](Self::changed), but several may be one.
+/// The notifications about one thing. None is missed between two calls of [`changed`](Self::changed), but several may be one.
 #[derive(Debug)]
 pub(in crate::runs) struct Subscription {
-    about: News,
+    about: Notification,
     receiver: watch::Receiver<()>,
     readers: Readers,
 }
@@ -191,16 +191,16 @@ mod tests {
 
     #[tokio::test]
     async fn who_subscribed_hears_of_it_and_of_what_may_have_been_missed() {
-        let (notifier, run) = (Notifier::default(), News::Run(RunId::new()));
+        let (notifier, run) = (Notifier::default(), Notification::Run(RunId::new()));
         let mut subscription = notifier.subscribe(run);
-        let mut other = notifier.subscribe(News::Thread(ThreadId::new()));
+        let mut other = notifier.subscribe(Notification::Thread(ThreadId::new()));
         assert!(subscription.changed().now_or_never().is_none());
         notifier.notify(run);
         notifier.notify(run);
         subscription.changed().await;
         assert!(subscription.changed().now_or_never().is_none(), "two are one");
         assert!(other.changed().now_or_never().is_none());
-        notifier.hear(News::Missed);
+        notifier.receive(Notification::Missed);
         subscription.changed().await;
         other.changed().await;
         drop((subscription, other));
@@ -209,7 +209,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_second_reader_outlives_the_first() {
-        let (notifier, run) = (Notifier::default(), News::Run(RunId::new()));
+        let (notifier, run) = (Notifier::default(), Notification::Run(RunId::new()));
         let (first, mut second) = (notifier.subscribe(run), notifier.subscribe(run));
         drop(first);
         notifier.notify(run);
@@ -218,7 +218,7 @@ mod tests {
 
     #[test]
     fn subscriptions_that_are_dropped_at_once_leave_nothing() {
-        let (notifier, run) = (Notifier::default(), News::Run(RunId::new()));
+        let (notifier, run) = (Notifier::default(), Notification::Run(RunId::new()));
         for _ in 0..5_000 {
             let start = Barrier::new(2);
             let both = [notifier.subscribe(run), notifier.subscribe(run)];
@@ -250,8 +250,8 @@ mod tests {
     #[test]
     fn what_is_told_twice_is_sent_once() {
         let notifier = Notifier::default();
-        notifier.notify(News::Orphans);
-        notifier.notify(News::Orphans);
-        assert_eq!(lock(&notifier.outbox).news.len(), 1);
+        notifier.notify(Notification::Orphans);
+        notifier.notify(Notification::Orphans);
+        assert_eq!(lock(&notifier.outbox).notifications.len(), 1);
     }
 }

@@ -11,7 +11,7 @@ use tokio::time::timeout;
 use super::context::Context;
 use crate::domain::{self, ContentPart, Message, MessageId, Role, Thread, ThreadId, UpstreamThreadId};
 use crate::error::Error;
-use crate::store::{Foreign, RunLease, Store, StoreError};
+use crate::store::{ExternalMessage, RunLease, Store, StoreError};
 use crate::upstream::{HistoryEntry, RateLimiter, Upstream, UpstreamError};
 
 /// Messages read at a time, at most.
@@ -24,7 +24,7 @@ pub struct Differences {
     pub missing: Vec<MessageId>,
     /// Messages of the upstream thread that the transcript does not know, each with the position of the message that it
     /// comes after.
-    pub foreign: Vec<(i64, HistoryEntry)>,
+    pub external: Vec<(i64, HistoryEntry)>,
     /// Messages that the upstream thread holds.
     pub held: usize,
 }
@@ -100,7 +100,8 @@ async fn compared(ctx: &Context, thread: &Thread, pace: &RateLimiter) -> Result<
     };
     let Some(ours) = transcript(&ctx.store, thread).await? else { return Ok(Verified::CannotTell) };
     // Said while nothing that is said was stored.
-    if ours.iter().any(|message| message.content.is_empty() && message.context != domain::Context::Withheld) {
+    if ours.iter().any(|message| message.content.is_empty() && message.sync != domain::UpstreamSync::Withheld)
+    {
         return Ok(Verified::CannotTell);
     }
     let thread = thread.id;
@@ -125,7 +126,7 @@ pub(in crate::runs) async fn reconcile(
         return Ok(0);
     }
     // What an earlier run left there is ours, and would be taken for somebody else's.
-    if let (Some(left), Some(upstream)) = (&thread.leftover, ctx.upstream(&thread.upstream)) {
+    if let (Some(left), Some(upstream)) = (&thread.unsettled_run, ctx.upstream(&thread.upstream)) {
         if by.is_some() && ctx.registry.has_lapsed() {
             // What stands there now may be the work of who has the run by now.
             return Err(Unverified::LeaseLost);
@@ -137,17 +138,17 @@ pub(in crate::runs) async fn reconcile(
         let limit = ctx.config.runs.settle_timeout;
         timeout(limit, settled).await.map_err(|_| Unverified::TooLate)??;
     }
-    let foreign = match verify(ctx, thread, pace).await {
-        Ok(Verified::Compared(differences)) => differences.foreign,
+    let external = match verify(ctx, thread, pace).await {
+        Ok(Verified::Compared(differences)) => differences.external,
         Ok(Verified::Gone | Verified::NoThread | Verified::CannotTell) | Err(Unverified::NotConfigured) => {
             return Ok(0);
         }
         Err(error) => return Err(error),
     };
-    let foreign: Vec<Foreign> = foreign
+    let external: Vec<ExternalMessage> = external
         .into_iter()
         .filter(|(_, entry)| !entry.content.is_empty())
-        .map(|(after, entry)| Foreign {
+        .map(|(after, entry)| ExternalMessage {
             id: MessageId::new(),
             after,
             role: entry.role,
@@ -156,10 +157,10 @@ pub(in crate::runs) async fn reconcile(
             created_at: entry.created_at,
         })
         .collect();
-    if foreign.is_empty() {
+    if external.is_empty() {
         return Ok(0);
     }
-    let added = ctx.store.insert_foreign(thread.id, by, &foreign).await?;
+    let added = ctx.store.insert_external_messages(thread.id, by, &external).await?;
     tracing::info!(thread.id = %thread.id, messages = added, "took over what others wrote to the upstream thread");
     Ok(added)
 }
@@ -252,7 +253,7 @@ fn compare(
     let here: Vec<(usize, Part<'_>)> = ours
         .iter()
         .enumerate()
-        .filter(|(_, message)| message.context != domain::Context::Withheld)
+        .filter(|(_, message)| message.sync != domain::UpstreamSync::Withheld)
         .flat_map(|(n, message)| parts(message.role, &message.content).map(move |part| (n, part)))
         .collect();
     let there: Vec<(usize, Part<'_>)> = theirs
@@ -283,21 +284,21 @@ fn compare(
     }
     let found: HashSet<usize> = belongs.values().copied().collect();
     let is_missing = |(n, message): &(usize, &Message)| {
-        message.thread_id == thread && message.context == domain::Context::Present && !found.contains(n)
+        message.thread_id == thread && message.sync == domain::UpstreamSync::Present && !found.contains(n)
     };
     let missing = ours.iter().enumerate().filter(is_missing).map(|(_, message)| message.id).collect();
     let mut position = 0;
-    let mut foreign = Vec::new();
+    let mut external = Vec::new();
     for (n, entry) in theirs.into_iter().enumerate() {
         match belongs.get(&n).map(|message| &ours[*message]) {
             // What was carried over comes before all positions of this thread.
             Some(message) if message.thread_id == thread => position = position.max(message.position),
             Some(_) => {}
             None if entry.is_tagged => {}
-            None => foreign.push((position, entry)),
+            None => external.push((position, entry)),
         }
     }
-    Some(Differences { missing, foreign, held })
+    Some(Differences { missing, external, held })
 }
 
 /// A piece of what somebody said.
@@ -325,7 +326,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::domain::Context;
+    use crate::domain::UpstreamSync;
 
     fn text(text: &str) -> Vec<ContentPart> {
         vec![ContentPart::Text { text: text.to_owned() }]
@@ -358,7 +359,7 @@ mod tests {
             content: parts.iter().flat_map(|part| text(part)).collect(),
             run_id: None,
             upstream_message_id: None,
-            context: Context::Present,
+            sync: UpstreamSync::Present,
             ended: None,
             created_at: "2026-11-22T09:00:00Z".parse().unwrap(),
         }
@@ -368,8 +369,8 @@ mod tests {
         HistoryEntry { id: id.to_owned(), role, content: text(said), created_at: None, is_tagged: false }
     }
 
-    fn foreign(found: &Differences) -> Vec<(i64, &str)> {
-        found.foreign.iter().map(|(after, entry)| (*after, entry.id.as_str())).collect()
+    fn external(found: &Differences) -> Vec<(i64, &str)> {
+        found.external.iter().map(|(after, entry)| (*after, entry.id.as_str())).collect()
     }
 
     #[test]
@@ -395,7 +396,7 @@ mod tests {
             entry("j", Role::User, "yes"),
         ];
         let found = compare(&ours, thread, theirs);
-        assert_eq!(foreign(&found), [(0, "b"), (2, "f"), (2, "g"), (6, "j")]);
+        assert_eq!(external(&found), [(0, "b"), (2, "f"), (2, "g"), (6, "j")]);
         assert_eq!((found.missing.as_slice(), found.held), (&[][..], 10));
     }
 
@@ -403,9 +404,9 @@ mod tests {
     fn what_the_upstream_lacks_is_told_unless_it_is_known_to_lack_it() {
         let thread = ThreadId::new();
         let mut withheld = message(thread, 3, Role::User, &["never sent"]);
-        withheld.context = Context::Withheld;
+        withheld.sync = UpstreamSync::Withheld;
         let mut late = message(thread, 4, Role::User, &["later"]);
-        late.context = Context::Missing;
+        late.sync = UpstreamSync::Missing;
         let ours = [
             message(thread, 1, Role::User, &["hello"]),
             message(thread, 2, Role::Assistant, &["hi"]),
@@ -414,7 +415,7 @@ mod tests {
         ];
         let found = compare(&ours, thread, vec![entry("a", Role::User, "hello")]);
         assert_eq!(found.missing, [ours[1].id]);
-        assert!(found.foreign.is_empty());
+        assert!(found.external.is_empty());
     }
 
     #[test]
@@ -426,7 +427,7 @@ mod tests {
         let mut tagged = entry("msg_0", Role::User, "  hello");
         tagged.is_tagged = true;
         let found = compare(&ours, thread, vec![tagged, entry("msg_1", Role::Assistant, "hi  there")]);
-        assert!(found.foreign.is_empty(), "{found:?}");
+        assert!(found.external.is_empty(), "{found:?}");
         assert_eq!(found.missing, [ours[0].id], "the tag says that it is ours, not which");
     }
 
@@ -450,9 +451,9 @@ mod tests {
                 theirs.push(entry(&id, role, &said));
             }
             let found = compare(&ours, thread, theirs);
-            prop_assert_eq!(found.foreign.len(), others);
+            prop_assert_eq!(found.external.len(), others);
             prop_assert!(found.missing.is_empty());
-            prop_assert!(found.foreign.is_sorted_by_key(|(after, _)| *after));
+            prop_assert!(found.external.is_sorted_by_key(|(after, _)| *after));
         }
     }
 }

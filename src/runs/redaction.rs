@@ -6,8 +6,8 @@ use std::sync::Arc;
 use super::context::Context;
 use crate::domain::{ConversationKey, MultitaskStrategy, RunId, RunStatus};
 use crate::store::{
-    Admission, Admitted, Answered, Claim, NotWritten, Pause, Paused, Rolled, Rollover, RunLease, StartedRun,
-    StoreError, ToolAnswer, Withdrawal, Withdrawn, redacted_action,
+    Admission, Admitted, Answered, NotWritten, Pause, Paused, QueuedStart, Rolled, Rollover, RunLease,
+    StartedRun, StoreError, ToolAnswer, Withdrawal, Withdrawn, redacted_action,
 };
 
 /// Records a message and its run. A message that joins another run is held under that one from then on.
@@ -68,9 +68,12 @@ async fn strategy_now(
 }
 
 /// Starts a run that waits, if nothing is before it.
-pub(in crate::runs) async fn claim(ctx: &Context, lease: &RunLease) -> Result<Claim, StoreError> {
-    let mut claim = ctx.store.claim(lease).await?;
-    if let Claim::Started(started) = &mut claim {
+pub(in crate::runs) async fn start_queued(
+    ctx: &Context,
+    lease: &RunLease,
+) -> Result<QueuedStart, StoreError> {
+    let mut claim = ctx.store.start_queued(lease).await?;
+    if let QueuedStart::Started(started) = &mut claim {
         complete(ctx, started);
     }
     Ok(claim)

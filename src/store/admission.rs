@@ -21,9 +21,9 @@ use super::rows::{
     Found, RepeatedRow, RunRow, ThreadAndRun, ThreadRow, corrupt, hex, json, millis, ttl_millis,
 };
 use super::statement::Statement;
-use super::{Backend, RunLease, StartedRun, Store, StoreError, UNHEARD_OF};
+use super::{Backend, ORPHAN_AFTER, RunLease, StartedRun, Store, StoreError};
 use crate::domain::{
-    ContentPart, ConversationKey, Limits, MessageId, Metadata, MultitaskStrategy, RemnantId, ReplicaId, Run,
+    ContentPart, ConversationKey, Limits, MessageId, Metadata, MultitaskStrategy, OrphanId, ReplicaId, Run,
     RunId, RunStatus, TenantKey, Thread, ThreadId, Ttl,
 };
 
@@ -231,7 +231,7 @@ struct Fields<'a> {
     timeout: i64,
     replica: Uuid,
     intent: Option<Uuid>,
-    unheard_of: i64,
+    orphan_after: i64,
     idempotency_key: Option<&'a str>,
     request_hash: Option<String>,
     remember: i64,
@@ -266,8 +266,8 @@ impl Admit<'_> {
             content,
             timeout: millis(self.admission.timeout),
             replica: self.admission.replica.uuid(),
-            intent: self.admission.intent.map(RemnantId::uuid),
-            unheard_of: millis(UNHEARD_OF),
+            intent: self.admission.intent.map(OrphanId::uuid),
+            orphan_after: millis(ORPHAN_AFTER),
             idempotency_key: idempotency.as_ref().map(|used| &*used.key),
             request_hash: idempotency.as_ref().map(|used| hex(&used.request_hash)),
             remember: millis(self.admission.idempotency_ttl),
@@ -344,7 +344,7 @@ pub struct Admission {
     /// The replica that will work on it.
     pub replica: ReplicaId,
     /// An id for the row that says that the upstream thread of a fresh thread is about to be made. `None`: it needs none.
-    pub intent: Option<RemnantId>,
+    pub intent: Option<OrphanId>,
     pub idempotency: Option<Idempotency>,
     /// How long the use of an idempotency key counts.
     pub idempotency_ttl: Duration,

@@ -12,7 +12,7 @@ use super::pool::Connection;
 use super::rows::corrupt;
 use super::statement::Statement;
 use super::{Backend, RunLease, Store, StoreError};
-use crate::domain::{RemnantId, TenantKey, UpstreamThreadId};
+use crate::domain::{OrphanId, TenantKey, UpstreamThreadId};
 
 static BIND: Statement = Statement::for_each_engine(
     "binding.bind",
@@ -119,7 +119,7 @@ impl<'a> Fields<'a> {
             intent: binding.intent.uuid(),
             seeded: binding.seeded,
             carried_users: binding.carried_users,
-            orphan: RemnantId::new().uuid(),
+            orphan: OrphanId::new().uuid(),
         }
     }
 }
@@ -134,10 +134,10 @@ struct BoundRow {
 pub struct Binding {
     pub id: UpstreamThreadId,
     /// What was intended, and is done now.
-    pub intent: RemnantId,
+    pub intent: OrphanId,
     /// It was made with the transcript, so it holds all earlier messages that are not withheld, under new ids: what was
-    /// missing or unknown is present, the ids of messages upstream and the leftover are void. The upstream thread that
-    /// the thread had before becomes a remnant.
+    /// missing or unknown is present, the ids of messages upstream and the unsettled run are void. The upstream thread that
+    /// the thread had before becomes a upstream orphan.
     pub seeded: bool,
     /// How many of the user's messages of the thread before it begins with.
     pub carried_users: u32,
@@ -148,7 +148,7 @@ pub struct Binding {
 pub enum Bound {
     /// The thread of the run lives there now.
     Done,
-    /// The lease was lost. The record has the id all the same: as a remnant, or as the thread's own since an earlier call.
+    /// The lease was lost. The record has the id all the same: as a upstream orphan, or as the thread's own since an earlier call.
     Lost,
     /// The lease was lost, and the record has no place for the id: whoever made the upstream thread has to delete it.
     Unrecorded,

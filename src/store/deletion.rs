@@ -11,7 +11,7 @@ use super::pool::Connection;
 use super::retention::delete_runs;
 use super::rows::{At, ThreadRow, millis};
 use super::statement::Statement;
-use super::{RemnantName, Store, StoreError};
+use super::{OrphanName, Store, StoreError};
 use crate::domain::{
     ConversationKey, Deletion, DeletionId, Lifecycle, Page, Removed, Scope, TenantKey, Thread, ThreadId,
     Timestamp, UserKey,
@@ -508,19 +508,19 @@ pub(super) static STATEMENTS: &[&Statement] = &[
 ];
 
 impl Store {
-    /// Records what was deleted of a thread upstream so far, and forgets these remnants. If that has an
-    /// outcome, the thread has no upstream thread any more, nor a leftover.
+    /// Records what was deleted of a thread upstream so far, and forgets these upstream orphans. If that has an
+    /// outcome, the thread has no upstream thread any more, nor a unsettled run.
     pub async fn removed(
         &self,
         thread: ThreadId,
         removed: &Removed,
-        forget: &[RemnantName],
+        forget: &[OrphanName],
     ) -> Result<(), StoreError> {
         let (mut runs, mut orphans) = (vec![], vec![]);
         for name in forget {
             match name {
-                RemnantName::Run(id) => runs.push(id.uuid()),
-                RemnantName::Row(id) => orphans.push(id.uuid()),
+                OrphanName::Run(id) => runs.push(id.uuid()),
+                OrphanName::Row(id) => orphans.push(id.uuid()),
             }
         }
         let mut c = self.backend.writer().await?;

@@ -18,7 +18,7 @@ use crate::domain::{EventBatch, LoggedEvent, RunId, UpstreamRunId};
 /// run has that run locked, be it to end it, to let it wait, or to remove it.
 ///
 /// A row that is there already was written by a call whose answer did not come in time. It begins with the
-/// same event under the same fence, so the longer one says all. An id that the run had before is older news
+/// same event under the same fence, so the longer one says all. An id that the run had before is older
 /// than what is stored.
 static RECORD: Statement = Statement::for_each_engine(
     "events.record",

@@ -17,8 +17,8 @@ use super::rows::{FinishedRow, ThreadAndRun, corrupt, ended, json, log_json};
 use super::statement::Statement;
 use super::{Backend, InputMessage, RunLease, Store, StoreError};
 use crate::domain::{
-    ContentPart, Context, EventBatch, Leftover, Message, MessageId, Run, RunError, RunStatus, TenantKey,
-    Thread, ThreadActivity, UpstreamRunId, UpstreamThreadId, Usage,
+    ContentPart, EventBatch, Message, MessageId, Run, RunError, RunStatus, TenantKey, Thread, ThreadActivity,
+    UnsettledRun, UpstreamRunId, UpstreamSync, UpstreamThreadId, Usage,
 };
 
 static FINISH: Statement = Statement::for_each_engine(
@@ -212,18 +212,22 @@ impl<'a> Fields<'a> {
             reply: reply.map(|reply| reply.id.uuid()),
             reply_content: raw(reply.map(|reply| redaction.parts(&reply.content)).as_ref())?,
             reply_upstream_id: reply.and_then(|reply| reply.upstream_message_id.as_deref()),
-            reply_sync: reply.map(|reply| redaction.sync(reply.context).as_str()),
+            reply_sync: reply.map(|reply| redaction.sync(reply.sync).as_str()),
             said_sync: redaction.sync(end.said).as_str(),
             run_outcome: ended(end.status),
             marks_said: end.marks_said(),
             synced: end.synced,
-            unsettled_run: raw(end.leftover.as_ref().map(|left| redaction.unsettled_run(left)).as_ref())?,
+            unsettled_run: raw(end
+                .unsettled_run
+                .as_ref()
+                .map(|left| redaction.unsettled_run(left))
+                .as_ref())?,
             discard: end.discard,
             first_offset: events.first,
             events: if drops_log { None } else { Some(raw_text(log_json(&events.events)?)?) },
             end_offset: events.end(),
             drops_log,
-            unacknowledged: end.unheard,
+            unacknowledged: end.unacknowledged_requests,
         })
     }
 }
@@ -315,20 +319,20 @@ pub struct RunEnd {
     pub usage: Option<Usage>,
     pub upstream_run_id: Option<UpstreamRunId>,
     /// Requests, besides those [sent again](Store::sends_again), that may have left something upstream under an id that
-    /// [nobody heard](Store::unheard_runs).
-    pub unheard: u32,
+    /// [nobody heard](Store::unacknowledged_requests).
+    pub unacknowledged_requests: u32,
     /// Where the thread stands upstream from now on, if this run moved it.
     pub upstream_thread_id: Option<UpstreamThreadId>,
     /// The reply, whole or, for a run that did not complete, as far as it came.
     pub reply: Option<Reply>,
     /// Where the run's user messages stand upstream.
-    pub said: Context,
-    /// All earlier messages that are not withheld are upstream now: the [backlog](Store::backlog) went along with the
-    /// run, or the run began a new chain. What was missing or unknown is present, and an older leftover is void.
+    pub said: UpstreamSync,
+    /// All earlier messages that are not withheld are upstream now: the [unsynced messages](Store::unsynced_messages) went along with the
+    /// run, or the run began a new chain. What was missing or unknown is present, and an older unsettled run is void.
     pub synced: bool,
     /// What is not known of the run's traces upstream. Otherwise the thread keeps what it has.
-    pub leftover: Option<Leftover>,
-    /// The run's messages are to be removed, and nothing of them is left upstream, or `leftover` says what.
+    pub unsettled_run: Option<UnsettledRun>,
+    /// The run's messages are to be removed, and nothing of them is left upstream, or `unsettled_run` says what.
     pub discard: bool,
     /// The rest of the run's log.
     pub events: EventBatch,
@@ -340,7 +344,7 @@ pub struct RunEnd {
 impl RunEnd {
     /// The run's user messages do not stand as they did when it began.
     fn marks_said(&self) -> bool {
-        let as_begun = self.said == Context::Present && self.status == RunStatus::Completed;
+        let as_begun = self.said == UpstreamSync::Present && self.status == RunStatus::Completed;
         !as_begun && !self.discard
     }
 }
@@ -351,7 +355,7 @@ pub struct Reply {
     pub id: MessageId,
     pub content: Vec<ContentPart>,
     pub upstream_message_id: Option<String>,
-    pub context: Context,
+    pub sync: UpstreamSync,
 }
 
 /// What became of an attempt to end a run.

@@ -13,8 +13,8 @@ use super::rows::{At, millis};
 use super::statement::Statement;
 use super::{Store, StoreError};
 use crate::domain::{
-    ContentPart, Context, ConversationKey, Lifecycle, Limits, MessageId, Metadata, Role, TenantKey, ThreadId,
-    Timestamp, UpstreamThreadId,
+    ContentPart, ConversationKey, Lifecycle, Limits, MessageId, Metadata, Role, TenantKey, ThreadId,
+    Timestamp, UpstreamSync, UpstreamThreadId,
 };
 
 /// The key of a row `e` is that of the thread `t`.
@@ -200,7 +200,7 @@ impl Store {
         for (thread, sync) in &added {
             if let Some(thread) = threads.get_mut(thread) {
                 thread.added += 1;
-                thread.missing += i64::from(sync == Context::Missing.as_str());
+                thread.missing += i64::from(sync == UpstreamSync::Missing.as_str());
             }
         }
         let counts: Vec<&ThreadToCount> = threads.values().filter(|thread| thread.added > 0).collect();
@@ -437,9 +437,9 @@ impl ThreadToCount {
     /// Its next message.
     fn next<'a>(&mut self, message: &'a ImportedMessage, redaction: Redaction) -> MessageToAdd<'a> {
         self.position += 1;
-        let by_default = if self.has_upstream { Context::Present } else { Context::Missing };
+        let by_default = if self.has_upstream { UpstreamSync::Present } else { UpstreamSync::Missing };
         // What is not known of it can be looked up for a run's messages only.
-        let context = message.context.filter(|context| *context != Context::Unknown);
+        let sync = message.sync.filter(|sync| *sync != UpstreamSync::Unknown);
         MessageToAdd {
             id: message.id.uuid().simple(),
             thread: self.id,
@@ -447,7 +447,7 @@ impl ThreadToCount {
             role: message.role.as_str(),
             content: redaction.parts(&message.content),
             upstream_message_id: message.upstream_message_id.as_deref(),
-            upstream_sync: redaction.sync(context.unwrap_or(by_default)).as_str(),
+            upstream_sync: redaction.sync(sync.unwrap_or(by_default)).as_str(),
             created_at: message.created_at.map(|at| at.timestamp_micros()),
         }
     }
@@ -509,6 +509,6 @@ pub struct ImportedMessage {
     pub content: Vec<ContentPart>,
     pub upstream_message_id: Option<String>,
     /// `None`, or `Unknown`, which cannot be looked up: where it stands follows from the thread.
-    pub context: Option<Context>,
+    pub sync: Option<UpstreamSync>,
     pub created_at: Option<Timestamp>,
 }

@@ -1,6 +1,6 @@
 //! What replicas tell each other, over the database's own channel.
 //!
-//! Telling is no part of the statements that make the news: the server lets commits that notify wait for each
+//! Telling is no part of the statements that make the notifications: the server lets commits that notify wait for each
 //! other.
 
 use std::sync::Arc;
@@ -32,7 +32,7 @@ const FIRST_PAUSE: Duration = Duration::from_millis(100);
 const LONGEST_PAUSE: Duration = Duration::from_secs(2);
 
 static TELL: Statement = Statement::on_postgres(
-    "notifications.tell",
+    "notifications.notify",
     "SELECT pg_notify(:channel, e.value) FROM {each_text :payloads}",
 );
 
@@ -40,8 +40,8 @@ pub(super) static STATEMENTS: &[&Statement] = &[&TELL];
 
 impl Store {
     /// Tells all replicas that something is new. It may get lost, so nobody may depend on it.
-    pub async fn tell(&self, news: &[News]) -> Result<(), StoreError> {
-        let payloads = payloads(news);
+    pub async fn notify_replicas(&self, notifications: &[Notification]) -> Result<(), StoreError> {
+        let payloads = payloads(notifications);
         // A file serves one process alone.
         if matches!(*self.backend, Backend::Postgres { .. }) && !payloads.is_empty() {
             let mut c = self.backend.vital_writer().await?;
@@ -51,52 +51,52 @@ impl Store {
     }
 
     /// What replicas [tell](Self::tell) each other, this one's own included, from the first poll on until the
-    /// store is closed. What gets lost while there is no connection is made up for by [`News::Missed`].
-    pub fn news(&self) -> BoxStream<'static, News> {
-        let news = match &*self.backend {
+    /// store is closed. What gets lost while there is no connection is made up for by [`Notification::Missed`].
+    pub fn notifications(&self) -> BoxStream<'static, Notification> {
+        let notifications = match &*self.backend {
             Backend::Postgres { health, direct, .. } => {
-                let ear = Ear {
+                let listener = Listener {
                     options: (**direct).clone(),
                     health: Arc::clone(health),
                     listener: None,
                     heard: Vec::new(),
                     pause: Duration::ZERO,
                 };
-                let heard = stream::unfold(ear, |mut ear| async move {
-                    let news = ear.next().await;
-                    Some((stream::iter(news), ear))
+                let heard = stream::unfold(listener, |mut listener| async move {
+                    let notifications = listener.next().await;
+                    Some((stream::iter(notifications), listener))
                 });
                 heard.flatten().left_stream()
             }
             Backend::Sqlite { .. } => stream::pending().right_stream(),
         };
-        news.take_until(self.closed.clone().cancelled_owned()).boxed()
+        notifications.take_until(self.closed.clone().cancelled_owned()).boxed()
     }
 }
 
 /// The listening end.
-struct Ear {
+struct Listener {
     /// The way to the server itself: a pooler that lends its connections by the transaction takes the wish to
     /// listen and forgets it.
     options: PgConnectOptions,
     health: Arc<ServerHealth>,
     /// `None` while there is no connection.
     listener: Option<PgListener>,
-    heard: Vec<News>,
+    heard: Vec<Notification>,
     /// Before the next attempt to connect.
     pause: Duration,
 }
 
-impl Ear {
-    /// The next news, at least one.
-    async fn next(&mut self) -> Vec<News> {
+impl Listener {
+    /// The next notifications, at least one.
+    async fn next(&mut self) -> Vec<Notification> {
         while self.heard.is_empty() {
             match &mut self.listener {
                 None => self.open().await,
-                Some(listener) => match hear(listener).await {
+                Some(listener) => match receive(listener).await {
                     Ok(text) => self.heard = text.split_ascii_whitespace().filter_map(read).collect(),
                     Err(error) => {
-                        tracing::warn!(%error, "news of other replicas are not heard for the moment");
+                        tracing::warn!(%error, "notifications of other replicas do not arrive for the moment");
                         self.listener = None;
                         self.health.lose();
                     }
@@ -113,13 +113,13 @@ impl Ear {
         match timeout(ANSWER_TIMEOUT, listen(&self.options)).await.unwrap_or_else(|_| Err(late())) {
             Ok(listener) => {
                 self.listener = Some(listener);
-                self.heard.push(News::Missed);
+                self.heard.push(Notification::Missed);
                 self.pause = Duration::ZERO;
             }
             Err(error) => {
                 // Who does not hear looks for itself, only later. So one line tells.
                 if self.pause.is_zero() {
-                    tracing::warn!(%error, "cannot listen for news of other replicas; trying again");
+                    tracing::warn!(%error, "cannot listen for notifications of other replicas; trying again");
                 }
                 self.pause = (self.pause * 2).clamp(FIRST_PAUSE, LONGEST_PAUSE);
             }
@@ -142,7 +142,7 @@ async fn listen(options: &PgConnectOptions) -> Result<PgListener, sqlx::Error> {
 }
 
 /// The next text. An error if the connection is lost.
-async fn hear(listener: &mut PgListener) -> Result<String, sqlx::Error> {
+async fn receive(listener: &mut PgListener) -> Result<String, sqlx::Error> {
     let lost = || sqlx::Error::Io(std::io::ErrorKind::ConnectionAborted.into());
     loop {
         if let Ok(heard) = timeout(PING_AFTER_SILENCE, listener.try_recv()).await {
@@ -153,10 +153,10 @@ async fn hear(listener: &mut PgListener) -> Result<String, sqlx::Error> {
     }
 }
 
-/// Words that tell the news, as few texts as they fit into.
-fn payloads(news: &[News]) -> Vec<String> {
+/// Words that tell the notifications, as few texts as they fit into.
+fn payloads(notifications: &[Notification]) -> Vec<String> {
     let mut payloads: Vec<String> = Vec::new();
-    for word in news.iter().filter_map(write) {
+    for word in notifications.iter().filter_map(write) {
         match payloads.last_mut() {
             Some(last) if last.len() + 1 + word.len() <= MAX_PAYLOAD => {
                 last.push(' ');
@@ -169,34 +169,34 @@ fn payloads(news: &[News]) -> Vec<String> {
 }
 
 /// A letter, and the id in hexadecimal if there is one. `None` for what only the listener knows.
-fn write(news: &News) -> Option<String> {
-    match news {
-        News::Thread(id) => Some(format!("t{}", id.uuid().simple())),
-        News::Run(id) => Some(format!("r{}", id.uuid().simple())),
-        News::Asked(id) => Some(format!("a{}", id.uuid().simple())),
-        News::Followed(id) => Some(format!("f{}", id.uuid().simple())),
-        News::Orphans => Some("o".to_owned()),
-        News::Missed => None,
+fn write(notification: &Notification) -> Option<String> {
+    match notification {
+        Notification::Thread(id) => Some(format!("t{}", id.uuid().simple())),
+        Notification::Run(id) => Some(format!("r{}", id.uuid().simple())),
+        Notification::Asked(id) => Some(format!("a{}", id.uuid().simple())),
+        Notification::Followed(id) => Some(format!("f{}", id.uuid().simple())),
+        Notification::Orphans => Some("o".to_owned()),
+        Notification::Missed => None,
     }
 }
 
 /// The inverse. Words that it does not know are of a newer version.
-fn read(word: &str) -> Option<News> {
+fn read(word: &str) -> Option<Notification> {
     let (kind, rest) = word.split_at_checked(1)?;
     let id = || Uuid::try_parse(rest).ok();
     match kind {
-        "t" => Some(News::Thread(ThreadId::from_uuid(id()?))),
-        "r" => Some(News::Run(RunId::from_uuid(id()?))),
-        "a" => Some(News::Asked(RunId::from_uuid(id()?))),
-        "f" => Some(News::Followed(RunId::from_uuid(id()?))),
-        "o" if rest.is_empty() => Some(News::Orphans),
+        "t" => Some(Notification::Thread(ThreadId::from_uuid(id()?))),
+        "r" => Some(Notification::Run(RunId::from_uuid(id()?))),
+        "a" => Some(Notification::Asked(RunId::from_uuid(id()?))),
+        "f" => Some(Notification::Followed(RunId::from_uuid(id()?))),
+        "o" if rest.is_empty() => Some(Notification::Orphans),
         _ => None,
     }
 }
 
 /// What replicas tell each other, so that nobody has to ask the database time and again.
 #[derive(Clone, Copy, Debug, Eq, Hash, PartialEq)]
-pub enum News {
+pub enum Notification {
     /// A run of the thread has ended: what waits may start.
     Thread(ThreadId),
     /// The run has gone on: there are more events, or it has ended.
@@ -216,23 +216,23 @@ mod tests {
     use super::*;
 
     #[test]
-    fn news_that_are_told_are_heard_the_same() {
-        let mut news = vec![News::Orphans];
+    fn notification_is_received_as_sent() {
+        let mut notifications = vec![Notification::Orphans];
         for _ in 0..150 {
             let run = RunId::new();
-            news.extend([
-                News::Thread(ThreadId::new()),
-                News::Run(run),
-                News::Asked(run),
-                News::Followed(run),
+            notifications.extend([
+                Notification::Thread(ThreadId::new()),
+                Notification::Run(run),
+                Notification::Asked(run),
+                Notification::Followed(run),
             ]);
         }
-        let payloads = payloads(&news);
+        let payloads = payloads(&notifications);
         assert_eq!(payloads.len(), 3, "as few as will do");
         assert!(payloads.iter().all(|text| text.len() < 8000));
         let heard: Vec<_> =
             payloads.iter().flat_map(|text| text.split_ascii_whitespace()).filter_map(read).collect();
-        assert_eq!(heard, news);
+        assert_eq!(heard, notifications);
     }
 
     #[test]
@@ -240,6 +240,6 @@ mod tests {
         for word in ["x0192f5c3", "orphans", "t", "tr", "r123", "é", "oo"] {
             assert_eq!(read(word), None, "{word}");
         }
-        assert!(payloads(&[News::Missed]).is_empty());
+        assert!(payloads(&[Notification::Missed]).is_empty());
     }
 }

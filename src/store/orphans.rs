@@ -10,7 +10,7 @@ use super::params::params;
 use super::rows::{corrupt, millis};
 use super::statement::Statement;
 use super::{RunLease, Store, StoreError};
-use crate::domain::{RemnantId, RunId, ThreadId, UpstreamThreadId};
+use crate::domain::{OrphanId, RunId, ThreadId, UpstreamThreadId};
 
 static LIST_OF_THREAD: Statement = Statement::new(
     "orphans.list_of_thread",
@@ -43,7 +43,7 @@ static INTEND: Statement = Statement::new(
         SELECT r.thread_id, r.owner FROM runs r WHERE {leased r} AND {at_work r} {lock_shared r}
     )
     INSERT INTO upstream_orphans (id, thread_id, upstream, kind, created_by, due_at)
-    SELECT :intent, t.id, t.upstream, 'thread', l.owner, {now} + {ms :unheard_of}
+    SELECT :intent, t.id, t.upstream, 'thread', l.owner, {now} + {ms :orphan_after}
     FROM lease l JOIN threads t ON t.id = l.thread_id
     WHERE true
     ON CONFLICT (id) DO UPDATE SET due_at = excluded.due_at",
@@ -81,8 +81,8 @@ static LIST_DUE: Statement = Statement::variant("orphans.list_due", DUE_ORPHANS,
 
 static LOCK_DUE: Statement = Statement::variant("orphans.lock_due", DUE_ORPHANS, &["{lock_if_free o}"]);
 
-static CLAIM_DUE: Statement = Statement::new(
-    "orphans.claim_due",
+static LEASE_DUE: Statement = Statement::new(
+    "orphans.lease_due",
     "UPDATE upstream_orphans SET created_by = NULL, due_at = {now} + {ms :lease} WHERE id {in :orphans}",
 );
 
@@ -105,7 +105,7 @@ static KEEP: Statement = Statement::new(
 
 pub(super) static STATEMENTS: &[&Statement] = &[
     &LIST_OF_THREAD, &LIST_OF_RUNS, &COUNT_UNACKNOWLEDGED, &INTEND, &IS_MADE, &RESOLVE_NOTHING,
-    &RESOLVE_UNUSED, &RESOLVE_UNKNOWN, &LIST_DUE, &LOCK_DUE, &CLAIM_DUE, &FORGET, &PUT_OFF, &KEEP,
+    &RESOLVE_UNUSED, &RESOLVE_UNKNOWN, &LIST_DUE, &LOCK_DUE, &LEASE_DUE, &FORGET, &PUT_OFF, &KEEP,
 ];
 
 impl Store {
@@ -114,16 +114,16 @@ impl Store {
     ///
     /// All ids of a run come together, since they are forgotten together: so there may be more than the limit
     /// if a single run has more.
-    pub async fn remnants(
+    pub async fn upstream_orphans(
         &self,
         thread: ThreadId,
         with_runs: bool,
         limit: u32,
-    ) -> Result<Vec<Remnant>, StoreError> {
+    ) -> Result<Vec<UpstreamOrphan>, StoreError> {
         let mut c = self.backend.reader().await?;
         let values = params().set("thread", thread.uuid()).set("limit", limit);
-        let rows: Vec<OrphanRow> = c.all(&LIST_OF_THREAD, values).await?;
-        let mut found = rows.into_iter().map(Remnant::try_from).collect::<Result<Vec<_>, _>>()?;
+        let rows: Vec<UpstreamOrphanRow> = c.all(&LIST_OF_THREAD, values).await?;
+        let mut found = rows.into_iter().map(UpstreamOrphan::try_from).collect::<Result<Vec<_>, _>>()?;
         let limit = usize::try_from(limit).unwrap_or(usize::MAX);
         if !with_runs || found.len() >= limit {
             return Ok(found);
@@ -133,11 +133,11 @@ impl Store {
         let runs: Vec<IdsOfRunRow> = c.all(&LIST_OF_RUNS, values).await?;
         for IdsOfRunRow { id: run, upstream, upstream_run_id, earlier_upstream_run_ids } in runs {
             let of_run: Vec<_> = upstream_ids(upstream_run_id, earlier_upstream_run_ids)
-                .map(|id| Remnant {
-                    name: RemnantName::Run(RunId::from_uuid(run)),
+                .map(|id| UpstreamOrphan {
+                    name: OrphanName::Run(RunId::from_uuid(run)),
                     thread,
                     upstream: upstream.clone(),
-                    kind: RemnantKind::Run,
+                    kind: OrphanKind::Run,
                     upstream_id: Some(id),
                     attempts: 0,
                 })
@@ -152,18 +152,18 @@ impl Store {
 
     /// Records that an upstream thread is about to be made for the thread of a run. `false` if the lease was
     /// lost. Harmless to repeat.
-    pub async fn intend(&self, lease: &RunLease, intent: RemnantId) -> Result<bool, StoreError> {
+    pub async fn intend(&self, lease: &RunLease, intent: OrphanId) -> Result<bool, StoreError> {
         let mut c = self.backend.vital_writer().await?;
         let values = params()
             .set("run", lease.run_id.uuid())
             .set("fence", lease.fence)
             .set("intent", intent.uuid())
-            .set("unheard_of", millis(UNHEARD_OF));
+            .set("orphan_after", millis(ORPHAN_AFTER));
         Ok(c.execute(&INTEND, values).await? == 1)
     }
 
     /// Whether a replica that is alive makes an upstream thread for the thread, and will record its id: from
-    /// [`intend`](Self::intend) until that is bound or [resolved](Self::resolve), for [`UNHEARD_OF`] at most.
+    /// [`intend`](Self::intend) until that is bound or [resolved](Self::resolve), for [`ORPHAN_AFTER`] at most.
     pub async fn makes_upstream_thread(&self, thread: ThreadId) -> Result<bool, StoreError> {
         let mut c = self.backend.reader().await?;
         let (makes,): (bool,) = c.one(&IS_MADE, params().set("thread", thread.uuid())).await?;
@@ -172,7 +172,7 @@ impl Store {
 
     /// Records what an intent came to, other than an upstream thread that is
     /// [bound](Store::bind_upstream_thread).
-    pub async fn resolve(&self, intent: RemnantId, made: Made<'_>) -> Result<(), StoreError> {
+    pub async fn resolve(&self, intent: OrphanId, made: Made<'_>) -> Result<(), StoreError> {
         let mut c = self.backend.vital_writer().await?;
         let (statement, id) = match made {
             Made::Nothing => (&RESOLVE_NOTHING, None),
@@ -184,31 +184,35 @@ impl Store {
         Ok(())
     }
 
-    /// Remnants at which it is time to look: those that were given up, and intents that nobody heard of for a
-    /// while. They are due again only after `lease`, as in [`claim_due`](Self::claim_due).
-    pub async fn claim_remnants(&self, limit: u32, lease: Duration) -> Result<Vec<Remnant>, StoreError> {
+    /// Upstream orphans at which it is time to look: those that were given up, and intents that nobody heard of for a
+    /// while. They are due again only after `lease`, as in [`claim_due`](Self::lease_due_threads).
+    pub async fn lease_upstream_orphans(
+        &self,
+        limit: u32,
+        lease: Duration,
+    ) -> Result<Vec<UpstreamOrphan>, StoreError> {
         let mut c = self.backend.writer().await?;
         c.begin().await?;
-        let rows: Vec<OrphanRow> = c.all(&LOCK_DUE, params().set("limit", limit)).await?;
+        let rows: Vec<UpstreamOrphanRow> = c.all(&LOCK_DUE, params().set("limit", limit)).await?;
         let orphans: Vec<Uuid> = rows.iter().map(|row| row.o_id).collect();
-        c.execute(&CLAIM_DUE, params().set("orphans", orphans).set("lease", millis(lease))).await?;
+        c.execute(&LEASE_DUE, params().set("orphans", orphans).set("lease", millis(lease))).await?;
         c.commit().await?;
-        rows.into_iter().map(Remnant::try_from).collect()
+        rows.into_iter().map(UpstreamOrphan::try_from).collect()
     }
 
     /// The same without changing anything.
-    pub async fn due_remnants(&self, limit: u32) -> Result<Vec<Remnant>, StoreError> {
+    pub async fn due_upstream_orphans(&self, limit: u32) -> Result<Vec<UpstreamOrphan>, StoreError> {
         let mut c = self.backend.reader().await?;
-        let rows: Vec<OrphanRow> = c.all(&LIST_DUE, params().set("limit", limit)).await?;
-        rows.into_iter().map(Remnant::try_from).collect()
+        let rows: Vec<UpstreamOrphanRow> = c.all(&LIST_DUE, params().set("limit", limit)).await?;
+        rows.into_iter().map(UpstreamOrphan::try_from).collect()
     }
 
-    /// Forgets a remnant (`after` is `None`), or sets when to look at it next, and counts the look. Nothing
-    /// changes if its [`upstream_id`](Remnant::upstream_id) is another one than the look `knew`: then
+    /// Forgets a upstream orphan (`after` is `None`), or sets when to look at it next, and counts the look. Nothing
+    /// changes if its [`upstream_id`](UpstreamOrphan::upstream_id) is another one than the look `knew`: then
     /// somebody has named it meanwhile.
-    pub async fn schedule_remnant(
+    pub async fn reschedule_upstream_orphan(
         &self,
-        id: RemnantId,
+        id: OrphanId,
         knew: Option<&str>,
         after: Option<Duration>,
     ) -> Result<(), StoreError> {
@@ -219,20 +223,20 @@ impl Store {
         Ok(())
     }
 
-    /// Nothing can be done about a remnant for now: nobody knows its id upstream, the server does not delete
+    /// Nothing can be done about a upstream orphan for now: nobody knows its id upstream, the server does not delete
     /// it, or that failed for too long. It goes with its thread, whose receipt tells of it.
     ///
-    /// Nothing changes if its [`upstream_id`](Remnant::upstream_id) is another one than the look `knew`.
-    pub async fn keep_remnant(&self, id: RemnantId, knew: Option<&str>) -> Result<(), StoreError> {
+    /// Nothing changes if its [`upstream_id`](UpstreamOrphan::upstream_id) is another one than the look `knew`.
+    pub async fn keep_upstream_orphan(&self, id: OrphanId, knew: Option<&str>) -> Result<(), StoreError> {
         let mut c = self.backend.writer().await?;
         c.execute(&KEEP, params().set("orphan", id.uuid()).set("knew", knew)).await?;
         Ok(())
     }
 
     /// How many requests for runs of a thread may have left something upstream under an id that nobody heard.
-    /// The process died, or the answer broke off, before it was told; the run [ended](super::RunEnd::unheard)
+    /// The process died, or the answer broke off, before it was told; the run [ended](super::RunEnd::unacknowledged_requests)
     /// then, or was [sent again](Store::sends_again).
-    pub async fn unheard_runs(&self, thread: ThreadId) -> Result<u64, StoreError> {
+    pub async fn unacknowledged_requests(&self, thread: ThreadId) -> Result<u64, StoreError> {
         let mut c = self.backend.reader().await?;
         let (count,): (i64,) = c.one(&COUNT_UNACKNOWLEDGED, params().set("thread", thread.uuid())).await?;
         Ok(count.try_into().unwrap_or(0))
@@ -241,7 +245,7 @@ impl Store {
 
 #[derive(FromRow)]
 #[expect(clippy::struct_field_names, reason = "the names of the columns")]
-struct OrphanRow {
+struct UpstreamOrphanRow {
     o_id: Uuid,
     o_thread_id: Uuid,
     o_upstream: String,
@@ -250,18 +254,18 @@ struct OrphanRow {
     o_attempts: i64,
 }
 
-impl TryFrom<OrphanRow> for Remnant {
+impl TryFrom<UpstreamOrphanRow> for UpstreamOrphan {
     type Error = StoreError;
 
-    fn try_from(row: OrphanRow) -> Result<Self, StoreError> {
+    fn try_from(row: UpstreamOrphanRow) -> Result<Self, StoreError> {
         Ok(Self {
-            name: RemnantName::Row(RemnantId::from_uuid(row.o_id)),
+            name: OrphanName::Row(OrphanId::from_uuid(row.o_id)),
             thread: ThreadId::from_uuid(row.o_thread_id),
             upstream: row.o_upstream,
             kind: match &*row.o_kind {
-                "thread" => RemnantKind::Thread,
-                "run" => RemnantKind::Run,
-                _ => return Err(corrupt("the kind of a remnant")),
+                "thread" => OrphanKind::Thread,
+                "run" => OrphanKind::Run,
+                _ => return Err(corrupt("the kind of a orphan")),
             },
             upstream_id: row.o_upstream_id,
             attempts: row.o_attempts,
@@ -287,18 +291,18 @@ pub(super) fn upstream_ids(
 
 /// Something that is, or may be, at an upstream.
 #[derive(Clone, Debug, PartialEq)]
-pub struct Remnant {
-    pub name: RemnantName,
+pub struct UpstreamOrphan {
+    pub name: OrphanName,
     pub thread: ThreadId,
     pub upstream: String,
-    pub kind: RemnantKind,
+    pub kind: OrphanKind,
     /// `None`: it was to be made, and nobody knows whether it was.
     pub upstream_id: Option<String>,
     pub attempts: i64,
 }
 
 /// How long an intent is left to the process that makes the upstream thread. That process gives up before.
-pub const UNHEARD_OF: Duration = Duration::from_mins(10);
+pub const ORPHAN_AFTER: Duration = Duration::from_mins(10);
 
 /// What an [intent](Store::intend) came to.
 #[derive(Clone, Copy, Debug)]
@@ -310,16 +314,16 @@ pub enum Made<'a> {
     Unknown,
 }
 
-/// Where a remnant is recorded.
+/// Where a upstream orphan is recorded.
 #[derive(Clone, Debug, Eq, PartialEq)]
-pub enum RemnantName {
-    Row(RemnantId),
+pub enum OrphanName {
+    Row(OrphanId),
     /// An id that a run has upstream.
     Run(RunId),
 }
 
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub enum RemnantKind {
+pub enum OrphanKind {
     Thread,
     /// A run or response.
     Run,

@@ -11,9 +11,10 @@ use super::rows::{Found, RunRow, ThreadAndRun, ThreadRow};
 use super::runs::started_before;
 use super::statement::Statement;
 use super::{InputMessage, Store, StoreError};
-use crate::domain::{ConversationKey, RemnantId, ReplicaId, Run, RunId, RunStatus, Thread};
+use crate::domain::{ConversationKey, OrphanId, ReplicaId, Run, RunId, RunStatus, Thread};
 
-static CLAIM: Statement = Statement::on_postgres("queue.claim", include_str!("sql/claim.postgres.sql"));
+static START_QUEUED: Statement =
+    Statement::on_postgres("queue.start_queued", include_str!("sql/start_queued.postgres.sql"));
 
 /// The run, if it waits, and whether it may start. What waits on a thread that is being deleted is only to be ended.
 static FIND_WAITING: Statement = Statement::on_sqlite(
@@ -81,7 +82,7 @@ static TAKE_QUEUED: Statement = Statement::new(
 );
 
 pub(super) static STATEMENTS: &[&Statement] = &[
-    &CLAIM, &FIND_WAITING, &START, &COUNT_SAID, &SAY, &FIND_ACTIVE_BEFORE, &MARK_CANCELLING,
+    &START_QUEUED, &FIND_WAITING, &START, &COUNT_SAID, &SAY, &FIND_ACTIVE_BEFORE, &MARK_CANCELLING,
     &LOCK_RUN_OF_KEY, &TAKE_QUEUED,
 ];
 
@@ -95,11 +96,11 @@ impl Store {
     ///
     /// Repeating the call with the same lease is harmless: while the run is in progress it answers the same, so that an
     /// answer which was lost on its way does not strand a run that has started.
-    pub async fn claim(&self, lease: &RunLease) -> Result<Claim, StoreError> {
+    pub async fn start_queued(&self, lease: &RunLease) -> Result<QueuedStart, StoreError> {
         let mut c = self.backend.vital_writer().await?;
         match c.engine() {
-            Engine::Postgres => Box::pin(claim_on_postgres(&mut c, lease)).await,
-            Engine::Sqlite => Box::pin(claim_on_sqlite(&mut c, lease)).await,
+            Engine::Postgres => Box::pin(start_on_postgres(&mut c, lease)).await,
+            Engine::Sqlite => Box::pin(start_on_sqlite(&mut c, lease)).await,
         }
     }
 
@@ -107,7 +108,7 @@ impl Store {
     /// `discard` also to be removed from the transcript when it ends. The run that is marked now or was already; `None` if
     /// none is active, or only one that was admitted later. Harmless to repeat: if there is nothing to change, nothing is
     /// written and no run is locked.
-    pub async fn displace(&self, lease: &RunLease, discard: bool) -> Result<Option<RunId>, StoreError> {
+    pub async fn cancel_active(&self, lease: &RunLease, discard: bool) -> Result<Option<RunId>, StoreError> {
         let mut c = self.backend.vital_writer().await?;
         let values =
             params().set("run", lease.run_id.uuid()).set("fence", lease.fence).set("discard", discard);
@@ -143,28 +144,28 @@ impl Store {
 
 /// What the claim of a run found. A run that did not start has no thread here.
 #[derive(FromRow)]
-struct ClaimedRow {
+struct StartedRow {
     #[sqlx(flatten)]
     both: Found<ThreadAndRun>,
     may_start: bool,
     queued_input: Option<Json<Vec<InputMessage>>>,
 }
 
-async fn claim_on_postgres(c: &mut Connection, lease: &RunLease) -> Result<Claim, StoreError> {
+async fn start_on_postgres(c: &mut Connection, lease: &RunLease) -> Result<QueuedStart, StoreError> {
     for _ in 0..MAX_ATTEMPTS {
         let values = params().set("run", lease.run_id.uuid()).set("fence", lease.fence);
-        let row = match c.optional::<ClaimedRow>(&CLAIM, values).await {
+        let row = match c.optional::<StartedRow>(&START_QUEUED, values).await {
             Ok(Some(row)) => row,
             Ok(None) => return started_before(c, lease).await,
             // Another run of the thread is active.
-            Err(failed) if failed.breaks("runs_active") => return Ok(Claim::NotYet),
+            Err(failed) if failed.breaks("runs_active") => return Ok(QueuedStart::NotYet),
             Err(failed) => return Err(failed.into()),
         };
         match row {
-            ClaimedRow { both: Found(Some(both)), queued_input, .. } => {
+            StartedRow { both: Found(Some(both)), queued_input, .. } => {
                 let input = queued_input.map(|json| json.0).unwrap_or_default();
                 let (thread, run) = (both.thread.try_into()?, both.run.try_into()?);
-                return Ok(Claim::Started(Box::new(StartedRun {
+                return Ok(QueuedStart::Started(Box::new(StartedRun {
                     lease: *lease,
                     thread,
                     run,
@@ -172,27 +173,27 @@ async fn claim_on_postgres(c: &mut Connection, lease: &RunLease) -> Result<Claim
                     intent: None,
                 })));
             }
-            ClaimedRow { may_start: false, .. } => return Ok(Claim::NotYet),
+            StartedRow { may_start: false, .. } => return Ok(QueuedStart::NotYet),
             // The run changed while its row was waited for.
-            ClaimedRow { may_start: true, .. } => {}
+            StartedRow { may_start: true, .. } => {}
         }
     }
-    Ok(Claim::NotYet)
+    Ok(QueuedStart::NotYet)
 }
 
-async fn claim_on_sqlite(c: &mut Connection, lease: &RunLease) -> Result<Claim, StoreError> {
+async fn start_on_sqlite(c: &mut Connection, lease: &RunLease) -> Result<QueuedStart, StoreError> {
     c.begin().await?;
-    let claim = claim_in_transaction(c, lease).await?;
+    let claim = start_in_transaction(c, lease).await?;
     c.commit().await?;
     Ok(claim)
 }
 
-async fn claim_in_transaction(c: &mut Connection, lease: &RunLease) -> Result<Claim, StoreError> {
+async fn start_in_transaction(c: &mut Connection, lease: &RunLease) -> Result<QueuedStart, StoreError> {
     let values = params().set("run", lease.run_id.uuid()).set("fence", lease.fence);
     let waiting: Option<(Json<Vec<InputMessage>>, bool)> = c.optional(&FIND_WAITING, values).await?;
     let Some((Json(input), may_start)) = waiting else { return started_before(c, lease).await };
     if !may_start {
-        return Ok(Claim::NotYet);
+        return Ok(QueuedStart::NotYet);
     }
     let run: RunRow = c.one(&START, params().set("run", lease.run_id.uuid())).await?;
     let run = Run::try_from(run)?;
@@ -200,7 +201,7 @@ async fn claim_in_transaction(c: &mut Connection, lease: &RunLease) -> Result<Cl
     let thread: ThreadRow = c.one(&COUNT_SAID, values()?).await?;
     c.execute(&SAY, values()?.set("run", run.id.uuid())).await?;
     let thread = Thread::try_from(thread)?;
-    Ok(Claim::Started(Box::new(StartedRun { lease: *lease, thread, run, input, intent: None })))
+    Ok(QueuedStart::Started(Box::new(StartedRun { lease: *lease, thread, run, input, intent: None })))
 }
 
 /// The run is locked even if there is nothing to change, so that the answer is not out of date.
@@ -244,12 +245,12 @@ pub struct StartedRun {
     pub run: Run,
     pub input: Vec<InputMessage>,
     /// It is recorded under this id that the thread's upstream thread is about to be made.
-    pub intent: Option<RemnantId>,
+    pub intent: Option<OrphanId>,
 }
 
 /// What became of an attempt to start a queued run.
 #[derive(Clone, Debug, PartialEq)]
-pub enum Claim {
+pub enum QueuedStart {
     Started(Box<StartedRun>),
     /// Another run is active or waits before it.
     NotYet,

@@ -6,7 +6,7 @@
 use std::borrow::Cow;
 
 use crate::domain::{
-    ContentPart, Context, EventBatch, Leftover, LoggedEvent, RequiredAction, ToolCall, ToolOutput,
+    ContentPart, EventBatch, LoggedEvent, RequiredAction, ToolCall, ToolOutput, UnsettledRun, UpstreamSync,
 };
 
 /// Whether content is stored.
@@ -55,15 +55,18 @@ impl Redaction {
         })
     }
 
-    pub(super) fn unsettled_run(self, left: &Leftover) -> Cow<'_, Leftover> {
-        self.encode(left, |left| Leftover { open_calls: redacted_calls(&left.open_calls), ..left.clone() })
+    pub(super) fn unsettled_run(self, left: &UnsettledRun) -> Cow<'_, UnsettledRun> {
+        self.encode(left, |left| UnsettledRun {
+            open_calls: redacted_calls(&left.open_calls),
+            ..left.clone()
+        })
     }
 
     /// A message that is not stored cannot be sent again: where it would be missing, it is withheld for good.
-    pub(super) fn sync(self, context: Context) -> Context {
-        match context {
-            Context::Missing if !self.keeps_content() => Context::Withheld,
-            context => context,
+    pub(super) fn sync(self, sync: UpstreamSync) -> UpstreamSync {
+        match sync {
+            UpstreamSync::Missing if !self.keeps_content() => UpstreamSync::Withheld,
+            sync => sync,
         }
     }
 

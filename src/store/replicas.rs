@@ -10,7 +10,7 @@ use uuid::Uuid;
 
 use super::params::params;
 use super::pool::Connection;
-use super::rows::{At, MessageRow, OrphanRow, millis};
+use super::rows::{At, MessageRow, OrphanedRunRow, millis};
 use super::statement::Statement;
 use super::{InputMessage, RunLease, Store, StoreError};
 use crate::domain::{ContentPart, Message, ReplicaId, Run, RunId, RunStatus, Thread, Timestamp, ToolOutput};
@@ -43,7 +43,7 @@ static RELEASE: Statement = Statement::new(
 );
 
 static FIND_LOST: Statement = Statement::new(
-    "replicas.find_lost",
+    "replicas.find_taken_over",
     "SELECT r.id FROM runs r WHERE r.id {in :working} AND r.owner IS DISTINCT FROM :replica",
 );
 
@@ -176,7 +176,11 @@ impl Store {
     }
 
     /// Those of these runs that others have taken over from the replica.
-    pub async fn lost(&self, replica: ReplicaId, working: &[RunId]) -> Result<Vec<RunId>, StoreError> {
+    pub async fn runs_taken_over(
+        &self,
+        replica: ReplicaId,
+        working: &[RunId],
+    ) -> Result<Vec<RunId>, StoreError> {
         let mut c = self.backend.vital_reader().await?;
         let working: Vec<Uuid> = working.iter().map(|run| run.uuid()).collect();
         let values = params().set("replica", replica.uuid()).set("working", working);
@@ -197,7 +201,7 @@ impl Store {
         id: ReplicaId,
         working: &[RunId],
         limit: u32,
-    ) -> Result<Vec<Orphan>, StoreError> {
+    ) -> Result<Vec<OrphanedRun>, StoreError> {
         let mut c = self.backend.vital_writer().await?;
         let working: Vec<Uuid> = working.iter().map(|run| run.uuid()).collect();
         let search = params().set("replica", id.uuid()).set("working", working).set("limit", limit);
@@ -213,8 +217,8 @@ impl Store {
             })
             .collect();
         let take = params().set("replica", id.uuid()).json("found", Some(&found))?.set("limit", limit);
-        let rows: Vec<OrphanRow> = c.all(&TAKE_ORPHANS, take).await?;
-        let mut orphans = rows.into_iter().map(Orphan::try_from).collect::<Result<Vec<_>, _>>()?;
+        let rows: Vec<OrphanedRunRow> = c.all(&TAKE_ORPHANS, take).await?;
+        let mut orphans = rows.into_iter().map(OrphanedRun::try_from).collect::<Result<Vec<_>, _>>()?;
         give_input(&mut c, &mut orphans).await?;
         if !self.keeps_content() {
             // One that waits for outputs needs nothing of before. One that is to be sent does, and so does
@@ -229,7 +233,7 @@ impl Store {
 }
 
 /// Gives orphans that had started their messages. Nobody changes these any more: the runs have new fences.
-async fn give_input(c: &mut Connection, orphans: &mut [Orphan]) -> Result<(), StoreError> {
+async fn give_input(c: &mut Connection, orphans: &mut [OrphanedRun]) -> Result<(), StoreError> {
     let started = orphans.iter().filter(|orphan| orphan.run.status != RunStatus::Queued);
     let started: Vec<Uuid> = started.map(|orphan| orphan.run.id.uuid()).collect();
     if started.is_empty() {
@@ -263,7 +267,7 @@ pub struct Renewed {
 
 /// An unfinished run that was taken over.
 #[derive(Clone, Debug, PartialEq)]
-pub struct Orphan {
+pub struct OrphanedRun {
     pub lease: RunLease,
     pub previous_owner: Option<ReplicaId>,
     pub thread: Thread,

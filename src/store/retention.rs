@@ -16,7 +16,7 @@ use super::pool::Connection;
 use super::rows::{At, ThreadRow, millis};
 use super::statement::Statement;
 use super::{Store, StoreError};
-use crate::domain::{Lifetimes, Limits, RemnantId, Thread, ThreadId, Timestamp};
+use crate::domain::{Lifetimes, Limits, OrphanId, Thread, ThreadId, Timestamp};
 
 const DUE_THREADS: &str = "SELECT {thread t}, {now} AS now, t.attempts
     FROM threads t
@@ -28,13 +28,13 @@ static LIST_DUE: Statement = Statement::variant("retention.list_due", DUE_THREAD
 
 static LOCK_DUE: Statement = Statement::variant("retention.lock_due", DUE_THREADS, &["{lock_if_free t}"]);
 
-static CLAIM_DUE: Statement = Statement::new(
-    "retention.claim_due",
+static LEASE_DUE: Statement = Statement::new(
+    "retention.lease_due",
     "UPDATE threads SET due_at = {now} + {ms :lease} WHERE id {in :threads} RETURNING due_at",
 );
 
 static SCHEDULE: Statement = Statement::new(
-    "retention.schedule",
+    "retention.reschedule",
     "UPDATE threads SET
         due_at = CASE
             WHEN due_at = :claimed OR (:claimed IS NULL AND due_at > {now} + {ms :after})
@@ -47,7 +47,7 @@ static SCHEDULE: Statement = Statement::new(
 );
 
 static LIST_FOR_REVIEW: Statement = Statement::new(
-    "retention.list_for_review",
+    "retention.list_for_changed_limits",
     "SELECT t.id FROM threads t WHERE t.id > :after ORDER BY t.id LIMIT :limit",
 );
 
@@ -89,22 +89,22 @@ static DISCARD: Statement = Statement::new(
 impl Store {
     /// Threads at which it is time to look, those that wait longest first, with the database's time. Nothing
     /// is changed.
-    pub async fn due(&self, limit: u32) -> Result<Vec<Due>, StoreError> {
+    pub async fn due_threads(&self, limit: u32) -> Result<Vec<DueThread>, StoreError> {
         let mut c = self.backend.reader().await?;
         let rows: Vec<DueRow> = c.all(&LIST_DUE, params().set("limit", limit)).await?;
-        rows.into_iter().map(Due::try_from).collect()
+        rows.into_iter().map(DueThread::try_from).collect()
     }
 
     /// The same, and they are due again only after `lease`. Until then nobody else gets them; if whoever got
     /// them dies, somebody else does then. Those that another call is just taking are passed over.
-    pub async fn claim_due(&self, limit: u32, lease: Duration) -> Result<Vec<Due>, StoreError> {
+    pub async fn lease_due_threads(&self, limit: u32, lease: Duration) -> Result<Vec<DueThread>, StoreError> {
         let mut c = self.backend.writer().await?;
         c.begin().await?;
         let rows: Vec<DueRow> = c.all(&LOCK_DUE, params().set("limit", limit)).await?;
-        let mut due = rows.into_iter().map(Due::try_from).collect::<Result<Vec<_>, _>>()?;
+        let mut due = rows.into_iter().map(DueThread::try_from).collect::<Result<Vec<_>, _>>()?;
         let threads: Vec<Uuid> = due.iter().map(|due| due.thread.id.uuid()).collect();
         let values = params().set("threads", threads).set("lease", millis(lease));
-        let mut claimed: Vec<(At,)> = c.all(&CLAIM_DUE, values).await?;
+        let mut claimed: Vec<(At,)> = c.all(&LEASE_DUE, values).await?;
         c.commit().await?;
         // One statement, one time: the same for all of them.
         let claimed = claimed.pop().map(|(at,)| at.0);
@@ -117,10 +117,10 @@ impl Store {
     /// Says how the look at a thread ended, and sets when it is due next; `after` is `None`: never.
     /// `failure`: why the look failed, which is counted; else the count begins anew.
     ///
-    /// `claimed` is what [`Due::claimed`] said. If the thread is due at another time by now, somebody else
+    /// `claimed` is what [`DueThread::claimed`] said. If the thread is due at another time by now, somebody else
     /// has set that meanwhile (a caller, a message, a deletion), and it stays. A thread that nobody claimed
     /// may only become due earlier.
-    pub async fn schedule(
+    pub async fn reschedule(
         &self,
         thread: ThreadId,
         claimed: Option<Timestamp>,
@@ -143,7 +143,7 @@ impl Store {
     ///
     /// Gives the last one's id; `None` if there are no more. Threads that are not current count towards the
     /// limit.
-    pub async fn review(
+    pub async fn apply_changed_limits(
         &self,
         after: Option<ThreadId>,
         limit: u32,
@@ -206,7 +206,7 @@ struct DueRow {
     attempts: i64,
 }
 
-impl TryFrom<DueRow> for Due {
+impl TryFrom<DueRow> for DueThread {
     type Error = StoreError;
 
     fn try_from(row: DueRow) -> Result<Self, StoreError> {
@@ -303,7 +303,7 @@ static COUNT_OLD_RECEIPTS: Statement =
     Statement::variant("retention.count_old_receipts", COUNT, &[OLD_RECEIPTS]);
 
 pub(super) static STATEMENTS: &[&Statement] = &[
-    &LIST_DUE, &LOCK_DUE, &CLAIM_DUE, &SCHEDULE, &LIST_FOR_REVIEW, &BRING_FORWARD, &ARCHIVE_EXPIRED,
+    &LIST_DUE, &LOCK_DUE, &LEASE_DUE, &SCHEDULE, &LIST_FOR_REVIEW, &BRING_FORWARD, &ARCHIVE_EXPIRED,
     &SCHEDULE_EXPIRY, &DISCARD, &DELETE_SESSIONS, &DELETE_OLD_KEYS, &DELETE_OLD_EVENTS, &DELETE_OLD_RECEIPTS,
     &LOCK_OLD_RUNS, &ADD_ORPHANS, &DELETE_EVENTS_OF_RUNS, &DELETE_KEYS_OF_RUNS, &DELETE_RUNS,
     &COUNT_OLD_KEYS, &COUNT_OLD_EVENTS, &COUNT_OLD_RUNS, &COUNT_OLD_RECEIPTS,
@@ -372,7 +372,7 @@ async fn remove_runs(c: &mut Connection, pruning: &Pruning, limit: u32) -> Resul
         if pruning.storing.contains(&upstream) {
             orphans.extend(upstream_ids(upstream_run_id, earlier_upstream_run_ids).map(|id| {
                 json!({
-                    "id": RemnantId::new().uuid().simple().to_string(),
+                    "id": OrphanId::new().uuid().simple().to_string(),
                     "thread": thread_id.simple().to_string(),
                     "upstream": upstream,
                     "upstream_id": id,
@@ -408,7 +408,7 @@ pub(super) async fn delete_runs(c: &mut Connection, ids: Vec<Uuid>) -> Result<u6
 
 /// A thread at which it is time to look.
 #[derive(Clone, Debug, PartialEq)]
-pub struct Due {
+pub struct DueThread {
     pub thread: Thread,
     /// The database's time of the look.
     pub now: Timestamp,
@@ -426,7 +426,7 @@ pub struct Pruning {
     pub events: Option<Duration>,
     pub idempotency_keys: Option<Duration>,
     pub receipts: Option<Duration>,
-    /// Upstreams that store each run by itself: the ids that pruned runs have there become remnants.
+    /// Upstreams that store each run by itself: the ids that pruned runs have there become upstream orphans.
     pub storing: Vec<String>,
 }
 

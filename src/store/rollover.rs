@@ -14,7 +14,7 @@ use super::rows::{ThreadRow, millis};
 use super::runs::started_before;
 use super::statement::Statement;
 use super::transcript::{DOWNWARDS_KNOWN, listed};
-use super::{Claim, RunLease, StartedRun, Store, StoreError};
+use super::{QueuedStart, RunLease, StartedRun, Store, StoreError};
 use crate::domain::{
     ContentPart, Lifecycle, Limits, Message, MessageId, Page, Role, RunStatus, Thread, ThreadId, Timestamp,
 };
@@ -253,11 +253,11 @@ impl Store {
     /// it names, and those behind the same one go in their order. Those that the thread has by their id
     /// upstream are passed over. How many were put in: none if the thread has an active run other than that
     /// of the lease `by`, or if that lease was lost.
-    pub async fn insert_foreign(
+    pub async fn insert_external_messages(
         &self,
         thread: ThreadId,
         by: Option<RunLease>,
-        messages: &[Foreign],
+        messages: &[ExternalMessage],
     ) -> Result<u64, StoreError> {
         let mut c = self.backend.writer().await?;
         c.begin().await?;
@@ -329,8 +329,8 @@ async fn done(c: &mut Connection, rollover: &Rollover) -> Result<Rolled, StoreEr
     let turn = match &rollover.by {
         None => None,
         Some(lease) => match started_before(c, lease).await? {
-            Claim::Started(turn) => Some(turn),
-            Claim::NotYet | Claim::Lost => return Ok(Rolled::Lost),
+            QueuedStart::Started(turn) => Some(turn),
+            QueuedStart::NotYet | QueuedStart::Lost => return Ok(Rolled::Lost),
         },
     };
     let thread = read_thread(c, rollover.new_thread).await?;
@@ -387,7 +387,7 @@ async fn insert(
     redaction: Redaction,
     thread: ThreadId,
     by: Option<RunLease>,
-    messages: &[Foreign],
+    messages: &[ExternalMessage],
 ) -> Result<u64, StoreError> {
     let of_thread = || params().set("thread", thread.uuid());
     let locked: Option<(String, i64)> = c.optional(&LOCK_THREAD, of_thread()).await?;
@@ -399,7 +399,7 @@ async fn insert(
     }
     let unknown = unknown(c, thread, messages).await?;
     let Some(first) = unknown.first() else { return Ok(0) };
-    let place = |message: &Foreign| message.after.clamp(0, last);
+    let place = |message: &ExternalMessage| message.after.clamp(0, last);
     let places: Vec<i64> = unknown.iter().map(|message| place(message)).collect();
     // Positions are checked row by row: what comes later goes out of the way first, and each to its place
     // then.
@@ -429,8 +429,8 @@ async fn insert(
 async fn unknown<'a>(
     c: &mut Connection,
     thread: ThreadId,
-    messages: &'a [Foreign],
-) -> Result<Vec<&'a Foreign>, StoreError> {
+    messages: &'a [ExternalMessage],
+) -> Result<Vec<&'a ExternalMessage>, StoreError> {
     let names: Vec<&str> = messages.iter().filter_map(|it| it.upstream_message_id.as_deref()).collect();
     let which = params().set("thread", thread.uuid()).json("names", Some(&names))?;
     let known: Vec<(String,)> = c.all(&FIND_KNOWN, which).await?;
@@ -438,7 +438,7 @@ async fn unknown<'a>(
     let taken: Vec<(Uuid,)> = c.all(&FIND_TAKEN, params().set("ids", ids)).await?;
     let mut known: HashSet<String> = known.into_iter().map(|(name,)| name).collect();
     let mut taken: HashSet<Uuid> = taken.into_iter().map(|(id,)| id).collect();
-    let mut unknown: Vec<&Foreign> = messages
+    let mut unknown: Vec<&ExternalMessage> = messages
         .iter()
         .filter(|message| {
             taken.insert(message.id.uuid())
@@ -475,7 +475,7 @@ pub enum Rolled {
 
 /// A message that somebody else wrote to an upstream thread.
 #[derive(Clone, Debug, PartialEq)]
-pub struct Foreign {
+pub struct ExternalMessage {
     pub id: MessageId,
     /// The position of the message it comes after; 0: it comes first.
     pub after: i64,

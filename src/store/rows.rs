@@ -16,11 +16,11 @@ use sqlx::types::Json;
 use sqlx::{ColumnIndex, Decode, Encode, FromRow, Row, Type};
 use uuid::Uuid;
 
-use super::{Finished, InputMessage, Orphan, Repeated, RunLease, StoreError, ThreadReport, Waiting};
+use super::{Finished, InputMessage, OrphanedRun, Repeated, RunLease, StoreError, ThreadReport, Waiting};
 use crate::domain::{
-    ContentPart, ConversationKey, Leftover, Limits, LoggedEvent, Message, MessageId, Metadata, Removed,
-    ReplicaId, RequiredAction, Run, RunError, RunId, RunStatus, Scope, TenantKey, Thread, ThreadActivity,
-    ThreadId, ThreadState, Timestamp, ToolOutput, Ttl, UpstreamRunId, UpstreamThreadId, Usage, UserKey,
+    ContentPart, ConversationKey, Limits, LoggedEvent, Message, MessageId, Metadata, Removed, ReplicaId,
+    RequiredAction, Run, RunError, RunId, RunStatus, Scope, TenantKey, Thread, ThreadActivity, ThreadId,
+    ThreadState, Timestamp, ToolOutput, Ttl, UnsettledRun, UpstreamRunId, UpstreamThreadId, Usage, UserKey,
 };
 
 /// A point in time: `timestamptz` in Postgres, milliseconds since 1970 in SQLite.
@@ -88,7 +88,7 @@ pub(super) struct ThreadRow {
     t_carried_messages: i64,
     t_upstream_cleanup: Option<Json<Removed>>,
     t_unsynced_messages: i64,
-    t_unsettled_run: Option<Json<Leftover>>,
+    t_unsettled_run: Option<Json<UnsettledRun>>,
 }
 
 impl TryFrom<ThreadRow> for Thread {
@@ -122,7 +122,7 @@ impl TryFrom<ThreadRow> for Thread {
             carried: row.t_carried_messages,
             removed: row.t_upstream_cleanup.map(|json| json.0).unwrap_or_default(),
             backlog: row.t_unsynced_messages,
-            leftover: row.t_unsettled_run.map(|json| json.0),
+            unsettled_run: row.t_unsettled_run.map(|json| json.0),
         })
     }
 }
@@ -207,7 +207,7 @@ impl TryFrom<MessageRow> for Message {
             content: row.m_content.0,
             run_id: row.m_run_id.map(RunId::from_uuid),
             upstream_message_id: row.m_upstream_message_id,
-            context: word(&row.m_upstream_sync)?,
+            sync: word(&row.m_upstream_sync)?,
             ended: row.m_run_outcome.as_deref().map(word).transpose()?,
             created_at: row.m_created_at.0,
         })
@@ -410,7 +410,7 @@ impl From<At> for Timestamp {
 
 /// A run that was taken over; it has its new fence.
 #[derive(FromRow)]
-pub(super) struct OrphanRow {
+pub(super) struct OrphanedRunRow {
     previous_owner: Option<Uuid>,
     /// Milliseconds, and `None` for a run that has not started.
     time_left: Option<i64>,
@@ -421,10 +421,10 @@ pub(super) struct OrphanRow {
     both: ThreadAndRun,
 }
 
-impl TryFrom<OrphanRow> for Orphan {
+impl TryFrom<OrphanedRunRow> for OrphanedRun {
     type Error = StoreError;
 
-    fn try_from(row: OrphanRow) -> Result<Self, StoreError> {
+    fn try_from(row: OrphanedRunRow) -> Result<Self, StoreError> {
         let fence = row.both.run.r_fence;
         let (thread, run) = (Thread::try_from(row.both.thread)?, Run::try_from(row.both.run)?);
         Ok(Self {

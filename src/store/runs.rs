@@ -7,7 +7,7 @@ use super::params::params;
 use super::pool::Connection;
 use super::rows::{MessageRow, RunRow, RunWithReply, ThreadAndRun};
 use super::statement::Statement;
-use super::{Claim, InputMessage, RunLease, StartedRun, Store, StoreError};
+use super::{InputMessage, QueuedStart, RunLease, StartedRun, Store, StoreError};
 use crate::domain::{ConversationKey, Message, Page, PageRequest, Run, RunId, RunStatus, ThreadId};
 
 /// The key's newest thread, and the number of the run that a cursor names; NULL if it is none of the
@@ -163,17 +163,19 @@ pub(super) async fn unfinished_of(c: &mut Connection, thread: ThreadId) -> Resul
     rows.into_iter().map(Run::try_from).collect()
 }
 
-/// The answer to a repeated [`Store::claim`]: the run is in progress under the same lease. Otherwise it is
+/// The answer to a repeated [`Store::start_queued`]: the run is in progress under the same lease. Otherwise it is
 /// not for the caller.
-pub(super) async fn started_before(c: &mut Connection, lease: &RunLease) -> Result<Claim, StoreError> {
+pub(super) async fn started_before(c: &mut Connection, lease: &RunLease) -> Result<QueuedStart, StoreError> {
     let values = params().set("run", lease.run_id.uuid()).set("fence", lease.fence);
-    let Some(both) = c.optional::<ThreadAndRun>(&READ_LEASED, values).await? else { return Ok(Claim::Lost) };
+    let Some(both) = c.optional::<ThreadAndRun>(&READ_LEASED, values).await? else {
+        return Ok(QueuedStart::Lost);
+    };
     let run = Run::try_from(both.run)?;
     if run.status != RunStatus::InProgress {
-        return Ok(Claim::Lost);
+        return Ok(QueuedStart::Lost);
     }
     let input = said(c, lease.run_id).await?;
-    Ok(Claim::Started(Box::new(StartedRun {
+    Ok(QueuedStart::Started(Box::new(StartedRun {
         lease: *lease,
         thread: both.thread.try_into()?,
         run,

@@ -8,7 +8,7 @@ use super::pool::Connection;
 use super::statement::Statement;
 use super::transcript::listed;
 use super::{RunLease, Store, StoreError};
-use crate::domain::{Baseline, Context, Message, Page, RunId};
+use crate::domain::{Baseline, Message, Page, RunId, UpstreamSync};
 
 static HOLD: Statement = Statement::new(
     "sync.hold_run",
@@ -75,7 +75,7 @@ const BEFORE_RUN: &str = "{listed m_position DESC, FROM messages m
 
 static EARLIER: Statement = Statement::variant("sync.list_earlier", BEFORE_RUN, &["<> 'withheld'"]);
 
-static BACKLOG: Statement = Statement::variant("sync.list_backlog", BEFORE_RUN, &["= 'missing'"]);
+static UNSYNCED: Statement = Statement::variant("sync.list_unsynced", BEFORE_RUN, &["= 'missing'"]);
 
 static FIND_PLACE: Statement = Statement::new(
     "sync.find_place",
@@ -102,7 +102,7 @@ static COUNT_BEHIND_ANCHOR: Statement = Statement::new(
 
 pub(super) static STATEMENTS: &[&Statement] = &[
     &HOLD, &WITHHOLD_MISSING, &WITHHOLD_OTHERS, &COUNT_WITHHELD, &TAKE_ALONG, &COUNT_TAKEN_ALONG,
-    &SETTLE_OWN, &COUNT_SETTLED, &SEND_AGAIN, &EARLIER, &BACKLOG, &FIND_PLACE, &FIND_ANCHOR,
+    &SETTLE_OWN, &COUNT_SETTLED, &SEND_AGAIN, &EARLIER, &UNSYNCED, &FIND_PLACE, &FIND_ANCHOR,
     &COUNT_BEHIND_ANCHOR,
 ];
 
@@ -149,7 +149,12 @@ impl Store {
 
     /// Records where the messages of an earlier run of the thread stand, now that what it left upstream was
     /// looked at: those of which it was not known. The thread has no unsettled run any more. `false` if the lease was lost.
-    pub async fn settled(&self, lease: &RunLease, run: RunId, found: Context) -> Result<bool, StoreError> {
+    pub async fn record_settlement(
+        &self,
+        lease: &RunLease,
+        run: RunId,
+        found: UpstreamSync,
+    ) -> Result<bool, StoreError> {
         let found = self.redaction.sync(found);
         let mut c = self.backend.vital_writer().await?;
         c.begin().await?;
@@ -159,7 +164,7 @@ impl Store {
         };
         let own = params().set("thread", thread).set("of", run.uuid()).set("found", found.as_str());
         let looked_at = c.execute(&SETTLE_OWN, own).await?;
-        let missing = if found == Context::Missing { looked_at } else { 0 };
+        let missing = if found == UpstreamSync::Missing { looked_at } else { 0 };
         let counts = params().set("thread", thread).set("missing", number(missing));
         c.execute(&COUNT_SETTLED, counts).await?;
         c.commit().await?;
@@ -167,7 +172,7 @@ impl Store {
     }
 
     /// Records that a request of a run is about to be sent once more whose answer was lost. The one before
-    /// may have left something upstream under an id that [nobody heard](Self::unheard_runs). `false` if the
+    /// may have left something upstream under an id that [nobody heard](Self::unacknowledged_requests). `false` if the
     /// lease was lost.
     pub async fn sends_again(&self, lease: &RunLease) -> Result<bool, StoreError> {
         let mut c = self.backend.vital_writer().await?;
@@ -190,7 +195,7 @@ impl Store {
     }
 
     /// The same of those alone that the upstream thread of the run lacks. None where content is not stored.
-    pub async fn backlog(
+    pub async fn unsynced_messages(
         &self,
         run: RunId,
         before: Option<i64>,
@@ -201,7 +206,7 @@ impl Store {
         }
         let mut c = self.backend.reader().await?;
         let span = Span::down(0, before, limit);
-        Ok(listed(&mut c, &BACKLOG, run.uuid(), span, limit).await?.page(span))
+        Ok(listed(&mut c, &UNSYNCED, run.uuid(), span, limit).await?.page(span))
     }
 
     /// Where a run's messages begin in the upstream thread, as far as the transcript knows.

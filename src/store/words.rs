@@ -358,7 +358,7 @@ fn of_item(word: &str, x: &str) -> Option<String> {
         }
         // The run `r` is that of the lease of an item.
         "leased_by" => format!("r.id = {x}.run AND r.fence = {x}.fence"),
-        // The record has the upstream thread that was made for an item: as a remnant, or as the thread's own.
+        // The record has the upstream thread that was made for an item: as a upstream orphan, or as the thread's own.
         "has_recorded" => format!(
             "(EXISTS (SELECT 1 FROM upstream_orphans o WHERE o.id = {x}.intent AND o.upstream_id = {x}.upstream_thread)
                 OR EXISTS (

@@ -14,7 +14,7 @@ use http::Method;
 use serde_json::json;
 use tokio::time::sleep;
 
-use crate::domain::{Leftover, Message, ThreadId, UpstreamRunId, UpstreamThreadId};
+use crate::domain::{Message, ThreadId, UnsettledRun, UpstreamRunId, UpstreamThreadId};
 use crate::upstream::error::{UpstreamError, unless_gone};
 use crate::upstream::history::history_page;
 use crate::upstream::port::{
@@ -111,7 +111,7 @@ impl Upstream for AssistantsUpstream {
     }
 
     /// A run can always be asked for, so it does not matter how the request failed.
-    async fn recover(&self, sent: &Leftover, _: &UpstreamError) -> Result<Recovered, UpstreamError> {
+    async fn recover(&self, sent: &UnsettledRun, _: &UpstreamError) -> Result<Recovered, UpstreamError> {
         let Some(thread) = &sent.thread else { return Ok(Recovered::Absent) };
         match self.trace(thread, sent).await {
             // With the thread all that was sent to it is gone. What was at work there has been seen all the same.
@@ -147,14 +147,14 @@ impl Upstream for AssistantsUpstream {
         Ok(())
     }
 
-    async fn settle(&self, leftover: &Leftover) -> Result<Settled, UpstreamError> {
-        let Some(thread) = &leftover.thread else { return Ok(Settled::default()) };
-        unless_gone(self.settle_on(thread, leftover).await, Settled::default())
+    async fn settle(&self, unsettled_run: &UnsettledRun) -> Result<Settled, UpstreamError> {
+        let Some(thread) = &unsettled_run.thread else { return Ok(Settled::default()) };
+        unless_gone(self.settle_on(thread, unsettled_run).await, Settled::default())
     }
 
-    async fn remove(&self, leftover: &Leftover) -> Result<(), UpstreamError> {
-        let Some(thread) = &leftover.thread else { return Ok(()) };
-        unless_gone(self.remove_from(thread, leftover).await, ())
+    async fn remove(&self, unsettled_run: &UnsettledRun) -> Result<(), UpstreamError> {
+        let Some(thread) = &unsettled_run.thread else { return Ok(()) };
+        unless_gone(self.remove_from(thread, unsettled_run).await, ())
     }
 
     async fn delete_thread(
@@ -186,7 +186,11 @@ impl Upstream for AssistantsUpstream {
 }
 
 impl AssistantsUpstream {
-    async fn trace(&self, thread: &UpstreamThreadId, sent: &Leftover) -> Result<Recovered, UpstreamError> {
+    async fn trace(
+        &self,
+        thread: &UpstreamThreadId,
+        sent: &UnsettledRun,
+    ) -> Result<Recovered, UpstreamError> {
         let found = match &sent.upstream_run {
             Some(id) => match self.run(thread, id).await? {
                 Some(run) => Some(run.value),
@@ -213,20 +217,23 @@ impl AssistantsUpstream {
     async fn settle_on(
         &self,
         thread: &UpstreamThreadId,
-        leftover: &Leftover,
+        unsettled_run: &UnsettledRun,
     ) -> Result<Settled, UpstreamError> {
-        let run = match &leftover.upstream_run {
+        let run = match &unsettled_run.upstream_run {
             Some(run) => Some(run.clone()),
-            None => self.find(thread, leftover.run).await?.map(|run| UpstreamRunId(run.id)),
+            None => self.find(thread, unsettled_run.run).await?.map(|run| UpstreamRunId(run.id)),
         };
         let Some(run) = run else {
-            return Ok(Settled { said: self.was_said(thread, leftover).await?, ..Settled::default() });
+            return Ok(Settled { said: self.was_said(thread, unsettled_run).await?, ..Settled::default() });
         };
         let ended = match self.end(thread, &run, None).await {
             Ok(ended) => ended,
             // A name that the upstream does not know stands for nothing, and must not keep the thread for ever.
             Err(UpstreamError::Refused { status: 404, .. }) if self.run(thread, &run).await?.is_none() => {
-                return Ok(Settled { said: self.was_said(thread, leftover).await?, ..Settled::default() });
+                return Ok(Settled {
+                    said: self.was_said(thread, unsettled_run).await?,
+                    ..Settled::default()
+                });
             }
             Err(error) => return Err(error),
         };

@@ -8,8 +8,8 @@ use futures_util::stream::BoxStream;
 
 use crate::config::AssistantConfig;
 use crate::domain::{
-    ContentPart, KeyNames, Leftover, Message, Metadata, Role, RunError, RunId, RunStatus, ThreadId,
-    Timestamp, ToolCall, ToolOutput, UpstreamRunId, UpstreamThreadId, Usage,
+    ContentPart, KeyNames, Message, Metadata, Role, RunError, RunId, RunStatus, ThreadId, Timestamp,
+    ToolCall, ToolOutput, UnsettledRun, UpstreamRunId, UpstreamThreadId, Usage,
 };
 use crate::store::InputMessage;
 use crate::upstream::error::UpstreamError;
@@ -78,7 +78,11 @@ pub trait Upstream: Send + Sync + std::fmt::Debug {
     ///
     /// # Errors
     /// The fate cannot be found out for the moment.
-    async fn recover(&self, _sent: &Leftover, _failure: &UpstreamError) -> Result<Recovered, UpstreamError> {
+    async fn recover(
+        &self,
+        _sent: &UnsettledRun,
+        _failure: &UpstreamError,
+    ) -> Result<Recovered, UpstreamError> {
         Ok(Recovered::Unknown)
     }
 
@@ -101,7 +105,7 @@ pub trait Upstream: Send + Sync + std::fmt::Debug {
     /// that nobody will answer. The result tells what the thread holds of the run; by default nothing.
     ///
     /// Harmless to repeat. The caller bounds the time, and may drop the future.
-    async fn settle(&self, _leftover: &Leftover) -> Result<Settled, UpstreamError> {
+    async fn settle(&self, _unsettled_run: &UnsettledRun) -> Result<Settled, UpstreamError> {
         self.capabilities().no_threads("settle").map(|()| Settled::default())
     }
 
@@ -112,7 +116,7 @@ pub trait Upstream: Send + Sync + std::fmt::Debug {
     ///
     /// # Errors
     /// [`UpstreamError::Refused`] with 404, 405 or 501 if the server does not delete messages, among others.
-    async fn remove(&self, _leftover: &Leftover) -> Result<(), UpstreamError> {
+    async fn remove(&self, _unsettled_run: &UnsettledRun) -> Result<(), UpstreamError> {
         self.capabilities().no_threads("remove")
     }
 

@@ -17,7 +17,7 @@ mod wire;
 use async_trait::async_trait;
 use serde_json::json;
 
-use crate::domain::{Leftover, Message, ThreadId, UpstreamRunId, UpstreamThreadId};
+use crate::domain::{Message, ThreadId, UnsettledRun, UpstreamRunId, UpstreamThreadId};
 use crate::upstream::error::{UpstreamError, unless_gone};
 use crate::upstream::history::history_page;
 use crate::upstream::port::{
@@ -107,19 +107,23 @@ impl Upstream for ResponsesUpstream {
         self.read(self.open(&body).await?).await
     }
 
-    async fn recover(&self, sent: &Leftover, failure: &UpstreamError) -> Result<Recovered, UpstreamError> {
+    async fn recover(
+        &self,
+        sent: &UnsettledRun,
+        failure: &UpstreamError,
+    ) -> Result<Recovered, UpstreamError> {
         self.trace(sent, failure).await
     }
 
-    async fn settle(&self, leftover: &Leftover) -> Result<Settled, UpstreamError> {
-        unless_gone(self.settle_what_is_there(leftover).await, Settled::default())
+    async fn settle(&self, unsettled_run: &UnsettledRun) -> Result<Settled, UpstreamError> {
+        unless_gone(self.settle_what_is_there(unsettled_run).await, Settled::default())
     }
 
-    async fn remove(&self, leftover: &Leftover) -> Result<(), UpstreamError> {
-        let Some(conversation) = leftover.thread.as_ref().filter(|_| self.conversations) else {
+    async fn remove(&self, unsettled_run: &UnsettledRun) -> Result<(), UpstreamError> {
+        let Some(conversation) = unsettled_run.thread.as_ref().filter(|_| self.conversations) else {
             return Ok(());
         };
-        unless_gone(self.remove_from(conversation, leftover).await, ())
+        unless_gone(self.remove_from(conversation, unsettled_run).await, ())
     }
 
     async fn delete_thread(

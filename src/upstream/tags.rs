@@ -90,7 +90,7 @@ pub(super) fn an_owner() -> Ownership {
 /// A message of an earlier turn, for the same.
 #[cfg(test)]
 pub(super) fn a_message(role: crate::domain::Role, text: &str) -> crate::domain::Message {
-    use crate::domain::{ContentPart, Context, Message, ThreadId};
+    use crate::domain::{ContentPart, Message, ThreadId, UpstreamSync};
 
     Message {
         id: MessageId::new(),
@@ -100,7 +100,7 @@ pub(super) fn a_message(role: crate::domain::Role, text: &str) -> crate::domain:
         content: vec![ContentPart::Text { text: text.to_owned() }],
         run_id: None,
         upstream_message_id: None,
-        context: Context::Missing,
+        sync: UpstreamSync::Missing,
         ended: None,
         created_at: "2026-11-22T09:00:00Z".parse().unwrap(),
     }

@@ -100,7 +100,7 @@ async fn random_failures_neither_lose_nor_duplicate_messages() {
     let users = take_leave(users).await;
     check::quiet(&world).await;
 
-    check::leftovers(&world, world.fleet.len()).await;
+    check::unsettled_runs(&world, world.fleet.len()).await;
     let gateway = world.fleet.lock(0).await;
     stream::iter(&users).for_each_concurrent(8, |user| check::user(&world, gateway.gateway(), user)).await;
     drop(gateway);

@@ -1,6 +1,6 @@
 //! The use cases with parts that misbehave as no real one can be made to.
 
-mod life;
+mod lifecycle;
 mod scripted;
 
 use std::collections::BTreeMap;
@@ -63,8 +63,12 @@ impl Process {
         let assistant = AssistantConfig { upstream: "main".to_owned(), ..AssistantConfig::default() };
         let (tasks, replica) = (TaskTracker::new(), ReplicaId::new());
         let (draining, stop) = (CancellationToken::new(), CancellationToken::new());
-        let upstream =
-            ConfiguredUpstream { adapter: upstream, breaker: None, is_shared: false, gets_keys: false };
+        let upstream = ConfiguredUpstream {
+            adapter: upstream,
+            breaker: None,
+            has_external_writers: false,
+            gets_keys: false,
+        };
         let runs = Runs::new(RunsParts {
             store,
             upstreams: BTreeMap::from([("main".to_owned(), upstream)]),

@@ -1,44 +1,44 @@
 //! What the `Store` trait promises, shown on both backends.
 
 mod admission;
-mod backends;
-mod context;
+mod api_keys;
 mod deletion;
+mod engines;
+mod events;
 mod expiry;
+mod idempotency;
 mod import;
-mod keeping;
-mod keys;
 mod lanes;
-mod news;
-mod once;
+mod notifications;
 mod outages;
 mod plans;
 mod queue;
 mod random;
-mod reading;
-mod recording;
 mod redaction;
-mod remnants;
 mod replicas;
+mod retention;
 mod rollover;
+mod runs;
+mod sync;
 mod threads;
 mod tools;
-mod turns;
+mod transcript;
+mod upstream_orphans;
 mod versions;
 
 use std::collections::BTreeMap;
 use std::time::Duration;
 
 use threadkeeper::domain::{
-    ContentPart, Context, ConversationKey, EventBatch, Lifecycle, Limits, LoggedEvent, Message, MessageId,
-    Metadata, MultitaskStrategy, PageRequest, RemnantId, ReplicaId, RequiredAction, Run, RunId, RunStatus,
-    Scope, SessionKey, TenantKey, Thread, ThreadActivity, ThreadId, ToolCall, ToolOutput, TopicKey,
-    UpstreamRunId, UpstreamThreadId, Usage, UserKey,
+    ContentPart, ConversationKey, EventBatch, Lifecycle, Limits, LoggedEvent, Message, MessageId, Metadata,
+    MultitaskStrategy, OrphanId, PageRequest, ReplicaId, RequiredAction, Run, RunId, RunStatus, Scope,
+    SessionKey, TenantKey, Thread, ThreadActivity, ThreadId, ToolCall, ToolOutput, TopicKey, UpstreamRunId,
+    UpstreamSync, UpstreamThreadId, Usage, UserKey,
 };
 use threadkeeper::store::{
-    Admission, Admitted, Binding, Bound, Claim, Closing, Finished, Idempotency, Imported, ImportedMessage,
-    ImportedThread, InputMessage, Pause, Reply, RunEnd, RunLease, StartedRun, Store, ThreadFilter,
-    ThreadName, ToolAnswer,
+    Admission, Admitted, Binding, Bound, Closing, Finished, Idempotency, Imported, ImportedMessage,
+    ImportedThread, InputMessage, Pause, QueuedStart, Reply, RunEnd, RunLease, StartedRun, Store,
+    ThreadFilter, ThreadName, ToolAnswer,
 };
 
 use crate::support::TestDatabase;
@@ -147,17 +147,17 @@ pub(crate) fn completed(reply: Option<&str>) -> RunEnd {
         error: None,
         usage: None,
         upstream_run_id: None,
-        unheard: 0,
+        unacknowledged_requests: 0,
         upstream_thread_id: None,
         reply: reply.map(|reply| Reply {
             id: MessageId::new(),
             content: text(reply),
             upstream_message_id: None,
-            context: Context::Present,
+            sync: UpstreamSync::Present,
         }),
-        said: Context::Present,
+        said: UpstreamSync::Present,
         synced: false,
-        leftover: None,
+        unsettled_run: None,
         discard: false,
         events: EventBatch { first: 0, events: vec![] },
         drops_log: false,
@@ -225,9 +225,9 @@ fn closed(closing: Closing) -> Finished {
     }
 }
 
-fn claimed(claim: Claim) -> StartedRun {
+fn claimed(claim: QueuedStart) -> StartedRun {
     match claim {
-        Claim::Started(turn) => *turn,
+        QueuedStart::Started(turn) => *turn,
         other => panic!("started was expected, not {other:?}"),
     }
 }
@@ -257,7 +257,7 @@ fn limits(max_age: Duration) -> Limits {
 
 /// Binds the upstream thread of a run's thread, as the outcome of some intent.
 async fn bind(store: &Store, lease: &RunLease, id: &UpstreamThreadId, seeded: bool) -> bool {
-    let binding = Binding { id: id.clone(), intent: RemnantId::new(), seeded, carried_users: 0 };
+    let binding = Binding { id: id.clone(), intent: OrphanId::new(), seeded, carried_users: 0 };
     store.bind_upstream_thread(lease, binding.clone()).await.unwrap() == Bound::Done
 }
 

@@ -20,7 +20,7 @@ use futures_util::StreamExt;
 use serde_json::{Value, json};
 use threadkeeper::config::{AssistantConfig, AuthScheme, UpstreamConfig, UpstreamKind};
 use threadkeeper::domain::{
-    Baseline, ContentPart, KeyNames, Leftover, MessageId, Metadata, RunId, RunStatus, ThreadId,
+    Baseline, ContentPart, KeyNames, MessageId, Metadata, RunId, RunStatus, ThreadId, UnsettledRun,
     UpstreamRunId, UpstreamThreadId,
 };
 use threadkeeper::store::InputMessage;
@@ -110,8 +110,8 @@ async fn turn_with(
     Ok(upstream.start(request).await?.collect().await)
 }
 
-fn leftover(run: RunId, upstream_run: Option<&str>) -> Leftover {
-    Leftover {
+fn unsettled_run(run: RunId, upstream_run: Option<&str>) -> UnsettledRun {
+    UnsettledRun {
         thread: Some(thread()),
         run,
         upstream_run: upstream_run.map(|id| UpstreamRunId(id.to_owned())),
@@ -351,7 +351,7 @@ async fn silent_recovery_lookup_times_out_without_outage() {
     settings.call_timeout = SHORT;
     let upstream = adapter(&settings);
     let error =
-        upstream.recover(&leftover(RunId::new(), Some("run_1")), &recovery::BROKEN).await.err().unwrap();
+        upstream.recover(&unsettled_run(RunId::new(), Some("run_1")), &recovery::BROKEN).await.err().unwrap();
     assert!(matches!(error, UpstreamError::Broken { timeout: true }), "{error:?}");
     // A busy machine may give one up before it is seen.
     assert!((1..=5).contains(&server.requests().len()), "{:?}", server.targets());

@@ -13,7 +13,7 @@ use crate::domain::{
 };
 use crate::lifecycle::{DryRun, PassSummary, Plan};
 use crate::runs::{Runs, Verified};
-use crate::store::{Deletable, DeletedThread, DeletionReport, Pruned, Remnant, ThreadReport};
+use crate::store::{Deletable, DeletedThread, DeletionReport, Pruned, ThreadReport, UpstreamOrphan};
 
 /// The body of `PATCH …/thread`.
 #[derive(Debug, Deserialize, ToSchema)]
@@ -170,12 +170,12 @@ struct VerifiedView {
     /// Messages that it should hold and does not.
     missing: Vec<MessageId>,
     /// Messages that somebody else wrote there.
-    foreign: Vec<ForeignView>,
+    external: Vec<ExternalMessageView>,
 }
 
 #[derive(Debug, Serialize, ToSchema)]
-#[schema(as = ForeignMessage)]
-struct ForeignView {
+#[schema(as = ExternalMessage)]
+struct ExternalMessageView {
     upstream_message_id: String,
     role: Role,
     /// The position of the message that it comes after; 0: it comes first.
@@ -201,7 +201,7 @@ impl From<Verified> for VerifiedView {
             in_step,
             messages: None,
             missing: Vec::new(),
-            foreign: Vec::new(),
+            external: Vec::new(),
         };
         match verified {
             Verified::NoThread => without(Existence::None, None),
@@ -209,13 +209,13 @@ impl From<Verified> for VerifiedView {
             Verified::CannotTell => without(Existence::CannotTell, None),
             Verified::Compared(found) => Self {
                 upstream_thread: Existence::Found,
-                in_step: Some(found.missing.is_empty() && found.foreign.is_empty()),
+                in_step: Some(found.missing.is_empty() && found.external.is_empty()),
                 messages: Some(found.held),
                 missing: found.missing,
-                foreign: found
-                    .foreign
+                external: found
+                    .external
                     .into_iter()
-                    .map(|(after_position, entry)| ForeignView {
+                    .map(|(after_position, entry)| ExternalMessageView {
                         upstream_message_id: entry.id,
                         role: entry.role,
                         after_position,
@@ -393,7 +393,7 @@ pub(in crate::api) struct TallyView {
     upstream_cleared: u64,
     discarded: u64,
     deleted: u64,
-    remnants_deleted: u64,
+    upstream_orphans_deleted: u64,
     failed: u64,
     pruned: PrunedView,
     has_more: bool,
@@ -423,7 +423,7 @@ impl From<PassSummary> for TallyView {
             upstream_cleared: summary.cleared,
             discarded: summary.discarded,
             deleted: summary.deleted,
-            remnants_deleted: summary.remnants,
+            upstream_orphans_deleted: summary.upstream_orphans,
             failed: summary.failed,
             pruned: summary.pruned.into(),
             has_more: summary.has_more,
@@ -437,7 +437,7 @@ impl From<PassSummary> for TallyView {
 pub(in crate::api) struct OutlookView {
     dry_run: bool,
     threads: Vec<PlanView>,
-    remnants: Vec<RemnantView>,
+    upstream_orphans: Vec<UpstreamOrphanView>,
     /// Up to a thousand of each kind.
     would_prune: PrunedView,
     has_more: bool,
@@ -454,13 +454,13 @@ struct PlanView {
 }
 
 #[derive(Debug, Serialize, ToSchema)]
-#[schema(as = Remnant)]
-struct RemnantView {
+#[schema(as = UpstreamOrphan)]
+struct UpstreamOrphanView {
     thread_id: ThreadId,
     upstream: String,
     #[schema(required)]
     upstream_id: Option<String>,
-    action: RemnantAction,
+    action: OrphanAction,
     reason: &'static str,
 }
 
@@ -477,7 +477,7 @@ enum ThreadAction {
 /// What would be done about something at an upstream that no thread uses.
 #[derive(Clone, Copy, Debug, Serialize, ToSchema)]
 #[serde(rename_all = "snake_case")]
-enum RemnantAction {
+enum OrphanAction {
     Delete,
     FindAndDelete,
 }
@@ -487,7 +487,7 @@ impl From<DryRun> for OutlookView {
         Self {
             dry_run: true,
             threads: dry_run_of.plans.into_iter().map(PlanView::from).collect(),
-            remnants: dry_run_of.remnants.into_iter().map(RemnantView::from).collect(),
+            upstream_orphans: dry_run_of.upstream_orphans.into_iter().map(UpstreamOrphanView::from).collect(),
             would_prune: dry_run_of.prunable.into(),
             has_more: dry_run_of.has_more,
         }
@@ -519,16 +519,16 @@ impl From<Plan> for PlanView {
     }
 }
 
-impl From<Remnant> for RemnantView {
-    fn from(remnant: Remnant) -> Self {
-        let (action, reason) = match remnant.upstream_id {
-            Some(_) => (RemnantAction::Delete, "no thread uses it any more"),
-            None => (RemnantAction::FindAndDelete, "it was to be made, and nobody heard whether it was"),
+impl From<UpstreamOrphan> for UpstreamOrphanView {
+    fn from(orphan: UpstreamOrphan) -> Self {
+        let (action, reason) = match orphan.upstream_id {
+            Some(_) => (OrphanAction::Delete, "no thread uses it any more"),
+            None => (OrphanAction::FindAndDelete, "it was to be made, and nobody heard whether it was"),
         };
         Self {
-            thread_id: remnant.thread,
-            upstream: remnant.upstream,
-            upstream_id: remnant.upstream_id,
+            thread_id: orphan.thread,
+            upstream: orphan.upstream,
+            upstream_id: orphan.upstream_id,
             action,
             reason,
         }

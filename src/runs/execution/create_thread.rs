@@ -10,14 +10,14 @@ use tracing::Instrument;
 
 use super::failure::Failure;
 use super::store_retry::back_off;
-use crate::domain::{Message, RemnantId, UpstreamThreadId};
+use crate::domain::{Message, OrphanId, UpstreamThreadId};
 use crate::error::Chain;
 use crate::runs::backoff::jittered;
-use crate::store::{Binding, Bound, Made, RunLease, Store, UNHEARD_OF};
+use crate::store::{Binding, Bound, Made, ORPHAN_AFTER, RunLease, Store};
 use crate::upstream::{Items, Ownership, RateLimiter, Upstream, UpstreamError};
 
 /// Longest time for the making of one, after which its intent is the janitor's. So it ends before others look for it.
-const LONGEST_MAKING: Duration = UNHEARD_OF.saturating_sub(Duration::from_mins(2));
+const LONGEST_MAKING: Duration = ORPHAN_AFTER.saturating_sub(Duration::from_mins(2));
 /// Tries to delete one that nothing of the record names, and the pause before the second. It doubles.
 const DELETE_TRIES: u32 = 8;
 const FIRST_DELETE_PAUSE: Duration = Duration::from_secs(1);
@@ -31,7 +31,7 @@ pub(in crate::runs) struct ThreadCreation {
     pub(in crate::runs) lease: RunLease,
     pub(in crate::runs) owner: Ownership,
     /// Under this id it is recorded already that it is about to be made.
-    pub(in crate::runs) intent: Option<RemnantId>,
+    pub(in crate::runs) intent: Option<OrphanId>,
     /// The messages that it is to hold, and how many of the user's among them come from the thread before.
     pub(in crate::runs) seed: Option<(Arc<Vec<Message>>, u32)>,
 }
@@ -86,8 +86,8 @@ impl ThreadCreation {
     }
 
     /// Records that it is about to be made.
-    async fn intend(&self) -> Result<RemnantId, Failure> {
-        let intent = RemnantId::new();
+    async fn intend(&self) -> Result<OrphanId, Failure> {
+        let intent = OrphanId::new();
         loop {
             match self.store.intend(&self.lease, intent).await {
                 Ok(true) => return Ok(intent),
@@ -101,7 +101,7 @@ impl ThreadCreation {
         }
     }
 
-    async fn resolve(&self, intent: RemnantId, made: Made<'_>) {
+    async fn resolve(&self, intent: OrphanId, made: Made<'_>) {
         resolve(&self.store, intent, made).await;
     }
 
@@ -125,7 +125,7 @@ impl ThreadCreation {
 }
 
 /// Records what an intent came to. What cannot be recorded is left to the janitor, as an intent that nobody heard of.
-pub(in crate::runs) async fn resolve(store: &Store, intent: RemnantId, made: Made<'_>) {
+pub(in crate::runs) async fn resolve(store: &Store, intent: OrphanId, made: Made<'_>) {
     for _ in 0..RESOLVE_TRIES {
         let Err(error) = store.resolve(intent, made).await else { return };
         if back_off(error).await.is_err() {

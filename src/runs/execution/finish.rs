@@ -8,13 +8,15 @@ use futures_util::FutureExt;
 use tokio::time::sleep;
 
 use super::failure::{Failure, internal, stopped};
-use super::outcome::{LocalOutcome, UpstreamState, decide_outcome, end_without_output, told_by, unshown};
+use super::outcome::{
+    LocalOutcome, UpstreamState, decide_outcome, end_without_output, text_not_yet_streamed, told_by,
+};
 use super::progress::{Delivery, Progress};
-use super::recover::leftover;
+use super::recover::unsettled_run;
 use super::round_context::RoundEnd;
 use super::settle::{Removal, take_away};
 use crate::domain::{
-    EventBatch, Leftover, MultitaskStrategy, Run, RunStatus, Thread, ThreadActivity, ThreadState,
+    EventBatch, MultitaskStrategy, Run, RunStatus, Thread, ThreadActivity, ThreadState, UnsettledRun,
 };
 use crate::error::Chain;
 use crate::runs::backoff::jittered;
@@ -22,7 +24,7 @@ use crate::runs::context::Context;
 use crate::runs::log::event::{Outcome, RunEvent};
 use crate::runs::log::offset::FIRST_EVENT;
 use crate::runs::registry::ActiveRun;
-use crate::store::{Closing, Finished, News, RunEnd, RunLease, StartedRun, StoreError};
+use crate::store::{Closing, Finished, Notification, RunEnd, RunLease, StartedRun, StoreError};
 use crate::upstream::drain;
 
 /// How long to try to end what a run left upstream once the process is told to stop.
@@ -77,7 +79,8 @@ pub(in crate::runs) async fn finish_run(
         }
         let no_events = EventBatch { first: FIRST_EVENT, events: Vec::new() };
         let mut end = decide_outcome(&local, &upstream, &progress, no_events);
-        if let Some(rest) = shown.take().and_then(|shown| unshown(&shown, end.reply.as_ref()?)) {
+        if let Some(rest) = shown.take().and_then(|shown| text_not_yet_streamed(&shown, end.reply.as_ref()?))
+        {
             active.log.push(RunEvent::Delta(rest.into()));
         }
         match told_by(&end).filter(|_| ctx.store.keeps_content()).and_then(|text| active.log.retold(&text)) {
@@ -97,7 +100,7 @@ pub(in crate::runs) async fn finish_run(
     };
     let result = match finished {
         Some(finished) => ended(*finished, retry_after),
-        None => unwritten(ctx, &started.thread, &started.run),
+        None => outcome_without_content(ctx, &started.thread, &started.run),
     };
     if let (RunResult::Ended(_), Some(rest)) = (&result, rest) {
         drain(rest).await;
@@ -123,7 +126,7 @@ pub(in crate::runs) async fn finish_queued_run(
                 end.discard = true;
                 continue;
             }
-            Closed::Stopped => unwritten(ctx, thread, run),
+            Closed::Stopped => outcome_without_content(ctx, thread, run),
             Closed::LeaseLost | Closed::MustDiscard => RunResult::LetGo,
         };
     }
@@ -169,11 +172,11 @@ async fn look(
         sleep(LAST_SETTLE_TIMEOUT).await;
     };
     let left = tokio::select! {
-        left = leftover(ctx, started, progress) => left.ok(),
+        left = unsettled_run(ctx, started, progress) => left.ok(),
         () = stopped => None,
     };
     let Some(left) = left else { return UpstreamState::None };
-    let left = Leftover { remove: local.discard, ..left };
+    let left = UnsettledRun { remove: local.discard, ..left };
     // A panic in here must not keep the run from ending.
     let look = take_away(ctx, &started.lease, &**upstream, &left, Removal::IfDiscarded);
     let seen = tokio::select! {
@@ -240,11 +243,12 @@ async fn finish_in_store(ctx: &Context, lease: &RunLease, end: RunEnd) -> Closed
         refusals += u32::from(!matches!(error, StoreError::Unavailable(_)));
         if refusals == MAX_REFUSALS {
             // One that is to be removed has to stay so, or the store asks for that again.
-            let (unheard, discard, leftover) = (end.unheard, end.discard, end.leftover.clone());
+            let (unacknowledged_requests, discard, unsettled_run) =
+                (end.unacknowledged_requests, end.discard, end.unsettled_run.clone());
             let bare = end_without_output(RunStatus::Failed, Some(internal()));
-            end = Arc::new(RunEnd { unheard, leftover, discard, ..bare });
+            end = Arc::new(RunEnd { unacknowledged_requests, unsettled_run, discard, ..bare });
         } else if refusals == 2 * MAX_REFUSALS {
-            end = Arc::new(RunEnd { leftover: None, ..(*end).clone() });
+            end = Arc::new(RunEnd { unsettled_run: None, ..(*end).clone() });
         }
         sleep(jittered(pause)).await;
         pause = (pause * 2).min(LONGEST_PAUSE);
@@ -252,7 +256,7 @@ async fn finish_in_store(ctx: &Context, lease: &RunLease, end: RunEnd) -> Closed
 }
 
 /// The end of a run that could not be written before the process had to stop. Where others can go on with it, it is let go.
-fn unwritten(ctx: &Context, thread: &Thread, run: &Run) -> RunResult {
+fn outcome_without_content(ctx: &Context, thread: &Thread, run: &Run) -> RunResult {
     if ctx.store.keeps_content() {
         return RunResult::LetGo;
     }
@@ -277,9 +281,9 @@ pub(in crate::runs) fn announce(ctx: &Context, active: &ActiveRun, result: RunRe
     }
     active.log.push(RunEvent::Ended(Arc::new(*outcome)));
     if active.log.is_public() {
-        notifier.notify(News::Run(run));
+        notifier.notify(Notification::Run(run));
     }
     if others_wait {
-        notifier.notify(News::Thread(thread));
+        notifier.notify(Notification::Thread(thread));
     }
 }

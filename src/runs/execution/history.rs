@@ -67,7 +67,7 @@ where
 
 /// What the upstream thread of a run lacked, as far as it was sent with the run.
 pub(in crate::runs) async fn sent_with(store: &Store, run: RunId) -> Result<Vec<Message>, StoreError> {
-    let backlog = newest(&mut Room::default(), |before| store.backlog(run, before, PAGE)).await?;
+    let backlog = newest(&mut Room::default(), |before| store.unsynced_messages(run, before, PAGE)).await?;
     Ok(with_content(backlog))
 }
 

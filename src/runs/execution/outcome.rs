@@ -3,7 +3,7 @@
 use super::failure::Failure;
 use super::progress::{Delivery, Progress};
 use crate::domain::{
-    ContentPart, Context, EventBatch, Leftover, MessageId, RunError, RunErrorCode, RunStatus, Step,
+    ContentPart, EventBatch, MessageId, RunError, RunErrorCode, RunStatus, Step, UnsettledRun, UpstreamSync,
     UpstreamThreadId,
 };
 use crate::store::{Reply, RunEnd};
@@ -77,7 +77,7 @@ pub(in crate::runs) enum UpstreamState {
     /// It was looked at. `removed`: and taken away.
     Seen { settled: Settled, removed: bool },
     /// It could not be looked at, or not taken away: to be done before the thread is used again.
-    Unknown(Leftover),
+    Unknown(UnsettledRun),
 }
 
 /// The end of a run, from what the gateway saw of it and what is left of it upstream. Pure.
@@ -96,28 +96,28 @@ pub(in crate::runs) fn decide_outcome(
         error: local.error.clone(),
         usage: progress.usage,
         upstream_run_id: progress.upstream_run.clone(),
-        unheard: progress.unacknowledged_requests,
+        unacknowledged_requests: progress.unacknowledged_requests,
         upstream_thread_id: local.thread.clone(),
         reply: None,
-        said: Context::Present,
+        said: UpstreamSync::Present,
         synced: progress.synced,
-        leftover: None,
+        unsettled_run: None,
         discard: local.discard,
         events,
         drops_log: false,
     };
     let mut content = progress.content.clone();
     let mut upstream_message_id = local.upstream_message_id.clone();
-    let mut reply_context = Context::Present;
+    let mut reply_sync = UpstreamSync::Present;
     match upstream {
         UpstreamState::Clean => {}
         UpstreamState::None => {
-            (end.said, reply_context, end.synced) = (Context::Withheld, Context::Withheld, false);
+            (end.said, reply_sync, end.synced) = (UpstreamSync::Withheld, UpstreamSync::Withheld, false);
             (end.upstream_thread_id, upstream_message_id) = (None, None);
         }
         UpstreamState::Unknown(left) => {
-            (end.said, reply_context, end.synced) = (Context::Unknown, Context::Unknown, false);
-            (end.leftover, end.upstream_thread_id) = (Some(left.clone()), None);
+            (end.said, reply_sync, end.synced) = (UpstreamSync::Unknown, UpstreamSync::Unknown, false);
+            (end.unsettled_run, end.upstream_thread_id) = (Some(left.clone()), None);
             // What is not known to be there is no mark to go by.
             upstream_message_id = None;
         }
@@ -133,13 +133,13 @@ pub(in crate::runs) fn decide_outcome(
             let moved = settled.thread.clone().or(end.upstream_thread_id);
             end.upstream_thread_id = moved.filter(|_| settled.said);
             end.said = if settled.said {
-                Context::Present
+                UpstreamSync::Present
             } else if (local.status == RunStatus::Failed && !local.cut_off)
                 || progress.delivery < Delivery::Accepted
             {
-                Context::Withheld
+                UpstreamSync::Withheld
             } else {
-                Context::Missing
+                UpstreamSync::Missing
             };
             if settled.said && !settled.content.is_empty() {
                 // On a chain it is that of the last round alone.
@@ -147,8 +147,8 @@ pub(in crate::runs) fn decide_outcome(
                 content.extend(settled.content.iter().cloned());
                 upstream_message_id.clone_from(&settled.upstream_message_id);
             } else {
-                reply_context = match end.said {
-                    Context::Present => Context::Missing,
+                reply_sync = match end.said {
+                    UpstreamSync::Present => UpstreamSync::Missing,
                     other => other,
                 };
                 upstream_message_id = None;
@@ -161,15 +161,14 @@ pub(in crate::runs) fn decide_outcome(
         }
     }
     if !local.discard && !content.is_empty() {
-        end.reply =
-            Some(Reply { id: MessageId::new(), content, upstream_message_id, context: reply_context });
+        end.reply = Some(Reply { id: MessageId::new(), content, upstream_message_id, sync: reply_sync });
     }
     end
 }
 
 /// What readers have yet to see of a reply: the upstream may have more of one that was cut off here. A reader of the deltas
 /// alone gets the whole text too.
-pub(in crate::runs) fn unshown(shown: &str, reply: &Reply) -> Option<String> {
+pub(in crate::runs) fn text_not_yet_streamed(shown: &str, reply: &Reply) -> Option<String> {
     let text: String = reply.content.iter().filter_map(ContentPart::as_text).collect();
     text.strip_prefix(shown).filter(|rest| !rest.is_empty()).map(str::to_owned)
 }
@@ -192,12 +191,12 @@ pub(in crate::runs) fn end_without_output(status: RunStatus, error: Option<RunEr
         error,
         usage: None,
         upstream_run_id: None,
-        unheard: 0,
+        unacknowledged_requests: 0,
         upstream_thread_id: None,
         reply: None,
-        said: Context::Withheld,
+        said: UpstreamSync::Withheld,
         synced: false,
-        leftover: None,
+        unsettled_run: None,
         discard: false,
         events: EventBatch { first: 0, events: Vec::new() },
         drops_log: false,

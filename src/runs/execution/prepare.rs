@@ -10,7 +10,7 @@ use super::progress::Progress;
 use super::round_context::RoundContext;
 use super::settle::{Removal, take_away};
 use super::store_retry::{retry_until_ok, write_until_ok};
-use crate::domain::{Context, Thread};
+use crate::domain::{Thread, UpstreamSync};
 use crate::store::Withholding;
 use crate::upstream::{Ownership, UpstreamError};
 
@@ -38,8 +38,8 @@ pub(in crate::runs) async fn prepare(
         let history = history_before(round).await?;
         return Ok(Prepared { history, needs_thread, is_rebuilt: true });
     }
-    let lacks_some = thread.backlog > 0 || thread.leftover.is_some();
-    let history = if lacks_some { backlog(round).await? } else { History::default() };
+    let lacks_some = thread.backlog > 0 || thread.unsettled_run.is_some();
+    let history = if lacks_some { unsynced_messages(round).await? } else { History::default() };
     Ok(Prepared { history, needs_thread, is_rebuilt: false })
 }
 
@@ -51,7 +51,7 @@ pub(in crate::runs) async fn prepare_again(
     prepared: Prepared,
 ) -> Result<Prepared, Failure> {
     if settle_earlier(round).await? {
-        Ok(Prepared { history: backlog(round).await?, ..prepared })
+        Ok(Prepared { history: unsynced_messages(round).await?, ..prepared })
     } else {
         rebuild(round, progress).await
     }
@@ -100,23 +100,24 @@ pub(in crate::runs) async fn ensure_thread(
 /// holds of it is sent with this run. `false` if the thread is in no state to tell.
 async fn settle_earlier(round: &RoundContext<'_>) -> Result<bool, Failure> {
     let RoundContext { ctx, started, .. } = round;
-    let Some(left) = &started.thread.leftover else { return Ok(true) };
+    let Some(left) = &started.thread.unsettled_run else { return Ok(true) };
     let was_there = match take_away(ctx, &started.lease, round.upstream, left, Removal::IfSaid).await {
         Err(Failure::Upstream(UpstreamError::Protocol(_))) => return Ok(false),
         was_there => was_there?,
     };
     let reached_the_model = left.upstream_run.is_some() || was_there.said;
-    let found = if reached_the_model { Context::Missing } else { Context::Withheld };
-    write_until_ok(|| ctx.store.settled(&started.lease, left.run, found)).await?;
+    let found = if reached_the_model { UpstreamSync::Missing } else { UpstreamSync::Withheld };
+    write_until_ok(|| ctx.store.record_settlement(&started.lease, left.run, found)).await?;
     Ok(true)
 }
 
 /// What the upstream thread lacks of the transcript. What is too much to be told is withheld for good.
-async fn backlog(round: &RoundContext<'_>) -> Result<History, Failure> {
+async fn unsynced_messages(round: &RoundContext<'_>) -> Result<History, Failure> {
     let (store, run) = (&*round.ctx.store, round.started.run.id);
     let mut room = Room::default();
     let backlog =
-        newest(&mut room, |before| retry_until_ok(move || store.backlog(run, before, PAGE))).await?;
+        newest(&mut room, |before| retry_until_ok(move || store.unsynced_messages(run, before, PAGE)))
+            .await?;
     if room.is_full {
         let before = backlog.first().map(|message| message.position);
         withhold(round, &Withholding { before, missing_only: true, carried: None }).await?;

@@ -2,7 +2,7 @@
 
 use super::history::count_users;
 use crate::domain::{
-    ContentPart, Message, RemnantId, Thread, ToolCall, ToolOutput, UpstreamRunId, UpstreamThreadId, Usage,
+    ContentPart, Message, OrphanId, Thread, ToolCall, ToolOutput, UpstreamRunId, UpstreamThreadId, Usage,
 };
 use crate::runs::log::stored::StoredLog;
 use crate::store::StartedRun;
@@ -37,7 +37,7 @@ pub(in crate::runs) struct Progress {
     pub(in crate::runs) upstream_run: Option<UpstreamRunId>,
     pub(in crate::runs) delivery: Delivery,
     /// Under this id it is recorded that an upstream thread is about to be made, and nobody makes it yet.
-    pub(in crate::runs) intent: Option<RemnantId>,
+    pub(in crate::runs) intent: Option<OrphanId>,
     /// Requests that may be at the upstream under ids that it has not told.
     pub(in crate::runs) unacknowledged_requests: u32,
     /// Function calls that are not known to be answered.
@@ -85,7 +85,7 @@ impl Progress {
         self.delivery = match &self.upstream_run {
             Some(_) => Delivery::Accepted,
             // That is settled before anything is sent.
-            None if thread.leftover.is_some() => Delivery::NotSent,
+            None if thread.unsettled_run.is_some() => Delivery::NotSent,
             None => Delivery::Sent,
         };
         self.unacknowledged_requests = u32::from(self.delivery == Delivery::Sent);

@@ -15,7 +15,7 @@ use crate::runs::context::Context;
 use crate::runs::log::event::RunEvent;
 use crate::runs::redaction;
 use crate::runs::registry::ActiveRun;
-use crate::store::{Claim, News, RunLease, StartedRun};
+use crate::store::{Notification, QueuedStart, RunLease, StartedRun};
 
 /// The first pause before a run that is first in its queue asks the store again while a run of another queue is active on its
 /// thread. It doubles up to the longest, since the process that ends that run tells this one.
@@ -53,8 +53,8 @@ pub(in crate::runs) async fn wait_for_start(
 ) -> Waited {
     let why = {
         let mut pause = FIRST_CLAIM_POLL;
-        let mut freed = ctx.notifier.subscribe(News::Thread(thread.id));
-        displace(ctx, run, &lease).await;
+        let mut freed = ctx.notifier.subscribe(Notification::Thread(thread.id));
+        cancel_active_run(ctx, run, &lease).await;
         loop {
             if let Some(Reservation { ticket, memory, .. }) = reservation.as_deref_mut() {
                 let turn = async {
@@ -68,13 +68,13 @@ pub(in crate::runs) async fn wait_for_start(
                 }
             }
             // Not to be dropped half-way: the run may have started by then.
-            match redaction::claim(ctx, &lease).await {
-                Ok(Claim::Started(started)) => {
+            match redaction::start_queued(ctx, &lease).await {
+                Ok(QueuedStart::Started(started)) => {
                     active.log.push(RunEvent::Started);
                     return Waited::Started(started);
                 }
-                Ok(Claim::Lost) => return Waited::Over(RunResult::LetGo),
-                Ok(Claim::NotYet) => displace(ctx, run, &lease).await,
+                Ok(QueuedStart::Lost) => return Waited::Over(RunResult::LetGo),
+                Ok(QueuedStart::NotYet) => cancel_active_run(ctx, run, &lease).await,
                 Err(error) => {
                     tracing::warn!(error = %Chain(&error), "cannot start a waiting run yet");
                     pause = LONGEST_CLAIM_POLL;
@@ -137,17 +137,17 @@ async fn others_take_over(ctx: &Context) {
 
 /// Has the run that is active before this one cancelled, if that is what this one's strategy wants. What cannot be
 /// asked now is asked again with the next try to start.
-async fn displace(ctx: &Context, run: &Run, lease: &RunLease) {
+async fn cancel_active_run(ctx: &Context, run: &Run, lease: &RunLease) {
     let discard = match run.strategy {
         MultitaskStrategy::Interrupt => false,
         MultitaskStrategy::Rollback => true,
         MultitaskStrategy::Enqueue | MultitaskStrategy::Reject | MultitaskStrategy::Merge => return,
     };
-    match ctx.store.displace(lease, discard).await {
+    match ctx.store.cancel_active(lease, discard).await {
         // Another replica's run is ended by that replica, which looks for such requests.
         Ok(Some(active)) => match ctx.registry.handle(active) {
             Some(handle) => handle.cancel.request(discard),
-            None => ctx.notifier.notify(News::Asked(active)),
+            None => ctx.notifier.notify(Notification::Asked(active)),
         },
         Ok(None) => {}
         Err(error) => {

@@ -7,7 +7,7 @@ use super::progress::Progress;
 use super::retry::FIRST_BACK_OFF;
 use super::round_context::RoundContext;
 use super::store_retry::retry_until_ok;
-use crate::domain::Leftover;
+use crate::domain::UnsettledRun;
 use crate::error::Chain;
 use crate::runs::backoff::jittered;
 use crate::runs::context::Context;
@@ -23,7 +23,7 @@ pub(in crate::runs) async fn recover(
     progress: &Progress,
     error: &UpstreamError,
 ) -> Result<Recovered, Failure> {
-    let sent = leftover(round.ctx, round.started, progress).await?;
+    let sent = unsettled_run(round.ctx, round.started, progress).await?;
     for look in 0..MAX_LOOKS {
         if look > 0 {
             sleep(jittered(FIRST_BACK_OFF * 2_u32.pow(look))).await;
@@ -39,15 +39,15 @@ pub(in crate::runs) async fn recover(
 }
 
 /// What a run may have left at the upstream, with what is needed to find it there.
-pub(in crate::runs) async fn leftover(
+pub(in crate::runs) async fn unsettled_run(
     ctx: &Context,
     started: &StartedRun,
     progress: &Progress,
-) -> Result<Leftover, Failure> {
+) -> Result<UnsettledRun, Failure> {
     let run = started.run.id;
     let mut baseline = retry_until_ok(|| ctx.store.baseline(run)).await?;
     baseline.skip += progress.history_users;
-    Ok(Leftover {
+    Ok(UnsettledRun {
         run,
         thread: progress.thread.clone(),
         upstream_run: progress.upstream_run.clone(),

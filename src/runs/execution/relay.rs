@@ -74,7 +74,7 @@ async fn relay_once(
                 progress.accepted(id);
             }
             UpstreamEvent::Text(text) => {
-                let Some(text) = retelling.news_in(text) else { continue };
+                let Some(text) = retelling.notifications_in(text) else { continue };
                 progress.cost += text.len().max(MIN_PIECE_COST);
                 if progress.cost > limit {
                     return Err(Failure::ReplyTooLarge);
@@ -119,7 +119,7 @@ struct Retelling {
 
 impl Retelling {
     /// What is new of a piece of text.
-    fn news_in(&mut self, text: String) -> Option<String> {
+    fn notifications_in(&mut self, text: String) -> Option<String> {
         let common = self.shown.len().min(text.len());
         if self.differs || self.shown.as_bytes()[..common] != text.as_bytes()[..common] {
             self.differs = true;
@@ -142,7 +142,7 @@ mod tests {
     /// What a reader sees of a retelling in these pieces.
     fn seen(shown: &str, pieces: &[&str]) -> String {
         let mut retelling = Retelling { shown: shown.to_owned(), differs: false };
-        pieces.iter().filter_map(|piece| retelling.news_in((*piece).to_owned())).collect()
+        pieces.iter().filter_map(|piece| retelling.notifications_in((*piece).to_owned())).collect()
     }
 
     #[test]

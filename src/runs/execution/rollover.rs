@@ -10,7 +10,7 @@ use crate::runs::backoff::jittered;
 use crate::runs::context::Context;
 use crate::runs::reconcile::reconcile;
 use crate::runs::redaction;
-use crate::store::{Claim, Rolled, Rollover, RunLease, StartedRun, StoreError};
+use crate::store::{QueuedStart, Rolled, Rollover, RunLease, StartedRun, StoreError};
 use crate::upstream::RateLimiter;
 
 /// Puts a fresh thread in the place of the thread of a run that is about to begin, if that is full. The run as it is then.
@@ -73,10 +73,10 @@ pub(in crate::runs) fn rollover_of(ctx: &Context, thread: &Thread, by: Option<Ru
 /// The run as the store has it: an answer that was lost may have moved it.
 async fn reread(ctx: &Context, started: StartedRun) -> StartedRun {
     loop {
-        match redaction::claim(ctx, &started.lease).await {
-            Ok(Claim::Started(now)) => return *now,
+        match redaction::start_queued(ctx, &started.lease).await {
+            Ok(QueuedStart::Started(now)) => return *now,
             // The next write says that the lease was lost.
-            Ok(Claim::NotYet | Claim::Lost) => return started,
+            Ok(QueuedStart::NotYet | QueuedStart::Lost) => return started,
             Err(StoreError::Unavailable(_)) => sleep(jittered(Duration::from_millis(500))).await,
             Err(error) => {
                 tracing::error!(error = %Chain(&error), "cannot read a turn again");

@@ -135,7 +135,7 @@ impl Round<'_> {
                     {
                         return self.relay(events, Telling::Again).await;
                     }
-                    if was_busy && !prepared.is_rebuilt && started.thread.leftover.is_some() {
+                    if was_busy && !prepared.is_rebuilt && started.thread.unsettled_run.is_some() {
                         prepared = prepare_again(self.context, self.progress, prepared).await?;
                     }
                 }

@@ -2,7 +2,7 @@
 
 use super::failure::{Failure, may_send};
 use super::store_retry::write_until_ok;
-use crate::domain::Leftover;
+use crate::domain::UnsettledRun;
 use crate::runs::context::Context;
 use crate::store::RunLease;
 use crate::upstream::{Settled, Upstream, UpstreamError};
@@ -24,7 +24,7 @@ pub(in crate::runs) async fn take_away(
     ctx: &Context,
     lease: &RunLease,
     upstream: &dyn Upstream,
-    left: &Leftover,
+    left: &UnsettledRun,
     removal: Removal,
 ) -> Result<Settled, Failure> {
     may_send(&ctx.registry)?;

@@ -28,7 +28,9 @@ use crate::runs::context::Context;
 use crate::runs::log::event::RunEvent;
 use crate::runs::redaction;
 use crate::runs::registry::ActiveRun;
-use crate::store::{Made, News, Orphan, Pause, Paused, RunLease, StartedRun, StoreError, Withdrawn};
+use crate::store::{
+    Made, Notification, OrphanedRun, Pause, Paused, RunLease, StartedRun, StoreError, Withdrawn,
+};
 use crate::upstream::{Upstream, drain};
 
 /// Longest wait for the id of a run that is cut off before the upstream has told it.
@@ -116,8 +118,8 @@ pub(in crate::runs) async fn continue_for_others(
 }
 
 /// Ends queued runs that were taken over and can never start, in their order.
-pub(in crate::runs) async fn close_queued_orphans(ctx: &Context, queued: Vec<(ActiveRun, Orphan)>) {
-    for (active, Orphan { lease, thread, run, .. }) in queued {
+pub(in crate::runs) async fn close_queued_orphans(ctx: &Context, queued: Vec<(ActiveRun, OrphanedRun)>) {
+    for (active, OrphanedRun { lease, thread, run, .. }) in queued {
         let (status, error) = Failure::ReplicaLost.end();
         let end = end_without_output(status, error);
         let result = finish_queued_run(ctx, &active, &lease, &thread, &run, end).await;
@@ -129,10 +131,10 @@ pub(in crate::runs) async fn close_queued_orphans(ctx: &Context, queued: Vec<(Ac
 pub(in crate::runs) async fn resume_waiting(
     ctx: &Context,
     mut active: ActiveRun,
-    orphan: Orphan,
+    orphan: OrphanedRun,
     stored: StoredProgress,
 ) {
-    let Orphan { lease, thread, run, time_left, content, outputs, outputs_sent, .. } = orphan;
+    let OrphanedRun { lease, thread, run, time_left, content, outputs, outputs_sent, .. } = orphan;
     let begin = match (outputs, run.required_action.clone()) {
         (Some(outputs), _) => Begin::Outputs(outputs),
         (None, required) => Begin::Waiting(required.unwrap_or(RequiredAction { tool_calls: Vec::new() })),
@@ -155,10 +157,10 @@ pub(in crate::runs) async fn resume_waiting(
 pub(in crate::runs) async fn resume_running(
     ctx: &Context,
     mut active: ActiveRun,
-    orphan: Orphan,
+    orphan: OrphanedRun,
     stored: StoredProgress,
 ) {
-    let Orphan { lease, thread, run, time_left, input, content, .. } = orphan;
+    let OrphanedRun { lease, thread, run, time_left, input, content, .. } = orphan;
     let started = StartedRun { lease, thread, run, input, intent: None };
     let mut progress = Progress::new(&started);
     progress.taken_over(&started.thread, content, stored);
@@ -172,10 +174,10 @@ pub(in crate::runs) async fn resume_running(
 pub(in crate::runs) async fn close_orphan(
     ctx: &Context,
     active: ActiveRun,
-    orphan: Orphan,
+    orphan: OrphanedRun,
     stored: StoredProgress,
 ) {
-    let Orphan { lease, thread, run, content, .. } = orphan;
+    let OrphanedRun { lease, thread, run, content, .. } = orphan;
     let failure = if run.status == RunStatus::Cancelling { Failure::Cancelled } else { Failure::ReplicaLost };
     let started = StartedRun { lease, thread, run, input: Vec::new(), intent: None };
     let mut progress = Progress::new(&started);
@@ -387,7 +389,7 @@ impl Rounds<'_> {
             Ok(Paused::Waiting(_)) => {
                 active.log.push(RunEvent::RequiresAction(action.clone().into()));
                 active.log.all_stored();
-                ctx.notifier.notify(News::Run(started.run.id));
+                ctx.notifier.notify(Notification::Run(started.run.id));
                 Ok(())
             }
             Ok(Paused::Cancelling) => Err(Failure::Cancelled),

@@ -380,7 +380,7 @@ mod tests {
             carried: 0,
             removed: Removed::default(),
             backlog: 0,
-            leftover: None,
+            unsettled_run: None,
         };
         let run = Run {
             id: RunId::new(),

@@ -9,7 +9,7 @@ use tokio::time::{MissedTickBehavior, interval, timeout};
 use crate::error::Chain;
 use crate::runs::context::Context;
 use crate::runs::log::writer::{OFTEN, RunLog, Unrecorded};
-use crate::store::{News, RunProgress};
+use crate::store::{Notification, RunProgress};
 
 /// Longest time for one write.
 const WRITE_TIMEOUT: Duration = Duration::from_secs(5);
@@ -59,6 +59,6 @@ async fn flush_batch(ctx: &Context, batch: &[RunProgress]) {
         if let Some(handle) = handle.filter(|handle| handle.lease == *lease) {
             handle.log.recorded(upstream_run_id.as_ref(), events);
         }
-        ctx.notifier.notify(News::Run(lease.run_id));
+        ctx.notifier.notify(Notification::Run(lease.run_id));
     }
 }

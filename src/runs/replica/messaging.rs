@@ -9,7 +9,7 @@ use crate::error::Chain;
 use crate::runs::backoff::jittered;
 use crate::runs::context::Context;
 use crate::runs::notifications::Outbox;
-use crate::store::{News, Store, StoreError};
+use crate::store::{Notification, Store, StoreError};
 
 /// Longest time for one delivery.
 const DELIVERY_TIMEOUT: Duration = Duration::from_secs(2);
@@ -18,22 +18,22 @@ const AFTER_FAILURE: Duration = Duration::from_millis(500);
 
 /// Hears what other replicas tell, until the store is closed.
 pub(in crate::runs) async fn listen(ctx: &Context) {
-    let mut news = ctx.store.news();
-    while let Some(news) = news.next().await {
-        if news != News::Missed {
+    let mut notifications = ctx.store.notifications();
+    while let Some(notification) = notifications.next().await {
+        if notification != Notification::Missed {
             ctx.notifier.meet_peers();
         }
-        match news {
-            News::Asked(run) if ctx.registry.handle(run).is_some() => {
+        match notification {
+            Notification::Asked(run) if ctx.registry.handle(run).is_some() => {
                 ctx.notifier.asked.notify_one();
             }
-            News::Asked(_) => {}
-            News::Followed(run) => {
+            Notification::Asked(_) => {}
+            Notification::Followed(run) => {
                 if let Some(handle) = ctx.registry.handle(run) {
                     handle.log.followed();
                 }
             }
-            news => ctx.notifier.hear(news),
+            notification => ctx.notifier.receive(notification),
         }
     }
 }
@@ -56,7 +56,7 @@ pub(in crate::runs) async fn deliver_once(ctx: &Context) -> Result<(), ()> {
     let mut delivery = ctx.notifier.take();
     let sent = timeout(DELIVERY_TIMEOUT, send(&ctx.store, &mut delivery.outbox, has_peers)).await;
     sent.unwrap_or_else(|_| Err(StoreError::Unavailable("no answer in time".into()))).map_err(|error| {
-        tracing::warn!(error = %Chain(&error), "cannot tell the other replicas the news yet");
+        tracing::warn!(error = %Chain(&error), "cannot notify the other replicas yet");
     })
 }
 
@@ -65,11 +65,11 @@ async fn send(store: &Store, outbox: &mut Outbox, has_peers: bool) -> Result<(),
     if !outbox.released.is_empty() {
         store.release(&outbox.released).await?;
         outbox.released.clear();
-        outbox.news.insert(News::Orphans);
+        outbox.notifications.insert(Notification::Orphans);
     }
-    if has_peers && !outbox.news.is_empty() {
-        store.tell(&outbox.news.iter().copied().collect::<Vec<_>>()).await?;
+    if has_peers && !outbox.notifications.is_empty() {
+        store.notify_replicas(&outbox.notifications.iter().copied().collect::<Vec<_>>()).await?;
     }
-    outbox.news.clear();
+    outbox.notifications.clear();
     Ok(())
 }

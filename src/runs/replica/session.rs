@@ -11,7 +11,7 @@ use super::takeover::take_over;
 use crate::domain::set_clock;
 use crate::error::Chain;
 use crate::runs::context::Context;
-use crate::store::{News, Request, StoreError};
+use crate::store::{Notification, Request, StoreError};
 
 /// Longest time for the last word to the store.
 const RETIRE_TIMEOUT: Duration = Duration::from_secs(2);
@@ -111,7 +111,7 @@ pub(in crate::runs) async fn retire(ctx: &Context) {
         // What cannot be told is found by the others all the same.
         let _ = deliver_once(ctx).await;
         ctx.store.retire_replica(ctx.replica).await?;
-        ctx.store.tell(&[News::Orphans]).await
+        ctx.store.notify_replicas(&[Notification::Orphans]).await
     };
     match timeout(RETIRE_TIMEOUT, last).await {
         Ok(Ok(())) => {}
@@ -175,7 +175,7 @@ async fn give_up_lost(ctx: &Context, limit: Duration) {
         return;
     }
     // What cannot be asked now is asked again with the next renewal.
-    if let Ok(Ok(lost)) = timeout(limit, ctx.store.lost(ctx.replica, &active)).await {
+    if let Ok(Ok(lost)) = timeout(limit, ctx.store.runs_taken_over(ctx.replica, &active)).await {
         for handle in lost.into_iter().filter_map(|run| ctx.registry.handle(run)) {
             handle.let_go();
         }

@@ -18,7 +18,7 @@ use crate::runs::log::event::RunEvent;
 use crate::runs::log::offset::STARTED;
 use crate::runs::log::stored::StoredLog;
 use crate::runs::registry::{ActiveRun, Refused};
-use crate::store::{News, Orphan, Store, StoreError};
+use crate::store::{Notification, OrphanedRun, Store, StoreError};
 
 /// Orphans taken at a time.
 const ADOPT_BATCH: u32 = 64;
@@ -30,7 +30,7 @@ const LONGEST_PAUSE: Duration = Duration::from_secs(1);
 /// Looks for runs that nobody works on, when it hears of some and a few times in a session's time.
 pub(in crate::runs) async fn take_over(ctx: &Arc<Context>, ttl: Duration) {
     let pause = (ttl / LOOKS_PER_SESSION).clamp(SHORTEST_PAUSE, LONGEST_PAUSE);
-    let mut told = ctx.notifier.subscribe(News::Orphans);
+    let mut told = ctx.notifier.subscribe(Notification::Orphans);
     loop {
         tokio::select! {
             () = told.changed() => {}
@@ -86,7 +86,7 @@ async fn adopt(ctx: &Arc<Context>, limit: Duration) -> bool {
 }
 
 /// What is stored of a run that is taken over, besides the run itself.
-async fn stored_progress(store: &Store, orphan: &Orphan) -> Result<StoredProgress, StoreError> {
+async fn stored_progress(store: &Store, orphan: &OrphanedRun) -> Result<StoredProgress, StoreError> {
     if orphan.run.status == RunStatus::Queued {
         let log = StoredLog { end: STARTED, ..StoredLog::default() };
         return Ok(StoredProgress { log, ..StoredProgress::default() });
@@ -100,7 +100,7 @@ async fn stored_progress(store: &Store, orphan: &Orphan) -> Result<StoredProgres
 async fn resume(
     ctx: Arc<Context>,
     active: ActiveRun,
-    orphan: Orphan,
+    orphan: OrphanedRun,
     stored: StoredProgress,
     was_refused: Option<Refused>,
 ) {
@@ -115,7 +115,7 @@ async fn resume(
     }
     match orphan.run.status {
         RunStatus::Queued => {
-            let Orphan { lease, thread, run, .. } = orphan;
+            let OrphanedRun { lease, thread, run, .. } = orphan;
             task::resume_queued(&ctx, active, lease, &thread, &run).await;
         }
         RunStatus::RequiresAction => task::resume_waiting(&ctx, active, orphan, stored).await,

@@ -14,7 +14,7 @@ use crate::runs::backoff::jittered;
 use crate::runs::context::{Context, NO_THREAD};
 use crate::runs::execution::outcome::end_without_output;
 use crate::runs::log::offset::others_from;
-use crate::store::{News, RunEnd, StoreError};
+use crate::store::{Notification, RunEnd, StoreError};
 
 /// How much longer than the settling a cancel waits for the end of its run.
 const SLACK: Duration = Duration::from_secs(2);
@@ -108,7 +108,7 @@ async fn ask_to_end(ctx: &Arc<Context>, key: &ConversationKey, run: &Run) -> Res
     }
     match handle {
         Some(handle) => handle.cancel.request(false),
-        None => ctx.notifier.notify(News::Asked(run.id)),
+        None => ctx.notifier.notify(Notification::Asked(run.id)),
     }
     Ok(())
 }
@@ -122,8 +122,8 @@ async fn end_waiting(ctx: Arc<Context>, run: RunId, thread: ThreadId) -> Result<
     let events = EventBatch { first: others_from(&lease), events: Vec::new() };
     ctx.store.finish(&lease, RunEnd { events, ..end_without_output(status, None) }).await?;
     // Its owner has lost it, and its readers go on by the store.
-    for news in [News::Asked(run), News::Run(run), News::Thread(thread)] {
-        ctx.notifier.notify(news);
+    for notification in [Notification::Asked(run), Notification::Run(run), Notification::Thread(thread)] {
+        ctx.notifier.notify(notification);
     }
     Ok(true)
 }
@@ -135,7 +135,7 @@ async fn has_ended(ctx: &Context, key: &ConversationKey, id: RunId) {
     {
         return;
     }
-    let mut news = ctx.notifier.subscribe(News::Run(id));
+    let mut notifications = ctx.notifier.subscribe(Notification::Run(id));
     loop {
         match ctx.store.run(key, id).await {
             Ok(Some((run, _))) if !run.status.is_final() => {}
@@ -143,7 +143,7 @@ async fn has_ended(ctx: &Context, key: &ConversationKey, id: RunId) {
             Err(_) => sleep(POLL).await,
         }
         tokio::select! {
-            () = news.changed() => {}
+            () = notifications.changed() => {}
             () = sleep(jittered(POLL)) => {}
         }
     }

@@ -15,7 +15,7 @@ use super::subscription::{RunSubscription, Submitted};
 use super::threads;
 use crate::config::AssistantConfig;
 use crate::domain::{
-    ConversationKey, MessageId, Metadata, MultitaskStrategy, RemnantId, RunId, ThreadId, UserContent,
+    ConversationKey, MessageId, Metadata, MultitaskStrategy, OrphanId, RunId, ThreadId, UserContent,
 };
 use crate::error::{Error, TooOften};
 use crate::locks::{NoPermit, QueueFull, Share, Ticket};
@@ -91,7 +91,7 @@ pub(in crate::runs) async fn submit(
         message: InputMessage { id: MessageId::new(), content: new.content.into_parts() },
         timeout: run_timeout,
         replica: ctx.replica,
-        intent: needs_thread(ctx, &assistant.upstream).then(RemnantId::new),
+        intent: needs_thread(ctx, &assistant.upstream).then(OrphanId::new),
         idempotency: new.idempotency.clone(),
         idempotency_ttl: ctx.config.runs.idempotency_ttl,
     };

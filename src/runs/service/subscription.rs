@@ -22,9 +22,9 @@ use crate::runs::log::offset::{EventOffset, FIRST_EVENT, numbered};
 use crate::runs::log::stored::seen_from;
 use crate::runs::log::writer::RunLog;
 use crate::runs::notifications::Subscription;
-use crate::store::{News, StoreError, ThreadName, ThreadReport, Waiting};
+use crate::store::{Notification, StoreError, ThreadName, ThreadReport, Waiting};
 
-/// How soon the store is asked again for news of a run that another process works on. It doubles up to the longest, for
+/// How soon the store is asked again about a run that another process works on. It doubles up to the longest, for
 /// that process tells when there are any.
 const FIRST_POLL: Duration = Duration::from_millis(100);
 const LONGEST_POLL: Duration = Duration::from_secs(1);
@@ -272,7 +272,7 @@ struct Reader {
     live: Option<BoxStream<'static, (EventOffset, RunEvent)>>,
     read: VecDeque<(EventOffset, RunEvent)>,
     over: bool,
-    news: Option<Subscription>,
+    notifications: Option<Subscription>,
     pause: Duration,
     told_owner: Option<Instant>,
 }
@@ -285,7 +285,7 @@ impl Reader {
             live: None,
             read: VecDeque::new(),
             over: false,
-            news: None,
+            notifications: None,
             pause: FIRST_POLL,
             told_owner: None,
         }
@@ -319,9 +319,10 @@ impl Reader {
             self.live = Some(log.follow(self.next).boxed());
             return;
         }
-        let news = News::Run(self.follow.run);
+        let notification = Notification::Run(self.follow.run);
         // Before the look, so that nothing falls in between.
-        let subscription = self.news.get_or_insert_with(|| self.follow.ctx.notifier.subscribe(news));
+        let subscription =
+            self.notifications.get_or_insert_with(|| self.follow.ctx.notifier.subscribe(notification));
         match (self.follow.read(self.next).await, &log) {
             // The run was taken over by this process: what it showed before is in the store.
             (Ok(Recorded::SoFar(events)), Some(log)) => {
@@ -332,7 +333,7 @@ impl Reader {
             (Ok(Recorded::SoFar(events)), None) => {
                 if self.told_owner.is_none_or(|told| told.elapsed() >= TELL_OWNER_EVERY) {
                     self.told_owner = Some(Instant::now());
-                    self.follow.ctx.notifier.notify(News::Followed(self.follow.run));
+                    self.follow.ctx.notifier.notify(Notification::Followed(self.follow.run));
                 }
                 if !events.is_empty() {
                     (self.read, self.pause) = (events, FIRST_POLL);
@@ -522,7 +523,7 @@ mod tests {
                 id: MessageId::new(),
                 content: text("ab"),
                 upstream_message_id: None,
-                context: crate::domain::Context::Present,
+                sync: crate::domain::UpstreamSync::Present,
             };
             let events = EventBatch { first, events };
             let end = end_without_output(RunStatus::Completed, None);

@@ -15,7 +15,7 @@ use crate::runs::backoff::jittered;
 use crate::runs::context::Context;
 use crate::runs::log::offset::{EventOffset, FIRST_EVENT};
 use crate::runs::redaction;
-use crate::store::{Answered, Idempotency, News, StoreError, ThreadName, ToolAnswer};
+use crate::store::{Answered, Idempotency, Notification, StoreError, ThreadName, ToolAnswer};
 
 /// How soon to ask again what became of outputs whose answer was lost.
 const LOOK_AGAIN: Duration = Duration::from_millis(500);
@@ -195,7 +195,7 @@ async fn hand_over(
 fn pass_on(ctx: &Context, id: RunId, outputs: Vec<ToolOutput>) {
     match ctx.registry.handle(id) {
         Some(handle) => handle.answer(outputs),
-        None => ctx.notifier.notify(News::Asked(id)),
+        None => ctx.notifier.notify(Notification::Asked(id)),
     }
 }
 

@@ -31,8 +31,8 @@ BEGIN
         max_age bigint, max_idle bigint, from_now bigint, from_last_activity bigint,
         upstream text, assistant text, strategy run_strategy, metadata jsonb,
         thread uuid, run uuid, message uuid, message_name text, content jsonb, timeout bigint, replica uuid,
-        -- Of the upstream thread of a fresh thread, if it needs one, and how long its making may go unheard of.
-        intent uuid, unheard_of bigint,
+        -- Of the upstream thread of a fresh thread, if it needs one, and how long its making may go unacknowledged_requests of.
+        intent uuid, orphan_after bigint,
         idempotency_key text, request_hash text, remember bigint,
         max_messages bigint, max_bytes bigint
     ) LOOP
@@ -185,7 +185,7 @@ BEGIN
             IF i.intent IS NOT NULL THEN
                 INSERT INTO upstream_orphans (id, thread_id, upstream, kind, created_by, due_at)
                 VALUES (
-                    i.intent, t_id, i.upstream, 'thread', i.replica, at + i.unheard_of * interval '1 millisecond'
+                    i.intent, t_id, i.upstream, 'thread', i.replica, at + i.orphan_after * interval '1 millisecond'
                 );
             END IF;
         ELSE

@@ -23,7 +23,7 @@ CREATE TEMP TABLE IF NOT EXISTS admitting (
     timeout            INTEGER NOT NULL,
     replica            BLOB    NOT NULL,
     intent             BLOB,
-    unheard_of         INTEGER NOT NULL,
+    orphan_after         INTEGER NOT NULL,
     idempotency_key    TEXT,
     request_hash       BLOB,
     remember           INTEGER NOT NULL,
@@ -47,7 +47,7 @@ CREATE TEMP TABLE IF NOT EXISTS admitting (
 
 INSERT INTO admitting (
     n, tenant, user_key, scope_kind, scope_name, max_age, max_idle, from_now, from_last_activity, upstream, assistant,
-    strategy, metadata, thread, run, message, message_name, content, timeout, replica, intent, unheard_of,
+    strategy, metadata, thread, run, message, message_name, content, timeout, replica, intent, orphan_after,
     idempotency_key, request_hash, remember, max_messages, max_bytes, at
 )
 WITH items AS MATERIALIZED (SELECT key AS n, value AS it FROM json_each(:items))
@@ -55,7 +55,7 @@ SELECT n, it ->> 'tenant', it ->> 'user_key', it ->> 'scope_kind', it ->> 'scope
     it ->> 'from_now', it ->> 'from_last_activity', it ->> 'upstream', it ->> 'assistant', it ->> 'strategy',
     it -> 'metadata', unhex(it ->> 'thread', '-'), unhex(it ->> 'run', '-'), unhex(it ->> 'message', '-'),
     it ->> 'message_name', it -> 'content', it ->> 'timeout', unhex(it ->> 'replica', '-'), unhex(it ->> 'intent', '-'),
-    it ->> 'unheard_of', it ->> 'idempotency_key', unhex(it ->> 'request_hash'), it ->> 'remember', it ->> 'max_messages',
+    it ->> 'orphan_after', it ->> 'idempotency_key', unhex(it ->> 'request_hash'), it ->> 'remember', it ->> 'max_messages',
     it ->> 'max_bytes', {now}
 FROM items;
 
@@ -129,7 +129,7 @@ SELECT thread, tenant, user_key, scope_kind, scope_name, upstream, 'current', pr
 FROM admitting
 WHERE outcome IS NULL AND is_fresh;
 INSERT INTO upstream_orphans (id, thread_id, upstream, kind, created_by, due_at)
-SELECT intent, thread, upstream, 'thread', replica, at + unheard_of FROM admitting
+SELECT intent, thread, upstream, 'thread', replica, at + orphan_after FROM admitting
 WHERE outcome IS NULL AND is_fresh AND intent IS NOT NULL;
 
 UPDATE runs SET queued_input =

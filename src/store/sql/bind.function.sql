@@ -5,7 +5,7 @@
 -- alone       it is one item, which waits for rows that others hold. Else such an item is `held`: nothing of it was stored,
 --             and it is to be sent alone
 --
--- Outcomes: `bound`; `lost`: the lease was lost, and what was made is recorded all the same, as a remnant or as the thread's
+-- Outcomes: `bound`; `lost`: the lease was lost, and what was made is recorded all the same, as a upstream orphan or as the thread's
 -- own since an earlier call; `unrecorded`: the lease was lost, and the record has no place for what was made; `held`.
 --
 -- Rows are taken in this order: the run, the messages that the thread counts, the thread.

@@ -5,7 +5,7 @@ use serde_json::Value;
 
 use super::adapter::AssistantsUpstream;
 use super::wire::MessageObject;
-use crate::domain::{ContentPart, Leftover, UpstreamRunId, UpstreamThreadId};
+use crate::domain::{ContentPart, UnsettledRun, UpstreamRunId, UpstreamThreadId};
 use crate::upstream::error::UpstreamError;
 use crate::upstream::retry::retry_while_busy;
 use crate::upstream::retrying_client::is_gone;
@@ -47,7 +47,7 @@ impl AssistantsUpstream {
     pub(super) async fn was_said(
         &self,
         thread: &UpstreamThreadId,
-        sent: &Leftover,
+        sent: &UnsettledRun,
     ) -> Result<bool, UpstreamError> {
         let tag = sent.run.to_string();
         let newest = self.messages(thread, &[("order", "desc")], 1, |_| false).await?;
@@ -58,14 +58,14 @@ impl AssistantsUpstream {
     pub(super) async fn remove_from(
         &self,
         thread: &UpstreamThreadId,
-        leftover: &Leftover,
+        unsettled_run: &UnsettledRun,
     ) -> Result<(), UpstreamError> {
-        let tag = leftover.run.to_string();
-        let run = match &leftover.upstream_run {
+        let tag = unsettled_run.run.to_string();
+        let run = match &unsettled_run.upstream_run {
             Some(run) => Some(run.0.clone()),
-            None => self.find(thread, leftover.run).await?.map(|run| run.id),
+            None => self.find(thread, unsettled_run.run).await?.map(|run| run.id),
         };
-        let anchor = leftover.baseline.anchor.as_deref();
+        let anchor = unsettled_run.baseline.anchor.as_deref();
         let newest_first = [("order", "desc")];
         let messages =
             self.messages(thread, &newest_first, MAX_PAGES, |it| Some(it.id.as_str()) == anchor).await?;

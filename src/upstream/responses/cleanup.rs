@@ -10,7 +10,7 @@ use tokio::time::sleep;
 use super::adapter::ResponsesUpstream;
 use super::run_items::{id_of, is_said, own_part};
 use super::wire::{OpenCall, Output, ResponseObject, answered_calls, open_calls};
-use crate::domain::{Leftover, RunStatus, ToolCall, UpstreamRunId, UpstreamThreadId};
+use crate::domain::{RunStatus, ToolCall, UnsettledRun, UpstreamRunId, UpstreamThreadId};
 use crate::upstream::error::UpstreamError;
 use crate::upstream::port::Settled;
 use crate::upstream::rate_limiter::RateLimiter;
@@ -31,8 +31,11 @@ pub(super) struct Last {
 }
 
 impl ResponsesUpstream {
-    pub(super) async fn settle_what_is_there(&self, leftover: &Leftover) -> Result<Settled, UpstreamError> {
-        let last = match &leftover.upstream_run {
+    pub(super) async fn settle_what_is_there(
+        &self,
+        unsettled_run: &UnsettledRun,
+    ) -> Result<Settled, UpstreamError> {
+        let last = match &unsettled_run.upstream_run {
             Some(id) => self.end(id).await?,
             None => None,
         };
@@ -52,15 +55,18 @@ impl ResponsesUpstream {
                 sleep(DROP_GRACE).await;
             }
             let moved = ended_well && output.open_calls.is_empty();
-            settled.thread =
-                leftover.upstream_run.as_ref().filter(|_| moved).map(|id| UpstreamThreadId(id.0.clone()));
+            settled.thread = unsettled_run
+                .upstream_run
+                .as_ref()
+                .filter(|_| moved)
+                .map(|id| UpstreamThreadId(id.0.clone()));
             settled.said = moved;
             (settled.content, settled.upstream_message_id) = (output.content, output.message_id);
             return Ok(settled);
         }
-        let Some(conversation) = &leftover.thread else { return Ok(settled) };
-        let known = [&leftover.open_calls[..], &output.open_calls[..]].concat();
-        let anchor = leftover.baseline.anchor.as_deref();
+        let Some(conversation) = &unsettled_run.thread else { return Ok(settled) };
+        let known = [&unsettled_run.open_calls[..], &output.open_calls[..]].concat();
+        let anchor = unsettled_run.baseline.anchor.as_deref();
         let newest = match self.newest(conversation, anchor, MAX_PAGES).await {
             Ok(newest) => newest,
             // A server that cannot list leaves us with what we know: what has ended well is in the conversation.
@@ -72,17 +78,17 @@ impl ResponsesUpstream {
             }
             Err(error) => return Err(error),
         };
-        if !leftover.remove {
+        if !unsettled_run.remove {
             let mut open = open_calls(&newest.items);
             let listed: BTreeSet<&str> =
                 open.iter().map(|open| open.call.id.as_str()).chain(answered_calls(&newest.items)).collect();
-            let unlisted = unlisted(&leftover.open_calls, &listed);
+            let unlisted = unlisted(&unsettled_run.open_calls, &listed);
             open.extend(unlisted);
             self.close(conversation, &open).await?;
         }
-        let own = own_part(newest.since_anchor().ok_or_else(anchor_lost)?, leftover.baseline.skip);
+        let own = own_part(newest.since_anchor().ok_or_else(anchor_lost)?, unsettled_run.baseline.skip);
         let held = Output::of(own);
-        settled.said = is_said(own, leftover.inputs);
+        settled.said = is_said(own, unsettled_run.inputs);
         // A response that nobody knows of may still work, or has only just lost its connection.
         settled.unsure = !settled.said && !is_over;
         (settled.content, settled.upstream_message_id) = (held.content, held.message_id);
@@ -93,10 +99,10 @@ impl ResponsesUpstream {
     pub(super) async fn remove_from(
         &self,
         conversation: &UpstreamThreadId,
-        leftover: &Leftover,
+        unsettled_run: &UnsettledRun,
     ) -> Result<(), UpstreamError> {
-        let newest = self.newest(conversation, leftover.baseline.anchor.as_deref(), MAX_PAGES).await?;
-        let own = own_part(newest.since_anchor().ok_or_else(anchor_lost)?, leftover.baseline.skip);
+        let newest = self.newest(conversation, unsettled_run.baseline.anchor.as_deref(), MAX_PAGES).await?;
+        let own = own_part(newest.since_anchor().ok_or_else(anchor_lost)?, unsettled_run.baseline.skip);
         let ids: Vec<String> = own.iter().rev().filter_map(id_of).map(str::to_owned).collect();
         self.delete_items(conversation, &ids).await
     }

@@ -11,7 +11,7 @@ use super::cleanup::MAX_PAGES;
 use super::run_items::{end_of, own_part, what_followed};
 use super::stream_resume::{as_event, retelling};
 use super::wire::Output;
-use crate::domain::{Leftover, UpstreamRunId, UpstreamThreadId};
+use crate::domain::{UnsettledRun, UpstreamRunId, UpstreamThreadId};
 use crate::upstream::error::UpstreamError;
 use crate::upstream::port::{Ended, EventStream, Recovered, UpstreamEvent};
 use crate::upstream::retry::{FIRST_WAIT, next_backoff};
@@ -30,7 +30,7 @@ enum Look {
 impl ResponsesUpstream {
     pub(super) async fn trace(
         &self,
-        sent: &Leftover,
+        sent: &UnsettledRun,
         failure: &UpstreamError,
     ) -> Result<Recovered, UpstreamError> {
         if self.conversations && sent.thread.is_none() {
@@ -76,7 +76,7 @@ impl ResponsesUpstream {
     async fn wait_and_look(
         &self,
         conversation: Option<&UpstreamThreadId>,
-        sent: &Leftover,
+        sent: &UnsettledRun,
         accepted: Option<&UpstreamRunId>,
         waits: bool,
     ) -> Result<Found, UpstreamError> {
@@ -103,7 +103,11 @@ impl ResponsesUpstream {
         }
     }
 
-    async fn look(&self, conversation: &UpstreamThreadId, sent: &Leftover) -> Result<Look, UpstreamError> {
+    async fn look(
+        &self,
+        conversation: &UpstreamThreadId,
+        sent: &UnsettledRun,
+    ) -> Result<Look, UpstreamError> {
         let anchor = sent.baseline.anchor.as_deref();
         let newest = match self.newest(conversation, anchor, MAX_PAGES).await {
             Ok(newest) => newest,
@@ -136,7 +140,7 @@ enum Found {
 }
 
 /// The response made the calls that were to be answered.
-fn asked_for(response: &Value, sent: &Leftover) -> bool {
+fn asked_for(response: &Value, sent: &UnsettledRun) -> bool {
     let items = response["output"].as_array().map(Vec::as_slice).unwrap_or_default();
     let asked = Output::of(items).open_calls;
     !sent.open_calls.is_empty() && asked.iter().any(|call| sent.open_calls.iter().any(|it| it.id == call.id))

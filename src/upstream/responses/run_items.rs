@@ -3,7 +3,7 @@
 use serde_json::Value;
 
 use super::wire::{Output, answered_calls, is_call, open_calls};
-use crate::domain::{Leftover, RunStatus};
+use crate::domain::{RunStatus, UnsettledRun};
 use crate::upstream::classify::Damage;
 use crate::upstream::port::Ended;
 use crate::upstream::wire::failure;
@@ -25,7 +25,7 @@ pub(super) fn is_said(own: &[Value], inputs: u32) -> bool {
 
 /// What follows that which was sent; `None` if what was sent is not there. That is the outputs of `sent.open_calls`, if
 /// there are any, else the user's messages.
-pub(super) fn what_followed<'a>(own: &'a [Value], sent: &Leftover) -> Option<&'a [Value]> {
+pub(super) fn what_followed<'a>(own: &'a [Value], sent: &UnsettledRun) -> Option<&'a [Value]> {
     let answered = answered_calls(own);
     let last_output = own.iter().rposition(|item| kind(item).ends_with("_output"));
     let begins = if sent.open_calls.is_empty() {
@@ -154,10 +154,10 @@ mod tests {
         json!({"type": "reasoning", "id": id, "summary": []})
     }
 
-    fn sent(inputs: u32, answering: &[&str]) -> Leftover {
+    fn sent(inputs: u32, answering: &[&str]) -> UnsettledRun {
         let call =
             |id: &&str| ToolCall { id: (*id).to_owned(), name: "f".to_owned(), arguments: "{}".to_owned() };
-        Leftover {
+        UnsettledRun {
             run: RunId::new(),
             thread: None,
             upstream_run: None,

@@ -434,7 +434,7 @@ impl Story {
         }
         let thread = gateway.get(&format!("{}/thread", self.scope)).await.ok();
         let before = |message: &&Value| message["thread_id"] == thread["previous_thread"];
-        let known = all.iter().filter(before).filter(|message| message["in_context"] == true);
+        let known = all.iter().filter(before).filter(|message| message["visible_to_model"] == true);
         let known: Vec<Line> =
             known.map(|message| (message["role"].as_str().unwrap().to_owned(), whole(message))).collect();
         let mut expected = known[known.len().saturating_sub(2)..].to_vec();

@@ -125,7 +125,7 @@ async fn fill(scene: &Scene, thread: &ImportedThread) {
             role: if n.is_multiple_of(2) { Role::User } else { Role::Assistant },
             content: vec![ContentPart::Text { text }],
             upstream_message_id: None,
-            context: None,
+            sync: None,
             created_at: None,
         }
     };

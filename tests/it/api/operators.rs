@@ -133,7 +133,7 @@ async fn lose_an_answer(scene: &Scene, gateway: &Gateway) {
     scene.fault("create_thread", "drop=after", 1);
     gateway.say("/v1/users/alice", "hello").await;
     assert_eq!(scene.upstream_threads().len(), 2, "one of them is lost");
-    assert_eq!(clean_up(gateway).await["remnants_deleted"], 0, "it may still be on its way");
+    assert_eq!(clean_up(gateway).await["upstream_orphans_deleted"], 0, "it may still be on its way");
     scene.database.execute("UPDATE upstream_orphans SET due_at = (SELECT t.created_at FROM threads t WHERE t.id = thread_id)").await;
 }
 
@@ -144,7 +144,7 @@ async fn orphaned_upstream_thread_is_reported_or_deleted(scene: Scene) {
     let gateway = scene.gateway_with(BY_HAND).await;
     lose_an_answer(&scene, &gateway).await;
     let plan = gateway.post("/v1/admin/cleanup?dry_run=true", &json!({})).await.ok();
-    assert_eq!(plan["remnants"][0]["action"], "find_and_delete");
+    assert_eq!(plan["upstream_orphans"][0]["action"], "find_and_delete");
     clean_up(&gateway).await;
     gateway.logged(|line| line.contains("nobody can find there")).await;
     drop(gateway);
@@ -154,7 +154,7 @@ async fn orphaned_upstream_thread_is_reported_or_deleted(scene: Scene) {
     let scene = Scene::with(scene.protocol, scene.backend, lists).await;
     let gateway = scene.gateway_with(BY_HAND).await;
     lose_an_answer(&scene, &gateway).await;
-    assert_eq!(clean_up(&gateway).await["remnants_deleted"], 1);
+    assert_eq!(clean_up(&gateway).await["upstream_orphans_deleted"], 1);
     let thread = gateway.get("/v1/users/alice/thread").await.ok();
     assert_eq!(scene.upstream_threads(), [thread["upstream_thread_id"].as_str().unwrap()]);
     assert_eq!(scene.database.number("SELECT count(*) FROM upstream_orphans").await, 0);

@@ -97,7 +97,7 @@ async fn add_messages(scene: &Scene) {
             role: Role::User,
             content: vec![ContentPart::Text { text }],
             upstream_message_id: None,
-            context: None,
+            sync: None,
             created_at: None,
         };
         import_messages(&store, id, &[message]).await;

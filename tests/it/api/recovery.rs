@@ -296,7 +296,7 @@ async fn message_refused_or_cancelled_is_never_sent_later(scene: Scene) {
     let answer = say(&gateway, "and now?").await.ok();
     assert!(text(&answer["message"]).contains("turn 3 of"), "{answer:#}");
     let kept = messages(&gateway, SCOPE).await;
-    let withheld: Vec<_> = kept.iter().filter(|message| message["in_context"] == false).collect();
+    let withheld: Vec<_> = kept.iter().filter(|message| message["visible_to_model"] == false).collect();
     assert_eq!(withheld.len(), 7, "they stay in the transcript, marked");
     assert!(withheld.iter().all(|message| message["status"] == "incomplete"));
     assert_same(&scene, &gateway, SCOPE).await;

@@ -41,7 +41,8 @@ async fn transcript(gateway: &Gateway) -> Vec<Value> {
 }
 
 async fn full_thread_rolls_over_before_next_turn(scene: Scene) {
-    let settings = "[threads]\nmax_messages = 60\ncarry_over_messages = 50\n[janitor]\ninterval = \"100ms\"\n";
+    let settings =
+        "[threads]\nmax_messages = 60\ncarry_over_messages = 50\n[janitor]\ninterval = \"100ms\"\n";
     let gateway = scene.gateway_with(settings).await;
     let first = gateway.say(SCOPE, "message 0").await;
     gateway.patch(&format!("{SCOPE}/thread"), &json!({"metadata": {"team": "blue"}})).await.ok();

@@ -36,7 +36,7 @@ async fn message_answer_holds_thread_run_and_reply() {
         ],
         "created_at": "[created_at]",
         "id": "[id]",
-        "in_context": true,
+        "visible_to_model": true,
         "incomplete_reason": null,
         "position": 2,
         "role": "assistant",
@@ -236,7 +236,7 @@ async fn stream_tells_each_event_with_its_data() {
             ],
             "created_at": "[created_at]",
             "id": "[id]",
-            "in_context": true,
+            "visible_to_model": true,
             "incomplete_reason": null,
             "position": 2,
             "role": "assistant",
@@ -292,7 +292,7 @@ async fn lists_tell_their_first_and_last_ids() {
           ],
           "created_at": "[created_at]",
           "id": "[id]",
-          "in_context": true,
+          "visible_to_model": true,
           "incomplete_reason": null,
           "position": 2,
           "role": "assistant",
@@ -409,7 +409,7 @@ async fn cleanup_answers_with_its_counts() {
     {
       "dry_run": true,
       "has_more": false,
-      "remnants": [],
+      "upstream_orphans": [],
       "threads": [],
       "would_prune": {
         "events": 0,
@@ -434,7 +434,7 @@ async fn cleanup_answers_with_its_counts() {
         "receipts": 0,
         "runs": 0
       },
-      "remnants_deleted": 0,
+      "upstream_orphans_deleted": 0,
       "upstream_cleared": 0
     }
     "#);

@@ -126,7 +126,7 @@ async fn entries(gateway: &Gateway) -> Vec<(String, Value, bool)> {
     let entry = |message: &Value| {
         assert_eq!(message["content"], json!([]), "{message:#}");
         let role = message["role"].as_str().unwrap().to_owned();
-        (role, message["incomplete_reason"].clone(), message["in_context"].as_bool().unwrap())
+        (role, message["incomplete_reason"].clone(), message["visible_to_model"].as_bool().unwrap())
     };
     messages(gateway, SCOPE).await.iter().map(entry).collect()
 }
@@ -287,7 +287,8 @@ async fn interrupted_replies_are_delivered_but_not_stored(scene: Scene) {
     // What the upstream lacks is never sent, and says so.
     let (said, entries) = (users_upstream(&scene, &gateway).await, entries(&gateway).await);
     assert!(!said.contains(&"needle never".to_owned()));
-    let known = entries.iter().filter(|(role, _, in_context)| role == "user" && *in_context).count();
+    let known =
+        entries.iter().filter(|(role, _, visible_to_model)| role == "user" && *visible_to_model).count();
     assert_eq!(known, said.len(), "{entries:#?} {said:#?}");
     assert_eq!(scene.database.number("SELECT CAST(sum(unsynced_messages) AS BIGINT) FROM threads").await, 0);
     assert_nothing_empty_was_sent(&scene, &gateway).await;
@@ -356,7 +357,7 @@ async fn queued_messages_lost_in_crash_are_not_sent_empty(scene: Scene) {
     }
     // They stand in the transcript in their order, and say that the model does not know them.
     let users = messages(&second, SCOPE).await.into_iter().filter(|message| message["role"] == "user");
-    let lost: Vec<Value> = users.filter(|message| message["in_context"] == false).collect();
+    let lost: Vec<Value> = users.filter(|message| message["visible_to_model"] == false).collect();
     let order: Vec<_> = lost.iter().map(|message| message["run_id"].as_str().unwrap()).collect();
     let wanted: Vec<_> = waiting.iter().map(|(_, run)| run.as_str()).collect();
     assert!(order.ends_with(&wanted), "{lost:#?}");
@@ -484,7 +485,7 @@ async fn lost_upstream_thread_restarts_empty(scene: Scene) {
     let said = users_upstream(&scene, &gateway).await;
     assert_eq!(said.iter().any(|text| text.contains("needle five")), stays, "{said:#?}");
     let users = entries(&gateway).await.into_iter().filter(|(role, ..)| role == "user");
-    let known: Vec<bool> = users.map(|(_, _, in_context)| in_context).collect();
+    let known: Vec<bool> = users.map(|(_, _, visible_to_model)| visible_to_model).collect();
     assert_eq!(known, [false, false, false, true, stays, true]);
     assert_silent(&scene, &gateway).await;
     assert_nothing_empty_was_sent(&scene, &gateway).await;

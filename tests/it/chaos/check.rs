@@ -78,7 +78,7 @@ pub(super) async fn user(world: &World, gateway: &Gateway, user: &User) {
                 sent.fate
             ));
         }
-        let known = places.iter().filter(|message| message["in_context"] == true).count();
+        let known = places.iter().filter(|message| message["visible_to_model"] == true).count();
         let is_carried = thread["previous_thread"].is_string() && known == 0 && times == 1;
         if times != known && !is_carried {
             fault(format!("{} is {times} times upstream, not {known}", sent.plan.token));
@@ -215,7 +215,7 @@ fn difference(here: &[Line], there: &[Line]) -> String {
 }
 
 /// Nothing is left in the database that nobody owns, and nothing upstream that nobody names.
-pub(super) async fn leftovers(world: &World, replicas: usize) {
+pub(super) async fn unsettled_runs(world: &World, replicas: usize) {
     let database = &world.scene.database;
     // An intent that nobody heard of again is left alone for ten minutes.
     database.age_looks(Duration::from_mins(11)).await;
@@ -234,7 +234,7 @@ pub(super) async fn leftovers(world: &World, replicas: usize) {
             let nameless: Vec<_> = there.difference(&named).collect();
             let missing: Vec<_> = named.difference(&there).collect();
             let what =
-                format!("{owed} remnants; upstream threads without a name {nameless:?}, missing {missing:?}");
+                format!("{owed} orphans; upstream threads without a name {nameless:?}, missing {missing:?}");
             world.fault(Teller::Nobody, what);
             break;
         }
@@ -250,7 +250,7 @@ pub(super) async fn leftovers(world: &World, replicas: usize) {
             WHERE t.lifecycle = 'current' AND m.upstream_sync IN ('missing', 'unknown')",
         ),
         (
-            "threads with a backlog or a leftover",
+            "threads with a backlog or a unsettled_run",
             0,
             "SELECT count(*) FROM threads WHERE lifecycle = 'current' AND (unsynced_messages > 0 OR unsettled_run IS NOT NULL)",
         ),

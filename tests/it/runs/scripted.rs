@@ -6,7 +6,7 @@ use std::time::Duration;
 use async_trait::async_trait;
 use futures_util::{FutureExt, StreamExt, stream};
 use threadkeeper::domain::{
-    ContentPart, Leftover, Message, RunStatus, ThreadId, ToolCall, UpstreamRunId, UpstreamThreadId, Usage,
+    ContentPart, Message, RunStatus, ThreadId, ToolCall, UnsettledRun, UpstreamRunId, UpstreamThreadId, Usage,
 };
 use threadkeeper::upstream::{
     AnswerTools, Capabilities, Disposal, Ended, EventStream, HistoryPage, Items, Ownership, RateLimiter,
@@ -100,7 +100,7 @@ fn words<'a>(contents: impl IntoIterator<Item = &'a Vec<ContentPart>>) -> String
     texts.collect::<Vec<_>>().join(" + ")
 }
 
-fn name(left: &Leftover) -> &str {
+fn name(left: &UnsettledRun) -> &str {
     left.upstream_run.as_ref().map_or("what nobody named", UpstreamRunId::as_str)
 }
 
@@ -183,7 +183,7 @@ impl Upstream for Scripted {
         Ok(self.events(run, false, ended))
     }
 
-    async fn recover(&self, _: &Leftover, _: &UpstreamError) -> Result<Recovered, UpstreamError> {
+    async fn recover(&self, _: &UnsettledRun, _: &UpstreamError) -> Result<Recovered, UpstreamError> {
         Ok(Recovered::Unknown)
     }
 
@@ -196,7 +196,7 @@ impl Upstream for Scripted {
         Ok(())
     }
 
-    async fn settle(&self, left: &Leftover) -> Result<Settled, UpstreamError> {
+    async fn settle(&self, left: &UnsettledRun) -> Result<Settled, UpstreamError> {
         self.note(format!("settle {}", name(left)));
         let Some(run) = left.upstream_run.clone() else { return Ok(Settled::default()) };
         let settling = *self.settling.lock().unwrap();
@@ -215,7 +215,7 @@ impl Upstream for Scripted {
         }
     }
 
-    async fn remove(&self, left: &Leftover) -> Result<(), UpstreamError> {
+    async fn remove(&self, left: &UnsettledRun) -> Result<(), UpstreamError> {
         self.note(format!("remove {}", name(left)));
         Ok(())
     }

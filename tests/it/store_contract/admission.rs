@@ -114,7 +114,7 @@ async fn queued_runs_report_positions(_: &TestDatabase, store: &Store) {
     assert_eq!((activity.state, activity.queue_depth), (ThreadState::Active, 3));
 
     closed(store.finish(&leases[0], completed(None)).await.unwrap());
-    claimed(store.claim(&leases[1]).await.unwrap());
+    claimed(store.start_queued(&leases[1]).await.unwrap());
     let (_, _, _, position) = queued(store.admit(admission(&key)).await.unwrap());
     assert_eq!(position, 3);
 }
@@ -133,7 +133,7 @@ async fn reject_on_busy_thread_stores_nothing(database: &TestDatabase, store: &S
     assert_eq!(store.admit(reject()).await.unwrap(), Admitted::Busy);
     assert_eq!(database.number("SELECT count(*) FROM runs").await, 2);
 
-    let next = claimed(store.claim(&waiting).await.unwrap());
+    let next = claimed(store.start_queued(&waiting).await.unwrap());
     closed(store.finish(&next.lease, completed(None)).await.unwrap());
     assert_eq!(started(store.admit(reject()).await.unwrap()).run.seq, 3);
     check_invariants(database).await;
@@ -290,9 +290,9 @@ async fn queued_run_survives_expiry_of_its_thread(database: &TestDatabase, store
     let fresh = started(store.admit(with_ttl()).await.unwrap());
     assert_ne!(fresh.thread.id, first.thread.id);
 
-    assert_eq!(store.claim(&second).await.unwrap(), Claim::NotYet);
+    assert_eq!(store.start_queued(&second).await.unwrap(), QueuedStart::NotYet);
     closed(store.finish(&first.lease, completed(Some("one"))).await.unwrap());
-    let turn = claimed(store.claim(&second).await.unwrap());
+    let turn = claimed(store.start_queued(&second).await.unwrap());
     assert_eq!((turn.thread.id, turn.thread.lifecycle), (first.thread.id, Lifecycle::Archived));
     let finished = closed(store.finish(&second, completed(Some("two"))).await.unwrap());
     assert_eq!(finished.thread.message_count, 4);
@@ -326,7 +326,7 @@ async fn message_content_and_metadata_round_trip_unchanged(_: &TestDatabase, sto
     let second = Admission { run_id: RunId::new(), ..second };
     let (lease, ..) = queued(store.admit(second.clone()).await.unwrap());
     closed(store.finish(&turn.lease, completed(None)).await.unwrap());
-    let turn = claimed(store.claim(&lease).await.unwrap());
+    let turn = claimed(store.start_queued(&lease).await.unwrap());
     assert_eq!(turn.input, std::slice::from_ref(&second.message));
     assert_eq!(turn.run.metadata, second.metadata);
 

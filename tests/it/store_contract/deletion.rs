@@ -2,10 +2,10 @@
 
 use threadkeeper::domain::{Deletion, DeletionId, Lifecycle, Removed, UpstreamOutcome};
 use threadkeeper::store::{
-    Deletable, DeletedThread, DeletionReport, DeletionRequest, DeletionTarget, RemnantName, Rolled,
+    Deletable, DeletedThread, DeletionReport, DeletionRequest, DeletionTarget, OrphanName, Rolled,
 };
 
-use super::keeping::{HOUR, earlier, id, thread, time};
+use super::retention::{HOUR, earlier, id, thread, time};
 use super::rollover::rollover;
 use super::*;
 
@@ -86,7 +86,7 @@ async fn thread_under_erasure_takes_no_new_messages(database: &TestDatabase, sto
     assert_eq!(store.begin_deletion(&erase, 10).await.unwrap(), 1);
     assert_eq!(store.begin_deletion(&erase, 10).await.unwrap(), 0);
 
-    let due = store.claim_due(10, HOUR).await.unwrap();
+    let due = store.lease_due_threads(10, HOUR).await.unwrap();
     let [due] = &due[..] else { panic!("{due:?}") };
     assert_eq!((due.thread.id, due.attempts), (active.thread.id, 0));
     assert_eq!((due.thread.lifecycle, due.thread.deletion), (Lifecycle::Deleting, Some(Deletion::Erase)));
@@ -100,7 +100,11 @@ async fn thread_under_erasure_takes_no_new_messages(database: &TestDatabase, sto
     assert_eq!(statuses, [RunStatus::Cancelling, RunStatus::Queued], "who waits is left to others");
     let cancelled = RunEnd { status: RunStatus::Cancelled, ..completed(None) };
     closed(store.finish(&active.lease, cancelled.clone()).await.unwrap());
-    assert_eq!(store.claim(&waiting).await.unwrap(), Claim::NotYet, "nor does it start what waits");
+    assert_eq!(
+        store.start_queued(&waiting).await.unwrap(),
+        QueuedStart::NotYet,
+        "nor does it start what waits"
+    );
     closed(store.finish(&waiting, cancelled.clone()).await.unwrap());
     let report = report(store, &erase).await;
     assert_eq!((report.id, report.archive, report.done, report.pending), (erase.id, false, 0, 1));
@@ -217,7 +221,7 @@ async fn rollover_after_erasure_request_is_erased_too(database: &TestDatabase, s
     let erase = erase(&key);
     assert_eq!(store.begin_deletion(&erase, 0).await.unwrap(), 0, "it is recorded, and has no thread yet");
     closed(store.finish(&active.lease, completed(Some("hi"))).await.unwrap());
-    let turn = claimed(store.claim(&waiting).await.unwrap());
+    let turn = claimed(store.start_queued(&waiting).await.unwrap());
     for lease in [Some(turn.lease), None] {
         let before = seen(store, &key).await.unwrap().0.id;
         let rolled = store.roll_over(&rollover(before, lease)).await.unwrap();
@@ -286,7 +290,7 @@ async fn erasure_concludes_in_bounded_steps(database: &TestDatabase, store: &Sto
         closed(store.finish(&turn.lease, completed(Some("hi"))).await.unwrap());
     }
     let turn = started(store.admit(admission(&key)).await.unwrap());
-    assert!(store.intend(&turn.lease, RemnantId::new()).await.unwrap());
+    assert!(store.intend(&turn.lease, OrphanId::new()).await.unwrap());
     closed(store.finish(&turn.lease, completed(None)).await.unwrap());
     let made = turn.thread.id;
     let erase = erase(&key);
@@ -350,7 +354,7 @@ async fn archive_keeps_transcript(database: &TestDatabase, store: &Store) {
     let found = thread(store, made).await.unwrap();
     assert_eq!((found.lifecycle, found.deletion), (Lifecycle::Archived, None));
     assert!(found.archived_at.unwrap() >= found.last_active_at);
-    assert_eq!(store.due(10).await.unwrap()[0].thread, found, "it is kept for a while only");
+    assert_eq!(store.due_threads(10).await.unwrap()[0].thread, found, "it is kept for a while only");
     assert_eq!(store.transcript(made, 0, 10).await.unwrap().len(), 2);
     let report = report(store, &archive).await;
     assert_eq!((report.archive, report.done, report.pending), (true, 1, 0));
@@ -366,10 +370,10 @@ async fn archive_can_be_escalated_to_erasure(database: &TestDatabase, store: &St
     let archive = request(DeletionTarget::Key(key.clone()), Deletion::Archive);
     assert_eq!(store.begin_deletion(&archive, 10).await.unwrap(), 1);
     store.removed(made, &Removed { items: 3, ..Removed::default() }, &[]).await.unwrap();
-    store.claim_due(1, HOUR).await.unwrap();
+    store.lease_due_threads(1, HOUR).await.unwrap();
     let erase = erase(&key);
     assert_eq!(store.begin_deletion(&erase, 10).await.unwrap(), 1);
-    let due = store.due(1).await.unwrap();
+    let due = store.due_threads(1).await.unwrap();
     assert_eq!((due[0].thread.id, due[0].thread.deletion), (made, Some(Deletion::Erase)));
     assert_eq!(due[0].thread.removed.items, 3, "what is done is done");
     gone_upstream(store, made).await;
@@ -433,7 +437,7 @@ async fn deletion_interrupted_between_batches_still_completes(_: &TestDatabase, 
     let mut rounds = 0;
     while report(store, &erase).await.finished_at.is_none() {
         rounds += 1;
-        for due in store.claim_due(10, HOUR).await.unwrap() {
+        for due in store.lease_due_threads(10, HOUR).await.unwrap() {
             gone_upstream(store, due.thread.id).await;
             while !store.conclude(due.thread.id, 2).await.unwrap() {}
         }
@@ -449,20 +453,20 @@ async fn upstream_removals_are_recorded(database: &TestDatabase, store: &Store) 
     let turn = started(store.admit(admission(&key)).await.unwrap());
     let made = turn.thread.id;
     assert!(bind(store, &turn.lease, &UpstreamThreadId("c".to_owned()), false).await);
-    let intents = [RemnantId::new(), RemnantId::new()];
+    let intents = [OrphanId::new(), OrphanId::new()];
     for intent in intents {
         assert!(store.intend(&turn.lease, intent).await.unwrap());
     }
     let end = RunEnd { upstream_run_id: Some(UpstreamRunId("resp_1".to_owned())), ..completed(None) };
     closed(store.finish(&turn.lease, end.clone()).await.unwrap());
     database.execute("UPDATE threads SET unsettled_run = '{}'").await;
-    let left = |remnants: Vec<threadkeeper::store::Remnant>| {
-        remnants.into_iter().map(|remnant| remnant.name).collect::<Vec<_>>()
+    let left = |orphans: Vec<threadkeeper::store::UpstreamOrphan>| {
+        orphans.into_iter().map(|orphan| orphan.name).collect::<Vec<_>>()
     };
-    let rows = intents.map(RemnantName::Row);
-    let run = RemnantName::Run(turn.run.id);
+    let rows = intents.map(OrphanName::Row);
+    let run = OrphanName::Run(turn.run.id);
     assert_eq!(
-        left(store.remnants(made, true, 10).await.unwrap()),
+        left(store.upstream_orphans(made, true, 10).await.unwrap()),
         [rows[0].clone(), rows[1].clone(), run.clone()]
     );
 
@@ -472,13 +476,13 @@ async fn upstream_removals_are_recorded(database: &TestDatabase, store: &Store) 
     let found = thread(store, made).await.unwrap();
     assert_eq!(found.removed, removed);
     assert_eq!(found.upstream_thread_id, Some(UpstreamThreadId("c".to_owned())));
-    assert_eq!(left(store.remnants(made, true, 10).await.unwrap()), [rows[1].clone(), run.clone()]);
+    assert_eq!(left(store.upstream_orphans(made, true, 10).await.unwrap()), [rows[1].clone(), run.clone()]);
 
     let removed = Removed { outcome: Some(UpstreamOutcome::AlreadyGone), responses: 1, ..removed };
     store.removed(made, &removed, &[run, rows[1].clone()]).await.unwrap();
     let found = thread(store, made).await.unwrap();
-    assert_eq!((found.removed, found.upstream_thread_id, found.leftover), (removed, None, None));
-    assert_eq!(store.remnants(made, true, 10).await.unwrap(), []);
+    assert_eq!((found.removed, found.upstream_thread_id, found.unsettled_run), (removed, None, None));
+    assert_eq!(store.upstream_orphans(made, true, 10).await.unwrap(), []);
     assert_eq!(store.run(&key, turn.run.id).await.unwrap().unwrap().0.upstream_run_id, None);
     store.removed(ThreadId::new(), &Removed::default(), &[]).await.unwrap();
 }
@@ -494,7 +498,7 @@ async fn deletion_receipt_is_paged(_: &TestDatabase, store: &Store) {
         gone_upstream(store, done).await;
         assert!(store.conclude(done, 10).await.unwrap());
     }
-    store.schedule(threads[2], None, Some(HOUR), Some("refused")).await.unwrap();
+    store.reschedule(threads[2], None, Some(HOUR), Some("refused")).await.unwrap();
     let (mut lines, mut after, mut pages) = (vec![], None, 0);
     loop {
         let report = store.deletion(&erase.tenant, erase.id, after, 2).await.unwrap().unwrap();
@@ -578,7 +582,7 @@ async fn concurrent_deletions_and_messages_leave_nothing_behind() {
                 Admitted::Started(turn) => turn.lease,
                 Admitted::Queued { lease, .. } => {
                     if n.is_multiple_of(2) {
-                        store.claim(&lease).await.unwrap();
+                        store.start_queued(&lease).await.unwrap();
                     }
                     lease
                 }
@@ -596,7 +600,7 @@ async fn concurrent_deletions_and_messages_leave_nothing_behind() {
                 _ => request(DeletionTarget::Key(key.clone()), end),
             };
             while store.begin_deletion(&request, 1).await.unwrap() > 0 {}
-            for due in store.claim_due(10, Duration::ZERO).await.unwrap() {
+            for due in store.lease_due_threads(10, Duration::ZERO).await.unwrap() {
                 gone_upstream(store, due.thread.id).await;
                 store.conclude(due.thread.id, 2).await.unwrap();
             }
@@ -615,7 +619,7 @@ async fn concurrent_deletions_and_messages_leave_nothing_behind() {
     let last = erase_user(&keys[0]);
     while replicas[0].begin_deletion(&last, 100).await.unwrap() > 0 {}
     database.execute("UPDATE threads SET due_at = created_at WHERE lifecycle = 'deleting'").await;
-    for due in replicas[0].claim_due(1000, HOUR).await.unwrap() {
+    for due in replicas[0].lease_due_threads(1000, HOUR).await.unwrap() {
         gone_upstream(&replicas[0], due.thread.id).await;
         while !replicas[0].conclude(due.thread.id, 50).await.unwrap() {}
     }
@@ -632,16 +636,16 @@ async fn unheard_upstream_runs_are_counted(_: &TestDatabase, store: &Store) {
     let key = user("alice");
     let turn = started(store.admit(admission(&key)).await.unwrap());
     let thread = turn.thread.id;
-    assert_eq!(store.unheard_runs(thread).await.unwrap(), 0);
+    assert_eq!(store.unacknowledged_requests(thread).await.unwrap(), 0);
     assert!(store.sends_again(&turn.lease).await.unwrap());
     assert!(store.sends_again(&turn.lease).await.unwrap());
     let stale = RunLease { fence: turn.lease.fence - 1, ..turn.lease };
     assert!(!store.sends_again(&stale).await.unwrap(), "the run is another's");
-    assert_eq!(store.unheard_runs(thread).await.unwrap(), 2);
-    let unheard = RunEnd { unheard: 1, ..completed(Some("hi")) };
-    closed(store.finish(&turn.lease, unheard.clone()).await.unwrap());
+    assert_eq!(store.unacknowledged_requests(thread).await.unwrap(), 2);
+    let unacknowledged_requests = RunEnd { unacknowledged_requests: 1, ..completed(Some("hi")) };
+    closed(store.finish(&turn.lease, unacknowledged_requests.clone()).await.unwrap());
     assert!(!store.sends_again(&turn.lease).await.unwrap(), "the run is over");
     let next = started(store.admit(admission(&key)).await.unwrap());
     closed(store.finish(&next.lease, completed(Some("hi"))).await.unwrap());
-    assert_eq!(store.unheard_runs(thread).await.unwrap(), 3);
+    assert_eq!(store.unacknowledged_requests(thread).await.unwrap(), 3);
 }

@@ -36,7 +36,7 @@ fn message(role: Role, said: &str) -> ImportedMessage {
         role,
         content: text(said),
         upstream_message_id: None,
-        context: None,
+        sync: None,
         created_at: None,
     }
 }
@@ -223,9 +223,9 @@ async fn imported_messages_keep_order_and_fields(_: &TestDatabase, store: &Store
         created_at: Some(time("2026-01-02T03:04:05.678Z")),
         ..message(Role::User, "nul: \0")
     };
-    let two = ImportedMessage { context: Some(Context::Withheld), ..message(Role::Assistant, "two") };
-    let three = ImportedMessage { context: Some(Context::Missing), ..message(Role::User, "three") };
-    let four = ImportedMessage { context: Some(Context::Unknown), ..message(Role::User, "four") };
+    let two = ImportedMessage { sync: Some(UpstreamSync::Withheld), ..message(Role::Assistant, "two") };
+    let three = ImportedMessage { sync: Some(UpstreamSync::Missing), ..message(Role::User, "three") };
+    let four = ImportedMessage { sync: Some(UpstreamSync::Unknown), ..message(Role::User, "four") };
     let all = [one.clone(), two, three, four];
     assert_eq!(import_messages(store, id, &all).await, 4);
     let page = store.messages(ThreadName::Newest(&key), false, &first_page()).await.unwrap().unwrap();
@@ -234,8 +234,11 @@ async fn imported_messages_keep_order_and_fields(_: &TestDatabase, store: &Store
     assert_eq!((&got.content, &got.upstream_message_id), (&text("nul: \u{fffd}"), &one.upstream_message_id));
     assert_eq!((Some(got.created_at), got.run_id, got.ended), (one.created_at, None, None));
     assert!(page.data[1].created_at >= before.created_at);
-    let contexts: Vec<_> = page.data.iter().map(|message| message.context).collect();
-    assert_eq!(contexts, [Context::Present, Context::Withheld, Context::Missing, Context::Present]);
+    let syncs: Vec<_> = page.data.iter().map(|message| message.sync).collect();
+    assert_eq!(
+        syncs,
+        [UpstreamSync::Present, UpstreamSync::Withheld, UpstreamSync::Missing, UpstreamSync::Present]
+    );
     let after = by_id(store, id).await;
     assert_eq!((after.message_count, after.backlog), (4, 1));
     assert_eq!(after.last_active_at, before.last_active_at, "it is no activity");
@@ -265,7 +268,7 @@ async fn imported_messages_without_upstream_thread_form_backlog(database: &TestD
     import_messages(store, id, &[message(Role::User, "one"), message(Role::Assistant, "two")]).await;
     assert_eq!(by_id(store, id).await.backlog, 2);
     let turn = started(store.admit(admission(&key)).await.unwrap());
-    let backlog = store.backlog(turn.run.id, None, 1000).await.unwrap().data;
+    let backlog = store.unsynced_messages(turn.run.id, None, 1000).await.unwrap().data;
     assert_eq!(backlog.iter().map(|message| message.position).collect::<Vec<_>>(), [2, 1]);
     let end = RunEnd { synced: true, ..completed(Some("hi")) };
     assert_eq!(closed(store.finish(&turn.lease, end.clone()).await.unwrap()).thread.backlog, 0);

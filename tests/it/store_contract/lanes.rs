@@ -3,9 +3,9 @@
 use futures_util::future::join_all;
 use sqlx::{Connection, Executor};
 use threadkeeper::config::StoreConfig;
-use threadkeeper::store::{Made, RemnantName, StoreError};
+use threadkeeper::store::{Made, OrphanName, StoreError};
 
-use super::backends::blocked;
+use super::engines::blocked;
 use super::*;
 use crate::support::link::{Link, Weather};
 
@@ -114,7 +114,7 @@ async fn batch_with_lost_response_returns_recorded_results() {
     assert_eq!(database.number("SELECT count(*) FROM messages").await, BATCH);
 
     let mut held = database.lock("threads").await;
-    let binds = turns.iter().map(|turn| bind(&store, &turn.lease, turn.run.id, RemnantId::new()));
+    let binds = turns.iter().map(|turn| bind(&store, &turn.lease, turn.run.id, OrphanId::new()));
     let (bound, ()) = tokio::join!(join_all(binds), loses(&mut held));
     assert!(bound.iter().all(|bound| *bound == Bound::Done), "{bound:?}");
 
@@ -183,7 +183,7 @@ async fn idempotent_retry_takes_no_row_lock() {
     assert_eq!(repeated.expect("it waits").unwrap(), Admitted::Repeated);
 }
 
-async fn bind(store: &Store, lease: &RunLease, name: RunId, intent: RemnantId) -> Bound {
+async fn bind(store: &Store, lease: &RunLease, name: RunId, intent: OrphanId) -> Bound {
     let id = UpstreamThreadId(format!("conv_{name}"));
     let binding = Binding { id, intent, seeded: false, carried_users: 0 };
     store.bind_upstream_thread(lease, binding).await.unwrap()
@@ -193,7 +193,7 @@ async fn bind(store: &Store, lease: &RunLease, name: RunId, intent: RemnantId) -
 async fn batched_bindings_return_individual_results() {
     for database in [TestDatabase::postgres().await, TestDatabase::sqlite().await] {
         let store = database.store().await;
-        let with = |name| Admission { intent: Some(RemnantId::new()), ..admission(&user(name)) };
+        let with = |name| Admission { intent: Some(OrphanId::new()), ..admission(&user(name)) };
         let mut turns = Vec::new();
         for name in ["good", "lost", "gone"] {
             turns.push(started(store.admit(with(name)).await.unwrap()));
@@ -206,7 +206,7 @@ async fn batched_bindings_return_individual_results() {
             turns.iter().zip(&intents).map(|(it, intent)| bind(&store, &it.lease, it.run.id, *intent));
         assert_eq!(join_all(binds).await, [Bound::Done, Bound::Lost, Bound::Unrecorded]);
         for (n, left) in [0, 1, 0].into_iter().enumerate() {
-            let left_over = store.remnants(turns[n].thread.id, false, 10).await.unwrap();
+            let left_over = store.upstream_orphans(turns[n].thread.id, false, 10).await.unwrap();
             assert_eq!(left_over.len(), left, "{n}: {left_over:?}");
         }
         let bound = "SELECT count(*) FROM threads WHERE upstream_thread_id IS NOT NULL";
@@ -223,7 +223,8 @@ async fn two_runs_of_one_thread_finish_concurrently() {
         let key = user("alice");
         let active = started(store.admit(admission(&key)).await.unwrap());
         let (waiting, ..) = queued(store.admit(admission(&key)).await.unwrap());
-        let withdrawn = RunEnd { status: RunStatus::Cancelled, said: Context::Missing, ..completed(None) };
+        let withdrawn =
+            RunEnd { status: RunStatus::Cancelled, said: UpstreamSync::Missing, ..completed(None) };
         let (one, other) = tokio::join!(
             store.finish(&active.lease, completed(Some("hi"))),
             store.finish(&waiting, withdrawn)
@@ -289,7 +290,7 @@ async fn repeated_merge_is_applied_once() {
     again().await;
     again().await;
     closed(store.finish(&active.lease, completed(Some("hi"))).await.unwrap());
-    let turn = claimed(store.claim(&waiting).await.unwrap());
+    let turn = claimed(store.start_queued(&waiting).await.unwrap());
     assert_eq!(turn.input.len(), 2);
     // It has started by then.
     again().await;
@@ -323,17 +324,17 @@ async fn admission_records_intent_only_for_new_thread() {
     for database in [TestDatabase::postgres().await, TestDatabase::sqlite().await] {
         let store = database.store().await;
         let key = user("alice");
-        let with = || Admission { intent: Some(RemnantId::new()), ..admission(&key) };
+        let with = || Admission { intent: Some(OrphanId::new()), ..admission(&key) };
         let first = with();
         let turn = started(store.admit(first.clone()).await.unwrap());
         assert_eq!(turn.intent, first.intent);
-        let intents = store.remnants(turn.thread.id, false, 10).await.unwrap();
+        let intents = store.upstream_orphans(turn.thread.id, false, 10).await.unwrap();
         assert_eq!(intents.len(), 1);
-        assert_eq!(intents[0].name, RemnantName::Row(first.intent.unwrap()));
+        assert_eq!(intents[0].name, OrphanName::Row(first.intent.unwrap()));
         closed(store.finish(&turn.lease, completed(Some("hi"))).await.unwrap());
         let turn = started(store.admit(with()).await.unwrap());
         assert_eq!(turn.intent, None);
-        assert_eq!(store.remnants(turn.thread.id, false, 10).await.unwrap().len(), 1);
+        assert_eq!(store.upstream_orphans(turn.thread.id, false, 10).await.unwrap().len(), 1);
         store.close().await;
     }
 }

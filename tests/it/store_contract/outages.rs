@@ -12,7 +12,7 @@ use crate::support::cluster::{Cluster, Stop};
 /// Opens all connections of both pools.
 async fn fill(store: &Store) {
     let calls = (0..64).map(async |_| {
-        store.backlog(RunId::new(), None, 10).await.unwrap();
+        store.unsynced_messages(RunId::new(), None, 10).await.unwrap();
         store.events(RunId::new(), 0).await.unwrap();
     });
     join_all(calls).await;
@@ -32,7 +32,7 @@ async fn store_calls_succeed_right_after_outage() {
             let before = Instant::now();
             for error in [
                 store.events(RunId::new(), 0).await.unwrap_err(),
-                store.backlog(RunId::new(), None, 10).await.unwrap_err(),
+                store.unsynced_messages(RunId::new(), None, 10).await.unwrap_err(),
                 store.ready().await.unwrap_err(),
             ] {
                 assert!(matches!(error, StoreError::Unavailable(_)), "{how:?}: {error:?}");

@@ -10,9 +10,9 @@ use serde_json::Value;
 use threadkeeper::config::StoreConfig;
 use threadkeeper::domain::{Access, Deletion, KeyId, Lifecycle, Lifetimes, Role, ThreadState};
 use threadkeeper::store::{
-    Answered, DeletionTarget, Engine, Foreign, Imported, ImportedMessage, Made, NewKey, News, Pruning,
-    Rollover, RunProgress, Sent, ThreadUpdate, Withdrawal, Withdrawn, Withholding, functions_called_by,
-    statements,
+    Answered, DeletionTarget, Engine, ExternalMessage, Imported, ImportedMessage, Made, NewKey, Notification,
+    Pruning, Rollover, RunProgress, Sent, ThreadUpdate, Withdrawal, Withdrawn, Withholding,
+    functions_called_by, statements,
 };
 
 use super::deletion::{gone, request};
@@ -230,8 +230,8 @@ async fn turns(store: &Store, key: &ConversationKey, me: ReplicaId) {
     let (waiting, ..) = queued(store.admit(with(MultitaskStrategy::Merge)).await.unwrap());
     store.admit(with(MultitaskStrategy::Merge)).await.unwrap();
     let (first, ..) = queued(store.admit(with(MultitaskStrategy::Interrupt)).await.unwrap());
-    assert_eq!(store.claim(&waiting).await.unwrap(), Claim::NotYet);
-    let intent = RemnantId::new();
+    assert_eq!(store.start_queued(&waiting).await.unwrap(), QueuedStart::NotYet);
+    let intent = OrphanId::new();
     assert!(store.intend(&turn.lease, intent).await.unwrap());
     let id = UpstreamThreadId("c".to_owned());
     let binding = Binding { id: id.clone(), intent, seeded: false, carried_users: 0 };
@@ -239,7 +239,7 @@ async fn turns(store: &Store, key: &ConversationKey, me: ReplicaId) {
     assert_eq!(store.bind_upstream_thread(&turn.lease, binding.clone()).await.unwrap(), Bound::Done);
     assert_eq!(store.bind_upstream_thread(&first, binding.clone()).await.unwrap(), Bound::Lost);
     for made in [Made::Nothing, Made::Unused(&id), Made::Unknown] {
-        store.resolve(RemnantId::new(), made).await.unwrap();
+        store.resolve(OrphanId::new(), made).await.unwrap();
     }
     let refused = with(MultitaskStrategy::Enqueue);
     let (taken_back, ..) = queued(store.admit(refused.clone()).await.unwrap());
@@ -264,30 +264,30 @@ async fn turns(store: &Store, key: &ConversationKey, me: ReplicaId) {
     assert_eq!(store.answer_tools(key, turn.run.id, &again).await.unwrap(), Answered::Repeated);
     assert_eq!(store.requests(me).await.unwrap().len(), 1);
     assert!(store.sends_outputs(&turn.lease).await.unwrap());
-    assert_eq!(store.lost(me, &[turn.run.id]).await.unwrap(), []);
+    assert_eq!(store.runs_taken_over(me, &[turn.run.id]).await.unwrap(), []);
     store.request_cancel(key, turn.run.id).await.unwrap().unwrap();
-    store.displace(&first, true).await.unwrap().unwrap();
-    store.displace(&first, true).await.unwrap().unwrap();
+    store.cancel_active(&first, true).await.unwrap().unwrap();
+    store.cancel_active(&first, true).await.unwrap().unwrap();
     assert_eq!(store.finish(&turn.lease, completed(None)).await.unwrap(), Closing::MustDiscard);
     let discarded = RunEnd { discard: true, status: RunStatus::Cancelled, ..completed(None) };
     closed(store.finish(&turn.lease, discarded.clone()).await.unwrap());
     closed(store.finish(&turn.lease, discarded.clone()).await.unwrap());
-    claimed(store.claim(&first).await.unwrap());
-    claimed(store.claim(&first).await.unwrap());
-    store.backlog(first.run_id, None, LIMIT).await.unwrap();
+    claimed(store.start_queued(&first).await.unwrap());
+    claimed(store.start_queued(&first).await.unwrap());
+    store.unsynced_messages(first.run_id, None, LIMIT).await.unwrap();
     store.earlier(first.run_id, None, LIMIT).await.unwrap();
     let some = Withholding { before: Some(1), missing_only: false, carried: Some(1) };
     assert!(store.withhold_earlier(&first, &some).await.unwrap());
-    assert!(store.settled(&first, turn.run.id, Context::Missing).await.unwrap());
+    assert!(store.record_settlement(&first, turn.run.id, UpstreamSync::Missing).await.unwrap());
     assert!(store.took_along(&first, first.run_id).await.unwrap());
-    assert!(store.settled(&first, first.run_id, Context::Missing).await.unwrap());
-    let end = RunEnd { synced: true, said: Context::Missing, ..completed(Some("hi")) };
+    assert!(store.record_settlement(&first, first.run_id, UpstreamSync::Missing).await.unwrap());
+    let end = RunEnd { synced: true, said: UpstreamSync::Missing, ..completed(Some("hi")) };
     closed(store.finish(&first, end.clone()).await.unwrap());
     store.release(&[waiting]).await.unwrap();
     let orphans = store.adopt_orphans(me, &[], LIMIT).await.unwrap();
     assert_eq!(orphans.iter().map(|orphan| orphan.run.id).collect::<Vec<_>>(), [waiting.run_id]);
     let waiting = store.take_queued(me, waiting.run_id).await.unwrap().unwrap();
-    claimed(store.claim(&waiting).await.unwrap());
+    claimed(store.start_queued(&waiting).await.unwrap());
     store.release(&[waiting]).await.unwrap();
     let orphans = store.adopt_orphans(me, &[], LIMIT).await.unwrap();
     closed(store.finish(&orphans[0].lease, completed(Some("hi"))).await.unwrap());
@@ -309,7 +309,7 @@ async fn keys(store: &Store, key: &ConversationKey) {
     store.good_keys().await.unwrap();
     store.revoke_key(&new.prefix).await.unwrap().unwrap();
     store.fingerprint_key([1; 32]).await.unwrap();
-    store.tell(&[News::Orphans]).await.unwrap();
+    store.notify_replicas(&[Notification::Orphans]).await.unwrap();
 }
 
 /// A fresh thread in the place of an expired one.
@@ -395,7 +395,7 @@ async fn life(store: &Store, key: &ConversationKey, me: ReplicaId) {
     store.roll_over(&by_run).await.unwrap();
     store.roll_over(&by_run).await.unwrap();
     store.carried(by_run.new_thread, None, LIMIT).await.unwrap();
-    let foreign = Foreign {
+    let external = ExternalMessage {
         id: MessageId::new(),
         after: 0,
         role: Role::User,
@@ -403,14 +403,15 @@ async fn life(store: &Store, key: &ConversationKey, me: ReplicaId) {
         upstream_message_id: Some("x".to_owned()),
         created_at: None,
     };
-    let inserted = store.insert_foreign(by_run.new_thread, Some(active.lease), &[foreign]).await.unwrap();
+    let inserted =
+        store.insert_external_messages(by_run.new_thread, Some(active.lease), &[external]).await.unwrap();
     assert_eq!(inserted, 1);
     let message = ImportedMessage {
         id: MessageId::new(),
         role: Role::User,
         content: text("x"),
         upstream_message_id: None,
-        context: None,
+        sync: None,
         created_at: None,
     };
     let elsewhere = session("imported", key.user.as_str());
@@ -426,18 +427,18 @@ async fn life(store: &Store, key: &ConversationKey, me: ReplicaId) {
     assert!(store.conclude(added, LIMIT).await.unwrap());
     assert_eq!(import_messages(store, by_run.new_thread, &[message]).await, 1);
     store.expire(by_run.new_thread, Limits::NONE).await.unwrap();
-    store.review(None, LIMIT, &NO_LIMITS).await.unwrap();
-    store.due(LIMIT).await.unwrap();
-    store.claim_due(LIMIT, Duration::ZERO).await.unwrap();
-    store.schedule(thread, None, None, None).await.unwrap();
-    store.remnants(thread, true, LIMIT).await.unwrap();
-    store.due_remnants(LIMIT).await.unwrap();
-    store.claim_remnants(LIMIT, Duration::ZERO).await.unwrap();
-    store.unheard_runs(thread).await.unwrap();
+    store.apply_changed_limits(None, LIMIT, &NO_LIMITS).await.unwrap();
+    store.due_threads(LIMIT).await.unwrap();
+    store.lease_due_threads(LIMIT, Duration::ZERO).await.unwrap();
+    store.reschedule(thread, None, None, None).await.unwrap();
+    store.upstream_orphans(thread, true, LIMIT).await.unwrap();
+    store.due_upstream_orphans(LIMIT).await.unwrap();
+    store.lease_upstream_orphans(LIMIT, Duration::ZERO).await.unwrap();
+    store.unacknowledged_requests(thread).await.unwrap();
     for after in [None, Some(Duration::ZERO)] {
-        store.schedule_remnant(RemnantId::new(), None, after).await.unwrap();
+        store.reschedule_upstream_orphan(OrphanId::new(), None, after).await.unwrap();
     }
-    store.keep_remnant(RemnantId::new(), None).await.unwrap();
+    store.keep_upstream_orphan(OrphanId::new(), None).await.unwrap();
     store.discard(thread, Duration::from_hours(1)).await.unwrap();
     store.discard(thread, Duration::ZERO).await.unwrap();
     let pruning = Pruning {

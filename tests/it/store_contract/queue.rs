@@ -50,15 +50,15 @@ async fn interrupt_and_rollback_go_before_queued_runs(database: &TestDatabase, s
     }
     for next in ["f", "e", "c", "a", "b", "d", "g"] {
         for (words, lease) in &waiting {
-            assert_eq!(store.claim(lease).await.unwrap(), Claim::NotYet, "{words}");
+            assert_eq!(store.start_queued(lease).await.unwrap(), QueuedStart::NotYet, "{words}");
         }
         closed(store.finish(&active, completed(None)).await.unwrap());
         for (words, lease) in waiting.iter().filter(|(words, _)| *words != next) {
-            assert_eq!(store.claim(lease).await.unwrap(), Claim::NotYet, "{words}");
+            assert_eq!(store.start_queued(lease).await.unwrap(), QueuedStart::NotYet, "{words}");
         }
         let at = waiting.iter().position(|(words, _)| *words == next).unwrap();
         active = waiting.remove(at).1;
-        assert_eq!(claimed(store.claim(&active).await.unwrap()).input[0].content, text(next));
+        assert_eq!(claimed(store.start_queued(&active).await.unwrap()).input[0].content, text(next));
     }
     assert_eq!(transcript(store, &key).await.len(), 8);
     check_invariants(database).await;
@@ -108,7 +108,12 @@ fn withdrawal(admission: &Admission) -> Withdrawal {
     Withdrawal {
         message: admission.message.id,
         idempotency_key: admission.idempotency.as_ref().map(|used| used.key.clone()),
-        end: RunEnd { status: RunStatus::Failed, said: Context::Withheld, discard: true, ..completed(None) },
+        end: RunEnd {
+            status: RunStatus::Failed,
+            said: UpstreamSync::Withheld,
+            discard: true,
+            ..completed(None)
+        },
     }
 }
 
@@ -144,9 +149,9 @@ async fn withdrawal_keeps_merged_messages_queued(database: &TestDatabase, store:
     let interrupt =
         store.unfinished(&key).await.unwrap().unwrap().into_iter().find(|run| run.id != lease.run_id);
     let interrupt = RunLease { run_id: interrupt.unwrap().id, fence: 1 };
-    claimed(store.claim(&interrupt).await.unwrap());
+    claimed(store.start_queued(&interrupt).await.unwrap());
     closed(store.finish(&interrupt, completed(None)).await.unwrap());
-    let turn = claimed(store.claim(&lease).await.unwrap());
+    let turn = claimed(store.start_queued(&lease).await.unwrap());
     assert_eq!(turn.input, joins.map(|join| join.message));
     closed(store.finish(&lease, completed(Some("hi"))).await.unwrap());
     check_invariants(database).await;
@@ -204,10 +209,10 @@ async fn full_merged_run_takes_no_more_messages(database: &TestDatabase, store: 
     let (_, _, next, position) = queued(store.admit(with(&key, Merge, "next")).await.unwrap());
     assert_eq!((next.seq, position), (3, 2));
     closed(store.finish(&first.lease, completed(None)).await.unwrap());
-    let turn = claimed(store.claim(&full).await.unwrap());
+    let turn = claimed(store.start_queued(&full).await.unwrap());
     let words: Vec<_> = (0..MAX_MERGED).map(|n| text(&n.to_string())).collect();
     assert_eq!(turn.input.iter().map(|it| it.content.clone()).collect::<Vec<_>>(), words);
-    assert_eq!(claimed(store.claim(&full).await.unwrap()), turn);
+    assert_eq!(claimed(store.start_queued(&full).await.unwrap()), turn);
     check_invariants(database).await;
 }
 
@@ -227,7 +232,7 @@ async fn merge_without_queued_run_is_queued_alone(database: &TestDatabase, store
     let fresh = started(store.admit(merge()).await.unwrap());
     assert_eq!(fresh.thread.previous_thread, Some(first.thread.id));
     closed(store.finish(&first.lease, completed(None)).await.unwrap());
-    assert_eq!(claimed(store.claim(&second).await.unwrap()).input.len(), 1);
+    assert_eq!(claimed(store.start_queued(&second).await.unwrap()).input.len(), 1);
     check_invariants(database).await;
 }
 
@@ -237,28 +242,28 @@ async fn interrupt_displaces_only_earlier_active_run(database: &TestDatabase, st
     let first = started(store.admit(with(&key, Enqueue, "1")).await.unwrap());
     let (second, ..) = queued(store.admit(with(&key, Interrupt, "2")).await.unwrap());
     let stale = RunLease { fence: second.fence - 1, ..second };
-    assert_eq!(store.displace(&stale, false).await.unwrap(), None);
-    assert_eq!(store.displace(&first.lease, false).await.unwrap(), None, "it does not wait");
+    assert_eq!(store.cancel_active(&stale, false).await.unwrap(), None);
+    assert_eq!(store.cancel_active(&first.lease, false).await.unwrap(), None, "it does not wait");
     for _ in 0..2 {
-        assert_eq!(store.displace(&second, false).await.unwrap(), Some(first.run.id));
+        assert_eq!(store.cancel_active(&second, false).await.unwrap(), Some(first.run.id));
         let (run, _) = store.run(&key, first.run.id).await.unwrap().unwrap();
         assert_eq!((run.status, run.discarded), (RunStatus::Cancelling, false));
     }
-    assert_eq!(store.claim(&second).await.unwrap(), Claim::NotYet, "it still holds the thread");
+    assert_eq!(store.start_queued(&second).await.unwrap(), QueuedStart::NotYet, "it still holds the thread");
     // Another interrupt takes the place that was made.
     let (third, ..) = queued(store.admit(with(&key, Interrupt, "3")).await.unwrap());
     let cancelled = RunEnd { status: RunStatus::Cancelled, ..completed(None) };
     closed(store.finish(&first.lease, cancelled.clone()).await.unwrap());
-    assert_eq!(store.displace(&second, false).await.unwrap(), None, "none is active");
-    claimed(store.claim(&third).await.unwrap());
-    assert_eq!(store.displace(&second, true).await.unwrap(), None, "it came later");
+    assert_eq!(store.cancel_active(&second, false).await.unwrap(), None, "none is active");
+    claimed(store.start_queued(&third).await.unwrap());
+    assert_eq!(store.cancel_active(&second, true).await.unwrap(), None, "it came later");
     let (run, _) = store.run(&key, third.run_id).await.unwrap().unwrap();
     assert_eq!((run.status, run.discarded), (RunStatus::InProgress, false));
     // One of another thread does not matter.
     started(store.admit(admission(&user("bob"))).await.unwrap());
     closed(store.finish(&third, completed(None)).await.unwrap());
-    assert_eq!(store.displace(&second, true).await.unwrap(), None);
-    claimed(store.claim(&second).await.unwrap());
+    assert_eq!(store.cancel_active(&second, true).await.unwrap(), None);
+    claimed(store.start_queued(&second).await.unwrap());
     check_invariants(database).await;
 }
 
@@ -268,7 +273,7 @@ async fn discard_mark_of_displaced_run_stays(_: &TestDatabase, store: &Store) {
     let (second, ..) = queued(store.admit(with(&key, MultitaskStrategy::Rollback, "2")).await.unwrap());
     store.request_cancel(&key, first.run.id).await.unwrap().unwrap();
     for (discard, discarded) in [(false, false), (true, true), (false, true)] {
-        assert_eq!(store.displace(&second, discard).await.unwrap(), Some(first.run.id));
+        assert_eq!(store.cancel_active(&second, discard).await.unwrap(), Some(first.run.id));
         let (run, _) = store.run(&key, first.run.id).await.unwrap().unwrap();
         assert_eq!((run.status, run.discarded), (RunStatus::Cancelling, discarded));
     }
@@ -288,7 +293,7 @@ async fn cancel_marks_only_active_runs(_: &TestDatabase, store: &Store) {
         assert_eq!(store.request_cancel(&key, first.run.id).await.unwrap().as_ref(), Some(&marked));
     }
     assert_eq!(store.run(&key, first.run.id).await.unwrap().unwrap().0, marked);
-    assert_eq!(store.claim(&first.lease).await.unwrap(), Claim::Lost, "it does not start again");
+    assert_eq!(store.start_queued(&first.lease).await.unwrap(), QueuedStart::Lost, "it does not start again");
     let finished = closed(store.finish(&first.lease, completed(Some("hi"))).await.unwrap());
     assert_eq!(store.request_cancel(&key, first.run.id).await.unwrap(), Some(finished.run));
 }

@@ -73,8 +73,8 @@ async fn random_steps_match_queue_model(database: &TestDatabase, store: &Store) 
                     continue;
                 }
                 let place = rng.random_range(0..model.waiting.len());
-                match store.claim(&model.waiting[place].lease).await.unwrap() {
-                    Claim::Started(turn) => {
+                match store.start_queued(&model.waiting[place].lease).await.unwrap() {
+                    QueuedStart::Started(turn) => {
                         assert!(place == 0 && model.active.is_none(), "step {step}");
                         let next = model.waiting.pop_front().unwrap();
                         assert_eq!(i64::try_from(turn.input.len()).unwrap(), next.inputs, "step {step}");
@@ -82,15 +82,15 @@ async fn random_steps_match_queue_model(database: &TestDatabase, store: &Store) 
                         assert_eq!(turn.thread.message_count, model.messages, "step {step}");
                         model.active = Some(ModelRun { status: RunStatus::InProgress, ..next });
                     }
-                    Claim::NotYet => assert!(place > 0 || model.active.is_some(), "step {step}"),
-                    Claim::Lost => panic!("step {step}"),
+                    QueuedStart::NotYet => assert!(place > 0 || model.active.is_some(), "step {step}"),
+                    QueuedStart::Lost => panic!("step {step}"),
                 }
             }
             9 => {
                 let waiting: Vec<_> = model.waiting.iter().map(|run| (run.lease, run.seq)).collect();
                 let Some((lease, seq)) = waiting.choose(&mut rng) else { continue };
                 let discard = rng.random_bool(0.5);
-                let displaced = store.displace(lease, discard).await.unwrap();
+                let displaced = store.cancel_active(lease, discard).await.unwrap();
                 let active = model.active.as_mut().filter(|active| active.seq < *seq);
                 assert_eq!(displaced, active.as_ref().map(|active| active.lease.run_id), "step {step}");
                 if let Some(active) = active {
@@ -101,13 +101,13 @@ async fn random_steps_match_queue_model(database: &TestDatabase, store: &Store) 
             10 | 11 => wait_or_answer(store, key, model, step).await,
             12 => {
                 let Some(run) = model.waiting.pop_back() else { continue };
-                let said = *[Context::Withheld, Context::Missing].choose(&mut rng).unwrap();
+                let said = *[UpstreamSync::Withheld, UpstreamSync::Missing].choose(&mut rng).unwrap();
                 let discard = rng.random_bool(0.3);
                 let end = RunEnd { status: RunStatus::Cancelled, said, discard, ..completed(None) };
                 let finished = closed(store.finish(&run.lease, end.clone()).await.unwrap());
                 if !discard {
                     model.messages += run.inputs;
-                    model.missing += if said == Context::Missing { run.inputs } else { 0 };
+                    model.missing += if said == UpstreamSync::Missing { run.inputs } else { 0 };
                 }
                 assert_eq!(finished.thread.message_count, model.messages, "step {step}");
                 assert_eq!(finished.thread.backlog, model.missing, "step {step}");
@@ -174,7 +174,9 @@ async fn admit(store: &Store, model: &mut Model, request: &Admission, assistant:
 async fn end(store: &Store, model: &mut Model, rng: &mut StdRng, step: usize) {
     let Some(run) = model.active.take() else { return };
     let context = |rng: &mut StdRng| {
-        *[Context::Present, Context::Present, Context::Missing, Context::Unknown].choose(rng).unwrap()
+        *[UpstreamSync::Present, UpstreamSync::Present, UpstreamSync::Missing, UpstreamSync::Unknown]
+            .choose(rng)
+            .unwrap()
     };
     let mut end = completed(rng.random_bool(0.75).then_some("hi"));
     end.events.first = run.pauses * 4;
@@ -184,14 +186,14 @@ async fn end(store: &Store, model: &mut Model, rng: &mut StdRng, step: usize) {
         end.status = RunStatus::Failed;
     }
     if let Some(reply) = &mut end.reply {
-        reply.context = context(rng);
+        reply.sync = context(rng);
     }
     if run.discard {
         assert_eq!(store.finish(&run.lease, end.clone()).await.unwrap(), Closing::MustDiscard, "step {step}");
     }
     end.discard = run.discard || rng.random_bool(0.1);
     // What was missing before the run's own messages went along; what came later did not.
-    let earlier = store.backlog(run.lease.run_id, None, 1000).await.unwrap().data.len();
+    let earlier = store.unsynced_messages(run.lease.run_id, None, 1000).await.unwrap().data.len();
     let finished = closed(store.finish(&run.lease, end.clone()).await.unwrap());
     if end.synced {
         model.missing -= i64::try_from(earlier).unwrap();
@@ -199,10 +201,10 @@ async fn end(store: &Store, model: &mut Model, rng: &mut StdRng, step: usize) {
     if end.discard {
         model.messages -= run.inputs;
     } else {
-        let replied = end.reply.as_ref().map(|reply| reply.context);
+        let replied = end.reply.as_ref().map(|reply| reply.sync);
         model.messages += i64::from(replied.is_some());
-        model.missing += if end.said == Context::Missing { run.inputs } else { 0 };
-        model.missing += i64::from(replied == Some(Context::Missing));
+        model.missing += if end.said == UpstreamSync::Missing { run.inputs } else { 0 };
+        model.missing += i64::from(replied == Some(UpstreamSync::Missing));
     }
     assert_eq!(finished.thread.message_count, model.messages, "step {step}");
     assert_eq!(finished.thread.backlog, model.missing, "step {step}");

@@ -1,9 +1,9 @@
 //! `transcript = "off"`: nothing that was said gets into the database, and all else is as it always is.
 
 use threadkeeper::config::{StoreConfig, Transcript};
-use threadkeeper::domain::{Baseline, Leftover, Role};
+use threadkeeper::domain::{Baseline, Role, UnsettledRun};
 use threadkeeper::store::{
-    Answered, Foreign, ImportedMessage, Paused, Request, Rolled, Rollover, RunProgress,
+    Answered, ExternalMessage, ImportedMessage, Paused, Request, Rolled, Rollover, RunProgress,
 };
 
 use super::*;
@@ -76,19 +76,19 @@ async fn content_is_delivered_but_not_stored(database: &TestDatabase, store: &St
     assert!(!requests.iter().any(|it| matches!(it, Request::Resume { .. })), "{requests:?}");
 
     let mut end = completed(Some(SAID));
-    end.reply.as_mut().unwrap().context = Context::Missing;
+    end.reply.as_mut().unwrap().sync = UpstreamSync::Missing;
     end.events = EventBatch { first: 20, events: vec![LoggedEvent::Delta(SAID.to_owned())] };
     end.drops_log = true;
     for _ in 0..2 {
         let message = closed(store.finish(&turn.lease, end.clone()).await.unwrap()).message.unwrap();
-        assert_eq!((message.content, message.context), (text(SAID), Context::Withheld));
+        assert_eq!((message.content, message.sync), (text(SAID), UpstreamSync::Withheld));
     }
     assert_eq!(store.events(turn.run.id, 20).await.unwrap().len(), 1, "the record does not tell the log");
-    let next = claimed(store.claim(&waiting).await.unwrap());
+    let next = claimed(store.start_queued(&waiting).await.unwrap());
     assert_eq!(next.input.len(), 2);
     assert!(next.input.iter().all(|message| message.content.is_empty()), "who says it knows it");
-    assert!(store.backlog(next.run.id, None, 10).await.unwrap().data.is_empty());
-    let left = Leftover {
+    assert!(store.unsynced_messages(next.run.id, None, 10).await.unwrap().data.is_empty());
+    let left = UnsettledRun {
         run: next.run.id,
         thread: None,
         upstream_run: None,
@@ -99,20 +99,26 @@ async fn content_is_delivered_but_not_stored(database: &TestDatabase, store: &St
         remove: false,
     };
     let cut = RunEnd {
-        said: Context::Unknown,
-        leftover: Some(left),
+        said: UpstreamSync::Unknown,
+        unsettled_run: Some(left),
         status: RunStatus::Cancelled,
         ..completed(None)
     };
     let finished = closed(store.finish(&waiting, cut.clone()).await.unwrap());
-    assert_eq!(finished.thread.leftover.unwrap().open_calls[0].arguments, "");
+    assert_eq!(finished.thread.unsettled_run.unwrap().open_calls[0].arguments, "");
     let third = started(store.admit(says(&key, MultitaskStrategy::Enqueue)).await.unwrap());
-    assert!(store.settled(&third.lease, waiting.run_id, Context::Missing).await.unwrap());
+    assert!(store.record_settlement(&third.lease, waiting.run_id, UpstreamSync::Missing).await.unwrap());
     let transcript = store.transcript(third.thread.id, 0, 10).await.unwrap();
-    let contexts: Vec<_> = transcript.iter().map(|message| message.context).collect();
+    let syncs: Vec<_> = transcript.iter().map(|message| message.sync).collect();
     assert_eq!(
-        contexts,
-        [Context::Present, Context::Withheld, Context::Withheld, Context::Withheld, Context::Present]
+        syncs,
+        [
+            UpstreamSync::Present,
+            UpstreamSync::Withheld,
+            UpstreamSync::Withheld,
+            UpstreamSync::Withheld,
+            UpstreamSync::Present
+        ]
     );
     check_invariants(database).await;
     store.close().await;
@@ -133,17 +139,17 @@ async fn turn_owner(database: &TestDatabase) -> ReplicaId {
 async fn imported_and_foreign_content_is_not_stored(database: &TestDatabase, store: &Store) {
     let (store, key) = (redacting(database, store).await, user("alice"));
     let thread = exchange(&store, &key).await.thread.id;
-    let imported = |context| ImportedMessage {
+    let imported = |sync| ImportedMessage {
         id: MessageId::new(),
         role: Role::User,
         content: text(SAID),
         upstream_message_id: None,
-        context,
+        sync,
         created_at: None,
     };
-    let imports = [imported(Some(Context::Missing)), imported(None)];
+    let imports = [imported(Some(UpstreamSync::Missing)), imported(None)];
     assert_eq!(import_messages(&store, thread, &imports).await, 2);
-    let foreign = Foreign {
+    let external = ExternalMessage {
         id: MessageId::new(),
         after: 1,
         role: Role::User,
@@ -151,10 +157,10 @@ async fn imported_and_foreign_content_is_not_stored(database: &TestDatabase, sto
         upstream_message_id: Some("item".to_owned()),
         created_at: None,
     };
-    assert_eq!(store.insert_foreign(thread, None, &[foreign]).await.unwrap(), 1);
+    assert_eq!(store.insert_external_messages(thread, None, &[external]).await.unwrap(), 1);
     let transcript = store.transcript(thread, 0, 10).await.unwrap();
     assert!(transcript.iter().all(|message| message.content.is_empty()));
-    assert!(transcript.iter().all(|message| message.context != Context::Missing), "it could not be sent");
+    assert!(transcript.iter().all(|message| message.sync != UpstreamSync::Missing), "it could not be sent");
     check_invariants(database).await;
     store.close().await;
     assert_eq!(database.holding(SAID).await, Vec::<String>::new());

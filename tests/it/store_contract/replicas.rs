@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use threadkeeper::domain::{RunStatus, UpstreamThreadId};
-use threadkeeper::store::{Orphan, Pruning};
+use threadkeeper::store::{OrphanedRun, Pruning};
 
 use super::*;
 
@@ -30,7 +30,7 @@ async fn busy(store: &Store, key: &ConversationKey, replica: ReplicaId) -> Start
     started(store.admit(Admission { replica, ..admission(key) }).await.unwrap())
 }
 
-fn runs(orphans: &[Orphan]) -> Vec<RunId> {
+fn runs(orphans: &[OrphanedRun]) -> Vec<RunId> {
     orphans.iter().map(|orphan| orphan.run.id).collect()
 }
 
@@ -82,7 +82,7 @@ async fn orphans_are_adopted_in_order_and_batches(database: &TestDatabase, store
     let end = RunEnd { status: RunStatus::Failed, ..completed(None) };
     for orphan in &adopted {
         if orphan.run.status == RunStatus::Queued {
-            claimed(store.claim(&orphan.lease).await.unwrap());
+            claimed(store.start_queued(&orphan.lease).await.unwrap());
         }
         closed(store.finish(&orphan.lease, end.clone()).await.unwrap());
     }
@@ -115,14 +115,14 @@ async fn stale_fence_cannot_write(database: &TestDatabase, store: &Store) {
     assert!(!bind(store, &turn.lease, &id, false).await);
     assert_eq!(store.finish(&turn.lease, completed(Some("late"))).await.unwrap(), Closing::Lost);
     assert_eq!(store.finish(&waiting, completed(None)).await.unwrap(), Closing::Lost);
-    assert_eq!(store.claim(&waiting).await.unwrap(), Claim::Lost);
+    assert_eq!(store.start_queued(&waiting).await.unwrap(), QueuedStart::Lost);
     let after = (seen(store, &key).await, store.runs(&key, &first_page()).await.unwrap());
     assert_eq!(before, after);
 
     closed(store.finish(&orphans[0].lease, completed(Some("hi"))).await.unwrap());
     assert_eq!(store.finish(&turn.lease, completed(Some("hi"))).await.unwrap(), Closing::Lost);
-    assert_eq!(store.claim(&waiting).await.unwrap(), Claim::Lost);
-    claimed(store.claim(&orphans[1].lease).await.unwrap());
+    assert_eq!(store.start_queued(&waiting).await.unwrap(), QueuedStart::Lost);
+    claimed(store.start_queued(&orphans[1].lease).await.unwrap());
     assert_eq!(transcript(store, &key).await, ["user: hello", "assistant: hi", "user: hello"]);
     check_invariants(database).await;
 }
@@ -241,19 +241,27 @@ async fn run_taken_over_elsewhere_is_lost(_: &TestDatabase, store: &Store) {
     closed(store.finish(&ended.lease, completed(None)).await.unwrap());
     // One that is not recorded yet is not lost.
     let working = [mine, waiting.run_id, ended.run.id, RunId::new()];
-    assert_eq!(store.lost(me, &working).await.unwrap(), []);
-    assert_eq!(store.lost(me, &[]).await.unwrap(), []);
-    assert_eq!(store.lost(me, &[others, mine]).await.unwrap(), [others]);
+    assert_eq!(store.runs_taken_over(me, &working).await.unwrap(), []);
+    assert_eq!(store.runs_taken_over(me, &[]).await.unwrap(), []);
+    assert_eq!(store.runs_taken_over(me, &[others, mine]).await.unwrap(), [others]);
 
     let taken = store.take_queued(other, waiting.run_id).await.unwrap().unwrap();
-    assert_eq!(store.lost(me, &working).await.unwrap(), [waiting.run_id]);
+    assert_eq!(store.runs_taken_over(me, &working).await.unwrap(), [waiting.run_id]);
     closed(store.finish(&taken, completed(None)).await.unwrap());
-    assert_eq!(store.lost(me, &working).await.unwrap(), [waiting.run_id], "even if it has ended there");
-    assert_eq!(store.lost(me, &[mine, ended.run.id]).await.unwrap(), [], "only of those that were named");
+    assert_eq!(
+        store.runs_taken_over(me, &working).await.unwrap(),
+        [waiting.run_id],
+        "even if it has ended there"
+    );
+    assert_eq!(
+        store.runs_taken_over(me, &[mine, ended.run.id]).await.unwrap(),
+        [],
+        "only of those that were named"
+    );
 
     store.retire_replica(me).await.unwrap();
     store.adopt_orphans(other, &[others], 10).await.unwrap();
-    assert_eq!(store.lost(me, &[mine, ended.run.id]).await.unwrap(), [mine]);
+    assert_eq!(store.runs_taken_over(me, &[mine, ended.run.id]).await.unwrap(), [mine]);
 }
 
 async fn renewal_reports_peers_and_database_time(database: &TestDatabase, store: &Store) {
@@ -288,7 +296,7 @@ async fn released_run_is_adoptable_immediately(database: &TestDatabase, store: &
         store.release(&leases).await.unwrap();
     }
     let working = [turn.run.id, waiting.run_id, kept.run.id, ended.run.id];
-    let mut lost = store.lost(me, &working).await.unwrap();
+    let mut lost = store.runs_taken_over(me, &working).await.unwrap();
     lost.sort_unstable();
     assert_eq!(lost, [turn.run.id, waiting.run_id]);
     store.request_cancel(&key, turn.run.id).await.unwrap().unwrap();
@@ -325,7 +333,7 @@ async fn adopted_merged_run_keeps_message_order(_: &TestDatabase, store: &Store)
         assert!(matches!(store.admit(message(more)).await.unwrap(), Admitted::Merged { .. }));
     }
     closed(store.finish(&first.lease, completed(Some("hi"))).await.unwrap());
-    let turn = claimed(store.claim(&lease).await.unwrap());
+    let turn = claimed(store.start_queued(&lease).await.unwrap());
     store.retire_replica(dead).await.unwrap();
     let orphans = store.adopt_orphans(me, &[], 10).await.unwrap();
     assert_eq!(orphans[0].input, turn.input);

@@ -3,12 +3,12 @@
 use std::sync::Arc;
 
 use sqlx::{Connection, Executor};
-use threadkeeper::domain::{Deletion, Leftover, Lifecycle, Role};
-use threadkeeper::store::{DeletionTarget, Foreign, Rolled, Rollover, Withholding};
+use threadkeeper::domain::{Deletion, Lifecycle, Role, UnsettledRun};
+use threadkeeper::store::{DeletionTarget, ExternalMessage, Rolled, Rollover, Withholding};
 
-use super::backends::blocked;
 use super::deletion::{gone_upstream, request};
-use super::keeping::{HOUR, earlier, id, thread, time};
+use super::engines::blocked;
+use super::retention::{HOUR, earlier, id, thread, time};
 use super::*;
 
 on_every_backend!(
@@ -85,7 +85,7 @@ async fn rollover_by_run_moves_run_and_its_messages(database: &TestDatabase, sto
     let tags = "UPDATE threads SET rollover_pending = true, attempts = 2, last_failure = 'x', metadata = '{\"a\": \"b\"}', \
                 upstream_thread_id = 'c'";
     database.execute(tags).await;
-    let leftover = Leftover {
+    let unsettled_run = UnsettledRun {
         run: RunId::new(),
         thread: None,
         upstream_run: None,
@@ -95,7 +95,7 @@ async fn rollover_by_run_moves_run_and_its_messages(database: &TestDatabase, sto
         synced: false,
         remove: false,
     };
-    let json = serde_json::to_string(&leftover).unwrap();
+    let json = serde_json::to_string(&unsettled_run).unwrap();
     database.execute(&format!("UPDATE threads SET unsettled_run = '{json}'")).await;
     let rollover = rollover(old.id, Some(turn.lease));
     let (fresh, moved) = done(store.roll_over(&rollover).await.unwrap());
@@ -105,7 +105,7 @@ async fn rollover_by_run_moves_run_and_its_messages(database: &TestDatabase, sto
     assert_eq!(fresh.metadata, metadata(&[("a", "b")]));
     assert_eq!((fresh.lifecycle, fresh.rolls, fresh.carried), (Lifecycle::Current, false, 2));
     assert_eq!((fresh.message_count, fresh.run_count, fresh.backlog), (1, 1, 0));
-    assert_eq!((fresh.upstream_thread_id.clone(), fresh.leftover.clone()), (None, None));
+    assert_eq!((fresh.upstream_thread_id.clone(), fresh.unsettled_run.clone()), (None, None));
     assert!(fresh.created_at >= old.last_active_at && fresh.last_active_at == fresh.created_at);
     assert_eq!((&moved.thread, moved.lease, &moved.input), (&fresh, turn.lease, &turn.input));
     assert_eq!((moved.run.id, moved.run.thread_id, moved.run.seq), (turn.run.id, fresh.id, 1));
@@ -120,10 +120,10 @@ async fn rollover_by_run_moves_run_and_its_messages(database: &TestDatabase, sto
     );
     assert!(old.archived_at.unwrap() <= fresh.created_at && old.archived_at.unwrap() >= old.created_at);
     assert_eq!(
-        (old.upstream_thread_id.as_ref().map(UpstreamThreadId::as_str), old.leftover.is_some()),
+        (old.upstream_thread_id.as_ref().map(UpstreamThreadId::as_str), old.unsettled_run.is_some()),
         (Some("c"), true)
     );
-    let due = store.due(10).await.unwrap();
+    let due = store.due_threads(10).await.unwrap();
     assert_eq!((due.len(), due[0].thread.id, due[0].attempts), (1, old.id, 0));
     check_invariants(database).await;
 
@@ -159,7 +159,7 @@ async fn busy_thread_is_rolled_over_at_next_turn(database: &TestDatabase, store:
         assert_eq!((thread.id, thread.rolls, thread.lifecycle), (turn.thread.id, true, Lifecycle::Current));
     }
     closed(store.finish(&turn.lease, completed(Some("hi"))).await.unwrap());
-    let next = claimed(store.claim(&waiting).await.unwrap());
+    let next = claimed(store.start_queued(&waiting).await.unwrap());
     assert!(next.thread.rolls, "the next turn sees it");
     let (fresh, moved) = done(store.roll_over(&rollover(next.thread.id, Some(next.lease))).await.unwrap());
     assert_eq!((moved.unwrap().input, fresh.rolls), (next.input, false));
@@ -192,11 +192,11 @@ async fn rollover_keeps_queue_order(database: &TestDatabase, store: &Store) {
     for next in ["f", "d", "b", "a", "c", "e"] {
         closed(store.finish(&active, completed(None)).await.unwrap());
         for (words, lease) in waiting.iter().filter(|(words, _)| *words != next) {
-            assert_eq!(store.claim(lease).await.unwrap(), Claim::NotYet, "{words}");
+            assert_eq!(store.start_queued(lease).await.unwrap(), QueuedStart::NotYet, "{words}");
         }
         let at = waiting.iter().position(|(words, _)| *words == next).unwrap();
         active = waiting.remove(at).1;
-        let turn = claimed(store.claim(&active).await.unwrap());
+        let turn = claimed(store.start_queued(&active).await.unwrap());
         assert_eq!(turn.input[0].content, text(next));
         assert_eq!(turn.thread.id, current);
         let (fresh, turn) = done(store.roll_over(&rollover(current, Some(active))).await.unwrap());
@@ -233,7 +233,7 @@ async fn rollover_renumbers_runs_without_gaps(database: &TestDatabase, store: &S
     for words in ["a", "b", "c", "d"] {
         waiting.push(queued(store.admit(enqueue(&key, words)).await.unwrap()).0);
     }
-    let cancelled = RunEnd { status: RunStatus::Cancelled, said: Context::Missing, ..completed(None) };
+    let cancelled = RunEnd { status: RunStatus::Cancelled, said: UpstreamSync::Missing, ..completed(None) };
     for gone in [0, 2] {
         closed(store.finish(&waiting[gone], cancelled.clone()).await.unwrap());
     }
@@ -336,7 +336,9 @@ async fn rollover_carries_remaining_limits(database: &TestDatabase, store: &Stor
 async fn rollover_carries_last_messages(database: &TestDatabase, store: &Store) {
     let key = user("alice");
     for (n, said) in
-        [Context::Present, Context::Withheld, Context::Missing, Context::Present].iter().enumerate()
+        [UpstreamSync::Present, UpstreamSync::Withheld, UpstreamSync::Missing, UpstreamSync::Present]
+            .iter()
+            .enumerate()
     {
         let turn = started(store.admit(enqueue(&key, &format!("say {n}"))).await.unwrap());
         let end = RunEnd { said: *said, ..completed(Some(&format!("reply {n}"))) };
@@ -424,12 +426,12 @@ async fn moved_run_continues_its_lifecycle(database: &TestDatabase, store: &Stor
     assert!(bind(store, &turn.lease, &UpstreamThreadId("c".to_owned()), true).await);
     store.pause(&turn.lease, &pause(&["call_1"], 0)).await.unwrap();
     store.answer_tools(&key, turn.run.id, &answer(&["call_1"])).await.unwrap();
-    assert_eq!(store.displace(&rollback, true).await.unwrap(), Some(turn.run.id));
+    assert_eq!(store.cancel_active(&rollback, true).await.unwrap(), Some(turn.run.id));
     assert_eq!(store.finish(&turn.lease, completed(None)).await.unwrap(), Closing::MustDiscard);
     let end = RunEnd { discard: true, status: RunStatus::Cancelled, ..completed(None) };
     let ended = closed(store.finish(&turn.lease, end.clone()).await.unwrap());
     assert_eq!((ended.thread.id, ended.thread.message_count), (fresh.id, 0));
-    let next = claimed(store.claim(&rollback).await.unwrap());
+    let next = claimed(store.start_queued(&rollback).await.unwrap());
     assert_eq!((next.thread.id, next.thread.message_count), (fresh.id, 1));
     assert_eq!(store.run(&key, turn.run.id).await.unwrap().unwrap().0.thread_id, fresh.id);
     closed(store.finish(&rollback, completed(Some("hi"))).await.unwrap());
@@ -437,7 +439,7 @@ async fn moved_run_continues_its_lifecycle(database: &TestDatabase, store: &Stor
 }
 
 async fn started_again(store: &Store, lease: &RunLease) -> StartedRun {
-    claimed(store.claim(lease).await.unwrap())
+    claimed(store.start_queued(lease).await.unwrap())
 }
 
 async fn idempotency_key_moves_with_its_run(_: &TestDatabase, store: &Store) {
@@ -452,8 +454,8 @@ async fn idempotency_key_moves_with_its_run(_: &TestDatabase, store: &Store) {
     assert_eq!((repeated.run.id, repeated.thread.id), (waiting.run_id, fresh.id));
 }
 
-fn foreign(after: i64, words: &str) -> Foreign {
-    Foreign {
+fn external(after: i64, words: &str) -> ExternalMessage {
+    ExternalMessage {
         id: MessageId::new(),
         after,
         role: Role::Assistant,
@@ -472,15 +474,15 @@ async fn foreign_messages_are_inserted_at_their_positions(database: &TestDatabas
     let made = turn.thread.id;
     let at = turn.thread.created_at;
     let messages = [
-        foreign(2, "c"),
-        Foreign { role: Role::User, created_at: Some(at), ..foreign(0, "a") },
-        foreign(4, "e"),
-        foreign(2, "d"),
-        foreign(0, "b"),
-        Foreign { upstream_message_id: None, ..foreign(4, "f") },
-        foreign(99, "g"),
+        external(2, "c"),
+        ExternalMessage { role: Role::User, created_at: Some(at), ..external(0, "a") },
+        external(4, "e"),
+        external(2, "d"),
+        external(0, "b"),
+        ExternalMessage { upstream_message_id: None, ..external(4, "f") },
+        external(99, "g"),
     ];
-    assert_eq!(store.insert_foreign(made, Some(turn.lease), &messages).await.unwrap(), 7);
+    assert_eq!(store.insert_external_messages(made, Some(turn.lease), &messages).await.unwrap(), 7);
     let expected = [
         (1, "a"),
         (2, "b"),
@@ -505,7 +507,7 @@ async fn foreign_messages_are_inserted_at_their_positions(database: &TestDatabas
         content: text("a"),
         run_id: None,
         upstream_message_id: Some("m_a".to_owned()),
-        context: Context::Present,
+        sync: UpstreamSync::Present,
         ended: None,
         created_at: page[0].created_at,
     };
@@ -523,17 +525,17 @@ async fn foreign_messages_are_inserted_once(database: &TestDatabase, store: &Sto
     let mut end = completed(Some("hi"));
     end.reply.as_mut().unwrap().upstream_message_id = Some("m_own".to_owned());
     let made = closed(store.finish(&turn.lease, end.clone()).await.unwrap()).thread.id;
-    let unnamed = Foreign { upstream_message_id: None, ..foreign(2, "x") };
-    let own = Foreign { upstream_message_id: Some("m_own".to_owned()), ..foreign(2, "hi") };
-    let messages = [own, foreign(2, "a"), foreign(2, "a"), unnamed];
-    assert_eq!(store.insert_foreign(made, None, &messages).await.unwrap(), 2);
-    assert_eq!(store.insert_foreign(made, None, &messages).await.unwrap(), 0);
-    assert_eq!(store.insert_foreign(made, None, &[]).await.unwrap(), 0);
-    assert_eq!(store.insert_foreign(ThreadId::new(), None, &messages).await.unwrap(), 0);
+    let unnamed = ExternalMessage { upstream_message_id: None, ..external(2, "x") };
+    let own = ExternalMessage { upstream_message_id: Some("m_own".to_owned()), ..external(2, "hi") };
+    let messages = [own, external(2, "a"), external(2, "a"), unnamed];
+    assert_eq!(store.insert_external_messages(made, None, &messages).await.unwrap(), 2);
+    assert_eq!(store.insert_external_messages(made, None, &messages).await.unwrap(), 0);
+    assert_eq!(store.insert_external_messages(made, None, &[]).await.unwrap(), 0);
+    assert_eq!(store.insert_external_messages(ThreadId::new(), None, &messages).await.unwrap(), 0);
     assert_eq!(texts(store, made).await, expect(&[(1, "hello"), (2, "hi"), (3, "a"), (4, "x")]));
     // What is known of one thread may be new in another.
     let other = exchange(store, &user("bob")).await.thread.id;
-    assert_eq!(store.insert_foreign(other, None, &[foreign(1, "a")]).await.unwrap(), 1);
+    assert_eq!(store.insert_external_messages(other, None, &[external(1, "a")]).await.unwrap(), 1);
     assert_eq!(texts(store, other).await, expect(&[(1, "hello"), (2, "a"), (3, "hi")]));
     check_invariants(database).await;
 }
@@ -545,15 +547,15 @@ async fn foreign_messages_need_lease_of_active_run(_: &TestDatabase, store: &Sto
     let made = turn.thread.id;
     let stale = RunLease { fence: turn.lease.fence - 1, ..turn.lease };
     for by in [None, Some(waiting), Some(stale)] {
-        assert_eq!(store.insert_foreign(made, by, &[foreign(0, "a")]).await.unwrap(), 0);
+        assert_eq!(store.insert_external_messages(made, by, &[external(0, "a")]).await.unwrap(), 0);
     }
     closed(store.finish(&turn.lease, completed(None)).await.unwrap());
     assert_eq!(
-        store.insert_foreign(made, None, &[foreign(0, "a")]).await.unwrap(),
+        store.insert_external_messages(made, None, &[external(0, "a")]).await.unwrap(),
         1,
         "who waits does not mind"
     );
-    let late = store.insert_foreign(made, Some(turn.lease), &[foreign(0, "b")]).await.unwrap();
+    let late = store.insert_external_messages(made, Some(turn.lease), &[external(0, "b")]).await.unwrap();
     assert_eq!(late, 0, "the run is over");
 }
 
@@ -595,10 +597,10 @@ async fn concurrent_rollovers_and_messages_lose_nothing() {
                 Admitted::Started(turn) => work(*turn, store, n).await,
                 Admitted::Merged { .. } => {}
                 Admitted::Queued { lease, .. } => loop {
-                    match store.claim(&lease).await.unwrap() {
-                        Claim::Started(turn) => break work(*turn, store, n).await,
-                        Claim::NotYet => tokio::task::yield_now().await,
-                        Claim::Lost => panic!("{lease:?}"),
+                    match store.start_queued(&lease).await.unwrap() {
+                        QueuedStart::Started(turn) => break work(*turn, store, n).await,
+                        QueuedStart::NotYet => tokio::task::yield_now().await,
+                        QueuedStart::Lost => panic!("{lease:?}"),
                     }
                 },
                 other => panic!("{other:?}"),
@@ -652,20 +654,23 @@ async fn queue_order_survives_concurrent_rollovers() {
             let (store, lease, order) = (&replicas[n % 2], waiting[n], &order);
             async move {
                 if n == 5 {
-                    let end =
-                        RunEnd { status: RunStatus::Cancelled, said: Context::Withheld, ..completed(None) };
+                    let end = RunEnd {
+                        status: RunStatus::Cancelled,
+                        said: UpstreamSync::Withheld,
+                        ..completed(None)
+                    };
                     closed(store.finish(&lease, end.clone()).await.unwrap());
                     return;
                 }
                 loop {
-                    match store.claim(&lease).await.unwrap() {
-                        Claim::Started(turn) => {
+                    match store.start_queued(&lease).await.unwrap() {
+                        QueuedStart::Started(turn) => {
                             order.lock().unwrap().push(n);
                             closed(store.finish(&turn.lease, completed(Some("hi"))).await.unwrap());
                             return;
                         }
-                        Claim::NotYet => tokio::task::yield_now().await,
-                        Claim::Lost => panic!("{n}"),
+                        QueuedStart::NotYet => tokio::task::yield_now().await,
+                        QueuedStart::Lost => panic!("{n}"),
                     }
                 }
             }
@@ -724,13 +729,16 @@ async fn calls_blocked_by_rollover_find_new_thread() {
             };
             match round {
                 0 => {
-                    let (claim, ()) = tokio::join!(other.claim(&second), release);
+                    let (claim, ()) = tokio::join!(other.start_queued(&second), release);
                     let turn = claimed(claim.unwrap());
                     assert_eq!((turn.thread.previous_thread, turn.run.seq), (Some(old), 1));
                 }
                 1 => {
-                    let end =
-                        RunEnd { status: RunStatus::Cancelled, said: Context::Missing, ..completed(None) };
+                    let end = RunEnd {
+                        status: RunStatus::Cancelled,
+                        said: UpstreamSync::Missing,
+                        ..completed(None)
+                    };
                     let (end, ()) = tokio::join!(other.finish(&third, end.clone()), release);
                     let ended = closed(end.unwrap());
                     assert_eq!((ended.thread.previous_thread, ended.thread.message_count), (Some(old), 1));
@@ -754,7 +762,7 @@ async fn calls_blocked_by_rollover_find_new_thread() {
         let (fresh, _) = done(rolled.unwrap());
         check_counts(&database).await;
         if round < 3 {
-            let turn = claimed(store.claim(&second).await.unwrap());
+            let turn = claimed(store.start_queued(&second).await.unwrap());
             assert_eq!((turn.thread.id, &turn.input[0].content), (fresh.id, &text("2")));
         }
     }

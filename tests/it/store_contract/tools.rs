@@ -49,8 +49,8 @@ async fn pause_keeps_thread_occupied(database: &TestDatabase, store: &Store) {
     assert_eq!(paused.run.deadline_at, turn.run.deadline_at);
     assert_eq!(seen(store, &key).await.unwrap(), (paused.thread, paused.activity));
     assert_eq!(store.run(&key, turn.run.id).await.unwrap().unwrap(), (paused.run, None));
-    assert_eq!(store.claim(&next).await.unwrap(), Claim::NotYet);
-    assert_eq!(store.claim(&turn.lease).await.unwrap(), Claim::Lost);
+    assert_eq!(store.start_queued(&next).await.unwrap(), QueuedStart::NotYet);
+    assert_eq!(store.start_queued(&turn.lease).await.unwrap(), QueuedStart::Lost);
     check_invariants(database).await;
 }
 
@@ -88,7 +88,7 @@ async fn pause_requires_active_run(_: &TestDatabase, store: &Store) {
     closed(store.finish(&turn.lease, completed(None)).await.unwrap());
     assert_eq!(store.pause(&turn.lease, &calls).await.unwrap(), Paused::Lost, "it has ended");
 
-    let turn = claimed(store.claim(&next).await.unwrap());
+    let turn = claimed(store.start_queued(&next).await.unwrap());
     store.request_cancel(&key, turn.run.id).await.unwrap().unwrap();
     assert_eq!(store.pause(&turn.lease, &calls).await.unwrap(), Paused::Cancelling);
     assert_eq!(store.events(turn.run.id, 0).await.unwrap(), [], "nothing was recorded");
@@ -201,7 +201,7 @@ async fn requests_reach_run_owner_until_fulfilled(_: &TestDatabase, store: &Stor
     store.request_cancel(&a, mine.run.id).await.unwrap().unwrap();
     let cancel = |run, discard| Request::Cancel { run, discard };
     assert_eq!(store.requests(me).await.unwrap(), [cancel(mine.run.id, false)]);
-    store.displace(&waits, true).await.unwrap().unwrap();
+    store.cancel_active(&waits, true).await.unwrap().unwrap();
     assert_eq!(store.requests(me).await.unwrap(), [cancel(mine.run.id, true)]);
     let discarded = RunEnd { status: RunStatus::Cancelled, discard: true, ..completed(None) };
     closed(store.finish(&mine.lease, discarded.clone()).await.unwrap());

@@ -103,7 +103,7 @@ async fn is_read(database: &TestDatabase) {
     assert!(!store.events(unfinished[0].id, 0).await.unwrap().is_empty());
     let (carols, _) = seen(&store, &carol).await.unwrap();
     assert_eq!(
-        store.remnants(carols.id, false, 10).await.unwrap()[0].upstream_id.as_deref(),
+        store.upstream_orphans(carols.id, false, 10).await.unwrap()[0].upstream_id.as_deref(),
         Some("conv_left")
     );
     // The replica that worked on them is gone.

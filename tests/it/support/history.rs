@@ -31,7 +31,7 @@ pub(crate) async fn all(gateway: &Gateway, list: &str) -> Vec<Value> {
 /// Roles and texts of all that the model may know.
 pub(crate) async fn transcript(gateway: &Gateway, scope: &str) -> Vec<Line> {
     let messages = messages(gateway, scope).await;
-    let known = messages.iter().filter(|message| message["in_context"] == true);
+    let known = messages.iter().filter(|message| message["visible_to_model"] == true);
     joined(known.map(|message| {
         let parts = message["content"].as_array().unwrap().iter();
         let text: String =
@@ -87,7 +87,7 @@ async fn tell(scene: &Scene, gateway: &Gateway, scope: &str, there: &[Line]) {
             "{} {} known={} | {} {} {} {} | {}",
             message["position"],
             message["role"],
-            message["in_context"],
+            message["visible_to_model"],
             run["id"],
             run["status"],
             run["error"]["code"],
@@ -95,7 +95,7 @@ async fn tell(scene: &Scene, gateway: &Gateway, scope: &str, there: &[Line]) {
             message["content"].to_string().chars().take(90).collect::<String>(),
         );
         let text = message["content"][0]["text"].as_str().unwrap_or_default();
-        if message["in_context"] == true && !there.iter().any(|(_, known)| known.contains(text)) {
+        if message["visible_to_model"] == true && !there.iter().any(|(_, known)| known.contains(text)) {
             let id = run["id"].as_str().unwrap();
             let user = scope.rsplit('/').next().unwrap();
             for context in ["present", "missing", "unknown"] {

@@ -235,7 +235,7 @@ impl Prepared {
 }
 
 /// An answer that is due to a client.
-enum Due {
+enum DueThread {
     /// Without a body, by the pooler itself.
     Made(u8),
     /// That a connection has prepared a statement. The client sees it if it has asked for that just now.
@@ -299,7 +299,7 @@ impl Server {
         self.socket.flush().await?;
         let mut answers = Vec::new();
         while let Some(next) = due.front_mut() {
-            if let Due::Made(kind) = *next {
+            if let DueThread::Made(kind) = *next {
                 answers.extend(message(kind, &[]));
                 due.pop_front();
                 continue;
@@ -308,7 +308,7 @@ impl Server {
             match (kind, next) {
                 // The server passes over all that follows, up to where it is ready again.
                 (b'E', _) => drop(due.drain(..due.len() - 1)),
-                (b'1', Due::Parsed { name, is_shown }) => {
+                (b'1', DueThread::Parsed { name, is_shown }) => {
                     self.prepared.insert(std::mem::take(name));
                     let is_shown = *is_shown;
                     due.pop_front();
@@ -316,7 +316,7 @@ impl Server {
                         continue;
                     }
                 }
-                (_, Due::Relayed(ends)) if ends.contains(&kind) => drop(due.pop_front()),
+                (_, DueThread::Relayed(ends)) if ends.contains(&kind) => drop(due.pop_front()),
                 _ => {}
             }
             if kind == b'Z' {
@@ -333,10 +333,11 @@ impl Server {
         kind: u8,
         asked: Vec<u8>,
         statements: &mut HashMap<Vec<u8>, Prepared>,
-        (sent, due): (&mut Vec<u8>, &mut VecDeque<Due>),
+        (sent, due): (&mut Vec<u8>, &mut VecDeque<DueThread>),
     ) -> io::Result<()> {
-        let lacks = |statement: &Prepared, due: &VecDeque<Due>| {
-            let is_sent = |due: &Due| matches!(due, Due::Parsed { name, .. } if *name == statement.name);
+        let lacks = |statement: &Prepared, due: &VecDeque<DueThread>| {
+            let is_sent =
+                |due: &DueThread| matches!(due, DueThread::Parsed { name, .. } if *name == statement.name);
             !self.prepared.contains(&statement.name) && !due.iter().any(is_sent)
         };
         match (kind, named(kind, &asked[5..])) {
@@ -344,9 +345,9 @@ impl Server {
                 let statement = Prepared::new(rest);
                 if lacks(&statement, due) {
                     sent.extend(statement.parse());
-                    due.push_back(Due::Parsed { name: statement.name.clone(), is_shown: true });
+                    due.push_back(DueThread::Parsed { name: statement.name.clone(), is_shown: true });
                 } else {
-                    due.push_back(Due::Made(b'1'));
+                    due.push_back(DueThread::Made(b'1'));
                 }
                 statements.insert(name.to_vec(), statement);
                 return Ok(());
@@ -354,7 +355,7 @@ impl Server {
             // Other clients may use it on the connection.
             (b'C', Some(Named { name, .. })) => {
                 statements.remove(name);
-                due.push_back(Due::Made(b'3'));
+                due.push_back(DueThread::Made(b'3'));
                 return Ok(());
             }
             (_, Some(Named { before, name, rest })) => {
@@ -362,13 +363,13 @@ impl Server {
                 let statement = statements.get(name).ok_or_else(unknown)?;
                 if lacks(statement, due) {
                     sent.extend(statement.parse());
-                    due.push_back(Due::Parsed { name: statement.name.clone(), is_shown: false });
+                    due.push_back(DueThread::Parsed { name: statement.name.clone(), is_shown: false });
                 }
                 sent.extend(message(kind, &[before, &statement.name, b"\0", rest]));
             }
             (_, None) => sent.extend(asked),
         }
-        due.push_back(Due::Relayed(match kind {
+        due.push_back(DueThread::Relayed(match kind {
             b'P' => b"1",
             b'B' => b"2",
             b'D' => b"Tn",

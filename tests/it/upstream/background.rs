@@ -11,7 +11,7 @@ use threadkeeper::upstream::{Recovered, Upstream, UpstreamError, UpstreamEvent};
 
 use super::scene::{Flavour, Scene, read};
 use super::scripted::{Play, Scripted, Step, json_answer, late, sse};
-use super::{EXPECTED, RESPONSES_TURN, adapter, config, leftover, lines, thread, turn};
+use super::{EXPECTED, RESPONSES_TURN, adapter, config, lines, thread, turn, unsettled_run};
 
 /// An adapter whose responses run in the background.
 fn background(server: &Scripted) -> Box<dyn Upstream> {
@@ -133,7 +133,7 @@ async fn unresumable_stream_falls_back_to_polling() {
 }
 
 async fn taken_over(server: &Scripted) -> Vec<String> {
-    let sent = leftover(RunId::new(), Some("r_1"));
+    let sent = unsettled_run(RunId::new(), Some("r_1"));
     let broken = UpstreamError::Broken { timeout: false };
     match background(server).recover(&sent, &broken).await.unwrap() {
         Recovered::Running(events) => lines(&events.collect::<Vec<_>>().await),

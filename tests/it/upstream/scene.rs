@@ -3,8 +3,8 @@
 use futures_util::StreamExt;
 use threadkeeper::config::{AssistantConfig, UpstreamConfig, UpstreamKind};
 use threadkeeper::domain::{
-    Baseline, ContentPart, Context, Leftover, Message, MessageId, Metadata, Role, RunId, ThreadId, ToolCall,
-    ToolOutput, UpstreamRunId, UpstreamThreadId,
+    Baseline, ContentPart, Message, MessageId, Metadata, Role, RunId, ThreadId, ToolCall, ToolOutput,
+    UnsettledRun, UpstreamRunId, UpstreamSync, UpstreamThreadId,
 };
 use threadkeeper::simulator::{Fault, SimulatorConfig};
 use threadkeeper::store::InputMessage;
@@ -138,8 +138,8 @@ impl Scene {
     }
 
     /// The run as its sender knows it.
-    pub(super) fn leftover(&self, upstream_run: Option<&UpstreamRunId>) -> Leftover {
-        Leftover {
+    pub(super) fn unsettled_run(&self, upstream_run: Option<&UpstreamRunId>) -> UnsettledRun {
+        UnsettledRun {
             run: self.run,
             thread: self.thread.clone(),
             upstream_run: upstream_run.cloned(),
@@ -197,7 +197,7 @@ pub(super) fn earlier(role: Role, text: &str) -> Message {
         content: vec![ContentPart::Text { text: text.to_owned() }],
         run_id: Some(RunId::new()),
         upstream_message_id: None,
-        context: Context::Missing,
+        sync: UpstreamSync::Missing,
         ended: None,
         created_at: "2026-11-22T09:00:00Z".parse().unwrap(),
     }

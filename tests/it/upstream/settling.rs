@@ -3,12 +3,12 @@
 use futures_util::StreamExt;
 use serde_json::{Value, json};
 use threadkeeper::config::UpstreamKind;
-use threadkeeper::domain::{Baseline, ContentPart, Leftover, Role, RunId, RunStatus, ToolCall, Usage};
+use threadkeeper::domain::{Baseline, ContentPart, Role, RunId, RunStatus, ToolCall, UnsettledRun, Usage};
 use threadkeeper::upstream::{Settled, UpstreamEvent};
 
 use super::scene::{ALL, Flavour, Scene, earlier, text_of};
 use super::scripted::{Play, Scripted, json_answer};
-use super::{adapter, assistants, config, leftover, responses};
+use super::{adapter, assistants, config, responses, unsettled_run};
 
 /// The messages of a run.
 fn messages() -> Play {
@@ -34,7 +34,7 @@ async fn settling_cancels_a_run_and_waits_for_its_end() {
         messages(),
     ])
     .await;
-    let settled = assistants(&server).settle(&leftover(RunId::new(), Some("r_1"))).await.unwrap();
+    let settled = assistants(&server).settle(&unsettled_run(RunId::new(), Some("r_1"))).await.unwrap();
     assert_eq!(
         server.targets(),
         [
@@ -72,7 +72,7 @@ async fn settling_retries_while_run_requires_action() {
     let server =
         Scripted::start(vec![refused(), status("requires_action"), refused(), status("expired"), messages()])
             .await;
-    let settled = assistants(&server).settle(&leftover(RunId::new(), Some("r_1"))).await.unwrap();
+    let settled = assistants(&server).settle(&unsettled_run(RunId::new(), Some("r_1"))).await.unwrap();
     assert_eq!(settled.status, Some(RunStatus::Expired));
     assert_eq!(server.requests().len(), 5);
 }
@@ -92,7 +92,7 @@ async fn settling_finds_a_run_by_our_tag() {
         messages(),
     ])
     .await;
-    assistants(&server).settle(&leftover(run, None)).await.unwrap();
+    assistants(&server).settle(&unsettled_run(run, None)).await.unwrap();
     assert_eq!(
         server.targets(),
         [
@@ -111,21 +111,21 @@ async fn settling_on_missing_thread_is_done() {
         let body = json!({"error": {"message": message, "type": "invalid_request_error", "param": null, "code": null}});
         Scripted::start(vec![json_answer(404, &[], &body.to_string())])
     };
-    assistants(&gone("Thread").await).settle(&leftover(RunId::new(), Some("r_1"))).await.unwrap();
-    responses(&gone("Conversation").await).settle(&leftover(RunId::new(), None)).await.unwrap();
+    assistants(&gone("Thread").await).settle(&unsettled_run(RunId::new(), Some("r_1"))).await.unwrap();
+    responses(&gone("Conversation").await).settle(&unsettled_run(RunId::new(), None)).await.unwrap();
 
     let server = Scripted::start(vec![]).await;
-    let nothing = Leftover { thread: None, ..leftover(RunId::new(), None) };
+    let nothing = UnsettledRun { thread: None, ..unsettled_run(RunId::new(), None) };
     assistants(&server).settle(&nothing).await.unwrap();
     responses(&server).settle(&nothing).await.unwrap();
     let mut chain = config(UpstreamKind::Responses, &server.url);
     chain.conversations = false;
-    adapter(&chain).settle(&leftover(RunId::new(), None)).await.unwrap();
+    adapter(&chain).settle(&unsettled_run(RunId::new(), None)).await.unwrap();
     assert_eq!(server.requests().len(), 0);
 
     // A 404 of the endpoint says nothing about the thread.
     let server = Scripted::start(vec![json_answer(404, &[], "Not Found")]).await;
-    assistants(&server).settle(&leftover(RunId::new(), Some("r_1"))).await.unwrap_err();
+    assistants(&server).settle(&unsettled_run(RunId::new(), Some("r_1"))).await.unwrap_err();
 }
 
 #[tokio::test]
@@ -145,9 +145,11 @@ async fn settling_closes_unanswered_calls() {
     ])
     .await;
     let known = |id: &str| ToolCall { id: id.to_owned(), name: "f".to_owned(), arguments: "{}".to_owned() };
-    let leftover =
-        Leftover { open_calls: vec![known("call_2"), known("call_4")], ..leftover(RunId::new(), None) };
-    responses(&server).settle(&leftover).await.unwrap();
+    let unsettled_run = UnsettledRun {
+        open_calls: vec![known("call_2"), known("call_4")],
+        ..unsettled_run(RunId::new(), None)
+    };
+    responses(&server).settle(&unsettled_run).await.unwrap();
     assert_eq!(
         server.targets(),
         [
@@ -169,7 +171,7 @@ async fn many_open_calls_are_closed_in_several_requests() {
     let ok = || json_answer(200, &[], r#"{"data":[]}"#);
     let list = json_answer(200, &[], &json!({"data": calls}).to_string());
     let server = Scripted::start(vec![list, ok(), ok(), ok()]).await;
-    responses(&server).settle(&leftover(RunId::new(), None)).await.unwrap();
+    responses(&server).settle(&unsettled_run(RunId::new(), None)).await.unwrap();
     let sizes: Vec<usize> = server.requests()[1..]
         .iter()
         .map(|request| request.body["items"].as_array().unwrap().len())
@@ -190,7 +192,7 @@ async fn settling_completed_run_reports_completed() {
         let said = scene.say("hello").await;
         for known in [true, false] {
             let id = known.then_some(&said.accepted);
-            let settled = scene.upstream.settle(&scene.leftover(id)).await.unwrap();
+            let settled = scene.upstream.settle(&scene.unsettled_run(id)).await.unwrap();
             if flavour.is_chain() && !known {
                 assert_eq!(settled, Settled::default(), "a response cannot be found without its id");
                 continue;
@@ -218,7 +220,7 @@ async fn settling_cancelled_run_reports_kept_text() {
         let Some(Ok(UpstreamEvent::Accepted(id))) = events.next().await else { panic!("not accepted") };
         let Some(Ok(UpstreamEvent::Text(text))) = events.next().await else { panic!("no text") };
         drop(events);
-        let left = scene.leftover(Some(&id));
+        let left = scene.unsettled_run(Some(&id));
         let settled = scene.upstream.settle(&left).await.unwrap();
         scene.sim.wait_for(|stats| stats.active_runs == 0).await;
         let status = match flavour {
@@ -242,8 +244,10 @@ async fn closed_calls_are_not_reported_as_waiting() {
     for flavour in ALL {
         let scene = Scene::new(flavour).await;
         let said = scene.say("x [[sim: tools=2]]").await;
-        let left =
-            Leftover { open_calls: said.ended.tool_calls.clone(), ..scene.leftover(Some(&said.accepted)) };
+        let left = UnsettledRun {
+            open_calls: said.ended.tool_calls.clone(),
+            ..scene.unsettled_run(Some(&said.accepted))
+        };
         let settled = scene.upstream.settle(&left).await.unwrap();
         let expected = (flavour == Flavour::Assistants).then_some(RunStatus::Cancelled);
         assert_eq!((settled.status, settled.thread), (expected, None), "{flavour:?}");
@@ -265,8 +269,8 @@ async fn removal_takes_all_items_of_run() {
         assert_eq!(answered.ended.status, RunStatus::Completed);
 
         // With the run's id and without, and again: what is gone is gone.
-        let left = Leftover { remove: true, ..scene.leftover(Some(&answered.accepted)) };
-        for left in [&left, &Leftover { upstream_run: None, ..left.clone() }] {
+        let left = UnsettledRun { remove: true, ..scene.unsettled_run(Some(&answered.accepted)) };
+        for left in [&left, &UnsettledRun { upstream_run: None, ..left.clone() }] {
             scene.upstream.settle(left).await.unwrap();
             scene.upstream.remove(left).await.unwrap();
             assert_eq!(held(&scene), before, "{flavour:?}");
@@ -286,7 +290,7 @@ async fn run_with_open_calls_is_removed_without_closing() {
     for flavour in [Flavour::Conversations, Flavour::Background] {
         let scene = Scene::new(flavour).await;
         let asked = scene.say("one [[sim: tools=23 reasoning]]").await;
-        let left = Leftover { remove: true, ..scene.leftover(Some(&asked.accepted)) };
+        let left = UnsettledRun { remove: true, ..scene.unsettled_run(Some(&asked.accepted)) };
         scene.upstream.settle(&left).await.unwrap();
         scene.upstream.remove(&left).await.unwrap();
         let stats = scene.sim.handle.stats();
@@ -303,9 +307,9 @@ async fn removal_keeps_seeded_history() {
     let said = scene.say("now").await;
     assert!(said.streamed.contains("turn 2"));
     scene.next_run(Baseline { anchor: None, skip: 1 });
-    scene.upstream.remove(&scene.leftover(None)).await.unwrap();
+    scene.upstream.remove(&scene.unsettled_run(None)).await.unwrap();
     assert_eq!(held(&scene), ["before", "yes"]);
-    scene.upstream.remove(&scene.leftover(None)).await.unwrap();
+    scene.upstream.remove(&scene.unsettled_run(None)).await.unwrap();
     assert_eq!(held(&scene), ["before", "yes"]);
 }
 
@@ -323,7 +327,7 @@ async fn removal_waits_for_lock_and_accepts_missing_items() {
     ])
     .await;
     let baseline = Baseline { anchor: Some("m_2".to_owned()), skip: 0 };
-    let left = Leftover { baseline, ..leftover(RunId::new(), None) };
+    let left = UnsettledRun { baseline, ..unsettled_run(RunId::new(), None) };
     responses(&server).remove(&left).await.unwrap();
     assert_eq!(
         server.targets(),
@@ -343,7 +347,7 @@ async fn unknown_baseline_removes_nothing() {
     let page = || json_answer(200, &[], &list.to_string());
     let server = Scripted::start(vec![page(), page()]).await;
     let baseline = Baseline { anchor: Some("m_2".to_owned()), skip: 0 };
-    let left = Leftover { baseline, ..leftover(RunId::new(), None) };
+    let left = UnsettledRun { baseline, ..unsettled_run(RunId::new(), None) };
     responses(&server).remove(&left).await.unwrap_err();
     responses(&server).settle(&left).await.unwrap_err();
     assert_eq!(server.requests().len(), 2);
@@ -355,7 +359,7 @@ async fn long_conversation_is_read_in_pages() {
     let first = scene.say("one").await;
     scene.next_run(Baseline { anchor: first.ended.upstream_message_id, skip: 0 });
     let last = scene.say("two [[sim: tools=120]]").await;
-    let settled = scene.upstream.settle(&scene.leftover(Some(&last.accepted))).await.unwrap();
+    let settled = scene.upstream.settle(&scene.unsettled_run(Some(&last.accepted))).await.unwrap();
     assert!(settled.said);
     assert_eq!(scene.say("three").await.ended.status, RunStatus::Completed);
     scene.assert_sound();
@@ -369,7 +373,7 @@ async fn settling_without_item_list_uses_response_content() {
     let server =
         Scripted::start(vec![json_answer(200, &[], &done.to_string()), json_answer(404, &[], "Not Found")])
             .await;
-    let settled = responses(&server).settle(&leftover(RunId::new(), Some("r_1"))).await.unwrap();
+    let settled = responses(&server).settle(&unsettled_run(RunId::new(), Some("r_1"))).await.unwrap();
     assert!(settled.said && settled.status == Some(RunStatus::Completed));
     assert_eq!(text_of(&settled.content), "Hi");
 }
@@ -382,7 +386,7 @@ async fn settling_waits_for_ineffective_cancel() {
         let mut events = scene.start("x [[sim: stuck_cancel]]").await.unwrap();
         let Some(Ok(UpstreamEvent::Accepted(id))) = events.next().await else { panic!("not accepted") };
         drop(events);
-        let left = scene.leftover(Some(&id));
+        let left = scene.unsettled_run(Some(&id));
         let settling = scene.upstream.settle(&left);
         let asked = scene.sim.wait_for(|stats| {
             let cancels = |name| stats.requests_by_operation.get(name).copied().unwrap_or(0);

@@ -7,7 +7,7 @@ use futures_util::StreamExt;
 use serde_json::json;
 use threadkeeper::config::{AssistantConfig, UpstreamConfig, UpstreamKind};
 use threadkeeper::domain::{
-    ContentPart, ImageFile, ImageUrl, Leftover, MessageId, Metadata, RunId, RunStatus, ToolCall,
+    ContentPart, ImageFile, ImageUrl, MessageId, Metadata, RunId, RunStatus, ToolCall, UnsettledRun,
     UpstreamRunId, UpstreamThreadId,
 };
 use threadkeeper::simulator::SimulatorConfig;
@@ -86,8 +86,8 @@ fn text_of(ended: &Ended) -> String {
         .collect()
 }
 
-fn leftover(thread: &UpstreamThreadId, run: RunId, upstream_run: Option<UpstreamRunId>) -> Leftover {
-    Leftover { thread: Some(thread.clone()), upstream_run, ..super::leftover(run, None) }
+fn unsettled_run(thread: &UpstreamThreadId, run: RunId, upstream_run: Option<UpstreamRunId>) -> UnsettledRun {
+    UnsettledRun { thread: Some(thread.clone()), upstream_run, ..super::unsettled_run(run, None) }
 }
 
 #[tokio::test]
@@ -245,7 +245,7 @@ async fn refusals_and_broken_streams_are_distinguished() {
                 matches!(last, Err(UpstreamError::Broken { timeout: false })),
                 "{kind:?} {text}: {last:?}"
             );
-            upstream.settle(&leftover(&thread, RunId::new(), accepted(&events))).await.unwrap();
+            upstream.settle(&unsettled_run(&thread, RunId::new(), accepted(&events))).await.unwrap();
         }
         assert_eq!(say(&*upstream, Some(&thread), "still here").await.ended.status, RunStatus::Completed);
 
@@ -327,7 +327,7 @@ async fn abandoned_run_is_settled_with_or_without_id() {
             let mut stream = upstream.start(request).await.unwrap();
             let Some(Ok(UpstreamEvent::Accepted(id))) = stream.next().await else { panic!("not accepted") };
             drop(stream);
-            let left = leftover(&thread, run, known.then_some(id));
+            let left = unsettled_run(&thread, run, known.then_some(id));
             upstream.settle(&left).await.unwrap();
             upstream.settle(&left).await.unwrap();
             sim.handle.release();
@@ -355,7 +355,8 @@ async fn unanswered_function_calls_are_settled() {
             let ids: BTreeSet<_> = said.ended.tool_calls.iter().map(|call| call.id.as_str()).collect();
             assert_eq!(ids.len(), 23);
             let open_calls: Vec<ToolCall> = if told { said.ended.tool_calls.clone() } else { Vec::new() };
-            let left = Leftover { open_calls, ..leftover(&thread, RunId::new(), Some(said.accepted)) };
+            let left =
+                UnsettledRun { open_calls, ..unsettled_run(&thread, RunId::new(), Some(said.accepted)) };
             upstream.settle(&left).await.unwrap();
             upstream.settle(&left).await.unwrap();
             let before = sim.handle.stats().requests;

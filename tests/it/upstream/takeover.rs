@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use futures_util::StreamExt;
-use threadkeeper::domain::{Leftover, RunStatus, ToolCall, UpstreamRunId};
+use threadkeeper::domain::{RunStatus, ToolCall, UnsettledRun, UpstreamRunId};
 use threadkeeper::simulator::{SimulatorConfig, Stats};
 use threadkeeper::upstream::{EventStream, Items, RateLimiter, Recovered, UpstreamError, UpstreamEvent};
 
@@ -45,9 +45,13 @@ async fn unsent_run_is_absent_where_verifiable() {
             // It may be at work all the same.
             Flavour::Background | Flavour::Chain | Flavour::BackgroundChain => "unknown",
         };
-        assert_eq!(name(&recover(&scene, &scene.leftover(None), &BROKEN).await), expected, "{flavour:?}");
+        assert_eq!(
+            name(&recover(&scene, &scene.unsettled_run(None), &BROKEN).await),
+            expected,
+            "{flavour:?}"
+        );
         if !flavour.is_chain() {
-            let no_thread = Leftover { thread: None, ..scene.leftover(None) };
+            let no_thread = UnsettledRun { thread: None, ..scene.unsettled_run(None) };
             assert_eq!(name(&recover(&scene, &no_thread, &BROKEN).await), "absent", "{flavour:?}");
             scene.assert_sound();
         }
@@ -62,7 +66,7 @@ async fn late_arriving_request_is_found_after_takeover() {
             scene.sim.wait_for(|stats| looked(stats, 1)).await;
             scene.say("hello").await
         };
-        let sent = scene.leftover(None);
+        let sent = scene.unsettled_run(None);
         let (said, events) = tokio::join!(late, running(&scene, &sent, &BROKEN));
         let found = read(events).await;
         assert_eq!(found.ended.content, said.ended.content, "{flavour:?}");
@@ -80,9 +84,13 @@ async fn run_of_deleted_thread_is_unknown_with_id() {
             .delete_thread(scene.thread.as_ref().unwrap(), &RateLimiter::UNBOUND, &mut Items::default())
             .await
             .unwrap();
-        let known = scene.leftover(Some(&UpstreamRunId("r_1".to_owned())));
+        let known = scene.unsettled_run(Some(&UpstreamRunId("r_1".to_owned())));
         assert_eq!(name(&recover(&scene, &known, &BROKEN).await), "unknown", "{flavour:?}");
-        assert_eq!(name(&recover(&scene, &scene.leftover(None), &BROKEN).await), "absent", "{flavour:?}");
+        assert_eq!(
+            name(&recover(&scene, &scene.unsettled_run(None), &BROKEN).await),
+            "absent",
+            "{flavour:?}"
+        );
     }
 }
 
@@ -93,16 +101,16 @@ async fn running_background_response_replays_from_beginning_after_takeover() {
         let mut events = scene.start("a b c d e [[sim: silent_after=4]]").await.unwrap();
         let (id, before) = shown(&mut events, 4).await;
         drop(events);
-        let mut events = running(&scene, &scene.leftover(Some(&id)), &BROKEN).await;
+        let mut events = running(&scene, &scene.unsettled_run(Some(&id)), &BROKEN).await;
         assert_eq!(shown(&mut events, 4).await, (id.clone(), before), "{flavour:?}");
         assert_eq!(scene.sim.handle.stats().active_runs, 1, "and it goes on");
-        scene.upstream.settle(&scene.leftover(Some(&id))).await.unwrap();
+        scene.upstream.settle(&scene.unsettled_run(Some(&id))).await.unwrap();
         assert_eq!(read(events).await.ended.status, RunStatus::Cancelled);
 
         // To its end.
         scene.sim.handle.hold();
         let (id, _) = shown(&mut scene.start("hello").await.unwrap(), 0).await;
-        let events = running(&scene, &scene.leftover(Some(&id)), &BROKEN).await;
+        let events = running(&scene, &scene.unsettled_run(Some(&id)), &BROKEN).await;
         scene.sim.handle.release();
         let said = read(events).await;
         assert_eq!((said.accepted, said.ended.status), (id, RunStatus::Completed));
@@ -120,7 +128,7 @@ async fn takeover_awaits_background_response_without_id() {
         scene.sim.wait_for(|stats| looked(stats, 1)).await;
         scene.sim.handle.release();
     };
-    let sent = scene.leftover(None);
+    let sent = scene.unsettled_run(None);
     let (events, ()) = tokio::join!(running(&scene, &sent, &BROKEN), release);
     assert_eq!(read(events).await.ended.status, RunStatus::Completed);
     scene.assert_sound();
@@ -141,7 +149,7 @@ async fn takeover_awaits_response_held_by_stalled_owner() {
                 scene.sim.wait_for(|stats| looked(stats, 2)).await;
                 scene.sim.handle.release();
             };
-            let sent = scene.leftover(knows_id.then_some(&id));
+            let sent = scene.unsettled_run(knows_id.then_some(&id));
             let (events, ()) = tokio::join!(running(&scene, &sent, &BROKEN), release);
             let said = read(events).await;
             assert_eq!(said.ended.status, RunStatus::Completed, "{flavour:?}");
@@ -158,14 +166,18 @@ async fn abandoned_response_with_known_id_is_not_resent() {
         let scene = scene(flavour, SHORT).await;
         let (id, _) = shown(&mut scene.start("x [[sim: rate=10s]]").await.unwrap(), 1).await;
         assert_eq!(
-            name(&recover(&scene, &scene.leftover(Some(&id)), &BROKEN).await),
+            name(&recover(&scene, &scene.unsettled_run(Some(&id)), &BROKEN).await),
             "unknown",
             "{flavour:?}"
         );
         assert_eq!(scene.sim.handle.stats().runs_ended["abandoned"], 1);
         // Nothing of it is left.
         let expected = if flavour.is_chain() { "unknown" } else { "absent" };
-        assert_eq!(name(&recover(&scene, &scene.leftover(None), &BROKEN).await), expected, "{flavour:?}");
+        assert_eq!(
+            name(&recover(&scene, &scene.unsettled_run(None), &BROKEN).await),
+            expected,
+            "{flavour:?}"
+        );
     }
 }
 
@@ -175,7 +187,7 @@ async fn unseen_tool_calls_are_recovered_and_answerable() {
         for knows_id in [true, false] {
             let scene = scene(flavour, LONG).await;
             let asked = scene.say("weather? [[sim: tools=2 reasoning]]").await;
-            let sent = scene.leftover(knows_id.then_some(&asked.accepted));
+            let sent = scene.unsettled_run(knows_id.then_some(&asked.accepted));
             if flavour.is_chain() && !knows_id {
                 assert_eq!(name(&recover(&scene, &sent, &BROKEN).await), "unknown");
                 continue;
@@ -198,7 +210,7 @@ async fn answering_round_is_found_with_or_without_id() {
         let asked = scene.say("weather? [[sim: tools=1]]").await;
         let done = scene.answer(&asked, "[[sim: tool=other]] rain").await;
         let open_calls = asked.ended.tool_calls.clone();
-        let of_round = |id| Leftover { open_calls: open_calls.clone(), ..scene.leftover(Some(id)) };
+        let of_round = |id| UnsettledRun { open_calls: open_calls.clone(), ..scene.unsettled_run(Some(id)) };
         let found = read(running(&scene, &of_round(&done.accepted), &BROKEN).await).await;
         assert_eq!(found.ended.status, RunStatus::RequiresAction, "{flavour:?}");
         let names = |calls: &[ToolCall]| calls.iter().map(|call| call.name.clone()).collect::<Vec<_>>();
@@ -226,7 +238,7 @@ async fn run_started_late_by_owner_is_followed() {
     let late = scene.start("hello").await.unwrap();
     let error = scene.start("hello").await.err().unwrap();
     assert!(error.is_ambiguous(), "{error:?}");
-    let events = running(&scene, &scene.leftover(None), &error).await;
+    let events = running(&scene, &scene.unsettled_run(None), &error).await;
     scene.sim.handle.release();
     assert_eq!(read(events).await.ended.status, RunStatus::Completed);
     assert_eq!(scene.sim.handle.threads()[0].user_texts, ["hello"]);
@@ -251,9 +263,10 @@ async fn takeover_reports_outcome_of_finished_run() {
         ] {
             let scene = scene(flavour, SHORT).await;
             let said = scene.say(text).await;
-            let found = read(running(&scene, &scene.leftover(Some(&said.accepted)), &BROKEN).await).await;
+            let found =
+                read(running(&scene, &scene.unsettled_run(Some(&said.accepted)), &BROKEN).await).await;
             assert_eq!(found.ended.status, status, "{flavour:?}");
-            let without_id = recover(&scene, &scene.leftover(None), &BROKEN).await;
+            let without_id = recover(&scene, &scene.unsettled_run(None), &BROKEN).await;
             match (flavour, status) {
                 (Flavour::Chain | Flavour::BackgroundChain, _) | (Flavour::Background, RunStatus::Failed) => {
                     assert_eq!(name(&without_id), "unknown", "{flavour:?} {status}");

@@ -102,8 +102,8 @@ fn a_settled() -> impl Strategy<Value = Settled> {
         })
 }
 
-fn a_leftover() -> Leftover {
-    Leftover {
+fn an_unsettled_run() -> UnsettledRun {
+    UnsettledRun {
         run: RunId::new(),
         thread: Some(thread("conv")),
         upstream_run: None,
@@ -134,7 +134,7 @@ fn a_case() -> impl Strategy<Value = Case> {
         let traces = match which {
             _ if verdict.is_clean() && which < 2 => UpstreamState::Clean,
             0 => UpstreamState::None,
-            1 => UpstreamState::Unknown(Leftover { remove: verdict.discard, ..a_leftover() }),
+            1 => UpstreamState::Unknown(UnsettledRun { remove: verdict.discard, ..an_unsettled_run() }),
             _ => UpstreamState::Seen { settled, removed: verdict.discard },
         };
         Case { verdict, traces, progress }
@@ -148,21 +148,21 @@ proptest! {
     #[test]
     fn what_was_not_taken_leaves_nothing_upstream(case in a_case()) {
         let end = Case { traces: UpstreamState::None, ..case }.end();
-        prop_assert_eq!((end.said, end.synced), (Context::Withheld, false));
-        prop_assert_eq!((end.leftover, end.upstream_thread_id), (None, None));
+        prop_assert_eq!((end.said, end.synced), (UpstreamSync::Withheld, false));
+        prop_assert_eq!((end.unsettled_run, end.upstream_thread_id), (None, None));
         if let Some(reply) = end.reply {
-            prop_assert_eq!((reply.context, reply.upstream_message_id), (Context::Withheld, None));
+            prop_assert_eq!((reply.sync, reply.upstream_message_id), (UpstreamSync::Withheld, None));
         }
     }
 
     #[test]
     fn what_is_not_known_is_left_to_be_looked_at(case in a_case()) {
-        let left = a_leftover();
+        let left = an_unsettled_run();
         let end = Case { traces: UpstreamState::Unknown(left.clone()), ..case }.end();
-        prop_assert_eq!((end.said, end.synced), (Context::Unknown, false));
-        prop_assert_eq!((end.leftover, end.upstream_thread_id), (Some(left), None));
+        prop_assert_eq!((end.said, end.synced), (UpstreamSync::Unknown, false));
+        prop_assert_eq!((end.unsettled_run, end.upstream_thread_id), (Some(left), None));
         if let Some(reply) = end.reply {
-            prop_assert_eq!((reply.context, reply.upstream_message_id), (Context::Unknown, None));
+            prop_assert_eq!((reply.sync, reply.upstream_message_id), (UpstreamSync::Unknown, None));
         }
     }
 
@@ -170,9 +170,9 @@ proptest! {
     fn only_what_is_not_known_is_left_to_be_looked_at(case in a_case()) {
         let end = case.end();
         let is_unknown = matches!(case.traces, UpstreamState::Unknown(_));
-        prop_assert_eq!(end.leftover.is_some(), is_unknown);
-        prop_assert_eq!(end.said == Context::Unknown, is_unknown);
-        prop_assert!(end.reply.is_none_or(|reply| (reply.context == Context::Unknown) == is_unknown));
+        prop_assert_eq!(end.unsettled_run.is_some(), is_unknown);
+        prop_assert_eq!(end.said == UpstreamSync::Unknown, is_unknown);
+        prop_assert!(end.reply.is_none_or(|reply| (reply.sync == UpstreamSync::Unknown) == is_unknown));
     }
 
     #[test]
@@ -191,7 +191,7 @@ proptest! {
     fn a_chain_moves_only_if_it_holds_what_was_said(case in a_case()) {
         let end = case.end();
         if let Some(moved) = end.upstream_thread_id {
-            prop_assert_eq!(end.said, Context::Present);
+            prop_assert_eq!(end.said, UpstreamSync::Present);
             let found = case.seen().and_then(|settled| settled.thread.clone());
             prop_assert_eq!(Some(moved), found.or(case.verdict.thread));
         }
@@ -244,11 +244,11 @@ proptest! {
         let Some(reply) = &end.reply else { return Ok(()) };
         let held = matches!(case.traces, UpstreamState::Clean)
             || case.seen().is_some_and(|settled| settled.said && !settled.content.is_empty());
-        prop_assert_eq!(reply.context == Context::Present, held);
-        prop_assert!(reply.context != Context::Present || end.said == Context::Present);
+        prop_assert_eq!(reply.sync == UpstreamSync::Present, held);
+        prop_assert!(reply.sync != UpstreamSync::Present || end.said == UpstreamSync::Present);
         // What it answers is there without it: then it is sent with the next run.
-        let expected = if held || end.said != Context::Present { end.said } else { Context::Missing };
-        prop_assert_eq!(reply.context, expected);
+        let expected = if held || end.said != UpstreamSync::Present { end.said } else { UpstreamSync::Missing };
+        prop_assert_eq!(reply.sync, expected);
     }
 
     #[test]
@@ -257,10 +257,10 @@ proptest! {
         let Some(settled) = case.seen() else { return Ok(()) };
         let reported = case.verdict.status == RunStatus::Failed && !case.verdict.cut_off;
         let expected = match settled.said {
-            true => Context::Present,
+            true => UpstreamSync::Present,
             // The upstream said so, or has never accepted it.
-            false if reported || case.progress.delivery < Delivery::Accepted => Context::Withheld,
-            false => Context::Missing,
+            false if reported || case.progress.delivery < Delivery::Accepted => UpstreamSync::Withheld,
+            false => UpstreamSync::Missing,
         };
         prop_assert_eq!(end.said, expected);
     }
@@ -268,8 +268,8 @@ proptest! {
     #[test]
     fn earlier_messages_went_along_only_with_what_is_there(case in a_case()) {
         let end = case.end();
-        prop_assert!(!end.synced || (case.progress.synced && end.said == Context::Present));
-        if case.progress.synced && end.said == Context::Present && !case.verdict.discard {
+        prop_assert!(!end.synced || (case.progress.synced && end.said == UpstreamSync::Present));
+        if case.progress.synced && end.said == UpstreamSync::Present && !case.verdict.discard {
             prop_assert!(end.synced);
         }
     }

@@ -108,7 +108,7 @@ async fn all_is_done(scene: &Scene) {
         if left.iter().all(|left| *left == 0) {
             return;
         }
-        assert!(begun.elapsed() < PATIENCE, "runs, deletions, threads, archives, remnants left: {left:?}");
+        assert!(begun.elapsed() < PATIENCE, "runs, deletions, threads, archives, orphans left: {left:?}");
         sleep(Duration::from_millis(100)).await;
     }
 }

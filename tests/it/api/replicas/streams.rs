@@ -4,7 +4,7 @@ use futures_util::StreamExt;
 use futures_util::future::join_all;
 use reqwest::{Method, StatusCode};
 use serde_json::json;
-use threadkeeper::store::News;
+use threadkeeper::store::Notification;
 
 use super::{Half, LONG, SCOPE, ask, assert_ascending, completed, counted, half_way, outputs, whole};
 use crate::support::gateway::{Answer, EventReader, Gateway, PATIENCE, text_of};
@@ -53,12 +53,12 @@ async fn reply_streams_live_on_every_replica(scene: Scene) {
 async fn follower_on_other_replica_notifies_owner(scene: Scene) {
     let (owner, other) = two(&scene).await;
     let store = scene.database.store().await;
-    let mut news = store.news();
-    assert_eq!(news.next().await, Some(News::Missed), "it listens");
+    let mut notifications = store.notifications();
+    assert_eq!(notifications.next().await, Some(Notification::Missed), "it listens");
     let half = Half::at(&scene, &owner, "tell me").await;
     let follower = other.events(SCOPE, &half.run, None).await;
-    let run = News::Followed(half.run.parse().unwrap());
-    let heard = async { while news.next().await.expect("news go on") != run {} };
+    let run = Notification::Followed(half.run.parse().unwrap());
+    let heard = async { while notifications.next().await.expect("notifications go on") != run {} };
     tokio::time::timeout(PATIENCE, heard).await.expect("the owner is told");
     scene.simulator.release();
     let (seen, shown) = tokio::join!(follower.rest(), half.stream.rest());

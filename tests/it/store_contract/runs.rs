@@ -32,18 +32,18 @@ async fn runs_start_in_order_of_admission(database: &TestDatabase, store: &Store
     let (third, ..) = queued(store.admit(say("3")).await.unwrap());
 
     for waiting in [&second, &third] {
-        assert_eq!(store.claim(waiting).await.unwrap(), Claim::NotYet);
+        assert_eq!(store.start_queued(waiting).await.unwrap(), QueuedStart::NotYet);
     }
     closed(store.finish(&first.lease, completed(Some("one"))).await.unwrap());
-    assert_eq!(store.claim(&third).await.unwrap(), Claim::NotYet, "the second waits before it");
+    assert_eq!(store.start_queued(&third).await.unwrap(), QueuedStart::NotYet, "the second waits before it");
 
-    let turn = claimed(store.claim(&second).await.unwrap());
+    let turn = claimed(store.start_queued(&second).await.unwrap());
     assert_eq!((turn.lease, turn.run.status, turn.run.seq), (second, RunStatus::InProgress, 2));
     assert_eq!((turn.input.len(), turn.thread.message_count), (1, 3));
     assert_eq!(turn.run.deadline_at.unwrap() - turn.run.started_at.unwrap(), chrono::TimeDelta::seconds(60));
-    assert_eq!(store.claim(&third).await.unwrap(), Claim::NotYet);
+    assert_eq!(store.start_queued(&third).await.unwrap(), QueuedStart::NotYet);
     closed(store.finish(&second, completed(Some("two"))).await.unwrap());
-    claimed(store.claim(&third).await.unwrap());
+    claimed(store.start_queued(&third).await.unwrap());
     closed(store.finish(&third, completed(Some("three"))).await.unwrap());
 
     let wanted = ["user: 1", "assistant: one", "user: 2", "assistant: two", "user: 3", "assistant: three"];
@@ -55,25 +55,25 @@ async fn claim_requires_current_lease_of_unfinished_run(_: &TestDatabase, store:
     let key = user("alice");
     let first = started(store.admit(admission(&key)).await.unwrap());
     assert_eq!(
-        claimed(store.claim(&first.lease).await.unwrap()),
+        claimed(store.start_queued(&first.lease).await.unwrap()),
         first,
         "it has started, and that is the answer"
     );
     let (second, ..) = queued(store.admit(admission(&key)).await.unwrap());
     let stale = RunLease { fence: second.fence - 1, ..second };
-    assert_eq!(store.claim(&stale).await.unwrap(), Claim::Lost);
+    assert_eq!(store.start_queued(&stale).await.unwrap(), QueuedStart::Lost);
     closed(store.finish(&first.lease, completed(None)).await.unwrap());
-    assert_eq!(store.claim(&first.lease).await.unwrap(), Claim::Lost, "it has ended");
-    assert_eq!(store.claim(&stale).await.unwrap(), Claim::Lost);
-    let turn = claimed(store.claim(&second).await.unwrap());
+    assert_eq!(store.start_queued(&first.lease).await.unwrap(), QueuedStart::Lost, "it has ended");
+    assert_eq!(store.start_queued(&stale).await.unwrap(), QueuedStart::Lost);
+    let turn = claimed(store.start_queued(&second).await.unwrap());
     assert_eq!(
-        claimed(store.claim(&second).await.unwrap()),
+        claimed(store.start_queued(&second).await.unwrap()),
         turn,
         "a claim whose answer was lost can be repeated"
     );
-    assert_eq!(store.claim(&stale).await.unwrap(), Claim::Lost);
+    assert_eq!(store.start_queued(&stale).await.unwrap(), QueuedStart::Lost);
     closed(store.finish(&second, completed(None)).await.unwrap());
-    assert_eq!(store.claim(&second).await.unwrap(), Claim::Lost, "it has ended");
+    assert_eq!(store.start_queued(&second).await.unwrap(), QueuedStart::Lost, "it has ended");
 }
 
 async fn concurrent_claims_start_run_once(database: &TestDatabase, store: &Store) {
@@ -81,7 +81,7 @@ async fn concurrent_claims_start_run_once(database: &TestDatabase, store: &Store
     let first = started(store.admit(admission(&key)).await.unwrap());
     let (second, ..) = queued(store.admit(admission(&key)).await.unwrap());
     closed(store.finish(&first.lease, completed(None)).await.unwrap());
-    let claims = futures_util::future::join_all((0..8).map(|_| store.claim(&second))).await;
+    let claims = futures_util::future::join_all((0..8).map(|_| store.start_queued(&second))).await;
     let turns: Vec<_> = claims.into_iter().map(|claim| claimed(claim.unwrap())).collect();
     assert!(turns.iter().all(|turn| *turn == turns[0]), "{turns:#?}");
     assert_eq!(transcript(store, &key).await.len(), 2);
@@ -105,7 +105,7 @@ async fn finish_returns_all_recorded_fields(_: &TestDatabase, store: &Store) {
                 ContentPart::Refusal { refusal: "no".to_owned() },
             ],
             upstream_message_id: Some("msg_upstream".to_owned()),
-            context: Context::Present,
+            sync: UpstreamSync::Present,
         }),
         ..completed(None)
     };
@@ -171,10 +171,10 @@ async fn cancelled_queued_run_keeps_its_message(database: &TestDatabase, store: 
     assert_eq!((finished.activity.state, finished.activity.queue_depth), (ThreadState::Active, 1));
     assert_eq!((finished.message, finished.thread.message_count), (None, 2));
     assert_eq!(closed(store.finish(&second, cancelled.clone()).await.unwrap()).thread, finished.thread);
-    assert_eq!(store.claim(&second).await.unwrap(), Claim::Lost);
+    assert_eq!(store.start_queued(&second).await.unwrap(), QueuedStart::Lost);
 
     closed(store.finish(&first.lease, completed(Some("hi"))).await.unwrap());
-    claimed(store.claim(&third).await.unwrap());
+    claimed(store.start_queued(&third).await.unwrap());
     let lines = transcript(store, &key).await;
     assert_eq!(lines, ["user: hello", "user: never mind", "assistant: hi", "user: hello"]);
     let page = store.messages(ThreadName::Newest(&key), false, &first_page()).await.unwrap().unwrap();
@@ -209,13 +209,13 @@ async fn upstream_thread_binding_persists(_: &TestDatabase, store: &Store) {
     assert_eq!(finished.thread.upstream_thread_id.as_ref(), Some(&id));
     let late = UpstreamThreadId("conv_2".to_owned());
     assert!(!bind(store, &turn.lease, &late, false).await, "it has ended");
-    let next = claimed(store.claim(&waiting).await.unwrap());
+    let next = claimed(store.start_queued(&waiting).await.unwrap());
     assert_eq!(next.thread.upstream_thread_id, Some(id));
 }
 
 async fn unknown_run_is_lost(_: &TestDatabase, store: &Store) {
     let lease = RunLease { run_id: RunId::new(), fence: 1 };
-    assert_eq!(store.claim(&lease).await.unwrap(), Claim::Lost);
+    assert_eq!(store.start_queued(&lease).await.unwrap(), QueuedStart::Lost);
     assert_eq!(store.finish(&lease, completed(None)).await.unwrap(), Closing::Lost);
     assert!(!bind(store, &lease, &UpstreamThreadId("x".to_owned()), false).await);
 }

@@ -3,9 +3,9 @@
 use std::collections::BTreeSet;
 use std::time::Duration;
 
-use threadkeeper::domain::{Deletion, Lifecycle, Lifetimes, Limits, NewLife, RemnantId, Timestamp, Ttl};
+use threadkeeper::domain::{Deletion, Lifecycle, Lifetimes, Limits, NewLife, OrphanId, Timestamp, Ttl};
 use threadkeeper::store::{
-    DeletionRequest, DeletionTarget, Due, Made, Pruned, Pruning, RemnantKind, RemnantName, ThreadName,
+    DeletionRequest, DeletionTarget, DueThread, Made, OrphanKind, OrphanName, Pruned, Pruning, ThreadName,
     ThreadUpdate,
 };
 use uuid::Uuid;
@@ -27,7 +27,7 @@ on_every_backend!(
     archived_thread_is_discarded_after_retention,
     pruning_spares_recent_and_unfinished_runs,
     expired_records_are_pruned_in_batches,
-    pruned_runs_leave_stored_responses_as_remnants,
+    pruned_runs_leave_stored_responses_as_upstream_orphans,
 );
 
 pub(super) const HOUR: Duration = Duration::from_hours(1);
@@ -98,7 +98,7 @@ async fn due_now(database: &TestDatabase) {
     database.execute("UPDATE threads SET due_at = last_active_at").await;
 }
 
-fn ids(due: &[Due]) -> Vec<ThreadId> {
+fn ids(due: &[DueThread]) -> Vec<ThreadId> {
     due.iter().map(|due| due.thread.id).collect()
 }
 
@@ -109,20 +109,20 @@ pub(super) async fn thread(store: &Store, id: ThreadId) -> Option<Thread> {
 
 async fn due_thread_is_claimed_by_one_janitor(database: &TestDatabase, store: &Store) {
     let made = exchange(store, &user("alice")).await.thread;
-    assert_eq!(store.due(10).await.unwrap(), [], "it has no limits");
+    assert_eq!(store.due_threads(10).await.unwrap(), [], "it has no limits");
     due_now(database).await;
-    let due = store.due(10).await.unwrap();
+    let due = store.due_threads(10).await.unwrap();
     assert_eq!((ids(&due), due[0].attempts), (vec![made.id], 0));
     assert_eq!(due[0].thread, made);
     assert!(due[0].now >= made.last_active_at);
-    assert_eq!(ids(&store.due(10).await.unwrap()), [made.id], "nothing is changed");
+    assert_eq!(ids(&store.due_threads(10).await.unwrap()), [made.id], "nothing is changed");
 
-    let claimed = store.claim_due(10, HOUR).await.unwrap();
+    let claimed = store.lease_due_threads(10, HOUR).await.unwrap();
     assert_eq!((ids(&claimed), &claimed[0].thread), (vec![made.id], &made));
-    assert_eq!(store.claim_due(10, HOUR).await.unwrap(), []);
-    assert_eq!(store.due(10).await.unwrap(), []);
+    assert_eq!(store.lease_due_threads(10, HOUR).await.unwrap(), []);
+    assert_eq!(store.due_threads(10).await.unwrap(), []);
     earlier(database, "threads", &["due_at"], HOUR * 2).await;
-    assert_eq!(ids(&store.claim_due(10, HOUR).await.unwrap()), [made.id], "whoever had it is dead");
+    assert_eq!(ids(&store.lease_due_threads(10, HOUR).await.unwrap()), [made.id], "whoever had it is dead");
     check_invariants(database).await;
 }
 
@@ -137,42 +137,42 @@ async fn longest_due_threads_are_claimed_first(database: &TestDatabase, store: &
         let thread = id(database, thread.uuid());
         database.execute(&format!("UPDATE threads SET due_at = created_at WHERE id = {thread}")).await;
     }
-    assert_eq!(ids(&store.due(2).await.unwrap()), threads[..2]);
-    assert_eq!(ids(&store.claim_due(2, HOUR).await.unwrap()), threads[..2]);
-    assert_eq!(ids(&store.claim_due(2, HOUR).await.unwrap()), threads[2..4]);
-    assert_eq!(ids(&store.claim_due(2, HOUR).await.unwrap()), threads[4..]);
+    assert_eq!(ids(&store.due_threads(2).await.unwrap()), threads[..2]);
+    assert_eq!(ids(&store.lease_due_threads(2, HOUR).await.unwrap()), threads[..2]);
+    assert_eq!(ids(&store.lease_due_threads(2, HOUR).await.unwrap()), threads[2..4]);
+    assert_eq!(ids(&store.lease_due_threads(2, HOUR).await.unwrap()), threads[4..]);
     // One that always fails goes behind the others.
     earlier(database, "threads", &["due_at"], HOUR * 2).await;
-    let first = claim(store).await;
-    store.schedule(first.thread.id, first.claimed, Some(Duration::ZERO), Some("broken")).await.unwrap();
-    let others = ids(&store.claim_due(4, HOUR).await.unwrap());
+    let first = lease(store).await;
+    store.reschedule(first.thread.id, first.claimed, Some(Duration::ZERO), Some("broken")).await.unwrap();
+    let others = ids(&store.lease_due_threads(4, HOUR).await.unwrap());
     assert!(others.len() == 4 && !others.contains(&first.thread.id), "{others:?}");
 }
 
 async fn stale_schedule_keeps_newer_due_time(database: &TestDatabase, store: &Store) {
     let made = exchange(store, &user("alice")).await.thread.id;
     due_now(database).await;
-    let looked = claim(store).await;
+    let looked = lease(store).await;
     due_now(database).await;
-    store.schedule(made, looked.claimed, None, None).await.unwrap();
-    assert_eq!(ids(&store.due(1).await.unwrap()), [made], "somebody made it due");
-    let looked = claim(store).await;
-    store.schedule(made, looked.claimed, Some(HOUR * 5), None).await.unwrap();
+    store.reschedule(made, looked.claimed, None, None).await.unwrap();
+    assert_eq!(ids(&store.due_threads(1).await.unwrap()), [made], "somebody made it due");
+    let looked = lease(store).await;
+    store.reschedule(made, looked.claimed, Some(HOUR * 5), None).await.unwrap();
     let now = time(database, "last_active_at", made).await;
     let due = time(database, "due_at", made).await;
     assert!((due - now - 5 * 3_600_000).abs() < 60_000, "{due}");
     due_now(database).await;
-    let looked = claim(store).await;
-    store.schedule(made, looked.claimed, None, None).await.unwrap();
+    let looked = lease(store).await;
+    store.reschedule(made, looked.claimed, None, None).await.unwrap();
     assert_eq!(time(database, "due_at", made).await, -1);
-    store.schedule(made, looked.claimed, Some(HOUR), Some("late")).await.unwrap();
+    store.reschedule(made, looked.claimed, Some(HOUR), Some("late")).await.unwrap();
     assert_eq!(time(database, "due_at", made).await, -1, "it is not that look's any more");
-    store.schedule(ThreadId::new(), None, None, None).await.unwrap();
+    store.reschedule(ThreadId::new(), None, None, None).await.unwrap();
 }
 
 /// The one thread that has waited longest.
-async fn claim(store: &Store) -> Due {
-    let mut due = store.claim_due(1, HOUR).await.unwrap();
+async fn lease(store: &Store) -> DueThread {
+    let mut due = store.lease_due_threads(1, HOUR).await.unwrap();
     assert!(due.len() == 1 && due[0].claimed.is_some(), "{due:?}");
     due.remove(0)
 }
@@ -188,7 +188,7 @@ async fn janitor_schedule_keeps_ttl_set_meanwhile(database: &TestDatabase, store
             let made = exchange(store, &key).await.thread.id;
             let row = id(database, made.uuid());
             database.execute(&format!("UPDATE threads SET due_at = created_at WHERE id = {row}")).await;
-            let looked = claim(store).await;
+            let looked = lease(store).await;
             assert_eq!(looked.thread.id, made);
             let minute = Ttl::FromNow(HOUR / 60);
             if by_message {
@@ -200,7 +200,7 @@ async fn janitor_schedule_keeps_ttl_set_meanwhile(database: &TestDatabase, store
                 store.update_thread(&key, &update).await.unwrap().unwrap();
             }
             let due = time(database, "due_at", made).await;
-            store.schedule(made, looked.claimed, after, failure).await.unwrap();
+            store.reschedule(made, looked.claimed, after, failure).await.unwrap();
             assert_eq!(time(database, "due_at", made).await, due, "{by_message} {failure:?}");
             let failures = format!("SELECT attempts FROM threads WHERE id = {row}");
             assert_eq!(database.number(&failures).await, i64::from(failure.is_some()));
@@ -214,12 +214,12 @@ async fn deletion_begun_during_janitor_pass_keeps_its_hold(database: &TestDataba
         let made = exchange(store, &key).await.thread.id;
         let row = id(database, made.uuid());
         database.execute(&format!("UPDATE threads SET due_at = created_at WHERE id = {row}")).await;
-        let looked = claim(store).await;
+        let looked = lease(store).await;
         let request = request(DeletionTarget::Key(key), Deletion::Erase);
         let request = DeletionRequest { hold: HOUR / 60, ..request };
         assert_eq!(store.begin_deletion(&request, 1).await.unwrap(), 1);
         let due = time(database, "due_at", made).await;
-        store.schedule(made, looked.claimed, after, failure).await.unwrap();
+        store.reschedule(made, looked.claimed, after, failure).await.unwrap();
         assert_eq!(time(database, "due_at", made).await, due, "{failure:?}");
     }
 }
@@ -228,29 +228,29 @@ async fn deletion_begun_during_janitor_pass_keeps_its_hold(database: &TestDataba
 async fn unclaimed_schedule_only_moves_due_time_earlier(database: &TestDatabase, store: &Store) {
     let made = exchange(store, &user("alice")).await.thread.id;
     due_now(database).await;
-    claim(store).await;
+    lease(store).await;
     let held = time(database, "due_at", made).await;
-    store.schedule(made, None, Some(HOUR * 2), Some("broken")).await.unwrap();
-    store.schedule(made, None, None, None).await.unwrap();
+    store.reschedule(made, None, Some(HOUR * 2), Some("broken")).await.unwrap();
+    store.reschedule(made, None, None, None).await.unwrap();
     assert_eq!(time(database, "due_at", made).await, held);
-    store.schedule(made, None, Some(Duration::ZERO), Some("broken")).await.unwrap();
-    assert_eq!(store.due(1).await.unwrap()[0].attempts, 1);
-    store.schedule(made, None, Some(HOUR), Some("broken")).await.unwrap();
-    assert_eq!(store.due(1).await.unwrap()[0].attempts, 2, "it stays due");
+    store.reschedule(made, None, Some(Duration::ZERO), Some("broken")).await.unwrap();
+    assert_eq!(store.due_threads(1).await.unwrap()[0].attempts, 1);
+    store.reschedule(made, None, Some(HOUR), Some("broken")).await.unwrap();
+    assert_eq!(store.due_threads(1).await.unwrap()[0].attempts, 2, "it stays due");
 }
 
 async fn janitor_failures_are_counted_until_success(database: &TestDatabase, store: &Store) {
     let made = exchange(store, &user("alice")).await.thread.id;
     for attempts in 0..3 {
         due_now(database).await;
-        let looked = claim(store).await;
+        let looked = lease(store).await;
         assert_eq!(looked.attempts, attempts);
-        store.schedule(made, looked.claimed, Some(HOUR), Some("the upstream is away")).await.unwrap();
-        assert_eq!(store.due(1).await.unwrap(), []);
+        store.reschedule(made, looked.claimed, Some(HOUR), Some("the upstream is away")).await.unwrap();
+        assert_eq!(store.due_threads(1).await.unwrap(), []);
     }
-    store.schedule(made, None, Some(HOUR), None).await.unwrap();
+    store.reschedule(made, None, Some(HOUR), None).await.unwrap();
     due_now(database).await;
-    assert_eq!(store.due(1).await.unwrap()[0].attempts, 0);
+    assert_eq!(store.due_threads(1).await.unwrap()[0].attempts, 0);
 }
 
 fn limits(max_age: Option<Duration>, max_idle: Option<Duration>) -> Limits {
@@ -300,14 +300,14 @@ async fn review_sets_due_time_to_expiry(database: &TestDatabase, store: &Store) 
     for lifetimes in [lifetimes(), Lifetimes::default(), lifetimes()] {
         let mut after = None;
         let mut pages = 0;
-        while let Some(last) = store.review(after, 3, &lifetimes).await.unwrap() {
+        while let Some(last) = store.apply_changed_limits(after, 3, &lifetimes).await.unwrap() {
             after = Some(last);
             pages += 1;
         }
         assert!(pages <= 5, "{pages}");
         assert_eq!(after, Some(archived));
         for made in &threads {
-            let wanted = super::keeping::lifetimes().expiry(made).map(|at| at.timestamp_millis());
+            let wanted = super::retention::lifetimes().expiry(made).map(|at| at.timestamp_millis());
             let due = time(database, "due_at", made.id).await;
             assert!((due - wanted.unwrap()).abs() <= 1, "{made:?} is due at {due}");
         }
@@ -316,12 +316,12 @@ async fn review_sets_due_time_to_expiry(database: &TestDatabase, store: &Store) 
     let expired = threads.iter().filter(|made| {
         lifetimes().expiry(made).is_some_and(|at| at <= threads[0].last_active_at + HOUR + HOUR / 2)
     });
-    assert_eq!(store.due(100).await.unwrap().len(), expired.count());
+    assert_eq!(store.due_threads(100).await.unwrap().len(), expired.count());
     // What is due early is not put off, and what is due late comes earlier.
     database.execute("UPDATE threads SET due_at = created_at WHERE scope_kind = 'topic'").await;
-    store.claim_due(100, HOUR * 1000).await.unwrap();
+    store.lease_due_threads(100, HOUR * 1000).await.unwrap();
     database.execute("UPDATE threads SET due_at = created_at WHERE scope_kind = 'topic'").await;
-    store.review(None, 100, &lifetimes()).await.unwrap();
+    store.apply_changed_limits(None, 100, &lifetimes()).await.unwrap();
     for made in &threads {
         let due = time(database, "due_at", made.id).await;
         let wanted = match made.key.scope {
@@ -352,7 +352,7 @@ async fn only_expired_threads_are_archived(database: &TestDatabase, store: &Stor
             assert!((due - end.unwrap().timestamp_millis()).abs() <= 1, "{made:?} is due at {due}");
         }
     }
-    assert_eq!(ids(&store.due(100).await.unwrap()).into_iter().collect::<BTreeSet<_>>(), archived);
+    assert_eq!(ids(&store.due_threads(100).await.unwrap()).into_iter().collect::<BTreeSet<_>>(), archived);
     assert!(archived.len() == 3 && archived.len() < threads.len());
     let endless =
         threads.iter().find(|made| made.limits == Limits::NONE && !archived.contains(&made.id)).unwrap();
@@ -367,14 +367,14 @@ async fn expired_thread_is_archived_and_its_runs_continue(database: &TestDatabas
     let (second, ..) = queued(store.admit(admission(&key)).await.unwrap());
     database.execute("UPDATE threads SET rollover_pending = true").await;
     assert!(store.expire(first.thread.id, limits(None, Some(Duration::ZERO))).await.unwrap());
-    let due = store.due(10).await.unwrap();
+    let due = store.due_threads(10).await.unwrap();
     assert_eq!(ids(&due), [first.thread.id]);
-    let Due { thread, now, .. } = &due[0];
+    let DueThread { thread, now, .. } = &due[0];
     assert_eq!((thread.lifecycle, thread.rolls), (Lifecycle::Archived, false));
     assert!(thread.archived_at.unwrap() <= *now && thread.archived_at.unwrap() >= thread.created_at);
     // Its runs go on.
     closed(store.finish(&first.lease, completed(None)).await.unwrap());
-    claimed(store.claim(&second).await.unwrap());
+    claimed(store.start_queued(&second).await.unwrap());
     closed(store.finish(&second, completed(None)).await.unwrap());
     assert_ne!(exchange(store, &key).await.thread.id, first.thread.id);
     assert!(!store.expire(ThreadId::new(), Limits::NONE).await.unwrap());
@@ -391,7 +391,7 @@ async fn archived_thread_is_discarded_after_retention(database: &TestDatabase, s
     earlier(database, "threads", &["archived_at"], HOUR).await;
     database.execute("UPDATE threads SET due_at = NULL").await;
     assert!(store.discard(made, HOUR).await.unwrap());
-    let due = store.due(10).await.unwrap();
+    let due = store.due_threads(10).await.unwrap();
     assert_eq!(
         (due[0].thread.lifecycle, due[0].thread.deletion),
         (Lifecycle::Deleting, Some(Deletion::Erase))
@@ -425,7 +425,7 @@ async fn pruning_spares_recent_and_unfinished_runs(database: &TestDatabase, stor
     assert_eq!(store.prune(&Pruning::default(), 100).await.unwrap(), Pruned::default());
     assert_eq!(database.number("SELECT count(*) FROM runs").await, 3);
 
-    // What a leftover names is still needed; and one that ended late is young.
+    // What a unsettled run names is still needed; and one that ended late is young.
     older_runs(database, HOUR * 2).await;
     database.execute("UPDATE runs SET finished_at = created_at WHERE finished_at IS NOT NULL").await;
     let named = database.number("SELECT count(*) FROM runs WHERE finished_at IS NOT NULL").await;
@@ -481,7 +481,7 @@ async fn expired_records_are_pruned_in_batches(database: &TestDatabase, store: &
     exchange(store, &user("0")).await;
 }
 
-async fn pruned_runs_leave_stored_responses_as_remnants(database: &TestDatabase, store: &Store) {
+async fn pruned_runs_leave_stored_responses_as_upstream_orphans(database: &TestDatabase, store: &Store) {
     let mut threads = vec![];
     for upstream in ["storing", "other"] {
         let key = user(upstream);
@@ -497,15 +497,15 @@ async fn pruned_runs_leave_stored_responses_as_remnants(database: &TestDatabase,
     older_runs(database, HOUR * 2).await;
     let pruning = Pruning { storing: vec!["storing".to_owned()], ..all() };
     assert_eq!(store.prune(&pruning, 100).await.unwrap().runs, 2);
-    let remnants = store.remnants(threads[0], true, 100).await.unwrap();
-    let ids: BTreeSet<_> = remnants.iter().map(|it| it.upstream_id.as_deref().unwrap()).collect();
+    let orphans = store.upstream_orphans(threads[0], true, 100).await.unwrap();
+    let ids: BTreeSet<_> = orphans.iter().map(|it| it.upstream_id.as_deref().unwrap()).collect();
     assert_eq!(ids.into_iter().collect::<Vec<_>>(), ["resp_1", "resp_2"]);
-    assert!(remnants.iter().all(|it| it.kind == RemnantKind::Run && it.upstream == "storing"));
-    assert!(remnants.iter().all(|it| matches!(it.name, RemnantName::Row(_)) && it.attempts == 0));
-    assert_eq!(store.remnants(threads[1], true, 100).await.unwrap(), []);
-    assert_eq!(store.due_remnants(100).await.unwrap(), [], "they go with their thread");
-    assert_eq!(store.claim_remnants(100, HOUR).await.unwrap(), []);
-    store.schedule_remnant(RemnantId::new(), None, None).await.unwrap();
+    assert!(orphans.iter().all(|it| it.kind == OrphanKind::Run && it.upstream == "storing"));
+    assert!(orphans.iter().all(|it| matches!(it.name, OrphanName::Row(_)) && it.attempts == 0));
+    assert_eq!(store.upstream_orphans(threads[1], true, 100).await.unwrap(), []);
+    assert_eq!(store.due_upstream_orphans(100).await.unwrap(), [], "they go with their thread");
+    assert_eq!(store.lease_upstream_orphans(100, HOUR).await.unwrap(), []);
+    store.reschedule_upstream_orphan(OrphanId::new(), None, None).await.unwrap();
 }
 
 /// Many threads, claimed by two replicas at once: each by one of them.
@@ -523,8 +523,8 @@ async fn two_replicas_claim_disjoint_due_threads() {
         async move {
             let mut all = vec![];
             loop {
-                let some = store.claim_due(4, HOUR).await.unwrap();
-                if some.is_empty() && store.due(1).await.unwrap().is_empty() {
+                let some = store.lease_due_threads(4, HOUR).await.unwrap();
+                if some.is_empty() && store.due_threads(1).await.unwrap().is_empty() {
                     return all;
                 }
                 all.extend(ids(&some));
@@ -550,7 +550,7 @@ async fn janitor_reads_bounded_rows() {
     }
     store.close().await;
     fill(&database).await;
-    super::backends::alone(&database).await;
+    super::engines::alone(&database).await;
     database.execute("SELECT pg_stat_reset()").await;
 
     let store = database.store().await;
@@ -558,7 +558,7 @@ async fn janitor_reads_bounded_rows() {
     roll_over(&store, &key).await;
     store.close().await;
 
-    super::backends::alone(&database).await;
+    super::engines::alone(&database).await;
     for (column, most) in [("seq_scan", 0), ("idx_tup_fetch", 1500)] {
         for table in [
             "threads", "runs", "messages", "run_events", "idempotency_keys", "upstream_orphans", "deletions",
@@ -615,17 +615,17 @@ async fn fill(database: &TestDatabase) {
 /// What the janitor does.
 async fn keep(store: &Store) {
     let tenant = TenantKey::default();
-    assert!(!store.due(20).await.unwrap().is_empty());
-    let due = store.claim_due(10, HOUR).await.unwrap();
+    assert!(!store.due_threads(20).await.unwrap().is_empty());
+    let due = store.lease_due_threads(10, HOUR).await.unwrap();
     let current = due.iter().find(|due| due.thread.lifecycle == Lifecycle::Current).unwrap();
     let (current, claimed) = (current.thread.id, current.claimed);
     let archived = due.iter().find(|due| due.thread.lifecycle == Lifecycle::Archived).unwrap().thread.id;
-    store.schedule(current, claimed, Some(HOUR), Some("x")).await.unwrap();
-    store.review(None, 100, &lifetimes()).await.unwrap();
-    store.review(Some(archived), 100, &lifetimes()).await.unwrap();
+    store.reschedule(current, claimed, Some(HOUR), Some("x")).await.unwrap();
+    store.apply_changed_limits(None, 100, &lifetimes()).await.unwrap();
+    store.apply_changed_limits(Some(archived), 100, &lifetimes()).await.unwrap();
     assert!(store.expire(current, limits(Some(HOUR), None)).await.unwrap());
     assert!(store.discard(archived, HOUR).await.unwrap());
-    store.removed(archived, &super::deletion::gone(), &[RemnantName::Row(RemnantId::new())]).await.unwrap();
+    store.removed(archived, &super::deletion::gone(), &[OrphanName::Row(OrphanId::new())]).await.unwrap();
     assert!(store.conclude(archived, 10).await.unwrap());
     let target = DeletionTarget::User(user("u7").user);
     let request = DeletionRequest { tenant: tenant.clone(), ..request(target, Deletion::Erase) };
@@ -633,16 +633,16 @@ async fn keep(store: &Store) {
     let report = store.deletion(&tenant, request.id, None, 10).await.unwrap().unwrap();
     store.deletion_under_way(&tenant, &request.target).await.unwrap().unwrap();
     let thread = report.threads.data[0].id;
-    let remnants = store.remnants(thread, true, 10).await.unwrap();
-    let names: Vec<_> = remnants.into_iter().map(|it| it.name).collect();
+    let orphans = store.upstream_orphans(thread, true, 10).await.unwrap();
+    let names: Vec<_> = orphans.into_iter().map(|it| it.name).collect();
     store.removed(thread, &super::deletion::gone(), &names).await.unwrap();
     while !store.conclude(thread, 2).await.unwrap() {}
     let pruning = Pruning { storing: vec!["main".to_owned()], ..all() };
     store.prunable(&pruning, 50).await.unwrap();
     let pruned = store.prune(&pruning, 50).await.unwrap();
     assert_eq!(pruned, Pruned { runs: 50, events: 50, idempotency_keys: 50, receipts: 50 });
-    store.due_remnants(10).await.unwrap();
-    store.claim_remnants(10, HOUR).await.unwrap();
+    store.due_upstream_orphans(10).await.unwrap();
+    store.lease_upstream_orphans(10, HOUR).await.unwrap();
 }
 
 /// What turns do that the janitor makes way for.
@@ -658,7 +658,7 @@ async fn roll_over(store: &Store, key: &ConversationKey) {
     };
     store.roll_over(&rollover).await.unwrap();
     assert_eq!(store.carried(rollover.new_thread, None, 100).await.unwrap().data.len(), 2);
-    let foreign = threadkeeper::store::Foreign {
+    let external = threadkeeper::store::ExternalMessage {
         id: MessageId::new(),
         after: 0,
         role: threadkeeper::domain::Role::User,
@@ -666,8 +666,8 @@ async fn roll_over(store: &Store, key: &ConversationKey) {
         upstream_message_id: Some("m".to_owned()),
         created_at: None,
     };
-    store.insert_foreign(rollover.new_thread, Some(turn.lease), &[foreign]).await.unwrap();
-    let intents = [RemnantId::new(), RemnantId::new()];
+    store.insert_external_messages(rollover.new_thread, Some(turn.lease), &[external]).await.unwrap();
+    let intents = [OrphanId::new(), OrphanId::new()];
     for intent in intents {
         assert!(store.intend(&turn.lease, intent).await.unwrap());
     }
@@ -676,5 +676,5 @@ async fn roll_over(store: &Store, key: &ConversationKey) {
     let binding = Binding { id: made.clone(), intent: intents[1], seeded: true, carried_users: 1 };
     assert_eq!(store.bind_upstream_thread(&turn.lease, binding.clone()).await.unwrap(), Bound::Done);
     store.baseline(turn.run.id).await.unwrap();
-    store.schedule_remnant(intents[0], None, Some(HOUR)).await.unwrap();
+    store.reschedule_upstream_orphan(intents[0], None, Some(HOUR)).await.unwrap();
 }

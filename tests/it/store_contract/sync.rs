@@ -1,6 +1,6 @@
 //! What is upstream and what is not, and what is taken out of the transcript.
 
-use threadkeeper::domain::{Baseline, Leftover, UpstreamThreadId};
+use threadkeeper::domain::{Baseline, UnsettledRun, UpstreamThreadId};
 use threadkeeper::store::{PAGE_BYTES, Withholding};
 
 use super::*;
@@ -13,7 +13,7 @@ on_every_backend!(
     synced_finish_marks_backlog_present,
     synced_finish_leaves_later_messages_missing,
     synced_discard_leaves_later_messages_missing,
-    leftover_stays_until_replaced_or_synced,
+    unsettled_run_stays_until_replaced_or_synced,
     settling_run_resolves_its_unknown_messages,
     backlog_sent_with_unsettled_run_is_settled_present,
     backlog_sent_with_discarded_run_is_settled_present,
@@ -33,17 +33,17 @@ fn say(key: &ConversationKey, words: &str) -> Admission {
     Admission { message: InputMessage { id: MessageId::new(), content: text(words) }, ..admission(key) }
 }
 
-fn failed(said: Context) -> RunEnd {
+fn failed(said: UpstreamSync) -> RunEnd {
     RunEnd { status: RunStatus::Failed, said, ..completed(None) }
 }
 
-fn reply(words: &str, upstream: Option<&str>, context: Context) -> Reply {
+fn reply(words: &str, upstream: Option<&str>, sync: UpstreamSync) -> Reply {
     let upstream_message_id = upstream.map(ToOwned::to_owned);
-    Reply { id: MessageId::new(), content: text(words), upstream_message_id, context }
+    Reply { id: MessageId::new(), content: text(words), upstream_message_id, sync }
 }
 
-fn leftover(run: RunId) -> Leftover {
-    Leftover {
+fn unsettled_run(run: RunId) -> UnsettledRun {
+    UnsettledRun {
         run,
         thread: Some(UpstreamThreadId("conv_1".to_owned())),
         upstream_run: Some(UpstreamRunId("resp_1".to_owned())),
@@ -56,11 +56,11 @@ fn leftover(run: RunId) -> Leftover {
 }
 
 /// Each message of the key's transcript: its text, its context, and how its run ended.
-async fn contexts(store: &Store, key: &ConversationKey) -> Vec<(String, Context, Option<RunStatus>)> {
+async fn syncs(store: &Store, key: &ConversationKey) -> Vec<(String, UpstreamSync, Option<RunStatus>)> {
     let lines = transcript(store, key).await;
     let page = store.messages(ThreadName::Newest(key), false, &first_page()).await.unwrap().unwrap();
     let words = lines.into_iter().map(|line| line.split_once(": ").unwrap().1.to_owned());
-    words.zip(page.data).map(|(words, message)| (words, message.context, message.ended)).collect()
+    words.zip(page.data).map(|(words, message)| (words, message.sync, message.ended)).collect()
 }
 
 /// Admits a message on a free thread and ends its run.
@@ -69,17 +69,17 @@ async fn turn(store: &Store, key: &ConversationKey, words: &str, end: &RunEnd) -
     closed(store.finish(&turn.lease, end.clone()).await.unwrap())
 }
 
-/// The texts of a run's backlog.
-async fn backlog(store: &Store, run: RunId) -> Vec<String> {
+/// The texts of a run's unsynced messages.
+async fn unsynced_messages(store: &Store, run: RunId) -> Vec<String> {
     let text = |message: Message| match &message.content[..] {
         [ContentPart::Text { text }] => text.clone(),
         other => panic!("{other:?}"),
     };
-    store.backlog(run, None, 1000).await.unwrap().data.into_iter().rev().map(text).collect()
+    store.unsynced_messages(run, None, 1000).await.unwrap().data.into_iter().rev().map(text).collect()
 }
 
 async fn finish_records_context_of_its_messages(database: &TestDatabase, store: &Store) {
-    use Context::{Missing, Present, Unknown, Withheld};
+    use UpstreamSync::{Missing, Present, Unknown, Withheld};
     let key = user("alice");
     let mut missing = 0;
     let mut wanted = vec![];
@@ -91,12 +91,12 @@ async fn finish_records_context_of_its_messages(database: &TestDatabase, store: 
             missing += i64::from(said == Missing) + i64::from(replied == Missing);
             assert_eq!(finished.thread.backlog, missing, "{said} {replied}");
             let message = finished.message.unwrap();
-            assert_eq!((message.context, message.ended), (replied, Some(status)));
+            assert_eq!((message.sync, message.ended), (replied, Some(status)));
             wanted.push(("message".to_owned(), said, Some(status)));
             wanted.push(("reply".to_owned(), replied, Some(status)));
         }
     }
-    assert_eq!(contexts(store, &key).await, wanted);
+    assert_eq!(syncs(store, &key).await, wanted);
     assert_eq!(seen(store, &key).await.unwrap().0.backlog, 8);
     check_invariants(database).await;
 }
@@ -104,12 +104,12 @@ async fn finish_records_context_of_its_messages(database: &TestDatabase, store: 
 async fn completed_run_leaves_no_outcome_on_messages(database: &TestDatabase, store: &Store) {
     let key = user("alice");
     let finished = turn(store, &key, "1", &completed(Some("one"))).await;
-    assert_eq!((finished.thread.backlog, &finished.thread.leftover), (0, &None));
+    assert_eq!((finished.thread.backlog, &finished.thread.unsettled_run), (0, &None));
     // Nothing forbids one that completed but is not known upstream.
-    let end = RunEnd { said: Context::Missing, ..completed(Some("two")) };
+    let end = RunEnd { said: UpstreamSync::Missing, ..completed(Some("two")) };
     assert_eq!(turn(store, &key, "2", &end).await.thread.backlog, 1);
     let wanted = [("1", "present"), ("one", "present"), ("2", "missing"), ("two", "present")];
-    for ((words, context, ended), wanted) in contexts(store, &key).await.iter().zip(wanted) {
+    for ((words, context, ended), wanted) in syncs(store, &key).await.iter().zip(wanted) {
         assert_eq!((words.as_str(), context.as_str(), *ended), (wanted.0, wanted.1, None));
     }
     check_invariants(database).await;
@@ -119,23 +119,23 @@ async fn messages_of_unstarted_run_get_context_too(database: &TestDatabase, stor
     let key = user("alice");
     started(store.admit(say(&key, "1")).await.unwrap());
     let mut missing = 0;
-    for said in [Context::Withheld, Context::Missing] {
+    for said in [UpstreamSync::Withheld, UpstreamSync::Missing] {
         let (waiting, ..) = queued(store.admit(say(&key, "2")).await.unwrap());
         let merge = Admission { strategy: MultitaskStrategy::Merge, ..say(&key, "3") };
         assert!(matches!(store.admit(merge.clone()).await.unwrap(), Admitted::Merged { .. }));
         let finished = closed(store.finish(&waiting, failed(said)).await.unwrap());
-        missing += if said == Context::Missing { 2 } else { 0 };
+        missing += if said == UpstreamSync::Missing { 2 } else { 0 };
         assert_eq!(finished.thread.backlog, missing);
-        let all = contexts(store, &key).await;
+        let all = syncs(store, &key).await;
         let failed = Some(RunStatus::Failed);
         assert_eq!(all[all.len() - 2..], [("2".to_owned(), said, failed), ("3".to_owned(), said, failed)]);
-        assert_eq!(all[0], ("1".to_owned(), Context::Present, None));
+        assert_eq!(all[0], ("1".to_owned(), UpstreamSync::Present, None));
     }
     check_invariants(database).await;
 }
 
 async fn backlog_holds_missing_messages_of_earlier_runs(database: &TestDatabase, store: &Store) {
-    use Context::{Missing, Present, Unknown, Withheld};
+    use UpstreamSync::{Missing, Present, Unknown, Withheld};
     let key = user("alice");
     turn(store, &key, "1", &failed(Missing)).await;
     turn(store, &key, "2", &failed(Withheld)).await;
@@ -145,21 +145,21 @@ async fn backlog_holds_missing_messages_of_earlier_runs(database: &TestDatabase,
     turn(store, &user("bob"), "other", &failed(Missing)).await;
     let now = started(store.admit(say(&key, "5")).await.unwrap());
     assert_eq!(now.thread.backlog, 2);
-    assert_eq!(backlog(store, now.run.id).await, ["1", "four"]);
-    assert_eq!(backlog(store, RunId::new()).await, [""; 0]);
+    assert_eq!(unsynced_messages(store, now.run.id).await, ["1", "four"]);
+    assert_eq!(unsynced_messages(store, RunId::new()).await, [""; 0]);
     // Nothing went along: it stays.
     let own = RunEnd { reply: Some(reply("five", None, Missing)), ..failed(Missing) };
     let finished = closed(store.finish(&now.lease, own.clone()).await.unwrap());
     assert_eq!(finished.thread.backlog, 4);
     let next = started(store.admit(say(&key, "6")).await.unwrap());
-    assert_eq!(backlog(store, next.run.id).await, ["1", "four", "5", "five"]);
+    assert_eq!(unsynced_messages(store, next.run.id).await, ["1", "four", "5", "five"]);
     let (waiting, ..) = queued(store.admit(say(&key, "7")).await.unwrap());
-    assert_eq!(backlog(store, waiting.run_id).await, ["1", "four", "5", "five"]);
+    assert_eq!(unsynced_messages(store, waiting.run_id).await, ["1", "four", "5", "five"]);
     check_invariants(database).await;
 }
 
 async fn synced_finish_marks_backlog_present(database: &TestDatabase, store: &Store) {
-    use Context::{Missing, Present, Unknown, Withheld};
+    use UpstreamSync::{Missing, Present, Unknown, Withheld};
     let key = user("alice");
     turn(store, &key, "1", &failed(Missing)).await;
     turn(store, &key, "2", &failed(Withheld)).await;
@@ -170,20 +170,20 @@ async fn synced_finish_marks_backlog_present(database: &TestDatabase, store: &St
     let end = RunEnd { synced: true, reply: Some(reply("four", None, Missing)), ..failed(Missing) };
     let finished = turn(store, &key, "4", &end).await;
     assert_eq!(finished.thread.backlog, 2);
-    let told = |all: Vec<(String, Context, Option<RunStatus>)>| {
+    let told = |all: Vec<(String, UpstreamSync, Option<RunStatus>)>| {
         all.into_iter().map(|(words, context, _)| (words, context)).collect::<Vec<_>>()
     };
     let wanted = |context| {
         [("1", Present), ("2", Withheld), ("3", Present), ("4", context), ("four", context)]
             .map(|(words, context)| (words.to_owned(), context))
     };
-    assert_eq!(told(contexts(store, &key).await), wanted(Missing));
+    assert_eq!(told(syncs(store, &key).await), wanted(Missing));
     check_invariants(database).await;
 
     let end = RunEnd { synced: true, ..completed(Some("five")) };
     let finished = turn(store, &key, "5", &end).await;
     assert_eq!(finished.thread.backlog, 0);
-    assert_eq!(told(contexts(store, &key).await)[..5], wanted(Present));
+    assert_eq!(told(syncs(store, &key).await)[..5], wanted(Present));
     let (bob, _) = seen(store, &user("bob")).await.unwrap();
     assert_eq!(bob, others.thread, "no other thread is touched");
     check_invariants(database).await;
@@ -191,91 +191,91 @@ async fn synced_finish_marks_backlog_present(database: &TestDatabase, store: &St
 
 async fn synced_finish_leaves_later_messages_missing(database: &TestDatabase, store: &Store) {
     let key = user("alice");
-    turn(store, &key, "1", &failed(Context::Missing)).await;
+    turn(store, &key, "1", &failed(UpstreamSync::Missing)).await;
     let now = started(store.admit(say(&key, "2")).await.unwrap());
     let (waiting, ..) = queued(store.admit(say(&key, "3")).await.unwrap());
-    closed(store.finish(&waiting, failed(Context::Missing)).await.unwrap());
-    assert_eq!(backlog(store, now.run.id).await, ["1"]);
+    closed(store.finish(&waiting, failed(UpstreamSync::Missing)).await.unwrap());
+    assert_eq!(unsynced_messages(store, now.run.id).await, ["1"]);
     let end = RunEnd { synced: true, ..completed(Some("two")) };
     let finished = closed(store.finish(&now.lease, end.clone()).await.unwrap());
     assert_eq!(finished.thread.backlog, 1);
     let next = started(store.admit(say(&key, "4")).await.unwrap());
-    assert_eq!(backlog(store, next.run.id).await, ["3"]);
+    assert_eq!(unsynced_messages(store, next.run.id).await, ["3"]);
 
     // A run that has no messages yet comes after all others.
     let (waiting, ..) = queued(store.admit(say(&key, "5")).await.unwrap());
-    let end = RunEnd { synced: true, ..failed(Context::Missing) };
+    let end = RunEnd { synced: true, ..failed(UpstreamSync::Missing) };
     assert_eq!(closed(store.finish(&waiting, end.clone()).await.unwrap()).thread.backlog, 1);
     check_invariants(database).await;
 }
 
 async fn synced_discard_leaves_later_messages_missing(database: &TestDatabase, store: &Store) {
     let key = user("alice");
-    turn(store, &key, "1", &failed(Context::Missing)).await;
+    turn(store, &key, "1", &failed(UpstreamSync::Missing)).await;
     let now = started(store.admit(say(&key, "2")).await.unwrap());
     let (waiting, ..) = queued(store.admit(say(&key, "3")).await.unwrap());
-    closed(store.finish(&waiting, failed(Context::Missing)).await.unwrap());
-    let end = RunEnd { synced: true, discard: true, ..failed(Context::Missing) };
+    closed(store.finish(&waiting, failed(UpstreamSync::Missing)).await.unwrap());
+    let end = RunEnd { synced: true, discard: true, ..failed(UpstreamSync::Missing) };
     let finished = closed(store.finish(&now.lease, end).await.unwrap());
     assert_eq!(finished.thread.backlog, 1);
     let next = started(store.admit(say(&key, "4")).await.unwrap());
-    assert_eq!(backlog(store, next.run.id).await, ["3"]);
+    assert_eq!(unsynced_messages(store, next.run.id).await, ["3"]);
     check_invariants(database).await;
 }
 
-async fn leftover_stays_until_replaced_or_synced(_: &TestDatabase, store: &Store) {
+async fn unsettled_run_stays_until_replaced_or_synced(_: &TestDatabase, store: &Store) {
     let key = user("alice");
-    let left = |run| RunEnd { leftover: Some(leftover(run)), ..failed(Context::Unknown) };
+    let left = |run| RunEnd { unsettled_run: Some(unsettled_run(run)), ..failed(UpstreamSync::Unknown) };
     let (one, two) = (RunId::new(), RunId::new());
-    assert_eq!(turn(store, &key, "1", &left(one)).await.thread.leftover, Some(leftover(one)));
-    assert_eq!(seen(store, &key).await.unwrap().0.leftover, Some(leftover(one)));
+    assert_eq!(turn(store, &key, "1", &left(one)).await.thread.unsettled_run, Some(unsettled_run(one)));
+    assert_eq!(seen(store, &key).await.unwrap().0.unsettled_run, Some(unsettled_run(one)));
     let finished = turn(store, &key, "2", &completed(None)).await;
-    assert_eq!(finished.thread.leftover, Some(leftover(one)), "the end does not say");
-    assert_eq!(turn(store, &key, "3", &left(two)).await.thread.leftover, Some(leftover(two)));
+    assert_eq!(finished.thread.unsettled_run, Some(unsettled_run(one)), "the end does not say");
+    assert_eq!(turn(store, &key, "3", &left(two)).await.thread.unsettled_run, Some(unsettled_run(two)));
     let both = RunEnd { synced: true, ..left(one) };
-    assert_eq!(turn(store, &key, "4", &both).await.thread.leftover, Some(leftover(one)));
+    assert_eq!(turn(store, &key, "4", &both).await.thread.unsettled_run, Some(unsettled_run(one)));
     let synced = RunEnd { synced: true, ..completed(None) };
-    assert_eq!(turn(store, &key, "5", &synced).await.thread.leftover, None);
+    assert_eq!(turn(store, &key, "5", &synced).await.thread.unsettled_run, None);
 }
 
 async fn settling_run_resolves_its_unknown_messages(database: &TestDatabase, store: &Store) {
-    use Context::{Missing, Present, Unknown, Withheld};
+    use UpstreamSync::{Missing, Present, Unknown, Withheld};
     let key = user("alice");
     for (found, missing) in [(Present, 0), (Missing, 1), (Withheld, 1)] {
         let end = RunEnd { reply: Some(reply("reply", None, Withheld)), ..failed(Unknown) };
         let earlier = turn(store, &key, "message", &end).await.run.id;
-        let end = RunEnd { leftover: Some(leftover(earlier)), ..completed(Some("other")) };
+        let end = RunEnd { unsettled_run: Some(unsettled_run(earlier)), ..completed(Some("other")) };
         turn(store, &key, "other", &end).await;
         let other = turn(store, &key, "unknown", &failed(Unknown)).await.run.id;
         let now = started(store.admit(say(&key, "now")).await.unwrap());
         let (waiting, ..) = queued(store.admit(say(&key, "waits")).await.unwrap());
         let stale = RunLease { fence: now.lease.fence - 1, ..now.lease };
-        assert!(!store.settled(&stale, earlier, found).await.unwrap());
-        assert!(!store.settled(&waiting, earlier, found).await.unwrap(), "it is not active");
+        assert!(!store.record_settlement(&stale, earlier, found).await.unwrap());
+        assert!(!store.record_settlement(&waiting, earlier, found).await.unwrap(), "it is not active");
         for _ in 0..2 {
-            assert!(store.settled(&now.lease, earlier, found).await.unwrap());
+            assert!(store.record_settlement(&now.lease, earlier, found).await.unwrap());
         }
         let (thread, _) = seen(store, &key).await.unwrap();
-        assert_eq!((thread.backlog, thread.leftover), (missing, None), "{found}");
+        assert_eq!((thread.backlog, thread.unsettled_run), (missing, None), "{found}");
         let page = PageRequest { ascending: false, ..first_page() };
         let of = |run| move |message: &&Message| message.run_id == Some(run);
         let data = store.messages(ThreadName::Newest(&key), false, &page).await.unwrap().unwrap().data;
-        let contexts: Vec<_> = data.iter().filter(of(earlier)).map(|it| it.context).collect();
-        assert_eq!(contexts, [Withheld, found], "only what was not known");
-        assert!(data.iter().filter(of(other)).all(|it| it.context == Unknown));
+        let syncs: Vec<_> = data.iter().filter(of(earlier)).map(|it| it.sync).collect();
+        assert_eq!(syncs, [Withheld, found], "only what was not known");
+        assert!(data.iter().filter(of(other)).all(|it| it.sync == Unknown));
         check_invariants(database).await;
 
-        assert!(store.settled(&now.lease, other, Present).await.unwrap());
+        assert!(store.record_settlement(&now.lease, other, Present).await.unwrap());
         closed(store.finish(&now.lease, completed(None)).await.unwrap());
-        assert!(!store.settled(&now.lease, other, Missing).await.unwrap(), "it has ended");
-        claimed(store.claim(&waiting).await.unwrap());
+        assert!(!store.record_settlement(&now.lease, other, Missing).await.unwrap(), "it has ended");
+        claimed(store.start_queued(&waiting).await.unwrap());
         closed(store.finish(&waiting, completed(None)).await.unwrap());
     }
     check_invariants(database).await;
 }
 
 async fn backlog_sent_with_unsettled_run_is_settled_present(database: &TestDatabase, store: &Store) {
-    use Context::{Missing, Present, Unknown, Withheld};
+    use UpstreamSync::{Missing, Present, Unknown, Withheld};
     for (found, own) in [(Present, 0), (Missing, 2), (Withheld, 0)] {
         let key = user(found.as_str());
         turn(store, &key, "1", &failed(Missing)).await;
@@ -288,7 +288,7 @@ async fn backlog_sent_with_unsettled_run_is_settled_present(database: &TestDatab
         let (waiting, ..) = queued(store.admit(say(&key, "5")).await.unwrap());
         closed(store.finish(&waiting, failed(Missing)).await.unwrap());
         let end = RunEnd {
-            leftover: Some(Leftover { synced: true, ..leftover(now.run.id) }),
+            unsettled_run: Some(UnsettledRun { synced: true, ..unsettled_run(now.run.id) }),
             reply: Some(reply("four", None, Unknown)),
             ..failed(Unknown)
         };
@@ -297,16 +297,16 @@ async fn backlog_sent_with_unsettled_run_is_settled_present(database: &TestDatab
 
         let next = started(store.admit(say(&key, "7")).await.unwrap());
         assert_eq!(next.thread.backlog, 4);
-        let before = contexts(store, &key).await;
+        let before = syncs(store, &key).await;
         let stale = RunLease { fence: next.lease.fence - 1, ..next.lease };
         assert!(!store.took_along(&stale, now.run.id).await.unwrap());
-        assert!(!store.settled(&stale, now.run.id, found).await.unwrap());
-        assert_eq!(contexts(store, &key).await, before);
+        assert!(!store.record_settlement(&stale, now.run.id, found).await.unwrap());
+        assert_eq!(syncs(store, &key).await, before);
         for _ in 0..2 {
             assert!(store.took_along(&next.lease, now.run.id).await.unwrap());
-            assert!(store.settled(&next.lease, now.run.id, found).await.unwrap());
+            assert!(store.record_settlement(&next.lease, now.run.id, found).await.unwrap());
             let (thread, _) = seen(store, &key).await.unwrap();
-            assert_eq!((thread.backlog, thread.leftover), (2 + own, None), "{found}");
+            assert_eq!((thread.backlog, thread.unsettled_run), (2 + own, None), "{found}");
             let wanted = [
                 ("1", Present),
                 ("2", Withheld),
@@ -318,14 +318,14 @@ async fn backlog_sent_with_unsettled_run_is_settled_present(database: &TestDatab
                 ("6", Missing),
                 ("7", Present),
             ];
-            let all = contexts(store, &key).await;
+            let all = syncs(store, &key).await;
             let all: Vec<_> = all.iter().map(|(words, context, _)| (words.as_str(), *context)).collect();
             assert_eq!(all, wanted, "what came later did not go along; what is not known stays so");
             check_invariants(database).await;
         }
         // It alone is not known any more, and nothing was missing before it that is not sent.
         assert!(store.took_along(&next.lease, forgotten).await.unwrap());
-        assert!(store.settled(&next.lease, forgotten, Missing).await.unwrap());
+        assert!(store.record_settlement(&next.lease, forgotten, Missing).await.unwrap());
         let (thread, _) = seen(store, &key).await.unwrap();
         assert_eq!(thread.backlog, 3 + own);
         let (bob, _) = seen(store, &others.thread.key).await.unwrap();
@@ -336,39 +336,39 @@ async fn backlog_sent_with_unsettled_run_is_settled_present(database: &TestDatab
 
 /// Of such a run no message is left that could say where it stood.
 async fn backlog_sent_with_discarded_run_is_settled_present(database: &TestDatabase, store: &Store) {
-    use Context::{Missing, Present};
+    use UpstreamSync::{Missing, Present};
     let key = user("alice");
     turn(store, &key, "1", &failed(Missing)).await;
     let now = started(store.admit(say(&key, "2")).await.unwrap());
     database.age_starts(Duration::from_secs(1)).await;
     let (waiting, ..) = queued(store.admit(say(&key, "3")).await.unwrap());
     closed(store.finish(&waiting, failed(Missing)).await.unwrap());
-    let left = Leftover { synced: true, ..leftover(now.run.id) };
-    let end = RunEnd { discard: true, leftover: Some(left), ..failed(Missing) };
+    let left = UnsettledRun { synced: true, ..unsettled_run(now.run.id) };
+    let end = RunEnd { discard: true, unsettled_run: Some(left), ..failed(Missing) };
     closed(store.finish(&now.lease, end.clone()).await.unwrap());
     turn(store, &key, "4", &failed(Missing)).await;
     let next = started(store.admit(say(&key, "5")).await.unwrap());
     for _ in 0..2 {
         assert!(store.took_along(&next.lease, now.run.id).await.unwrap());
-        assert!(store.settled(&next.lease, now.run.id, Missing).await.unwrap());
-        let all = contexts(store, &key).await;
+        assert!(store.record_settlement(&next.lease, now.run.id, Missing).await.unwrap());
+        let all = syncs(store, &key).await;
         let all: Vec<_> = all.iter().map(|(words, context, _)| (words.as_str(), *context)).collect();
         assert_eq!(all, [("1", Present), ("3", Missing), ("4", Missing), ("5", Present)]);
         assert_eq!(seen(store, &key).await.unwrap().0.backlog, 2);
         check_invariants(database).await;
     }
-    assert_eq!(backlog(store, next.run.id).await, ["3", "4"]);
+    assert_eq!(unsynced_messages(store, next.run.id).await, ["3", "4"]);
 }
 
 async fn seeded_upstream_thread_contains_all_earlier_messages(database: &TestDatabase, store: &Store) {
-    use Context::{Missing, Present, Unknown, Withheld};
+    use UpstreamSync::{Missing, Present, Unknown, Withheld};
     let key = user("alice");
     let ids = |words: &str| RunEnd { reply: Some(reply(words, Some(words), Present)), ..completed(None) };
     turn(store, &key, "1", &ids("one")).await;
     turn(store, &key, "2", &failed(Missing)).await;
     let partial = RunEnd { reply: Some(reply("three", Some("m3"), Missing)), ..failed(Unknown) };
     turn(store, &key, "3", &partial).await;
-    let withheld = RunEnd { leftover: Some(leftover(RunId::new())), ..failed(Withheld) };
+    let withheld = RunEnd { unsettled_run: Some(unsettled_run(RunId::new())), ..failed(Withheld) };
     turn(store, &key, "4", &withheld).await;
     let others = turn(store, &user("bob"), "other", &ids("bob")).await;
     let now = started(store.admit(say(&key, "5")).await.unwrap());
@@ -384,14 +384,14 @@ async fn seeded_upstream_thread_contains_all_earlier_messages(database: &TestDat
     // To learn where a thread lives makes nothing known of what it holds.
     assert!(bind(store, &now.lease, &id, false).await);
     let bound = seen(store, &key).await.unwrap().0;
-    assert_eq!((bound.backlog, &bound.leftover), (3, &before.leftover));
+    assert_eq!((bound.backlog, &bound.unsettled_run), (3, &before.unsettled_run));
 
     for _ in 0..2 {
         assert!(bind(store, &now.lease, &id, true).await);
         let (thread, _) = seen(store, &key).await.unwrap();
-        assert_eq!((thread.upstream_thread_id.as_ref(), thread.leftover), (Some(&id), None));
+        assert_eq!((thread.upstream_thread_id.as_ref(), thread.unsettled_run), (Some(&id), None));
         assert_eq!(thread.backlog, 1, "what came after the run's own is not in it");
-        let all: Vec<_> = contexts(store, &key).await.into_iter().map(|it| it.1).collect();
+        let all: Vec<_> = syncs(store, &key).await.into_iter().map(|it| it.1).collect();
         assert_eq!(all, [Present, Present, Present, Present, Present, Withheld, Present, Missing]);
         let page = store.messages(ThreadName::Newest(&key), false, &first_page()).await.unwrap().unwrap();
         assert!(page.data.iter().all(|it| it.upstream_message_id.is_none()));
@@ -402,7 +402,7 @@ async fn seeded_upstream_thread_contains_all_earlier_messages(database: &TestDat
 }
 
 async fn all_earlier_messages_can_be_withheld(database: &TestDatabase, store: &Store) {
-    use Context::{Missing, Present, Unknown, Withheld};
+    use UpstreamSync::{Missing, Present, Unknown, Withheld};
     let key = user("alice");
     for said in [Present, Missing, Withheld, Unknown] {
         let end = RunEnd { reply: Some(reply("reply", Some("msg_1"), Present)), ..failed(said) };
@@ -416,10 +416,9 @@ async fn all_earlier_messages_can_be_withheld(database: &TestDatabase, store: &S
     for _ in 0..2 {
         assert!(store.withhold_earlier(&turn.lease, &Withholding::default()).await.unwrap());
     }
-    let mut contexts: Vec<_> =
-        contexts(store, &key).await.into_iter().map(|(_, context, _)| context).collect();
-    assert_eq!(contexts.pop(), Some(Present));
-    assert_eq!(contexts, [Withheld; 8]);
+    let mut syncs: Vec<_> = syncs(store, &key).await.into_iter().map(|(_, context, _)| context).collect();
+    assert_eq!(syncs.pop(), Some(Present));
+    assert_eq!(syncs, [Withheld; 8]);
     assert_eq!(seen(store, &key).await.unwrap().0.backlog, 0);
     assert_eq!(store.baseline(turn.run.id).await.unwrap(), Baseline::default());
     check_invariants(database).await;
@@ -427,22 +426,24 @@ async fn all_earlier_messages_can_be_withheld(database: &TestDatabase, store: &S
 
 /// Six messages of three runs, the first two of which the upstream lacks, and a run that has just started.
 async fn three_runs_and_one(store: &Store, key: &ConversationKey) -> StartedRun {
-    for (n, said) in [Context::Missing, Context::Present, Context::Missing].into_iter().enumerate() {
-        let reply = reply(&format!("reply {n}"), Some(&format!("m{n}")), Context::Present);
+    for (n, said) in
+        [UpstreamSync::Missing, UpstreamSync::Present, UpstreamSync::Missing].into_iter().enumerate()
+    {
+        let reply = reply(&format!("reply {n}"), Some(&format!("m{n}")), UpstreamSync::Present);
         turn(store, key, &format!("say {n}"), &RunEnd { said, reply: Some(reply), ..completed(None) }).await;
     }
     started(store.admit(say(key, "now")).await.unwrap())
 }
 
 async fn messages_before_position_can_be_withheld(database: &TestDatabase, store: &Store) {
-    use Context::{Missing, Present, Withheld};
+    use UpstreamSync::{Missing, Present, Withheld};
     let key = user("alice");
     let now = three_runs_and_one(store, &key).await;
     let what = Withholding { before: Some(4), ..Withholding::default() };
     assert!(!store.withhold_earlier(&RunLease { fence: 2, ..now.lease }, &what).await.unwrap());
     for _ in 0..2 {
         assert!(store.withhold_earlier(&now.lease, &what).await.unwrap());
-        let seen = contexts(store, &key).await.into_iter().map(|(_, context, _)| context);
+        let seen = syncs(store, &key).await.into_iter().map(|(_, context, _)| context);
         let wanted = [Withheld, Withheld, Withheld, Present, Missing, Present, Present];
         assert_eq!(seen.collect::<Vec<_>>(), wanted);
         check_invariants(database).await;
@@ -450,22 +451,22 @@ async fn messages_before_position_can_be_withheld(database: &TestDatabase, store
     // The run's own are never withheld by it.
     let all = Withholding { before: Some(i64::MAX), ..Withholding::default() };
     assert!(store.withhold_earlier(&now.lease, &all).await.unwrap());
-    let seen = contexts(store, &key).await.into_iter().map(|(_, context, _)| context);
+    let seen = syncs(store, &key).await.into_iter().map(|(_, context, _)| context);
     assert_eq!(seen.collect::<Vec<_>>(), [&[Withheld; 6][..], &[Present]].concat());
     assert_eq!(store.earlier(now.run.id, None, 10).await.unwrap().data, []);
     check_invariants(database).await;
 }
 
 async fn missing_messages_can_be_withheld_alone(database: &TestDatabase, store: &Store) {
-    use Context::{Missing, Present, Withheld};
+    use UpstreamSync::{Missing, Present, Withheld};
     let key = user("alice");
     let now = three_runs_and_one(store, &key).await;
     let baseline = store.baseline(now.run.id).await.unwrap();
     let what = Withholding { before: Some(5), missing_only: true, carried: None };
     assert!(store.withhold_earlier(&now.lease, &what).await.unwrap());
-    let seen = contexts(store, &key).await.into_iter().map(|(_, context, _)| context);
+    let seen = syncs(store, &key).await.into_iter().map(|(_, context, _)| context);
     assert_eq!(seen.collect::<Vec<_>>(), [Withheld, Present, Present, Present, Missing, Present, Present]);
-    assert_eq!(backlog(store, now.run.id).await, ["say 2"]);
+    assert_eq!(unsynced_messages(store, now.run.id).await, ["say 2"]);
     assert_eq!(store.baseline(now.run.id).await.unwrap(), baseline, "what is upstream keeps its id");
     check_invariants(database).await;
 }
@@ -481,16 +482,16 @@ async fn earlier_messages_page_backwards(_: &TestDatabase, store: &Store) {
     assert_eq!(positions(store.earlier(run, Some(5), 2).await.unwrap().data), [4, 3]);
     assert_eq!(positions(store.earlier(run, Some(99), 1).await.unwrap().data), [6], "not its own");
     assert_eq!(positions(store.earlier(run, Some(1), 2).await.unwrap().data), [0; 0]);
-    assert_eq!(positions(store.backlog(run, None, 10).await.unwrap().data), [5, 1]);
-    assert_eq!(positions(store.backlog(run, None, 1).await.unwrap().data), [5]);
-    assert_eq!(positions(store.backlog(run, Some(5), 1).await.unwrap().data), [1]);
+    assert_eq!(positions(store.unsynced_messages(run, None, 10).await.unwrap().data), [5, 1]);
+    assert_eq!(positions(store.unsynced_messages(run, None, 1).await.unwrap().data), [5]);
+    assert_eq!(positions(store.unsynced_messages(run, Some(5), 1).await.unwrap().data), [1]);
     let what = Withholding { before: Some(3), ..Withholding::default() };
     assert!(store.withhold_earlier(&now.lease, &what).await.unwrap());
     assert_eq!(positions(store.earlier(run, None, 10).await.unwrap().data), [6, 5, 4, 3]);
-    assert_eq!(positions(store.backlog(run, None, 10).await.unwrap().data), [5]);
+    assert_eq!(positions(store.unsynced_messages(run, None, 10).await.unwrap().data), [5]);
     for nobody in [RunId::new(), RunId::new()] {
         assert_eq!(store.earlier(nobody, None, 10).await.unwrap().data, []);
-        assert_eq!(store.backlog(nobody, None, 10).await.unwrap().data, []);
+        assert_eq!(store.unsynced_messages(nobody, None, 10).await.unwrap().data, []);
     }
 }
 
@@ -498,7 +499,7 @@ async fn pages_of_long_earlier_messages_are_bounded_in_bytes(_: &TestDatabase, s
     let key = user("alice");
     let long = "x".repeat(PAGE_BYTES / 4);
     for _ in 0..6 {
-        turn(store, &key, &long, &failed(Context::Missing)).await;
+        turn(store, &key, &long, &failed(UpstreamSync::Missing)).await;
     }
     let now = started(store.admit(say(&key, "now")).await.unwrap());
     let run = now.run.id;
@@ -507,7 +508,7 @@ async fn pages_of_long_earlier_messages_are_bounded_in_bytes(_: &TestDatabase, s
         let before = known.last().copied();
         let page = store.earlier(run, before, 100).await.unwrap().data;
         known.extend(page.iter().map(|it| it.position));
-        let page = store.backlog(run, before, 100).await.unwrap().data;
+        let page = store.unsynced_messages(run, before, 100).await.unwrap().data;
         lacking.extend(page.iter().map(|it| it.position));
         assert_eq!(known, lacking);
         assert_eq!(known.len(), if before.is_none() { 4 } else { 6 });
@@ -516,7 +517,7 @@ async fn pages_of_long_earlier_messages_are_bounded_in_bytes(_: &TestDatabase, s
 }
 
 async fn baseline_anchors_at_newest_known_upstream_message(_: &TestDatabase, store: &Store) {
-    use Context::{Missing, Present, Unknown, Withheld};
+    use UpstreamSync::{Missing, Present, Unknown, Withheld};
     let key = user("alice");
     let replied =
         |id: Option<&str>, context| RunEnd { reply: Some(reply("x", id, context)), ..completed(None) };
@@ -555,25 +556,25 @@ async fn discarded_run_leaves_no_messages(database: &TestDatabase, store: &Store
     let now = started(store.admit(say(&key, "2")).await.unwrap());
     let (cancelled, ..) = queued(store.admit(say(&key, "3")).await.unwrap());
     let (next, ..) = queued(store.admit(say(&key, "4")).await.unwrap());
-    closed(store.finish(&cancelled, failed(Context::Missing)).await.unwrap());
+    closed(store.finish(&cancelled, failed(UpstreamSync::Missing)).await.unwrap());
     let end = RunEnd {
         status: RunStatus::Cancelled,
         discard: true,
-        leftover: Some(leftover(now.run.id)),
-        said: Context::Missing,
+        unsettled_run: Some(unsettled_run(now.run.id)),
+        said: UpstreamSync::Missing,
         ..completed(Some("two"))
     };
     let finished = closed(store.finish(&now.lease, end.clone()).await.unwrap());
     assert_eq!((finished.run.status, finished.run.discarded), (RunStatus::Cancelled, true));
     assert_eq!((&finished.message, finished.thread.message_count), (&None, 3));
-    assert_eq!((finished.thread.backlog, &finished.thread.leftover), (1, &end.leftover));
+    assert_eq!((finished.thread.backlog, &finished.thread.unsettled_run), (1, &end.unsettled_run));
     assert_eq!(closed(store.finish(&now.lease, end.clone()).await.unwrap()), finished, "again is harmless");
     assert_eq!(store.run(&key, now.run.id).await.unwrap().unwrap(), (finished.run, None));
     assert_eq!(transcript(store, &key).await, ["user: 1", "assistant: one", "user: 3"]);
     check_invariants(database).await;
 
     // No position is given twice, not even that of the last message.
-    let turn = claimed(store.claim(&next).await.unwrap());
+    let turn = claimed(store.start_queued(&next).await.unwrap());
     closed(store.finish(&turn.lease, end.clone()).await.unwrap());
     exchange(store, &key).await;
     let page = store.messages(ThreadName::Newest(&key), false, &first_page()).await.unwrap().unwrap();
@@ -585,7 +586,7 @@ async fn discarding_queued_run_changes_no_counts(database: &TestDatabase, store:
     let key = user("alice");
     started(store.admit(say(&key, "1")).await.unwrap());
     let (waiting, ..) = queued(store.admit(say(&key, "2")).await.unwrap());
-    let end = RunEnd { discard: true, ..failed(Context::Missing) };
+    let end = RunEnd { discard: true, ..failed(UpstreamSync::Missing) };
     let finished = closed(store.finish(&waiting, end.clone()).await.unwrap());
     assert_eq!((finished.thread.message_count, finished.thread.backlog), (1, 0));
     assert!(finished.run.discarded);
@@ -597,10 +598,11 @@ async fn run_marked_for_rollback_must_be_discarded(database: &TestDatabase, stor
     let key = user("alice");
     let now = started(store.admit(say(&key, "1")).await.unwrap());
     let (rollback, ..) = queued(store.admit(say(&key, "2")).await.unwrap());
-    store.displace(&rollback, true).await.unwrap().unwrap();
+    store.cancel_active(&rollback, true).await.unwrap().unwrap();
     let before = (seen(store, &key).await, store.run(&key, now.run.id).await.unwrap());
-    let end = RunEnd { synced: true, leftover: Some(leftover(now.run.id)), ..completed(Some("one")) };
-    for end in [&end, &failed(Context::Missing)] {
+    let end =
+        RunEnd { synced: true, unsettled_run: Some(unsettled_run(now.run.id)), ..completed(Some("one")) };
+    for end in [&end, &failed(UpstreamSync::Missing)] {
         assert_eq!(store.finish(&now.lease, end.clone()).await.unwrap(), Closing::MustDiscard);
     }
     let after = (seen(store, &key).await, store.run(&key, now.run.id).await.unwrap());
@@ -613,6 +615,6 @@ async fn run_marked_for_rollback_must_be_discarded(database: &TestDatabase, stor
     let discarded = RunEnd { discard: true, ..end };
     let finished = closed(store.finish(&now.lease, discarded.clone()).await.unwrap());
     assert_eq!((finished.thread.message_count, finished.message), (0, None));
-    claimed(store.claim(&rollback).await.unwrap());
+    claimed(store.start_queued(&rollback).await.unwrap());
     check_invariants(database).await;
 }

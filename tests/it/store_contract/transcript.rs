@@ -89,7 +89,7 @@ async fn transcript_pages_are_bounded_in_bytes(_: &TestDatabase, store: &Store) 
             role: Role::User,
             content: text(said),
             upstream_message_id: None,
-            context: None,
+            sync: None,
             created_at: None,
         };
         import_messages(store, thread, &[message]).await;

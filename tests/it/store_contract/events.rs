@@ -72,7 +72,7 @@ async fn shown_events_are_recorded_in_order(database: &TestDatabase, store: &Sto
     assert_eq!(store.events(waits.run_id, 0).await.unwrap(), [place]);
     let end = RunEnd { events: texts(16, &["!"]), ..completed(Some("hi")) };
     closed(store.finish(&turn.lease, end.clone()).await.unwrap());
-    claimed(store.claim(&waits).await.unwrap());
+    claimed(store.start_queued(&waits).await.unwrap());
     assert_eq!(store.events(turn.run.id, 12).await.unwrap(), [batches[3].clone(), texts(16, &["!"])]);
     check_invariants(database).await;
 }

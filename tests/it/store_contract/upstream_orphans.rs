@@ -1,10 +1,10 @@
 //! What is, or may be, at an upstream besides the threads' own.
 
 use threadkeeper::domain::{Baseline, Deletion};
-use threadkeeper::store::{DeletionTarget, Made, Remnant, RemnantKind, RemnantName, UNHEARD_OF};
+use threadkeeper::store::{DeletionTarget, Made, ORPHAN_AFTER, OrphanKind, OrphanName, UpstreamOrphan};
 
 use super::deletion::{gone_upstream, request};
-use super::keeping::{HOUR, earlier, thread};
+use super::retention::{HOUR, earlier, thread};
 use super::*;
 
 on_every_backend!(
@@ -12,13 +12,13 @@ on_every_backend!(
     upstream_creation_stays_pending_until_answer_or_dead_replica,
     intent_requires_active_lease,
     resolved_intent_leaves_only_created_upstream_thread,
-    bound_upstream_thread_is_no_remnant,
-    binding_under_lost_lease_leaves_remnant,
-    recreated_upstream_thread_leaves_old_one_as_remnant,
+    bound_upstream_thread_is_no_orphan,
+    binding_under_lost_lease_leaves_upstream_orphan,
+    recreated_upstream_thread_leaves_old_one_as_upstream_orphan,
     run_keeps_all_its_upstream_ids,
     upstream_ids_of_run_stay_on_one_page,
-    remnant_is_claimed_by_one_janitor,
-    remnant_resolved_during_janitor_pass_stays_due,
+    upstream_orphan_is_claimed_by_one_janitor,
+    upstream_orphan_resolved_during_janitor_pass_stays_due,
     baseline_skips_carried_messages_without_anchor,
 );
 
@@ -33,34 +33,34 @@ fn upstream(id: &str) -> UpstreamThreadId {
     UpstreamThreadId(id.to_owned())
 }
 
-/// The ids upstream of a thread's remnants.
+/// The ids upstream of a thread's upstream orphans.
 async fn left(store: &Store, thread: ThreadId) -> Vec<Option<String>> {
-    store.remnants(thread, true, 100).await.unwrap().into_iter().map(|it| it.upstream_id).collect()
+    store.upstream_orphans(thread, true, 100).await.unwrap().into_iter().map(|it| it.upstream_id).collect()
 }
 
 async fn unanswered_intent_becomes_due_after_timeout(database: &TestDatabase, store: &Store) {
     let turn = turn(store, &user("alice")).await;
-    let intent = RemnantId::new();
+    let intent = OrphanId::new();
     for _ in 0..2 {
         assert!(store.intend(&turn.lease, intent).await.unwrap());
     }
-    let expected = Remnant {
-        name: RemnantName::Row(intent),
+    let expected = UpstreamOrphan {
+        name: OrphanName::Row(intent),
         thread: turn.thread.id,
         upstream: "main".to_owned(),
-        kind: RemnantKind::Thread,
+        kind: OrphanKind::Thread,
         upstream_id: None,
         attempts: 0,
     };
     let expected = [expected];
-    assert_eq!(store.remnants(turn.thread.id, false, 10).await.unwrap(), expected);
+    assert_eq!(store.upstream_orphans(turn.thread.id, false, 10).await.unwrap(), expected);
     assert!(store.makes_upstream_thread(turn.thread.id).await.unwrap());
-    assert_eq!(store.due_remnants(10).await.unwrap(), []);
-    assert_eq!(store.claim_remnants(10, HOUR).await.unwrap(), []);
-    earlier(database, "upstream_orphans", &["due_at"], UNHEARD_OF).await;
-    assert_eq!(store.due_remnants(10).await.unwrap(), expected);
+    assert_eq!(store.due_upstream_orphans(10).await.unwrap(), []);
+    assert_eq!(store.lease_upstream_orphans(10, HOUR).await.unwrap(), []);
+    earlier(database, "upstream_orphans", &["due_at"], ORPHAN_AFTER).await;
+    assert_eq!(store.due_upstream_orphans(10).await.unwrap(), expected);
     assert!(!store.makes_upstream_thread(turn.thread.id).await.unwrap(), "the time for it is over");
-    assert_eq!(store.claim_remnants(10, HOUR).await.unwrap(), expected);
+    assert_eq!(store.lease_upstream_orphans(10, HOUR).await.unwrap(), expected);
     assert!(!store.makes_upstream_thread(turn.thread.id).await.unwrap(), "the janitor's look is none");
 }
 
@@ -72,19 +72,19 @@ async fn upstream_creation_stays_pending_until_answer_or_dead_replica(
     let turn = turn(store, &user("alice")).await;
     let thread = turn.thread.id;
     let makes = async || store.makes_upstream_thread(thread).await.unwrap();
-    let intents = [RemnantId::new(), RemnantId::new(), RemnantId::new()];
+    let intents = [OrphanId::new(), OrphanId::new(), OrphanId::new()];
     for intent in intents {
         assert!(store.intend(&turn.lease, intent).await.unwrap());
     }
     closed(store.finish(&turn.lease, completed(None)).await.unwrap());
     store.resolve(intents[0], Made::Unknown).await.unwrap();
     assert!(makes().await);
-    assert_eq!(store.due_remnants(10).await.unwrap(), [], "what was on its way may take effect late");
+    assert_eq!(store.due_upstream_orphans(10).await.unwrap(), [], "what was on its way may take effect late");
     let made = upstream("t_1");
     let binding = |intent| Binding { id: made.clone(), intent, seeded: true, carried_users: 0 };
     assert_eq!(store.bind_upstream_thread(&turn.lease, binding(intents[1])).await.unwrap(), Bound::Lost);
     assert!(makes().await);
-    assert_eq!(store.due_remnants(10).await.unwrap()[0].upstream_id.as_deref(), Some("t_1"));
+    assert_eq!(store.due_upstream_orphans(10).await.unwrap()[0].upstream_id.as_deref(), Some("t_1"));
     earlier(database, "replicas", &["expires_at"], HOUR).await;
     assert!(!makes().await, "its maker is dead");
     // The next one's thread is erased by then.
@@ -108,27 +108,27 @@ async fn intent_requires_active_lease(_: &TestDatabase, store: &Store) {
     let unknown = RunLease { run_id: RunId::new(), fence: 1 };
     closed(store.finish(&turn.lease, completed(None)).await.unwrap());
     for lease in [turn.lease, other, unknown, waiting] {
-        assert!(!store.intend(&lease, RemnantId::new()).await.unwrap());
+        assert!(!store.intend(&lease, OrphanId::new()).await.unwrap());
     }
     assert_eq!(left(store, turn.thread.id).await, []);
 }
 
 async fn resolved_intent_leaves_only_created_upstream_thread(_: &TestDatabase, store: &Store) {
     let turn = turn(store, &user("alice")).await;
-    let (nothing, something) = (RemnantId::new(), RemnantId::new());
+    let (nothing, something) = (OrphanId::new(), OrphanId::new());
     for intent in [nothing, something] {
         assert!(store.intend(&turn.lease, intent).await.unwrap());
     }
     store.resolve(nothing, Made::Nothing).await.unwrap();
     store.resolve(something, Made::Unused(&upstream("t_1"))).await.unwrap();
-    store.resolve(RemnantId::new(), Made::Unused(&upstream("t_2"))).await.unwrap();
+    store.resolve(OrphanId::new(), Made::Unused(&upstream("t_2"))).await.unwrap();
     assert_eq!(left(store, turn.thread.id).await, [Some("t_1".to_owned())]);
-    assert_eq!(store.due_remnants(10).await.unwrap()[0].name, RemnantName::Row(something));
+    assert_eq!(store.due_upstream_orphans(10).await.unwrap()[0].name, OrphanName::Row(something));
 }
 
-async fn bound_upstream_thread_is_no_remnant(_: &TestDatabase, store: &Store) {
+async fn bound_upstream_thread_is_no_orphan(_: &TestDatabase, store: &Store) {
     let turn = turn(store, &user("alice")).await;
-    let intent = RemnantId::new();
+    let intent = OrphanId::new();
     assert!(store.intend(&turn.lease, intent).await.unwrap());
     let binding = Binding { id: upstream("t_1"), intent, seeded: false, carried_users: 0 };
     for _ in 0..2 {
@@ -139,9 +139,9 @@ async fn bound_upstream_thread_is_no_remnant(_: &TestDatabase, store: &Store) {
     assert_eq!(found.upstream_thread_id, Some(upstream("t_1")));
 }
 
-async fn binding_under_lost_lease_leaves_remnant(_: &TestDatabase, store: &Store) {
+async fn binding_under_lost_lease_leaves_upstream_orphan(_: &TestDatabase, store: &Store) {
     let turn = turn(store, &user("alice")).await;
-    let intent = RemnantId::new();
+    let intent = OrphanId::new();
     assert!(store.intend(&turn.lease, intent).await.unwrap());
     let lost = RunLease { fence: turn.lease.fence + 1, ..turn.lease };
     for seeded in [false, true] {
@@ -149,10 +149,10 @@ async fn binding_under_lost_lease_leaves_remnant(_: &TestDatabase, store: &Store
         assert_eq!(store.bind_upstream_thread(&lost, binding.clone()).await.unwrap(), Bound::Lost);
         assert_eq!(left(store, turn.thread.id).await, [Some("t_1".to_owned())]);
     }
-    assert_eq!(store.due_remnants(10).await.unwrap()[0].name, RemnantName::Row(intent));
+    assert_eq!(store.due_upstream_orphans(10).await.unwrap()[0].name, OrphanName::Row(intent));
     assert_eq!(thread(store, turn.thread.id).await.unwrap(), turn.thread);
     // What was bound before the lease was lost is in use.
-    let intent = RemnantId::new();
+    let intent = OrphanId::new();
     assert!(store.intend(&turn.lease, intent).await.unwrap());
     let binding = Binding { id: upstream("t_2"), intent, seeded: false, carried_users: 0 };
     assert_eq!(store.bind_upstream_thread(&turn.lease, binding.clone()).await.unwrap(), Bound::Done);
@@ -160,7 +160,7 @@ async fn binding_under_lost_lease_leaves_remnant(_: &TestDatabase, store: &Store
     assert_eq!(left(store, turn.thread.id).await, [Some("t_1".to_owned())]);
 }
 
-async fn recreated_upstream_thread_leaves_old_one_as_remnant(database: &TestDatabase, store: &Store) {
+async fn recreated_upstream_thread_leaves_old_one_as_upstream_orphan(database: &TestDatabase, store: &Store) {
     let turn = turn(store, &user("alice")).await;
     for (id, seeded, expected) in [
         ("t_1", false, vec![]),
@@ -173,8 +173,8 @@ async fn recreated_upstream_thread_leaves_old_one_as_remnant(database: &TestData
         let expected: Vec<_> = expected.into_iter().map(|id| Some(id.to_owned())).collect();
         assert_eq!(left(store, turn.thread.id).await, expected);
     }
-    let due = store.claim_remnants(10, HOUR).await.unwrap();
-    assert!(due.len() == 2 && due.iter().all(|it| it.kind == RemnantKind::Thread && it.upstream == "main"));
+    let due = store.lease_upstream_orphans(10, HOUR).await.unwrap();
+    assert!(due.len() == 2 && due.iter().all(|it| it.kind == OrphanKind::Thread && it.upstream == "main"));
     check_invariants(database).await;
 }
 
@@ -199,11 +199,9 @@ async fn run_keeps_all_its_upstream_ids(_: &TestDatabase, store: &Store) {
     }
     let ids = |ids: &[&str]| ids.iter().map(|id| Some((*id).to_owned())).collect::<Vec<_>>();
     assert_eq!(left(store, turn.thread.id).await, ids(&["resp_1", "resp_2", "resp_3", "resp_4"]));
-    let remnants = store.remnants(turn.thread.id, true, 10).await.unwrap();
-    assert!(
-        remnants.iter().all(|it| it.name == RemnantName::Run(turn.run.id) && it.kind == RemnantKind::Run)
-    );
-    assert_eq!(store.remnants(turn.thread.id, false, 10).await.unwrap(), []);
+    let orphans = store.upstream_orphans(turn.thread.id, true, 10).await.unwrap();
+    assert!(orphans.iter().all(|it| it.name == OrphanName::Run(turn.run.id) && it.kind == OrphanKind::Run));
+    assert_eq!(store.upstream_orphans(turn.thread.id, false, 10).await.unwrap(), []);
 
     // A run that keeps its id, and one that ends without any.
     for last in [Some("run_1"), None] {
@@ -232,60 +230,60 @@ async fn upstream_ids_of_run_stay_on_one_page(_: &TestDatabase, store: &Store) {
     }
     let made = seen(store, &key).await.unwrap().0.id;
     for (limit, found) in [(1, 2), (2, 2), (3, 2), (4, 4), (5, 4), (6, 6)] {
-        assert_eq!(store.remnants(made, true, limit).await.unwrap().len(), found, "{limit}");
+        assert_eq!(store.upstream_orphans(made, true, limit).await.unwrap().len(), found, "{limit}");
     }
 }
 
-async fn remnant_is_claimed_by_one_janitor(database: &TestDatabase, store: &Store) {
+async fn upstream_orphan_is_claimed_by_one_janitor(database: &TestDatabase, store: &Store) {
     let turn = turn(store, &user("alice")).await;
     let mut intents = vec![];
     for _ in 0..5 {
-        let intent = RemnantId::new();
+        let intent = OrphanId::new();
         assert!(store.intend(&turn.lease, intent).await.unwrap());
         store.resolve(intent, Made::Unused(&upstream(&intent.to_string()))).await.unwrap();
         // Each waits longer than the next.
         earlier(database, "upstream_orphans", &["due_at"], HOUR).await;
-        intents.push(RemnantName::Row(intent));
+        intents.push(OrphanName::Row(intent));
     }
-    let names = |found: Vec<Remnant>| found.into_iter().map(|it| it.name).collect::<Vec<_>>();
-    assert_eq!(names(store.due_remnants(2).await.unwrap()), intents[..2]);
-    assert_eq!(names(store.claim_remnants(2, HOUR).await.unwrap()), intents[..2]);
-    assert_eq!(names(store.claim_remnants(10, HOUR).await.unwrap()), intents[2..]);
-    assert_eq!(store.claim_remnants(10, HOUR).await.unwrap(), []);
+    let names = |found: Vec<UpstreamOrphan>| found.into_iter().map(|it| it.name).collect::<Vec<_>>();
+    assert_eq!(names(store.due_upstream_orphans(2).await.unwrap()), intents[..2]);
+    assert_eq!(names(store.lease_upstream_orphans(2, HOUR).await.unwrap()), intents[..2]);
+    assert_eq!(names(store.lease_upstream_orphans(10, HOUR).await.unwrap()), intents[2..]);
+    assert_eq!(store.lease_upstream_orphans(10, HOUR).await.unwrap(), []);
     earlier(database, "upstream_orphans", &["due_at"], HOUR * 2).await;
-    let row = |name: &RemnantName| match name {
-        RemnantName::Row(id) => *id,
-        RemnantName::Run(_) => panic!("{name:?}"),
+    let row = |name: &OrphanName| match name {
+        OrphanName::Row(id) => *id,
+        OrphanName::Run(_) => panic!("{name:?}"),
     };
-    let id_of = |name: &RemnantName| row(name).to_string();
-    store.schedule_remnant(row(&intents[0]), Some(&id_of(&intents[0])), None).await.unwrap();
-    store.schedule_remnant(row(&intents[1]), Some(&id_of(&intents[1])), Some(HOUR)).await.unwrap();
-    assert_eq!(names(store.due_remnants(10).await.unwrap()), intents[2..]);
+    let id_of = |name: &OrphanName| row(name).to_string();
+    store.reschedule_upstream_orphan(row(&intents[0]), Some(&id_of(&intents[0])), None).await.unwrap();
+    store.reschedule_upstream_orphan(row(&intents[1]), Some(&id_of(&intents[1])), Some(HOUR)).await.unwrap();
+    assert_eq!(names(store.due_upstream_orphans(10).await.unwrap()), intents[2..]);
     earlier(database, "upstream_orphans", &["due_at"], HOUR * 2).await;
-    let due = store.due_remnants(10).await.unwrap();
+    let due = store.due_upstream_orphans(10).await.unwrap();
     let attempts = |name| due.iter().find(|it| it.name == intents[name]).map(|it| it.attempts);
     assert_eq!((attempts(0), attempts(1), attempts(2)), (None, Some(1), Some(0)));
 }
 
 /// The janitor looks for a thread of which only the intent is known, and the answer of its maker comes meanwhile.
-async fn remnant_resolved_during_janitor_pass_stays_due(database: &TestDatabase, store: &Store) {
+async fn upstream_orphan_resolved_during_janitor_pass_stays_due(database: &TestDatabase, store: &Store) {
     let turn = turn(store, &user("alice")).await;
     for n in 0..3 {
-        let intent = RemnantId::new();
+        let intent = OrphanId::new();
         assert!(store.intend(&turn.lease, intent).await.unwrap());
         earlier(database, "upstream_orphans", &["due_at"], HOUR).await;
-        let claimed = store.claim_remnants(10, HOUR).await.unwrap();
+        let claimed = store.lease_upstream_orphans(10, HOUR).await.unwrap();
         assert_eq!((claimed.len(), &claimed[0].upstream_id), (1, &None));
         store.resolve(intent, Made::Unused(&upstream(&format!("t_{n}")))).await.unwrap();
         match n {
-            0 => store.schedule_remnant(intent, None, None).await.unwrap(),
-            1 => store.schedule_remnant(intent, None, Some(HOUR)).await.unwrap(),
-            _ => store.keep_remnant(intent, None).await.unwrap(),
+            0 => store.reschedule_upstream_orphan(intent, None, None).await.unwrap(),
+            1 => store.reschedule_upstream_orphan(intent, None, Some(HOUR)).await.unwrap(),
+            _ => store.keep_upstream_orphan(intent, None).await.unwrap(),
         }
-        let due = store.claim_remnants(10, HOUR).await.unwrap();
+        let due = store.lease_upstream_orphans(10, HOUR).await.unwrap();
         assert_eq!(due.len(), 1, "{n}");
         assert_eq!((due[0].upstream_id.clone(), due[0].attempts), (Some(format!("t_{n}")), 0));
-        store.schedule_remnant(intent, due[0].upstream_id.as_deref(), None).await.unwrap();
+        store.reschedule_upstream_orphan(intent, due[0].upstream_id.as_deref(), None).await.unwrap();
     }
 }
 
@@ -295,7 +293,7 @@ async fn baseline_skips_carried_messages_without_anchor(_: &TestDatabase, store:
     let (id, other) = (upstream("t_1"), upstream("t_2"));
     let seed = |id: &UpstreamThreadId, carried_users| Binding {
         id: id.clone(),
-        intent: RemnantId::new(),
+        intent: OrphanId::new(),
         seeded: true,
         carried_users,
     };

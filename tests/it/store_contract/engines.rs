@@ -58,7 +58,7 @@ async fn turn_steps_take_one_round_trip_on_postgres() {
         meter.one("a refusal");
         closed(store.finish(&turn.lease, end()).await.unwrap());
         meter.one("an end with another waiting");
-        claimed(store.claim(&waiting).await.unwrap());
+        claimed(store.start_queued(&waiting).await.unwrap());
         meter.one("a claim");
         closed(store.finish(&waiting, end()).await.unwrap());
         meter.one("the last end");
@@ -100,17 +100,17 @@ async fn other_run_steps_have_bounded_round_trips_on_postgres() {
         meter.one("an answer");
         store.requests(ReplicaId::new()).await.unwrap();
         meter.one("requests");
-        store.displace(&rollback, true).await.unwrap().unwrap();
+        store.cancel_active(&rollback, true).await.unwrap().unwrap();
         meter.took(2, "a displacement: a look that locks nothing, and the mark");
         assert_eq!(store.finish(&turn.lease, completed(None)).await.unwrap(), Closing::MustDiscard);
         meter.one("an end that is held back");
         closed(store.finish(&turn.lease, RunEnd { discard: true, ..completed(None) }).await.unwrap());
         meter.one("a discarding end");
-        claimed(store.claim(&rollback).await.unwrap());
+        claimed(store.start_queued(&rollback).await.unwrap());
         meter.one("a claim of a run that goes first");
-        store.backlog(rollback.run_id, None, 10).await.unwrap();
+        store.unsynced_messages(rollback.run_id, None, 10).await.unwrap();
         meter.one("a backlog");
-        assert!(store.settled(&rollback, turn.run.id, Context::Present).await.unwrap());
+        assert!(store.record_settlement(&rollback, turn.run.id, UpstreamSync::Present).await.unwrap());
         meter.took(5, "settling, which follows a failure: a transaction of the same text for both engines");
         let id = UpstreamThreadId("c".to_owned());
         assert!(bind(&store, &rollback, &id, true).await);
@@ -119,8 +119,12 @@ async fn other_run_steps_have_bounded_round_trips_on_postgres() {
         meter.took(4, "a cancel: a click, in a transaction of the same text for both engines");
         store.events(rollback.run_id, 0).await.unwrap();
         meter.one("a log");
-        let end =
-            RunEnd { status: RunStatus::Cancelled, synced: true, said: Context::Missing, ..completed(None) };
+        let end = RunEnd {
+            status: RunStatus::Cancelled,
+            synced: true,
+            said: UpstreamSync::Missing,
+            ..completed(None)
+        };
         closed(store.finish(&rollback, end.clone()).await.unwrap());
         meter.one("an end that says much");
     }
@@ -180,15 +184,15 @@ async fn claim_overtaken_by_interrupt_is_deferred() {
         blocked(&database, 1).await;
         let interrupt = Admission { strategy: MultitaskStrategy::Interrupt, ..admission(&key) };
         let (third, ..) = queued(store.admit(interrupt.clone()).await.unwrap());
-        claimed(store.claim(&third).await.unwrap());
+        claimed(store.start_queued(&third).await.unwrap());
         holder.execute("ROLLBACK").await.unwrap();
         third
     };
-    let (overtaken, third) = tokio::join!(store.claim(&second), meanwhile);
-    assert_eq!(overtaken.unwrap(), Claim::NotYet);
+    let (overtaken, third) = tokio::join!(store.start_queued(&second), meanwhile);
+    assert_eq!(overtaken.unwrap(), QueuedStart::NotYet);
     check_invariants(&database).await;
     closed(store.finish(&third, completed(None)).await.unwrap());
-    claimed(store.claim(&second).await.unwrap());
+    claimed(store.start_queued(&second).await.unwrap());
 }
 
 /// Whoever waits for a turn asks again and again: what has nothing to change takes no lock, and so no number of a
@@ -203,14 +207,14 @@ async fn fruitless_claim_writes_nothing_on_postgres() {
     let interrupt = Admission { strategy: MultitaskStrategy::Interrupt, ..admission(&key) };
     let (first, ..) = queued(store.admit(interrupt.clone()).await.unwrap());
     let (second, ..) = queued(store.admit(admission(&key)).await.unwrap());
-    store.displace(&first, false).await.unwrap().unwrap();
+    store.cancel_active(&first, false).await.unwrap().unwrap();
     let next = "SELECT pg_snapshot_xmax(pg_current_snapshot())::text::bigint";
     let before = database.number(next).await;
     for _ in 0..10 {
         for lease in [&first, &second] {
-            assert_eq!(store.claim(lease).await.unwrap(), Claim::NotYet);
+            assert_eq!(store.start_queued(lease).await.unwrap(), QueuedStart::NotYet);
         }
-        store.displace(&first, false).await.unwrap().unwrap();
+        store.cancel_active(&first, false).await.unwrap().unwrap();
     }
     assert_eq!(database.number(next).await, before);
     store.close().await;
@@ -239,7 +243,7 @@ async fn merge_into_run_starting_meanwhile_is_queued() {
     let (third, _, run, position) = queued(admitted.unwrap());
     assert_eq!((run.seq, position), (3, 1));
     closed(store.finish(&second, completed(None)).await.unwrap());
-    assert_eq!(claimed(store.claim(&third).await.unwrap()).input, [merge.message]);
+    assert_eq!(claimed(store.start_queued(&third).await.unwrap()).input, [merge.message]);
     check_invariants(&database).await;
 }
 
@@ -268,7 +272,7 @@ async fn concurrent_strategies_neither_deadlock_nor_lose_messages() {
             begun.fetch_add(turn.input.len(), Ordering::SeqCst);
             let id = UpstreamThreadId("c".to_owned());
             assert!(bind(&store, &turn.lease, &id, n.is_multiple_of(7)).await);
-            assert!(store.settled(&turn.lease, turn.run.id, Context::Present).await.unwrap());
+            assert!(store.record_settlement(&turn.lease, turn.run.id, UpstreamSync::Present).await.unwrap());
             if n.is_multiple_of(3)
                 && let Paused::Waiting(_) = store.pause(&turn.lease, &pause(&["call_1"], 0)).await.unwrap()
             {
@@ -278,7 +282,7 @@ async fn concurrent_strategies_neither_deadlock_nor_lose_messages() {
                 };
                 store.answer_tools(key, turn.run.id, &answer).await.unwrap();
             }
-            let said = if n.is_multiple_of(4) { Context::Missing } else { Context::Present };
+            let said = if n.is_multiple_of(4) { UpstreamSync::Missing } else { UpstreamSync::Present };
             let mut end = RunEnd { said, synced: n.is_multiple_of(5), ..completed(Some("hi")) };
             end.events.first = 4;
             if store.finish(&turn.lease, end.clone()).await.unwrap() == Closing::MustDiscard {
@@ -305,12 +309,12 @@ async fn concurrent_strategies_neither_deadlock_nor_lose_messages() {
                 Admitted::Merged { .. } => {}
                 Admitted::Queued { lease, .. } => loop {
                     if matches!(strategy, MultitaskStrategy::Interrupt | MultitaskStrategy::Rollback) {
-                        other.displace(&lease, strategy == MultitaskStrategy::Rollback).await.unwrap();
+                        other.cancel_active(&lease, strategy == MultitaskStrategy::Rollback).await.unwrap();
                     }
-                    match store.claim(&lease).await.unwrap() {
-                        Claim::Started(turn) => break work(*turn, store, n).await,
-                        Claim::NotYet => tokio::task::yield_now().await,
-                        Claim::Lost => panic!("{lease:?}"),
+                    match store.start_queued(&lease).await.unwrap() {
+                        QueuedStart::Started(turn) => break work(*turn, store, n).await,
+                        QueuedStart::NotYet => tokio::task::yield_now().await,
+                        QueuedStart::Lost => panic!("{lease:?}"),
                     }
                 },
                 other => panic!("{other:?}"),
@@ -384,16 +388,20 @@ async fn run_steps_read_bounded_rows() {
     store.pause(&turn.lease, &pause(&["call_1"], 0)).await.unwrap();
     store.answer_tools(&key, turn.run.id, &answer(&["call_1"])).await.unwrap();
     assert_eq!(store.requests(replica).await.unwrap().len(), 1);
-    store.displace(&next, true).await.unwrap().unwrap();
+    store.cancel_active(&next, true).await.unwrap().unwrap();
     closed(store.finish(&turn.lease, RunEnd { discard: true, ..completed(None) }).await.unwrap());
-    claimed(store.claim(&next).await.unwrap());
-    assert_eq!(store.backlog(next.run_id, None, 10).await.unwrap().data, []);
+    claimed(store.start_queued(&next).await.unwrap());
+    assert_eq!(store.unsynced_messages(next.run_id, None, 10).await.unwrap().data, []);
     store.baseline(next.run_id).await.unwrap();
-    assert!(store.settled(&next, turn.run.id, Context::Missing).await.unwrap());
+    assert!(store.record_settlement(&next, turn.run.id, UpstreamSync::Missing).await.unwrap());
     store.request_cancel(&key, next.run_id).await.unwrap().unwrap();
     store.events(next.run_id, 0).await.unwrap();
-    let end =
-        RunEnd { status: RunStatus::Failed, synced: true, said: Context::Missing, ..completed(Some("x")) };
+    let end = RunEnd {
+        status: RunStatus::Failed,
+        synced: true,
+        said: UpstreamSync::Missing,
+        ..completed(Some("x"))
+    };
     closed(store.finish(&next, end.clone()).await.unwrap());
     seen(&store, &key).await;
     store.run(&key, next.run_id).await.unwrap();
@@ -429,7 +437,7 @@ async fn message_updates_no_thread_index() {
             Admitted::Merged { .. }
         ));
         closed(store.finish(&turn.lease, completed(Some("hi"))).await.unwrap());
-        claimed(store.claim(&waiting).await.unwrap());
+        claimed(store.start_queued(&waiting).await.unwrap());
         closed(store.finish(&waiting, completed(Some("hi"))).await.unwrap());
     }
     store.close().await;
@@ -568,10 +576,10 @@ async fn two_replicas_never_hold_two_active_runs() {
             match store.admit(admission(key)).await.unwrap() {
                 Admitted::Started(turn) => work(*turn, store).await,
                 Admitted::Queued { lease, .. } => loop {
-                    match store.claim(&lease).await.unwrap() {
-                        Claim::Started(turn) => break work(*turn, store).await,
-                        Claim::NotYet => tokio::task::yield_now().await,
-                        Claim::Lost => panic!("{lease:?}"),
+                    match store.start_queued(&lease).await.unwrap() {
+                        QueuedStart::Started(turn) => break work(*turn, store).await,
+                        QueuedStart::NotYet => tokio::task::yield_now().await,
+                        QueuedStart::Lost => panic!("{lease:?}"),
                     }
                 },
                 other => panic!("{other:?}"),
@@ -617,7 +625,10 @@ async fn stale_snapshot_never_starts_run() {
         let (admitted, ()) = tokio::join!(waiting, meanwhile);
         match strategy {
             MultitaskStrategy::Reject => assert_eq!(admitted.unwrap(), Admitted::Busy),
-            _ => assert_eq!(store.claim(&queued(admitted.unwrap()).0).await.unwrap(), Claim::NotYet),
+            _ => assert_eq!(
+                store.start_queued(&queued(admitted.unwrap()).0).await.unwrap(),
+                QueuedStart::NotYet
+            ),
         }
         check_invariants(&database).await;
         let end_all = "UPDATE runs SET status = 'failed', queued_input = NULL, finished_at = now() WHERE status = 'queued'";
@@ -767,7 +778,7 @@ async fn finish_marks_messages_of_claim_committed_meanwhile_on_postgres() {
         SELECT pg_sleep(0.5);
         COMMIT"
     );
-    let cancelled = RunEnd { status: RunStatus::Cancelled, said: Context::Withheld, ..completed(None) };
+    let cancelled = RunEnd { status: RunStatus::Cancelled, said: UpstreamSync::Withheld, ..completed(None) };
     let end = async {
         let asleep = "SELECT count(*) FROM pg_stat_activity WHERE query LIKE '%pg_sleep%' \
                       AND wait_event = 'PgSleep' AND pid <> pg_backend_pid()";
@@ -794,7 +805,7 @@ async fn dropped_calls_leave_nothing_open(database: &TestDatabase, store: &Store
             role: Role::User,
             content: text("hello"),
             upstream_message_id: None,
-            context: None,
+            sync: None,
             created_at: None,
         }];
         polled(store.import_messages(&[(thread, message.to_vec())]), polls).await;

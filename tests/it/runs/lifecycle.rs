@@ -2,10 +2,10 @@
 
 use threadkeeper::config::StoreConfig;
 use threadkeeper::domain::{
-    ContentPart, Context, Message, MessageId, PageRequest, Run, ToolOutput, UpstreamThreadId,
+    ContentPart, Message, MessageId, PageRequest, Run, ToolOutput, UpstreamSync, UpstreamThreadId,
 };
 use threadkeeper::runs::{NewOutputs, Outcome, Resumed, Submitted};
-use threadkeeper::store::{Admission, Admitted, Claim, InputMessage, RunLease, ThreadName};
+use threadkeeper::store::{Admission, Admitted, InputMessage, QueuedStart, RunLease, ThreadName};
 
 use tokio::task::JoinSet;
 
@@ -73,10 +73,10 @@ async fn stored(store: &Store, run: &Run) -> Run {
 }
 
 /// The transcript: texts and where they stand.
-async fn transcript(store: &Store) -> Vec<(String, Context)> {
+async fn transcript(store: &Store) -> Vec<(String, UpstreamSync)> {
     let page = PageRequest::<MessageId> { limit: 100, ascending: true, after: None, before: None };
     let page = store.messages(ThreadName::Newest(&key()), false, &page).await.unwrap().unwrap();
-    page.data.into_iter().map(|message| (said(&message), message.context)).collect()
+    page.data.into_iter().map(|message| (said(&message), message.sync)).collect()
 }
 
 fn said(message: &Message) -> String {
@@ -84,7 +84,7 @@ fn said(message: &Message) -> String {
     text.clone()
 }
 
-fn lines(wanted: &[(&str, Context)]) -> Vec<(String, Context)> {
+fn lines(wanted: &[(&str, UpstreamSync)]) -> Vec<(String, UpstreamSync)> {
     wanted.iter().map(|(text, context)| ((*text).to_owned(), *context)).collect()
 }
 
@@ -163,7 +163,7 @@ async fn discard_mark_in_store_removes_run_upstream() {
             let submitted = process.runs.submit(key(), message(words)).await.unwrap();
             let place = submitted.run.seq;
             let rollback = queue(&stores.other, "instead", MultitaskStrategy::Rollback).await;
-            assert_eq!(stores.other.displace(&rollback, true).await.unwrap(), Some(submitted.run.id));
+            assert_eq!(stores.other.cancel_active(&rollback, true).await.unwrap(), Some(submitted.run.id));
             upstream.let_go();
 
             let outcome = ended(&submitted).await;
@@ -178,8 +178,8 @@ async fn discard_mark_in_store_removes_run_upstream() {
             assert_eq!(transcript(&stores.one).await, []);
             let moved = outcome.thread.upstream_thread_id.as_ref().map(UpstreamThreadId::as_str);
             assert_ne!(moved, Some(run.as_str()), "the chain does not move");
-            assert_eq!(outcome.thread.leftover, None);
-            let Claim::Started(turn) = stores.other.claim(&rollback).await.unwrap() else {
+            assert_eq!(outcome.thread.unsettled_run, None);
+            let QueuedStart::Started(turn) = stores.other.start_queued(&rollback).await.unwrap() else {
                 panic!("it is next")
             };
             assert_eq!(turn.run.id, rollback.run_id);
@@ -192,18 +192,18 @@ async fn discard_mark_in_store_removes_run_upstream() {
 }
 
 #[tokio::test]
-async fn failed_removal_of_discarded_run_leaves_leftover() {
+async fn failed_removal_of_discarded_run_leaves_unsettled_run() {
     on_both(async |stores: Stores| {
         let (process, upstream) = stores.process(false).await;
         upstream.settles(Settling::Fails);
         let submitted = process.runs.submit(key(), message("hold")).await.unwrap();
         let rollback = queue(&stores.other, "instead", MultitaskStrategy::Rollback).await;
-        stores.other.displace(&rollback, true).await.unwrap();
+        stores.other.cancel_active(&rollback, true).await.unwrap();
         upstream.let_go();
         let outcome = ended(&submitted).await;
         assert_eq!((outcome.run.status, outcome.run.discarded), (RunStatus::Cancelled, true));
-        let leftover = outcome.thread.leftover.as_ref().expect("it is to be looked at");
-        assert_eq!((leftover.run, leftover.remove), (submitted.run.id, true));
+        let unsettled_run = outcome.thread.unsettled_run.as_ref().expect("it is to be looked at");
+        assert_eq!((unsettled_run.run, unsettled_run.remove), (submitted.run.id, true));
         assert_eq!(transcript(&stores.one).await, []);
     })
     .await;
@@ -215,7 +215,7 @@ async fn discard_mark_in_store_prevents_pause() {
         let (process, upstream) = stores.process(false).await;
         let submitted = process.runs.submit(key(), message("ponder")).await.unwrap();
         let rollback = queue(&stores.other, "instead", MultitaskStrategy::Rollback).await;
-        stores.other.displace(&rollback, true).await.unwrap();
+        stores.other.cancel_active(&rollback, true).await.unwrap();
         upstream.let_go();
         let outcome = ended(&submitted).await;
         assert_eq!((outcome.run.status, outcome.run.discarded), (RunStatus::Cancelled, true));
@@ -234,7 +234,7 @@ async fn deadline_passed_during_settling_sends_nothing() {
         upstream.settles(Settling::Fails);
         let broken = process.runs.submit(key(), message("break")).await.unwrap();
         let outcome = ended(&broken).await;
-        let leftover = outcome.thread.leftover.clone().expect("it is to be looked at");
+        let unsettled_run = outcome.thread.unsettled_run.clone().expect("it is to be looked at");
         upstream.calls();
 
         upstream.settles(Settling::Hangs);
@@ -243,15 +243,15 @@ async fn deadline_passed_during_settling_sends_nothing() {
         let outcome = ended(&hasty).await;
         assert_eq!(outcome.run.status, RunStatus::Expired);
         assert_eq!(outcome.run.error.as_ref().unwrap().code, RunErrorCode::DeadlineExceeded);
-        assert_eq!(outcome.thread.leftover, Some(leftover), "it is still to be looked at");
+        assert_eq!(outcome.thread.unsettled_run, Some(unsettled_run), "it is still to be looked at");
         assert_eq!(upstream.calls(), ["settle run of break"], "nothing is sent, and nothing of it settled");
-        let wanted = lines(&[("break", Context::Unknown), ("hasty", Context::Withheld)]);
+        let wanted = lines(&[("break", UpstreamSync::Unknown), ("hasty", UpstreamSync::Withheld)]);
         assert_eq!(transcript(&stores.one).await, wanted);
 
         upstream.settles(Settling::Held);
         let next = process.runs.submit(key(), message("next")).await.unwrap();
         let outcome = ended(&next).await;
-        assert_eq!((outcome.run.status, &outcome.thread.leftover), (RunStatus::Completed, &None));
+        assert_eq!((outcome.run.status, &outcome.thread.unsettled_run), (RunStatus::Completed, &None));
         assert_eq!(
             upstream.calls(),
             ["settle run of break", "remove run of break", "start [break] next"],
@@ -275,7 +275,7 @@ async fn backlog_of_abandoned_chain_run_is_resent() {
         // The chain goes on from before both.
         let wanted = ["start [] break 1", "start [break 1] break 2", "start [break 1 + break 2] next"];
         assert_eq!(starts, wanted);
-        assert_eq!((outcome.thread.backlog, &outcome.thread.leftover), (0, &None));
+        assert_eq!((outcome.thread.backlog, &outcome.thread.unsettled_run), (0, &None));
         let moved = outcome.thread.upstream_thread_id.as_ref().map(UpstreamThreadId::as_str);
         assert_eq!(moved, Some("run of next"));
     })
@@ -391,7 +391,7 @@ async fn discarded_run_ends_when_log_is_refused() {
     let process = Process::alive(Arc::clone(&one), upstream.clone()).await;
     let submitted = process.runs.submit(key(), message("hold")).await.unwrap();
     let rollback = queue(&other, "instead", MultitaskStrategy::Rollback).await;
-    other.displace(&rollback, true).await.unwrap();
+    other.cancel_active(&rollback, true).await.unwrap();
     let refuse = "CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS
         $$ BEGIN RAISE EXCEPTION 'refused'; END $$;
         CREATE TRIGGER no_events BEFORE INSERT ON run_events FOR EACH ROW WHEN (NEW.events <> '[]')
